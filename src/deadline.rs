@@ -1,0 +1,106 @@
+//! One deadline per RPC: a point in monotonic time, made when the call's headers arrive and handed down to every wait.
+//! Nothing below the edge makes a longer one.
+
+use std::{future::Future, time::Duration};
+
+use tokio::time::Instant;
+
+/// The point in time at which an RPC must be over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Deadline(Instant);
+
+/// The deadline came before the awaited event.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Passed;
+
+impl Deadline {
+    /// The deadline `timeout` from now. A timeout beyond what the clock can hold becomes 30 years, which nobody outlives.
+    pub fn after(timeout: Duration) -> Self {
+        const FAR: Duration = Duration::from_secs(30 * 365 * 24 * 60 * 60);
+        Self(Instant::now() + timeout.min(FAR))
+    }
+
+    /// The point in time itself, for timers.
+    pub fn at(self) -> Instant {
+        self.0
+    }
+
+    /// What is left; zero once it has passed.
+    pub fn remaining(self) -> Duration {
+        self.0.saturating_duration_since(Instant::now())
+    }
+
+    /// The earlier of this deadline and `timeout` from now.
+    #[must_use]
+    pub fn within(self, timeout: Duration) -> Self {
+        self.min(Self::after(timeout))
+    }
+
+    /// Awaits `event`, but not beyond the deadline.
+    ///
+    /// # Errors
+    /// [`Passed`] when the deadline came first; `event` is dropped.
+    pub async fn bound<F: Future>(self, event: F) -> Result<F::Output, Passed> {
+        tokio::time::timeout_at(self.0, event).await.map_err(|_| Passed)
+    }
+}
+
+/// Reads the value of the `grpc-timeout` metadata: 1 to 8 digits and one of `H M S m u n`.
+///
+/// `None` when it is anything else; gRPC over HTTP/2, section "Requests", allows no sign, blank or fraction.
+pub fn parse_grpc_timeout(value: &[u8]) -> Option<Duration> {
+    let (unit, digits) = value.split_last()?;
+    if digits.is_empty() || digits.len() > 8 || !digits.iter().all(u8::is_ascii_digit) {
+        return None;
+    }
+    let count = digits.iter().fold(0u64, |n, digit| n * 10 + u64::from(digit - b'0'));
+    match unit {
+        b'H' => Some(Duration::from_secs(count * 60 * 60)),
+        b'M' => Some(Duration::from_secs(count * 60)),
+        b'S' => Some(Duration::from_secs(count)),
+        b'm' => Some(Duration::from_millis(count)),
+        b'u' => Some(Duration::from_micros(count)),
+        b'n' => Some(Duration::from_nanos(count)),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_unit_of_grpc_timeout_is_read() {
+        let cases = [
+            ("2H", Duration::from_secs(7200)),
+            ("3M", Duration::from_secs(180)),
+            ("4S", Duration::from_secs(4)),
+            ("5m", Duration::from_millis(5)),
+            ("6u", Duration::from_micros(6)),
+            ("7n", Duration::from_nanos(7)),
+            ("0m", Duration::ZERO),
+            ("99999999H", Duration::from_secs(99_999_999 * 3600)),
+        ];
+
+        for (text, expected) in cases {
+            assert_eq!(parse_grpc_timeout(text.as_bytes()), Some(expected), "{text}");
+        }
+    }
+
+    #[test]
+    fn malformed_grpc_timeout_is_refused() {
+        let cases = ["", "S", "200x", "+5m", "-5m", " 5m", "5m ", "123456789m", "5", "5.0S", "5mm", "\u{0665}S"];
+
+        for text in cases {
+            assert_eq!(parse_grpc_timeout(text.as_bytes()), None, "{text:?}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_earlier_deadline_wins_and_huge_timeouts_do_not_overflow() {
+        let long = Deadline::after(Duration::MAX);
+
+        assert_eq!(long.within(Duration::from_secs(1)), Deadline::after(Duration::from_secs(1)));
+        assert_eq!(Deadline::after(Duration::from_secs(1)).within(Duration::MAX).remaining(), Duration::from_secs(1));
+    }
+}

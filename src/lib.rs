@@ -1,0 +1,50 @@
+//! A gRPC facade over one REST call of Huawei Cloud RDS, "Obtaining Task Information" (`ShowTaskDetail`).
+//!
+//! # A request's path
+//!
+//! ```text
+//! caller -> server (connection, deadline, limits) -> rpc (validate) -> credentials (token or key)
+//!        -> quota (merge, cache, throttle) -> upstream (attempts) -> http (one exchange) -> RDS
+//! ```
+//!
+//! and back: [`upstream`] says what an answer means, [`rpc`] turns it into the reply, [`status`] turns every failure into
+//! the one gRPC status.
+//!
+//! # Layout
+//!
+//! - [`config`]: command line and environment, validated; reports every mistake at once
+//! - [`server`]: the gRPC listener: accept loop, TLS, limits, drain, and what every RPC passes on its way in and out
+//! - [`rpc`]: one file per RPC: validation, the path through the rooms below, the reply
+//! - [`credentials`]: where tokens and keys come from, how they are renewed, how a request is signed
+//! - [`quota`]: merges equal calls, keeps answers for a moment, remembers throttling
+//! - [`upstream`]: the vendor's operation: request, attempts, retry, breaker, wire format, meaning of errors
+//! - [`http`]: one bounded HTTP exchange; the only user of the HTTP client library
+//! - [`deadline`], [`reason`], [`status`]: the RPC's deadline, the closed list of reasons, the only maker of statuses
+//! - [`telemetry`]: log, metrics, access line
+//! - [`admin`]: `/metrics`, `/livez`, `/readyz`
+//! - [`client`]: the subcommands `call` and `health`
+//! - [`sandbox`]: an embedded stand-in for RDS, IAM and the metadata service
+
+pub mod admin;
+pub mod client;
+pub mod config;
+pub mod credentials;
+pub mod deadline;
+pub mod http;
+pub mod quota;
+pub mod reason;
+pub mod rpc;
+pub mod sandbox;
+pub mod server;
+pub mod status;
+pub mod telemetry;
+pub mod upstream;
+
+/// What the proto generates, and its descriptor set.
+#[allow(missing_docs, unreachable_pub, clippy::all, clippy::doc_markdown)]
+pub mod pb {
+    tonic::include_proto!("huaweicloud.rds.task.v1");
+
+    /// The encoded `FileDescriptorSet` of the service, for reflection.
+    pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+}

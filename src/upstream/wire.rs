@@ -1,0 +1,1 @@
+//! The vendor's JSON, in the vendor's own spelling.
