@@ -41,7 +41,9 @@ impl Deadline {
     /// # Errors
     /// [`Passed`] when the deadline came first; `event` is dropped.
     pub async fn bound<F: Future>(self, event: F) -> Result<F::Output, Passed> {
-        tokio::time::timeout_at(self.0, event).await.map_err(|_| Passed)
+        tokio::time::timeout_at(self.0, event)
+            .await
+            .map_err(|_| Passed)
     }
 }
 
@@ -53,7 +55,9 @@ pub fn parse_grpc_timeout(value: &[u8]) -> Option<Duration> {
     if digits.is_empty() || digits.len() > 8 || !digits.iter().all(u8::is_ascii_digit) {
         return None;
     }
-    let count = digits.iter().fold(0u64, |n, digit| n * 10 + u64::from(digit - b'0'));
+    let count = digits
+        .iter()
+        .fold(0u64, |n, digit| n * 10 + u64::from(digit - b'0'));
     match unit {
         b'H' => Some(Duration::from_secs(count * 60 * 60)),
         b'M' => Some(Duration::from_secs(count * 60)),
@@ -83,13 +87,30 @@ mod tests {
         ];
 
         for (text, expected) in cases {
-            assert_eq!(parse_grpc_timeout(text.as_bytes()), Some(expected), "{text}");
+            assert_eq!(
+                parse_grpc_timeout(text.as_bytes()),
+                Some(expected),
+                "{text}"
+            );
         }
     }
 
     #[test]
     fn malformed_grpc_timeout_is_refused() {
-        let cases = ["", "S", "200x", "+5m", "-5m", " 5m", "5m ", "123456789m", "5", "5.0S", "5mm", "\u{0665}S"];
+        let cases = [
+            "",
+            "S",
+            "200x",
+            "+5m",
+            "-5m",
+            " 5m",
+            "5m ",
+            "123456789m",
+            "5",
+            "5.0S",
+            "5mm",
+            "\u{0665}S",
+        ];
 
         for text in cases {
             assert_eq!(parse_grpc_timeout(text.as_bytes()), None, "{text:?}");
@@ -100,7 +121,15 @@ mod tests {
     async fn the_earlier_deadline_wins_and_huge_timeouts_do_not_overflow() {
         let long = Deadline::after(Duration::MAX);
 
-        assert_eq!(long.within(Duration::from_secs(1)), Deadline::after(Duration::from_secs(1)));
-        assert_eq!(Deadline::after(Duration::from_secs(1)).within(Duration::MAX).remaining(), Duration::from_secs(1));
+        assert_eq!(
+            long.within(Duration::from_secs(1)),
+            Deadline::after(Duration::from_secs(1))
+        );
+        assert_eq!(
+            Deadline::after(Duration::from_secs(1))
+                .within(Duration::MAX)
+                .remaining(),
+            Duration::from_secs(1)
+        );
     }
 }

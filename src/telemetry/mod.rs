@@ -1,0 +1,3 @@
+//! What an operator sees from outside: log, access line, metrics.
+
+pub mod metrics;
