@@ -7,3 +7,7 @@ mod support;
 mod get_task_detail;
 /// What the caller is told for every answer and every broken answer of upstream.
 mod errors;
+/// Attempts, deadlines, cancellation, breaker, overload.
+mod resilience;
+/// Merged calls, kept answers, throttling, the local rate.
+mod quota;
