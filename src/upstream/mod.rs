@@ -1,5 +1,10 @@
 //! The vendor's operation `ShowTaskDetail`: one request, as many attempts as the policy allows, one answer or one error.
 
+pub mod envelope;
+pub mod known_codes;
+mod overrides;
+pub mod rejection;
+pub mod retry_after;
 pub mod verdict;
 pub mod wire;
 
@@ -86,4 +91,8 @@ pub struct Rejection {
     pub retry_after: Option<Duration>,
     /// Whom a throttling text names: `user` or `ip`.
     pub throttled_subject: Option<String>,
+    /// Whether the gateway refused the signature (or the key itself), which counts towards the lock of the key.
+    pub signature_refused: bool,
+    /// Whether the gateway says that the key is locked: no call with it for `retry_after`.
+    pub lock_announced: bool,
 }
