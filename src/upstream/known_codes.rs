@@ -83,3 +83,53 @@ pub fn service(error_code: &str) -> Option<&'static str> {
         _ => None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{HashMap, HashSet};
+
+    use super::*;
+
+    #[test]
+    fn exactly_the_documented_codes_are_known_with_their_one_status() {
+        let table = include_str!("../../tests/fixtures/errors/error-codes.tsv");
+        let mut documented: HashMap<&str, HashSet<u16>> = HashMap::new();
+        for line in table.lines().skip(1) {
+            let columns: Vec<_> = line.split('\t').collect();
+            let statuses = documented.entry(columns[0]).or_default();
+            statuses.insert(columns[1].parse().unwrap());
+        }
+
+        for (code, statuses) in documented {
+            let only = statuses
+                .iter()
+                .copied()
+                .next()
+                .filter(|_| statuses.len() == 1);
+
+            assert_eq!(documented_status(code), only, "{code}");
+        }
+        for unknown in ["", "DBS.200", "401", "DBS.999999", "dbs.200543"] {
+            assert_eq!(documented_status(unknown), None, "{unknown}");
+        }
+    }
+
+    #[test]
+    fn a_code_tells_which_service_answered() {
+        let cases = [
+            ("DBS.200543", Some("RDS")),
+            ("DBS.999999", Some("RDS")),
+            ("APIGW.0301", Some("APIGW")),
+            ("IAM.0001", Some("IAM")),
+            ("1101", Some("IAM")),
+            ("401", None),
+            ("DBSX.1", None),
+            ("VPC.0101", None),
+            ("Forbidden", None),
+        ];
+
+        for (code, expected) in cases {
+            assert_eq!(service(code), expected, "{code}");
+        }
+    }
+}
