@@ -5,6 +5,9 @@
 //! fields are skipped without building them, at any depth, and numbers keep their exact text.
 //! Source: RDS API reference, "Obtaining Task Information", and the response model of the vendor's SDK.
 
+#[cfg(test)]
+mod tests;
+
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
