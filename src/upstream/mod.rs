@@ -4,9 +4,14 @@ mod attempt;
 mod breaker;
 mod client;
 mod clock;
+pub mod envelope;
+pub mod known_codes;
+mod overrides;
 mod rate;
+pub mod rejection;
 mod request;
 mod retry;
+pub mod retry_after;
 pub mod verdict;
 mod window;
 pub mod wire;
@@ -107,4 +112,8 @@ pub struct Rejection {
     pub retry_after: Option<Duration>,
     /// Whom a throttling text names: `user` or `ip`.
     pub throttled_subject: Option<String>,
+    /// Whether the gateway refused the signature (or the key itself), which counts towards the lock of the key.
+    pub signature_refused: bool,
+    /// Whether the gateway says that the key is locked: no call with it for `retry_after`.
+    pub lock_announced: bool,
 }
