@@ -33,7 +33,7 @@ pub enum InvalidConfig {
     #[error("the proxy is not of the form http://[user:password@]host:port")]
     Proxy,
     /// Not PEM certificates.
-    #[error("the additional certificates are not PEM: {0}")]
+    #[error("the additional certificates cannot be read as PEM: {0}")]
     Certificates(String),
     /// The TLS roots cannot be loaded.
     #[error("the HTTP client cannot be made: {0}")]
@@ -115,6 +115,9 @@ pub(super) fn identity_client(config: &Config) -> Result<reqwest::Client, Invali
     if let Some(pem) = &config.extra_ca_pem {
         let certificates = Certificate::from_pem_bundle(pem)
             .map_err(|error| InvalidConfig::Certificates(root_cause(&error)))?;
+        if certificates.is_empty() {
+            return Err(InvalidConfig::Certificates("there is none".to_owned()));
+        }
         builder = builder.tls_certs_merge(certificates);
     }
     build(builder)

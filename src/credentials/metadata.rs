@@ -178,3 +178,191 @@ fn temporary_key(
         lifetime,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::credentials::fake_issuer::{FakeIssuer, answer};
+
+    const KEY: &str = r#"{"credential":{"access":"AK","secret":"canary-sk","securitytoken":"canary-st","expires_at":"2026-10-30T20:00:00.000000Z"}}"#;
+    const DATE: &str = "Date: Fri, 30 Oct 2026 08:00:00 GMT\r\n";
+    const PUT: &str = "PUT /meta-data/latest/api/token";
+    const GET: &str = "GET /openstack/latest/securitykey";
+
+    fn source(issuer: &FakeIssuer) -> Source {
+        Source::new(fetch::metadata_client().unwrap(), &issuer.endpoint)
+    }
+
+    fn key() -> String {
+        answer("200 OK", DATE, KEY)
+    }
+
+    fn status(status: &str) -> String {
+        answer(status, "", "canary")
+    }
+
+    #[tokio::test]
+    async fn without_the_hardened_mode_the_key_is_fetched_bare_and_the_mode_not_looked_for_again() {
+        for absent in ["404 Not Found", "405 Not Allowed", "503 Unavailable"] {
+            let issuer = FakeIssuer::start(move |_, request| {
+                if request.starts_with("PUT") {
+                    status(absent)
+                } else {
+                    key()
+                }
+            })
+            .await;
+            let mut source = source(&issuer);
+
+            let fetched = source.refresh().await.unwrap();
+            source.refresh().await.unwrap();
+
+            assert_eq!(fetched.value.access_key_id, "AK");
+            assert_eq!(fetched.value.security_token.as_ref().unwrap(), "canary-st");
+            assert_eq!(fetched.lifetime, Duration::from_secs(12 * 3600));
+            assert_eq!(issuer.request_lines(), [PUT, GET, GET], "{absent}");
+            assert!(!issuer.requests()[1].contains("x-metadata-token"));
+        }
+    }
+
+    #[tokio::test]
+    async fn in_the_hardened_mode_one_token_serves_several_fetches() {
+        let issuer = FakeIssuer::start(|_, request| {
+            if request.starts_with("PUT") {
+                answer("200 OK", "", "metadata-token\n")
+            } else if request.contains("x-metadata-token: metadata-token\r\n") {
+                key()
+            } else {
+                status("401 Unauthorized")
+            }
+        })
+        .await;
+        let mut source = source(&issuer);
+
+        source.refresh().await.unwrap();
+        source.refresh().await.unwrap();
+
+        assert_eq!(issuer.request_lines(), [PUT, GET, GET]);
+        assert!(issuer.requests()[0].contains("x-metadata-token-ttl-seconds: 21600\r\n"));
+    }
+
+    #[tokio::test]
+    async fn a_refused_metadata_token_is_replaced_once() {
+        let issuer = FakeIssuer::start(|nth, request| match (nth, request.starts_with("PUT")) {
+            (_, true) => answer("200 OK", "", &format!("token-{nth}")),
+            (_, false) if request.contains("token-3") => key(),
+            (_, false) => status("401 Unauthorized"),
+        })
+        .await;
+
+        source(&issuer).refresh().await.unwrap();
+
+        assert_eq!(issuer.request_lines(), [PUT, GET, PUT, GET]);
+    }
+
+    #[tokio::test]
+    async fn after_a_401_a_machine_without_the_hardened_mode_is_an_error() {
+        let issuer = FakeIssuer::start(|_, request| {
+            status(if request.starts_with("PUT") {
+                "404 Not Found"
+            } else {
+                "401 Unauthorized"
+            })
+        })
+        .await;
+
+        let error = source(&issuer).refresh().await.unwrap_err();
+
+        assert_eq!(error, FetchError::unavailable("it answers 404"));
+        assert_eq!(issuer.request_lines(), [PUT, GET, PUT]);
+    }
+
+    #[tokio::test]
+    async fn a_machine_without_an_agency_is_a_rejection_that_no_new_token_is_fetched_for() {
+        let issuer = FakeIssuer::start(|_, request| {
+            if request.starts_with("PUT") {
+                answer("200 OK", "", "t")
+            } else {
+                let body = "{\"message\":\"Please configure Cloud Service Agency first.\"}";
+                answer("401 Unauthorized", "", body)
+            }
+        })
+        .await;
+
+        let error = source(&issuer).refresh().await.unwrap_err();
+
+        assert!(matches!(
+            error,
+            FetchError::Rejected {
+                http_status: 401,
+                ..
+            }
+        ));
+        assert_eq!(
+            error.to_string(),
+            "no agency is configured for this machine"
+        );
+        assert_eq!(issuer.request_lines(), [PUT, GET]);
+    }
+
+    #[tokio::test]
+    async fn every_other_answer_is_a_fault_that_quotes_nothing_of_it() {
+        let expired = KEY.replace("2026-10-30T20", "2026-10-30T07");
+        let cases = [
+            ("no JSON", answer("200 OK", DATE, "canary")),
+            ("no key", answer("200 OK", DATE, "{\"credential\":{}}")),
+            (
+                "a number for the secret",
+                answer("200 OK", DATE, &KEY.replace("\"canary-sk\"", "4711")),
+            ),
+            (
+                "a blank in the secret",
+                answer("200 OK", DATE, &KEY.replace("canary-sk", "canary sk")),
+            ),
+            ("expired", answer("200 OK", DATE, &expired)),
+            ("error", status("500 Internal Server Error")),
+            ("redirect", answer("302 Found", "Location: /canary\r\n", "")),
+        ];
+
+        for (name, answer) in cases {
+            let issuer = FakeIssuer::start(move |_, request| {
+                if request.starts_with("PUT") {
+                    status("404 Not Found")
+                } else {
+                    answer.clone()
+                }
+            })
+            .await;
+
+            let error = source(&issuer).refresh().await.unwrap_err();
+
+            let printed = format!("{error} {error:?}");
+            assert!(
+                !printed.contains("canary") && !printed.contains("4711"),
+                "{name}: {printed}"
+            );
+        }
+    }
+
+    #[tokio::test]
+    async fn a_key_that_the_service_repeats_keeps_its_guard() {
+        let issuer = FakeIssuer::start(|nth, request| {
+            if request.starts_with("PUT") {
+                status("404 Not Found")
+            } else if nth < 4 {
+                key()
+            } else {
+                answer("200 OK", DATE, &KEY.replace("AK", "AK2"))
+            }
+        })
+        .await;
+        let mut source = source(&issuer);
+
+        let first = source.refresh().await.unwrap().value;
+        let repeated = source.refresh().await.unwrap().value;
+        let another = source.refresh().await.unwrap().value;
+
+        assert!(Arc::ptr_eq(&first.guard, &repeated.guard));
+        assert!(!Arc::ptr_eq(&first.guard, &another.guard));
+    }
+}

@@ -3,11 +3,13 @@
 //! - [`Credentials`]: the configured source; [`Credentials::resolve`] for each call, [`Credentials::renew`] after a 401
 //! - [`auth`]: what one request carries; [`secret`]: the form of tokens and keys
 //! - [`signer`], [`key_guard`]: signing with a key, and keeping it from being locked
-//! - `iam`, [`metadata`](metadata), [`chain`], `profile`, `file`: the sources; `cache` keeps what is fetched fresh
+//! - [`iam`], [`metadata`], [`chain`], [`profile`], [`file`]: the sources; [`cache`] keeps what is fetched fresh
 
 pub mod auth;
 mod cache;
 pub mod chain;
+#[cfg(test)]
+mod fake_issuer;
 pub mod fetch;
 pub mod file;
 pub mod iam;
@@ -17,6 +19,8 @@ pub mod profile;
 pub mod secret;
 mod server_time;
 pub mod signer;
+#[cfg(test)]
+mod tests;
 
 use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
 
