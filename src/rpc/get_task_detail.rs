@@ -129,10 +129,10 @@ fn check_name(violations: &mut Vec<Violation>, field: &'static str, value: &str)
 /// Upstream's answer in the proto's words. The border between the two vocabularies.
 pub(super) fn reply(task: wire::TaskDetail) -> GetTaskDetailResponse {
     GetTaskDetailResponse {
-        instance_id: task.instance_id.unwrap_or_default(),
-        instance_name: task.instance_name.unwrap_or_default(),
-        job_id: task.job_id.unwrap_or_default(),
-        job_name: task.job_name.unwrap_or_default(),
+        instance_id: task.instance_id,
+        instance_name: task.instance_name,
+        job_id: task.job_id,
+        job_name: task.job_name,
         created_at: task.created_at,
         update_at: task.update_at,
         process: task.process,

@@ -128,6 +128,16 @@ impl Call {
         let _ = self.progress.set(progress);
     }
 
+    /// The edge itself answered, for a reason of its own.
+    pub(crate) fn failed(&self, reason: Reason) {
+        let facts = self
+            .progress
+            .get()
+            .map(|progress| progress.facts())
+            .unwrap_or_default();
+        self.end(facts, Some(reason));
+    }
+
     fn end(&self, facts: upstream::Facts, reason: Option<Reason>) {
         let _ = self.outcome.set(Outcome { facts, reason });
     }

@@ -2,12 +2,16 @@
 
 use std::time::{Duration, SystemTime};
 
-use http::{HeaderMap, header::CONTENT_ENCODING};
+use bytes::Bytes;
+use http::{
+    HeaderMap,
+    header::{CONTENT_ENCODING, DATE},
+};
 use tokio::time::Instant;
 
 use super::{
-    Client, ErrorKind, Progress, Rejection, breaker,
-    rejection::{self, rejection},
+    Client, ErrorKind, Facts, Progress, Rejection, breaker,
+    rejection::{self, KEY_LOCK},
     request::TaskRequest,
     retry,
     verdict::{Credential, Repeat},
@@ -24,8 +28,8 @@ use crate::{
 /// An attempt does not start with less than this left: no answer could come in time.
 const FLOOR: Duration = Duration::from_millis(2);
 
-/// The gateway's lock of a key lasts five minutes (API request signing guide, "Error codes").
-const KEY_LOCK: Duration = Duration::from_secs(5 * 60);
+/// Stands for a body that says nothing: no JSON, so that only the status counts.
+const UNREADABLE: &[u8] = b"?";
 
 /// How an attempt failed, and what can be done about it.
 pub(super) struct Failed {
@@ -123,7 +127,7 @@ impl Failed {
 impl Client {
     pub(super) async fn attempt(
         &self,
-        request: &TaskRequest,
+        request: &TaskRequest<'_>,
         auth: &Auth,
         limit: &Limit,
         progress: &Progress,
@@ -181,7 +185,7 @@ impl Client {
         // An error's status says what it has to say even if its body is cut off or a huge page.
         let body = match body {
             Ok(body) => body,
-            Err(_) if answer.status() != 200 => bytes::Bytes::from_static(b"<"),
+            Err(_) if answer.status() != 200 => Bytes::from_static(UNREADABLE),
             Err(failure) => return Err(end_without_answer(record, admission, failure)),
         };
         record.end(AttemptOutcome::Answer);
@@ -197,13 +201,10 @@ impl Client {
         key: Option<key_guard::Admission<'_>>,
         progress: &Progress,
     ) -> Result<TaskDetail, Failed> {
-        let malformed = || Failed::lasting(ErrorKind::Malformed, Reason::UpstreamMalformedResponse);
-        if answer.status() == 200 {
-            if is_encoded(answer.headers()) {
-                admission.answered();
-                return Err(malformed());
-            }
-            match parse_task_detail(body) {
+        let (headers, now) = (answer.headers(), self.endpoint.clock.now());
+        let (rejection, facts) = match (answer.status(), is_encoded(headers)) {
+            (200, true) => return Err(malformed(admission)),
+            (200, false) => match parse_task_detail(body) {
                 Ok(task) => {
                     admission.answered();
                     if let Some(key) = key {
@@ -211,71 +212,76 @@ impl Client {
                     }
                     return Ok(task);
                 }
-                Err(NotATask::Malformed) => {
-                    admission.answered();
-                    return Err(malformed());
+                Err(NotATask::Malformed) => return Err(malformed(admission)),
+                Err(NotATask::ErrorObject(envelope)) => {
+                    rejection::of_envelope(200, headers, envelope, now)
                 }
-                Err(NotATask::ErrorObject(_)) => {}
-            }
-        }
-        let rejected = rejection(
-            answer.status(),
-            answer.headers(),
-            body,
-            self.endpoint.clock.now(),
-        );
-        progress.update(|facts| {
-            facts.upstream_code.clone_from(&rejected.error_code);
-            if facts.upstream_request_id.is_none() {
-                facts.upstream_request_id.clone_from(&rejected.request_id);
-            }
-        });
-        if rejected.rejection.verdict.trips_breaker {
+            },
+            (status, false) => rejection::of_answer(status, headers, body, now),
+            (status, true) => rejection::of_answer(status, headers, UNREADABLE, now),
+        };
+        if rejection.verdict.trips_breaker {
             admission.failed();
         } else {
             admission.answered();
         }
+        progress.update(|known| {
+            *known = Facts {
+                attempts: known.attempts,
+                ..facts.clone()
+            };
+        });
         Err(match key {
-            Some(key) => self.with_key(rejected, answer.headers(), signed_at, key),
-            None => with_token(rejected.rejection),
+            Some(key) => self.with_key(rejection, &facts, headers, signed_at, key),
+            None => with_token(rejection),
         })
     }
 
     /// A refused signature is never repeated, because failures lock the key; only a wrong clock is worth one more.
     fn with_key(
         &self,
-        rejected: rejection::Rejected,
+        rejection: Rejection,
+        facts: &Facts,
         headers: &HeaderMap,
         signed_at: SystemTime,
         key: key_guard::Admission<'_>,
     ) -> Failed {
-        if !rejected.signature_refused {
+        if rejection.lock_announced {
+            key.signature_refused(true);
+            return refused(credentials::Error::Locked {
+                retry_after: KEY_LOCK,
+            });
+        }
+        if !rejection.signature_refused {
             // The service itself answered, so the gateway has let the signature pass.
-            if rejected
-                .error_code
+            if facts
+                .upstream_code
                 .as_deref()
                 .is_some_and(|code| code.starts_with("DBS."))
             {
                 key.accepted();
             }
-            return Failed::rejected(rejected.rejection);
+            return Failed::rejected(rejection);
         }
-        key.signature_refused(rejected.lock_announced);
-        if rejected.lock_announced {
-            return refused(credentials::Error::Locked {
-                retry_after: KEY_LOCK,
-            });
-        }
-        let skewed =
-            rejection::date(headers).is_some_and(|date| self.endpoint.clock.learn(date, signed_at));
-        if skewed {
+        key.signature_refused(false);
+        if date(headers).is_some_and(|date| self.endpoint.clock.learn(date, signed_at)) {
             return Failed {
                 remedy: Remedy::SignAgain,
                 ..Failed::lasting(ErrorKind::ClockSkew, Reason::ClockSkew)
             };
         }
-        Failed::rejected(rejected.rejection)
+        Failed::rejected(rejection)
     }
+}
+
+fn malformed(admission: breaker::Admission<'_>) -> Failed {
+    admission.answered();
+    Failed::lasting(ErrorKind::Malformed, Reason::UpstreamMalformedResponse)
+}
+
+/// The gateway's time of day.
+fn date(headers: &HeaderMap) -> Option<SystemTime> {
+    httpdate::parse_http_date(headers.get(DATE)?.to_str().ok()?).ok()
 }
 
 fn with_token(rejection: Rejection) -> Failed {

@@ -6,23 +6,27 @@ use std::time::SystemTime;
 use bytes::Bytes;
 use http::{
     HeaderValue, Method,
-    header::{CONTENT_TYPE, HeaderName},
+    header::{AUTHORIZATION, CONTENT_TYPE},
 };
 use reqwest::Url;
 use serde::Serialize;
 
 use super::TaskQuery;
-use crate::credentials::{Auth, signer};
+use crate::credentials::{
+    Auth,
+    signer::{self, SigningRequest},
+};
 
-const APPLICATION_JSON: HeaderValue = HeaderValue::from_static("application/json");
+const APPLICATION_JSON: &str = "application/json";
 
 /// `POST {endpoint}/v3/{project_id}/instances/{instance_id}/task-center-detail`
 /// (RDS API reference, "Obtaining Task Information").
 #[derive(Debug)]
-pub(super) struct TaskRequest {
+pub(super) struct TaskRequest<'a> {
     url: Url,
+    /// As the HTTP client will send it: the port only where it is not the scheme's own.
     host: String,
-    project_id: String,
+    project_id: &'a str,
     body: Bytes,
 }
 
@@ -34,8 +38,8 @@ struct Body<'a> {
     workflow_name: Option<&'a str>,
 }
 
-impl TaskRequest {
-    pub(super) fn new(endpoint: &Url, query: &TaskQuery) -> Self {
+impl<'a> TaskRequest<'a> {
+    pub(super) fn new(endpoint: &Url, query: &'a TaskQuery) -> Self {
         let path = format!(
             "/v3/{}/instances/{}/task-center-detail",
             query.project_id, query.instance_id
@@ -49,10 +53,14 @@ impl TaskRequest {
             workflow_name: query.workflow_name.as_deref(),
         };
         let body = serde_json::to_vec(&body).expect("two strings serialize");
+        let host = url.host_str().expect("an endpoint has a host");
+        let host = url
+            .port()
+            .map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"));
         Self {
-            host: host(&url),
+            host,
             url,
-            project_id: query.project_id.clone(),
+            project_id: &query.project_id,
             body: Bytes::from(body),
         }
     }
@@ -61,32 +69,36 @@ impl TaskRequest {
     pub(super) fn with(&self, auth: &Auth, signed_at: SystemTime) -> reqwest::Request {
         let mut request = reqwest::Request::new(Method::POST, self.url.clone());
         let headers = request.headers_mut();
-        headers.insert(CONTENT_TYPE, APPLICATION_JSON);
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static(APPLICATION_JSON));
         match auth {
             Auth::Token(token) => {
-                headers.insert(HeaderName::from_static("x-auth-token"), token.header());
+                headers.insert("x-auth-token", token.value.clone());
             }
             Auth::Key(key) => {
-                let unsigned = signer::Request {
+                // Headers that the HTTP client or a proxy may still change are not signed.
+                let unsigned = SigningRequest {
                     method: "POST",
                     path: self.url.path(),
-                    host: &self.host,
-                    project_id: &self.project_id,
+                    query: &[],
+                    headers: &[
+                        ("content-type", APPLICATION_JSON),
+                        ("host", &self.host),
+                        ("x-project-id", self.project_id),
+                    ],
                     body: &self.body,
                 };
-                for (name, value) in signer::sign(&unsigned, key, signed_at) {
-                    headers.insert(name, value);
+                let signed = signer::sign(&unsigned, key, signed_at);
+                let project_id =
+                    HeaderValue::from_str(self.project_id).expect("a project id is ASCII");
+                headers.insert("x-project-id", project_id);
+                headers.insert("x-sdk-date", signed.x_sdk_date);
+                headers.insert(AUTHORIZATION, signed.authorization);
+                if let Some(token) = signed.x_security_token {
+                    headers.insert("x-security-token", token);
                 }
             }
         }
         *request.body_mut() = Some(self.body.clone().into());
         request
     }
-}
-
-/// The value that the HTTP client will send as `Host`: the port only where it is not the scheme's own.
-fn host(url: &Url) -> String {
-    let host = url.host_str().expect("an endpoint has a host");
-    url.port()
-        .map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"))
 }

@@ -7,7 +7,10 @@ use crate::support::{Failure, Program, Step, Upstream, answer, example, example_
 /// One call against an upstream that always does the same, without retries; and what the caller is told.
 async fn told(steps: Vec<Step>) -> Failure {
     let upstream = Upstream::always(steps).await;
-    let program = Program::over(&upstream.url(), &["--max-attempts", "1", "--attempt-timeout", "300ms"]);
+    let program = Program::over(
+        &upstream.url(),
+        &["--max-attempts", "1", "--attempt-timeout", "300ms"],
+    );
     program.failure(example_request()).await
 }
 
@@ -61,7 +64,12 @@ async fn every_http_status_has_its_code_and_reason() {
         (999, Code::Unknown, "UPSTREAM_UNKNOWN"),
     ];
     let upstream = Upstream::start(move |request| {
-        let status = request.line.split('/').nth(4).and_then(|id| id.parse().ok()).expect("the id is a status");
+        let status = request
+            .line
+            .split('/')
+            .nth(4)
+            .and_then(|id| id.parse().ok())
+            .expect("the id is a status");
         answer(status, &[("location", "http://127.0.0.1:1/")], error)
     })
     .await;
@@ -72,15 +80,28 @@ async fn every_http_status_has_its_code_and_reason() {
         let mut request = example_request();
         request.instance_id = status.to_string();
         // The identity is throttled after the 429, so that row has one of its own.
-        let failure = Failure::of(&client.get_task_detail(request).await.expect_err("an error status"));
+        let failure = Failure::of(
+            &client
+                .get_task_detail(request)
+                .await
+                .expect_err("an error status"),
+        );
         if status == 429 {
             break;
         }
 
         assert_eq!(failure.code_and_reason(), (code, reason), "{status}");
-        assert_eq!(failure.metadata.get("httpStatus"), Some(&status.to_string()), "{status}");
+        assert_eq!(
+            failure.metadata.get("httpStatus"),
+            Some(&status.to_string()),
+            "{status}"
+        );
         assert_eq!(failure.domain, "rds-task-facade", "{status}");
-        assert_eq!(upstream.requests().len(), number + 1, "{status} is asked once");
+        assert_eq!(
+            upstream.requests().len(),
+            number + 1,
+            "{status} is asked once"
+        );
     }
     for (status, code, reason) in cases.into_iter().skip_while(|(status, ..)| *status != 429) {
         let failure = told(answer(status, &[], error)).await;
@@ -95,8 +116,14 @@ async fn a_404_that_is_no_answer_of_the_api_is_unimplemented() {
         (r#"["x"]"#, Code::Unimplemented),
         ("", Code::NotFound),
         ("{}", Code::NotFound),
-        (r#"{"error_code":"APIGW.0101","error_msg":"m"}"#, Code::Unimplemented),
-        (r#"{"error_code":"DBS.200045","error_msg":"m"}"#, Code::NotFound),
+        (
+            r#"{"error_code":"APIGW.0101","error_msg":"m"}"#,
+            Code::Unimplemented,
+        ),
+        (
+            r#"{"error_code":"DBS.200045","error_msg":"m"}"#,
+            Code::NotFound,
+        ),
     ];
 
     for (body, code) in cases {
@@ -111,7 +138,10 @@ async fn an_error_page_leaves_nothing_of_itself_in_the_status() {
 
         let failure = told(answer(status, &[("content-type", "text/html")], page)).await;
 
-        assert!(!format!("{failure:?}").contains("secret-of-the-page"), "{status}: {failure:?}");
+        assert!(
+            !format!("{failure:?}").contains("secret-of-the-page"),
+            "{status}: {failure:?}"
+        );
         assert!(!failure.message.is_empty(), "{status}");
     }
 }
@@ -131,13 +161,30 @@ async fn throttling_comes_with_retry_info_pushback_and_quota_failure() {
     for (headers, seconds) in cases {
         let failure = told(answer(429, headers, &body)).await;
 
-        assert_eq!(failure.code_and_reason(), (Code::ResourceExhausted, "THROTTLED"), "{headers:?}");
+        assert_eq!(
+            failure.code_and_reason(),
+            (Code::ResourceExhausted, "THROTTLED"),
+            "{headers:?}"
+        );
         assert_eq!(failure.message, text);
-        assert_eq!(failure.retry_delay, Some(Duration::from_secs(seconds)), "{headers:?}");
+        assert_eq!(
+            failure.retry_delay,
+            Some(Duration::from_secs(seconds)),
+            "{headers:?}"
+        );
         assert_eq!(failure.pushback_ms, Some(seconds * 1000), "{headers:?}");
         assert_eq!(failure.quota_subjects.len(), 1, "{headers:?}");
-        assert_eq!(failure.metadata.get("upstreamService").map(String::as_str), Some("APIGW"));
-        assert_eq!(failure.metadata.get("upstreamRequestId").map(String::as_str), Some("r-1"));
+        assert_eq!(
+            failure.metadata.get("upstreamService").map(String::as_str),
+            Some("APIGW")
+        );
+        assert_eq!(
+            failure
+                .metadata
+                .get("upstreamRequestId")
+                .map(String::as_str),
+            Some("r-1")
+        );
     }
 }
 
@@ -147,36 +194,77 @@ async fn a_missing_task_is_named() {
 
     let failure = told(answer(400, &[("x-request-id", "r-9")], body)).await;
 
-    assert_eq!(failure.code_and_reason(), (Code::NotFound, "TASK_NOT_FOUND"));
+    assert_eq!(
+        failure.code_and_reason(),
+        (Code::NotFound, "TASK_NOT_FOUND")
+    );
     assert_eq!(failure.message, "Task does not exist.");
     let (_, name) = failure.resource.expect("ResourceInfo");
     assert_eq!(name, example_request().workflow_id);
-    assert_eq!(failure.metadata.get("upstreamCode").map(String::as_str), Some("DBS.200543"));
-    assert_eq!(failure.metadata.get("credentialOwner").map(String::as_str), Some("server"));
+    assert_eq!(
+        failure.metadata.get("upstreamCode").map(String::as_str),
+        Some("DBS.200543")
+    );
+    assert_eq!(
+        failure.metadata.get("credentialOwner").map(String::as_str),
+        Some("server")
+    );
 }
 
 #[tokio::test]
 async fn a_200_that_is_no_task_is_never_an_ok() {
     let malformed = (Code::Internal, "UPSTREAM_MALFORMED_RESPONSE");
     let big = format!(r#"{{"job_id":"{}"}}"#, "x".repeat(1 << 20));
-    let deep = format!(r#"{{"x":{}{},"job_id":"j""#, "[".repeat(100_000), "]".repeat(99_999));
+    let deep = format!(
+        r#"{{"x":{}{},"job_id":"j""#,
+        "[".repeat(100_000),
+        "]".repeat(99_999)
+    );
     let cases: Vec<(&str, Vec<u8>, _)> = vec![
         ("empty", b"".to_vec(), malformed),
         ("null", b"null".to_vec(), malformed),
         ("array", b"[{\"job_id\":\"j\"}]".to_vec(), malformed),
         ("text", b"\"job_id\"".to_vec(), malformed),
         ("empty object", b"{}".to_vec(), malformed),
-        ("only unknown fields", b"{\"jobId\":\"j\"}".to_vec(), malformed),
+        (
+            "only unknown fields",
+            b"{\"jobId\":\"j\"}".to_vec(),
+            malformed,
+        ),
         ("html", b"<html>login</html>".to_vec(), malformed),
         ("cut short", b"{\"job_id\":\"j\"".to_vec(), malformed),
-        ("trailing garbage", b"{\"job_id\":\"j\"} x".to_vec(), malformed),
-        ("byte order mark", b"\xef\xbb\xbf{\"job_id\":\"j\"}".to_vec(), malformed),
+        (
+            "trailing garbage",
+            b"{\"job_id\":\"j\"} x".to_vec(),
+            malformed,
+        ),
+        (
+            "byte order mark",
+            b"\xef\xbb\xbf{\"job_id\":\"j\"}".to_vec(),
+            malformed,
+        ),
         ("not a number", b"{\"job_id\":NaN}".to_vec(), malformed),
-        ("invalid UTF-8", b"{\"job_id\":\"\xff\"}".to_vec(), malformed),
-        ("lone surrogate", b"{\"job_id\":\"\\ud800\"}".to_vec(), malformed),
-        ("duplicate key", b"{\"job_id\":\"a\",\"job_id\":\"b\"}".to_vec(), malformed),
+        (
+            "invalid UTF-8",
+            b"{\"job_id\":\"\xff\"}".to_vec(),
+            malformed,
+        ),
+        (
+            "lone surrogate",
+            b"{\"job_id\":\"\\ud800\"}".to_vec(),
+            malformed,
+        ),
+        (
+            "duplicate key",
+            b"{\"job_id\":\"a\",\"job_id\":\"b\"}".to_vec(),
+            malformed,
+        ),
         ("unclosed depth", deep.into_bytes(), malformed),
-        ("too large", big.into_bytes(), (Code::Internal, "UPSTREAM_RESPONSE_TOO_LARGE")),
+        (
+            "too large",
+            big.into_bytes(),
+            (Code::Internal, "UPSTREAM_RESPONSE_TOO_LARGE"),
+        ),
         (
             "known error",
             b"{\"error_code\":\"DBS.200543\",\"error_msg\":\"m\"}".to_vec(),
@@ -187,7 +275,11 @@ async fn a_200_that_is_no_task_is_never_an_ok() {
             b"{\"error_code\":\"DBS.9\",\"error_msg\":\"m\",\"job_id\":\"j\"}".to_vec(),
             (Code::Unknown, "UPSTREAM_UNKNOWN"),
         ),
-        ("error object without a code", b"{\"error_code\":null,\"error_msg\":\"m\"}".to_vec(), malformed),
+        (
+            "error object without a code",
+            b"{\"error_code\":null,\"error_msg\":\"m\"}".to_vec(),
+            malformed,
+        ),
     ];
 
     for (case, body, expected) in cases {
@@ -201,7 +293,9 @@ async fn a_200_that_is_no_task_is_never_an_ok() {
 async fn a_body_over_the_limit_without_a_length_is_not_read_to_its_end() {
     let mut steps = raw("HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n");
     for _ in 0..40 {
-        steps.push(Step::Send(format!("10000\r\n{}\r\n", "x".repeat(0x10000)).into_bytes()));
+        steps.push(Step::Send(
+            format!("10000\r\n{}\r\n", "x".repeat(0x10000)).into_bytes(),
+        ));
     }
     steps.push(Step::Hold);
     let upstream = Upstream::always(steps).await;
@@ -209,16 +303,27 @@ async fn a_body_over_the_limit_without_a_length_is_not_read_to_its_end() {
 
     let failure = program.failure(example_request()).await;
 
-    assert_eq!(failure.code_and_reason(), (Code::Internal, "UPSTREAM_RESPONSE_TOO_LARGE"));
+    assert_eq!(
+        failure.code_and_reason(),
+        (Code::Internal, "UPSTREAM_RESPONSE_TOO_LARGE")
+    );
     upstream.wait_for_closed(1).await;
     assert_eq!(upstream.requests().len(), 1);
 }
 
 #[tokio::test]
 async fn an_encoding_nobody_asked_for_is_malformed() {
-    let failure = told(answer(200, &[("content-encoding", "gzip")], r#"{"job_id":"j"}"#)).await;
+    let failure = told(answer(
+        200,
+        &[("content-encoding", "gzip")],
+        r#"{"job_id":"j"}"#,
+    ))
+    .await;
 
-    assert_eq!(failure.code_and_reason(), (Code::Internal, "UPSTREAM_MALFORMED_RESPONSE"));
+    assert_eq!(
+        failure.code_and_reason(),
+        (Code::Internal, "UPSTREAM_MALFORMED_RESPONSE")
+    );
 }
 
 #[tokio::test]
@@ -236,14 +341,42 @@ async fn broken_answers_are_told_apart() {
     let unavailable = |reason: &'static str| (Code::Unavailable, reason);
     let head = "HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{\"job";
     let cases = [
-        ("closes after the request", vec![Step::Close], unavailable("UPSTREAM_RESET")),
-        ("resets after the request", vec![Step::Reset], unavailable("UPSTREAM_RESET")),
-        ("head breaks off", [raw("HTTP/1.1 200 OK\r\ncon"), vec![Step::Close]].concat(), unavailable("UPSTREAM_RESET")),
-        ("body breaks off", [raw(head), vec![Step::Close]].concat(), unavailable("UPSTREAM_TRUNCATED")),
-        ("resets in the body", [raw(head), vec![Step::Wait(Duration::from_millis(50)), Step::Reset]].concat(), unavailable("UPSTREAM_TRUNCATED")),
+        (
+            "closes after the request",
+            vec![Step::Close],
+            unavailable("UPSTREAM_RESET"),
+        ),
+        (
+            "resets after the request",
+            vec![Step::Reset],
+            unavailable("UPSTREAM_RESET"),
+        ),
+        (
+            "head breaks off",
+            [raw("HTTP/1.1 200 OK\r\ncon"), vec![Step::Close]].concat(),
+            unavailable("UPSTREAM_RESET"),
+        ),
+        (
+            "body breaks off",
+            [raw(head), vec![Step::Close]].concat(),
+            unavailable("UPSTREAM_TRUNCATED"),
+        ),
+        (
+            "resets in the body",
+            [
+                raw(head),
+                vec![Step::Wait(Duration::from_millis(50)), Step::Reset],
+            ]
+            .concat(),
+            unavailable("UPSTREAM_TRUNCATED"),
+        ),
         (
             "chunked without an end",
-            [raw("HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\n{\"job"), vec![Step::Close]].concat(),
+            [
+                raw("HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\n{\"job"),
+                vec![Step::Close],
+            ]
+            .concat(),
             unavailable("UPSTREAM_TRUNCATED"),
         ),
         (
@@ -251,21 +384,44 @@ async fn broken_answers_are_told_apart() {
             raw("HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n{}\r\n"),
             unavailable("UPSTREAM_PROTOCOL"),
         ),
-        ("garbage", raw("SSH-2.0-OpenSSH_9.2\r\n\r\n"), unavailable("UPSTREAM_PROTOCOL")),
-        ("status 000", raw("HTTP/1.1 000 X\r\ncontent-length: 0\r\n\r\n"), unavailable("UPSTREAM_PROTOCOL")),
+        (
+            "garbage",
+            raw("SSH-2.0-OpenSSH_9.2\r\n\r\n"),
+            unavailable("UPSTREAM_PROTOCOL"),
+        ),
+        (
+            "status 000",
+            raw("HTTP/1.1 000 X\r\ncontent-length: 0\r\n\r\n"),
+            unavailable("UPSTREAM_PROTOCOL"),
+        ),
         (
             "two lengths",
             raw("HTTP/1.1 200 OK\r\ncontent-length: 2\r\ncontent-length: 3\r\n\r\n{}"),
             unavailable("UPSTREAM_PROTOCOL"),
         ),
-        ("negative length", raw("HTTP/1.1 200 OK\r\ncontent-length: -2\r\n\r\n{}"), unavailable("UPSTREAM_PROTOCOL")),
         (
-            "too many headers",
-            raw(&format!("HTTP/1.1 200 OK\r\n{}\r\n", "a: b\r\n".repeat(2000))),
+            "negative length",
+            raw("HTTP/1.1 200 OK\r\ncontent-length: -2\r\n\r\n{}"),
             unavailable("UPSTREAM_PROTOCOL"),
         ),
-        ("never answers", vec![Step::Hold], (Code::DeadlineExceeded, "UPSTREAM_TIMEOUT")),
-        ("body stops", [raw(head), vec![Step::Hold]].concat(), (Code::DeadlineExceeded, "UPSTREAM_TIMEOUT")),
+        (
+            "too many headers",
+            raw(&format!(
+                "HTTP/1.1 200 OK\r\n{}\r\n",
+                "a: b\r\n".repeat(2000)
+            )),
+            unavailable("UPSTREAM_PROTOCOL"),
+        ),
+        (
+            "never answers",
+            vec![Step::Hold],
+            (Code::DeadlineExceeded, "UPSTREAM_TIMEOUT"),
+        ),
+        (
+            "body stops",
+            [raw(head), vec![Step::Hold]].concat(),
+            (Code::DeadlineExceeded, "UPSTREAM_TIMEOUT"),
+        ),
         (
             "switches protocols",
             raw("HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: x\r\n\r\n"),
@@ -286,22 +442,39 @@ async fn broken_answers_are_told_apart() {
 #[tokio::test]
 async fn dribbled_answers_end_at_the_attempt_timeout() {
     let dribble = |text: &str| -> Vec<Step> {
-        text.bytes().flat_map(|byte| [Step::Send(vec![byte]), Step::Wait(Duration::from_millis(60))]).collect()
+        text.bytes()
+            .flat_map(|byte| {
+                [
+                    Step::Send(vec![byte]),
+                    Step::Wait(Duration::from_millis(60)),
+                ]
+            })
+            .collect()
     };
     let head = dribble("HTTP/1.1 200 OK\r\ncontent-length: 14\r\n\r\n");
-    let body = [raw("HTTP/1.1 200 OK\r\ncontent-length: 14\r\n\r\n"), dribble("{\"job_id\":\"j\"}")].concat();
+    let body = [
+        raw("HTTP/1.1 200 OK\r\ncontent-length: 14\r\n\r\n"),
+        dribble("{\"job_id\":\"j\"}"),
+    ]
+    .concat();
 
     for (case, steps) in [("head", head), ("body", body)] {
         let failure = told(steps).await;
 
-        assert_eq!(failure.code_and_reason(), (Code::DeadlineExceeded, "UPSTREAM_TIMEOUT"), "{case}");
+        assert_eq!(
+            failure.code_and_reason(),
+            (Code::DeadlineExceeded, "UPSTREAM_TIMEOUT"),
+            "{case}"
+        );
     }
 }
 
 #[tokio::test]
 async fn informational_answers_are_passed_over() {
     let flood = "HTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n".repeat(200);
-    let upstream = Upstream::always([raw("HTTP/1.1 100 Continue\r\n\r\n"), raw(&flood), example()].concat()).await;
+    let upstream =
+        Upstream::always([raw("HTTP/1.1 100 Continue\r\n\r\n"), raw(&flood), example()].concat())
+            .await;
     let program = Program::over(&upstream.url(), &[]);
 
     assert!(program.call(example_request()).await.is_ok());
@@ -322,8 +495,13 @@ async fn chunked_wins_over_a_length_beside_it() {
 
 #[tokio::test]
 async fn no_connection_says_which_kind_of_no() {
-    let closed = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port").local_addr().expect("an address");
-    let plain = Upstream::always(raw("HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n")).await;
+    let closed = tokio::net::TcpListener::bind("127.0.0.1:0")
+        .await
+        .expect("a port")
+        .local_addr()
+        .expect("an address");
+    let plain =
+        Upstream::always(raw("HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n")).await;
     let cases = [
         (format!("http://{closed}"), "UPSTREAM_CONNECT"),
         (format!("https://{}", plain.address), "UPSTREAM_TLS"),
@@ -335,7 +513,11 @@ async fn no_connection_says_which_kind_of_no() {
 
         let failure = program.failure(example_request()).await;
 
-        assert_eq!(failure.code_and_reason(), (Code::Unavailable, reason), "{endpoint}");
+        assert_eq!(
+            failure.code_and_reason(),
+            (Code::Unavailable, reason),
+            "{endpoint}"
+        );
     }
 }
 
@@ -347,7 +529,11 @@ async fn a_redirect_is_not_followed_and_nothing_is_sent_there() {
     for status in [301, 302, 303, 307, 308] {
         let failure = told(answer(status, &[("location", &location)], "")).await;
 
-        assert_eq!(failure.code_and_reason(), (Code::Internal, "UPSTREAM_REDIRECT"), "{status}");
+        assert_eq!(
+            failure.code_and_reason(),
+            (Code::Internal, "UPSTREAM_REDIRECT"),
+            "{status}"
+        );
         assert!(!format!("{failure:?}").contains("steal"), "{status}");
     }
     assert_eq!(elsewhere.connections().opened, 0);

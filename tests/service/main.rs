@@ -3,11 +3,11 @@
 /// Starts the program, scripts upstreams, reads statuses.
 mod support;
 
-/// The request upstream receives, the reply, the rules of the request.
-mod get_task_detail;
 /// What the caller is told for every answer and every broken answer of upstream.
 mod errors;
-/// Attempts, deadlines, cancellation, breaker, overload.
-mod resilience;
+/// The request upstream receives, the reply, the rules of the request.
+mod get_task_detail;
 /// Merged calls, kept answers, throttling, the local rate.
 mod quota;
+/// Attempts, deadlines, cancellation, breaker, overload.
+mod resilience;

@@ -12,7 +12,9 @@ use crate::support::{Failure, Program, Step, Upstream, answer, example, example_
 
 fn with_token(token: &str, request: GetTaskDetailRequest) -> Request<GetTaskDetailRequest> {
     let mut request = Request::new(request);
-    request.metadata_mut().insert("x-auth-token", token.parse().expect("ASCII"));
+    request
+        .metadata_mut()
+        .insert("x-auth-token", token.parse().expect("ASCII"));
     request
 }
 
@@ -28,7 +30,12 @@ async fn begin(
     mut client: TaskServiceClient<Channel>,
     request: impl tonic::IntoRequest<GetTaskDetailRequest> + Send + 'static,
 ) {
-    calls.spawn(async move { client.get_task_detail(request).await.map(|reply| reply.into_inner().job_id) });
+    calls.spawn(async move {
+        client
+            .get_task_detail(request)
+            .await
+            .map(|reply| reply.into_inner().job_id)
+    });
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -54,7 +61,10 @@ async fn a_thousand_equal_calls_over_ten_connections_cause_one_upstream_call() {
 #[tokio::test]
 async fn questions_that_differ_in_anything_are_not_merged() {
     let upstream = Upstream::always(slow_example()).await;
-    let program = Program::start(&["--endpoint", &upstream.url(), "--credentials", "caller"], &[]);
+    let program = Program::start(
+        &["--endpoint", &upstream.url(), "--credentials", "caller"],
+        &[],
+    );
     let client = program.client().await;
     let base = example_request();
     let other = |change: fn(&mut GetTaskDetailRequest)| {
@@ -86,7 +96,11 @@ async fn questions_that_differ_in_anything_are_not_merged() {
 #[tokio::test]
 async fn the_shared_work_goes_on_while_anyone_waits_and_stops_when_nobody_does() {
     let upstream = Upstream::start(|request| {
-        if request.number == 0 { slow_example() } else { vec![Step::Hold] }
+        if request.number == 0 {
+            slow_example()
+        } else {
+            vec![Step::Hold]
+        }
     })
     .await;
     let program = Program::over(&upstream.url(), &[]);
@@ -119,7 +133,9 @@ async fn each_waiter_has_its_own_deadline_and_the_work_that_of_the_longest() {
     let program = Program::over(&upstream.url(), &[]);
     let client = program.client().await;
     let mut hasty = Request::new(example_request());
-    hasty.metadata_mut().insert("grpc-timeout", "150m".parse().expect("ASCII"));
+    hasty
+        .metadata_mut()
+        .insert("grpc-timeout", "150m".parse().expect("ASCII"));
     let mut first = JoinSet::new();
     let mut second = JoinSet::new();
 
@@ -129,7 +145,13 @@ async fn each_waiter_has_its_own_deadline_and_the_work_that_of_the_longest() {
     let first = first.join_all().await;
     let second = second.join_all().await;
 
-    assert_eq!(first[0].as_ref().expect_err("too slow for the first").code(), Code::DeadlineExceeded);
+    assert_eq!(
+        first[0]
+            .as_ref()
+            .expect_err("too slow for the first")
+            .code(),
+        Code::DeadlineExceeded
+    );
     assert!(second[0].is_ok(), "{second:?}");
     assert_eq!(upstream.requests().len(), 1);
 }
@@ -137,8 +159,11 @@ async fn each_waiter_has_its_own_deadline_and_the_work_that_of_the_longest() {
 #[tokio::test]
 async fn an_error_is_shared_like_an_answer() {
     let upstream = Upstream::always(
-        [vec![Step::Wait(Duration::from_millis(300))], answer(403, &[], r#"{"error_code":"DBS.200044","error_msg":"m"}"#)]
-            .concat(),
+        [
+            vec![Step::Wait(Duration::from_millis(300))],
+            answer(403, &[], r#"{"error_code":"DBS.200044","error_msg":"m"}"#),
+        ]
+        .concat(),
     )
     .await;
     let program = Program::over(&upstream.url(), &[]);
@@ -150,7 +175,11 @@ async fn an_error_is_shared_like_an_answer() {
     }
     let answers = calls.join_all().await;
 
-    assert!(answers.iter().all(|answer| answer.as_ref().is_err_and(|e| e.code() == Code::PermissionDenied)));
+    assert!(answers.iter().all(|answer| {
+        answer
+            .as_ref()
+            .is_err_and(|e| e.code() == Code::PermissionDenied)
+    }));
     assert_eq!(upstream.requests().len(), 1);
 }
 
@@ -190,7 +219,10 @@ async fn nothing_is_kept_by_default() {
     let mut client = program.client().await;
 
     for _ in 0..3 {
-        client.get_task_detail(example_request()).await.expect("an answer");
+        client
+            .get_task_detail(example_request())
+            .await
+            .expect("an answer");
     }
 
     assert_eq!(upstream.requests().len(), 3);
@@ -203,20 +235,44 @@ async fn a_throttled_identity_is_held_back_and_others_are_not() {
         _ => example(),
     })
     .await;
-    let program = Program::start(&["--endpoint", &upstream.url(), "--credentials", "caller"], &[]);
+    let program = Program::start(
+        &["--endpoint", &upstream.url(), "--credentials", "caller"],
+        &[],
+    );
     let mut client = program.client().await;
-    client.get_task_detail(with_token("ann", example_request())).await.expect_err("429");
+    client
+        .get_task_detail(with_token("ann", example_request()))
+        .await
+        .expect_err("429");
 
     let mut other = example_request();
     other.workflow_id = "other".into();
-    let held = Failure::of(&client.get_task_detail(with_token("ann", other)).await.expect_err("held back"));
-    client.get_task_detail(with_token("bob", example_request())).await.expect("not throttled");
+    let held = Failure::of(
+        &client
+            .get_task_detail(with_token("ann", other))
+            .await
+            .expect_err("held back"),
+    );
+    client
+        .get_task_detail(with_token("bob", example_request()))
+        .await
+        .expect("not throttled");
 
-    assert_eq!(held.code_and_reason(), (Code::ResourceExhausted, "THROTTLED"));
+    assert_eq!(
+        held.code_and_reason(),
+        (Code::ResourceExhausted, "THROTTLED")
+    );
     let delay = held.retry_delay.expect("RetryInfo");
-    assert!(delay > Duration::from_secs(1) && delay <= Duration::from_secs(2), "{delay:?}");
+    assert!(
+        delay > Duration::from_secs(1) && delay <= Duration::from_secs(2),
+        "{delay:?}"
+    );
     assert_eq!(held.quota_subjects.len(), 1);
-    let asked: Vec<_> = upstream.requests().iter().map(|r| r.header("x-auth-token").map(str::to_owned)).collect();
+    let asked: Vec<_> = upstream
+        .requests()
+        .iter()
+        .map(|r| r.header("x-auth-token").map(str::to_owned))
+        .collect();
     assert_eq!(asked, [Some("ann".to_owned()), Some("bob".to_owned())]);
     assert_eq!(program.metric("rds_throttled_calls_total").await, 1.0);
 }
@@ -226,12 +282,24 @@ async fn throttling_by_address_holds_everyone_back() {
     let text = "The throttling threshold has been reached: policy ip over ratelimit,limit:200,time:1 minute";
     let body = format!(r#"{{"error_msg":"{text}","error_code":"APIGW.0308"}}"#);
     let upstream = Upstream::always(answer(429, &[], &body)).await;
-    let program = Program::start(&["--endpoint", &upstream.url(), "--credentials", "caller"], &[]);
+    let program = Program::start(
+        &["--endpoint", &upstream.url(), "--credentials", "caller"],
+        &[],
+    );
     let mut client = program.client().await;
 
     for token in ["ann", "bob"] {
-        let failure = Failure::of(&client.get_task_detail(with_token(token, example_request())).await.expect_err("429"));
-        assert_eq!(failure.code_and_reason(), (Code::ResourceExhausted, "THROTTLED"), "{token}");
+        let failure = Failure::of(
+            &client
+                .get_task_detail(with_token(token, example_request()))
+                .await
+                .expect_err("429"),
+        );
+        assert_eq!(
+            failure.code_and_reason(),
+            (Code::ResourceExhausted, "THROTTLED"),
+            "{token}"
+        );
     }
 
     assert_eq!(upstream.requests().len(), 1);
@@ -247,7 +315,9 @@ async fn the_local_rate_paces_calls_that_fit_and_refuses_the_others_at_once() {
             workflow_id: format!("w-{number}"),
             ..example_request()
         });
-        request.metadata_mut().insert("grpc-timeout", timeout.parse().expect("ASCII"));
+        request
+            .metadata_mut()
+            .insert("grpc-timeout", timeout.parse().expect("ASCII"));
         request
     };
     let mut calls = JoinSet::new();
@@ -257,15 +327,30 @@ async fn the_local_rate_paces_calls_that_fit_and_refuses_the_others_at_once() {
         begin(&mut calls, client.clone(), distinct(number, "10S")).await;
     }
     upstream.wait_for_requests(2).await;
-    let refused = Failure::of(&client.clone().get_task_detail(distinct(9, "200m")).await.expect_err("no room"));
+    let refused = Failure::of(
+        &client
+            .clone()
+            .get_task_detail(distinct(9, "200m"))
+            .await
+            .expect_err("no room"),
+    );
     let refused_after = started.elapsed();
     let answers = calls.join_all().await;
     let took = started.elapsed();
 
     assert!(answers.iter().all(Result::is_ok), "{answers:?}");
-    assert!(took >= Duration::from_millis(900), "four calls at two a second: {took:?}");
-    assert_eq!(refused.code_and_reason(), (Code::ResourceExhausted, "THROTTLED"));
-    assert!(refused_after < Duration::from_millis(200), "{refused_after:?}");
+    assert!(
+        took >= Duration::from_millis(900),
+        "four calls at two a second: {took:?}"
+    );
+    assert_eq!(
+        refused.code_and_reason(),
+        (Code::ResourceExhausted, "THROTTLED")
+    );
+    assert!(
+        refused_after < Duration::from_millis(200),
+        "{refused_after:?}"
+    );
     assert_eq!(upstream.requests().len(), 4);
 }
 
@@ -276,18 +361,36 @@ async fn a_caller_never_sees_the_answer_of_another_credential() {
         let token = request.header("x-auth-token").unwrap_or_default();
         let task = request.body.split('"').nth(3).unwrap_or_default();
         let mut steps = vec![Step::Wait(Duration::from_millis(request.number as u64 % 7))];
-        steps.extend(answer(200, &[], format!(r#"{{"job_id":"{token}/{task}"}}"#)));
+        steps.extend(answer(
+            200,
+            &[],
+            format!(r#"{{"job_id":"{token}/{task}"}}"#),
+        ));
         steps
     })
     .await;
-    let args = ["--endpoint", &upstream.url(), "--credentials", "caller", "--cache-ttl", "20ms"];
+    let args = [
+        "--endpoint",
+        &upstream.url(),
+        "--credentials",
+        "caller",
+        "--cache-ttl",
+        "20ms",
+    ];
     let program = Program::start(&args, &[]);
-    let clients = Arc::new([program.client().await, program.client().await, program.client().await]);
+    let clients = Arc::new([
+        program.client().await,
+        program.client().await,
+        program.client().await,
+    ]);
     let mut calls = JoinSet::new();
 
     for number in 0..600usize {
         let mut client = clients[number % 3].clone();
-        let (token, task) = (format!("token-{}", number % 5), format!("task-{}", (number / 5) % 4));
+        let (token, task) = (
+            format!("token-{}", number % 5),
+            format!("task-{}", (number / 5) % 4),
+        );
         calls.spawn(async move {
             let mut request = example_request();
             request.workflow_id = task.clone();

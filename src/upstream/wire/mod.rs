@@ -36,6 +36,39 @@ pub struct TaskDetail {
     pub sub_task_list: Vec<SubTask>,
 }
 
+impl TaskDetail {
+    /// The bytes of all its texts.
+    pub fn text_bytes(&self) -> usize {
+        let documented = [
+            &self.instance_id,
+            &self.instance_name,
+            &self.job_id,
+            &self.job_name,
+        ];
+        let others = [
+            &self.created_at,
+            &self.update_at,
+            &self.process,
+            &self.status,
+        ];
+        let parts = self.sub_task_list.iter().flat_map(|part| {
+            [
+                &part.sub_task_name,
+                &part.percent,
+                &part.executed_time,
+                &part.status,
+                &part.remaining_time,
+            ]
+        });
+        let optional = others.into_iter().chain(parts).flatten();
+        documented
+            .into_iter()
+            .chain(optional)
+            .map(String::len)
+            .sum()
+    }
+}
+
 /// One part of a task.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct SubTask {

@@ -63,7 +63,12 @@ impl Logs {
                 return Some(found);
             }
             let left = end.checked_duration_since(Instant::now())?;
-            lines = self.0.1.wait_timeout(lines, left).expect("no panic under the lock").0;
+            lines = self
+                .0
+                .1
+                .wait_timeout(lines, left)
+                .expect("no panic under the lock")
+                .0;
         }
     }
 }
@@ -72,7 +77,15 @@ impl Program {
     /// Starts `serve` on free ports with JSON logs and nothing of this process's environment but `env`.
     pub fn start(args: &[&str], env: &[(&str, &str)]) -> Self {
         let mut child = Command::new(PROGRAM)
-            .args(["serve", "--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0", "--log-format", "json"])
+            .args([
+                "serve",
+                "--listen",
+                "127.0.0.1:0",
+                "--metrics-listen",
+                "127.0.0.1:0",
+                "--log-format",
+                "json",
+            ])
             .args(args)
             .env_clear()
             .envs(env.iter().copied())
@@ -93,9 +106,17 @@ impl Program {
         });
         let Some((grpc, admin)) = addresses else {
             let _ = child.kill();
-            panic!("no start line with addresses in {:?}", logs.0.0.lock().expect("no panic under the lock"));
+            panic!(
+                "no start line with addresses in {:?}",
+                logs.0.0.lock().expect("no panic under the lock")
+            );
         };
-        Self { child, logs, grpc, admin }
+        Self {
+            child,
+            logs,
+            grpc,
+            admin,
+        }
     }
 
     /// Against a scripted upstream, with a token of its own.
@@ -114,12 +135,16 @@ impl Program {
 
     /// A client with a connection of its own.
     pub async fn client(&self) -> TaskServiceClient<Channel> {
-        let channel = Channel::from_shared(format!("http://{}", self.grpc)).expect("an address makes a URL");
+        let channel =
+            Channel::from_shared(format!("http://{}", self.grpc)).expect("an address makes a URL");
         TaskServiceClient::new(channel.connect().await.expect("the program listens"))
     }
 
     /// One call on a connection of its own.
-    pub async fn call(&self, request: GetTaskDetailRequest) -> Result<Response<GetTaskDetailResponse>, Status> {
+    pub async fn call(
+        &self,
+        request: GetTaskDetailRequest,
+    ) -> Result<Response<GetTaskDetailResponse>, Status> {
         self.client().await.get_task_detail(request).await
     }
 
@@ -131,7 +156,9 @@ impl Program {
     ) -> Result<Response<GetTaskDetailResponse>, Status> {
         let mut request = Request::new(request);
         for (name, value) in metadata {
-            request.metadata_mut().append(*name, value.parse().expect("test metadata is ASCII"));
+            request
+                .metadata_mut()
+                .append(*name, value.parse().expect("test metadata is ASCII"));
         }
         self.client().await.get_task_detail(request).await
     }
@@ -142,7 +169,10 @@ impl Program {
     }
 
     /// One call for the example task with a deadline of its own.
-    pub async fn call_within(&self, timeout: Duration) -> Result<Response<GetTaskDetailResponse>, Status> {
+    pub async fn call_within(
+        &self,
+        timeout: Duration,
+    ) -> Result<Response<GetTaskDetailResponse>, Status> {
         let mut request = Request::new(example_request());
         request.set_timeout(timeout);
         self.client().await.get_task_detail(request).await
@@ -151,13 +181,30 @@ impl Program {
     /// `(status, body)` of a path of the metrics listener.
     pub async fn admin(&self, path: &str) -> (u16, String) {
         use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-        let mut stream = tokio::net::TcpStream::connect(self.admin).await.expect("the metrics listener is open");
+        let mut stream = tokio::net::TcpStream::connect(self.admin)
+            .await
+            .expect("the metrics listener is open");
         let request = format!("GET {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n");
-        stream.write_all(request.as_bytes()).await.expect("the request is taken");
+        stream
+            .write_all(request.as_bytes())
+            .await
+            .expect("the request is taken");
         let mut text = String::new();
-        stream.read_to_string(&mut text).await.expect("the answer is text");
-        let status = text.split(' ').nth(1).and_then(|status| status.parse().ok()).expect("a status line");
-        (status, text.split_once("\r\n\r\n").map(|(_, body)| body.to_owned()).unwrap_or_default())
+        stream
+            .read_to_string(&mut text)
+            .await
+            .expect("the answer is text");
+        let status = text
+            .split(' ')
+            .nth(1)
+            .and_then(|status| status.parse().ok())
+            .expect("a status line");
+        (
+            status,
+            text.split_once("\r\n\r\n")
+                .map(|(_, body)| body.to_owned())
+                .unwrap_or_default(),
+        )
     }
 
     /// All samples of `/metrics` whose value is not zero.
@@ -173,7 +220,11 @@ impl Program {
 
     /// The value of one series, 0 when it is absent or zero.
     pub async fn metric(&self, series: &str) -> f64 {
-        self.metrics().await.get(series).copied().unwrap_or_default()
+        self.metrics()
+            .await
+            .get(series)
+            .copied()
+            .unwrap_or_default()
     }
 
     /// How many `GetTaskDetail` RPCs ended with `code`, in Go's spelling.
@@ -187,25 +238,41 @@ impl Program {
 
     /// All lines written until now.
     pub fn logs(&self) -> Vec<String> {
-        self.logs.0.0.lock().expect("no panic under the lock").clone()
+        self.logs
+            .0
+            .0
+            .lock()
+            .expect("no panic under the lock")
+            .clone()
     }
 
     /// Waits for a line that `wanted` accepts.
     pub fn wait_for_log(&self, wanted: impl Fn(&serde_json::Value) -> bool) -> serde_json::Value {
         self.logs
-            .wait_for(|lines| lines.iter().find_map(|line| serde_json::from_str(line).ok().filter(&wanted)))
+            .wait_for(|lines| {
+                lines
+                    .iter()
+                    .find_map(|line| serde_json::from_str(line).ok().filter(&wanted))
+            })
             .unwrap_or_else(|| panic!("no such line in {:#?}", self.logs()))
     }
 
     /// Waits for the access line of the RPC with this request id.
     pub fn access_line(&self, request_id: &str) -> serde_json::Value {
-        self.wait_for_log(|line| line["request_id"] == request_id && line.get("grpc_code").is_some())
+        self.wait_for_log(|line| {
+            line["request_id"] == request_id && line.get("grpc_code").is_some()
+        })
     }
 
     /// Sends a signal, by name.
     pub fn signal(&self, name: &str) {
-        let done = Command::new("kill").args([&format!("-{name}"), &self.child.id().to_string()]).status();
-        assert!(done.is_ok_and(|status| status.success()), "the signal is sent");
+        let done = Command::new("kill")
+            .args([&format!("-{name}"), &self.child.id().to_string()])
+            .status();
+        assert!(
+            done.is_ok_and(|status| status.success()),
+            "the signal is sent"
+        );
     }
 
     /// Waits for the end of the program.
@@ -244,8 +311,22 @@ pub fn run(args: &[&str], env: &[(&str, &str)]) -> (i32, String, String) {
         .spawn()
         .expect("the program starts");
     let (mut out, mut err) = (String::new(), String::new());
-    child.stdout.take().expect("stdout is piped").read_to_string(&mut out).expect("text");
-    child.stderr.take().expect("stderr is piped").read_to_string(&mut err).expect("text");
-    let code = child.wait().expect("the child is ours").code().unwrap_or(-1);
+    child
+        .stdout
+        .take()
+        .expect("stdout is piped")
+        .read_to_string(&mut out)
+        .expect("text");
+    child
+        .stderr
+        .take()
+        .expect("stderr is piped")
+        .read_to_string(&mut err)
+        .expect("text");
+    let code = child
+        .wait()
+        .expect("the child is ours")
+        .code()
+        .unwrap_or(-1);
     (code, out, err)
 }

@@ -32,7 +32,9 @@ impl Failure {
             message: status.message().to_owned(),
             reason: info.map(|info| info.reason.clone()).unwrap_or_default(),
             domain: info.map(|info| info.domain.clone()).unwrap_or_default(),
-            metadata: info.map(|info| info.metadata.clone().into_iter().collect()).unwrap_or_default(),
+            metadata: info
+                .map(|info| info.metadata.clone().into_iter().collect())
+                .unwrap_or_default(),
             request_id: details.request_info().map(|info| info.request_id.clone()),
             retry_delay: details.retry_info().and_then(|info| info.retry_delay),
             pushback_ms: status
@@ -41,15 +43,23 @@ impl Failure {
                 .and_then(|value| value.to_str().ok()?.parse().ok()),
             violations: details
                 .bad_request()
-                .map(|bad| bad.field_violations.iter().map(|v| (v.field.clone(), v.description.clone())).collect())
+                .map(|bad| {
+                    bad.field_violations
+                        .iter()
+                        .map(|v| (v.field.clone(), v.description.clone()))
+                        .collect()
+                })
                 .unwrap_or_default(),
             quota_subjects: details
                 .quota_failure()
                 .map(|quota| quota.violations.iter().map(|v| v.subject.clone()).collect())
                 .unwrap_or_default(),
-            resource: details
-                .resource_info()
-                .map(|resource| (resource.resource_type.clone(), resource.resource_name.clone())),
+            resource: details.resource_info().map(|resource| {
+                (
+                    resource.resource_type.clone(),
+                    resource.resource_name.clone(),
+                )
+            }),
             details_bytes: status.details().len(),
         }
     }

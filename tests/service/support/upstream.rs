@@ -30,7 +30,10 @@ pub struct Received {
 
 impl Received {
     pub fn header(&self, name: &str) -> Option<&str> {
-        self.headers.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
+        self.headers
+            .iter()
+            .find(|(known, _)| known == name)
+            .map(|(_, value)| value.as_str())
     }
 }
 
@@ -50,7 +53,8 @@ pub enum Step {
 /// A whole HTTP answer.
 pub fn answer(status: u16, headers: &[(&str, &str)], body: impl AsRef<[u8]>) -> Vec<Step> {
     let body = body.as_ref();
-    let mut bytes = format!("HTTP/1.1 {status} X\r\ncontent-length: {}\r\n", body.len()).into_bytes();
+    let mut bytes =
+        format!("HTTP/1.1 {status} X\r\ncontent-length: {}\r\n", body.len()).into_bytes();
     for (name, value) in headers {
         bytes.extend_from_slice(format!("{name}: {value}\r\n").as_bytes());
     }
@@ -88,7 +92,9 @@ impl Upstream {
     /// Answers every request with the steps that `script` returns for it.
     pub async fn start(script: impl Fn(&Received) -> Vec<Step> + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
-        let address = listener.local_addr().expect("a bound listener has an address");
+        let address = listener
+            .local_addr()
+            .expect("a bound listener has an address");
         let (arrived_at, arrived) = watch::channel(0);
         let (connections_at, connections) = watch::channel(Connections::default());
         let requests = Arc::new(Mutex::new(Vec::new()));
@@ -102,7 +108,9 @@ impl Upstream {
         tasks.spawn(async move {
             let mut peers = JoinSet::new();
             for number in 0.. {
-                let Ok((stream, _)) = listener.accept().await else { return };
+                let Ok((stream, _)) = listener.accept().await else {
+                    return;
+                };
                 shared.connections.send_modify(|count| count.opened += 1);
                 let shared = Arc::clone(&shared);
                 peers.spawn(async move {
@@ -131,19 +139,26 @@ impl Upstream {
 
     /// All requests until now.
     pub fn requests(&self) -> Vec<Received> {
-        self.requests.lock().expect("no panic under the lock").clone()
+        self.requests
+            .lock()
+            .expect("no panic under the lock")
+            .clone()
     }
 
     /// Waits until `count` requests have come in all.
     pub async fn wait_for_requests(&self, count: usize) {
         let mut arrived = self.arrived.clone();
-        within(arrived.wait_for(|arrived| *arrived >= count)).await.expect("the upstream runs");
+        within(arrived.wait_for(|arrived| *arrived >= count))
+            .await
+            .expect("the upstream runs");
     }
 
     /// Waits until `count` connections were closed by the peer or by the script.
     pub async fn wait_for_closed(&self, count: usize) {
         let mut connections = self.connections.clone();
-        within(connections.wait_for(|connections| connections.closed >= count)).await.expect("the upstream runs");
+        within(connections.wait_for(|connections| connections.closed >= count))
+            .await
+            .expect("the upstream runs");
     }
 
     pub fn connections(&self) -> Connections {
@@ -152,7 +167,9 @@ impl Upstream {
 }
 
 async fn within<F: Future>(event: F) -> F::Output {
-    tokio::time::timeout(Duration::from_secs(20), event).await.expect("the event comes within 20 s")
+    tokio::time::timeout(Duration::from_secs(20), event)
+        .await
+        .expect("the event comes within 20 s")
 }
 
 struct Shared {
@@ -166,7 +183,9 @@ async fn serve(mut stream: TcpStream, connection: usize, shared: &Shared) -> io:
     stream.set_nodelay(true)?;
     let mut buffer = Vec::new();
     loop {
-        let Some(mut request) = read_request(&mut stream, &mut buffer).await? else { return Ok(()) };
+        let Some(mut request) = read_request(&mut stream, &mut buffer).await? else {
+            return Ok(());
+        };
         request.connection = connection;
         {
             let mut requests = shared.requests.lock().expect("no panic under the lock");
@@ -199,7 +218,10 @@ async fn serve(mut stream: TcpStream, connection: usize, shared: &Shared) -> io:
     }
 }
 
-async fn read_request(stream: &mut TcpStream, buffer: &mut Vec<u8>) -> io::Result<Option<Received>> {
+async fn read_request(
+    stream: &mut TcpStream,
+    buffer: &mut Vec<u8>,
+) -> io::Result<Option<Received>> {
     let head_end = loop {
         if let Some(at) = buffer.windows(4).position(|window| window == b"\r\n\r\n") {
             break at;
