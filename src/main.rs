@@ -8,7 +8,7 @@ use std::{
 use rds_task_facade::{
     client,
     config::{self, Command},
-    telemetry,
+    serve, telemetry,
 };
 
 /// The exit code for mistakes on the command line or in the environment.
@@ -40,6 +40,7 @@ fn run(command: Command) -> ExitCode {
         }
         Command::Call(call) => runtime.block_on(client::call(*call)),
         Command::Health(health) => runtime.block_on(client::health(*health)),
-        Command::Serve(_) | Command::Sandbox(_) => ExitCode::FAILURE,
+        Command::Serve(config) => runtime.block_on(serve::serve(*config)),
+        Command::Sandbox(listen) => runtime.block_on(serve::sandbox(listen)),
     }
 }

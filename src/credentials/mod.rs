@@ -32,10 +32,10 @@ pub use self::auth::{AccessKey, Auth, Identity, Token};
 use self::cache::{Cache, OnRefusal};
 use crate::{deadline::Deadline, telemetry::metrics::Metrics};
 
-/// A refused token is replaced at once; another refusal in the next ten seconds costs no further token request.
+/// A refused token is replaced at once; another refusal in the next two seconds costs no further token request.
 const TOKEN_REFUSED: OnRefusal = OnRefusal {
     keep: false,
-    spacing: Duration::from_secs(10),
+    spacing: Duration::from_secs(2),
 };
 
 /// A refused temporary key makes the cache look for a new one, at most every five minutes, and serves on: the gateway

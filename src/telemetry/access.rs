@@ -52,6 +52,21 @@ pub struct AccessLine<'a> {
     pub bytes: u64,
 }
 
+/// Trace id and span id out of a `traceparent` (W3C Trace Context, version 00); `None` when it is not a sound one.
+pub fn trace_ids(traceparent: &[u8]) -> Option<(&str, &str)> {
+    let text = std::str::from_utf8(traceparent).ok()?;
+    let mut parts = text.split('-');
+    let mut hex = |length| {
+        parts.next().filter(|part| {
+            part.len() == length && part.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
+        })
+    };
+    let (version, trace_id, span_id, _flags) = (hex(2)?, hex(32)?, hex(16)?, hex(2)?);
+    let zero = |id: &str| id.bytes().all(|b| b == b'0');
+    let sound = version == "00" && parts.next().is_none() && !zero(trace_id) && !zero(span_id);
+    sound.then_some((trace_id, span_id))
+}
+
 /// Writes access lines. Clones write to the same log.
 #[derive(Debug, Clone)]
 pub struct Access {
@@ -269,6 +284,25 @@ mod tests {
         let shown = object["user_agent"].as_str().unwrap();
         assert!(shown.starts_with("a?\"?[31m?xxx"), "{shown}");
         assert_eq!(shown.len(), MAX_PEER_TEXT);
+    }
+
+    #[test]
+    fn only_a_sound_traceparent_gives_ids() {
+        let (trace, span) = ("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7");
+        let cases = [
+            (format!("00-{trace}-{span}-01"), Some((trace, span))),
+            (format!("01-{trace}-{span}-01"), None),
+            (format!("00-{trace}-{span}-01-x"), None),
+            (format!("00-{trace}-{span}"), None),
+            (format!("00-{}-{span}-01", trace.to_uppercase()), None),
+            (format!("00-{}-{span}-01", "0".repeat(32)), None),
+            (format!("00-{trace}-{}-01", "0".repeat(16)), None),
+            (String::new(), None),
+        ];
+
+        for (text, expected) in cases {
+            assert_eq!(trace_ids(text.as_bytes()), expected, "{text}");
+        }
     }
 
     #[test]

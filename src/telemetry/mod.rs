@@ -16,7 +16,7 @@ use std::{
 use jiff::Timestamp;
 use tracing::Level;
 
-pub use self::access::{Access, AccessLine};
+pub use self::access::{Access, AccessLine, trace_ids};
 use self::{
     line::{Line, Style},
     metrics::Metrics,

@@ -49,6 +49,14 @@ pub(super) enum Remedy {
     SignAgain,
 }
 
+/// When an attempt was signed.
+#[derive(Debug, Clone, Copy)]
+struct Signed {
+    at: SystemTime,
+    /// The call learnt the gateway's time before.
+    clock_corrected: bool,
+}
+
 impl Failed {
     fn lasting(kind: ErrorKind, reason: Reason) -> Self {
         let policy = retry::Failed {
@@ -129,6 +137,7 @@ impl Client {
         &self,
         request: &TaskRequest<'_>,
         auth: &Auth,
+        clock_corrected: bool,
         limit: &Limit,
         progress: &Progress,
     ) -> Result<TaskDetail, Failed> {
@@ -155,12 +164,15 @@ impl Client {
             Failed::lasting(ErrorKind::CircuitOpen { retry_after }, Reason::CircuitOpen)
         })?;
 
-        let signed_at = endpoint.clock.now();
+        let signed = Signed {
+            at: endpoint.clock.now(),
+            clock_corrected,
+        };
         progress.update(|facts| facts.attempts += 1);
         let mut record = Record::start(&endpoint.metrics);
         let until = Instant::now() + endpoint.config.attempt_timeout;
         let sent =
-            tokio::time::timeout_at(until, self.http.send(request.with(auth, signed_at))).await;
+            tokio::time::timeout_at(until, self.http.send(request.with(auth, signed.at))).await;
         let mut answer = match sent {
             Ok(Ok(answer)) => answer,
             Ok(Err(failure)) => return Err(end_without_answer(record, admission, failure)),
@@ -189,14 +201,14 @@ impl Client {
             Err(failure) => return Err(end_without_answer(record, admission, failure)),
         };
         record.end(AttemptOutcome::Answer);
-        self.understand(&answer, &body, signed_at, admission, key, progress)
+        self.understand(&answer, &body, signed, admission, key, progress)
     }
 
     fn understand(
         &self,
         answer: &Answer,
         body: &[u8],
-        signed_at: SystemTime,
+        signed: Signed,
         admission: breaker::Admission<'_>,
         key: Option<key_guard::Admission<'_>>,
         progress: &Progress,
@@ -232,7 +244,7 @@ impl Client {
             };
         });
         Err(match key {
-            Some(key) => self.with_key(rejection, &facts, headers, signed_at, key),
+            Some(key) => self.with_key(rejection, &facts, headers, signed, key),
             None => with_token(rejection),
         })
     }
@@ -243,7 +255,7 @@ impl Client {
         rejection: Rejection,
         facts: &Facts,
         headers: &HeaderMap,
-        signed_at: SystemTime,
+        signed: Signed,
         key: key_guard::Admission<'_>,
     ) -> Failed {
         if rejection.lock_announced {
@@ -263,8 +275,13 @@ impl Client {
             }
             return Failed::rejected(rejection);
         }
-        key.signature_refused(false);
-        if date(headers).is_some_and(|date| self.endpoint.clock.learn(date, signed_at)) {
+        let learn = |date| self.endpoint.clock.learn(date, signed.at);
+        let skewed = date(headers).is_some_and(learn);
+        // A wrong clock says nothing about the key, unless the corrected one is refused too.
+        if !skewed || signed.clock_corrected {
+            key.signature_refused(false);
+        }
+        if skewed {
             return Failed {
                 remedy: Remedy::SignAgain,
                 ..Failed::lasting(ErrorKind::ClockSkew, Reason::ClockSkew)

@@ -34,7 +34,7 @@ pub struct Config {
     /// Attempts of one call, the first included; at least 1.
     pub max_attempts: u32,
     /// Retries as per cent of the calls of the last ten seconds.
-    pub retry_budget_percent: u8,
+    pub retry_budget_percent: u32,
     /// Pace per identity; `None` for as fast as asked.
     pub rate: Option<rate::Config>,
 }
@@ -120,7 +120,10 @@ impl Client {
         let mut last = None;
         self.endpoint.budget.call();
         loop {
-            let failed = match self.attempt(&request, &auth, limit, progress).await {
+            let failed = match self
+                .attempt(&request, &auth, clock_corrected, limit, progress)
+                .await
+            {
                 Ok(task) => {
                     return Ok(Found {
                         task,

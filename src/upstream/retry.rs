@@ -26,7 +26,7 @@ pub(super) struct Budget {
 }
 
 impl Budget {
-    pub(super) fn new(percent: u8) -> Self {
+    pub(super) fn new(percent: u32) -> Self {
         Self {
             percent: u64::from(percent),
             calls_and_retries: Window::new(),
