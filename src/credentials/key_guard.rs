@@ -272,12 +272,15 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn an_announced_lock_holds_at_once_even_for_a_proven_key() {
+    async fn an_announced_lock_holds_at_once_even_for_a_proven_key_and_a_refusal_renews_it() {
         let guard = KeyGuard::new();
         admit(&guard).await.accepted();
 
         admit(&guard).await.signature_refused(true);
+        assert_eq!(remaining_lock(&guard).await, LOCK);
 
+        tokio::time::sleep(LOCK).await;
+        admit(&guard).await.signature_refused(false);
         assert_eq!(remaining_lock(&guard).await, LOCK);
     }
 

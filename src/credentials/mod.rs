@@ -3,7 +3,7 @@
 //! - [`Credentials`]: the configured source; [`Credentials::resolve`] for each call, [`Credentials::renew`] after a 401
 //! - [`auth`]: what one request carries; [`secret`]: the form of tokens and keys
 //! - [`signer`], [`key_guard`]: signing with a key, and keeping it from being locked
-//! - [`iam`], [`metadata`], [`chain`], [`profile`], [`file`]: the sources; [`cache`] keeps what is fetched fresh
+//! - [`iam`], [`metadata`], [`chain`], [`profile`], [`file`](mod@file): the sources; [`cache`] keeps what is fetched fresh
 
 pub mod auth;
 mod cache;

@@ -100,7 +100,7 @@ mod tests {
     #[test]
     fn the_key_of_section_basic_is_read_as_it_is_written() {
         let text = "\u{feff}; comment\n# comment\n[global]\nak = wrong\nsk = wrong\n\n[basic]\r\n  AK = AK1\r\n\
-                    sk=%%a\\n\"q\"'#;=b:%\n; security_token = old\nsecurity_token : st\nproject_id = p\n";
+                    sk=%%a\\n\"q\"'#;=b:%\n; security_token = old\nsecurity_token : st\nproject_id = p\n[other]\nak = wrong\n";
 
         let key = parse(text, None).unwrap();
 
