@@ -1,1 +1,248 @@
-//! To come.
+//! The gRPC listener: accept loop, TLS, limits, drain, and what every RPC passes on its way in and out.
+//!
+//! tonic's own server is not used; its generated service, its `Status`, health and reflection are. That server cannot hold
+//! what a caller may rely on here: a passed deadline answered as such, a drain that ends whatever peers do, an age limit
+//! that spares calls in flight, bounded handshakes, a connection limit, certificates read again.
+//!
+//! ```text
+//! main thread: accept loop, health, certificates, drain      accept.rs health.rs tls.rs mod.rs
+//!   | one socket to the worker with the fewest
+//! worker thread, one runtime each                            worker.rs
+//!   connection: TLS -> preface -> HTTP/2 -> age, GOAWAY       connection.rs preface.rs stream.rs
+//!     RPC: checks, deadline, limit, message -> service        edge.rs message.rs
+//!          <- status, body, counted once                      reply.rs record.rs
+//! ```
+
+mod accept;
+mod certificate;
+mod connection;
+mod edge;
+mod health;
+mod limit;
+mod message;
+mod preface;
+mod record;
+mod reply;
+mod stream;
+#[cfg(test)]
+mod tests;
+pub mod tls;
+mod worker;
+
+use std::{fmt, io, sync::Arc, time::Duration};
+
+use futures_util::future::join_all;
+use tokio::{
+    net::TcpListener,
+    sync::watch,
+    time::{sleep, timeout},
+};
+use tokio_util::task::TaskTracker;
+
+pub use record::{Access, Record};
+
+use crate::{pb::task_service_server::TaskService, telemetry::metrics::Metrics};
+
+/// How the listener behaves.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Upper bound of one RPC.
+    pub timeout: Duration,
+    /// RPCs of the task service at once.
+    pub max_in_flight: usize,
+    /// Connections at once.
+    pub max_connections: usize,
+    /// Between `NOT_SERVING` and GOAWAY.
+    pub drain_delay: Duration,
+    /// For calls in flight, from GOAWAY on.
+    pub shutdown_grace: Duration,
+    /// Certificates; plain text without.
+    pub tls: Option<tls::Files>,
+    /// Whether reflection is served.
+    pub reflection: bool,
+    /// Worker threads, at least one.
+    pub workers: usize,
+    /// What has a fixed value outside of tests, but for the age.
+    pub timings: Timings,
+}
+
+/// The times of one connection.
+#[derive(Debug, Clone)]
+pub struct Timings {
+    /// From acceptance to the end of the TLS handshake.
+    pub handshake_timeout: Duration,
+    /// From then to the end of the HTTP/2 preface.
+    pub preface_timeout: Duration,
+    /// Between PINGs on a silent connection.
+    pub keepalive_interval: Duration,
+    /// For the answer to a PING.
+    pub keepalive_timeout: Duration,
+    /// GOAWAY is sent at this age, give or take a tenth; zero for never.
+    pub max_connection_age: Duration,
+    /// For calls in flight after that.
+    pub max_connection_age_grace: Duration,
+}
+
+impl Default for Timings {
+    fn default() -> Self {
+        Self {
+            handshake_timeout: Duration::from_secs(5),
+            preface_timeout: Duration::from_secs(10),
+            keepalive_interval: Duration::from_secs(30),
+            keepalive_timeout: Duration::from_secs(10),
+            max_connection_age: Duration::from_secs(30 * 60),
+            max_connection_age_grace: Duration::from_secs(30),
+        }
+    }
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            timeout: Duration::from_secs(30),
+            max_in_flight: 2048,
+            max_connections: 1000,
+            drain_delay: Duration::ZERO,
+            shutdown_grace: Duration::from_secs(20),
+            tls: None,
+            reflection: true,
+            workers: std::thread::available_parallelism().map_or(1, usize::from),
+            timings: Timings::default(),
+        }
+    }
+}
+
+/// What the listener works with.
+pub struct Parts<F> {
+    /// Makes the service; called once on each worker, inside its runtime.
+    pub facade: F,
+    /// Whether a first credential is there.
+    pub ready: watch::Receiver<bool>,
+    /// Kept at whether we are SERVING, for `/readyz`.
+    pub serving: watch::Sender<bool>,
+    /// Where RPCs and connections are counted.
+    pub metrics: Arc<Metrics>,
+    /// Takes the record of every RPC.
+    pub access: Access,
+}
+
+impl<F> fmt::Debug for Parts<F> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Parts").finish_non_exhaustive()
+    }
+}
+
+/// Why the listener did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A certificate, key or client CA cannot be used.
+    #[error(transparent)]
+    Tls(#[from] tls::Error),
+    /// The listener cannot be used.
+    #[error("cannot listen: {0}")]
+    Listener(#[source] io::Error),
+    /// A worker thread cannot be started.
+    #[error("cannot start a worker thread: {0}")]
+    Worker(#[source] io::Error),
+}
+
+/// Serves until `shutdown`, then drains: `NOT_SERVING`, `drain_delay`, GOAWAY, calls in flight finish. Returns at the latest
+/// `shutdown_grace` after GOAWAY, whatever peers do.
+///
+/// # Errors
+/// Only before the first connection: see [`Error`].
+pub async fn serve<S, F>(
+    listener: std::net::TcpListener,
+    config: Config,
+    parts: Parts<F>,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), Error>
+where
+    S: TaskService,
+    F: Fn() -> S + Send + Sync + 'static,
+{
+    let Parts {
+        facade,
+        mut ready,
+        serving,
+        metrics,
+        access,
+    } = parts;
+    let tls = match &config.tls {
+        Some(files) => Some(Arc::new(tls::Tls::load(files.clone(), &metrics)?)),
+        None => None,
+    };
+    let health = health::Health::new(serving).await;
+    let routes = health.routes(config.reflection);
+    let in_flight = limit::Limit::new(config.max_in_flight);
+    let facade = Arc::new(facade);
+    let mut workers = Vec::with_capacity(config.workers);
+    for index in 0..config.workers.max(1) {
+        let (facade, routes, in_flight, tls) = (
+            Arc::clone(&facade),
+            routes.clone(),
+            Arc::clone(&in_flight),
+            tls.clone(),
+        );
+        let (timeout, reflection, timings) =
+            (config.timeout, config.reflection, config.timings.clone());
+        let sinks = record::Sinks {
+            metrics: Arc::clone(&metrics),
+            access: Arc::clone(&access),
+        };
+        let shared = move || connection::Shared {
+            edge: edge::Edge::new(facade(), routes, reflection, timeout, in_flight, sinks),
+            tls,
+            timings,
+        };
+        workers.push(
+            worker::Worker::start(index, shared)
+                .await
+                .map_err(Error::Worker)?,
+        );
+    }
+    listener.set_nonblocking(true).map_err(Error::Listener)?;
+    let tracker = TaskTracker::new();
+    let door = accept::Door {
+        listener: TcpListener::from_std(listener).map_err(Error::Listener)?,
+        workers,
+        connections: limit::Limit::new(config.max_connections),
+        metrics,
+        tracker: tracker.clone(),
+    };
+
+    let first = *ready.borrow_and_update();
+    health.set(first).await;
+    tokio::select! {
+        biased;
+        () = shutdown => {}
+        never = door.open() => match never {},
+        never = health.follow(ready) => match never {},
+        never = tls::follow(tls.as_deref()) => match never {},
+    }
+
+    health.set(false).await;
+    tokio::select! {
+        never = door.open() => match never {},
+        () = sleep(config.drain_delay) => {}
+    }
+    let connections = Arc::clone(&door.connections);
+    let workers = door.close();
+    workers.iter().for_each(worker::Worker::go_away);
+    health.end_watches().await;
+    tracker.close();
+    if timeout(config.shutdown_grace, tracker.wait())
+        .await
+        .is_err()
+    {
+        tracing::warn!(
+            connections = connections.taken(),
+            calls = in_flight.taken(),
+            "cut off at the end of the shutdown grace"
+        );
+    }
+    // A worker ends at once unless something on it blocks, which must not hold up the exit.
+    let stopping = join_all(workers.into_iter().map(worker::Worker::stop));
+    let _ = timeout(Duration::from_secs(1), stopping).await;
+    Ok(())
+}

@@ -1,0 +1,96 @@
+//! The accept loop. One loop for all workers: the spread is even whatever the kernel's hash says, and a second process on
+//! the same port fails loudly instead of taking half of the connections.
+
+use std::{convert::Infallible, io, net::SocketAddr, sync::Arc, time::Duration};
+
+use futures_util::FutureExt as _;
+use tokio::{
+    net::{TcpListener, TcpStream},
+    time::{Instant, sleep},
+};
+use tokio_util::task::TaskTracker;
+
+use super::{limit::Limit, worker::Worker};
+use crate::{pb::task_service_server::TaskService, telemetry::metrics::Metrics};
+
+/// The pause after the first failed accept; it doubles to [`MAX_PAUSE`] while they go on failing.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const MAX_PAUSE: Duration = Duration::from_secs(1);
+/// At most one line per this time says that connections cannot be accepted.
+const LOG_INTERVAL: Duration = Duration::from_secs(60);
+
+/// The listener, and where its connections go.
+#[derive(Debug)]
+pub(super) struct Door<S> {
+    pub(super) listener: TcpListener,
+    pub(super) workers: Vec<Worker<S>>,
+    pub(super) connections: Arc<Limit>,
+    pub(super) metrics: Arc<Metrics>,
+    pub(super) tracker: TaskTracker,
+}
+
+impl<S: TaskService> Door<S> {
+    /// Lets connections in until it is dropped.
+    pub(super) async fn open(&self) -> Infallible {
+        let mut pause = FIRST_PAUSE;
+        let mut logged: Option<Instant> = None;
+        loop {
+            match self.listener.accept().await {
+                Ok((socket, peer)) => {
+                    pause = FIRST_PAUSE;
+                    self.admit(socket, peer);
+                }
+                Err(error) if of_one_connection(&error) => {}
+                // Out of descriptors or memory. The waiting connection stays in the queue, so without a pause this loop
+                // would take a whole core.
+                Err(error) => {
+                    if logged.is_none_or(|at| at.elapsed() >= LOG_INTERVAL) {
+                        tracing::error!(%error, "cannot accept connections; will go on trying");
+                        logged = Some(Instant::now());
+                    }
+                    sleep(pause).await;
+                    pause = (pause * 2).min(MAX_PAUSE);
+                }
+            }
+        }
+    }
+
+    /// Lets in what the kernel has already accepted, and closes the listener.
+    pub(super) fn close(self) -> Vec<Worker<S>> {
+        while let Some(Ok((socket, peer))) = self.listener.accept().now_or_never() {
+            self.admit(socket, peer);
+        }
+        self.workers
+    }
+
+    fn admit(&self, socket: TcpStream, peer: SocketAddr) {
+        let Some(place) = self.connections.try_take() else {
+            self.metrics.connections_refused.inc();
+            return;
+        };
+        // Without it an answer waits for the acknowledgement of the one before: 40 ms.
+        let prepared = socket.set_nodelay(true).and_then(|()| socket.into_std());
+        let worker = self
+            .workers
+            .iter()
+            .min_by_key(|worker| worker.connections());
+        match (prepared, worker) {
+            (Ok(socket), Some(worker)) => {
+                worker.take(socket, peer, place, &self.metrics, &self.tracker);
+            }
+            _ => {
+                self.metrics.connections_refused.inc();
+            }
+        }
+    }
+}
+
+/// Whether a failed accept concerns one connection only, which ended before we had it.
+fn of_one_connection(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::ConnectionAborted
+            | io::ErrorKind::ConnectionReset
+            | io::ErrorKind::Interrupted
+    )
+}

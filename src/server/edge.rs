@@ -1,0 +1,204 @@
+//! An RPC's way in: every check and limit that it passes before its service sees it, in order, and nothing twice.
+//!
+//! ```text
+//! started -> request id -> method, content type -> deadline -> place in flight -> whole message -> service -> reply
+//! ```
+
+use std::{
+    convert::Infallible, net::SocketAddr, panic::AssertUnwindSafe, sync::Arc, time::Duration,
+};
+
+use futures_util::FutureExt as _;
+use http::{HeaderMap, Method as HttpMethod, Request, Response, StatusCode, header};
+use http_body_util::Full;
+use hyper::body::Incoming;
+use tonic::{Code, codec::CompressionEncoding, service::Routes};
+use tower_service::Service as _;
+
+use super::{
+    limit::Limit,
+    message,
+    record::{Rpc, Sinks},
+    reply::{self, REQUEST_ID, Reply},
+};
+use crate::{
+    deadline::{Deadline, parse_grpc_timeout},
+    pb::task_service_server::{TaskService, TaskServiceServer},
+    rpc::{Call, Error},
+    telemetry::metrics::Method,
+};
+
+/// The longest message of a reply, in bytes: what gRPC clients accept by default.
+const MAX_REPLY_BYTES: usize = 4 * 1024 * 1024;
+
+/// What all RPCs of one worker share.
+#[derive(Clone)]
+pub(super) struct Edge<S> {
+    task: TaskServiceServer<S>,
+    /// Health and, unless it is off, reflection.
+    support: Routes,
+    reflection: bool,
+    timeout: Duration,
+    in_flight: Arc<Limit>,
+    sinks: Arc<Sinks>,
+}
+
+impl<S: TaskService> Edge<S> {
+    /// The way to `service`.
+    pub(super) fn new(
+        service: S,
+        support: Routes,
+        reflection: bool,
+        timeout: Duration,
+        in_flight: Arc<Limit>,
+        sinks: Sinks,
+    ) -> Self {
+        Self {
+            task: TaskServiceServer::new(service)
+                .accept_compressed(CompressionEncoding::Gzip)
+                .max_decoding_message_size(message::MAX_BYTES)
+                .max_encoding_message_size(MAX_REPLY_BYTES),
+            support,
+            reflection,
+            timeout,
+            in_flight,
+            sinks: Arc::new(sinks),
+        }
+    }
+
+    /// Answers one RPC, whatever it is.
+    pub(super) async fn answer(
+        &self,
+        peer: SocketAddr,
+        request: Request<Incoming>,
+    ) -> Response<Reply> {
+        let headers = request.headers();
+        let method = Method::of_path(request.uri().path());
+        let caller_timeout = caller_timeout(headers);
+        let timeout = caller_timeout.as_ref().ok().copied().flatten();
+        let deadline =
+            Deadline::after(timeout.map_or(self.timeout, |timeout| timeout.min(self.timeout)));
+        let call = Call::new(deadline, request_id(headers));
+        let rpc = Rpc::start(&self.sinks, method, call, timeout, peer, headers);
+
+        if request.method() != HttpMethod::POST {
+            return reply::not_grpc(rpc, StatusCode::METHOD_NOT_ALLOWED);
+        }
+        if !is_grpc(headers) {
+            return reply::not_grpc(rpc, StatusCode::UNSUPPORTED_MEDIA_TYPE);
+        }
+        if let Err(error) = caller_timeout {
+            return reply::failure(rpc, &error);
+        }
+        match method {
+            Method::GetTaskDetail => self.task(rpc, request).await,
+            Method::HealthCheck | Method::HealthWatch => self.support(rpc, method, request).await,
+            Method::Reflection if self.reflection => self.support(rpc, method, request).await,
+            Method::Reflection | Method::Other => {
+                let error = Error::Protocol(Code::Unimplemented, "unknown service or method");
+                reply::failure(rpc, &error)
+            }
+        }
+    }
+
+    /// The task service: with a place in flight, within the deadline.
+    async fn task(&self, rpc: Rpc, request: Request<Incoming>) -> Response<Reply> {
+        let Some(_place) = self.in_flight.try_take() else {
+            return reply::failure(rpc, &Error::Overloaded);
+        };
+        let deadline = rpc.call.deadline;
+        let (mut head, body) = request.into_parts();
+        let message = match deadline.bound(message::read(body)).await {
+            Ok(Ok(message)) => message,
+            Ok(Err(error)) => return reply::failure(rpc, &error),
+            Err(_) => return reply::failure(rpc, &Error::DeadlineExceeded),
+        };
+        if deadline.remaining().is_zero() {
+            return reply::failure(rpc, &Error::DeadlineExceeded);
+        }
+        head.extensions.insert(Arc::clone(&rpc.call));
+        let request = Request::from_parts(head, Full::new(message));
+        let answer = AssertUnwindSafe(self.task.clone().call(request)).catch_unwind();
+        match deadline.bound(answer).await {
+            Ok(Ok(Ok::<_, Infallible>(response))) => reply::unary(rpc, response).await,
+            Ok(Err(_)) => {
+                rpc.panicked();
+                reply::failure(rpc, &Error::Internal)
+            }
+            Err(_) => reply::failure(rpc, &Error::DeadlineExceeded),
+        }
+    }
+
+    /// Health and reflection: outside the limit. Their streams end with the caller's deadline, not with ours.
+    async fn support(
+        &self,
+        rpc: Rpc,
+        method: Method,
+        request: Request<Incoming>,
+    ) -> Response<Reply> {
+        let deadline = rpc.call.deadline;
+        let until = match method {
+            Method::HealthCheck => Some(deadline),
+            _ => rpc.caller_timeout.map(Deadline::after),
+        };
+        let answer = AssertUnwindSafe(self.support.clone().call(request)).catch_unwind();
+        match deadline.bound(answer).await {
+            Ok(Ok(Ok::<_, Infallible>(response))) => reply::streaming(rpc, response, until),
+            Ok(Err(_)) => {
+                rpc.panicked();
+                reply::failure(rpc, &Error::Internal)
+            }
+            Err(_) => reply::failure(rpc, &Error::DeadlineExceeded),
+        }
+    }
+}
+
+/// The caller's `grpc-timeout`, if there is one.
+fn caller_timeout(headers: &HeaderMap) -> Result<Option<Duration>, Error> {
+    let mut values = headers.get_all("grpc-timeout").iter();
+    let Some(value) = values.next() else {
+        return Ok(None);
+    };
+    match (parse_grpc_timeout(value.as_bytes()), values.next()) {
+        (Some(timeout), None) => Ok(Some(timeout)),
+        (_, Some(_)) => Err(Error::Protocol(
+            Code::InvalidArgument,
+            "grpc-timeout: may be given once only",
+        )),
+        (None, None) => Err(Error::Protocol(
+            Code::InvalidArgument,
+            "grpc-timeout: must be 1 to 8 digits and one of H, M, S, m, u, n",
+        )),
+    }
+}
+
+/// Whether the content type is gRPC with protobuf: gRPC over HTTP/2, section "Requests". gRPC-Web has a type of its own,
+/// and other encodings of the message are not spoken here.
+fn is_grpc(headers: &HeaderMap) -> bool {
+    let Some(value) = headers.get(header::CONTENT_TYPE) else {
+        return false;
+    };
+    let essence = value
+        .as_bytes()
+        .split(|byte| *byte == b';')
+        .next()
+        .unwrap_or_default();
+    let essence = essence.trim_ascii_end();
+    essence.eq_ignore_ascii_case(b"application/grpc")
+        || essence.eq_ignore_ascii_case(b"application/grpc+proto")
+}
+
+/// The caller's `x-request-id` if it is one of `[A-Za-z0-9._-]{1,128}`, else 128 random bits in hex.
+fn request_id(headers: &HeaderMap) -> String {
+    let mut values = headers.get_all(REQUEST_ID).iter();
+    if let (Some(value), None) = (values.next(), values.next()) {
+        let allowed = |byte: &u8| byte.is_ascii_alphanumeric() || b"._-".contains(byte);
+        if let Ok(id) = value.to_str()
+            && (1..=128).contains(&id.len())
+            && id.as_bytes().iter().all(allowed)
+        {
+            return id.to_owned();
+        }
+    }
+    format!("{:032x}", fastrand::u128(..))
+}

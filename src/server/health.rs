@@ -1,0 +1,105 @@
+//! The standard health service, the state behind it, and reflection.
+
+use std::convert::Infallible;
+
+use tokio::sync::watch;
+use tonic::service::{Routes, RoutesBuilder};
+use tonic_health::{
+    ServingStatus,
+    pb::health_server::HealthServer,
+    server::{HealthReporter, HealthService},
+};
+
+use super::message;
+use crate::pb::{DESCRIPTORS, task_service_server::SERVICE_NAME};
+
+/// The names that health answers for: the whole server, and the service.
+const NAMES: [&str; 2] = ["", SERVICE_NAME];
+
+/// Whether we take calls, as health, `/readyz` and nobody else decide it. It never follows upstream's health: then all
+/// instances would leave at once.
+#[derive(Debug)]
+pub(super) struct Health {
+    reporter: HealthReporter,
+    serving: watch::Sender<bool>,
+}
+
+impl Health {
+    /// `NOT_SERVING`; `serving` is kept equal to it.
+    pub(super) async fn new(serving: watch::Sender<bool>) -> Self {
+        let health = Self {
+            reporter: HealthReporter::new(),
+            serving,
+        };
+        health.set(false).await;
+        health
+    }
+
+    /// Says SERVING or `NOT_SERVING`.
+    pub(super) async fn set(&self, serving: bool) {
+        let status = if serving {
+            ServingStatus::Serving
+        } else {
+            ServingStatus::NotServing
+        };
+        for name in NAMES {
+            self.reporter.set_service_status(name, status).await;
+        }
+        self.serving.send_replace(serving);
+    }
+
+    /// Follows `ready` until it is dropped.
+    pub(super) async fn follow(&self, mut ready: watch::Receiver<bool>) -> Infallible {
+        while ready.changed().await.is_ok() {
+            let ready = *ready.borrow_and_update();
+            self.set(ready).await;
+        }
+        // Nobody will change it any more.
+        std::future::pending().await
+    }
+
+    /// Ends all open `Watch` streams, which would keep their connections alive; `Check` still says `NOT_SERVING`.
+    pub(super) async fn end_watches(&self) {
+        for name in NAMES {
+            self.reporter.clone().clear_service_status(name).await;
+        }
+        self.set(false).await;
+    }
+
+    /// The services that stand beside the task service.
+    pub(super) fn routes(&self, reflection: bool) -> Routes {
+        let health = HealthService::from_health_reporter(self.reporter.clone());
+        let mut routes = RoutesBuilder::default();
+        routes.add_service(HealthServer::new(health).max_decoding_message_size(message::MAX_BYTES));
+        if reflection {
+            // Many tools still know v1alpha only; without the descriptors of google.rpc and health they show the details
+            // of an error as raw bytes and refuse to call health.
+            routes
+                .add_service(
+                    descriptors()
+                        .build_v1()
+                        .expect(COMPILED_IN)
+                        .max_decoding_message_size(message::MAX_BYTES),
+                )
+                .add_service(
+                    descriptors()
+                        .build_v1alpha()
+                        .expect(COMPILED_IN)
+                        .max_decoding_message_size(message::MAX_BYTES),
+                );
+        }
+        routes.routes().prepare()
+    }
+}
+
+const COMPILED_IN: &str = "the compiled-in descriptors are valid";
+
+fn descriptors() -> tonic_reflection::server::Builder<'static> {
+    tonic_reflection::server::Builder::configure()
+        .include_reflection_service(false)
+        .register_encoded_file_descriptor_set(DESCRIPTORS)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_reflection::pb::v1::FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_reflection::pb::v1alpha::FILE_DESCRIPTOR_SET)
+}

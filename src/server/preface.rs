@@ -1,0 +1,103 @@
+//! The first 24 bytes of a connection. They are read before the HTTP library sees the connection, because only here their
+//! time can be bounded and something other than HTTP/2 answered and closed in an orderly way.
+
+use std::{
+    io::{self, IoSlice},
+    pin::Pin,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
+
+/// RFC 9113, section 3.4.
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+const NOT_HTTP2: &[u8] = b"HTTP/1.1 505 HTTP Version Not Supported\r\n\
+    content-type: text/plain\r\ncontent-length: 40\r\nconnection: close\r\n\r\n\
+    This port speaks gRPC over HTTP/2 only.\n";
+
+/// A connection whose preface has been read and is handed to the HTTP library once more.
+#[derive(Debug)]
+pub(super) struct Greeted<I> {
+    io: I,
+    replayed: usize,
+}
+
+/// Reads the preface. `None` when the peer speaks something else or goes away; it has been told, where that can help.
+pub(super) async fn read<I: AsyncRead + AsyncWrite + Unpin>(mut io: I) -> Option<Greeted<I>> {
+    let mut bytes = [0; PREFACE.len()];
+    let mut have = 0;
+    while have < PREFACE.len() {
+        let count = io.read(&mut bytes[have..]).await.ok()?;
+        if count == 0 {
+            return None;
+        }
+        have += count;
+        if bytes[..have] != PREFACE[..have] {
+            refuse(io).await;
+            return None;
+        }
+    }
+    Some(Greeted { io, replayed: 0 })
+}
+
+/// Says 505 and waits a moment for the peer to close: closing with unread bytes would reset the connection and could
+/// take the answer with it.
+async fn refuse<I: AsyncRead + AsyncWrite + Unpin>(mut io: I) {
+    const MAX_BYTES: u64 = 64 * 1024;
+    let farewell = async {
+        io.write_all(NOT_HTTP2).await?;
+        io.shutdown().await?;
+        tokio::io::copy(&mut (&mut io).take(MAX_BYTES), &mut tokio::io::sink()).await
+    };
+    // Whatever comes of it, the connection is closed.
+    let _ = tokio::time::timeout(Duration::from_millis(500), farewell).await;
+}
+
+impl<I: AsyncRead + Unpin> AsyncRead for Greeted<I> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let rest = &PREFACE[self.replayed..];
+        if rest.is_empty() {
+            return Pin::new(&mut self.io).poll_read(context, buffer);
+        }
+        let count = rest.len().min(buffer.remaining());
+        buffer.put_slice(&rest[..count]);
+        self.replayed += count;
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<I: AsyncWrite + Unpin> AsyncWrite for Greeted<I> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(context, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write_vectored(context, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(context)
+    }
+}

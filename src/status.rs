@@ -1,1 +1,0 @@
-//! The only place where a failure becomes a `tonic::Status`.
