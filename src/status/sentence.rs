@@ -39,7 +39,7 @@ pub(super) fn of_reason(reason: Reason) -> &'static str {
             "the state of the instance, project or account forbids the call: change that state first"
         }
         Reason::PermissionDenied => {
-            "rds denies the call: ask an administrator for the permission rds:task:list on the project"
+            "rds denies the call: ask an administrator for the permission rds:task:listAll on the project"
         }
         Reason::QuotaExhausted => {
             "a quota or limit of the account is used up: raise it or free some of it"
@@ -126,7 +126,7 @@ pub(super) fn of_credential(reason: Reason, owner: Owner) -> &'static str {
             "the server's own credential was refused: its operator has to check it; yours is not at fault"
         }
         (Reason::PermissionDenied, Owner::Server) => {
-            "rds denies the call to the server's own identity: its operator has to grant rds:task:list"
+            "rds denies the call to the server's own identity: its operator has to grant rds:task:listAll"
         }
         _ => of_reason(reason),
     }
