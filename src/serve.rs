@@ -252,7 +252,7 @@ fn access_key(keys: &config::Keys) -> Result<Arc<AccessKey>, Error> {
         .as_ref()
         .map(|token| token.expose_secret());
     let key = AccessKey::parse(
-        &keys.access_key_id,
+        keys.access_key_id.expose_secret(),
         keys.secret_access_key.expose_secret(),
         security_token,
     )?;
@@ -349,12 +349,9 @@ fn server_config(config: &Config) -> server::Config {
 
 fn write_access(access: &Access, record: &Record<'_>, timeout: Duration) {
     let outcome = record.call.outcome();
-    let trace = record
-        .traceparent
-        .and_then(|value| telemetry::trace_ids(value.as_bytes()));
     access.write(&AccessLine {
         request_id: &record.call.request_id,
-        trace,
+        traceparent: record.traceparent.map(|value| value.as_bytes()),
         grpc_method: record.method.name(),
         grpc_code: record.code,
         reason: outcome.reason,

@@ -1,6 +1,8 @@
 //! The subcommands `call` and `health`: the facade seen from a caller's side.
 
 mod failure;
+#[cfg(test)]
+mod tests;
 
 use std::{
     fmt, fs,
@@ -181,8 +183,12 @@ async fn ask_for_health(health: Health) -> Result<ServingStatus, Error> {
 
 /// The client library ends a call at its deadline as CANCELLED; what it means is `DEADLINE_EXCEEDED`.
 fn failed(status: Status, server: &Server) -> Error {
-    let expired = std::error::Error::source(&status)
-        .is_some_and(<dyn std::error::Error>::is::<tonic::TimeoutExpired>);
+    let mut cause = std::error::Error::source(&status);
+    let mut expired = false;
+    while let Some(error) = cause {
+        expired |= error.is::<tonic::TimeoutExpired>();
+        cause = error.source();
+    }
     Error::Status(Box::new(match expired {
         true => Status::new(
             Code::DeadlineExceeded,

@@ -188,7 +188,7 @@ fn keys(reader: &mut Reader<'_>, required: bool) -> Option<Keys> {
     let secret_access_key = part("HUAWEICLOUD_SDK_SK", required);
     let security_token = part("HUAWEICLOUD_SDK_SECURITY_TOKEN", false);
     Some(Keys {
-        access_key_id: secrecy::ExposeSecret::expose_secret(&access_key_id?).to_owned(),
+        access_key_id: access_key_id?,
         secret_access_key: secret_access_key?,
         security_token,
     })

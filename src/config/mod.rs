@@ -203,8 +203,8 @@ pub struct Iam {
 /// An access key.
 #[derive(Debug, Clone)]
 pub struct Keys {
-    /// AK.
-    pub access_key_id: String,
+    /// AK. It only names the key, but with the SK it is half of a credential, so it is not shown either.
+    pub access_key_id: SecretString,
     /// SK.
     pub secret_access_key: SecretString,
     /// What goes with a temporary key.

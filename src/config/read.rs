@@ -202,8 +202,8 @@ pub(super) fn split(mut args: Vec<OsString>) -> Result<Typed, Refused> {
             mistakes.push(format!("{culprit}: needs a value"));
         } else if culprit.starts_with('-') {
             mistakes.push(unknown_flag(&args, &culprit));
-            // What follows is most likely the value of the misspelt flag.
-            let value_follows = args.get(at).is_some_and(|next| !is_flag(next));
+            // What follows is most likely the value of the misspelt flag; before the subcommand it is the subcommand.
+            let value_follows = at > 1 && args.get(at).is_some_and(|next| !is_flag(next));
             if value_follows && !removed.to_string_lossy().contains('=') {
                 args.remove(at);
             }

@@ -92,6 +92,7 @@ impl<'a> Failure<'a> {
                 query,
             } => Self {
                 facts: Some(&error.facts),
+                owner: Some(*owner),
                 ..Self::of_upstream(error, *owner, query)
             },
             rpc::Error::DeadlineExceeded => {

@@ -24,8 +24,8 @@ const MAX_PEER_TEXT: usize = 128;
 pub struct AccessLine<'a> {
     /// Our `x-request-id`.
     pub request_id: &'a str,
-    /// Trace id and span id of the caller's `traceparent`, when a sound one came.
-    pub trace: Option<(&'a str, &'a str)>,
+    /// The caller's `traceparent`, as it came.
+    pub traceparent: Option<&'a [u8]>,
     /// `Method::name` of the RPC.
     pub grpc_method: &'static str,
     /// The final code.
@@ -50,21 +50,6 @@ pub struct AccessLine<'a> {
     pub user_agent: Option<&'a [u8]>,
     /// Bytes of the reply's body.
     pub bytes: u64,
-}
-
-/// Trace id and span id out of a `traceparent` (W3C Trace Context, version 00); `None` when it is not a sound one.
-pub fn trace_ids(traceparent: &[u8]) -> Option<(&str, &str)> {
-    let text = std::str::from_utf8(traceparent).ok()?;
-    let mut parts = text.split('-');
-    let mut hex = |length| {
-        parts.next().filter(|part| {
-            part.len() == length && part.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
-        })
-    };
-    let (version, trace_id, span_id, _flags) = (hex(2)?, hex(32)?, hex(16)?, hex(2)?);
-    let zero = |id: &str| id.bytes().all(|b| b == b'0');
-    let sound = version == "00" && parts.next().is_none() && !zero(trace_id) && !zero(span_id);
-    sound.then_some((trace_id, span_id))
 }
 
 /// Writes access lines. Clones write to the same log.
@@ -128,9 +113,9 @@ fn level(code: Code, reason: Option<Reason>) -> Level {
 fn render(style: Style, now: Timestamp, level: Level, rpc: &AccessLine<'_>) -> String {
     let mut line = Line::new(style, now, level, TARGET, "rpc");
     line.text("request_id", &limited(rpc.request_id.as_bytes()));
-    if let Some((trace_id, span_id)) = rpc.trace {
-        line.text("trace_id", &limited(trace_id.as_bytes()));
-        line.text("span_id", &limited(span_id.as_bytes()));
+    if let Some((trace_id, span_id)) = rpc.traceparent.and_then(trace_and_span) {
+        line.text("trace_id", trace_id);
+        line.text("span_id", span_id);
     }
     line.text("grpc_method", rpc.grpc_method);
     line.text("grpc_code", code_name(rpc.grpc_code));
@@ -157,6 +142,28 @@ fn render(style: Style, now: Timestamp, level: Level, rpc: &AccessLine<'_>) -> S
     }
     line.plain("bytes", rpc.bytes);
     line.finish()
+}
+
+/// Trace id and span id of a `traceparent`, see W3C Trace Context, section 3.2; `None` when it is malformed.
+fn trace_and_span(traceparent: &[u8]) -> Option<(&str, &str)> {
+    let text = std::str::from_utf8(traceparent).ok()?;
+    let mut parts = text.split('-');
+    let (version, trace_id, span_id, flags) =
+        (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
+    let lower_hex = |part: &str, length: usize| {
+        part.len() == length && part.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
+    };
+    let all_zero = |part: &str| part.bytes().all(|b| b == b'0');
+    let sound = lower_hex(version, 2)
+        && version != "ff"
+        && lower_hex(trace_id, 32)
+        && !all_zero(trace_id)
+        && lower_hex(span_id, 16)
+        && !all_zero(span_id)
+        && lower_hex(flags, 2)
+        // Later versions may add parts.
+        && (version != "00" || parts.next().is_none());
+    sound.then_some((trace_id, span_id))
 }
 
 /// Milliseconds with the microseconds as decimals.
@@ -205,7 +212,7 @@ mod tests {
     fn full() -> AccessLine<'static> {
         AccessLine {
             request_id: "request-1",
-            trace: Some(("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7")),
+            traceparent: Some(b"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"),
             grpc_method: "huaweicloud.rds.task.v1.TaskService/GetTaskDetail",
             grpc_code: Code::NotFound,
             reason: Some(Reason::TaskNotFound),
@@ -223,7 +230,7 @@ mod tests {
 
     fn empty() -> AccessLine<'static> {
         AccessLine {
-            trace: None,
+            traceparent: None,
             grpc_code: Code::Ok,
             reason: None,
             attempts: 0,
@@ -287,22 +294,55 @@ mod tests {
     }
 
     #[test]
-    fn only_a_sound_traceparent_gives_ids() {
-        let (trace, span) = ("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7");
+    fn a_malformed_traceparent_leaves_no_trace() {
         let cases = [
-            (format!("00-{trace}-{span}-01"), Some((trace, span))),
-            (format!("01-{trace}-{span}-01"), None),
-            (format!("00-{trace}-{span}-01-x"), None),
-            (format!("00-{trace}-{span}"), None),
-            (format!("00-{}-{span}-01", trace.to_uppercase()), None),
-            (format!("00-{}-{span}-01", "0".repeat(32)), None),
-            (format!("00-{trace}-{}-01", "0".repeat(16)), None),
-            (String::new(), None),
+            (
+                "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+                true,
+            ),
+            (
+                "01-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01-more",
+                true,
+            ),
+            (
+                "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01-more",
+                false,
+            ),
+            (
+                "ff-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+                false,
+            ),
+            (
+                "00-4BF92F3577B34DA6A3CE929D0E0E4736-00f067aa0ba902b7-01",
+                false,
+            ),
+            (
+                "00-00000000000000000000000000000000-00f067aa0ba902b7-01",
+                false,
+            ),
+            (
+                "00-4bf92f3577b34da6a3ce929d0e0e4736-0000000000000000-01",
+                false,
+            ),
+            (
+                "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7",
+                false,
+            ),
+            (
+                "00-4bf92f3577b34da6a3ce929d0e0e473-00f067aa0ba902b7-01",
+                false,
+            ),
+            ("", false),
         ];
 
         for (text, expected) in cases {
-            assert_eq!(trace_ids(text.as_bytes()), expected, "{text}");
+            assert_eq!(
+                trace_and_span(text.as_bytes()).is_some(),
+                expected,
+                "{text}"
+            );
         }
+        assert_eq!(trace_and_span(b"\xff"), None);
     }
 
     #[test]

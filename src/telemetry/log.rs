@@ -6,7 +6,6 @@
 use std::fmt::{self, Write as _};
 
 use jiff::Timestamp;
-use prometheus_client::metrics::counter::Counter;
 use tracing::{
     Event, Level, Metadata, Subscriber,
     field::{Field, Visit},
@@ -51,14 +50,11 @@ fn may_speak(metadata: &Metadata<'_>) -> bool {
             .is_some_and(|rest| rest.is_empty() || rest.starts_with("::"))
 }
 
-/// Turns a panic into one ERROR line and a count. The line tells where, not what: a panic's text can quote a secret.
-pub(super) fn set_panic_hook(panics: Counter) {
-    std::panic::set_hook(Box::new(move |panic| {
-        panics.inc();
-        match panic.location() {
-            Some(at) => tracing::error!(file = at.file(), line = at.line(), "panic"),
-            None => tracing::error!("panic"),
-        }
+/// Turns a panic into one ERROR line. The line tells where, not what: a panic's text can quote a secret.
+pub(super) fn set_panic_hook() {
+    std::panic::set_hook(Box::new(|panic| match panic.location() {
+        Some(at) => tracing::error!(file = at.file(), line = at.line(), "panic"),
+        None => tracing::error!("panic"),
     }));
 }
 

@@ -16,7 +16,7 @@ use std::{
 use jiff::Timestamp;
 use tracing::Level;
 
-pub use self::access::{Access, AccessLine, trace_ids};
+pub use self::access::{Access, AccessLine};
 use self::{
     line::{Line, Style},
     metrics::Metrics,
@@ -45,7 +45,7 @@ pub fn start(log: &config::Log, metrics: &Metrics) -> Telemetry {
     let filter = log::filter(&log.filter).expect("the configuration holds only filters that parse");
     tracing::subscriber::set_global_default(log::subscriber(style, filter, writer.clone()))
         .expect("the log is started once");
-    log::set_panic_hook(metrics.panics.clone());
+    log::set_panic_hook();
     Telemetry {
         access: Access::new(style, writer),
         _flush: flush,

@@ -1,5 +1,6 @@
 use std::time::Duration;
 
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tonic::Code;
 
 use crate::support::{Failure, Program, Step, Upstream, answer, example, example_request};
@@ -500,11 +501,21 @@ async fn no_connection_says_which_kind_of_no() {
         .expect("a port")
         .local_addr()
         .expect("an address");
-    let plain =
-        Upstream::always(raw("HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n")).await;
+    let plain = tokio::net::TcpListener::bind("127.0.0.1:0")
+        .await
+        .expect("a port");
+    let plain_address = plain.local_addr().expect("an address");
+    // Answers a handshake as a web server does that does not speak TLS.
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = plain.accept().await {
+            let _ = stream.read(&mut [0; 4096]).await;
+            let answer = b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n";
+            let _ = stream.write_all(answer).await;
+        }
+    });
     let cases = [
         (format!("http://{closed}"), "UPSTREAM_CONNECT"),
-        (format!("https://{}", plain.address), "UPSTREAM_TLS"),
+        (format!("https://{plain_address}"), "UPSTREAM_TLS"),
         ("https://name.invalid".to_owned(), "UPSTREAM_DNS"),
     ];
 

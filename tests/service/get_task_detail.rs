@@ -41,7 +41,7 @@ async fn upstream_sees_exactly_the_documented_request() {
     headers.sort();
     let expected = [
         ("accept", "*/*"),
-        ("content-length", "101"),
+        ("content-length", "100"),
         ("content-type", "application/json"),
         ("host", &upstream.address.to_string()),
         (

@@ -8,7 +8,9 @@ use rds_task_facade::pb::{GetTaskDetailRequest, task_service_client::TaskService
 use tokio::task::JoinSet;
 use tonic::{Code, Request, Status, transport::Channel};
 
-use crate::support::{Failure, Program, Step, Upstream, answer, example, example_request};
+use crate::support::{
+    Connection, Failure, Program, Step, Upstream, answer, example, example_request,
+};
 
 fn with_token(token: &str, request: GetTaskDetailRequest) -> Request<GetTaskDetailRequest> {
     let mut request = Request::new(request);
@@ -132,26 +134,21 @@ async fn each_waiter_has_its_own_deadline_and_the_work_that_of_the_longest() {
     let upstream = Upstream::always(slow_example()).await;
     let program = Program::over(&upstream.url(), &[]);
     let client = program.client().await;
-    let mut hasty = Request::new(example_request());
-    hasty
-        .metadata_mut()
-        .insert("grpc-timeout", "150m".parse().expect("ASCII"));
-    let mut first = JoinSet::new();
+    let hasty = Connection::open(program.grpc).await;
     let mut second = JoinSet::new();
 
-    begin(&mut first, client.clone(), hasty).await;
+    let first = tokio::spawn(async move { hasty.call_within("150m", &example_request()).await });
     upstream.wait_for_requests(1).await;
     begin(&mut second, client, example_request()).await;
-    let first = first.join_all().await;
+    let first = first
+        .await
+        .expect("no panic")
+        .expect("an answer")
+        .status()
+        .expect("a status");
     let second = second.join_all().await;
 
-    assert_eq!(
-        first[0]
-            .as_ref()
-            .expect_err("too slow for the first")
-            .code(),
-        Code::DeadlineExceeded
-    );
+    assert_eq!(first.code(), Code::DeadlineExceeded);
     assert!(second[0].is_ok(), "{second:?}");
     assert_eq!(upstream.requests().len(), 1);
 }

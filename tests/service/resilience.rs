@@ -5,9 +5,11 @@ use std::{
 };
 
 use tokio::task::JoinSet;
-use tonic::{Code, Request};
+use tonic::Code;
 
-use crate::support::{Failure, Program, Step, Upstream, answer, example, example_request};
+use crate::support::{
+    Connection, Failure, Program, Step, Upstream, answer, example, example_request,
+};
 
 const RETRIES: &str = "rds_upstream_retries_total";
 
@@ -144,16 +146,15 @@ async fn retry_after_is_waited_for_within_the_deadline_and_told_beyond_it() {
 async fn the_callers_deadline_ends_the_call_in_time_and_the_upstream_request_with_it() {
     let upstream = Upstream::always(vec![Step::Hold]).await;
     let program = Program::over(&upstream.url(), &[]);
-    let mut client = program.client().await;
-    let mut request = Request::new(example_request());
-    // By hand: tonic's own client would give up by itself.
-    request
-        .metadata_mut()
-        .insert("grpc-timeout", "200m".parse().expect("ASCII"));
+    let connection = Connection::open(program.grpc).await;
 
     let started = Instant::now();
-    let failure = Failure::of(&client.get_task_detail(request).await.expect_err("too slow"));
+    let ended = connection
+        .call_within("200m", &example_request())
+        .await
+        .expect("an answer");
     let took = started.elapsed();
+    let failure = Failure::of(&ended.status().expect("a status"));
 
     assert_eq!(
         failure.code_and_reason(),
@@ -199,19 +200,10 @@ async fn a_deadline_that_is_over_costs_no_upstream_call() {
     let program = Program::over(&upstream.url(), &[]);
 
     for timeout in ["0m", "1n", "0H"] {
-        let mut request = Request::new(example_request());
-        request
-            .metadata_mut()
-            .insert("grpc-timeout", timeout.parse().expect("ASCII"));
-        let failure = Failure::of(
-            &program
-                .client()
-                .await
-                .get_task_detail(request)
-                .await
-                .expect_err("over"),
-        );
-        assert_eq!(failure.code, Code::DeadlineExceeded, "{timeout}");
+        let connection = Connection::open(program.grpc).await;
+        let ended = connection.call_within(timeout, &example_request()).await;
+        let status = ended.expect("an answer").status().expect("a status");
+        assert_eq!(status.code(), Code::DeadlineExceeded, "{timeout}");
     }
 
     assert_eq!(upstream.connections().opened, 0);

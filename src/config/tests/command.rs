@@ -196,9 +196,17 @@ fn client_commands_ignore_the_variables_of_serve_but_for_the_token() {
 
 #[test]
 fn a_command_line_that_asks_for_nothing_known_is_refused() {
-    let cases: [(&[&str], &str); 7] = [
+    let cases: [(&[&str], &str); 9] = [
         (&[], "no subcommand"),
         (&["srve"], "unknown subcommand"),
+        (
+            &["--verbose", "serve", "--sandbox"],
+            "--verbose: no such flag",
+        ),
+        (
+            &["--verbose", "serve", "--timeout=x"],
+            "--timeout: \"x\" is no duration",
+        ),
         (&["--sandbox"], "--sandbox: no such flag"),
         (
             &["serve", "--sandbox", "stray"],

@@ -1,9 +1,11 @@
-pub mod program;
-pub mod status;
-pub mod upstream;
+pub(crate) mod program;
+pub(crate) mod raw;
+pub(crate) mod status;
+pub(crate) mod upstream;
 
-pub use self::{
+pub(crate) use self::{
     program::{Program, example_request},
+    raw::Connection,
     status::Failure,
     upstream::{Step, Upstream, answer, example},
 };

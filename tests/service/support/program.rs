@@ -17,13 +17,13 @@ use tonic::{Request, Response, Status, transport::Channel};
 
 use super::Failure;
 
-pub const PROGRAM: &str = env!("CARGO_BIN_EXE_rds-task-facade");
+pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_rds-task-facade");
 
 /// A token for tests that need one and say nothing about it.
-pub const TOKEN: &str = "a-token-of-the-tests";
+pub(crate) const TOKEN: &str = "a-token-of-the-tests";
 
 /// The vendor page's example task.
-pub fn example_request() -> GetTaskDetailRequest {
+pub(crate) fn example_request() -> GetTaskDetailRequest {
     GetTaskDetailRequest {
         project_id: "0483b6b16e954cb88930a360d2c4e663".into(),
         instance_id: "1ffc4167903840cb93a3da56d28c14fdin01".into(),
@@ -33,11 +33,11 @@ pub fn example_request() -> GetTaskDetailRequest {
 }
 
 /// `rds-task-facade serve`, running; killed when dropped.
-pub struct Program {
+pub(crate) struct Program {
     child: Child,
     logs: Logs,
-    pub grpc: SocketAddr,
-    pub admin: SocketAddr,
+    pub(crate) grpc: SocketAddr,
+    pub(crate) admin: SocketAddr,
 }
 
 /// What the program has written to standard output and standard error until now.
@@ -75,7 +75,7 @@ impl Logs {
 
 impl Program {
     /// Starts `serve` on free ports with JSON logs and nothing of this process's environment but `env`.
-    pub fn start(args: &[&str], env: &[(&str, &str)]) -> Self {
+    pub(crate) fn start(args: &[&str], env: &[(&str, &str)]) -> Self {
         let mut child = Command::new(PROGRAM)
             .args([
                 "serve",
@@ -120,28 +120,28 @@ impl Program {
     }
 
     /// Against a scripted upstream, with a token of its own.
-    pub fn over(upstream: &str, args: &[&str]) -> Self {
+    pub(crate) fn over(upstream: &str, args: &[&str]) -> Self {
         let mut all = vec!["--endpoint", upstream, "--credentials", "token"];
         all.extend_from_slice(args);
         Self::start(&all, &[("RDS_TASK_FACADE_TOKEN", TOKEN)])
     }
 
     /// Against the embedded sandbox.
-    pub fn sandboxed(args: &[&str]) -> Self {
+    pub(crate) fn sandboxed(args: &[&str]) -> Self {
         let mut all = vec!["--sandbox"];
         all.extend_from_slice(args);
         Self::start(&all, &[])
     }
 
     /// A client with a connection of its own.
-    pub async fn client(&self) -> TaskServiceClient<Channel> {
+    pub(crate) async fn client(&self) -> TaskServiceClient<Channel> {
         let channel =
             Channel::from_shared(format!("http://{}", self.grpc)).expect("an address makes a URL");
         TaskServiceClient::new(channel.connect().await.expect("the program listens"))
     }
 
     /// One call on a connection of its own.
-    pub async fn call(
+    pub(crate) async fn call(
         &self,
         request: GetTaskDetailRequest,
     ) -> Result<Response<GetTaskDetailResponse>, Status> {
@@ -149,7 +149,7 @@ impl Program {
     }
 
     /// The same with metadata.
-    pub async fn call_with(
+    pub(crate) async fn call_with(
         &self,
         request: GetTaskDetailRequest,
         metadata: &[(&'static str, &str)],
@@ -164,12 +164,12 @@ impl Program {
     }
 
     /// One call that must fail.
-    pub async fn failure(&self, request: GetTaskDetailRequest) -> Failure {
+    pub(crate) async fn failure(&self, request: GetTaskDetailRequest) -> Failure {
         Failure::of(&self.call(request).await.expect_err("the call fails"))
     }
 
     /// One call for the example task with a deadline of its own.
-    pub async fn call_within(
+    pub(crate) async fn call_within(
         &self,
         timeout: Duration,
     ) -> Result<Response<GetTaskDetailResponse>, Status> {
@@ -179,7 +179,7 @@ impl Program {
     }
 
     /// `(status, body)` of a path of the metrics listener.
-    pub async fn admin(&self, path: &str) -> (u16, String) {
+    pub(crate) async fn admin(&self, path: &str) -> (u16, String) {
         use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
         let mut stream = tokio::net::TcpStream::connect(self.admin)
             .await
@@ -208,7 +208,7 @@ impl Program {
     }
 
     /// All samples of `/metrics` whose value is not zero.
-    pub async fn metrics(&self) -> BTreeMap<String, f64> {
+    pub(crate) async fn metrics(&self) -> BTreeMap<String, f64> {
         let (_, text) = self.admin("/metrics").await;
         text.lines()
             .filter(|line| !line.starts_with('#'))
@@ -219,7 +219,7 @@ impl Program {
     }
 
     /// The value of one series, 0 when it is absent or zero.
-    pub async fn metric(&self, series: &str) -> f64 {
+    pub(crate) async fn metric(&self, series: &str) -> f64 {
         self.metrics()
             .await
             .get(series)
@@ -228,7 +228,7 @@ impl Program {
     }
 
     /// How many `GetTaskDetail` RPCs ended with `code`, in Go's spelling.
-    pub async fn handled(&self, code: &str) -> f64 {
+    pub(crate) async fn handled(&self, code: &str) -> f64 {
         self.metric(&format!(
             "grpc_server_handled_total{{grpc_type=\"unary\",grpc_service=\"huaweicloud.rds.task.v1.TaskService\",\
              grpc_method=\"GetTaskDetail\",grpc_code=\"{code}\"}}"
@@ -237,7 +237,7 @@ impl Program {
     }
 
     /// All lines written until now.
-    pub fn logs(&self) -> Vec<String> {
+    pub(crate) fn logs(&self) -> Vec<String> {
         self.logs
             .0
             .0
@@ -247,7 +247,10 @@ impl Program {
     }
 
     /// Waits for a line that `wanted` accepts.
-    pub fn wait_for_log(&self, wanted: impl Fn(&serde_json::Value) -> bool) -> serde_json::Value {
+    pub(crate) fn wait_for_log(
+        &self,
+        wanted: impl Fn(&serde_json::Value) -> bool,
+    ) -> serde_json::Value {
         self.logs
             .wait_for(|lines| {
                 lines
@@ -258,14 +261,14 @@ impl Program {
     }
 
     /// Waits for the access line of the RPC with this request id.
-    pub fn access_line(&self, request_id: &str) -> serde_json::Value {
+    pub(crate) fn access_line(&self, request_id: &str) -> serde_json::Value {
         self.wait_for_log(|line| {
             line["request_id"] == request_id && line.get("grpc_code").is_some()
         })
     }
 
     /// Sends a signal, by name.
-    pub fn signal(&self, name: &str) {
+    pub(crate) fn signal(&self, name: &str) {
         let done = Command::new("kill")
             .args([&format!("-{name}"), &self.child.id().to_string()])
             .status();
@@ -276,7 +279,7 @@ impl Program {
     }
 
     /// Waits for the end of the program.
-    pub fn wait(&mut self) -> ExitStatus {
+    pub(crate) fn wait(&mut self) -> ExitStatus {
         let end = Instant::now() + Duration::from_secs(40);
         while Instant::now() < end {
             if let Some(status) = self.child.try_wait().expect("the child is ours") {
@@ -287,7 +290,7 @@ impl Program {
         panic!("the program does not end: {:#?}", self.logs());
     }
 
-    pub fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }
 }
@@ -300,7 +303,7 @@ impl Drop for Program {
 }
 
 /// Runs the program to its end: exit code, standard output, standard error.
-pub fn run(args: &[&str], env: &[(&str, &str)]) -> (i32, String, String) {
+pub(crate) fn run(args: &[&str], env: &[(&str, &str)]) -> (i32, String, String) {
     let mut child = Command::new(PROGRAM)
         .args(args)
         .env_clear()

@@ -7,24 +7,24 @@ use tonic_types::StatusExt as _;
 
 /// What a client can know of a failed call.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Failure {
-    pub code: Code,
-    pub message: String,
-    pub reason: String,
-    pub domain: String,
-    pub metadata: BTreeMap<String, String>,
-    pub request_id: Option<String>,
-    pub retry_delay: Option<Duration>,
-    pub pushback_ms: Option<u64>,
-    pub violations: Vec<(String, String)>,
-    pub quota_subjects: Vec<String>,
+pub(crate) struct Failure {
+    pub(crate) code: Code,
+    pub(crate) message: String,
+    pub(crate) reason: String,
+    pub(crate) domain: String,
+    pub(crate) metadata: BTreeMap<String, String>,
+    pub(crate) request_id: Option<String>,
+    pub(crate) retry_delay: Option<Duration>,
+    pub(crate) pushback_ms: Option<u64>,
+    pub(crate) violations: Vec<(String, String)>,
+    pub(crate) quota_subjects: Vec<String>,
     /// (type, name)
-    pub resource: Option<(String, String)>,
-    pub details_bytes: usize,
+    pub(crate) resource: Option<(String, String)>,
+    pub(crate) details_bytes: usize,
 }
 
 impl Failure {
-    pub fn of(status: &Status) -> Self {
+    pub(crate) fn of(status: &Status) -> Self {
         let details = status.get_error_details();
         let info = details.error_info();
         Self {
@@ -64,7 +64,7 @@ impl Failure {
         }
     }
 
-    pub fn code_and_reason(&self) -> (Code, &str) {
+    pub(crate) fn code_and_reason(&self) -> (Code, &str) {
         (self.code, self.reason.as_str())
     }
 }

@@ -16,20 +16,20 @@ use tokio::{
 
 /// One request as it came over the wire.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Received {
+pub(crate) struct Received {
     /// Method, target and version.
-    pub line: String,
+    pub(crate) line: String,
     /// Names in lower case, in the order received.
-    pub headers: Vec<(String, String)>,
-    pub body: String,
+    pub(crate) headers: Vec<(String, String)>,
+    pub(crate) body: String,
     /// Which connection it came on, counted from 0.
-    pub connection: usize,
+    pub(crate) connection: usize,
     /// Which request it is of all, counted from 0.
-    pub number: usize,
+    pub(crate) number: usize,
 }
 
 impl Received {
-    pub fn header(&self, name: &str) -> Option<&str> {
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
         self.headers
             .iter()
             .find(|(known, _)| known == name)
@@ -39,7 +39,7 @@ impl Received {
 
 /// What is done with a request.
 #[derive(Debug, Clone)]
-pub enum Step {
+pub(crate) enum Step {
     Send(Vec<u8>),
     Wait(Duration),
     /// Nothing more until the peer leaves.
@@ -51,7 +51,7 @@ pub enum Step {
 }
 
 /// A whole HTTP answer.
-pub fn answer(status: u16, headers: &[(&str, &str)], body: impl AsRef<[u8]>) -> Vec<Step> {
+pub(crate) fn answer(status: u16, headers: &[(&str, &str)], body: impl AsRef<[u8]>) -> Vec<Step> {
     let body = body.as_ref();
     let mut bytes =
         format!("HTTP/1.1 {status} X\r\ncontent-length: {}\r\n", body.len()).into_bytes();
@@ -67,21 +67,21 @@ pub fn answer(status: u16, headers: &[(&str, &str)], body: impl AsRef<[u8]>) -> 
 }
 
 /// The vendor page's example answer.
-pub const EXAMPLE: &str = r#"{"instance_id":"1ffc4167903840cb93a3da56d28c14fdin01","instance_name":"rds-mysql-2","job_id":"102772a9-31fa-4129-b9f8-7638e2792f3b","job_name":"CreateMysqlSingleHAInstance"}"#;
+pub(crate) const EXAMPLE: &str = r#"{"instance_id":"1ffc4167903840cb93a3da56d28c14fdin01","instance_name":"rds-mysql-2","job_id":"102772a9-31fa-4129-b9f8-7638e2792f3b","job_name":"CreateMysqlSingleHAInstance"}"#;
 
-pub fn example() -> Vec<Step> {
+pub(crate) fn example() -> Vec<Step> {
     answer(200, &[("content-type", "application/json")], EXAMPLE)
 }
 
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-pub struct Connections {
-    pub opened: usize,
-    pub closed: usize,
+pub(crate) struct Connections {
+    pub(crate) opened: usize,
+    pub(crate) closed: usize,
 }
 
 /// A scripted upstream; it ends when dropped.
-pub struct Upstream {
-    pub address: SocketAddr,
+pub(crate) struct Upstream {
+    pub(crate) address: SocketAddr,
     requests: Arc<Mutex<Vec<Received>>>,
     arrived: watch::Receiver<usize>,
     connections: watch::Receiver<Connections>,
@@ -90,7 +90,9 @@ pub struct Upstream {
 
 impl Upstream {
     /// Answers every request with the steps that `script` returns for it.
-    pub async fn start(script: impl Fn(&Received) -> Vec<Step> + Send + Sync + 'static) -> Self {
+    pub(crate) async fn start(
+        script: impl Fn(&Received) -> Vec<Step> + Send + Sync + 'static,
+    ) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener
             .local_addr()
@@ -129,16 +131,16 @@ impl Upstream {
     }
 
     /// Answers every request alike.
-    pub async fn always(steps: Vec<Step>) -> Self {
+    pub(crate) async fn always(steps: Vec<Step>) -> Self {
         Self::start(move |_| steps.clone()).await
     }
 
-    pub fn url(&self) -> String {
+    pub(crate) fn url(&self) -> String {
         format!("http://{}", self.address)
     }
 
     /// All requests until now.
-    pub fn requests(&self) -> Vec<Received> {
+    pub(crate) fn requests(&self) -> Vec<Received> {
         self.requests
             .lock()
             .expect("no panic under the lock")
@@ -146,7 +148,7 @@ impl Upstream {
     }
 
     /// Waits until `count` requests have come in all.
-    pub async fn wait_for_requests(&self, count: usize) {
+    pub(crate) async fn wait_for_requests(&self, count: usize) {
         let mut arrived = self.arrived.clone();
         within(arrived.wait_for(|arrived| *arrived >= count))
             .await
@@ -154,14 +156,14 @@ impl Upstream {
     }
 
     /// Waits until `count` connections were closed by the peer or by the script.
-    pub async fn wait_for_closed(&self, count: usize) {
+    pub(crate) async fn wait_for_closed(&self, count: usize) {
         let mut connections = self.connections.clone();
         within(connections.wait_for(|connections| connections.closed >= count))
             .await
             .expect("the upstream runs");
     }
 
-    pub fn connections(&self) -> Connections {
+    pub(crate) fn connections(&self) -> Connections {
         *self.connections.borrow()
     }
 }
