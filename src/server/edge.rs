@@ -95,8 +95,8 @@ impl<S: TaskService> Edge<S> {
         if !is_grpc(headers) {
             return reply::not_grpc(rpc, StatusCode::UNSUPPORTED_MEDIA_TYPE);
         }
-        if let Err(error) = caller_timeout {
-            return reply::failure(rpc, &error);
+        if let Err(text) = caller_timeout {
+            return reply::failure(rpc, &Error::Protocol(Code::InvalidArgument, text));
         }
         match method {
             Method::GetTaskDetail => self.task(rpc, request).await,
@@ -161,23 +161,18 @@ impl<S: TaskService> Edge<S> {
     }
 }
 
-/// The caller's `grpc-timeout`, if there is one.
-fn caller_timeout(headers: &HeaderMap) -> Result<Option<Duration>, Error> {
+/// The caller's `grpc-timeout`, if there is one; what is wrong with it where it is malformed.
+fn caller_timeout(headers: &HeaderMap) -> Result<Option<Duration>, &'static str> {
     let mut values = headers.get_all("grpc-timeout").iter();
     let Some(value) = values.next() else {
         return Ok(None);
     };
-    match (parse_grpc_timeout(value.as_bytes()), values.next()) {
-        (Some(timeout), None) => Ok(Some(timeout)),
-        (_, Some(_)) => Err(Error::Protocol(
-            Code::InvalidArgument,
-            "grpc-timeout: may be given once only",
-        )),
-        (None, None) => Err(Error::Protocol(
-            Code::InvalidArgument,
-            "grpc-timeout: must be 1 to 8 digits and one of H, M, S, m, u, n",
-        )),
+    if values.next().is_some() {
+        return Err("grpc-timeout: may be given once only");
     }
+    parse_grpc_timeout(value.as_bytes())
+        .map(Some)
+        .ok_or("grpc-timeout: must be 1 to 8 digits and one of H, M, S, m, u, n")
 }
 
 /// Whether the content type is gRPC with protobuf: gRPC over HTTP/2, section "Requests". gRPC-Web has a type of its own,

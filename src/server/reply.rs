@@ -92,7 +92,11 @@ pub(super) async fn unary(mut rpc: Rpc, response: Response<tonic::body::Body>) -
     while let Some(Ok(frame)) = body.frame().await {
         match frame.into_data() {
             Ok(piece) => data = piece,
-            Err(frame) => trailers = frame.into_trailers().unwrap_or_default(),
+            Err(frame) => {
+                // The end, also where the library would go on to hand out half of a failed encoding.
+                trailers = frame.into_trailers().unwrap_or_default();
+                break;
+            }
         }
     }
     if data.is_empty() {
