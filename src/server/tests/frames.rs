@@ -15,7 +15,6 @@ pub(super) const END_HEADERS: u8 = 4;
 pub(super) struct Frame {
     pub(super) kind: u8,
     pub(super) flags: u8,
-    pub(super) stream: u32,
     pub(super) payload: Vec<u8>,
 }
 
@@ -72,7 +71,6 @@ pub(super) fn parse(mut bytes: &[u8]) -> Vec<Frame> {
         frames.push(Frame {
             kind: head[3],
             flags: head[4],
-            stream: u32::from_be_bytes([head[5], head[6], head[7], head[8]]),
             payload: payload.to_vec(),
         });
         bytes = rest;

@@ -1,9 +1,12 @@
 //! The listener over real sockets. Clients are the h2 crate, or frames written by hand where it cannot misbehave.
 
 mod connections;
+mod floods;
 mod frames;
+mod lifecycle;
 mod limits;
 mod requests;
+mod tls;
 
 use std::{
     collections::HashMap,
@@ -16,6 +19,7 @@ use bytes::{BufMut as _, Bytes, BytesMut};
 use http::{HeaderMap, Request};
 use prost::Message as _;
 use tokio::{
+    io::AsyncReadExt as _,
     net::TcpStream,
     sync::{oneshot, watch},
     task::JoinHandle,
@@ -122,6 +126,10 @@ fn start(config: Config) -> Running {
 
 fn start_with_ready(config: Config, is_ready: bool) -> Running {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    start_on(listener, config, is_ready)
+}
+
+fn start_on(listener: std::net::TcpListener, config: Config, is_ready: bool) -> Running {
     let address = listener.local_addr().unwrap();
     let script = Script::default();
     let metrics = Metrics::new();
@@ -221,6 +229,14 @@ async fn eventually(condition: impl Fn() -> bool) {
 }
 
 type Client = h2::client::SendRequest<Bytes>;
+
+/// Waits until the other side closes, in whatever way, and returns what came before.
+async fn until_closed(socket: &mut TcpStream) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    // A reset is a close too.
+    let _ = within(socket.read_to_end(&mut bytes)).await;
+    bytes
+}
 
 /// A client connection; the handle ends when the connection does.
 async fn connect(address: SocketAddr) -> (Client, JoinHandle<Result<(), h2::Error>>) {
