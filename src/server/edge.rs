@@ -14,7 +14,7 @@ use std::{
 
 use futures_util::FutureExt as _;
 use http::{HeaderMap, Method as HttpMethod, Request, Response, StatusCode, header};
-use http_body_util::Full;
+use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::Incoming;
 use tonic::{Code, codec::CompressionEncoding, service::Routes};
 use tower_service::Service as _;
@@ -90,10 +90,12 @@ impl<S: TaskService> Edge<S> {
         let rpc = Rpc::start(&self.sinks, method, call, timeout, peer, headers);
 
         if request.method() != HttpMethod::POST {
-            return reply::not_grpc(rpc, StatusCode::METHOD_NOT_ALLOWED);
+            let text = "gRPC calls use POST\n";
+            return not_grpc(rpc, request, StatusCode::METHOD_NOT_ALLOWED, text).await;
         }
         if !is_grpc(headers) {
-            return reply::not_grpc(rpc, StatusCode::UNSUPPORTED_MEDIA_TYPE);
+            let text = "the content type must be application/grpc or application/grpc+proto\n";
+            return not_grpc(rpc, request, StatusCode::UNSUPPORTED_MEDIA_TYPE, text).await;
         }
         if let Err(text) = caller_timeout {
             return reply::failure(rpc, &Error::Protocol(Code::InvalidArgument, text));
@@ -159,6 +161,19 @@ impl<S: TaskService> Edge<S> {
             Err(_) => reply::failure(rpc, &Error::DeadlineExceeded),
         }
     }
+}
+
+/// Says what is wrong with something that is no gRPC call, after its end: many clients read no answer before that.
+async fn not_grpc(
+    rpc: Rpc,
+    request: Request<Incoming>,
+    status: StatusCode,
+    text: &'static str,
+) -> Response<Reply> {
+    let rest = Limited::new(request.into_body(), message::MAX_BYTES).collect();
+    // Too much of it, or too slow: the answer comes nevertheless.
+    let _ = rpc.call.deadline.bound(rest).await;
+    reply::not_grpc(rpc, status, text)
 }
 
 /// The caller's `grpc-timeout`, if there is one; what is wrong with it where it is malformed.

@@ -36,6 +36,8 @@ pub(super) enum Reply {
     /// Nothing: the headers say it all.
     #[default]
     Empty,
+    /// A line for a person who has sent something that is no gRPC call.
+    Text(&'static str),
     /// The message and the trailers of a unary success.
     Message {
         /// What is left of the message, prefix included.
@@ -57,9 +59,9 @@ pub(super) enum Reply {
 }
 
 /// A plain HTTP answer to something that is no gRPC call.
-pub(super) fn not_grpc(mut rpc: Rpc, status: StatusCode) -> Response<Reply> {
+pub(super) fn not_grpc(mut rpc: Rpc, status: StatusCode, text: &'static str) -> Response<Reply> {
     rpc.end(Code::Unknown);
-    let mut response = Response::new(Reply::Empty);
+    let mut response = Response::new(Reply::Text(text));
     *response.status_mut() = status;
     response.headers_mut().insert(REQUEST_ID, id_value(&rpc));
     response
@@ -181,6 +183,7 @@ impl http_body::Body for Reply {
     ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
         let frame = match &mut *self {
             Self::Empty => return Poll::Ready(None),
+            Self::Text(text) => Frame::data(Bytes::from_static(text.as_bytes())),
             Self::Message { data, rpc, .. } if !data.is_empty() => {
                 let piece = data.split_to(data.len().min(PIECE));
                 rpc.sent(piece.len());

@@ -12,7 +12,13 @@ async fn a_connection_without_a_whole_preface_is_closed_in_time_and_counted() {
         timings.preface_timeout = Duration::from_millis(50)
     }));
 
-    for (name, bytes) in [("nothing", &b""[..]), ("half", b"PRI * HTTP/2.0\r\n")] {
+    let cases = [
+        ("nothing", &b""[..]),
+        ("half", b"PRI * HTTP/2.0\r\n"),
+        ("something else", b"HELO facade\r\n"),
+    ];
+
+    for (name, bytes) in cases {
         let mut socket = TcpStream::connect(running.address).await.unwrap();
         socket.write_all(bytes).await.unwrap();
         let started = Instant::now();
@@ -22,7 +28,7 @@ async fn a_connection_without_a_whole_preface_is_closed_in_time_and_counted() {
         assert!(answer.is_empty(), "{name}");
         assert!(started.elapsed() < Duration::from_secs(2), "{name}");
     }
-    eventually(|| running.metric("grpc_server_connections_refused_total") == 2).await;
+    eventually(|| running.metric("grpc_server_connections_refused_total") == 3).await;
     eventually(|| running.metric("grpc_server_connections ") == 0).await;
 }
 

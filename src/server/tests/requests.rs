@@ -430,3 +430,17 @@ async fn a_body_that_never_ends_is_bounded_by_the_deadline() {
         .unwrap()
         .assert_failed(Code::DeadlineExceeded, "half a body");
 }
+
+#[tokio::test]
+async fn a_second_message_is_refused_before_its_end() {
+    let running = start(config());
+    let (mut client, _) = connect(running.address).await;
+
+    let (answer, mut body) = client.send_request(head(GET_TASK_DETAIL), false).unwrap();
+    body.send_data([instance("i"), instance("i")].concat().into(), false)
+        .unwrap();
+    let answer = receive(answer).await.unwrap();
+
+    answer.assert_failed(Code::Internal, "two messages");
+    assert!(answer.status().message().ends_with("found more"));
+}
