@@ -3,9 +3,8 @@
 
 use std::{convert::Infallible, io, net::SocketAddr, sync::Arc, time::Duration};
 
-use futures_util::FutureExt as _;
 use tokio::{
-    net::{TcpListener, TcpStream},
+    net::TcpListener,
     time::{Instant, sleep},
 };
 use tokio_util::task::TaskTracker;
@@ -19,10 +18,9 @@ const MAX_PAUSE: Duration = Duration::from_secs(1);
 /// At most one line per this time says that connections cannot be accepted.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
 
-/// The listener, and where its connections go.
+/// Where connections go, and how many may.
 #[derive(Debug)]
 pub(super) struct Door<S> {
-    pub(super) listener: TcpListener,
     pub(super) workers: Vec<Worker<S>>,
     pub(super) connections: Arc<Limit>,
     pub(super) metrics: Arc<Metrics>,
@@ -30,12 +28,12 @@ pub(super) struct Door<S> {
 }
 
 impl<S: TaskService> Door<S> {
-    /// Lets connections in until it is dropped.
-    pub(super) async fn open(&self) -> Infallible {
+    /// Lets the listener's connections in until it is dropped.
+    pub(super) async fn open(&self, listener: &TcpListener) -> Infallible {
         let mut pause = FIRST_PAUSE;
         let mut logged: Option<Instant> = None;
         loop {
-            match self.listener.accept().await {
+            match accept(listener).await {
                 Ok((socket, peer)) => {
                     pause = FIRST_PAUSE;
                     self.admit(socket, peer);
@@ -56,26 +54,30 @@ impl<S: TaskService> Door<S> {
     }
 
     /// Lets in what the kernel has already accepted, and closes the listener.
-    pub(super) fn close(self) -> Vec<Worker<S>> {
-        while let Some(Ok((socket, peer))) = self.listener.accept().now_or_never() {
+    pub(super) fn close(self, listener: TcpListener) -> Vec<Worker<S>> {
+        // Asks the kernel itself: the runtime may not have heard of the last connections yet.
+        let pending = listener.into_std();
+        while let Ok(Ok((socket, peer))) = pending.as_ref().map(std::net::TcpListener::accept) {
             self.admit(socket, peer);
         }
         self.workers
     }
 
-    fn admit(&self, socket: TcpStream, peer: SocketAddr) {
+    fn admit(&self, socket: std::net::TcpStream, peer: SocketAddr) {
         let Some(place) = self.connections.try_take() else {
             self.metrics.connections_refused.inc();
             return;
         };
-        // Without it an answer waits for the acknowledgement of the one before: 40 ms.
-        let prepared = socket.set_nodelay(true).and_then(|()| socket.into_std());
         let worker = self
             .workers
             .iter()
             .min_by_key(|worker| worker.connections());
+        // Without the second an answer waits for the acknowledgement of the one before: 40 ms.
+        let prepared = socket
+            .set_nonblocking(true)
+            .and_then(|()| socket.set_nodelay(true));
         match (prepared, worker) {
-            (Ok(socket), Some(worker)) => {
+            (Ok(()), Some(worker)) => {
                 worker.take(socket, peer, place, &self.metrics, &self.tracker);
             }
             _ => {
@@ -83,6 +85,12 @@ impl<S: TaskService> Door<S> {
             }
         }
     }
+}
+
+/// The next connection, taken out of this runtime: a worker will put it into its own.
+async fn accept(listener: &TcpListener) -> io::Result<(std::net::TcpStream, SocketAddr)> {
+    let (socket, peer) = listener.accept().await?;
+    Ok((socket.into_std()?, peer))
 }
 
 /// Whether a failed accept concerns one connection only, which ended before we had it.

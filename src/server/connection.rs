@@ -20,7 +20,7 @@ use super::{
 };
 use crate::pb::task_service_server::TaskService;
 
-/// Streams of one connection at once; the excess gets REFUSED_STREAM, which a client may repeat.
+/// Streams of one connection at once; the excess gets `REFUSED_STREAM`, which a client may repeat.
 const MAX_STREAMS: u32 = 100;
 /// All headers of one request, as HTTP/2 counts them, in bytes; more is answered with HTTP 431.
 const MAX_HEADER_BYTES: u32 = 16 * 1024;
@@ -28,7 +28,7 @@ const MAX_HEADER_BYTES: u32 = 16 * 1024;
 const STREAM_WINDOW: u32 = 128 * 1024;
 /// Bounds what one connection can make us hold in unread request bytes.
 const CONNECTION_WINDOW: u32 = 1024 * 1024;
-/// Streams that the peer resets before we saw them, after which the connection ends with ENHANCE_YOUR_CALM. A caller
+/// Streams that the peer resets before we saw them, after which the connection ends with `ENHANCE_YOUR_CALM`. A caller
 /// may cancel all it has open in one go, so no lower than [`MAX_STREAMS`].
 const MAX_RESET_STREAMS: usize = MAX_STREAMS as usize;
 /// Streams that we reset for the peer's faults, with the same end.

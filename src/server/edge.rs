@@ -10,7 +10,7 @@ use std::{
 
 use futures_util::FutureExt as _;
 use http::{HeaderMap, Method as HttpMethod, Request, Response, StatusCode, header};
-use http_body_util::Full;
+use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::Incoming;
 use tonic::{Code, codec::CompressionEncoding, service::Routes};
 use tower_service::Service as _;
@@ -82,13 +82,15 @@ impl<S: TaskService> Edge<S> {
         let rpc = Rpc::start(&self.sinks, method, call, timeout, peer, headers);
 
         if request.method() != HttpMethod::POST {
-            return reply::not_grpc(rpc, StatusCode::METHOD_NOT_ALLOWED);
+            let text = "gRPC calls use POST\n";
+            return not_grpc(rpc, request, StatusCode::METHOD_NOT_ALLOWED, text).await;
         }
         if !is_grpc(headers) {
-            return reply::not_grpc(rpc, StatusCode::UNSUPPORTED_MEDIA_TYPE);
+            let text = "the content type must be application/grpc or application/grpc+proto\n";
+            return not_grpc(rpc, request, StatusCode::UNSUPPORTED_MEDIA_TYPE, text).await;
         }
-        if let Err(error) = caller_timeout {
-            return reply::failure(rpc, &error);
+        if let Err(text) = caller_timeout {
+            return reply::failure(rpc, &Error::Protocol(Code::InvalidArgument, text));
         }
         match method {
             Method::GetTaskDetail => self.task(rpc, request).await,
@@ -153,23 +155,31 @@ impl<S: TaskService> Edge<S> {
     }
 }
 
-/// The caller's `grpc-timeout`, if there is one.
-fn caller_timeout(headers: &HeaderMap) -> Result<Option<Duration>, Error> {
+/// Says what is wrong with something that is no gRPC call, after its end: many clients read no answer before that.
+async fn not_grpc(
+    rpc: Rpc,
+    request: Request<Incoming>,
+    status: StatusCode,
+    text: &'static str,
+) -> Response<Reply> {
+    let rest = Limited::new(request.into_body(), message::MAX_BYTES).collect();
+    // Too much of it, or too slow: the answer comes nevertheless.
+    let _ = rpc.call.deadline.bound(rest).await;
+    reply::not_grpc(rpc, status, text)
+}
+
+/// The caller's `grpc-timeout`, if there is one; what is wrong with it where it is malformed.
+fn caller_timeout(headers: &HeaderMap) -> Result<Option<Duration>, &'static str> {
     let mut values = headers.get_all("grpc-timeout").iter();
     let Some(value) = values.next() else {
         return Ok(None);
     };
-    match (parse_grpc_timeout(value.as_bytes()), values.next()) {
-        (Some(timeout), None) => Ok(Some(timeout)),
-        (_, Some(_)) => Err(Error::Protocol(
-            Code::InvalidArgument,
-            "grpc-timeout: may be given once only",
-        )),
-        (None, None) => Err(Error::Protocol(
-            Code::InvalidArgument,
-            "grpc-timeout: must be 1 to 8 digits and one of H, M, S, m, u, n",
-        )),
+    if values.next().is_some() {
+        return Err("grpc-timeout: may be given once only");
     }
+    parse_grpc_timeout(value.as_bytes())
+        .map(Some)
+        .ok_or("grpc-timeout: must be 1 to 8 digits and one of H, M, S, m, u, n")
 }
 
 /// Whether the content type is gRPC with protobuf: gRPC over HTTP/2, section "Requests". gRPC-Web has a type of its own,

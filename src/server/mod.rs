@@ -202,9 +202,9 @@ where
         );
     }
     listener.set_nonblocking(true).map_err(Error::Listener)?;
+    let listener = TcpListener::from_std(listener).map_err(Error::Listener)?;
     let tracker = TaskTracker::new();
     let door = accept::Door {
-        listener: TcpListener::from_std(listener).map_err(Error::Listener)?,
         workers,
         connections: limit::Limit::new(config.max_connections),
         metrics,
@@ -216,18 +216,18 @@ where
     tokio::select! {
         biased;
         () = shutdown => {}
-        never = door.open() => match never {},
+        never = door.open(&listener) => match never {},
         never = health.follow(ready) => match never {},
         never = tls::follow(tls.as_deref()) => match never {},
     }
 
     health.set(false).await;
     tokio::select! {
-        never = door.open() => match never {},
+        never = door.open(&listener) => match never {},
         () = sleep(config.drain_delay) => {}
     }
     let connections = Arc::clone(&door.connections);
-    let workers = door.close();
+    let workers = door.close(listener);
     workers.iter().for_each(worker::Worker::go_away);
     health.end_watches().await;
     tracker.close();

@@ -17,6 +17,17 @@ const NOT_HTTP2: &[u8] = b"HTTP/1.1 505 HTTP Version Not Supported\r\n\
     content-type: text/plain\r\ncontent-length: 40\r\nconnection: close\r\n\r\n\
     This port speaks gRPC over HTTP/2 only.\n";
 
+/// How requests of HTTP/1.1 begin; only their senders can read the answer.
+const HTTP1: [&[u8]; 7] = [
+    b"GET ",
+    b"HEAD ",
+    b"POST ",
+    b"PUT ",
+    b"PATCH ",
+    b"DELETE ",
+    b"OPTIONS ",
+];
+
 /// A connection whose preface has been read and is handed to the HTTP library once more.
 #[derive(Debug)]
 pub(super) struct Greeted<I> {
@@ -35,24 +46,25 @@ pub(super) async fn read<I: AsyncRead + AsyncWrite + Unpin>(mut io: I) -> Option
         }
         have += count;
         if bytes[..have] != PREFACE[..have] {
-            refuse(io).await;
+            let http1 = HTTP1.iter().any(|start| bytes.starts_with(start));
+            close(io, if http1 { NOT_HTTP2 } else { b"" }).await;
             return None;
         }
     }
     Some(Greeted { io, replayed: 0 })
 }
 
-/// Says 505 and waits a moment for the peer to close: closing with unread bytes would reset the connection and could
-/// take the answer with it.
-async fn refuse<I: AsyncRead + AsyncWrite + Unpin>(mut io: I) {
+/// Says farewell and waits a moment for the peer to close: closing with unread bytes would reset the connection and could
+/// take the farewell with it.
+async fn close<I: AsyncRead + AsyncWrite + Unpin>(mut io: I, farewell: &[u8]) {
     const MAX_BYTES: u64 = 64 * 1024;
-    let farewell = async {
-        io.write_all(NOT_HTTP2).await?;
+    let closing = async {
+        io.write_all(farewell).await?;
         io.shutdown().await?;
         tokio::io::copy(&mut (&mut io).take(MAX_BYTES), &mut tokio::io::sink()).await
     };
     // Whatever comes of it, the connection is closed.
-    let _ = tokio::time::timeout(Duration::from_millis(500), farewell).await;
+    let _ = tokio::time::timeout(Duration::from_millis(500), closing).await;
 }
 
 impl<I: AsyncRead + Unpin> AsyncRead for Greeted<I> {

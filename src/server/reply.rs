@@ -31,6 +31,8 @@ pub(super) enum Reply {
     /// Nothing: the headers say it all.
     #[default]
     Empty,
+    /// A line for a person who has sent something that is no gRPC call.
+    Text(&'static str),
     /// The message and the trailers of a unary success.
     Message {
         /// What is left of the message, prefix included.
@@ -52,9 +54,9 @@ pub(super) enum Reply {
 }
 
 /// A plain HTTP answer to something that is no gRPC call.
-pub(super) fn not_grpc(mut rpc: Rpc, status: StatusCode) -> Response<Reply> {
+pub(super) fn not_grpc(mut rpc: Rpc, status: StatusCode, text: &'static str) -> Response<Reply> {
     rpc.end(Code::Unknown);
-    let mut response = Response::new(Reply::Empty);
+    let mut response = Response::new(Reply::Text(text));
     *response.status_mut() = status;
     response.headers_mut().insert(REQUEST_ID, id_value(&rpc));
     response
@@ -84,7 +86,11 @@ pub(super) async fn unary(mut rpc: Rpc, response: Response<tonic::body::Body>) -
     while let Some(Ok(frame)) = body.frame().await {
         match frame.into_data() {
             Ok(piece) => data = piece,
-            Err(frame) => trailers = frame.into_trailers().unwrap_or_default(),
+            Err(frame) => {
+                // The end, also where the library would go on to hand out half of a failed encoding.
+                trailers = frame.into_trailers().unwrap_or_default();
+                break;
+            }
         }
     }
     if data.is_empty() {
@@ -156,6 +162,7 @@ impl http_body::Body for Reply {
     ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
         let frame = match &mut *self {
             Self::Empty => return Poll::Ready(None),
+            Self::Text(text) => Frame::data(Bytes::from_static(text.as_bytes())),
             Self::Message { data, rpc, .. } if !data.is_empty() => {
                 let piece = data.split_to(data.len().min(PIECE));
                 rpc.sent(piece.len());

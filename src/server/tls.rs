@@ -17,7 +17,7 @@ use rustls::{
     server::WebPkiClientVerifier,
     version::{TLS12, TLS13},
 };
-use tokio::{io::AsyncReadExt as _, net::TcpStream, sync::Semaphore, time::sleep};
+use tokio::{net::TcpStream, sync::Semaphore, time::sleep};
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
 use super::certificate;
@@ -115,14 +115,9 @@ impl Tls {
         socket.readable().await.ok()?;
         let _place = self.handshakes.acquire().await.ok()?;
         let acceptor = TlsAcceptor::from(self.current.load_full());
-        let mut stream = acceptor.accept(socket).await.ok()?;
-        if stream.get_ref().1.alpn_protocol() == Some(HTTP2) {
-            return Some(stream);
-        }
-        // No protocol offered at all: the library lets that pass.
-        stream.get_mut().1.send_close_notify();
-        let _ = stream.read(&mut [0]).await;
-        None
+        let stream = acceptor.accept(socket).await.ok()?;
+        // The library lets a client pass that offers no protocol at all.
+        (stream.get_ref().1.alpn_protocol() == Some(HTTP2)).then_some(stream)
     }
 }
 

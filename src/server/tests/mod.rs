@@ -1,1 +1,356 @@
+//! The listener over real sockets. Clients are the h2 crate, or frames written by hand where it cannot misbehave.
 
+mod connections;
+mod floods;
+mod frames;
+mod lifecycle;
+mod limits;
+mod requests;
+mod tls;
+
+use std::{
+    collections::HashMap,
+    net::SocketAddr,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use bytes::{BufMut as _, Bytes, BytesMut};
+use http::{HeaderMap, Request};
+use prost::Message as _;
+use tokio::{
+    io::AsyncReadExt as _,
+    net::TcpStream,
+    sync::{oneshot, watch},
+    task::JoinHandle,
+};
+use tonic::{Code, Status};
+use tonic_types::StatusExt as _;
+
+use super::{Config, Error, Parts, Timings, serve};
+use crate::{
+    pb::{GetTaskDetailRequest, GetTaskDetailResponse, task_service_server::TaskService},
+    rpc::Call,
+    telemetry::metrics::Metrics,
+};
+
+const GET_TASK_DETAIL: &str = "/huaweicloud.rds.task.v1.TaskService/GetTaskDetail";
+const CHECK: &str = "/grpc.health.v1.Health/Check";
+const WATCH: &str = "/grpc.health.v1.Health/Watch";
+/// Longer than anything here takes; a test that waits this long has failed.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A service whose behaviour the instance id picks: `hang` waits until released, `panic` panics, `big-N` answers with N
+/// bytes; anything else gets an answer at once.
+#[derive(Clone, Default)]
+struct Script {
+    entered: watch::Sender<usize>,
+    left: watch::Sender<usize>,
+    released: watch::Sender<bool>,
+    /// Calls by the thread that ran them.
+    threads: Arc<Mutex<HashMap<String, usize>>>,
+}
+
+impl Script {
+    async fn entered(&self, count: usize) {
+        reaches(&self.entered, count).await;
+    }
+
+    async fn left(&self, count: usize) {
+        reaches(&self.left, count).await;
+    }
+}
+
+async fn reaches(value: &watch::Sender<usize>, count: usize) {
+    let mut value = value.subscribe();
+    let reached = value.wait_for(|value| *value >= count);
+    within(reached).await.unwrap();
+}
+
+/// Counts when a call is over or dropped.
+struct Leaving(watch::Sender<usize>);
+
+impl Drop for Leaving {
+    fn drop(&mut self) {
+        self.0.send_modify(|count| *count += 1);
+    }
+}
+
+#[tonic::async_trait]
+impl TaskService for Script {
+    async fn get_task_detail(
+        &self,
+        request: tonic::Request<GetTaskDetailRequest>,
+    ) -> Result<tonic::Response<GetTaskDetailResponse>, Status> {
+        assert!(request.extensions().get::<Arc<Call>>().is_some());
+        let thread = std::thread::current().name().unwrap().to_owned();
+        *self.threads.lock().unwrap().entry(thread).or_default() += 1;
+        self.entered.send_modify(|count| *count += 1);
+        let _leaving = Leaving(self.left.clone());
+        let request = request.into_inner();
+        let mut reply = GetTaskDetailResponse {
+            job_id: request.workflow_id,
+            ..GetTaskDetailResponse::default()
+        };
+        match request.instance_id.as_str() {
+            "hang" => {
+                let mut released = self.released.subscribe();
+                released.wait_for(|released| *released).await.unwrap();
+            }
+            "panic" => panic!("on purpose"),
+            id => {
+                if let Some(size) = id.strip_prefix("big-") {
+                    reply.job_name = "x".repeat(size.parse().unwrap());
+                }
+            }
+        }
+        Ok(tonic::Response::new(reply))
+    }
+}
+
+/// A running listener.
+struct Running {
+    address: SocketAddr,
+    script: Script,
+    metrics: Arc<Metrics>,
+    ended: Arc<Mutex<Vec<Code>>>,
+    ready: watch::Sender<bool>,
+    serving: watch::Receiver<bool>,
+    stop: oneshot::Sender<()>,
+    done: JoinHandle<Result<(), Error>>,
+}
+
+fn start(config: Config) -> Running {
+    start_with_ready(config, true)
+}
+
+fn start_with_ready(config: Config, is_ready: bool) -> Running {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    start_on(listener, config, is_ready)
+}
+
+fn start_on(listener: std::net::TcpListener, config: Config, is_ready: bool) -> Running {
+    let address = listener.local_addr().unwrap();
+    let script = Script::default();
+    let metrics = Metrics::new();
+    let ended = Arc::new(Mutex::new(Vec::new()));
+    let (ready, is_ready) = watch::channel(is_ready);
+    let (set_serving, serving) = watch::channel(false);
+    let (stop, stopped) = oneshot::channel::<()>();
+    let (facade, told) = (script.clone(), Arc::clone(&ended));
+    let parts = Parts {
+        facade: move || facade.clone(),
+        ready: is_ready,
+        serving: set_serving,
+        metrics: Arc::clone(&metrics),
+        access: Arc::new(move |record| told.lock().unwrap().push(record.code)),
+    };
+    let done = tokio::spawn(async move {
+        serve(listener, config, parts, async {
+            let _ = stopped.await;
+        })
+        .await
+    });
+    Running {
+        address,
+        script,
+        metrics,
+        ended,
+        ready,
+        serving,
+        stop,
+        done,
+    }
+}
+
+/// One worker, so that a test sees every connection in one place.
+fn config() -> Config {
+    Config {
+        workers: 1,
+        timeout: Duration::from_secs(5),
+        shutdown_grace: Duration::from_secs(2),
+        ..Config::default()
+    }
+}
+
+fn timings(change: impl FnOnce(&mut Timings)) -> Config {
+    let mut config = config();
+    change(&mut config.timings);
+    config
+}
+
+impl Running {
+    /// The value of one line of the exposition; 0 when it is not there.
+    fn metric(&self, line: &str) -> u64 {
+        let text = self.metrics.encode();
+        let value = text.lines().find_map(|found| found.strip_prefix(line));
+        value.map_or(0, |value| value.trim().parse::<f64>().unwrap() as u64)
+    }
+
+    /// The codes of all RPCs that are over, once there are `count`; they must agree with the metrics.
+    async fn ended(&self, count: usize) -> Vec<Code> {
+        let all = || self.ended.lock().unwrap().clone();
+        eventually(|| all().len() >= count).await;
+        let codes = all();
+        let handled: u64 = self
+            .metrics
+            .encode()
+            .lines()
+            .filter(|line| line.starts_with("grpc_server_handled_total"))
+            .map(|line| line.rsplit_once(' ').unwrap().1.parse::<u64>().unwrap())
+            .sum();
+        assert_eq!(handled, codes.len() as u64, "metrics and access lines");
+        codes
+    }
+
+    async fn stop(self) -> Duration {
+        let started = std::time::Instant::now();
+        self.stop.send(()).unwrap();
+        within(self.done).await.unwrap().unwrap();
+        started.elapsed()
+    }
+}
+
+/// Awaits `event` for as long as anybody should.
+async fn within<F: Future>(event: F) -> F::Output {
+    tokio::time::timeout(PATIENCE, event)
+        .await
+        .expect("it should have happened by now")
+}
+
+/// Waits until `condition` holds.
+async fn eventually(condition: impl Fn() -> bool) {
+    within(async {
+        while !condition() {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    })
+    .await;
+}
+
+type Client = h2::client::SendRequest<Bytes>;
+
+/// Waits until the other side closes, in whatever way, and returns what came before.
+async fn until_closed(socket: &mut TcpStream) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    // A reset is a close too.
+    let _ = within(socket.read_to_end(&mut bytes)).await;
+    bytes
+}
+
+/// A client connection; the handle ends when the connection does.
+async fn connect(address: SocketAddr) -> (Client, JoinHandle<Result<(), h2::Error>>) {
+    let socket = TcpStream::connect(address).await.unwrap();
+    let (client, connection) = h2::client::Builder::new().handshake(socket).await.unwrap();
+    (client, tokio::spawn(connection))
+}
+
+/// A proper call's headers.
+fn head(path: &str) -> Request<()> {
+    Request::post(format!("http://facade{path}"))
+        .header("content-type", "application/grpc")
+        .header("te", "trailers")
+        .body(())
+        .unwrap()
+}
+
+fn head_with(name: &str, value: impl AsRef<[u8]>) -> Request<()> {
+    let mut head = head(GET_TASK_DETAIL);
+    let name = http::HeaderName::from_bytes(name.as_bytes()).unwrap();
+    let value = http::HeaderValue::from_bytes(value.as_ref()).unwrap();
+    head.headers_mut().insert(name, value);
+    head
+}
+
+fn framed(flag: u8, message: &[u8]) -> Bytes {
+    let mut bytes = BytesMut::new();
+    bytes.put_u8(flag);
+    bytes.put_u32(message.len() as u32);
+    bytes.put_slice(message);
+    bytes.freeze()
+}
+
+/// The request message for an instance.
+fn instance(id: &str) -> Bytes {
+    let request = GetTaskDetailRequest {
+        project_id: "p".to_owned(),
+        instance_id: id.to_owned(),
+        workflow_id: "w".to_owned(),
+        workflow_name: None,
+    };
+    framed(0, &request.encode_to_vec())
+}
+
+/// What came back for one request.
+#[derive(Debug)]
+struct Answer {
+    http: u16,
+    headers: HeaderMap,
+    data: Bytes,
+    /// The headers where they end the stream.
+    trailers: HeaderMap,
+}
+
+impl Answer {
+    fn code(&self) -> Code {
+        self.status().code()
+    }
+
+    fn status(&self) -> Status {
+        Status::from_header_map(&self.trailers).expect("every RPC ends with a status")
+    }
+
+    /// A failure with this code, with details and the request id in both places.
+    #[track_caller]
+    fn assert_failed(&self, code: Code, name: &str) {
+        let status = self.status();
+        assert_eq!(status.code(), code, "{name}: {status:?}");
+        let details = status.get_error_details();
+        assert!(details.error_info().is_some(), "{name}: {status:?}");
+        let request_id = details.request_info().unwrap().request_id.clone();
+        assert_eq!(self.headers["x-request-id"], request_id, "{name}");
+        assert!(status.message().len() <= 256, "{name}");
+    }
+}
+
+/// Sends the head and these pieces as a whole request.
+async fn send(client: &Client, head: Request<()>, pieces: &[Bytes]) -> Result<Answer, h2::Error> {
+    let mut client = within(client.clone().ready()).await?;
+    let (answer, mut body) = client.send_request(head, pieces.is_empty())?;
+    for (index, piece) in pieces.iter().enumerate() {
+        // A server may answer before it has read all; what it left unread cannot be sent.
+        let _ = body.send_data(piece.clone(), index + 1 == pieces.len());
+    }
+    receive(answer).await
+}
+
+async fn receive(answer: h2::client::ResponseFuture) -> Result<Answer, h2::Error> {
+    let (head, mut body) = within(answer).await?.into_parts();
+    let mut data = BytesMut::new();
+    while let Some(piece) = within(body.data()).await {
+        let piece = piece?;
+        body.flow_control().release_capacity(piece.len())?;
+        data.extend_from_slice(&piece);
+    }
+    let trailers = within(body.trailers()).await?;
+    Ok(Answer {
+        http: head.status.as_u16(),
+        trailers: trailers.unwrap_or_else(|| head.headers.clone()),
+        headers: head.headers,
+        data: data.freeze(),
+    })
+}
+
+async fn call(client: &Client, id: &str) -> Result<Answer, h2::Error> {
+    send(client, head(GET_TASK_DETAIL), &[instance(id)]).await
+}
+
+/// Starts a call whose answer comes later, and waits until the service has it.
+async fn hanging(running: &Running, client: &Client) -> h2::client::ResponseFuture {
+    let count = *running.script.entered.borrow() + 1;
+    let mut client = within(client.clone().ready()).await.unwrap();
+    let (answer, mut body) = client.send_request(head(GET_TASK_DETAIL), false).unwrap();
+    body.send_data(instance("hang"), true).unwrap();
+    running.script.entered(count).await;
+    answer
+}

@@ -1,0 +1,216 @@
+//! Connections that are late, silent, too many, too old or not HTTP/2 at all.
+
+use std::time::Instant;
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+use super::{frames, *};
+
+#[tokio::test]
+async fn a_connection_without_a_whole_preface_is_closed_in_time_and_counted() {
+    let running = start(timings(|timings| {
+        timings.preface_timeout = Duration::from_millis(50)
+    }));
+
+    let cases = [
+        ("nothing", &b""[..]),
+        ("half", b"PRI * HTTP/2.0\r\n"),
+        ("something else", b"HELO facade\r\n"),
+    ];
+
+    for (name, bytes) in cases {
+        let mut socket = TcpStream::connect(running.address).await.unwrap();
+        socket.write_all(bytes).await.unwrap();
+        let started = Instant::now();
+
+        let answer = until_closed(&mut socket).await;
+
+        assert!(answer.is_empty(), "{name}");
+        assert!(started.elapsed() < Duration::from_secs(2), "{name}");
+    }
+    eventually(|| running.metric("grpc_server_connections_refused_total") == 3).await;
+    eventually(|| running.metric("grpc_server_connections ") == 0).await;
+}
+
+#[tokio::test]
+async fn http1_is_told_505_and_closed() {
+    let running = start(config());
+    let mut socket = TcpStream::connect(running.address).await.unwrap();
+    socket
+        .write_all(b"GET / HTTP/1.1\r\nhost: facade\r\n\r\n")
+        .await
+        .unwrap();
+
+    let mut answer = String::new();
+    within(socket.read_to_string(&mut answer))
+        .await
+        .expect("closed without a reset");
+
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    assert!(head.starts_with("HTTP/1.1 505 "), "{head}");
+    assert!(
+        head.contains(&format!("content-length: {}\r\n", body.len())),
+        "{head}"
+    );
+}
+
+#[tokio::test]
+async fn a_peer_that_answers_no_ping_is_closed() {
+    let running = start(timings(|timings| {
+        timings.keepalive_interval = Duration::from_millis(50);
+        timings.keepalive_timeout = Duration::from_millis(50);
+    }));
+    let mut socket = TcpStream::connect(running.address).await.unwrap();
+    socket.write_all(&frames::opening()).await.unwrap();
+
+    let seen = frames::parse(&until_closed(&mut socket).await);
+
+    let unanswered = |frame: &&frames::Frame| frame.kind == frames::PING && frame.flags == 0;
+    assert_eq!(seen.iter().filter(unanswered).count(), 1, "{seen:?}");
+}
+
+#[tokio::test]
+async fn connections_beyond_the_limit_are_closed_at_once_and_the_others_work() {
+    let running = start(Config {
+        max_connections: 2,
+        workers: 2,
+        ..config()
+    });
+    let (first, _) = connect(running.address).await;
+    let (second, second_connection) = connect(running.address).await;
+    assert_eq!(call(&first, "i").await.unwrap().code(), Code::Ok);
+    assert_eq!(call(&second, "i").await.unwrap().code(), Code::Ok);
+
+    for _ in 0..20 {
+        let mut socket = TcpStream::connect(running.address).await.unwrap();
+        assert!(until_closed(&mut socket).await.is_empty());
+    }
+
+    assert_eq!(running.metric("grpc_server_connections_refused_total"), 20);
+    assert_eq!(call(&first, "i").await.unwrap().code(), Code::Ok);
+    drop(second);
+    second_connection.abort();
+    eventually(|| running.metric("grpc_server_connections ") == 1).await;
+    let (third, _) = connect(running.address).await;
+    assert_eq!(call(&third, "i").await.unwrap().code(), Code::Ok);
+}
+
+#[tokio::test]
+async fn connections_are_spread_evenly_over_the_workers() {
+    let running = start(Config {
+        workers: 2,
+        ..config()
+    });
+    let mut clients = Vec::new();
+
+    // Hanging calls of four connections; each worker has a service of its own, but the script is shared.
+    for _ in 0..4 {
+        let (client, _) = connect(running.address).await;
+        let answer = hanging(&running, &client).await;
+        clients.push((client, answer));
+    }
+    running.script.released.send_replace(true);
+
+    for (_, answer) in clients {
+        assert_eq!(receive(answer).await.unwrap().code(), Code::Ok);
+    }
+    let threads = running.script.threads.lock().unwrap().clone();
+    let mut counts: Vec<_> = threads.values().copied().collect();
+    counts.sort_unstable();
+    assert_eq!(counts, [2, 2]);
+}
+
+#[tokio::test]
+async fn an_old_connection_says_goaway_and_its_call_completes() {
+    let running = start(timings(|timings| {
+        timings.max_connection_age = Duration::from_millis(100)
+    }));
+    let started = Instant::now();
+    let (client, connection) = connect(running.address).await;
+    let answer = hanging(&running, &client).await;
+
+    // A client that was told to go away takes no new call.
+    within(async {
+        while client.clone().ready().await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    })
+    .await;
+    let told = started.elapsed();
+    running.script.released.send_replace(true);
+
+    assert!(told >= Duration::from_millis(90), "{told:?}");
+    assert_eq!(receive(answer).await.unwrap().code(), Code::Ok);
+    within(connection).await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_call_that_outlives_age_and_grace_is_cut_off() {
+    let running = start(timings(|timings| {
+        timings.max_connection_age = Duration::from_millis(50);
+        timings.max_connection_age_grace = Duration::from_millis(50);
+    }));
+    let (client, connection) = connect(running.address).await;
+
+    let answer = hanging(&running, &client).await;
+
+    assert!(receive(answer).await.is_err());
+    let _ = within(connection).await.unwrap();
+    assert_eq!(running.ended(1).await, [Code::Cancelled]);
+}
+
+/// User and system time of this process so far, in ticks of 10 ms.
+fn ticks(stat: &std::fs::File) -> u64 {
+    use std::os::unix::fs::FileExt as _;
+
+    let mut bytes = [0; 1024];
+    let count = stat.read_at(&mut bytes, 0).unwrap();
+    let text = std::str::from_utf8(&bytes[..count]).unwrap();
+    // Fields 14 and 15; the second is the name in brackets.
+    let fields = text.rsplit(") ").next().unwrap().split(' ');
+    let times = fields.skip(11).take(2);
+    times.map(|ticks| ticks.parse::<u64>().unwrap()).sum()
+}
+
+/// Runs in a process of its own, because the limit on descriptors is the process's.
+#[tokio::test]
+#[ignore = "run by without_descriptors_the_accept_loop_rests_and_recovers"]
+async fn in_a_process_with_forty_descriptors() {
+    let running = start(config());
+    let (client, _) = connect(running.address).await;
+    assert_eq!(call(&client, "i").await.unwrap().code(), Code::Ok);
+    let stat = std::fs::File::open("/proc/self/stat").unwrap();
+    // The clients' ends are descriptors too: take all that are left before the accept loop runs again.
+    let mut sockets = Vec::new();
+    while let Ok(socket) = std::net::TcpStream::connect(running.address) {
+        sockets.push(socket);
+    }
+
+    let before = ticks(&stat);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let used = ticks(&stat) - before;
+
+    assert!(used < 20, "{used} ticks of 10 ms in one second");
+    assert_eq!(call(&client, "i").await.unwrap().code(), Code::Ok);
+    drop(sockets);
+    // The pause of the accept loop is at most a second.
+    let (late, _) = within(connect(running.address)).await;
+    assert_eq!(call(&late, "i").await.unwrap().code(), Code::Ok);
+}
+
+#[tokio::test]
+async fn without_descriptors_the_accept_loop_rests_and_recovers() {
+    let this = std::env::current_exe().unwrap();
+    let test = "server::tests::connections::in_a_process_with_forty_descriptors";
+
+    let output = tokio::process::Command::new("sh")
+        .args(["-c", "ulimit -n 40 && exec \"$0\" --ignored --exact \"$1\""])
+        .arg(this)
+        .arg(test)
+        .output();
+    let output = within(output).await.unwrap();
+
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{text}");
+    assert!(text.contains("1 passed"), "{text}");
+}

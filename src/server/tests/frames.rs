@@ -1,0 +1,79 @@
+//! HTTP/2 frames by hand, for what a client library refuses to do (RFC 9113, section 4.1).
+
+pub(super) const DATA: u8 = 0;
+pub(super) const HEADERS: u8 = 1;
+pub(super) const RST_STREAM: u8 = 3;
+pub(super) const SETTINGS: u8 = 4;
+pub(super) const PING: u8 = 6;
+pub(super) const GOAWAY: u8 = 7;
+pub(super) const CONTINUATION: u8 = 9;
+pub(super) const END_STREAM: u8 = 1;
+pub(super) const END_HEADERS: u8 = 4;
+
+/// One frame as read.
+#[derive(Debug)]
+pub(super) struct Frame {
+    pub(super) kind: u8,
+    pub(super) flags: u8,
+    pub(super) payload: Vec<u8>,
+}
+
+impl Frame {
+    /// The error code of `RST_STREAM` or GOAWAY.
+    pub(super) fn error(&self) -> u32 {
+        let at = if self.kind == GOAWAY { 4 } else { 0 };
+        u32::from_be_bytes(self.payload[at..at + 4].try_into().unwrap())
+    }
+}
+
+pub(super) fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let mut bytes = (payload.len() as u32).to_be_bytes()[1..].to_vec();
+    bytes.extend([kind, flags]);
+    bytes.extend(stream.to_be_bytes());
+    bytes.extend(payload);
+    bytes
+}
+
+/// Preface and empty settings.
+pub(super) fn opening() -> Vec<u8> {
+    let mut bytes = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
+    bytes.extend(frame(SETTINGS, 0, 0, &[]));
+    bytes
+}
+
+/// A proper call's header block, nothing compressed (RFC 7541, section 6.2.2).
+pub(super) fn block(path: &str) -> Vec<u8> {
+    let fields = [
+        (":method", "POST"),
+        (":scheme", "http"),
+        (":authority", "facade"),
+        (":path", path),
+        ("content-type", "application/grpc"),
+    ];
+    let mut bytes = Vec::new();
+    for (name, value) in fields {
+        bytes.extend([0, name.len() as u8]);
+        bytes.extend(name.as_bytes());
+        bytes.push(u8::try_from(value.len()).unwrap());
+        bytes.extend(value.as_bytes());
+    }
+    bytes
+}
+
+/// All whole frames in `bytes`.
+pub(super) fn parse(mut bytes: &[u8]) -> Vec<Frame> {
+    let mut frames = Vec::new();
+    while let Some((head, rest)) = bytes.split_first_chunk::<9>() {
+        let length = u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize;
+        let Some((payload, rest)) = rest.split_at_checked(length) else {
+            break;
+        };
+        frames.push(Frame {
+            kind: head[3],
+            flags: head[4],
+            payload: payload.to_vec(),
+        });
+        bytes = rest;
+    }
+    frames
+}

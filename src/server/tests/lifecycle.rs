@@ -1,0 +1,182 @@
+//! The drain: what it finishes, what it does not wait for, and in which order.
+
+use tokio::io::AsyncWriteExt as _;
+use tonic_health::pb::{HealthCheckResponse, health_check_response::ServingStatus};
+
+use super::{frames, *};
+
+/// Well under a second, with room for a busy machine.
+const AT_ONCE: Duration = Duration::from_millis(900);
+
+#[tokio::test]
+async fn an_idle_listener_ends_at_once() {
+    let running = start(config());
+    let (client, connection) = connect(running.address).await;
+    assert_eq!(call(&client, "i").await.unwrap().code(), Code::Ok);
+
+    let took = running.stop().await;
+
+    assert!(took < AT_ONCE, "{took:?}");
+    within(connection).await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_drain_before_the_first_credential_ends_at_once() {
+    let running = start_with_ready(config(), false);
+
+    let took = running.stop().await;
+
+    assert!(took < AT_ONCE, "{took:?}");
+}
+
+#[tokio::test]
+async fn a_call_in_flight_completes_and_then_the_drain_is_over() {
+    let running = start(config());
+    let (client, connection) = connect(running.address).await;
+    let answer = hanging(&running, &client).await;
+    let script = running.script.clone();
+    let ended = Arc::clone(&running.ended);
+
+    let stopping = tokio::spawn(running.stop());
+    // The GOAWAY is there once the client takes no new call.
+    within(async {
+        while client.clone().ready().await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    })
+    .await;
+    assert!(!stopping.is_finished());
+    script.released.send_replace(true);
+
+    assert_eq!(receive(answer).await.unwrap().code(), Code::Ok);
+    assert!(within(stopping).await.unwrap() < config().shutdown_grace);
+    within(connection).await.unwrap().unwrap();
+    assert_eq!(*ended.lock().unwrap(), [Code::Ok]);
+}
+
+#[tokio::test]
+async fn what_peers_do_cannot_hold_the_drain_beyond_the_grace() {
+    let grace = Duration::from_millis(300);
+    let running = start(Config {
+        shutdown_grace: grace,
+        ..config()
+    });
+    let _silent = TcpStream::connect(running.address).await.unwrap();
+    let mut half = TcpStream::connect(running.address).await.unwrap();
+    half.write_all(b"PRI * HT").await.unwrap();
+    let mut deaf = TcpStream::connect(running.address).await.unwrap();
+    deaf.write_all(&frames::opening()).await.unwrap();
+    let (client, _) = connect(running.address).await;
+    let held = hanging(&running, &client).await;
+    eventually(|| running.metric("grpc_server_connections ") == 4).await;
+    let ended = Arc::clone(&running.ended);
+
+    let took = running.stop().await;
+
+    assert!(took >= grace && took < grace + AT_ONCE, "{took:?}");
+    assert!(receive(held).await.is_err());
+    assert_eq!(*ended.lock().unwrap(), [Code::Cancelled]);
+}
+
+#[tokio::test]
+async fn silent_peers_and_open_watches_do_not_hold_the_drain_at_all() {
+    let running = start(config());
+    let _silent = TcpStream::connect(running.address).await.unwrap();
+    let mut half = TcpStream::connect(running.address).await.unwrap();
+    half.write_all(b"PRI * HT").await.unwrap();
+    let (mut client, _) = connect(running.address).await;
+    let (answer, mut body) = client.send_request(head(WATCH), false).unwrap();
+    body.send_data(framed(0, &[]), true).unwrap();
+    let (_, mut watch) = within(answer).await.unwrap().into_parts();
+    let status = |update: Bytes| HealthCheckResponse::decode(&update[5..]).unwrap().status();
+    let first = within(watch.data()).await.unwrap().unwrap();
+
+    let stopping = tokio::spawn(running.stop());
+    let second = within(watch.data()).await.unwrap().unwrap();
+
+    assert_eq!(status(first), ServingStatus::Serving);
+    assert_eq!(status(second), ServingStatus::NotServing);
+    assert!(within(watch.data()).await.is_none());
+    assert_eq!(
+        within(watch.trailers()).await.unwrap().unwrap()["grpc-status"],
+        "0"
+    );
+    assert!(within(stopping).await.unwrap() < AT_ONCE);
+}
+
+#[tokio::test]
+async fn until_goaway_new_connections_and_calls_are_served_and_health_says_not_serving() {
+    let running = start(Config {
+        drain_delay: Duration::from_millis(500),
+        ..config()
+    });
+    let address = running.address;
+    let mut serving = running.serving.clone();
+    within(serving.wait_for(|serving| *serving)).await.unwrap();
+
+    let stopping = tokio::spawn(running.stop());
+    within(serving.wait_for(|serving| !serving)).await.unwrap();
+    let (client, connection) = connect(address).await;
+    let answer = call(&client, "i").await.unwrap();
+    let health = send(&client, head(CHECK), &[framed(0, &[])]).await.unwrap();
+
+    assert_eq!(answer.code(), Code::Ok);
+    let health = HealthCheckResponse::decode(&health.data[5..]).unwrap();
+    assert_eq!(health.status(), ServingStatus::NotServing);
+    assert!(!stopping.is_finished());
+    let took = within(stopping).await.unwrap();
+    assert!(took >= Duration::from_millis(500), "{took:?}");
+    within(connection).await.unwrap().unwrap();
+    assert!(
+        TcpStream::connect(address).await.is_err(),
+        "the port is free"
+    );
+}
+
+#[tokio::test]
+async fn a_connection_that_waits_to_be_accepted_when_the_drain_begins_is_served() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let waiting = TcpStream::connect(listener.local_addr().unwrap())
+        .await
+        .unwrap();
+    let running = start_on(listener, config(), true);
+    let script = running.script.clone();
+
+    // Sent before the accept loop has run once.
+    let stopping = tokio::spawn(running.stop());
+    let (client, connection) = h2::client::handshake(waiting).await.unwrap();
+    let connection = tokio::spawn(connection);
+    let answer = call(&client, "i").await.unwrap();
+
+    assert_eq!(answer.code(), Code::Ok);
+    script.left(1).await;
+    within(stopping).await.unwrap();
+    within(connection).await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_rolling_restart_under_load_loses_no_call() {
+    let mut now = start(config());
+    for _ in 0..5 {
+        let next = start(config());
+        let old = now.address;
+        let load = tokio::spawn(async move {
+            let mut answered = 0;
+            let (client, _) = connect(old).await;
+            // Until the GOAWAY; the client library itself says which calls were never taken.
+            while let Ok(answer) = call(&client, "i").await {
+                assert_eq!(answer.code(), Code::Ok);
+                answered += 1;
+            }
+            answered
+        });
+        let ended = Arc::clone(&now.ended);
+        eventually(|| ended.lock().unwrap().len() > 20).await;
+
+        within(now.stop()).await;
+
+        let answered = within(load).await.unwrap();
+        assert_eq!(*ended.lock().unwrap(), vec![Code::Ok; answered]);
+        now = next;
+    }
+}

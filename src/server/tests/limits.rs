@@ -1,0 +1,237 @@
+//! Callers that vanish, stop reading or ask for too much; health beside all that.
+
+use std::time::Instant;
+
+use tonic_health::pb::{
+    HealthCheckRequest, HealthCheckResponse, health_check_response::ServingStatus,
+};
+
+use super::*;
+
+/// The request message of health for a service's name.
+fn named(service: &str) -> Bytes {
+    let request = HealthCheckRequest {
+        service: service.to_owned(),
+    };
+    framed(0, &request.encode_to_vec())
+}
+
+async fn check(client: &Client, service: &str) -> Answer {
+    send(client, head(CHECK), &[named(service)]).await.unwrap()
+}
+
+#[track_caller]
+fn serving(answer: &Answer) -> ServingStatus {
+    assert_eq!(answer.code(), Code::Ok);
+    HealthCheckResponse::decode(&answer.data[5..])
+        .unwrap()
+        .status()
+}
+
+#[tokio::test]
+async fn a_cancelled_call_ends_its_work_and_is_counted_once() {
+    let running = start(Config {
+        max_in_flight: 1,
+        ..config()
+    });
+    let (client, _) = connect(running.address).await;
+
+    let answer = hanging(&running, &client).await;
+    let cancelled = Instant::now();
+    drop(answer);
+    running.script.left(1).await;
+
+    assert!(cancelled.elapsed() < Duration::from_millis(100));
+    assert_eq!(running.ended(1).await, [Code::Cancelled]);
+    // The one place in flight is free again.
+    assert_eq!(call(&client, "i").await.unwrap().code(), Code::Ok);
+}
+
+#[tokio::test]
+async fn a_lost_connection_ends_its_calls_and_is_forgotten() {
+    let running = start(config());
+    let socket = TcpStream::connect(running.address).await.unwrap();
+    socket2::SockRef::from(&socket)
+        .set_linger(Some(Duration::ZERO))
+        .unwrap();
+    let (client, connection) = h2::client::handshake(socket).await.unwrap();
+    let connection = tokio::spawn(connection);
+
+    let _first = hanging(&running, &client).await;
+    let _second = hanging(&running, &client).await;
+    let lost = Instant::now();
+    connection.abort();
+    running.script.left(2).await;
+
+    assert!(lost.elapsed() < Duration::from_millis(100));
+    assert_eq!(running.ended(2).await, [Code::Cancelled; 2]);
+    eventually(|| running.metric("grpc_server_connections ") == 0).await;
+}
+
+#[tokio::test]
+async fn a_caller_that_does_not_read_loses_its_stream_a_second_after_the_deadline() {
+    let running = start(config());
+    let socket = TcpStream::connect(running.address).await.unwrap();
+    let mut builder = h2::client::Builder::new();
+    let (mut client, connection) = builder
+        .initial_window_size(0)
+        .handshake::<_, Bytes>(socket)
+        .await
+        .unwrap();
+    tokio::spawn(connection);
+
+    let started = Instant::now();
+    let (answer, mut body) = client
+        .send_request(head_with("grpc-timeout", "50m"), false)
+        .unwrap();
+    body.send_data(instance("i"), true).unwrap();
+    let error = receive(answer).await.unwrap_err();
+
+    assert!(error.is_reset(), "{error:?}");
+    let took = started.elapsed();
+    assert!(
+        (Duration::from_millis(1050)..Duration::from_secs(2)).contains(&took),
+        "{took:?}"
+    );
+    assert_eq!(running.ended(1).await, [Code::Cancelled]);
+}
+
+#[tokio::test]
+async fn a_caller_that_stops_reading_half_way_loses_its_stream_too() {
+    let running = start(config());
+    let (mut client, _) = connect(running.address).await;
+
+    let (answer, mut body) = client
+        .send_request(head_with("grpc-timeout", "50m"), false)
+        .unwrap();
+    body.send_data(instance("big-300000"), true).unwrap();
+    // The window is 64 KiB and nothing is released.
+    let (_, mut unread) = within(answer).await.unwrap().into_parts();
+    let mut received = 0;
+    let error = loop {
+        match within(unread.data()).await.unwrap() {
+            Ok(piece) => received += piece.len(),
+            Err(error) => break error,
+        }
+    };
+
+    assert!(error.is_reset(), "{error:?}");
+    assert_eq!(received, 65_535);
+    assert_eq!(running.ended(1).await, [Code::Cancelled]);
+}
+
+#[tokio::test]
+async fn calls_beyond_the_limit_are_refused_at_once_and_health_is_not() {
+    let running = start(Config {
+        max_in_flight: 1,
+        ..config()
+    });
+    let (client, _) = connect(running.address).await;
+    let held = hanging(&running, &client).await;
+
+    let mut fastest = Duration::MAX;
+    for _ in 0..5 {
+        let started = Instant::now();
+        let refused = call(&client, "i").await.unwrap();
+
+        fastest = fastest.min(started.elapsed());
+        refused.assert_failed(Code::ResourceExhausted, "second call");
+    }
+    let healthy = check(&client, "").await;
+    running.script.released.send_replace(true);
+
+    assert!(fastest < Duration::from_millis(10), "{fastest:?}");
+    assert_eq!(serving(&healthy), ServingStatus::Serving);
+    assert_eq!(receive(held).await.unwrap().code(), Code::Ok);
+}
+
+#[tokio::test]
+async fn health_follows_the_first_credential_under_both_names() {
+    let running = start_with_ready(config(), false);
+    let (client, _) = connect(running.address).await;
+
+    for name in ["", "huaweicloud.rds.task.v1.TaskService"] {
+        let answer = check(&client, name).await;
+        assert_eq!(serving(&answer), ServingStatus::NotServing, "{name:?}");
+    }
+    assert!(!*running.serving.borrow());
+    running.ready.send_replace(true);
+    let mut state = running.serving.clone();
+    within(state.wait_for(|serving| *serving)).await.unwrap();
+
+    for name in ["", "huaweicloud.rds.task.v1.TaskService"] {
+        let answer = check(&client, name).await;
+        assert_eq!(serving(&answer), ServingStatus::Serving, "{name:?}");
+    }
+    check(&client, "nobody")
+        .await
+        .assert_failed(Code::NotFound, "unknown name");
+}
+
+#[tokio::test]
+async fn a_watch_outlives_the_servers_maximum_but_not_the_callers_deadline() {
+    let running = start(Config {
+        timeout: Duration::from_millis(50),
+        ..config()
+    });
+    let (client, _) = connect(running.address).await;
+    let mut bounded = head(WATCH);
+    bounded
+        .headers_mut()
+        .insert("grpc-timeout", "300m".parse().unwrap());
+
+    let started = Instant::now();
+    let answer = send(&client, bounded, &[named("")]).await.unwrap();
+
+    assert!(started.elapsed() >= Duration::from_millis(300));
+    answer.assert_failed(Code::DeadlineExceeded, "watch");
+    assert_eq!(answer.data.len(), 7, "one update came before");
+}
+
+#[tokio::test]
+async fn reflection_lists_every_service_in_both_versions_and_can_be_off() {
+    use tonic_reflection::pb::{v1, v1alpha};
+
+    let list = v1::ServerReflectionRequest {
+        host: String::new(),
+        message_request: Some(v1::server_reflection_request::MessageRequest::ListServices(
+            String::new(),
+        )),
+    };
+    let paths = [
+        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+        "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+    ];
+    let names = [
+        "huaweicloud.rds.task.v1.TaskService",
+        "grpc.health.v1.Health",
+        "grpc.reflection.v1.ServerReflection",
+        "grpc.reflection.v1alpha.ServerReflection",
+    ];
+    let running = start(config());
+    let (client, _) = connect(running.address).await;
+    for path in paths {
+        let answer = send(&client, head(path), &[framed(0, &list.encode_to_vec())]).await;
+
+        // Both versions have the same fields.
+        let reply = v1alpha::ServerReflectionResponse::decode(&answer.unwrap().data[5..]).unwrap();
+        let Some(v1alpha::server_reflection_response::MessageResponse::ListServicesResponse(list)) =
+            reply.message_response
+        else {
+            panic!("no list: {path}");
+        };
+        let found: Vec<_> = list.service.iter().map(|service| &service.name).collect();
+        assert_eq!(found, names, "{path}");
+    }
+
+    let running = start(Config {
+        reflection: false,
+        ..config()
+    });
+    let (client, _) = connect(running.address).await;
+    for path in paths {
+        let answer = send(&client, head(path), &[framed(0, &list.encode_to_vec())]).await;
+
+        answer.unwrap().assert_failed(Code::Unimplemented, path);
+    }
+}

@@ -1,0 +1,446 @@
+//! What a request may look like, and what comes back for one that looks different.
+
+use std::time::Instant;
+
+use prost::Message as _;
+use tonic::codec::CompressionEncoding;
+
+use super::*;
+use crate::pb::task_service_client::TaskServiceClient;
+
+#[tokio::test]
+async fn a_proper_call_is_answered_and_counted_once() {
+    let running = start(config());
+    let (client, _) = connect(running.address).await;
+
+    let answer = call(&client, "i").await.unwrap();
+
+    assert_eq!((answer.http, answer.code()), (200, Code::Ok));
+    let reply = GetTaskDetailResponse::decode(&answer.data[5..]).unwrap();
+    assert_eq!(reply.job_id, "w");
+    assert_eq!(running.ended(1).await, [Code::Ok]);
+    assert_eq!(running.metric("grpc_server_started_total{grpc_type=\"unary\",grpc_service=\"huaweicloud.rds.task.v1.TaskService\",grpc_method=\"GetTaskDetail\"}"), 1);
+}
+
+#[tokio::test]
+async fn a_request_that_is_no_grpc_gets_a_bare_http_status_and_runs_no_service() {
+    let running = start(config());
+    let (client, _) = connect(running.address).await;
+    let mut get = head(GET_TASK_DETAIL);
+    *get.method_mut() = http::Method::GET;
+    let mut untyped = head(GET_TASK_DETAIL);
+    untyped.headers_mut().remove("content-type");
+    let cases = [
+        ("GET", get, 405),
+        ("no type", untyped, 415),
+        ("json", head_with("content-type", "application/json"), 415),
+        ("html", head_with("content-type", "text/html"), 415),
+        (
+            "grpc-web",
+            head_with("content-type", "application/grpc-web+proto"),
+            415,
+        ),
+        (
+            "longer word",
+            head_with("content-type", "application/grpcx"),
+            415,
+        ),
+        (
+            "other encoding",
+            head_with("content-type", "application/grpc+json"),
+            415,
+        ),
+    ];
+
+    for (name, head, http) in cases {
+        let answer = send(&client, head, &[instance("i")]).await.unwrap();
+
+        assert_eq!(answer.http, http, "{name}");
+        assert!(answer.headers.get("grpc-status").is_none(), "{name}");
+    }
+    assert_eq!(running.ended(7).await, [Code::Unknown; 7]);
+    assert_eq!(*running.script.entered.borrow(), 0);
+}
+
+#[tokio::test]
+async fn every_way_to_write_the_grpc_type_is_understood() {
+    let running = start(config());
+    let (client, _) = connect(running.address).await;
+
+    for kind in [
+        "application/grpc+proto",
+        "application/grpc;charset=utf-8",
+        "Application/GRPC",
+    ] {
+        let answer = send(&client, head_with("content-type", kind), &[instance("i")]).await;
+
+        assert_eq!(answer.unwrap().code(), Code::Ok, "{kind}");
+    }
+}
+
+#[tokio::test]
+async fn a_malformed_call_gets_a_status_with_details_and_runs_no_service() {
+    let running = start(config());
+    let (client, _) = connect(running.address).await;
+    let good = instance("i");
+    let long = framed(0, &vec![0; 64 * 1024 + 1]);
+    let huge = Bytes::from_static(&[0, 0, 80, 0, 0, 1]);
+    let mut twice = head(GET_TASK_DETAIL);
+    twice
+        .headers_mut()
+        .append("grpc-timeout", "1S".parse().unwrap());
+    twice
+        .headers_mut()
+        .append("grpc-timeout", "2S".parse().unwrap());
+    let plain = || head(GET_TASK_DETAIL);
+    let timeout = |value: &[u8]| head_with("grpc-timeout", value);
+    let cases = [
+        (
+            "timeout unit",
+            timeout(b"200x"),
+            vec![good.clone()],
+            Code::InvalidArgument,
+        ),
+        (
+            "timeout sign",
+            timeout(b"+5m"),
+            vec![good.clone()],
+            Code::InvalidArgument,
+        ),
+        (
+            "timeout digits",
+            timeout(b"123456789m"),
+            vec![good.clone()],
+            Code::InvalidArgument,
+        ),
+        (
+            "timeout empty",
+            timeout(b""),
+            vec![good.clone()],
+            Code::InvalidArgument,
+        ),
+        (
+            "timeout non-ASCII",
+            timeout(b"\xff5m"),
+            vec![good.clone()],
+            Code::InvalidArgument,
+        ),
+        (
+            "timeout twice",
+            twice,
+            vec![good.clone()],
+            Code::InvalidArgument,
+        ),
+        (
+            "unknown method",
+            head("/huaweicloud.rds.task.v1.TaskService/Nope"),
+            vec![good.clone()],
+            Code::Unimplemented,
+        ),
+        (
+            "unknown service",
+            head("/nope"),
+            vec![good.clone()],
+            Code::Unimplemented,
+        ),
+        (
+            "message too long",
+            plain(),
+            vec![long],
+            Code::ResourceExhausted,
+        ),
+        (
+            "long message announced",
+            plain(),
+            vec![huge],
+            Code::ResourceExhausted,
+        ),
+        (
+            "compressed without encoding",
+            plain(),
+            vec![framed(1, b"x")],
+            Code::Internal,
+        ),
+        (
+            "unknown flag",
+            plain(),
+            vec![framed(7, b"")],
+            Code::Internal,
+        ),
+        (
+            "unknown encoding",
+            head_with("grpc-encoding", "snappy"),
+            vec![framed(1, b"x")],
+            Code::Unimplemented,
+        ),
+        ("no body", plain(), vec![], Code::Internal),
+        ("empty body", plain(), vec![Bytes::new()], Code::Internal),
+        (
+            "two messages",
+            plain(),
+            vec![good.clone(), good.clone()],
+            Code::Internal,
+        ),
+        (
+            "two messages in one piece",
+            plain(),
+            vec![[good.clone(), good].concat().into()],
+            Code::Internal,
+        ),
+        (
+            "half a prefix",
+            plain(),
+            vec![Bytes::from_static(&[0, 0])],
+            Code::Internal,
+        ),
+        (
+            "half a message",
+            plain(),
+            vec![Bytes::from_static(&[0, 0, 0, 0, 9, 1])],
+            Code::Internal,
+        ),
+        (
+            "no protobuf",
+            plain(),
+            vec![framed(0, &[0xff; 4])],
+            Code::Internal,
+        ),
+        (
+            "no UTF-8",
+            plain(),
+            vec![framed(0, &[0x0a, 1, 0xff])],
+            Code::Internal,
+        ),
+    ];
+    let count = cases.len();
+
+    for (name, head, pieces, code) in cases {
+        let answer = send(&client, head, &pieces).await.unwrap();
+
+        answer.assert_failed(code, name);
+    }
+    assert_eq!(running.ended(count).await.len(), count);
+    assert_eq!(*running.script.entered.borrow(), 0);
+    assert_eq!(running.metric("grpc_server_handled_total{grpc_type=\"other\",grpc_service=\"other\",grpc_method=\"other\",grpc_code=\"Unimplemented\"}"), 2);
+}
+
+#[tokio::test]
+async fn a_message_in_many_pieces_and_of_the_largest_size_is_read() {
+    let running = start(config());
+    let (client, _) = connect(running.address).await;
+    // An unknown field of bytes fills the message up to the limit: tag and length take 5 bytes.
+    let mut message = vec![0xfa, 0x01, 0xfb, 0xff, 0x03];
+    message.resize(64 * 1024, 0);
+    let whole = framed(0, &message);
+
+    let pieces: Vec<_> = whole.chunks(1000).map(Bytes::copy_from_slice).collect();
+    let answer = send(&client, head(GET_TASK_DETAIL), &pieces).await.unwrap();
+
+    assert_eq!(answer.code(), Code::Ok, "{:?}", answer.status());
+}
+
+#[tokio::test]
+async fn the_request_id_is_the_callers_when_it_is_harmless_and_else_ours() {
+    let running = start(config());
+    let (client, _) = connect(running.address).await;
+    let long = "x".repeat(129);
+    let cases = [
+        ("aZ0._-", true),
+        (&long[..128], true),
+        (&long, false),
+        ("", false),
+        ("a b", false),
+        ("a\"b", false),
+        ("a\tb", false),
+    ];
+
+    for (id, kept) in cases {
+        let answer = send(&client, head_with("x-request-id", id), &[instance("i")])
+            .await
+            .unwrap();
+
+        let echoed = answer.headers["x-request-id"].to_str().unwrap();
+        assert_eq!(echoed == id, kept, "{id:?}");
+        assert!(kept || echoed.len() == 32, "{id:?}");
+    }
+}
+
+#[tokio::test]
+async fn compressed_requests_are_read_and_a_bomb_is_not() {
+    let running = start(config());
+    let channel =
+        tonic::transport::Endpoint::from_shared(format!("http://{}", running.address)).unwrap();
+    let mut client =
+        TaskServiceClient::new(channel.connect_lazy()).send_compressed(CompressionEncoding::Gzip);
+    let request = |size: usize| GetTaskDetailRequest {
+        workflow_name: Some("a".repeat(size)),
+        ..GetTaskDetailRequest::default()
+    };
+
+    assert!(client.get_task_detail(request(60_000)).await.is_ok());
+    let bomb = client.get_task_detail(request(16 << 20)).await.unwrap_err();
+
+    assert_eq!(bomb.code(), Code::ResourceExhausted, "{bomb:?}");
+    assert!(bomb.get_details_error_info().is_some());
+}
+
+#[tokio::test]
+async fn oversized_metadata_is_431_and_the_connection_lives() {
+    let running = start(config());
+    let (client, _) = connect(running.address).await;
+    let mut many = head(GET_TASK_DETAIL);
+    for index in 0..1000 {
+        many.headers_mut().append(
+            http::HeaderName::try_from(format!("k{index}")).unwrap(),
+            "v".parse().unwrap(),
+        );
+    }
+
+    for (name, head) in [
+        ("one value", head_with("k", "v".repeat(17 << 10))),
+        ("many keys", many),
+    ] {
+        let answer = send(&client, head, &[instance("i")]).await.unwrap();
+
+        assert_eq!(answer.http, 431, "{name}");
+    }
+    assert_eq!(call(&client, "i").await.unwrap().code(), Code::Ok);
+}
+
+#[tokio::test]
+async fn broken_binary_metadata_does_no_harm() {
+    let running = start(config());
+    let (client, _) = connect(running.address).await;
+
+    let answer = send(&client, head_with("k-bin", "%%%"), &[instance("i")])
+        .await
+        .unwrap();
+
+    assert_eq!(answer.code(), Code::Ok);
+}
+
+#[tokio::test]
+async fn a_panic_is_an_internal_error_of_one_call() {
+    let running = start(config());
+    let (client, _) = connect(running.address).await;
+
+    let answer = call(&client, "panic").await.unwrap();
+
+    answer.assert_failed(Code::Internal, "panic");
+    assert!(!answer.status().message().contains("on purpose"));
+    assert_eq!(running.metric("panics_total"), 1);
+    assert_eq!(call(&client, "i").await.unwrap().code(), Code::Ok);
+}
+
+#[tokio::test]
+async fn a_reply_over_the_limit_of_clients_is_resource_exhausted() {
+    let running = start(config());
+    let (client, _) = connect(running.address).await;
+
+    let fits = call(&client, "big-4000000").await.unwrap();
+    let too_big = call(&client, "big-5000000").await.unwrap();
+
+    assert_eq!((fits.code(), fits.data.len() > 4_000_000), (Code::Ok, true));
+    too_big.assert_failed(Code::ResourceExhausted, "5 MB");
+    assert_eq!(running.ended(2).await, [Code::Ok, Code::ResourceExhausted]);
+}
+
+#[tokio::test]
+async fn a_passed_deadline_is_answered_in_time() {
+    let running = start(config());
+    let (client, _) = connect(running.address).await;
+    let mut late = Vec::new();
+
+    for _ in 0..5 {
+        let started = Instant::now();
+        let answer = send(
+            &client,
+            head_with("grpc-timeout", "100m"),
+            &[instance("hang")],
+        )
+        .await
+        .unwrap();
+
+        answer.assert_failed(Code::DeadlineExceeded, "100 ms");
+        late.push(
+            started
+                .elapsed()
+                .checked_sub(Duration::from_millis(100))
+                .expect("not early"),
+        );
+    }
+    running.script.left(5).await;
+    // One of five, because a busy machine may delay the test itself.
+    assert!(
+        late.iter().min().unwrap() <= &Duration::from_millis(20),
+        "{late:?}"
+    );
+    assert_eq!(running.ended(5).await, [Code::DeadlineExceeded; 5]);
+}
+
+#[tokio::test]
+async fn the_server_maximum_bounds_calls_without_a_deadline_or_with_a_longer_one() {
+    let running = start(Config {
+        timeout: Duration::from_millis(50),
+        ..config()
+    });
+    let (client, _) = connect(running.address).await;
+
+    for head in [
+        head(GET_TASK_DETAIL),
+        head_with("grpc-timeout", "99999999H"),
+    ] {
+        let answer = send(&client, head, &[instance("hang")]).await.unwrap();
+
+        answer.assert_failed(Code::DeadlineExceeded, "server maximum");
+    }
+}
+
+#[tokio::test]
+async fn a_deadline_that_has_passed_on_arrival_runs_no_service() {
+    let running = start(config());
+    let (client, _) = connect(running.address).await;
+
+    for timeout in ["0m", "1n", "0H"] {
+        let answer = send(
+            &client,
+            head_with("grpc-timeout", timeout),
+            &[instance("i")],
+        )
+        .await
+        .unwrap();
+
+        answer.assert_failed(Code::DeadlineExceeded, timeout);
+    }
+    assert_eq!(*running.script.entered.borrow(), 0);
+}
+
+#[tokio::test]
+async fn a_body_that_never_ends_is_bounded_by_the_deadline() {
+    let running = start(config());
+    let (mut client, _) = connect(running.address).await;
+
+    let (answer, mut body) = client
+        .send_request(head_with("grpc-timeout", "50m"), false)
+        .unwrap();
+    body.send_data(Bytes::from_static(&[0, 0]), false).unwrap();
+
+    receive(answer)
+        .await
+        .unwrap()
+        .assert_failed(Code::DeadlineExceeded, "half a body");
+}
+
+#[tokio::test]
+async fn a_second_message_is_refused_before_its_end() {
+    let running = start(config());
+    let (mut client, _) = connect(running.address).await;
+
+    let (answer, mut body) = client.send_request(head(GET_TASK_DETAIL), false).unwrap();
+    body.send_data([instance("i"), instance("i")].concat().into(), false)
+        .unwrap();
+    let answer = receive(answer).await.unwrap();
+
+    answer.assert_failed(Code::Internal, "two messages");
+    assert!(answer.status().message().ends_with("found more"));
+}

@@ -1,0 +1,265 @@
+//! TLS on the listener: who gets in, and how certificates change.
+
+use std::{fs, path::Path};
+
+use rcgen::{
+    BasicConstraints, CertificateParams, CertifiedIssuer, ExtendedKeyUsagePurpose, IsCa, KeyPair,
+    date_time_ymd,
+};
+use rustls::{
+    ClientConfig, RootCertStore,
+    crypto::aws_lc_rs::default_provider,
+    pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject as _},
+    version::{TLS12, TLS13},
+};
+use tokio::io::AsyncWriteExt as _;
+use tokio_rustls::{TlsConnector, client::TlsStream};
+
+use super::*;
+use crate::server::tls;
+
+type Authority = CertifiedIssuer<'static, KeyPair>;
+
+fn authority() -> Authority {
+    let mut params = CertificateParams::new(Vec::new()).unwrap();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap()
+}
+
+/// A certificate and its key in PEM.
+fn issue(authority: &Authority, last_year: i32) -> (String, String) {
+    let mut params = CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
+    params.extended_key_usages = vec![
+        ExtendedKeyUsagePurpose::ServerAuth,
+        ExtendedKeyUsagePurpose::ClientAuth,
+    ];
+    params.not_before = date_time_ymd(2000, 1, 1);
+    params.not_after = date_time_ymd(last_year, 3, 2);
+    let key = KeyPair::generate().unwrap();
+    let certificate = params.signed_by(&key, authority).unwrap();
+    (certificate.pem(), key.serialize_pem())
+}
+
+/// Writes a pair where the listener looks for it.
+fn write(folder: &Path, (certificate, key): &(String, String)) {
+    fs::write(folder.join("cert.pem"), certificate).unwrap();
+    fs::write(folder.join("key.pem"), key).unwrap();
+}
+
+fn files(folder: &Path, client_ca: Option<&Authority>) -> tls::Files {
+    tls::Files {
+        certificate: folder.join("cert.pem"),
+        key: folder.join("key.pem"),
+        client_ca: client_ca.map(|authority| {
+            fs::write(folder.join("ca.pem"), authority.pem()).unwrap();
+            folder.join("ca.pem")
+        }),
+        reload_interval: Duration::from_millis(20),
+    }
+}
+
+fn with_tls(files: tls::Files) -> Config {
+    Config {
+        tls: Some(files),
+        ..timings(|timings| timings.handshake_timeout = Duration::from_millis(500))
+    }
+}
+
+/// A client that trusts this authority and shows this pair.
+fn trusting(authority: &Authority, pair: Option<&(String, String)>) -> ClientConfig {
+    let mut roots = RootCertStore::empty();
+    roots.add(authority.der().clone()).unwrap();
+    let builder = ClientConfig::builder_with_provider(Arc::new(default_provider()))
+        .with_protocol_versions(&[&TLS13, &TLS12])
+        .unwrap()
+        .with_root_certificates(roots);
+    let mut config = match pair {
+        Some((certificate, key)) => builder
+            .with_client_auth_cert(
+                vec![CertificateDer::from_pem_slice(certificate.as_bytes()).unwrap()],
+                PrivateKeyDer::from_pem_slice(key.as_bytes()).unwrap(),
+            )
+            .unwrap(),
+        None => builder.with_no_client_auth(),
+    };
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    config
+}
+
+async fn handshake(
+    address: SocketAddr,
+    config: ClientConfig,
+) -> std::io::Result<TlsStream<TcpStream>> {
+    let socket = TcpStream::connect(address).await?;
+    let name = ServerName::try_from("localhost").unwrap();
+    within(TlsConnector::from(Arc::new(config)).connect(name, socket)).await
+}
+
+/// One whole call over TLS; in TLS 1.3 a client learns only then that its certificate is refused.
+async fn call_over_tls(address: SocketAddr, config: ClientConfig) -> Option<Code> {
+    let stream = handshake(address, config).await.ok()?;
+    let (client, connection) = within(h2::client::handshake(stream)).await.ok()?;
+    tokio::spawn(connection);
+    Some(call(&client, "i").await.ok()?.code())
+}
+
+#[tokio::test]
+async fn calls_work_over_tls_and_the_end_of_the_certificate_is_a_metric() {
+    let folder = tempfile::tempdir().unwrap();
+    let authority = authority();
+    write(folder.path(), &issue(&authority, 2061));
+    let running = start(with_tls(files(folder.path(), None)));
+
+    let code = call_over_tls(running.address, trusting(&authority, None)).await;
+
+    assert_eq!(code, Some(Code::Ok));
+    assert_eq!(
+        running.metric("tls_certificate_expiry_timestamp_seconds "),
+        2_876_947_200
+    );
+    assert!(running.stop().await < Duration::from_millis(900));
+}
+
+#[tokio::test]
+async fn only_clients_with_a_good_certificate_get_in_when_a_client_ca_is_set() {
+    let folder = tempfile::tempdir().unwrap();
+    let ours = authority();
+    let other = authority();
+    write(folder.path(), &issue(&ours, 2061));
+    let running = start(with_tls(files(folder.path(), Some(&ours))));
+    let mut no_protocol = trusting(&ours, Some(&issue(&ours, 2061)));
+    no_protocol.alpn_protocols.clear();
+    let mut http1 = trusting(&ours, Some(&issue(&ours, 2061)));
+    http1.alpn_protocols = vec![b"http/1.1".to_vec()];
+    let refused = [
+        ("no certificate", trusting(&ours, None)),
+        (
+            "another authority's",
+            trusting(&ours, Some(&issue(&other, 2061))),
+        ),
+        ("expired", trusting(&ours, Some(&issue(&ours, 2020)))),
+        ("no protocol offered", no_protocol),
+        ("HTTP/1.1 offered", http1),
+    ];
+
+    for (name, config) in refused {
+        assert_eq!(call_over_tls(running.address, config).await, None, "{name}");
+        let good = trusting(&ours, Some(&issue(&ours, 2061)));
+        assert_eq!(
+            call_over_tls(running.address, good).await,
+            Some(Code::Ok),
+            "after: {name}"
+        );
+    }
+    eventually(|| running.metric("grpc_server_connections_refused_total") == 5).await;
+    assert_eq!(running.ended(5).await, [Code::Ok; 5]);
+}
+
+#[tokio::test]
+async fn a_hello_that_does_not_come_is_given_up_and_holds_nobody_up() {
+    let folder = tempfile::tempdir().unwrap();
+    let authority = authority();
+    write(folder.path(), &issue(&authority, 2061));
+    let running = start(with_tls(files(folder.path(), None)));
+    let mut late = Vec::new();
+    for hello in [&b""[..], &[0x16, 3, 1, 1, 0, 1]] {
+        for _ in 0..20 {
+            let mut socket = TcpStream::connect(running.address).await.unwrap();
+            socket.write_all(hello).await.unwrap();
+            late.push(socket);
+        }
+    }
+
+    let code = call_over_tls(running.address, trusting(&authority, None)).await;
+
+    assert_eq!(code, Some(Code::Ok));
+    for mut socket in late {
+        assert!(until_closed(&mut socket).await.is_empty());
+    }
+    eventually(|| running.metric("grpc_server_connections_refused_total") == 40).await;
+}
+
+#[tokio::test]
+async fn changed_certificates_are_used_and_bad_ones_are_not() {
+    let folder = tempfile::tempdir().unwrap();
+    let (first, second) = (authority(), authority());
+    write(folder.path(), &issue(&first, 2061));
+    let running = start(with_tls(files(folder.path(), Some(&first))));
+    let client = |authority| trusting(authority, Some(&issue(&first, 2061)));
+    let stream = handshake(running.address, client(&first)).await.unwrap();
+    let (early, connection) = h2::client::handshake(stream).await.unwrap();
+    tokio::spawn(connection);
+
+    // A key without its certificate: the old pair stays, for as long as the files are like that.
+    fs::write(folder.path().join("key.pem"), issue(&second, 2061).1).unwrap();
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert_eq!(
+        call_over_tls(running.address, client(&first)).await,
+        Some(Code::Ok)
+    );
+    write(folder.path(), &issue(&second, 2051));
+    eventually(|| running.metric("tls_certificate_expiry_timestamp_seconds ") == 2_561_328_000)
+        .await;
+
+    assert_eq!(
+        call_over_tls(running.address, client(&second)).await,
+        Some(Code::Ok)
+    );
+    assert_eq!(call_over_tls(running.address, client(&first)).await, None);
+    assert_eq!(
+        call(&early, "i").await.unwrap().code(),
+        Code::Ok,
+        "open connections stay"
+    );
+    fs::write(folder.path().join("ca.pem"), second.pem()).unwrap();
+    let by_second = || trusting(&second, Some(&issue(&second, 2061)));
+    within(async {
+        while Box::pin(call_over_tls(running.address, by_second()))
+            .await
+            .is_none()
+        {}
+    })
+    .await;
+    assert_eq!(call_over_tls(running.address, client(&second)).await, None);
+}
+
+#[tokio::test]
+async fn files_that_cannot_be_used_are_named_at_the_start() {
+    let folder = tempfile::tempdir().unwrap();
+    let authority = authority();
+    let pair = issue(&authority, 2061);
+    let other = issue(&authority, 2061);
+    let empty = String::new();
+    let cases = [
+        (
+            "certificate without PEM",
+            (&empty, &pair.1),
+            "cert.pem: must hold at least one certificate in PEM form",
+        ),
+        (
+            "key without PEM",
+            (&pair.0, &pair.0),
+            "key.pem: must hold a private key in PEM form",
+        ),
+        (
+            "key of another certificate",
+            (&pair.0, &other.1),
+            "key.pem cannot be used together",
+        ),
+    ];
+
+    for (name, (certificate, key), text) in cases {
+        write(folder.path(), &(certificate.clone(), key.clone()));
+        let running = start(with_tls(files(folder.path(), None)));
+        let error = within(running.done).await.unwrap().unwrap_err().to_string();
+
+        assert!(error.contains(text), "{name}: {error}");
+        assert!(!error.contains("BEGIN"), "{name}: {error}");
+    }
+    let running = start(with_tls(files(Path::new("/nowhere"), None)));
+    let error = within(running.done).await.unwrap().unwrap_err().to_string();
+    assert!(
+        error.starts_with("cannot read /nowhere/cert.pem: "),
+        "{error}"
+    );
+}
