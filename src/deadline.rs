@@ -1,7 +1,14 @@
 //! One deadline per RPC: a point in monotonic time, made when the call's headers arrive and handed down to every wait.
 //! Nothing below the edge makes a longer one.
 
-use std::{future::Future, time::Duration};
+use std::{
+    future::Future,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use tokio::time::Instant;
 
@@ -44,6 +51,40 @@ impl Deadline {
         tokio::time::timeout_at(self.0, event)
             .await
             .map_err(|_| Passed)
+    }
+}
+
+/// The deadline of work that several calls share: that of the last of them, so it moves when a call joins.
+///
+/// The work asks it before it begins something long. It need not wait for it: each call stops waiting at its own deadline,
+/// and work that nobody waits for is dropped.
+#[derive(Debug, Clone)]
+pub struct Limit {
+    base: Instant,
+    nanos: Arc<AtomicU64>,
+}
+
+impl Limit {
+    /// The limit of work that one call began.
+    pub fn new(first: Deadline) -> Self {
+        let limit = Self {
+            base: Instant::now(),
+            nanos: Arc::new(AtomicU64::new(0)),
+        };
+        limit.extend(first);
+        limit
+    }
+
+    /// Another call waits for the work.
+    pub fn extend(&self, joined: Deadline) {
+        let nanos = joined.0.saturating_duration_since(self.base).as_nanos();
+        self.nanos
+            .fetch_max(u64::try_from(nanos).unwrap_or(u64::MAX), Ordering::Relaxed);
+    }
+
+    /// The deadline of the call that waits longest.
+    pub fn deadline(&self) -> Deadline {
+        Deadline(self.base + Duration::from_nanos(self.nanos.load(Ordering::Relaxed)))
     }
 }
 
@@ -115,6 +156,19 @@ mod tests {
         for text in cases {
             assert_eq!(parse_grpc_timeout(text.as_bytes()), None, "{text:?}");
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_limit_is_that_of_the_call_that_waits_longest() {
+        let short = Deadline::after(Duration::from_secs(1));
+        let long = Deadline::after(Duration::from_secs(9));
+        let limit = Limit::new(short);
+
+        let alone = limit.deadline();
+        limit.extend(long);
+        limit.extend(short);
+
+        assert_eq!((alone, limit.deadline()), (short, long));
     }
 
     #[tokio::test(start_paused = true)]

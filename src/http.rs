@@ -1,1 +1,230 @@
-//! To come.
+//! One bounded HTTP exchange with the vendor's endpoint. The only room of the request's path that knows the HTTP client
+//! library: it sets every limit once, and turns the library's errors into a [`Failure`].
+
+use std::{error::Error as StdError, io, time::Duration};
+
+use ::http::HeaderMap;
+use bytes::{Bytes, BytesMut};
+use reqwest::{Certificate, Proxy, Url, redirect, tls};
+
+use crate::reason::Reason;
+
+/// The largest answer that is read. A task is a few hundred bytes; its parts make it a few thousand.
+pub const MAX_BODY_BYTES: usize = 1 << 20;
+
+/// Shorter than the keep-alive of common gateways (60 s and more), so that we, not they, close an idle connection.
+const POOL_IDLE_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Idle connections kept per worker; more are closed after a burst.
+const POOL_MAX_IDLE: usize = 256;
+
+/// What a client needs to know besides the request.
+#[derive(Clone)]
+pub struct Config {
+    /// PEM certificates that are trusted beside the system's.
+    pub extra_roots: Option<Vec<u8>>,
+    /// The only proxy that is ever used; the environment's are not read.
+    pub proxy: Option<Url>,
+    /// For name, TCP and TLS together.
+    pub connect_timeout: Duration,
+    /// Whether the endpoint is plain HTTP, where no system roots need to be loaded.
+    pub plain: bool,
+}
+
+/// Why a client could not be built.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// The extra roots are not PEM certificates.
+    #[error("the CA file holds no readable PEM certificate")]
+    Roots,
+    /// The proxy's URL is not one.
+    #[error("the proxy's URL cannot be used")]
+    Proxy,
+    /// No system roots, most often.
+    #[error(
+        "the TLS client cannot be set up; most often the system has no CA certificates (install ca-certificates or set --upstream-ca)"
+    )]
+    Tls,
+}
+
+/// Why there is no whole answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Failure {
+    /// One of the transport reasons, or `UpstreamResponseTooLarge`.
+    pub reason: Reason,
+    /// Whether the same exchange may go better on another connection.
+    pub repeatable: bool,
+}
+
+impl Failure {
+    const fn passing(reason: Reason) -> Self {
+        Self {
+            reason,
+            repeatable: true,
+        }
+    }
+
+    const fn lasting(reason: Reason) -> Self {
+        Self {
+            reason,
+            repeatable: false,
+        }
+    }
+}
+
+/// A pool of connections. Each worker has its own, because a connection is driven by the runtime that opened it.
+#[derive(Debug, Clone)]
+pub struct Client(reqwest::Client);
+
+impl Client {
+    /// # Errors
+    /// [`BuildError`] for a setting that cannot be used.
+    pub fn new(config: &Config) -> Result<Self, BuildError> {
+        let roots = match &config.extra_roots {
+            Some(pem) => Certificate::from_pem_bundle(pem).map_err(|_| BuildError::Roots)?,
+            None => Vec::new(),
+        };
+        let mut builder = reqwest::Client::builder()
+            .redirect(redirect::Policy::none())
+            .retry(reqwest::retry::never())
+            .referer(false)
+            .no_proxy()
+            .http1_only()
+            .tls_version_min(tls::Version::TLS_1_2)
+            .connect_timeout(config.connect_timeout)
+            .pool_idle_timeout(POOL_IDLE_TIMEOUT)
+            .pool_max_idle_per_host(POOL_MAX_IDLE)
+            .user_agent(concat!("rds-task-facade/", env!("CARGO_PKG_VERSION")));
+        builder = if config.plain {
+            builder.tls_certs_only(roots)
+        } else {
+            builder.https_only(true).tls_certs_merge(roots)
+        };
+        if let Some(proxy) = &config.proxy {
+            builder = builder.proxy(Proxy::all(proxy.clone()).map_err(|_| BuildError::Proxy)?);
+        }
+        builder.build().map(Self).map_err(|_| BuildError::Tls)
+    }
+
+    /// Sends a request and awaits the head of the answer. Dropping the future closes the connection.
+    ///
+    /// # Errors
+    /// [`Failure`] when no head came.
+    pub async fn send(&self, request: reqwest::Request) -> Result<Answer, Failure> {
+        let response = self
+            .0
+            .execute(request)
+            .await
+            .map_err(|error| before_head(&error))?;
+        Ok(Answer(response))
+    }
+}
+
+/// An answer whose head is there.
+#[derive(Debug)]
+pub struct Answer(reqwest::Response);
+
+impl Answer {
+    /// The status, from 100 to 999: the client library passes on what is no HTTP status class.
+    pub fn status(&self) -> u16 {
+        self.0.status().as_u16()
+    }
+
+    /// The headers.
+    pub fn headers(&self) -> &HeaderMap {
+        self.0.headers()
+    }
+
+    /// Reads the body, up to [`MAX_BODY_BYTES`].
+    ///
+    /// # Errors
+    /// [`Failure`] when it breaks off or is longer.
+    pub async fn body(&mut self) -> Result<Bytes, Failure> {
+        let too_large = Failure::lasting(Reason::UpstreamResponseTooLarge);
+        if self
+            .0
+            .content_length()
+            .is_some_and(|length| length > MAX_BODY_BYTES as u64)
+        {
+            return Err(too_large);
+        }
+        let Some(first) = self.chunk().await? else {
+            return Ok(Bytes::new());
+        };
+        let Some(second) = self.chunk().await? else {
+            return if first.len() > MAX_BODY_BYTES {
+                Err(too_large)
+            } else {
+                Ok(first)
+            };
+        };
+        let mut body = BytesMut::from(first);
+        let mut next = Some(second);
+        while let Some(chunk) = next {
+            if body.len() + chunk.len() > MAX_BODY_BYTES {
+                return Err(too_large);
+            }
+            body.extend_from_slice(&chunk);
+            next = self.chunk().await?;
+        }
+        Ok(body.freeze())
+    }
+
+    async fn chunk(&mut self) -> Result<Option<Bytes>, Failure> {
+        self.0.chunk().await.map_err(|error| in_body(&error))
+    }
+}
+
+fn before_head(error: &reqwest::Error) -> Failure {
+    if error.is_dns() {
+        return Failure::passing(Reason::UpstreamDns);
+    }
+    if causes(error).any(is_tls) {
+        return Failure::lasting(Reason::UpstreamTls);
+    }
+    if error.is_connect() {
+        return Failure::passing(Reason::UpstreamConnect);
+    }
+    match causes(error).find_map(|cause| cause.downcast_ref::<hyper::Error>()) {
+        Some(error) if error.is_parse_too_large() => Failure::lasting(Reason::UpstreamProtocol),
+        Some(error) if error.is_parse() => Failure::passing(Reason::UpstreamProtocol),
+        _ => Failure::passing(Reason::UpstreamReset),
+    }
+}
+
+fn in_body(error: &reqwest::Error) -> Failure {
+    let io_kind = causes(error)
+        .find_map(|cause| cause.downcast_ref::<io::Error>())
+        .map(io::Error::kind);
+    match io_kind {
+        // hyper's words for a chunk size or an extension that cannot be read.
+        Some(io::ErrorKind::InvalidInput | io::ErrorKind::InvalidData) => {
+            Failure::passing(Reason::UpstreamProtocol)
+        }
+        _ => Failure::passing(Reason::UpstreamTruncated),
+    }
+}
+
+fn causes<'a>(
+    error: &'a (dyn StdError + 'static),
+) -> impl Iterator<Item = &'a (dyn StdError + 'static)> {
+    std::iter::successors(Some(error), |&error| error.source())
+}
+
+/// An `io::Error` names the source of what it wraps, not the wrapped error itself, so both places are looked at.
+fn is_tls(error: &(dyn StdError + 'static)) -> bool {
+    error.is::<rustls::Error>()
+        || error
+            .downcast_ref::<io::Error>()
+            .and_then(io::Error::get_ref)
+            .is_some_and(|inner| inner.is::<rustls::Error>())
+}
+
+impl std::fmt::Debug for Config {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // The proxy's URL may hold a password.
+        f.debug_struct("Config")
+            .field("connect_timeout", &self.connect_timeout)
+            .finish_non_exhaustive()
+    }
+}

@@ -12,6 +12,7 @@
 //!
 //! # Layout
 //!
+//! - [`serve`]: puts the rooms below together, runs them until a signal
 //! - [`config`]: command line and environment, validated; reports every mistake at once
 //! - [`server`]: the gRPC listener: accept loop, TLS, limits, drain, and what every RPC passes on its way in and out
 //! - [`rpc`]: one file per RPC: validation, the path through the rooms below, the reply
@@ -35,6 +36,7 @@ pub mod quota;
 pub mod reason;
 pub mod rpc;
 pub mod sandbox;
+pub mod serve;
 pub mod server;
 pub mod status;
 pub mod telemetry;

@@ -1,6 +1,293 @@
-//! Where the credential of an upstream request comes from: the configured source, and [`Credentials::resolve`] per call.
+//! Where the credential of an upstream request comes from, how it is kept fresh, and how a request is signed.
+//!
+//! - [`Credentials`]: the configured source; [`Credentials::resolve`] for each call, [`Credentials::renew`] after a 401
+//! - [`auth`]: what one request carries; [`secret`]: the form of tokens and keys
+//! - [`signer`], [`key_guard`]: signing with a key, and keeping it from being locked
+//! - [`iam`], [`metadata`], [`chain`], [`profile`], [`file`](mod@file): the sources; [`cache`] keeps what is fetched fresh
 
-use std::time::Duration;
+pub mod auth;
+mod cache;
+pub mod chain;
+#[cfg(test)]
+mod fake_issuer;
+pub mod fetch;
+pub mod file;
+pub mod iam;
+pub mod key_guard;
+mod metadata;
+pub mod profile;
+pub mod secret;
+mod server_time;
+pub mod signer;
+#[cfg(test)]
+mod tests;
+
+use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
+
+use ::http::{HeaderMap, HeaderValue};
+use aws_lc_rs::{hmac, rand::SystemRandom};
+use tokio::sync::watch;
+
+pub use self::auth::{AccessKey, Auth, Identity, Token};
+use self::cache::{Cache, OnRefusal};
+use crate::{deadline::Deadline, telemetry::metrics::Metrics};
+
+/// A refused token is replaced at once; another refusal in the next two seconds costs no further token request.
+const TOKEN_REFUSED: OnRefusal = OnRefusal {
+    keep: false,
+    spacing: Duration::from_secs(2),
+};
+
+/// A refused temporary key makes the cache look for a new one, at most every five minutes, and serves on: the gateway
+/// may have refused the clock and not the key.
+const KEY_REFUSED: OnRefusal = OnRefusal {
+    keep: true,
+    spacing: Duration::from_secs(5 * 60),
+};
+
+/// Where credentials come from, and how their issuers are reached.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// The source.
+    pub source: Source,
+    /// How the identity service is reached.
+    pub fetch: fetch::Config,
+}
+
+/// The source of credentials, chosen at start.
+#[derive(Debug, Clone)]
+pub enum Source {
+    /// Each caller brings a token, as `x-auth-token`.
+    Caller,
+    /// One token for good.
+    Token(HeaderValue),
+    /// A token in a file that somebody else renews.
+    TokenFile(PathBuf),
+    /// Tokens from the identity service, for user and password.
+    Iam(iam::Config),
+    /// One key for good.
+    Key(Arc<AccessKey>),
+    /// The key in a profile file of the vendor's SDKs.
+    Profile(PathBuf),
+    /// Temporary keys from the metadata service at this address, for example `http://169.254.169.254`.
+    Metadata(String),
+    /// Environment, profile file, metadata service: the first that is there.
+    Chain(chain::Config),
+}
+
+impl Source {
+    /// Reads the source's files once, so that a malformed one is a mistake of the configuration and not a failed call. Of
+    /// a chain nothing is read: there a missing file is no mistake. Blocks.
+    ///
+    /// # Errors
+    /// [`file::Fault`] says what is wrong with the file, and nothing of its content.
+    pub fn check(&self) -> Result<(), file::Fault> {
+        match self {
+            Self::TokenFile(path) => secret::load_token(path).map(drop),
+            Self::Iam(config) => secret::load_password(&config.password_file).map(drop),
+            Self::Profile(path) => profile::load(path).map(drop),
+            Self::Caller | Self::Token(_) | Self::Key(_) | Self::Metadata(_) | Self::Chain(_) => {
+                Ok(())
+            }
+        }
+    }
+}
+
+/// The credentials of the facade. Clones share everything.
+#[derive(Clone)]
+pub struct Credentials {
+    source: Arc<Running>,
+    ready: Arc<watch::Sender<bool>>,
+}
+
+/// A source at work.
+enum Running {
+    /// The key makes the hashes that tell callers apart.
+    Caller(Box<hmac::Key>),
+    Token(Token),
+    Key(Arc<AccessKey>),
+    TokenFile(file::Watched<HeaderValue>),
+    Profile(file::Watched<Arc<AccessKey>>),
+    FetchedToken(Cache<HeaderValue>),
+    FetchedKey(Cache<Arc<AccessKey>>),
+}
+
+impl Credentials {
+    /// Starts the source, with a task on the current runtime where it fetches or reads files.
+    ///
+    /// # Errors
+    /// [`fetch::InvalidConfig`] when the identity service's proxy or certificates cannot be used.
+    pub fn start(config: Config, metrics: Arc<Metrics>) -> Result<Self, fetch::InvalidConfig> {
+        let ready = Arc::new(watch::Sender::new(false));
+        let fetched_key = |source: metadata::Source| {
+            Cache::start(
+                "metadata",
+                source,
+                KEY_REFUSED,
+                ready.clone(),
+                metrics.clone(),
+            )
+        };
+        let profile = |path: &PathBuf| {
+            file::Watched::start(path, profile_key, ready.clone(), metrics.clone())
+        };
+        let source = match config.source {
+            Source::Caller => Running::Caller(Box::new(
+                hmac::Key::generate(hmac::HMAC_SHA256, &SystemRandom::new())
+                    .expect("the system gives random bytes"),
+            )),
+            Source::Token(value) => Running::Token(server_token((value, 0))),
+            Source::Key(key) => Running::Key(key),
+            Source::TokenFile(path) => Running::TokenFile(file::Watched::start(
+                &path,
+                |text, _| Ok(secret::parse_token(text)?),
+                ready.clone(),
+                metrics,
+            )),
+            Source::Profile(path) => Running::Profile(profile(&path)),
+            Source::Iam(iam) => {
+                let client = fetch::identity_client(&config.fetch)?;
+                let source = iam::Source::new(client, iam);
+                Running::FetchedToken(Cache::start(
+                    "iam",
+                    source,
+                    TOKEN_REFUSED,
+                    ready.clone(),
+                    metrics,
+                ))
+            }
+            Source::Metadata(endpoint) => Running::FetchedKey(fetched_key(metadata::Source::new(
+                fetch::metadata_client()?,
+                &endpoint,
+            ))),
+            Source::Chain(chain) => match chain::choose(&chain) {
+                chain::Choice::Environment(key) => Running::Key(key),
+                chain::Choice::Profile(path) => Running::Profile(profile(&path)),
+                chain::Choice::Metadata(before) => {
+                    let client = fetch::metadata_client()?;
+                    let metadata = metadata::Source::new(client, &chain.metadata_endpoint);
+                    Running::FetchedKey(Cache::start(
+                        "chain",
+                        chain::LastLink { metadata, before },
+                        KEY_REFUSED,
+                        ready.clone(),
+                        metrics,
+                    ))
+                }
+            },
+        };
+        if matches!(
+            source,
+            Running::Caller(_) | Running::Token(_) | Running::Key(_)
+        ) {
+            ready.send_replace(true);
+        }
+        Ok(Self {
+            source: Arc::new(source),
+            ready,
+        })
+    }
+
+    /// Whose credentials these are.
+    pub fn owner(&self) -> Owner {
+        match &*self.source {
+            Running::Caller(_) => Owner::Caller,
+            _ => Owner::Server,
+        }
+    }
+
+    /// True once there is a credential, and from then on. From the start where callers bring theirs.
+    pub fn ready(&self) -> watch::Receiver<bool> {
+        self.ready.subscribe()
+    }
+
+    /// The credential for a call with this metadata.
+    ///
+    /// # Errors
+    /// - [`Error::Missing`], [`Error::Malformed`]: the caller's token, where callers bring theirs.
+    /// - [`Error::Rejected`], [`Error::Unavailable`]: the facade has none, and knows when it tries again.
+    /// - [`Error::DeadlineExceeded`]: the first fetch took too long for this call.
+    pub async fn resolve(&self, metadata: &HeaderMap, deadline: Deadline) -> Result<Auth, Error> {
+        match &*self.source {
+            Running::Caller(key) => caller_token(metadata, key).map(Auth::Token),
+            Running::Token(token) => Ok(Auth::Token(token.clone())),
+            Running::Key(key) => Ok(Auth::Key(key.clone())),
+            Running::TokenFile(file) => {
+                Ok(Auth::Token(server_token(file.current(deadline).await?)))
+            }
+            Running::Profile(file) => Ok(Auth::Key(file.current(deadline).await?.0)),
+            Running::FetchedToken(cache) => {
+                Ok(Auth::Token(server_token(cache.current(deadline).await?)))
+            }
+            Running::FetchedKey(cache) => Ok(Auth::Key(cache.current(deadline).await?.0)),
+        }
+    }
+
+    /// A newer credential than `used`, which upstream refused, to repeat the call once. `None` where there is none: a
+    /// caller's or a fixed token, and keys, which are never tried in turn.
+    ///
+    /// # Errors
+    /// As [`Credentials::resolve`].
+    pub async fn renew(&self, used: &Auth, deadline: Deadline) -> Result<Option<Auth>, Error> {
+        let newer = match (&*self.source, used) {
+            (Running::TokenFile(file), Auth::Token(used)) => {
+                file.renew(used.generation, deadline).await?
+            }
+            (Running::FetchedToken(cache), Auth::Token(used)) => {
+                cache.renew(used.generation, deadline).await?
+            }
+            (Running::FetchedKey(cache), Auth::Key(used)) => {
+                cache.refused(|current| Arc::ptr_eq(current, used));
+                None
+            }
+            _ => None,
+        };
+        Ok(newer.map(|newer| Auth::Token(server_token(newer))))
+    }
+}
+
+impl fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Credentials").finish_non_exhaustive()
+    }
+}
+
+fn server_token((value, generation): (HeaderValue, u64)) -> Token {
+    Token {
+        value,
+        generation,
+        identity: Identity::Server,
+    }
+}
+
+fn profile_key(
+    text: &str,
+    previous: Option<&Arc<AccessKey>>,
+) -> Result<Arc<AccessKey>, file::Fault> {
+    profile::parse(text, previous.map(|key| &**key)).map(Arc::new)
+}
+
+/// The token that the caller brought. It is used for this one call and kept nowhere.
+fn caller_token(metadata: &HeaderMap, key: &hmac::Key) -> Result<Token, Error> {
+    let mut given = metadata.get_all("x-auth-token").iter();
+    let value = given.next().ok_or(Error::Missing)?;
+    let text = value.to_str().map_err(|_| Error::Malformed)?;
+    if given.next().is_some() || secret::visible(text) != Ok(text) {
+        return Err(Error::Malformed);
+    }
+    let mut value = value.clone();
+    value.set_sensitive(true);
+    let hash = hmac::sign(key, text.as_bytes());
+    let hash = *hash
+        .as_ref()
+        .first_chunk()
+        .expect("HMAC-SHA256 has 32 bytes");
+    Ok(Token {
+        value,
+        generation: 0,
+        identity: Identity::Caller(hash),
+    })
+}
 
 /// Why there is no credential for a call.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -5,11 +5,7 @@
 //! ```
 
 use std::{
-    convert::Infallible,
-    net::SocketAddr,
-    panic::AssertUnwindSafe,
-    sync::{Arc, OnceLock},
-    time::Duration,
+    convert::Infallible, net::SocketAddr, panic::AssertUnwindSafe, sync::Arc, time::Duration,
 };
 
 use futures_util::FutureExt as _;
@@ -80,13 +76,9 @@ impl<S: TaskService> Edge<S> {
         let method = Method::of_path(request.uri().path());
         let caller_timeout = caller_timeout(headers);
         let timeout = caller_timeout.as_ref().ok().copied().flatten();
-        let call = Call {
-            deadline: Deadline::after(
-                timeout.map_or(self.timeout, |timeout| timeout.min(self.timeout)),
-            ),
-            request_id: request_id(headers),
-            outcome: OnceLock::new(),
-        };
+        let deadline =
+            Deadline::after(timeout.map_or(self.timeout, |timeout| timeout.min(self.timeout)));
+        let call = Call::new(deadline, request_id(headers));
         let rpc = Rpc::start(&self.sinks, method, call, timeout, peer, headers);
 
         if request.method() != HttpMethod::POST {

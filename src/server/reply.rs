@@ -15,12 +15,7 @@ use tokio::time::{Sleep, sleep_until};
 use tonic::{Code, Status};
 
 use super::{record::Rpc, stream};
-use crate::{
-    deadline::Deadline,
-    reason::Reason,
-    rpc::{Error, Outcome},
-    status,
-};
+use crate::{deadline::Deadline, reason::Reason, rpc::Error, status};
 
 /// The reply's id header, on success and failure alike.
 pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -69,10 +64,7 @@ pub(super) fn not_grpc(mut rpc: Rpc, status: StatusCode, text: &'static str) -> 
 
 /// The answer to a failed RPC: headers only.
 pub(super) fn failure(mut rpc: Rpc, error: &Error) -> Response<Reply> {
-    rpc.call.outcome.get_or_init(|| Outcome {
-        reason: Some(reason(error)),
-        ..Outcome::default()
-    });
+    rpc.call.failed(status::reason(error));
     let status = status::of_error(error, &rpc.call.request_id);
     rpc.end(status.code());
     let mut response: Response<Reply> = status.into_http();
@@ -149,10 +141,7 @@ fn completed(headers: &mut HeaderMap, rpc: &Rpc) -> Code {
         Code::OutOfRange => Code::ResourceExhausted,
         code => code,
     };
-    rpc.call.outcome.get_or_init(|| Outcome {
-        reason: Some(Reason::InvalidRequest),
-        ..Outcome::default()
-    });
+    rpc.call.failed(Reason::InvalidRequest);
     status::complete(code, status.message(), &rpc.call.request_id)
         .add_header(headers)
         .expect("a message that was a header value once is one again");
@@ -161,16 +150,6 @@ fn completed(headers: &mut HeaderMap, rpc: &Rpc) -> Code {
 
 fn id_value(rpc: &Rpc) -> HeaderValue {
     HeaderValue::from_str(&rpc.call.request_id).expect("request ids hold letters, digits, . _ -")
-}
-
-/// The reason of a failure that the edge itself decides.
-fn reason(error: &Error) -> Reason {
-    match error {
-        Error::DeadlineExceeded => Reason::DeadlineExceeded,
-        Error::Overloaded => Reason::Overloaded,
-        Error::Protocol(..) => Reason::InvalidRequest,
-        _ => Reason::Internal,
-    }
 }
 
 impl http_body::Body for Reply {

@@ -261,6 +261,7 @@ impl Metrics {
         );
         let info = Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]);
         registry.register("build", "The running program", info);
+        registry.register_collector(Box::new(super::process::Process));
 
         let rpcs = Method::ALL.map(|method| {
             let (grpc_type, grpc_service, grpc_method) = method.labels();

@@ -1,10 +1,27 @@
 //! The vendor's operation `ShowTaskDetail`: one request, as many attempts as the policy allows, one answer or one error.
 
+mod attempt;
+mod breaker;
+mod client;
+mod clock;
+pub mod envelope;
+pub mod known_codes;
+mod overrides;
+mod rate;
+pub mod rejection;
+mod request;
+mod retry;
+pub mod retry_after;
 pub mod verdict;
+mod window;
 pub mod wire;
 
 use std::time::Duration;
 
+pub use self::{
+    client::{Client, Config, Endpoint, Progress},
+    rate::Config as RateConfig,
+};
 use crate::{credentials, reason::Reason};
 
 /// One task lookup, already validated: building the URL and the body from it cannot fail.
@@ -18,6 +35,15 @@ pub struct TaskQuery {
     pub workflow_id: String,
     /// Sent only when the caller set it; at most 256 characters, no control characters.
     pub workflow_name: Option<String>,
+}
+
+/// A task, and what it took to get it.
+#[derive(Debug, Clone)]
+pub struct Found {
+    /// The task as upstream writes it.
+    pub task: wire::TaskDetail,
+    /// What the attempts showed.
+    pub facts: Facts,
 }
 
 /// What the attempts of one call showed, for the access line and the details of a failure.
@@ -86,4 +112,8 @@ pub struct Rejection {
     pub retry_after: Option<Duration>,
     /// Whom a throttling text names: `user` or `ip`.
     pub throttled_subject: Option<String>,
+    /// Whether the gateway refused the signature (or the key itself), which counts towards the lock of the key.
+    pub signature_refused: bool,
+    /// Whether the gateway says that the key is locked: no call with it for `retry_after`.
+    pub lock_announced: bool,
 }

@@ -1,0 +1,200 @@
+//! A failed call in words: code, message and every `google.rpc` detail, one fact per line.
+
+use std::{error::Error, fmt};
+
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetail, StatusExt as _};
+
+/// Code and message in the first line, then one indented line per fact of the details.
+pub(super) fn describe(f: &mut fmt::Formatter<'_>, status: &Status) -> fmt::Result {
+    let code = name(status.code());
+    write!(f, "{code}: {}", Plain(status.message()))?;
+    let Ok(details) = status.check_error_details_vec() else {
+        return write!(f, "\n  details: cannot be read");
+    };
+    for detail in &details {
+        describe_detail(f, detail)?;
+    }
+    Ok(())
+}
+
+fn describe_detail(f: &mut fmt::Formatter<'_>, detail: &ErrorDetail) -> fmt::Result {
+    let mut line = |name: &str, value: &str| write!(f, "\n  {name}: {}", Plain(value));
+    match detail {
+        ErrorDetail::ErrorInfo(info) => {
+            line("reason", &info.reason)?;
+            line("domain", &info.domain)?;
+            let mut metadata: Vec<_> = info.metadata.iter().collect();
+            metadata.sort();
+            metadata
+                .into_iter()
+                .try_for_each(|(key, value)| line(&Plain(key).to_string(), value))
+        }
+        ErrorDetail::RequestInfo(info) => {
+            line("request id", &info.request_id)?;
+            optional(&mut line, "serving data", &info.serving_data)
+        }
+        ErrorDetail::RetryInfo(info) => match info.retry_delay {
+            Some(delay) => line("retry after", &format!("{delay:?}")),
+            None => line("retry after", "any time"),
+        },
+        ErrorDetail::BadRequest(bad) => bad
+            .field_violations
+            .iter()
+            .try_for_each(|v| line("field", &format!("{}: {}", v.field, v.description))),
+        ErrorDetail::QuotaFailure(quota) => quota
+            .violations
+            .iter()
+            .try_for_each(|v| line("quota", &format!("{}: {}", v.subject, v.description))),
+        ErrorDetail::PreconditionFailure(failure) => failure.violations.iter().try_for_each(|v| {
+            let text = format!("{} {}: {}", v.r#type, v.subject, v.description);
+            line("precondition", &text)
+        }),
+        ErrorDetail::ResourceInfo(info) => {
+            line(
+                "resource",
+                &format!("{} {}", info.resource_type, info.resource_name),
+            )?;
+            optional(&mut line, "owner", &info.owner)?;
+            optional(&mut line, "description", &info.description)
+        }
+        ErrorDetail::Help(help) => help
+            .links
+            .iter()
+            .try_for_each(|link| line("help", &format!("{} {}", link.description, link.url))),
+        ErrorDetail::LocalizedMessage(message) => {
+            line(&Plain(&message.locale).to_string(), &message.message)
+        }
+        ErrorDetail::DebugInfo(info) => line("debug", &info.detail),
+        _ => Ok(()),
+    }
+}
+
+fn optional(
+    line: &mut impl FnMut(&str, &str) -> fmt::Result,
+    name: &str,
+    value: &str,
+) -> fmt::Result {
+    match value {
+        "" => Ok(()),
+        value => line(name, value),
+    }
+}
+
+/// Text of a server for a terminal: control characters are shown, not obeyed.
+struct Plain<'a>(&'a str);
+
+impl fmt::Display for Plain<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        use fmt::Write as _;
+        self.0.chars().try_for_each(|c| match c.is_control() {
+            true => write!(f, "{}", c.escape_default()),
+            false => f.write_char(c),
+        })
+    }
+}
+
+/// The innermost cause, which says what the operating system or the peer said.
+pub(super) fn root_cause(error: &dyn Error) -> String {
+    let mut cause = error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    cause.to_string()
+}
+
+/// A code in the spelling of the gRPC specification.
+fn name(code: Code) -> &'static str {
+    match code {
+        Code::Ok => "OK",
+        Code::Cancelled => "CANCELLED",
+        Code::Unknown => "UNKNOWN",
+        Code::InvalidArgument => "INVALID_ARGUMENT",
+        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
+        Code::NotFound => "NOT_FOUND",
+        Code::AlreadyExists => "ALREADY_EXISTS",
+        Code::PermissionDenied => "PERMISSION_DENIED",
+        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
+        Code::FailedPrecondition => "FAILED_PRECONDITION",
+        Code::Aborted => "ABORTED",
+        Code::OutOfRange => "OUT_OF_RANGE",
+        Code::Unimplemented => "UNIMPLEMENTED",
+        Code::Internal => "INTERNAL",
+        Code::Unavailable => "UNAVAILABLE",
+        Code::DataLoss => "DATA_LOSS",
+        Code::Unauthenticated => "UNAUTHENTICATED",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::HashMap, time::Duration};
+
+    use tonic_types::ErrorDetails;
+
+    use super::*;
+
+    struct Described(Status);
+
+    impl fmt::Display for Described {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            describe(f, &self.0)
+        }
+    }
+
+    #[test]
+    fn every_detail_of_a_failure_is_a_line() {
+        let mut details = ErrorDetails::new();
+        details
+            .set_error_info(
+                "THROTTLED",
+                "rds-task-facade",
+                HashMap::from([
+                    ("upstreamService".to_owned(), "RDS".to_owned()),
+                    ("httpStatus".to_owned(), "429".to_owned()),
+                ]),
+            )
+            .set_request_info("request-1", "")
+            .set_retry_info(Some(Duration::from_millis(1500)))
+            .add_quota_failure_violation("user", "60 calls per minute")
+            .add_bad_request_violation("project_id", "must not be empty")
+            .set_resource_info("task", "w", "", "");
+        let status = Status::with_error_details(Code::ResourceExhausted, "slow down", details);
+
+        let text = Described(status).to_string();
+
+        let mut lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines.remove(0), "RESOURCE_EXHAUSTED: slow down");
+        lines.sort_unstable();
+        let expected = [
+            "  domain: rds-task-facade",
+            "  field: project_id: must not be empty",
+            "  httpStatus: 429",
+            "  quota: user: 60 calls per minute",
+            "  reason: THROTTLED",
+            "  request id: request-1",
+            "  resource: task w",
+            "  retry after: 1.5s",
+            "  upstreamService: RDS",
+        ];
+        assert_eq!(lines, expected);
+    }
+
+    #[test]
+    fn a_hostile_server_cannot_steer_the_terminal() {
+        let status = Status::internal("a\u{1b}[2Jb\nc\u{9b}d");
+
+        let text = Described(status).to_string();
+
+        assert_eq!(text, "INTERNAL: a\\u{1b}[2Jb\\nc\\u{9b}d");
+    }
+
+    #[test]
+    fn details_that_are_no_details_are_said_so() {
+        let status = Status::with_details(Code::NotFound, "gone", vec![0xff, 0xff].into());
+
+        let text = Described(status).to_string();
+
+        assert_eq!(text, "NOT_FOUND: gone\n  details: cannot be read");
+    }
+}

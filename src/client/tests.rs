@@ -1,0 +1,179 @@
+//! The client against a server of its own on loopback.
+
+use std::{io::Write as _, net::SocketAddr, sync::Mutex};
+
+use tokio::{net::TcpListener, sync::mpsc};
+use tonic::{Response, metadata::MetadataMap};
+
+use super::*;
+use crate::pb::task_service_server::{TaskService, TaskServiceServer};
+
+/// Reports what it is asked, and answers by the project's id.
+struct Stub(Mutex<mpsc::Sender<(MetadataMap, pb::GetTaskDetailRequest)>>);
+
+#[tonic::async_trait]
+impl TaskService for Stub {
+    async fn get_task_detail(
+        &self,
+        request: Request<pb::GetTaskDetailRequest>,
+    ) -> Result<Response<pb::GetTaskDetailResponse>, Status> {
+        let (metadata, _, message) = request.into_parts();
+        let project = message.project_id.clone();
+        let asked = self.0.lock().unwrap().clone();
+        asked.send((metadata, message)).await.unwrap();
+        match project.as_str() {
+            "silent" => std::future::pending().await,
+            "missing" => Err(Status::not_found("no such task")),
+            _ => Ok(Response::new(pb::GetTaskDetailResponse {
+                instance_id: "i".to_owned(),
+                job_id: "w".to_owned(),
+                status: Some("Running".to_owned()),
+                sub_task_list: vec![pb::SubTask {
+                    percent: Some("60".to_owned()),
+                    ..pb::SubTask::default()
+                }],
+                ..pb::GetTaskDetailResponse::default()
+            })),
+        }
+    }
+}
+
+type Asked = mpsc::Receiver<(MetadataMap, pb::GetTaskDetailRequest)>;
+
+async fn serve() -> (SocketAddr, Asked) {
+    let (asked, asked_seen) = mpsc::channel(8);
+    let (health, health_service) = tonic_health::server::health_reporter();
+    health
+        .set_service_status("draining", tonic_health::ServingStatus::NotServing)
+        .await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let server = tonic::transport::Server::builder()
+        .add_service(TaskServiceServer::new(Stub(Mutex::new(asked))))
+        .add_service(health_service)
+        .serve_with_incoming(tonic::transport::server::TcpIncoming::from(listener));
+    tokio::spawn(server);
+    (address, asked_seen)
+}
+
+fn server(address: SocketAddr, timeout: Duration) -> Server {
+    Server {
+        target: BaseUrl::of_plain(address),
+        ca: None,
+        identity: None,
+        timeout,
+    }
+}
+
+fn call_for(project: &str, server: Server) -> Call {
+    Call {
+        server,
+        task: Task {
+            project_id: project.to_owned(),
+            ..Task::example()
+        },
+        token: None,
+    }
+}
+
+const PATIENT: Duration = Duration::from_secs(10);
+
+#[tokio::test]
+async fn a_call_carries_ids_token_and_timeout() {
+    let (address, mut asked) = serve().await;
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(b"from-a-file\n").unwrap();
+    let mut call = call_for("p", server(address, PATIENT));
+    call.token = Some(Token::File(file.path().to_owned()));
+
+    ask_for_task(call).await.unwrap();
+
+    let (metadata, message) = asked.recv().await.unwrap();
+    assert_eq!(metadata.get("x-auth-token").unwrap(), "from-a-file");
+    assert!(metadata.contains_key("grpc-timeout"));
+    assert_eq!(message.project_id, "p");
+    assert_eq!(message.instance_id, "1ffc4167903840cb93a3da56d28c14fdin01");
+    assert_eq!(message.workflow_id, "102772a9-31fa-4129-b9f8-7638e2792f3b");
+    assert_eq!(
+        message.workflow_name.as_deref(),
+        Some("CreateMysqlSingleHAInstance")
+    );
+}
+
+#[tokio::test]
+async fn the_reply_is_json_with_the_names_of_the_proto_and_nothing_unset() {
+    let (address, _asked) = serve().await;
+
+    let reply = ask_for_task(call_for("p", server(address, PATIENT)))
+        .await
+        .unwrap();
+
+    let json = serde_json::to_string(&Reply::of(&reply)).unwrap();
+    assert_eq!(
+        json,
+        r#"{"instance_id":"i","instance_name":"","job_id":"w","job_name":"","status":"Running","sub_task_list":[{"percent":"60"}]}"#
+    );
+}
+
+#[tokio::test]
+async fn failures_are_told_in_one_clear_first_line() {
+    let (address, _asked) = serve().await;
+    let closed = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let closed_address = closed.local_addr().unwrap();
+    drop(closed);
+    let brief = Duration::from_millis(50);
+    let cases = [
+        (
+            "missing",
+            server(address, PATIENT),
+            "NOT_FOUND: no such task".to_owned(),
+        ),
+        (
+            "silent",
+            server(address, brief),
+            "DEADLINE_EXCEEDED: no answer within 50ms".to_owned(),
+        ),
+        (
+            "p",
+            server(closed_address, PATIENT),
+            format!(
+                "cannot connect to http://{closed_address}: Connection refused (os error 111); check --target, and that \
+                 `rds-task-facade serve` runs there"
+            ),
+        ),
+    ];
+
+    for (project, server, expected) in cases {
+        let error = ask_for_task(call_for(project, server)).await.unwrap_err();
+        assert_eq!(error.to_string(), expected, "{project}");
+    }
+}
+
+#[tokio::test]
+async fn a_token_that_no_header_can_carry_is_refused_without_being_shown() {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(b"canary\r\nx-other: 1").unwrap();
+    let mut call = call_for("p", server("127.0.0.1:1".parse().unwrap(), PATIENT));
+    call.token = Some(Token::File(file.path().to_owned()));
+
+    let error = ask_for_task(call).await.unwrap_err().to_string();
+
+    assert!(error.starts_with("--token-file: "), "{error}");
+    assert!(!error.contains("canary"), "{error}");
+}
+
+#[tokio::test]
+async fn health_tells_serving_from_the_rest() {
+    let (address, _asked) = serve().await;
+    let ask = |service: &str| {
+        ask_for_health(Health {
+            server: server(address, PATIENT),
+            service: service.to_owned(),
+        })
+    };
+
+    assert_eq!(ask("").await.unwrap(), ServingStatus::Serving);
+    assert_eq!(ask("draining").await.unwrap(), ServingStatus::NotServing);
+    let unknown = ask("unknown").await.unwrap_err().to_string();
+    assert!(unknown.starts_with("NOT_FOUND: "), "{unknown}");
+}

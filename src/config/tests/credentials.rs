@@ -1,0 +1,251 @@
+//! Credential sources, and that no secret ever shows.
+
+use secrecy::ExposeSecret as _;
+
+use super::*;
+
+type Variables<'a> = &'a [(&'a str, &'a str)];
+
+#[test]
+fn each_credential_source_demands_its_own_settings_only() {
+    let region = ["--region", "cn-north-4"];
+    let keys = [("HUAWEICLOUD_SDK_AK", "ak"), ("HUAWEICLOUD_SDK_SK", "sk")];
+    let cases: [(&str, Variables<'_>, &[&str]); 10] = [
+        ("caller", &[], &[]),
+        ("token", &[], &["--token-file"]),
+        ("token", &[("RDS_TASK_FACADE_TOKEN", "t")], &[]),
+        (
+            "iam",
+            &[],
+            &["--iam-user", "--iam-domain", "--iam-password-file"],
+        ),
+        ("env", &[], &["HUAWEICLOUD_SDK_AK", "HUAWEICLOUD_SDK_SK"]),
+        ("env", &keys, &[]),
+        ("profile", &[], &["HUAWEICLOUD_SDK_CREDENTIALS_FILE"]),
+        ("metadata", &[], &[]),
+        ("chain", &[], &[]),
+        ("keys", &[], &["--credentials"]),
+    ];
+
+    for (source, env, expected) in cases {
+        let args = [&region[..], &["--credentials", source]].concat();
+        let found = match serve(&args, env) {
+            Ok(_) => Vec::new(),
+            Err(refused) => refused.mistakes,
+        };
+        let about: Vec<&str> = found
+            .iter()
+            .filter_map(|mistake| mistake.split(": ").next())
+            .collect();
+        assert_eq!(about, expected, "{source} {env:?}");
+    }
+    let unused = [
+        "--region",
+        "cn-north-4",
+        "--token-file",
+        "/nowhere",
+        "--iam-endpoint",
+        "?",
+    ];
+    assert!(serve(&unused, &[]).is_ok());
+}
+
+#[test]
+fn iam_is_found_by_flag_then_by_variables_then_by_region() {
+    let password = file_with("secret");
+    let path = password.path().to_str().unwrap();
+    let iam = [
+        "--credentials",
+        "iam",
+        "--iam-user",
+        "ann",
+        "--iam-domain",
+        "acme",
+        "--iam-password-file",
+        path,
+    ];
+    let sdk = ("HUAWEICLOUD_SDK_IAM_ENDPOINT", "https://sdk.example.com");
+    let own = ("RDS_TASK_FACADE_IAM_ENDPOINT", "https://own.example.com");
+    let region = ["--region", "cn-north-4"];
+    let cases = [
+        (
+            region.to_vec(),
+            vec![],
+            "https://iam.cn-north-4.myhuaweicloud.com cn-north-4",
+        ),
+        (
+            region.to_vec(),
+            vec![sdk],
+            "https://sdk.example.com cn-north-4",
+        ),
+        (
+            region.to_vec(),
+            vec![sdk, own],
+            "https://own.example.com cn-north-4",
+        ),
+        (
+            vec!["--sandbox"],
+            vec![],
+            "sandbox 0483b6b16e954cb88930a360d2c4e663",
+        ),
+        (
+            vec!["--endpoint", "https://r.example.com", "--iam-project", "p"],
+            vec![own],
+            "https://own.example.com p",
+        ),
+        (
+            vec![
+                "--region",
+                "eu-west-101",
+                "--iam-endpoint",
+                "https://flag.example.com",
+            ],
+            vec![own],
+            "https://flag.example.com eu-west-101",
+        ),
+    ];
+
+    for (place, env, expected) in cases {
+        let config = serve(&[&place[..], &iam].concat(), &env).unwrap();
+        let Credentials::Iam(found) = config.credentials else {
+            panic!("{place:?}: not iam");
+        };
+        assert_eq!(
+            format!("{} {}", found.endpoint, found.project),
+            expected,
+            "{place:?}"
+        );
+    }
+    let nowhere = mistakes(
+        &[&["--endpoint", "https://r.example.com"][..], &iam].concat(),
+        &[],
+    );
+    assert_eq!(nowhere.len(), 2, "{nowhere:?}");
+    let other_site = mistakes(&[&["--region", "eu-west-101"][..], &iam].concat(), &[]);
+    assert!(
+        other_site[0].starts_with("--iam-endpoint: "),
+        "{other_site:?}"
+    );
+}
+
+#[test]
+fn sandbox_brings_its_token_and_endpoints_but_no_iam_user() {
+    let token = serve(&["--sandbox"], &[]).unwrap().credentials;
+    let metadata = serve(&["--sandbox", "--credentials", "metadata"], &[])
+        .unwrap()
+        .credentials;
+
+    let Credentials::Token(token) = token else {
+        panic!("{token:?}");
+    };
+    assert_eq!(token.expose_secret(), "sandbox-token");
+    assert!(matches!(metadata, Credentials::Metadata(Endpoint::Sandbox)));
+    assert_eq!(
+        mistakes(&["--sandbox", "--credentials", "iam"], &[]).len(),
+        3
+    );
+    let caller = serve(&["--sandbox", "--credentials", "caller"], &[]).unwrap();
+    assert!(matches!(caller.credentials, Credentials::Caller));
+}
+
+#[test]
+fn the_chain_takes_keys_only_as_a_pair_and_the_profile_from_home() {
+    let env = [("HUAWEICLOUD_SDK_AK", "ak"), ("HOME", "/home/ann")];
+    let args = ["--region", "cn-north-4", "--credentials", "chain"];
+
+    let config = serve(&args, &env).unwrap();
+
+    let Credentials::Chain {
+        keys,
+        profile,
+        metadata,
+    } = config.credentials
+    else {
+        panic!("not a chain");
+    };
+    assert!(keys.is_none());
+    assert_eq!(
+        profile,
+        Some(PathBuf::from("/home/ann/.huaweicloud/credentials"))
+    );
+    assert_eq!(metadata.to_string(), "http://169.254.169.254");
+}
+
+#[test]
+fn no_secret_shows_in_help_debug_summary_or_print() {
+    let env = [
+        ("RDS_TASK_FACADE_TOKEN", "canary"),
+        ("HUAWEICLOUD_SDK_AK", "canary"),
+        ("HUAWEICLOUD_SDK_SK", "canary"),
+        ("HUAWEICLOUD_SDK_SECURITY_TOKEN", "canary"),
+        (
+            "RDS_TASK_FACADE_UPSTREAM_PROXY",
+            "http://canary:canary@proxy:3128",
+        ),
+        ("RDS_TASK_FACADE_IAM_ENDPOINT", "https://canary:canary@iam"),
+        ("RDS_TASK_FACADE_REGION", "cn-north-4"),
+    ];
+
+    for source in ["caller", "token", "env", "chain"] {
+        let args = ["--credentials", source];
+        let config = serve(&args, &env).unwrap();
+        let mut shown = vec![config.summary(), config.print()];
+        shown.push(text_of(
+            &["serve", "--credentials", source, "--print-config"],
+            &env,
+        ));
+        shown.push(text_of(&["serve", "--credentials", source, "--help"], &env));
+        shown.push(format!("{config:?}"));
+        for text in shown {
+            assert!(!text.contains("canary"), "{source}: {text}");
+        }
+    }
+    assert!(
+        serve(&[], &env)
+            .unwrap()
+            .summary()
+            .contains("upstream-proxy=http://***@proxy:3128")
+    );
+}
+
+#[test]
+fn no_secret_shows_in_a_mistake() {
+    let cases: [(&[&str], Variables<'_>); 10] = [
+        (&["--tokn", "canary"], &[]),
+        (&["--tokn=canary"], &[]),
+        (&["canary"], &[]),
+        (&["--token-file", "canary", "--credentials", "token"], &[]),
+        (&["--endpoint", "https://canary:canary@rds"], &[]),
+        (&["--upstream-proxy", "socks5://canary:canary@proxy:1"], &[]),
+        (
+            &[
+                "--metadata-endpoint",
+                "http://canary@x",
+                "--credentials",
+                "metadata",
+            ],
+            &[],
+        ),
+        (
+            &["--credentials", "token"],
+            &[("RDS_TASK_FACADE_TOKEN", "canary canary")],
+        ),
+        (
+            &["--credentials", "env"],
+            &[("HUAWEICLOUD_SDK_SK", "canary\u{e4}")],
+        ),
+        (
+            &[],
+            &[
+                ("RDS_TASK_FACADE_TOKNE", "canary"),
+                ("RDS_TASK_FACADE_SK", "canary"),
+            ],
+        ),
+    ];
+
+    for (args, env) in cases {
+        let refused = serve(args, env).unwrap_err();
+        assert!(!refused.to_string().contains("canary"), "{refused}");
+        assert!(!format!("{refused:?}").contains("canary"), "{refused}");
+    }
+}

@@ -1,0 +1,328 @@
+//! The rules of the configuration as a whole, from arguments and variables to the result.
+
+mod command;
+mod credentials;
+
+use std::io::Write as _;
+
+use super::*;
+
+/// Runs `rds-task-facade` with these arguments and variables.
+fn command(args: &[&str], env: &[(&str, &str)]) -> Result<Command, Refused> {
+    let env = env
+        .iter()
+        .map(|(name, value)| (OsString::from(name), OsString::from(value)))
+        .collect();
+    let program = std::iter::once(&"rds-task-facade");
+    Command::read(program.chain(args).map(OsString::from), &env)
+}
+
+/// Runs `rds-task-facade serve` with these arguments and variables.
+fn serve(args: &[&str], env: &[(&str, &str)]) -> Result<Config, Refused> {
+    let args: Vec<&str> = std::iter::once("serve")
+        .chain(args.iter().copied())
+        .collect();
+    match command(&args, env)? {
+        Command::Serve(config) => Ok(*config),
+        other => panic!("not serve: {other:?}"),
+    }
+}
+
+fn mistakes(args: &[&str], env: &[(&str, &str)]) -> Vec<String> {
+    serve(args, env).expect_err("must be refused").mistakes
+}
+
+fn text_of(args: &[&str], env: &[(&str, &str)]) -> String {
+    match command(args, env).unwrap() {
+        Command::Print(text) => text,
+        other => panic!("prints nothing: {other:?}"),
+    }
+}
+
+fn file_with(text: &str) -> tempfile::NamedTempFile {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(text.as_bytes()).unwrap();
+    file
+}
+
+#[test]
+fn the_flags_and_defaults_are_those_of_the_contract() {
+    let contract = [
+        ("listen", "127.0.0.1:50051"),
+        ("metrics-listen", "127.0.0.1:9464"),
+        ("region", ""),
+        ("endpoint", ""),
+        ("sandbox", "false"),
+        ("allow-insecure-upstream", "false"),
+        ("upstream-ca", ""),
+        ("upstream-proxy", ""),
+        ("upstream-rate", "off"),
+        ("credentials", "caller"),
+        ("token-file", ""),
+        ("iam-endpoint", ""),
+        ("iam-user", ""),
+        ("iam-domain", ""),
+        ("iam-password-file", ""),
+        ("iam-project", ""),
+        ("metadata-endpoint", "http://169.254.169.254"),
+        ("allow-project", ""),
+        ("timeout", "30s"),
+        ("attempt-timeout", "10s"),
+        ("connect-timeout", "3s"),
+        ("max-attempts", "3"),
+        ("retry-budget", "20"),
+        ("max-in-flight", "2048"),
+        ("max-connections", "1000"),
+        ("cache-ttl", "0s"),
+        ("cache-entries", "10000"),
+        ("drain-delay", "0s"),
+        ("shutdown-grace", "20s"),
+        ("max-connection-age", "30m"),
+        ("tls-cert", ""),
+        ("tls-key", ""),
+        ("tls-client-ca", ""),
+        ("reflection", "true"),
+        ("log-format", "text"),
+        ("print-config", "false"),
+    ];
+
+    let table: Vec<_> = flags::SERVE
+        .iter()
+        .map(|flag| (flag.name, flag.default))
+        .collect();
+
+    assert_eq!(table, contract);
+    flags::command().debug_assert();
+}
+
+#[test]
+fn without_settings_the_defaults_hold() {
+    let config = serve(&["--region", "cn-north-4"], &[]).unwrap();
+
+    assert_eq!(config.listen, "127.0.0.1:50051".parse().unwrap());
+    assert_eq!(
+        config.metrics_listen,
+        Some("127.0.0.1:9464".parse().unwrap())
+    );
+    assert_eq!(
+        config.upstream.endpoint.to_string(),
+        "https://rds.cn-north-4.myhuaweicloud.com"
+    );
+    assert!(matches!(config.credentials, Credentials::Caller));
+    assert_eq!(config.timeout, Duration::from_secs(30));
+    assert_eq!(config.upstream.max_attempts, 3);
+    assert_eq!(config.max_connection_age, Some(Duration::from_secs(1800)));
+    assert_eq!(config.upstream.rate, None);
+    assert!(config.tls.is_none());
+    assert!(config.reflection);
+    assert_eq!(config.log.filter, "info");
+}
+
+#[test]
+fn the_flag_wins_over_the_variable_and_the_variable_over_the_default() {
+    let variable = [("RDS_TASK_FACADE_TIMEOUT", "7s")];
+    let cases = [
+        (vec!["--sandbox"], &[][..], 30),
+        (vec!["--sandbox"], &variable[..], 7),
+        (vec!["--sandbox", "--timeout", "5s"], &variable[..], 5),
+        (vec!["--sandbox", "--timeout=5s"], &variable[..], 5),
+        (
+            vec!["--sandbox"],
+            &[("RDS_TASK_FACADE_TIMEOUT", "")][..],
+            30,
+        ),
+    ];
+
+    for (args, env, seconds) in cases {
+        let config = serve(&args, env).unwrap();
+        assert_eq!(config.timeout.as_secs(), seconds, "{args:?} {env:?}");
+    }
+}
+
+#[test]
+fn every_flag_of_serve_has_its_variable() {
+    let file = file_with("x");
+    let path = file.path().to_str().unwrap();
+    let odd_values = [
+        ("region", "cn-north-4"),
+        ("endpoint", "https://rds.example.com"),
+        ("upstream-ca", path),
+        ("upstream-proxy", "http://proxy:3128"),
+        ("token-file", path),
+        ("iam-endpoint", "https://iam.example.com"),
+        ("iam-user", "ann"),
+        ("iam-domain", "acme"),
+        ("iam-password-file", path),
+        ("iam-project", "p"),
+        ("allow-project", "p"),
+        ("tls-cert", path),
+        ("tls-key", path),
+        ("tls-client-ca", path),
+    ];
+
+    for flag in flags::SERVE {
+        let value = odd_values
+            .iter()
+            .find(|(name, _)| *name == flag.name)
+            .map_or(flag.default, |(_, value)| value);
+        let variable = flag.variable();
+        let env = [(variable.as_str(), value)];
+        let found = match serve(&["--sandbox"], &env) {
+            Ok(_) => Vec::new(),
+            Err(refused) => refused.mistakes,
+        };
+        assert!(
+            !found
+                .iter()
+                .any(|mistake| mistake.contains("no such variable")),
+            "{variable}: {found:?}"
+        );
+    }
+}
+
+#[test]
+fn exactly_one_of_region_endpoint_and_sandbox_must_be_set() {
+    let endpoint = ["--endpoint", "https://rds.example.com"];
+    let region = ["--region", "cn-north-4"];
+    let cases = [
+        (vec![], &[][..], false),
+        (vec!["--sandbox=false"], &[], false),
+        (vec!["--sandbox"], &[], true),
+        (endpoint.to_vec(), &[], true),
+        (region.to_vec(), &[], true),
+        ([endpoint, region].concat(), &[], false),
+        (vec!["--sandbox", "--region", "cn-north-4"], &[], false),
+        (
+            vec!["--sandbox"],
+            &[("RDS_TASK_FACADE_REGION", "cn-north-4")],
+            false,
+        ),
+        (
+            vec!["--sandbox=0"],
+            &[("RDS_TASK_FACADE_REGION", "cn-north-4")],
+            true,
+        ),
+        (vec!["--region", "cn-nroth-4"], &[], false),
+        (vec!["--endpoint", "http://127.0.0.1:8080"], &[], true),
+        (
+            vec![
+                "--endpoint",
+                "http://rds.example.com",
+                "--allow-insecure-upstream",
+            ],
+            &[],
+            true,
+        ),
+    ];
+
+    for (args, env, expected) in cases {
+        assert_eq!(serve(&args, env).is_ok(), expected, "{args:?} {env:?}");
+    }
+    assert_eq!(
+        mistakes(&["--region", "cn-nroth-4"], &[]),
+        ["--region: no known region; did you mean cn-north-4?"]
+    );
+}
+
+#[test]
+fn names_that_kubernetes_derives_from_our_service_are_no_mistake() {
+    let cases = [
+        ("RDS_TASK_FACADE_SERVICE_HOST", true),
+        ("RDS_TASK_FACADE_SERVICE_PORT", true),
+        ("RDS_TASK_FACADE_SERVICE_PORT_GRPC", true),
+        ("RDS_TASK_FACADE_PORT", true),
+        ("RDS_TASK_FACADE_PORT_50051_TCP_ADDR", true),
+        ("RDS_TASK_FACADEX", true),
+        ("RDS_TASK_FACADE_SERVICE", false),
+        ("RDS_TASK_FACADE_PORTS", false),
+        ("RDS_TASK_FACADE_METRICS_PORT", false),
+        ("RDS_TASK_FACADE_", false),
+        ("RDS_TASK_FACADE_timeout", false),
+    ];
+
+    for (name, ignored) in cases {
+        assert_eq!(
+            serve(&["--sandbox"], &[(name, "x")]).is_ok(),
+            ignored,
+            "{name}"
+        );
+    }
+    assert!(serve(&["--sandbox"], &[("RDS_TASK_FACADE_ODD", "")]).is_ok());
+}
+
+#[test]
+fn tls_files_come_together() {
+    let file = file_with("pem");
+    let path = file.path().to_str().unwrap();
+    let cases = [
+        (vec!["--tls-cert", path, "--tls-key", path], true),
+        (
+            vec![
+                "--tls-cert",
+                path,
+                "--tls-key",
+                path,
+                "--tls-client-ca",
+                path,
+            ],
+            true,
+        ),
+        (vec!["--tls-cert", path], false),
+        (vec!["--tls-key", path], false),
+        (vec!["--tls-client-ca", path], false),
+        (vec!["--tls-cert", path, "--tls-key", "/nowhere"], false),
+    ];
+
+    for (args, expected) in cases {
+        let args = [&["--sandbox"][..], &args].concat();
+        assert_eq!(serve(&args, &[]).is_ok(), expected, "{args:?}");
+    }
+}
+
+#[test]
+fn projects_add_up_over_flags_and_commas() {
+    let args = [
+        "--sandbox",
+        "--allow-project",
+        "a,b",
+        "--allow-project",
+        "c",
+    ];
+    let env = [("RDS_TASK_FACADE_ALLOW_PROJECT", "d")];
+
+    assert_eq!(
+        serve(&args, &env).unwrap().allowed_projects,
+        ["a", "b", "c"]
+    );
+    assert_eq!(serve(&["--sandbox"], &env).unwrap().allowed_projects, ["d"]);
+    assert_eq!(mistakes(&["--sandbox", "--allow-project="], &[]).len(), 1);
+    assert_eq!(
+        mistakes(&["--sandbox", "--allow-project", ","], &[]).len(),
+        1
+    );
+}
+
+#[test]
+fn an_open_port_with_a_credential_of_its_own_is_warned_of() {
+    let file = file_with("pem");
+    let path = file.path().to_str().unwrap();
+    let tls = ["--tls-cert", path, "--tls-key", path];
+    let open = ["--sandbox", "--listen", "0.0.0.0:50051"];
+    let cases = [
+        (open.to_vec(), true),
+        ([&open[..], &tls].concat(), true),
+        (
+            [&open[..], &tls, &["--tls-client-ca", path]].concat(),
+            false,
+        ),
+        ([&open[..], &["--allow-project", "p"]].concat(), false),
+        ([&open[..], &["--credentials", "caller"]].concat(), false),
+        (vec!["--sandbox", "--listen", "[::1]:50051"], false),
+        (vec!["--sandbox", "--listen", "[::]:50051"], true),
+    ];
+
+    for (args, expected) in cases {
+        let warning = serve(&args, &[]).unwrap().exposure_warning();
+        assert_eq!(warning.is_some(), expected, "{args:?}");
+    }
+}

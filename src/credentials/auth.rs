@@ -1,0 +1,180 @@
+//! What one upstream request carries to prove in whose name it is made.
+
+use std::{fmt, sync::Arc};
+
+use ::http::HeaderValue;
+use aws_lc_rs::hmac;
+
+use super::{
+    Owner,
+    key_guard::KeyGuard,
+    secret::{Malformed, parse_token, visible},
+};
+
+/// The credential of one upstream request: a token or a signature, never both.
+#[derive(Debug, Clone)]
+pub enum Auth {
+    /// Goes out as `X-Auth-Token`.
+    Token(Token),
+    /// Signs the request, anew for each attempt.
+    Key(Arc<AccessKey>),
+}
+
+impl Auth {
+    /// Whose credential it is.
+    pub fn owner(&self) -> Owner {
+        match self.identity() {
+            Identity::Caller(_) => Owner::Caller,
+            Identity::Server => Owner::Server,
+        }
+    }
+
+    /// Who makes the request, as far as the facade can tell callers apart.
+    pub fn identity(&self) -> Identity {
+        match self {
+            Self::Token(token) => token.identity,
+            Self::Key(_) => Identity::Server,
+        }
+    }
+}
+
+/// Who makes a request. Equal identities may share answers and throttling.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Identity {
+    /// The facade itself.
+    Server,
+    /// The caller with the token of this hash; its key is random for each process, so the hash says nothing elsewhere.
+    Caller([u8; 16]),
+}
+
+/// A token.
+#[derive(Debug, Clone)]
+pub struct Token {
+    /// Marked sensitive, so that no `Debug` prints it.
+    pub value: HeaderValue,
+    /// Grows with each renewal; 0 for tokens that are not renewed.
+    pub generation: u64,
+    /// Who makes the request.
+    pub identity: Identity,
+}
+
+/// A key pair, with the security token that belongs to it when it is temporary.
+pub struct AccessKey {
+    /// AK.
+    pub access_key_id: String,
+    /// SK, ready for signing. The library wipes it on drop.
+    pub(super) signing_key: hmac::Key,
+    /// Goes out as `X-Security-Token`; marked sensitive.
+    pub security_token: Option<HeaderValue>,
+    /// Keeps bad signatures from locking the key at the gateway.
+    pub guard: Arc<KeyGuard>,
+}
+
+impl AccessKey {
+    /// Reads a key from the text of its parts. An empty security token is none.
+    ///
+    /// # Errors
+    /// [`MalformedKey`] names the part that does not hold 1 to 16 KiB of visible ASCII.
+    pub fn parse(
+        access_key_id: &str,
+        secret_access_key: &str,
+        security_token: Option<&str>,
+    ) -> Result<Self, MalformedKey> {
+        let part = |part| move |fault| MalformedKey { part, fault };
+        let access_key_id = visible(access_key_id).map_err(part("access key id (AK)"))?;
+        let secret = visible(secret_access_key).map_err(part("secret access key (SK)"))?;
+        let security_token = security_token
+            .filter(|text| !text.trim_ascii().is_empty())
+            .map(parse_token)
+            .transpose()
+            .map_err(part("security token"))?;
+        Ok(Self {
+            access_key_id: access_key_id.to_owned(),
+            signing_key: hmac::Key::new(hmac::HMAC_SHA256, secret.as_bytes()),
+            security_token,
+            guard: Arc::new(KeyGuard::new()),
+        })
+    }
+
+    /// Takes over what the guard of the key before this one knows, where it is the same AK: the gateway counts bad
+    /// signatures by AK, whatever the secret.
+    pub(super) fn following(mut self, previous: Option<&Self>) -> Self {
+        if let Some(previous) =
+            previous.filter(|previous| previous.access_key_id == self.access_key_id)
+        {
+            let tag = |key| hmac::sign(key, b"same secret?");
+            let same_secret =
+                tag(&self.signing_key).as_ref() == tag(&previous.signing_key).as_ref();
+            self.guard = if same_secret {
+                previous.guard.clone()
+            } else {
+                Arc::new(previous.guard.for_another_secret())
+            };
+        }
+        self
+    }
+}
+
+impl fmt::Debug for AccessKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("AccessKey").finish_non_exhaustive()
+    }
+}
+
+/// A part of a key is malformed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the {part} {fault}")]
+pub struct MalformedKey {
+    part: &'static str,
+    fault: Malformed,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn debug_shows_no_part_of_a_key_or_token() {
+        let key = AccessKey::parse("canary-ak", "canary-sk", Some("canary-st")).unwrap();
+        let token = Token {
+            value: parse_token("canary-token").unwrap(),
+            generation: 1,
+            identity: Identity::Server,
+        };
+
+        let printed = format!("{:?} {:?}", Auth::Key(Arc::new(key)), Auth::Token(token));
+
+        assert!(!printed.contains("canary"), "{printed}");
+    }
+
+    #[test]
+    fn a_malformed_key_names_the_part_and_not_the_value() {
+        let cases = [
+            (
+                AccessKey::parse("can ary", "sk", None),
+                "the access key id (AK) holds a blank",
+            ),
+            (
+                AccessKey::parse("ak", "canary\nx", None),
+                "the secret access key (SK) holds a line break; write it on one line",
+            ),
+            (
+                AccessKey::parse("ak", "sk", Some("canaryß")),
+                "the security token holds a character that is not visible ASCII",
+            ),
+        ];
+
+        for (parsed, expected) in cases {
+            assert_eq!(parsed.unwrap_err().to_string(), expected);
+        }
+    }
+
+    #[test]
+    fn an_empty_security_token_is_none() {
+        for empty in ["", "\n", " "] {
+            let key = AccessKey::parse("ak", "sk", Some(empty)).unwrap();
+
+            assert_eq!(key.security_token, None, "{empty:?}");
+        }
+    }
+}

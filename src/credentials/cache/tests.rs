@@ -1,0 +1,386 @@
+use std::sync::{
+    Mutex,
+    atomic::{AtomicUsize, Ordering::SeqCst},
+};
+
+use tokio::{sync::Notify, time::sleep};
+
+use super::*;
+
+const HOUR: Duration = Duration::from_secs(3600);
+const SECOND: Duration = Duration::from_secs(1);
+
+type Outcome = Result<Fetched<usize>, FetchError>;
+
+/// An issuer whose n-th answer (from 1) comes from a script, after a delay.
+#[derive(Clone)]
+struct Issuer {
+    fetches: Arc<AtomicUsize>,
+    /// Points in time at which fetches began.
+    times: Arc<Mutex<Vec<Instant>>>,
+    delay: Duration,
+    answer: fn(usize) -> Outcome,
+    replaced: Arc<Notify>,
+}
+
+impl Refresh for Issuer {
+    type Value = usize;
+
+    async fn refresh(&mut self) -> Outcome {
+        let nth = self.fetches.fetch_add(1, SeqCst) + 1;
+        self.times.lock().unwrap().push(Instant::now());
+        sleep(self.delay).await;
+        (self.answer)(nth)
+    }
+
+    async fn changed(&mut self) {
+        self.replaced.notified().await;
+    }
+}
+
+fn issuer(answer: fn(usize) -> Outcome) -> Issuer {
+    Issuer {
+        fetches: Arc::default(),
+        times: Arc::default(),
+        delay: SECOND,
+        answer,
+        replaced: Arc::default(),
+    }
+}
+
+impl Issuer {
+    fn start(&self) -> Arc<Cache<usize>> {
+        self.start_with(OnRefusal {
+            keep: false,
+            spacing: 10 * SECOND,
+        })
+    }
+
+    fn start_with(&self, on_refusal: OnRefusal) -> Arc<Cache<usize>> {
+        let ready = Arc::new(watch::Sender::new(false));
+        Arc::new(Cache::start(
+            "test",
+            self.clone(),
+            on_refusal,
+            ready,
+            Metrics::new(),
+        ))
+    }
+
+    fn fetches(&self) -> usize {
+        self.fetches.load(SeqCst)
+    }
+}
+
+#[expect(clippy::unnecessary_wraps, reason = "the shape of an issuer's answer")]
+fn good(value: usize) -> Outcome {
+    Ok(Fetched {
+        value,
+        lifetime: 24 * HOUR,
+    })
+}
+
+fn down() -> Outcome {
+    Err(FetchError::unavailable("down"))
+}
+
+fn rejected() -> Outcome {
+    Err(FetchError::Rejected {
+        http_status: 401,
+        wait: 900 * SECOND,
+        fault: "401".to_owned(),
+    })
+}
+
+fn soon() -> Deadline {
+    Deadline::after(30 * SECOND)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_thousand_cold_calls_cause_one_fetch_and_each_waits_within_its_own_deadline() {
+    let issuer = issuer(good);
+    let cache = issuer.start();
+    let calls: Vec<_> = (0..1000)
+        .map(|index| {
+            let cache = cache.clone();
+            let patience = if index % 2 == 0 { 30 } else { 0 };
+            let deadline = Deadline::after(patience * SECOND + SECOND / 2);
+            tokio::spawn(async move { cache.current(deadline).await })
+        })
+        .collect();
+
+    for (index, call) in calls.into_iter().enumerate() {
+        let expected = if index % 2 == 0 {
+            Ok((1, 1))
+        } else {
+            Err(Error::DeadlineExceeded)
+        };
+        assert_eq!(call.await.unwrap(), expected, "call {index}");
+    }
+
+    assert_eq!(issuer.fetches(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_fetch_survives_the_call_that_waited_for_it() {
+    let issuer = issuer(good);
+    let cache = issuer.start();
+
+    let first = tokio::spawn({
+        let cache = cache.clone();
+        async move { cache.current(soon()).await }
+    });
+    sleep(SECOND / 2).await;
+    first.abort();
+
+    assert_eq!(cache.current(soon()).await, Ok((1, 1)));
+    assert_eq!(issuer.fetches(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_hundred_refusals_of_one_value_cause_one_fetch_and_all_get_the_new_value() {
+    let issuer = issuer(good);
+    let cache = issuer.start();
+    let (_, used) = cache.current(soon()).await.unwrap();
+
+    let calls: Vec<_> = (0..100)
+        .map(|_| {
+            let cache = cache.clone();
+            tokio::spawn(async move { cache.renew(used, soon()).await })
+        })
+        .collect();
+    for call in calls {
+        assert_eq!(call.await.unwrap(), Ok(Some((2, 2))));
+    }
+
+    assert_eq!(issuer.fetches(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_straggler_gets_the_newer_value_without_a_fetch() {
+    let issuer = issuer(good);
+    let cache = issuer.start();
+    let (_, used) = cache.current(soon()).await.unwrap();
+    cache.renew(used, soon()).await.unwrap();
+    sleep(HOUR).await;
+
+    let straggler = cache.renew(used, soon()).await;
+
+    assert_eq!(straggler, Ok(Some((2, 2))));
+    assert_eq!(issuer.fetches(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_fetch_that_began_before_a_refusal_is_discarded_and_repeated() {
+    let issuer = Issuer {
+        delay: 8 * SECOND,
+        ..issuer(good)
+    };
+    let cache = issuer.start();
+    let (_, used) = cache.current(soon()).await.unwrap();
+    while issuer.fetches() < 2 {
+        sleep(SECOND).await;
+    }
+
+    let renewed = cache.renew(used, soon()).await;
+
+    assert_eq!(
+        renewed,
+        Ok(Some((3, 2))),
+        "the second fetch's value is gone"
+    );
+    assert_eq!(issuer.fetches(), 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_upstream_that_refuses_every_value_does_not_cause_a_fetch_for_each_call() {
+    let issuer = issuer(good);
+    let cache = issuer.start();
+    let mut nothing_newer = 0;
+
+    let (_, mut used) = cache.current(soon()).await.unwrap();
+    for _ in 0..100 {
+        match cache.renew(used, soon()).await.unwrap() {
+            Some((_, newer)) => used = newer,
+            None => nothing_newer += 1,
+        }
+        sleep(SECOND / 10).await;
+    }
+
+    assert!(issuer.fetches() <= 3, "{} fetches", issuer.fetches());
+    assert!(nothing_newer >= 98, "{nothing_newer}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_refused_value_that_is_kept_serves_on_while_one_fetch_looks_for_another() {
+    let issuer = issuer(good);
+    let cache = issuer.start_with(OnRefusal {
+        keep: true,
+        spacing: 300 * SECOND,
+    });
+    cache.current(soon()).await.unwrap();
+
+    for _ in 0..10 {
+        cache.refused(|value| *value == 1);
+        assert_eq!(cache.current(soon()).await, Ok((1, 1)));
+    }
+    sleep(2 * SECOND).await;
+    assert_eq!(cache.current(soon()).await, Ok((2, 2)));
+
+    cache.refused(|value| *value == 1);
+    cache.refused(|value| *value == 2);
+    sleep(2 * SECOND).await;
+    assert_eq!(issuer.fetches(), 2, "a straggler, and a refusal too soon");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_value_is_replaced_in_the_background_at_75_to_85_per_cent_of_its_life() {
+    let issuer = issuer(good);
+    let cache = issuer.start();
+    cache.current(soon()).await.unwrap();
+
+    sleep(24 * HOUR).await;
+
+    let times = issuer.times.lock().unwrap().clone();
+    let waited = (times[1] - times[0] - SECOND).as_secs_f64() / (24 * HOUR).as_secs_f64();
+    assert!((0.75..=0.8501).contains(&waited), "{waited}");
+    assert_eq!(
+        cache.current(Deadline::after(Duration::ZERO)).await,
+        Ok((2, 2))
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_value_that_is_still_good_hides_failures_and_its_end_shows_them() {
+    let issuer = issuer(|nth| if nth == 1 { good(1) } else { down() });
+    let cache = issuer.start();
+    cache.current(soon()).await.unwrap();
+
+    sleep(24 * HOUR - 62 * SECOND).await;
+    assert_eq!(cache.current(soon()).await, Ok((1, 1)));
+    assert!(issuer.fetches() > 60, "it keeps trying");
+
+    sleep(3 * SECOND).await;
+    assert!(matches!(
+        cache.current(soon()).await,
+        Err(Error::Unavailable { .. })
+    ));
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_a_value_a_failure_is_told_at_once_with_the_time_of_the_next_fetch() {
+    let issuer = issuer(|_| {
+        Err(FetchError::Unavailable {
+            wait: 120 * SECOND,
+            fault: "429".to_owned(),
+        })
+    });
+    let cache = issuer.start();
+
+    let first = cache.current(soon()).await;
+    sleep(20 * SECOND).await;
+    let second = cache.current(Deadline::after(Duration::ZERO)).await;
+
+    let unavailable = |seconds| {
+        Err(Error::Unavailable {
+            retry_after: seconds * SECOND,
+        })
+    };
+    assert_eq!(first, unavailable(120));
+    assert_eq!(second, unavailable(100));
+    assert_eq!(issuer.fetches(), 1, "the issuer's wait is everybody's");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_fetch_without_an_answer_ends_after_ten_seconds() {
+    let issuer = Issuer {
+        delay: HOUR,
+        ..issuer(good)
+    };
+    let cache = issuer.start();
+    let began = Instant::now();
+
+    let outcome = cache.current(soon()).await;
+
+    assert!(matches!(outcome, Err(Error::Unavailable { .. })));
+    assert_eq!(began.elapsed().as_secs(), 10);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_rejection_rests_for_fifteen_minutes_whatever_is_refused_meanwhile() {
+    let issuer = issuer(|nth| if nth == 1 { good(1) } else { rejected() });
+    let cache = issuer.start();
+    let (_, used) = cache.current(soon()).await.unwrap();
+
+    let error = cache.renew(used, soon()).await.unwrap_err();
+    for _ in 0..10 {
+        cache.renew(used, soon()).await.unwrap_err();
+        sleep(30 * SECOND).await;
+    }
+
+    assert_eq!(
+        error,
+        Error::Rejected {
+            http_status: 401,
+            retry_after: 900 * SECOND
+        }
+    );
+    assert_eq!(issuer.fetches(), 2);
+    sleep(610 * SECOND).await;
+    assert_eq!(issuer.fetches(), 3, "then once per fifteen minutes");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_replaces_the_rejected_is_tried_at_once() {
+    let issuer = issuer(|nth| if nth == 1 { rejected() } else { good(nth) });
+    let cache = issuer.start();
+    cache.current(soon()).await.unwrap_err();
+
+    issuer.replaced.notify_one();
+    sleep(2 * SECOND).await;
+
+    assert_eq!(cache.current(soon()).await, Ok((2, 1)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn readiness_comes_with_the_first_value_and_stays() {
+    let issuer = issuer(|nth| if nth < 3 { down() } else { good(nth) });
+    let ready = Arc::new(watch::Sender::new(false));
+    let mut is_ready = ready.subscribe();
+    let on_refusal = OnRefusal {
+        keep: false,
+        spacing: SECOND,
+    };
+    let cache = Cache::start("test", issuer.clone(), on_refusal, ready, Metrics::new());
+    cache.current(soon()).await.unwrap_err();
+    assert!(!*is_ready.borrow());
+
+    is_ready.wait_for(|ready| *ready).await.unwrap();
+
+    assert_eq!(issuer.fetches(), 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn dropping_the_cache_ends_its_keeper() {
+    let issuer = issuer(|_| down());
+    drop(issuer.start());
+
+    sleep(HOUR).await;
+
+    assert_eq!(issuer.fetches(), 0);
+}
+
+#[test]
+fn backoff_is_a_random_part_of_a_time_that_doubles_up_to_a_minute() {
+    let bounds = [(0, 1), (1, 2), (2, 4), (5, 32), (6, 60), (40, 60)];
+
+    for (failures, seconds) in bounds {
+        let waits: Vec<_> = (0..1000).map(|_| backoff(failures)).collect();
+        let (shortest, longest) = (waits.iter().min().unwrap(), waits.iter().max().unwrap());
+
+        assert!(*shortest >= SHORTEST_PAUSE, "{failures}");
+        assert!(*shortest < seconds * SECOND / 2, "{failures}");
+        assert!(*longest <= seconds * SECOND, "{failures}");
+        assert!(*longest > seconds * SECOND / 2, "{failures}");
+    }
+}

@@ -1,0 +1,188 @@
+//! One bounded HTTP exchange with an issuer of credentials. Its bodies hold secrets, so no fault ever quotes one.
+
+use std::{error::Error as _, fmt, time::Duration};
+
+use ::http::{HeaderMap, StatusCode};
+use bytes::{Bytes, BytesMut};
+use reqwest::{Certificate, Proxy, RequestBuilder, redirect};
+use secrecy::{ExposeSecret as _, SecretString};
+
+use super::server_time;
+
+/// Far more than any answer of an issuer without its service catalog.
+const MAX_BODY_BYTES: usize = 64 * 1024;
+
+/// Connect and read timeout of the metadata service, as in the vendor's SDK. It answers from the same host.
+const METADATA_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// How the identity service is reached. The metadata service is always reached directly.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// `http://[user:password@]host:port`.
+    pub proxy: Option<SecretString>,
+    /// PEM certificates, added to the system's roots.
+    pub extra_ca_pem: Option<Vec<u8>>,
+    /// How long a connection may take to come about.
+    pub connect_timeout: Duration,
+}
+
+/// The HTTP client for the issuers cannot be built.
+#[derive(Debug, thiserror::Error)]
+pub enum InvalidConfig {
+    /// Not a proxy's URL. The URL may hold a password, so it is not shown.
+    #[error("the proxy is not of the form http://[user:password@]host:port")]
+    Proxy,
+    /// Not PEM certificates.
+    #[error("the additional certificates cannot be read as PEM: {0}")]
+    Certificates(String),
+    /// The TLS roots cannot be loaded.
+    #[error("the HTTP client cannot be made: {0}")]
+    Client(String),
+}
+
+/// Why there is no new credential. Holds no secret and no part of a body.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum FetchError {
+    /// The issuer refuses us: 401 or 403.
+    Rejected {
+        http_status: u16,
+        /// Not to be tried again before.
+        wait: Duration,
+        fault: String,
+    },
+    /// Anything else.
+    Unavailable {
+        /// Not to be tried again before.
+        wait: Duration,
+        fault: String,
+    },
+}
+
+impl FetchError {
+    /// A failure that ordinary backoff may follow.
+    pub(super) fn unavailable(fault: impl Into<String>) -> Self {
+        Self::Unavailable {
+            wait: Duration::ZERO,
+            fault: fault.into(),
+        }
+    }
+
+    /// What an answer other than the hoped-for one means. `wait_if_rejected` follows 401 and 403.
+    pub(super) fn from_answer(answer: &Answer, wait_if_rejected: Duration) -> Self {
+        let http_status = answer.status.as_u16();
+        let fault = format!("it answers {http_status}");
+        let asked = server_time::retry_after(&answer.headers).unwrap_or_default();
+        match http_status {
+            401 | 403 => Self::Rejected {
+                http_status,
+                wait: asked.max(wait_if_rejected),
+                fault,
+            },
+            _ => Self::Unavailable { wait: asked, fault },
+        }
+    }
+
+    /// The shortest wait before the next try.
+    pub(super) fn wait(&self) -> Duration {
+        match self {
+            Self::Rejected { wait, .. } | Self::Unavailable { wait, .. } => *wait,
+        }
+    }
+}
+
+impl fmt::Display for FetchError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Rejected { fault, .. } | Self::Unavailable { fault, .. } => f.write_str(fault),
+        }
+    }
+}
+
+/// A whole answer.
+pub(super) struct Answer {
+    pub(super) status: StatusCode,
+    pub(super) headers: HeaderMap,
+    pub(super) body: Bytes,
+}
+
+/// The client for the identity service.
+pub(super) fn identity_client(config: &Config) -> Result<reqwest::Client, InvalidConfig> {
+    let mut builder = bare().connect_timeout(config.connect_timeout);
+    if let Some(url) = &config.proxy {
+        let proxy = Proxy::all(url.expose_secret()).map_err(|_| InvalidConfig::Proxy)?;
+        builder = builder.proxy(proxy);
+    }
+    if let Some(pem) = &config.extra_ca_pem {
+        let certificates = Certificate::from_pem_bundle(pem)
+            .map_err(|error| InvalidConfig::Certificates(root_cause(&error)))?;
+        if certificates.is_empty() {
+            return Err(InvalidConfig::Certificates("there is none".to_owned()));
+        }
+        builder = builder.tls_certs_merge(certificates);
+    }
+    build(builder)
+}
+
+/// The client for the metadata service: never through a proxy.
+pub(super) fn metadata_client() -> Result<reqwest::Client, InvalidConfig> {
+    build(
+        bare()
+            .connect_timeout(METADATA_TIMEOUT)
+            .read_timeout(METADATA_TIMEOUT),
+    )
+}
+
+fn bare() -> reqwest::ClientBuilder {
+    reqwest::Client::builder()
+        .no_proxy()
+        .http1_only()
+        .redirect(redirect::Policy::none())
+        .retry(reqwest::retry::never())
+        // Fetches are hours apart: an idle connection would only be found dead.
+        .pool_max_idle_per_host(0)
+}
+
+fn build(builder: reqwest::ClientBuilder) -> Result<reqwest::Client, InvalidConfig> {
+    builder
+        .build()
+        .map_err(|error| InvalidConfig::Client(root_cause(&error)))
+}
+
+/// Sends a request and reads the answer, up to 64 KiB.
+pub(super) async fn send(request: RequestBuilder) -> Result<Answer, FetchError> {
+    let mut response = request.send().await.map_err(|error| no_answer(&error))?;
+    let mut body = BytesMut::new();
+    while let Some(chunk) = response.chunk().await.map_err(|error| no_answer(&error))? {
+        if body.len() + chunk.len() > MAX_BODY_BYTES {
+            return Err(FetchError::unavailable("its answer is longer than 64 KiB"));
+        }
+        body.extend_from_slice(&chunk);
+    }
+    Ok(Answer {
+        status: response.status(),
+        headers: std::mem::take(response.headers_mut()),
+        body: body.freeze(),
+    })
+}
+
+fn no_answer(error: &reqwest::Error) -> FetchError {
+    let what = if error.is_timeout() {
+        "it does not answer in time"
+    } else if error.is_connect() {
+        "it cannot be reached"
+    } else {
+        "its answer is broken"
+    };
+    FetchError::unavailable(format!("{what}: {}", root_cause(error)))
+}
+
+/// The innermost cause, which is the operating system's or the TLS library's own sentence; the outer ones hold the URL.
+fn root_cause(error: &reqwest::Error) -> String {
+    let mut cause = error.source();
+    let mut text = String::from("no details");
+    while let Some(inner) = cause {
+        text = inner.to_string();
+        cause = inner.source();
+    }
+    text
+}

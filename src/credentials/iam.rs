@@ -1,0 +1,417 @@
+//! A token from the identity service, for user and password.
+//!
+//! Source: IAM API reference, "Obtaining a User Token Through Password Authentication" (`POST /v3/auth/tokens`).
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use ::http::{HeaderValue, header};
+use aws_lc_rs::digest;
+use serde::Deserialize;
+use serde_json::json;
+use zeroize::Zeroizing;
+
+use super::{
+    cache::{Fetched, Refresh},
+    fetch::{self, Answer, FetchError},
+    file, secret, server_time,
+};
+
+/// After a 401 or 403 the same user and password rest for this long: the vendor locks an account after few failures.
+const REST_AFTER_REJECTION: Duration = Duration::from_secs(15 * 60);
+
+/// Who asks for a token, and where.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// The identity service with its scheme, for example `https://iam.cn-north-4.myhuaweicloud.com`.
+    pub endpoint: String,
+    /// Name of the IAM user.
+    pub user: String,
+    /// Name of the account that the user belongs to.
+    pub domain: String,
+    /// File with the user's password.
+    pub password_file: PathBuf,
+    /// The project that the token is for. 32 hexadecimal digits are an id, anything else is a name; the name of a region's
+    /// main project is the region's id.
+    pub project: String,
+}
+
+/// The source behind the cache.
+pub(super) struct Source {
+    client: reqwest::Client,
+    config: Config,
+    password_file: Arc<Path>,
+    /// Of the password that was sent last.
+    tried: Option<[u8; 32]>,
+}
+
+impl Source {
+    pub(super) fn new(client: reqwest::Client, config: Config) -> Self {
+        Self {
+            client,
+            password_file: config.password_file.as_path().into(),
+            config,
+            tried: None,
+        }
+    }
+
+    async fn password(&self) -> Result<Zeroizing<String>, file::Fault> {
+        let text = file::read_off_thread(self.password_file.clone()).await?;
+        Ok(secret::parse_password(&text)?)
+    }
+}
+
+impl Refresh for Source {
+    type Value = HeaderValue;
+
+    async fn refresh(&mut self) -> Result<Fetched<HeaderValue>, FetchError> {
+        let password = self.password().await.map_err(|fault| {
+            let path = self.password_file.display();
+            FetchError::unavailable(format!("password file {path}: {fault}"))
+        })?;
+        self.tried = Some(fingerprint(&password));
+        let url = format!(
+            "{}/v3/auth/tokens?nocatalog=true",
+            self.config.endpoint.trim_end_matches('/')
+        );
+        let request = self
+            .client
+            .post(url)
+            .header(header::CONTENT_TYPE, "application/json;charset=utf8")
+            .body(body(&self.config, &password));
+        let answer = fetch::send(request).await?;
+        if !answer.status.is_success() {
+            return Err(FetchError::from_answer(&answer, REST_AFTER_REJECTION));
+        }
+        token(&answer)
+    }
+
+    async fn changed(&mut self) {
+        loop {
+            tokio::time::sleep(file::REREAD_INTERVAL).await;
+            if let Ok(password) = self.password().await
+                && self.tried != Some(fingerprint(&password))
+            {
+                return;
+            }
+        }
+    }
+}
+
+fn fingerprint(password: &str) -> [u8; 32] {
+    let digest = digest::digest(&digest::SHA256, password.as_bytes());
+    digest.as_ref().try_into().expect("SHA-256 has 32 bytes")
+}
+
+fn body(config: &Config, password: &str) -> Vec<u8> {
+    let is_id =
+        config.project.len() == 32 && config.project.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let project = if is_id {
+        json!({ "id": config.project })
+    } else {
+        json!({ "name": config.project })
+    };
+    let user =
+        json!({ "name": config.user, "password": password, "domain": { "name": config.domain } });
+    json!({ "auth": {
+        "identity": { "methods": ["password"], "password": { "user": user } },
+        "scope": { "project": project },
+    } })
+    .to_string()
+    .into_bytes()
+}
+
+#[derive(Deserialize)]
+struct Body {
+    token: Description,
+}
+
+#[derive(Deserialize)]
+struct Description {
+    expires_at: Option<String>,
+    issued_at: Option<String>,
+}
+
+/// The token is in a header; the body only says how long it lives, so one that cannot be read is as good as one without
+/// an end.
+fn token(answer: &Answer) -> Result<Fetched<HeaderValue>, FetchError> {
+    let value = answer
+        .headers
+        .get("x-subject-token")
+        .ok_or_else(|| FetchError::unavailable("its answer has no X-Subject-Token"))?;
+    let value = value
+        .to_str()
+        .ok()
+        .and_then(|text| secret::parse_token(text).ok())
+        .ok_or_else(|| FetchError::unavailable("its X-Subject-Token is malformed"))?;
+    let described: Option<Body> = serde_json::from_slice(&answer.body).ok();
+    let time = |text: Option<&String>| server_time::parse(text?);
+    let (expires_at, issued_at) = described.as_ref().map_or((None, None), |body| {
+        (
+            time(body.token.expires_at.as_ref()),
+            time(body.token.issued_at.as_ref()),
+        )
+    });
+    let now = server_time::date(&answer.headers)
+        .or(issued_at)
+        .unwrap_or_else(server_time::our_clock);
+    let lifetime = server_time::lifetime(expires_at, now)
+        .ok_or_else(|| FetchError::unavailable("the token it gives has expired already"))?;
+    Ok(Fetched { value, lifetime })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use serde_json::Value;
+    use tempfile::NamedTempFile;
+
+    use super::*;
+    use crate::credentials::fake_issuer::{FakeIssuer, answer};
+
+    fn fetch_config() -> fetch::Config {
+        fetch::Config {
+            proxy: None,
+            extra_ca_pem: None,
+            connect_timeout: Duration::from_secs(3),
+        }
+    }
+
+    fn password_file() -> NamedTempFile {
+        let file = NamedTempFile::new().unwrap();
+        fs::write(&file, "canary \"passwörd\"\n").unwrap();
+        file
+    }
+
+    fn source(endpoint: &str, password_file: &NamedTempFile) -> Source {
+        let config = Config {
+            endpoint: endpoint.to_owned(),
+            user: "user".to_owned(),
+            domain: "domain".to_owned(),
+            password_file: password_file.path().to_owned(),
+            project: "cn-north-4".to_owned(),
+        };
+        Source::new(fetch::identity_client(&fetch_config()).unwrap(), config)
+    }
+
+    async fn outcome_of(answer: &'static str) -> Result<Fetched<HeaderValue>, FetchError> {
+        let issuer = FakeIssuer::start(move |_, _| answer.to_owned()).await;
+        source(&issuer.endpoint, &password_file()).refresh().await
+    }
+
+    #[tokio::test]
+    async fn the_request_is_as_the_page_shows_it_and_the_token_comes_from_the_header() {
+        let issuer = FakeIssuer::start(|_, _| {
+            answer(
+                "201 Created",
+                "X-Subject-Token: MIIcanary\r\nDate: Fri, 30 Oct 2026 08:00:00 GMT\r\n",
+                r#"{"token":{"expires_at":"2026-10-30T20:00:00.000000Z","issued_at":"2026-10-30T07:00:00.000000Z"}}"#,
+            )
+        })
+        .await;
+
+        let fetched = source(&format!("{}/", issuer.endpoint), &password_file())
+            .refresh()
+            .await
+            .unwrap();
+
+        assert_eq!(fetched.value, "MIIcanary");
+        assert!(fetched.value.is_sensitive());
+        assert_eq!(fetched.lifetime, Duration::from_secs(12 * 3600), "by Date");
+        assert_eq!(
+            issuer.request_lines(),
+            ["POST /v3/auth/tokens?nocatalog=true"]
+        );
+        let request = issuer.requests().remove(0);
+        let (head, body) = request.split_once("\r\n\r\n").unwrap();
+        assert!(head.contains("content-type: application/json;charset=utf8"));
+        assert_eq!(
+            serde_json::from_str::<Value>(body).unwrap(),
+            json!({"auth": {
+                "identity": {
+                    "methods": ["password"],
+                    "password": {"user": {
+                        "name": "user",
+                        "password": "canary \"passwörd\"",
+                        "domain": {"name": "domain"},
+                    }},
+                },
+                "scope": {"project": {"name": "cn-north-4"}},
+            }})
+        );
+    }
+
+    #[test]
+    fn thirty_two_hexadecimal_digits_are_a_project_id_and_anything_else_is_a_name() {
+        let file = password_file();
+        let mut config = source("", &file).config;
+        let scope = |config: &Config| {
+            let body: Value = serde_json::from_slice(&body(config, "p")).unwrap();
+            body["auth"]["scope"]["project"].clone()
+        };
+
+        config.project = "0483b6b16e954cb88930a360d2c4e663".to_owned();
+        assert_eq!(scope(&config), json!({"id": config.project}));
+
+        config.project = "cn-north-4_0483b6b16e954cb88930a".to_owned();
+        assert_eq!(scope(&config), json!({"name": config.project}));
+    }
+
+    #[tokio::test]
+    async fn the_life_comes_from_the_issuers_own_times() {
+        let hours = |hours: u64| Some(Duration::from_secs(hours * 3600));
+        let cases = [
+            (
+                "no Date: by issued_at",
+                "HTTP/1.1 201 Created\r\nX-Subject-Token: t\r\n\r\n{\"token\":{\"expires_at\":\"2020-01-01T05:00:00Z\",\"issued_at\":\"2020-01-01T00:00:00Z\"}}",
+                hours(5),
+            ),
+            (
+                "a body that is no JSON: an hour",
+                "HTTP/1.1 201 Created\r\nX-Subject-Token: t\r\n\r\n<html>",
+                hours(1),
+            ),
+            (
+                "a century: a day",
+                "HTTP/1.1 201 Created\r\nX-Subject-Token: t\r\n\r\n{\"token\":{\"expires_at\":\"2126-01-01T05:00:00Z\"}}",
+                hours(24),
+            ),
+            (
+                "over already: no value",
+                "HTTP/1.1 201 Created\r\nX-Subject-Token: t\r\n\r\n{\"token\":{\"expires_at\":\"2020-01-01T05:00:00Z\"}}",
+                None,
+            ),
+        ];
+
+        for (name, answer, expected) in cases {
+            let lifetime = outcome_of(answer)
+                .await
+                .ok()
+                .map(|fetched| fetched.lifetime);
+
+            assert_eq!(lifetime, expected, "{name}");
+        }
+    }
+
+    #[tokio::test]
+    async fn every_other_answer_is_a_fault_that_quotes_nothing_of_it() {
+        let rest = Duration::from_secs(900);
+        let none = Duration::ZERO;
+        let cases = [
+            ("HTTP/1.1 401 x\r\n\r\ncanary", Some(401), rest),
+            ("HTTP/1.1 403 x\r\n\r\ncanary", Some(403), rest),
+            ("HTTP/1.1 400 x\r\n\r\ncanary", None, none),
+            (
+                "HTTP/1.1 307 x\r\nLocation: http://127.0.0.1:1/canary\r\n\r\n",
+                None,
+                none,
+            ),
+            (
+                "HTTP/1.1 429 x\r\nRetry-After: 7\r\n\r\ncanary",
+                None,
+                Duration::from_secs(7),
+            ),
+            (
+                "HTTP/1.1 503 x\r\nRetry-After: 86400\r\n\r\ncanary",
+                None,
+                Duration::from_secs(300),
+            ),
+            ("HTTP/1.1 201 x\r\n\r\ncanary", None, none),
+            (
+                "HTTP/1.1 201 x\r\nX-Subject-Token: can ary\r\n\r\n",
+                None,
+                none,
+            ),
+            (
+                "HTTP/1.1 201 x\r\nX-Subject-Token: t\r\nContent-Length: 9\r\n\r\ncanary",
+                None,
+                none,
+            ),
+            ("canary\r\n\r\n", None, none),
+        ];
+
+        for (answer, rejected, wait) in cases {
+            let error = outcome_of(answer).await.unwrap_err();
+
+            assert!(!format!("{error} {error:?}").contains("can"), "{error:?}");
+            assert_eq!(error.wait(), wait, "{answer}");
+            let status = match error {
+                FetchError::Rejected { http_status, .. } => Some(http_status),
+                FetchError::Unavailable { .. } => None,
+            };
+            assert_eq!(status, rejected, "{answer}");
+        }
+    }
+
+    #[tokio::test]
+    async fn an_answer_without_end_is_cut_off() {
+        let issuer = FakeIssuer::start(|_, _| {
+            let body = "x".repeat(1024 * 1024);
+            answer("201 Created", "X-Subject-Token: t\r\n", &body)
+        })
+        .await;
+
+        let error = source(&issuer.endpoint, &password_file())
+            .refresh()
+            .await
+            .unwrap_err();
+
+        assert_eq!(error.to_string(), "its answer is longer than 64 KiB");
+    }
+
+    #[tokio::test]
+    async fn the_configured_proxy_is_used_with_its_password_and_a_malformed_one_is_not_shown() {
+        let proxy =
+            FakeIssuer::start(|_, _| answer("201 Created", "X-Subject-Token: t\r\n", "{}")).await;
+        let through = |url: String| fetch::Config {
+            proxy: Some(url.into()),
+            ..fetch_config()
+        };
+
+        let url = proxy.endpoint.replace("http://", "http://user:canary@");
+        let client = fetch::identity_client(&through(url)).unwrap();
+        let file = password_file();
+        let mut source = source("http://iam.invalid", &file);
+        source.client = client;
+        source.refresh().await.unwrap();
+
+        let request = &proxy.requests()[0];
+        assert!(request.starts_with("POST http://iam.invalid/v3/auth/tokens?nocatalog=true "));
+        assert!(request.contains("proxy-authorization: Basic dXNlcjpjYW5hcnk="));
+        let malformed = through("http://user:canary@[".to_owned());
+        let error = fetch::identity_client(&malformed).unwrap_err();
+        assert!(!format!("{error} {error:?} {malformed:?}").contains("canary"));
+    }
+
+    #[test]
+    fn additional_certificates_that_are_none_are_a_mistake() {
+        let config = fetch::Config {
+            extra_ca_pem: Some(b"no certificate".to_vec()),
+            ..fetch_config()
+        };
+
+        assert!(fetch::identity_client(&config).is_err());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn only_another_password_counts_as_a_change() {
+        let file = password_file();
+        let mut source = source("", &file);
+        source.tried = Some(fingerprint("canary \"passwörd\""));
+        let mut changed_within = async |seconds| {
+            tokio::time::timeout(Duration::from_secs(seconds), source.changed())
+                .await
+                .is_ok()
+        };
+
+        assert!(!changed_within(3600).await);
+        fs::write(&file, "").unwrap();
+        assert!(!changed_within(3600).await, "half-written");
+        fs::write(&file, "another").unwrap();
+        assert!(changed_within(6).await);
+    }
+}

@@ -1,0 +1,368 @@
+//! Temporary keys from the metadata service of an ECS machine, whose agency stands for a user.
+//!
+//! Source: ECS user guide, "Obtaining Metadata" (`securitykey`), and the vendor's Python SDK 3.1.219 for the hardened mode.
+
+use std::{sync::Arc, time::Duration};
+
+use ::http::{HeaderValue, StatusCode};
+use serde::Deserialize;
+use tokio::time::Instant;
+
+use super::{
+    auth::AccessKey,
+    cache::{Fetched, Refresh},
+    fetch::{self, Answer, FetchError},
+    secret, server_time,
+};
+
+/// Life that we ask for a token of the hardened mode, in seconds, as the vendor's SDK does.
+const TOKEN_TTL: &str = "21600";
+
+/// When such a token is replaced: well before its six hours are over.
+const TOKEN_LIFE: Duration = Duration::from_secs(5 * 60 * 60);
+
+/// How long a machine without the hardened mode is taken to stay so.
+const UNHARDENED_FOR: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// What a 401 says on a machine that no agency is bound to. A new token would not help.
+const NO_AGENCY: &[u8] = b"Please configure Cloud Service Agency first";
+
+/// The source behind the cache. The keys live 24 hours and are replaced 6 hours before their end, so the cache's look at
+/// 80 % of what is left always finds new ones.
+pub(super) struct Source {
+    client: reqwest::Client,
+    endpoint: String,
+    hardened: Hardened,
+    /// The key before, so that its guard is kept where the service repeats it.
+    previous: Option<Arc<AccessKey>>,
+}
+
+/// What is known of the hardened mode.
+enum Hardened {
+    Unknown,
+    Token { value: HeaderValue, until: Instant },
+    Absent { until: Instant },
+}
+
+impl Source {
+    pub(super) fn new(client: reqwest::Client, endpoint: &str) -> Self {
+        Self {
+            client,
+            endpoint: endpoint.trim_end_matches('/').to_owned(),
+            hardened: Hardened::Unknown,
+            previous: None,
+        }
+    }
+
+    /// The token to send now, if the machine knows such tokens.
+    async fn token(&mut self) -> Result<Option<HeaderValue>, FetchError> {
+        match &self.hardened {
+            Hardened::Token { value, until } if Instant::now() < *until => {
+                return Ok(Some(value.clone()));
+            }
+            Hardened::Absent { until } if Instant::now() < *until => return Ok(None),
+            _ => {}
+        }
+        let answer = self.ask_for_token().await?;
+        if matches!(answer.status.as_u16(), 404 | 405 | 503) {
+            self.hardened = Hardened::Absent {
+                until: Instant::now() + UNHARDENED_FOR,
+            };
+            return Ok(None);
+        }
+        self.keep_token(&answer).map(Some)
+    }
+
+    async fn ask_for_token(&self) -> Result<Answer, FetchError> {
+        let url = format!("{}/meta-data/latest/api/token", self.endpoint);
+        let request = self
+            .client
+            .put(url)
+            .header("x-metadata-token-ttl-seconds", TOKEN_TTL);
+        fetch::send(request).await
+    }
+
+    fn keep_token(&mut self, answer: &Answer) -> Result<HeaderValue, FetchError> {
+        if answer.status != StatusCode::OK {
+            return Err(FetchError::from_answer(answer, Duration::ZERO));
+        }
+        let value = str::from_utf8(&answer.body)
+            .ok()
+            .and_then(|text| secret::parse_token(text).ok())
+            .ok_or_else(|| FetchError::unavailable("its metadata token is malformed"))?;
+        self.hardened = Hardened::Token {
+            value: value.clone(),
+            until: Instant::now() + TOKEN_LIFE,
+        };
+        Ok(value)
+    }
+
+    async fn ask_for_key(&self, token: Option<HeaderValue>) -> Result<Answer, FetchError> {
+        let url = format!("{}/openstack/latest/securitykey", self.endpoint);
+        let mut request = self.client.get(url);
+        if let Some(token) = token {
+            request = request.header("x-metadata-token", token);
+        }
+        fetch::send(request).await
+    }
+}
+
+impl Refresh for Source {
+    type Value = Arc<AccessKey>;
+
+    async fn refresh(&mut self) -> Result<Fetched<Arc<AccessKey>>, FetchError> {
+        let token = self.token().await?;
+        let mut answer = self.ask_for_key(token).await?;
+        if answer.status == StatusCode::UNAUTHORIZED {
+            if answer
+                .body
+                .windows(NO_AGENCY.len())
+                .any(|window| window == NO_AGENCY)
+            {
+                return Err(FetchError::Rejected {
+                    http_status: 401,
+                    wait: Duration::ZERO,
+                    fault: "no agency is configured for this machine".to_owned(),
+                });
+            }
+            // The token was not taken, or the hardened mode has just been switched on.
+            self.hardened = Hardened::Unknown;
+            let token = self.ask_for_token().await?;
+            let token = self.keep_token(&token)?;
+            answer = self.ask_for_key(Some(token)).await?;
+        }
+        if answer.status != StatusCode::OK {
+            return Err(FetchError::from_answer(&answer, Duration::ZERO));
+        }
+        let fetched = temporary_key(&answer, self.previous.as_deref())?;
+        self.previous = Some(fetched.value.clone());
+        Ok(fetched)
+    }
+}
+
+#[derive(Deserialize)]
+struct Body {
+    credential: Temporary,
+}
+
+#[derive(Deserialize)]
+struct Temporary {
+    access: String,
+    secret: String,
+    securitytoken: String,
+    expires_at: Option<String>,
+}
+
+fn temporary_key(
+    answer: &Answer,
+    previous: Option<&AccessKey>,
+) -> Result<Fetched<Arc<AccessKey>>, FetchError> {
+    // The parser's own message could quote the secret.
+    let Body { credential } = serde_json::from_slice(&answer.body)
+        .map_err(|_| FetchError::unavailable("its answer holds no temporary key"))?;
+    let key = AccessKey::parse(
+        &credential.access,
+        &credential.secret,
+        Some(&credential.securitytoken),
+    )
+    .map_err(|fault| FetchError::unavailable(fault.to_string()))?;
+    let expires_at = credential
+        .expires_at
+        .as_deref()
+        .and_then(server_time::parse);
+    let now = server_time::date(&answer.headers).unwrap_or_else(server_time::our_clock);
+    let lifetime = server_time::lifetime(expires_at, now)
+        .ok_or_else(|| FetchError::unavailable("the keys it gives have expired already"))?;
+    Ok(Fetched {
+        value: Arc::new(key.following(previous)),
+        lifetime,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::credentials::fake_issuer::{FakeIssuer, answer};
+
+    const KEY: &str = r#"{"credential":{"access":"AK","secret":"canary-sk","securitytoken":"canary-st","expires_at":"2026-10-30T20:00:00.000000Z"}}"#;
+    const DATE: &str = "Date: Fri, 30 Oct 2026 08:00:00 GMT\r\n";
+    const PUT: &str = "PUT /meta-data/latest/api/token";
+    const GET: &str = "GET /openstack/latest/securitykey";
+
+    fn source(issuer: &FakeIssuer) -> Source {
+        Source::new(fetch::metadata_client().unwrap(), &issuer.endpoint)
+    }
+
+    fn key() -> String {
+        answer("200 OK", DATE, KEY)
+    }
+
+    fn status(status: &str) -> String {
+        answer(status, "", "canary")
+    }
+
+    #[tokio::test]
+    async fn without_the_hardened_mode_the_key_is_fetched_bare_and_the_mode_not_looked_for_again() {
+        for absent in ["404 Not Found", "405 Not Allowed", "503 Unavailable"] {
+            let issuer = FakeIssuer::start(move |_, request| {
+                if request.starts_with("PUT") {
+                    status(absent)
+                } else {
+                    key()
+                }
+            })
+            .await;
+            let mut source = source(&issuer);
+
+            let fetched = source.refresh().await.unwrap();
+            source.refresh().await.unwrap();
+
+            assert_eq!(fetched.value.access_key_id, "AK");
+            assert_eq!(fetched.value.security_token.as_ref().unwrap(), "canary-st");
+            assert_eq!(fetched.lifetime, Duration::from_secs(12 * 3600));
+            assert_eq!(issuer.request_lines(), [PUT, GET, GET], "{absent}");
+            assert!(!issuer.requests()[1].contains("x-metadata-token"));
+        }
+    }
+
+    #[tokio::test]
+    async fn in_the_hardened_mode_one_token_serves_several_fetches() {
+        let issuer = FakeIssuer::start(|_, request| {
+            if request.starts_with("PUT") {
+                answer("200 OK", "", "metadata-token\n")
+            } else if request.contains("x-metadata-token: metadata-token\r\n") {
+                key()
+            } else {
+                status("401 Unauthorized")
+            }
+        })
+        .await;
+        let mut source = source(&issuer);
+
+        source.refresh().await.unwrap();
+        source.refresh().await.unwrap();
+
+        assert_eq!(issuer.request_lines(), [PUT, GET, GET]);
+        assert!(issuer.requests()[0].contains("x-metadata-token-ttl-seconds: 21600\r\n"));
+    }
+
+    #[tokio::test]
+    async fn a_refused_metadata_token_is_replaced_once() {
+        let issuer = FakeIssuer::start(|nth, request| match (nth, request.starts_with("PUT")) {
+            (_, true) => answer("200 OK", "", &format!("token-{nth}")),
+            (_, false) if request.contains("token-3") => key(),
+            (_, false) => status("401 Unauthorized"),
+        })
+        .await;
+
+        source(&issuer).refresh().await.unwrap();
+
+        assert_eq!(issuer.request_lines(), [PUT, GET, PUT, GET]);
+    }
+
+    #[tokio::test]
+    async fn after_a_401_a_machine_without_the_hardened_mode_is_an_error() {
+        let issuer = FakeIssuer::start(|_, request| {
+            status(if request.starts_with("PUT") {
+                "404 Not Found"
+            } else {
+                "401 Unauthorized"
+            })
+        })
+        .await;
+
+        let error = source(&issuer).refresh().await.unwrap_err();
+
+        assert_eq!(error, FetchError::unavailable("it answers 404"));
+        assert_eq!(issuer.request_lines(), [PUT, GET, PUT]);
+    }
+
+    #[tokio::test]
+    async fn a_machine_without_an_agency_is_a_rejection_that_no_new_token_is_fetched_for() {
+        let issuer = FakeIssuer::start(|_, request| {
+            if request.starts_with("PUT") {
+                answer("200 OK", "", "t")
+            } else {
+                let body = "{\"message\":\"Please configure Cloud Service Agency first.\"}";
+                answer("401 Unauthorized", "", body)
+            }
+        })
+        .await;
+
+        let error = source(&issuer).refresh().await.unwrap_err();
+
+        assert!(matches!(
+            error,
+            FetchError::Rejected {
+                http_status: 401,
+                ..
+            }
+        ));
+        assert_eq!(
+            error.to_string(),
+            "no agency is configured for this machine"
+        );
+        assert_eq!(issuer.request_lines(), [PUT, GET]);
+    }
+
+    #[tokio::test]
+    async fn every_other_answer_is_a_fault_that_quotes_nothing_of_it() {
+        let expired = KEY.replace("2026-10-30T20", "2026-10-30T07");
+        let cases = [
+            ("no JSON", answer("200 OK", DATE, "canary")),
+            ("no key", answer("200 OK", DATE, "{\"credential\":{}}")),
+            (
+                "a number for the secret",
+                answer("200 OK", DATE, &KEY.replace("\"canary-sk\"", "4711")),
+            ),
+            (
+                "a blank in the secret",
+                answer("200 OK", DATE, &KEY.replace("canary-sk", "canary sk")),
+            ),
+            ("expired", answer("200 OK", DATE, &expired)),
+            ("error", status("500 Internal Server Error")),
+            ("redirect", answer("302 Found", "Location: /canary\r\n", "")),
+        ];
+
+        for (name, answer) in cases {
+            let issuer = FakeIssuer::start(move |_, request| {
+                if request.starts_with("PUT") {
+                    status("404 Not Found")
+                } else {
+                    answer.clone()
+                }
+            })
+            .await;
+
+            let error = source(&issuer).refresh().await.unwrap_err();
+
+            let printed = format!("{error} {error:?}");
+            assert!(
+                !printed.contains("canary") && !printed.contains("4711"),
+                "{name}: {printed}"
+            );
+        }
+    }
+
+    #[tokio::test]
+    async fn a_key_that_the_service_repeats_keeps_its_guard() {
+        let issuer = FakeIssuer::start(|nth, request| {
+            if request.starts_with("PUT") {
+                status("404 Not Found")
+            } else if nth < 4 {
+                key()
+            } else {
+                answer("200 OK", DATE, &KEY.replace("AK", "AK2"))
+            }
+        })
+        .await;
+        let mut source = source(&issuer);
+
+        let first = source.refresh().await.unwrap().value;
+        let repeated = source.refresh().await.unwrap().value;
+        let another = source.refresh().await.unwrap().value;
+
+        assert!(Arc::ptr_eq(&first.guard, &repeated.guard));
+        assert!(!Arc::ptr_eq(&first.guard, &another.guard));
+    }
+}

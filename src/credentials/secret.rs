@@ -1,0 +1,149 @@
+//! The form that tokens and keys must have. A fault names what is wrong and never repeats the value.
+
+use std::path::Path;
+
+use ::http::HeaderValue;
+use zeroize::Zeroizing;
+
+use super::file;
+
+/// Longest token taken from anyone. The vendor's are several KiB; a header of 32 KB is refused by its gateway.
+const MAX_BYTES: usize = 16 * 1024;
+
+/// What is wrong with the text of a token or key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Malformed {
+    /// Nothing is left after the final line break.
+    #[error("is empty")]
+    Empty,
+    /// More than one line.
+    #[error("holds a line break; write it on one line")]
+    LineBreak,
+    /// A blank or tab, inside or around it.
+    #[error("holds a blank")]
+    Blank,
+    /// A control character or anything beyond ASCII.
+    #[error("holds a character that is not visible ASCII")]
+    NotVisibleAscii,
+    /// More than 16 KiB.
+    #[error("is longer than 16 KiB")]
+    TooLong,
+}
+
+/// Reads a token for `X-Auth-Token`. One line break at the end is taken off, as files of mounted secrets often have one.
+///
+/// # Errors
+/// [`Malformed`] when it is empty, over 16 KiB, or holds anything but visible ASCII.
+pub fn parse_token(text: &str) -> Result<HeaderValue, Malformed> {
+    let text = visible(text)?;
+    let mut value = HeaderValue::from_str(text).expect("visible ASCII is a header value");
+    value.set_sensitive(true);
+    Ok(value)
+}
+
+/// Reads a password: any text on one line, without the line break at its end.
+pub(super) fn parse_password(text: &str) -> Result<Zeroizing<String>, Malformed> {
+    let text = without_final_line_break(text);
+    if text.is_empty() {
+        return Err(Malformed::Empty);
+    }
+    if text.contains(['\r', '\n']) {
+        return Err(Malformed::LineBreak);
+    }
+    Ok(Zeroizing::new(text.to_owned()))
+}
+
+/// Reads a token file as [`parse_token`] does.
+pub(super) fn load_token(path: &Path) -> Result<HeaderValue, file::Fault> {
+    Ok(parse_token(&file::read(path)?)?)
+}
+
+/// Reads a password file.
+pub(super) fn load_password(path: &Path) -> Result<Zeroizing<String>, file::Fault> {
+    Ok(parse_password(&file::read(path)?)?)
+}
+
+/// The text without one final line break, if it is 1 to 16 KiB of visible ASCII.
+pub(super) fn visible(text: &str) -> Result<&str, Malformed> {
+    let text = without_final_line_break(text);
+    if text.is_empty() {
+        return Err(Malformed::Empty);
+    }
+    if text.len() > MAX_BYTES {
+        return Err(Malformed::TooLong);
+    }
+    match text.bytes().find(|byte| !byte.is_ascii_graphic()) {
+        None => Ok(text),
+        Some(b'\r' | b'\n') => Err(Malformed::LineBreak),
+        Some(b' ' | b'\t') => Err(Malformed::Blank),
+        Some(_) => Err(Malformed::NotVisibleAscii),
+    }
+}
+
+fn without_final_line_break(text: &str) -> &str {
+    let text = text.strip_suffix('\n').unwrap_or(text);
+    text.strip_suffix('\r').unwrap_or(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_final_line_break_is_trimmed_and_everything_else_outside_visible_ascii_is_refused() {
+        let longest = "t".repeat(MAX_BYTES);
+        let too_long = "t".repeat(MAX_BYTES + 1);
+        let cases = [
+            ("plain", "canary", Ok("canary")),
+            ("unix line end", "canary\n", Ok("canary")),
+            ("windows line end", "canary\r\n", Ok("canary")),
+            ("symbols", "a+/=~!\"", Ok("a+/=~!\"")),
+            ("longest", &longest, Ok(&*longest)),
+            ("empty", "", Err(Malformed::Empty)),
+            ("only a line end", "\n", Err(Malformed::Empty)),
+            ("two line ends", "canary\n\n", Err(Malformed::LineBreak)),
+            (
+                "header injection",
+                "canary\r\nX: y",
+                Err(Malformed::LineBreak),
+            ),
+            ("blank inside", "can ary", Err(Malformed::Blank)),
+            ("blank at the end", "canary \n", Err(Malformed::Blank)),
+            ("tab", "can\tary", Err(Malformed::Blank)),
+            ("umlaut", "canäry", Err(Malformed::NotVisibleAscii)),
+            ("nul", "can\0ary", Err(Malformed::NotVisibleAscii)),
+            (
+                "byte order mark",
+                "\u{feff}canary",
+                Err(Malformed::NotVisibleAscii),
+            ),
+            ("too long", &too_long, Err(Malformed::TooLong)),
+        ];
+
+        for (name, text, expected) in cases {
+            let parsed = parse_token(text);
+
+            assert_eq!(
+                parsed
+                    .as_ref()
+                    .map(|value| value.to_str().unwrap())
+                    .map_err(|fault| *fault),
+                expected,
+                "{name}"
+            );
+            if let Ok(value) = &parsed {
+                assert!(value.is_sensitive(), "{name}");
+            }
+            if let Err(fault) = parsed {
+                assert!(!fault.to_string().contains("canary"), "{name}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_password_may_hold_blanks_and_umlauts_but_no_line_break() {
+        assert_eq!(*parse_password("pass wörd\n").unwrap(), "pass wörd");
+        assert_eq!(parse_password("\n"), Err(Malformed::Empty));
+        assert_eq!(parse_password("a\nb"), Err(Malformed::LineBreak));
+    }
+}

@@ -1,0 +1,371 @@
+use std::{fs, io, pin::Pin, sync::Mutex};
+
+use tempfile::TempDir;
+use tracing_subscriber::fmt::MakeWriter;
+
+use super::{
+    fake_issuer::{FakeIssuer, answer},
+    *,
+};
+
+fn start(source: Source) -> Credentials {
+    let fetch = fetch::Config {
+        proxy: Some("http://user:canary-proxy@127.0.0.1:1".to_owned().into()),
+        extra_ca_pem: None,
+        connect_timeout: Duration::from_secs(3),
+    };
+    start_with(source, fetch)
+}
+
+fn start_directly(source: Source) -> Credentials {
+    let fetch = fetch::Config {
+        proxy: None,
+        extra_ca_pem: None,
+        connect_timeout: Duration::from_secs(3),
+    };
+    start_with(source, fetch)
+}
+
+fn start_with(source: Source, fetch: fetch::Config) -> Credentials {
+    let config = Config { source, fetch };
+    // Whatever a log or a panic prints of the configuration must be harmless.
+    tracing::trace!(?config);
+    Credentials::start(config, Metrics::new()).unwrap()
+}
+
+fn soon() -> Deadline {
+    Deadline::after(Duration::from_secs(10))
+}
+
+fn with_tokens(tokens: &[&[u8]]) -> HeaderMap {
+    tokens
+        .iter()
+        .map(|token| {
+            let name = ::http::HeaderName::from_static("x-auth-token");
+            (name, HeaderValue::from_bytes(token).unwrap())
+        })
+        .fold(HeaderMap::new(), |mut map, (name, value)| {
+            map.append(name, value);
+            map
+        })
+}
+
+fn key(secret: &str) -> Arc<AccessKey> {
+    Arc::new(AccessKey::parse("AK", secret, Some("canary-st")).unwrap())
+}
+
+async fn token_of(credentials: &Credentials) -> Token {
+    match credentials
+        .resolve(&HeaderMap::new(), soon())
+        .await
+        .unwrap()
+    {
+        Auth::Token(token) => token,
+        Auth::Key(_) => panic!("a token is expected"),
+    }
+}
+
+#[tokio::test]
+async fn callers_bring_exactly_one_well_formed_token() {
+    let credentials = start(Source::Caller);
+    let long = [b'a'; 16 * 1024 + 1];
+    type Case<'a> = (&'a str, &'a [&'a [u8]], Result<(), Error>);
+    let cases: [Case<'_>; 8] = [
+        ("one", &[b"token"], Ok(())),
+        ("longest", &[&long[1..]], Ok(())),
+        ("none", &[], Err(Error::Missing)),
+        ("repeated", &[b"token", b"token"], Err(Error::Malformed)),
+        ("empty", &[b""], Err(Error::Malformed)),
+        ("a blank inside", &[b"to ken"], Err(Error::Malformed)),
+        ("beyond ASCII", &[b"tok\xc3\xa4n"], Err(Error::Malformed)),
+        ("too long", &[&long], Err(Error::Malformed)),
+    ];
+
+    assert!(*credentials.ready().borrow());
+    assert_eq!(credentials.owner(), Owner::Caller);
+    for (name, tokens, expected) in cases {
+        let resolved = credentials.resolve(&with_tokens(tokens), soon()).await;
+
+        assert_eq!(
+            resolved.as_ref().map(drop),
+            expected.as_ref().map(drop),
+            "{name}"
+        );
+        if let Ok(auth) = resolved {
+            assert_eq!(auth.owner(), Owner::Caller);
+            assert!(credentials.renew(&auth, soon()).await.unwrap().is_none());
+        }
+    }
+}
+
+#[tokio::test]
+async fn callers_are_told_apart_by_their_token_and_never_mixed_with_the_facade() {
+    let (credentials, other_process) = (start(Source::Caller), start(Source::Caller));
+    let identity = async |credentials: &Credentials, token: &[u8]| {
+        let metadata = with_tokens(&[token]);
+        let auth = credentials.resolve(&metadata, soon()).await.unwrap();
+        auth.identity()
+    };
+
+    let first = identity(&credentials, b"one").await;
+
+    assert_eq!(first, identity(&credentials, b"one").await);
+    assert_ne!(first, identity(&credentials, b"two").await);
+    assert_ne!(first, identity(&other_process, b"one").await);
+    let fixed = start(Source::Token(secret::parse_token("one").unwrap()));
+    assert_eq!(token_of(&fixed).await.identity, Identity::Server);
+}
+
+#[tokio::test]
+async fn a_token_of_the_facade_is_used_whatever_the_caller_brings() {
+    let credentials = start(Source::Token(secret::parse_token("ours").unwrap()));
+
+    let auth = credentials
+        .resolve(&with_tokens(&[b"theirs", b"theirs"]), soon())
+        .await
+        .unwrap();
+
+    assert!(matches!(&auth, Auth::Token(token) if token.value == "ours"));
+    assert_eq!(auth.owner(), Owner::Server);
+    assert!(credentials.renew(&auth, soon()).await.unwrap().is_none());
+}
+
+#[tokio::test]
+async fn the_chain_takes_environment_then_profile_then_metadata() {
+    let folder = tempfile::tempdir().unwrap();
+    let profile = folder.path().join("credentials");
+    fs::write(&profile, "[basic]\nak = FROM-PROFILE\nsk = s\n").unwrap();
+    let issuer = metadata_issuer().await;
+    let chain = |environment, profile| {
+        Source::Chain(chain::Config {
+            environment,
+            profile,
+            metadata_endpoint: issuer.endpoint.clone(),
+        })
+    };
+    let cases = [
+        ("AK", chain(Some(key("s")), Some(profile.clone()))),
+        ("FROM-PROFILE", chain(None, Some(profile))),
+        ("FROM-METADATA", chain(None, Some("/nonexistent".into()))),
+    ];
+
+    for (expected, source) in cases {
+        let resolved = start(source).resolve(&HeaderMap::new(), soon()).await;
+
+        let Ok(Auth::Key(key)) = resolved else {
+            panic!("{expected}: a key is expected");
+        };
+        assert_eq!(key.access_key_id, expected);
+    }
+}
+
+#[tokio::test]
+async fn a_thousand_cold_calls_cause_one_token_request_and_a_killed_token_one_more() {
+    let folder = tempfile::tempdir().unwrap();
+    let issuer = identity_issuer(|nth| format!("token-{nth}")).await;
+    let credentials = start_directly(iam_source(&issuer, &folder));
+    assert!(!*credentials.ready().borrow());
+    let all = async |call: fn(Credentials) -> Pin<Box<dyn Future<Output = Token> + Send>>| {
+        let calls: Vec<_> = (0..1000)
+            .map(|_| tokio::spawn(call(credentials.clone())))
+            .collect();
+        let mut tokens = Vec::new();
+        for call in calls {
+            tokens.push(call.await.unwrap());
+        }
+        tokens
+    };
+
+    let cold = all(|credentials| Box::pin(async move { token_of(&credentials).await })).await;
+    assert!(cold.iter().all(|token| token.value == "token-1"));
+    assert_eq!(issuer.requests().len(), 1);
+    assert!(*credentials.ready().borrow());
+
+    let killed = all(|credentials| {
+        Box::pin(async move {
+            let used = Auth::Token(Token {
+                value: HeaderValue::from_static("token-1"),
+                generation: 1,
+                identity: Identity::Server,
+            });
+            match credentials.renew(&used, soon()).await {
+                Ok(Some(Auth::Token(token))) => token,
+                other => panic!("{other:?}"),
+            }
+        })
+    })
+    .await;
+    assert!(killed.iter().all(|token| token.value == "token-2"));
+    assert_eq!(issuer.requests().len(), 2);
+}
+
+#[test]
+fn malformed_files_are_found_before_the_start() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("secret");
+    fs::write(&path, "canary\nX: y\n").unwrap();
+    let cases = [
+        (
+            Source::TokenFile(path.clone()),
+            "the content holds a line break; write it on one line",
+        ),
+        (
+            Source::Profile(path.clone()),
+            "line 1 is neither a section, nor a comment, nor `key = value`",
+        ),
+        (
+            Source::TokenFile("/nonexistent".into()),
+            "the file cannot be read: entity not found",
+        ),
+    ];
+
+    for (source, expected) in cases {
+        assert_eq!(source.check().unwrap_err().to_string(), expected);
+    }
+}
+
+async fn identity_issuer(token: fn(usize) -> String) -> FakeIssuer {
+    FakeIssuer::start(move |nth, _| {
+        let header = format!("X-Subject-Token: {}\r\n", token(nth));
+        answer("201 Created", &header, "{}")
+    })
+    .await
+}
+
+async fn metadata_issuer() -> FakeIssuer {
+    FakeIssuer::start(|_, request| {
+        if request.starts_with("PUT") {
+            answer("200 OK", "", "canary-metadata-token")
+        } else {
+            let body = r#"{"credential":{"access":"FROM-METADATA","secret":"canary-sk","securitytoken":"canary-st"}}"#;
+            answer("200 OK", "", body)
+        }
+    })
+    .await
+}
+
+fn iam_source(issuer: &FakeIssuer, folder: &TempDir) -> Source {
+    let password_file = folder.path().join("password");
+    fs::write(&password_file, "canary-password").unwrap();
+    Source::Iam(iam::Config {
+        endpoint: issuer.endpoint.clone(),
+        user: "user".to_owned(),
+        domain: "domain".to_owned(),
+        password_file,
+        project: "cn-north-4".to_owned(),
+    })
+}
+
+/// Collects what is logged.
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<Vec<u8>>>);
+
+impl io::Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl<'a> MakeWriter<'a> for Log {
+    type Writer = Self;
+
+    fn make_writer(&'a self) -> Self {
+        self.clone()
+    }
+}
+
+/// Runs each source well and badly, and looks for its secrets in the log at TRACE, in `Debug` and in errors.
+#[tokio::test]
+async fn no_source_shows_a_secret_in_log_debug_or_error() {
+    let log = Log::default();
+    let subscriber = tracing_subscriber::fmt()
+        .with_max_level(tracing::Level::TRACE)
+        .with_writer(log.clone())
+        .finish();
+    let _capturing = tracing::subscriber::set_default(subscriber);
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| {
+        let path = folder.path().join(name);
+        fs::write(&path, text).unwrap();
+        path
+    };
+    let echoing = FakeIssuer::start(|_, request| answer("400 Bad Request", "", request)).await;
+    let (tokens, keys) = (
+        identity_issuer(|_| "canary-token".to_owned()).await,
+        metadata_issuer().await,
+    );
+    let malformed_token = identity_issuer(|_| "canary token".to_owned()).await;
+    let cases = [
+        ("caller", Source::Caller),
+        (
+            "token",
+            Source::Token(secret::parse_token("canary-token").unwrap()),
+        ),
+        (
+            "token file",
+            Source::TokenFile(write("token", "canary-token\n")),
+        ),
+        (
+            "bad token file",
+            Source::TokenFile(write("bad", "canary\ntoken")),
+        ),
+        ("key", Source::Key(key("canary-sk"))),
+        (
+            "profile",
+            Source::Profile(write(
+                "p1",
+                "[basic]\nak=canary-ak\nsk=canary-sk\nsecurity_token=canary-st",
+            )),
+        ),
+        (
+            "bad profile",
+            Source::Profile(write("p2", "[basic]\nak=canary ak\nsk=canary-sk")),
+        ),
+        ("iam", iam_source(&tokens, &folder)),
+        ("iam that echoes", iam_source(&echoing, &folder)),
+        (
+            "iam with a bad token",
+            iam_source(&malformed_token, &folder),
+        ),
+        ("metadata", Source::Metadata(keys.endpoint.clone())),
+        (
+            "metadata that echoes",
+            Source::Metadata(echoing.endpoint.clone()),
+        ),
+        (
+            "chain",
+            Source::Chain(chain::Config {
+                environment: None,
+                profile: Some(folder.path().join("p2")),
+                metadata_endpoint: echoing.endpoint.clone(),
+            }),
+        ),
+    ];
+
+    for (name, source) in cases {
+        for start in [start, start_directly] {
+            let credentials = start(source.clone());
+            let metadata = with_tokens(&[b"canary-caller"]);
+            let resolved = credentials.resolve(&metadata, soon()).await;
+            if let Ok(auth) = &resolved {
+                let renewed = credentials.renew(auth, soon()).await;
+                tracing::trace!(?renewed);
+            }
+            tracing::trace!(?resolved, ?credentials, name);
+        }
+    }
+
+    let log = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
+    assert!(log.contains("metadata that echoes") && log.contains("it answers 400"));
+    assert!(log.contains("environment: no key; profile "));
+    for line in log.lines() {
+        // "canary" in base64, at each of the three alignments.
+        for secret in ["canary", "Y2FuYXJ5", "NhbmFye", "jYW5hcn"] {
+            assert!(!line.contains(secret), "{line}");
+        }
+    }
+}

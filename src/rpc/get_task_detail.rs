@@ -1,0 +1,276 @@
+//! `GetTaskDetail`: the path of one call, the rules of its request, and its reply.
+
+use std::sync::Arc;
+
+use http::HeaderMap;
+
+use super::{Call, Error, Facade, Violation};
+use crate::{
+    credentials::Auth,
+    deadline::Limit,
+    pb::{GetTaskDetailRequest, GetTaskDetailResponse, SubTask},
+    quota::Question,
+    upstream::{self, Found, Progress, TaskQuery, wire},
+};
+
+const MAX_ID: usize = 64;
+const MAX_WORKFLOW_ID: usize = 128;
+const MAX_WORKFLOW_NAME: usize = 256;
+
+/// validate -> allowed project -> credentials -> quota -> upstream. Every `?` leaves as an [`Error`].
+pub(super) async fn handle(
+    facade: &Facade,
+    call: &Call,
+    metadata: &HeaderMap,
+    request: GetTaskDetailRequest,
+) -> Result<Arc<Found>, Error> {
+    let query = validate(request)?;
+    facade.allow(&query.project_id)?;
+    let auth = facade
+        .credentials
+        .resolve(metadata, call.deadline)
+        .await
+        .map_err(Error::Credentials)?;
+    let question = Arc::new(Question {
+        identity: auth.identity(),
+        query,
+    });
+    let answer = facade.quota.ask(
+        &question,
+        call.deadline,
+        |progress| call.watch(progress),
+        |limit, progress| {
+            look_up(
+                facade.upstream.clone(),
+                Arc::clone(&question),
+                auth.clone(),
+                limit,
+                progress,
+            )
+        },
+    );
+    answer.await.map_err(|error| Error::Upstream {
+        error,
+        owner: auth.owner(),
+        query: Box::new(question.query.clone()),
+    })
+}
+
+/// The work that equal calls share, so it owns what it needs.
+async fn look_up(
+    upstream: upstream::Client,
+    question: Arc<Question>,
+    auth: Auth,
+    limit: Limit,
+    progress: Arc<Progress>,
+) -> Result<Found, upstream::Error> {
+    upstream
+        .show_task_detail(&question.query, auth, &limit, &progress)
+        .await
+}
+
+/// Checks every rule of the proto, so that one answer names all that is wrong.
+fn validate(request: GetTaskDetailRequest) -> Result<TaskQuery, Error> {
+    let mut violations = Vec::new();
+    check_id(&mut violations, "project_id", &request.project_id, MAX_ID);
+    check_id(&mut violations, "instance_id", &request.instance_id, MAX_ID);
+    check_id(
+        &mut violations,
+        "workflow_id",
+        &request.workflow_id,
+        MAX_WORKFLOW_ID,
+    );
+    if let Some(name) = &request.workflow_name {
+        check_name(&mut violations, "workflow_name", name);
+    }
+    if !violations.is_empty() {
+        return Err(Error::InvalidRequest(violations));
+    }
+    Ok(TaskQuery {
+        project_id: request.project_id,
+        instance_id: request.instance_id,
+        workflow_id: request.workflow_id,
+        workflow_name: request.workflow_name,
+    })
+}
+
+fn check_id(violations: &mut Vec<Violation>, field: &'static str, value: &str, max: usize) {
+    let fits = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+    let description = if value.is_empty() {
+        "is required".to_owned()
+    } else if let Some((position, unfit)) = value.chars().enumerate().find(|(_, c)| !fits(*c)) {
+        format!(
+            "may hold letters, digits, '-' and '_'; found {unfit:?} at position {}",
+            position + 1
+        )
+    } else if value.len() > max {
+        format!("may hold at most {max} characters; found {}", value.len())
+    } else {
+        return;
+    };
+    violations.push(Violation { field, description });
+}
+
+fn check_name(violations: &mut Vec<Violation>, field: &'static str, value: &str) {
+    let length = value.chars().count();
+    let description = if length > MAX_WORKFLOW_NAME {
+        format!("may hold at most {MAX_WORKFLOW_NAME} characters; found {length}")
+    } else if let Some(at) = value.chars().position(char::is_control) {
+        format!(
+            "may hold no control characters; found one at character {}",
+            at + 1
+        )
+    } else {
+        return;
+    };
+    violations.push(Violation { field, description });
+}
+
+/// Upstream's answer in the proto's words. The border between the two vocabularies.
+pub(super) fn reply(task: wire::TaskDetail) -> GetTaskDetailResponse {
+    GetTaskDetailResponse {
+        instance_id: task.instance_id,
+        instance_name: task.instance_name,
+        job_id: task.job_id,
+        job_name: task.job_name,
+        created_at: task.created_at,
+        update_at: task.update_at,
+        process: task.process,
+        status: task.status,
+        sub_task_list: task.sub_task_list.into_iter().map(part).collect(),
+    }
+}
+
+fn part(part: wire::SubTask) -> SubTask {
+    SubTask {
+        sub_task_name: part.sub_task_name,
+        percent: part.percent,
+        executed_time: part.executed_time,
+        status: part.status,
+        remaining_time: part.remaining_time,
+        show_detail: part.show_detail,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request() -> GetTaskDetailRequest {
+        GetTaskDetailRequest {
+            project_id: "p".into(),
+            instance_id: "i".into(),
+            workflow_id: "w".into(),
+            workflow_name: None,
+        }
+    }
+
+    fn violations(request: GetTaskDetailRequest) -> Vec<(&'static str, String)> {
+        match validate(request) {
+            Err(Error::InvalidRequest(violations)) => violations
+                .into_iter()
+                .map(|v| (v.field, v.description))
+                .collect(),
+            Ok(_) => Vec::new(),
+            Err(other) => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn ids_that_could_change_the_path_are_refused() {
+        let cases = [
+            "", ".", "..", "a/b", "a\\b", "%2e%2e", "a?b", "a#b", "a;b", "a b", "a\r\nb", "a\0",
+            "\u{4e2d}", "a.b", "~",
+        ];
+
+        for value in cases {
+            for field in ["project_id", "instance_id", "workflow_id"] {
+                let mut request = request();
+                *match field {
+                    "project_id" => &mut request.project_id,
+                    "instance_id" => &mut request.instance_id,
+                    _ => &mut request.workflow_id,
+                } = value.to_owned();
+
+                let found = violations(request);
+
+                assert_eq!(
+                    found.iter().map(|v| v.0).collect::<Vec<_>>(),
+                    [field],
+                    "{value:?}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn lengths_are_accepted_to_the_last_character_and_not_beyond() {
+        let at_the_limit = GetTaskDetailRequest {
+            project_id: "p".repeat(64),
+            instance_id: "i".repeat(64),
+            workflow_id: "w".repeat(128),
+            workflow_name: Some("\u{4e2d}".repeat(256)),
+        };
+        let beyond = GetTaskDetailRequest {
+            project_id: "p".repeat(65),
+            instance_id: "i".repeat(65),
+            workflow_id: "w".repeat(129),
+            workflow_name: Some("n".repeat(257)),
+        };
+
+        assert_eq!(violations(at_the_limit), []);
+        assert_eq!(
+            violations(beyond).iter().map(|v| v.0).collect::<Vec<_>>(),
+            ["project_id", "instance_id", "workflow_id", "workflow_name"]
+        );
+    }
+
+    #[test]
+    fn an_absent_name_an_empty_name_and_a_name_stay_three_things() {
+        for name in [None, Some(""), Some("a \"name\" \u{4e2d}")] {
+            let named = GetTaskDetailRequest {
+                workflow_name: name.map(str::to_owned),
+                ..request()
+            };
+
+            let query = validate(named).expect("a valid request");
+
+            assert_eq!(query.workflow_name.as_deref(), name);
+        }
+    }
+
+    #[test]
+    fn control_characters_in_the_name_are_refused_with_their_place() {
+        for name in ["a\nb", "a\u{7f}b", "a\u{85}b", "a\0b"] {
+            let named = GetTaskDetailRequest {
+                workflow_name: Some(name.to_owned()),
+                ..request()
+            };
+
+            assert_eq!(
+                violations(named),
+                [(
+                    "workflow_name",
+                    "may hold no control characters; found one at character 2".to_owned()
+                )],
+                "{name:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_violation_names_the_character_and_its_place() {
+        let slashed = GetTaskDetailRequest {
+            instance_id: "ab/c".into(),
+            ..request()
+        };
+
+        assert_eq!(
+            violations(slashed),
+            [(
+                "instance_id",
+                "may hold letters, digits, '-' and '_'; found '/' at position 3".to_owned()
+            )]
+        );
+    }
+}

@@ -1,0 +1,157 @@
+//! The RDS call itself.
+
+use super::*;
+
+#[tokio::test]
+async fn the_example_of_the_vendors_page_gets_the_pages_answer() {
+    let running = start().await;
+
+    let answer = running.ask(EXAMPLE_INSTANCE_ID).send().await.unwrap();
+
+    assert_eq!(answer.status(), 200);
+    assert_eq!(answer.headers()["content-type"], "application/json");
+    assert_eq!(answer.headers()["x-request-id"].len(), 32);
+    assert_eq!(
+        answer.text().await.unwrap(),
+        r#"{"instance_id":"1ffc4167903840cb93a3da56d28c14fdin01","instance_name":"rds-mysql-2","job_id":"102772a9-31fa-4129-b9f8-7638e2792f3b","job_name":"CreateMysqlSingleHAInstance"}"#
+    );
+}
+
+#[tokio::test]
+async fn the_running_task_grows_with_the_clock_until_it_is_over() {
+    let running = start().await;
+    let mut seen = Vec::new();
+
+    for offset in [0, 60, 90, 500] {
+        running
+            .control(&format!("/sandbox/clock?offset-seconds={offset}"))
+            .await;
+        let request = running
+            .ask(EXAMPLE_INSTANCE_ID)
+            .body(r#"{"workflow_id":"running-task"}"#);
+        let (status, task) = exchange(request).await;
+        assert_eq!(status, 200);
+        seen.push(task);
+    }
+
+    let process: Vec<i64> = seen
+        .iter()
+        .map(|task| task["process"].as_str().unwrap().parse().unwrap())
+        .collect();
+    assert!(process.is_sorted(), "{process:?}");
+    assert!(process[0] < 50 && process[1] >= 50, "{process:?}");
+    assert_eq!(process[3], 100);
+    assert_eq!(seen[0]["status"], "Running");
+    assert_eq!(seen[1]["sub_task_list"][0]["status"], "Completed");
+    assert_eq!(seen[1]["sub_task_list"][1]["status"], "Running");
+    assert_eq!(seen[1]["sub_task_list"][1]["show_detail"], true);
+    assert_eq!(seen[1]["sub_task_list"][2]["status"], "Pending");
+    assert_eq!(seen[3]["status"], "Completed");
+    assert_eq!(seen[3]["sub_task_list"][2]["percent"], "100");
+    assert_eq!(seen[3]["sub_task_list"][2]["remaining_time"], "0");
+    assert_eq!(seen[3]["created_at"], seen[0]["created_at"]);
+    assert_ne!(seen[3]["update_at"], seen[0]["update_at"]);
+}
+
+#[tokio::test]
+async fn a_request_that_is_wrong_gets_the_documented_error() {
+    let running = start().await;
+    let post = |path: &str, body: &'static str| {
+        running
+            .client
+            .post(running.url(path))
+            .header("X-Auth-Token", TOKEN)
+            .header("Content-Type", "application/json")
+            .body(body)
+    };
+    let example = task_path(EXAMPLE_INSTANCE_ID);
+    let other_instance = task_path("2ffc4167903840cb93a3da56d28c14fdin01");
+    let cases = [
+        (
+            "unknown task",
+            post(&example, r#"{"workflow_id":"x"}"#),
+            400,
+            "DBS.200543",
+        ),
+        (
+            "task of another instance",
+            post(&other_instance, EXAMPLE_BODY),
+            400,
+            "DBS.200543",
+        ),
+        ("no object", post(&example, "[]"), 400, "DBS.200001"),
+        ("no JSON", post(&example, "workflow_id"), 400, "DBS.200001"),
+        ("no body", post(&example, ""), 400, "DBS.200001"),
+        ("no id", post(&example, "{}"), 400, "DBS.200001"),
+        (
+            "empty id",
+            post(&example, r#"{"workflow_id":""}"#),
+            400,
+            "DBS.200001",
+        ),
+        (
+            "number as id",
+            post(&example, r#"{"workflow_id":1}"#),
+            400,
+            "DBS.200001",
+        ),
+        (
+            "null as name",
+            post(&example, r#"{"workflow_id":"x","workflow_name":null}"#),
+            400,
+            "DBS.200001",
+        ),
+        (
+            "slash at the end",
+            post(&format!("{example}/"), EXAMPLE_BODY),
+            404,
+            "APIGW.0101",
+        ),
+        (
+            "other path",
+            post("/v3/p/instances/i/tasks", EXAMPLE_BODY),
+            404,
+            "APIGW.0101",
+        ),
+        (
+            "empty project",
+            post("/v3//instances/i/task-center-detail", EXAMPLE_BODY),
+            404,
+            "APIGW.0101",
+        ),
+        (
+            "other method",
+            running.client.get(running.url(&example)),
+            404,
+            "APIGW.0101",
+        ),
+        (
+            "no content type",
+            running
+                .client
+                .post(running.url(&example))
+                .header("X-Auth-Token", TOKEN),
+            415,
+            "DBS.000415",
+        ),
+        (
+            "too large",
+            running
+                .ask(EXAMPLE_INSTANCE_ID)
+                .body(vec![b' '; MAX_BODY_BYTES + 1]),
+            413,
+            "APIGW.0201",
+        ),
+    ];
+
+    for (case, request, status, code) in cases {
+        let answer = request.send().await.unwrap();
+
+        assert_eq!(answer.status(), status, "{case}");
+        for header in ["x-request-id", "date", "content-type"] {
+            assert!(answer.headers().contains_key(header), "{case}: {header}");
+        }
+        let body: Value = serde_json::from_slice(&answer.bytes().await.unwrap()).unwrap();
+        assert_eq!(body["error_code"], code, "{case}");
+    }
+}

@@ -1,0 +1,370 @@
+//! `serve` and `sandbox`: puts the rooms together, runs them until a signal, and says with which code the process ends.
+
+use std::{
+    collections::HashSet,
+    future, io,
+    net::{Ipv4Addr, SocketAddr},
+    process::ExitCode,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use secrecy::ExposeSecret as _;
+use tokio::{
+    net::TcpListener,
+    signal::unix::{SignalKind, signal},
+    sync::{oneshot, watch},
+};
+
+use crate::{
+    admin,
+    config::{self, Config, Endpoint},
+    credentials::{self, AccessKey, Credentials, chain, fetch, iam, secret},
+    http,
+    quota::{self, Quota},
+    rpc::Facade,
+    sandbox::Sandbox,
+    server::{self, Record, Timings, tls},
+    telemetry::{self, Access, AccessLine, metrics::Metrics},
+    upstream,
+};
+
+/// Why the program ends before it serves, or cannot go on. One sentence for the operator.
+#[derive(Debug, thiserror::Error)]
+enum Error {
+    #[error("cannot listen on {0}: {1}")]
+    Listen(SocketAddr, #[source] io::Error),
+    #[error("cannot start the sandbox: {0}")]
+    Sandbox(#[source] io::Error),
+    #[error("--upstream-ca: {0}")]
+    UpstreamCa(#[source] io::Error),
+    #[error(transparent)]
+    Upstream(#[from] http::BuildError),
+    #[error(transparent)]
+    Issuer(#[from] fetch::InvalidConfig),
+    #[error(transparent)]
+    Secret(#[from] credentials::auth::MalformedKey),
+    #[error("the token {0}")]
+    Token(#[from] secret::Malformed),
+    #[error(transparent)]
+    Server(#[from] server::Error),
+    #[error("cannot listen for signals: {0}")]
+    Signals(#[source] io::Error),
+}
+
+/// Serves until a signal, and drains.
+pub async fn serve(config: Config) -> ExitCode {
+    let metrics = Metrics::new();
+    let telemetry = telemetry::start(&config.log, &metrics);
+    finish(run(config, metrics, telemetry.access.clone()).await)
+}
+
+/// Runs only the stand-in for the vendor's services, until a signal.
+pub async fn sandbox(listen: SocketAddr) -> ExitCode {
+    let log = config::Log {
+        format: config::LogFormat::Text,
+        filter: "info".to_owned(),
+    };
+    let _telemetry = telemetry::start(&log, &Metrics::new());
+    finish(run_sandbox(listen).await)
+}
+
+fn finish(ended: Result<(), Error>) -> ExitCode {
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(config: Config, metrics: Arc<Metrics>, access: Access) -> Result<(), Error> {
+    let shutdown = shutdown_signal()?;
+    let listener =
+        std::net::TcpListener::bind(config.listen).map_err(|e| Error::Listen(config.listen, e))?;
+    let listen = listener
+        .local_addr()
+        .map_err(|e| Error::Listen(config.listen, e))?;
+    let admin = match config.metrics_listen {
+        Some(address) => Some(
+            TcpListener::bind(address)
+                .await
+                .map_err(|e| Error::Listen(address, e))?,
+        ),
+        None => None,
+    };
+    let metrics_listen = admin
+        .as_ref()
+        .and_then(|listener| listener.local_addr().ok());
+    let sandbox = start_sandbox(&config).await?;
+    let base_url = |endpoint: &Endpoint| base_url(endpoint, sandbox);
+
+    let extra_roots = match &config.upstream.ca {
+        Some(path) => Some(std::fs::read(path).map_err(Error::UpstreamCa)?),
+        None => None,
+    };
+    let endpoint = base_url(&config.upstream.endpoint);
+    let issuers = fetch::Config {
+        proxy: config
+            .upstream
+            .proxy
+            .as_ref()
+            .map(|proxy| proxy.url.clone()),
+        extra_ca_pem: extra_roots.clone(),
+        connect_timeout: config.upstream.connect_timeout,
+    };
+    let credentials = Credentials::start(
+        credentials::Config {
+            source: source(&config.credentials, base_url)?,
+            fetch: issuers,
+        },
+        Arc::clone(&metrics),
+    )?;
+    let facades = facades(&config, &endpoint, extra_roots, &credentials, &metrics)?;
+
+    let serving = watch::Sender::new(false);
+    if let Some(listener) = admin {
+        let ready = serving.subscribe();
+        tokio::spawn(admin::serve(
+            listener,
+            Arc::clone(&metrics),
+            ready,
+            future::pending(),
+        ));
+    }
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        listen = %listen,
+        metrics_listen = %metrics_listen.map_or_else(|| "off".to_owned(), |address| address.to_string()),
+        upstream = endpoint.as_str(),
+        config = config.summary(),
+        "serving"
+    );
+    if sandbox.is_some() {
+        tracing::warn!("the upstream is the embedded sandbox: no answer is real");
+    }
+    if let Some(warning) = config.exposure_warning() {
+        tracing::warn!("{warning}");
+    }
+    let timeout = config.timeout;
+    let parts = server::Parts {
+        facade: move || {
+            let mut facades = facades.lock().unwrap_or_else(PoisonError::into_inner);
+            facades.pop().expect("there is one for each worker")
+        },
+        ready: credentials.ready(),
+        serving,
+        metrics,
+        access: Arc::new(move |record: &Record<'_>| write_access(&access, record, timeout)),
+    };
+    server::serve(listener, server_config(&config), parts, shutdown).await?;
+    Ok(())
+}
+
+async fn run_sandbox(listen: SocketAddr) -> Result<(), Error> {
+    let shutdown = shutdown_signal()?;
+    let sandbox = Sandbox::bind(listen).await.map_err(Error::Sandbox)?;
+    tracing::info!(listen = %sandbox.local_addr(), "sandbox");
+    sandbox.serve(shutdown).await;
+    Ok(())
+}
+
+/// Resolves at the first SIGTERM or SIGINT. The second ends the process at once, whatever it is doing.
+fn shutdown_signal() -> Result<impl Future<Output = ()>, Error> {
+    let mut terminate = signal(SignalKind::terminate()).map_err(Error::Signals)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Signals)?;
+    let (first, begun) = oneshot::channel();
+    tokio::spawn(async move {
+        let mut next = async || {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+        };
+        next().await;
+        tracing::info!("signal: draining");
+        let _ = first.send(());
+        next().await;
+        std::process::exit(1);
+    });
+    Ok(async move {
+        let _ = begun.await;
+    })
+}
+
+async fn start_sandbox(config: &Config) -> Result<Option<SocketAddr>, Error> {
+    if config.upstream.endpoint != Endpoint::Sandbox {
+        return Ok(None);
+    }
+    let any_port = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    let sandbox = Sandbox::bind(any_port).await.map_err(Error::Sandbox)?;
+    let address = sandbox.local_addr();
+    tokio::spawn(sandbox.serve(future::pending()));
+    Ok(Some(address))
+}
+
+fn base_url(endpoint: &Endpoint, sandbox: Option<SocketAddr>) -> config::BaseUrl {
+    match endpoint {
+        Endpoint::Url(url) => url.clone(),
+        Endpoint::Sandbox => config::BaseUrl::of_plain(
+            sandbox.expect("credentials use the sandbox only when upstream does"),
+        ),
+    }
+}
+
+fn source(
+    configured: &config::Credentials,
+    base_url: impl Fn(&Endpoint) -> config::BaseUrl,
+) -> Result<credentials::Source, Error> {
+    let url = |endpoint| base_url(endpoint).as_str().to_owned();
+    Ok(match configured {
+        config::Credentials::Caller => credentials::Source::Caller,
+        config::Credentials::Token(token) => {
+            credentials::Source::Token(secret::parse_token(token.expose_secret())?)
+        }
+        config::Credentials::TokenFile(path) => credentials::Source::TokenFile(path.clone()),
+        config::Credentials::Iam(iam) => credentials::Source::Iam(iam::Config {
+            endpoint: url(&iam.endpoint),
+            user: iam.user.clone(),
+            domain: iam.domain.clone(),
+            password_file: iam.password_file.clone(),
+            project: iam.project.clone(),
+        }),
+        config::Credentials::Keys(keys) => credentials::Source::Key(access_key(keys)?),
+        config::Credentials::Profile(path) => credentials::Source::Profile(path.clone()),
+        config::Credentials::Metadata(endpoint) => credentials::Source::Metadata(url(endpoint)),
+        config::Credentials::Chain {
+            keys,
+            profile,
+            metadata,
+        } => credentials::Source::Chain(chain::Config {
+            environment: keys.as_ref().map(access_key).transpose()?,
+            profile: profile.clone(),
+            metadata_endpoint: url(metadata),
+        }),
+    })
+}
+
+fn access_key(keys: &config::Keys) -> Result<Arc<AccessKey>, Error> {
+    let security_token = keys
+        .security_token
+        .as_ref()
+        .map(|token| token.expose_secret());
+    let key = AccessKey::parse(
+        keys.access_key_id.expose_secret(),
+        keys.secret_access_key.expose_secret(),
+        security_token,
+    )?;
+    Ok(Arc::new(key))
+}
+
+/// One facade for each worker, made before any thread starts, so that a setting that cannot be used ends the start.
+fn facades(
+    config: &Config,
+    endpoint: &config::BaseUrl,
+    extra_roots: Option<Vec<u8>>,
+    credentials: &Credentials,
+    metrics: &Arc<Metrics>,
+) -> Result<Mutex<Vec<Facade>>, Error> {
+    let url = |text: &str| {
+        reqwest::Url::parse(text).expect("the configuration holds only URLs that parse")
+    };
+    let upstream = &config.upstream;
+    let endpoint = url(endpoint.as_str());
+    let http = http::Config {
+        extra_roots,
+        proxy: upstream
+            .proxy
+            .as_ref()
+            .map(|proxy| url(proxy.url.expose_secret())),
+        connect_timeout: upstream.connect_timeout,
+        plain: endpoint.scheme() == "http",
+    };
+    let shared = upstream::Endpoint::new(
+        upstream::Config {
+            endpoint,
+            attempt_timeout: upstream.attempt_timeout,
+            max_attempts: upstream.max_attempts,
+            retry_budget_percent: upstream.retry_budget_percent,
+            rate: upstream.rate.map(|rate| upstream::RateConfig {
+                calls: rate.calls,
+                period: rate.per,
+            }),
+        },
+        Arc::clone(metrics),
+    );
+    let quota = Quota::new(
+        quota::Config {
+            cache_ttl: config.cache_ttl,
+            cache_entries: config.cache_entries,
+        },
+        Arc::clone(metrics),
+    );
+    let allowed: HashSet<_> = config.allowed_projects.iter().cloned().collect();
+    let allowed = (!allowed.is_empty()).then(|| Arc::new(allowed));
+    let facade = |_| {
+        let client = upstream::Client::new(
+            http::Client::new(&http)?,
+            Arc::clone(&shared),
+            credentials.clone(),
+        );
+        Ok(Facade::new(
+            credentials.clone(),
+            Arc::clone(&quota),
+            client,
+            allowed.clone(),
+        ))
+    };
+    let facades: Result<Vec<_>, Error> = (0..workers()).map(facade).collect();
+    Ok(Mutex::new(facades?))
+}
+
+/// One worker for each core that the process may use.
+fn workers() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+fn server_config(config: &Config) -> server::Config {
+    server::Config {
+        timeout: config.timeout,
+        max_in_flight: config.max_in_flight,
+        max_connections: config.max_connections,
+        drain_delay: config.drain_delay,
+        shutdown_grace: config.shutdown_grace,
+        tls: config.tls.as_ref().map(|files| tls::Files {
+            certificate: files.cert.clone(),
+            key: files.key.clone(),
+            client_ca: files.client_ca.clone(),
+            reload_interval: Duration::from_secs(10),
+        }),
+        reflection: config.reflection,
+        workers: workers(),
+        timings: Timings {
+            max_connection_age: config.max_connection_age.unwrap_or_default(),
+            ..Timings::default()
+        },
+    }
+}
+
+fn write_access(access: &Access, record: &Record<'_>, timeout: Duration) {
+    let outcome = record.call.outcome();
+    access.write(&AccessLine {
+        request_id: &record.call.request_id,
+        traceparent: record.traceparent.map(|value| value.as_bytes()),
+        grpc_method: record.method.name(),
+        grpc_code: record.code,
+        reason: outcome.reason,
+        duration: record.took,
+        deadline: record
+            .caller_timeout
+            .map_or(timeout, |caller| caller.min(timeout)),
+        attempts: outcome.facts.attempts,
+        upstream_status: outcome.facts.http_status,
+        upstream_code: outcome.facts.upstream_code.as_deref(),
+        upstream_request_id: outcome.facts.upstream_request_id.as_deref(),
+        peer: Some(record.peer),
+        user_agent: record.user_agent.map(|value| value.as_bytes()),
+        bytes: record.bytes as u64,
+    });
+}

@@ -1,0 +1,140 @@
+//! Writes a failure down: `google.rpc` details within 4 KiB, and the metadata that goes with them.
+
+use std::{collections::HashMap, time::Duration};
+
+use tonic::{
+    Code, Status,
+    metadata::{MetadataMap, MetadataValue},
+};
+use tonic_types::{ErrorDetails, FieldViolation, StatusExt};
+
+use super::failure::Failure;
+use crate::{
+    credentials::Owner,
+    reason::Reason,
+    upstream::{known_codes, verdict::Resource},
+};
+
+/// `ErrorInfo.domain` of every failure.
+pub(super) const DOMAIN: &str = "rds-task-facade";
+/// Of the encoded `google.rpc.Status`. In base64 it is a third longer and has to fit, with everything else, into the 8 KiB
+/// of trailers from which gRPC's C core drops them.
+pub(super) const MAX_DETAILS_BYTES: usize = 4096;
+
+const AUTHORIZATION_KEY: &str = "encodedAuthorizationMessage";
+
+pub(super) fn write(failure: &Failure<'_>, request_id: &str) -> Status {
+    let mut authorization = failure.encoded_authorization_message.unwrap_or_default();
+    let mut violations = failure.violations;
+    loop {
+        let status = build(failure, request_id, authorization, violations);
+        let over = status.details().len().saturating_sub(MAX_DETAILS_BYTES);
+        if over > 0 && !authorization.is_empty() {
+            let keep = authorization.len().saturating_sub(over);
+            let end = (0..=keep).rfind(|&end| authorization.is_char_boundary(end));
+            authorization = &authorization[..end.unwrap_or(0)];
+        } else if over > 0 && !violations.is_empty() {
+            violations = &violations[..violations.len() - 1];
+        } else {
+            return status;
+        }
+    }
+}
+
+fn build(
+    failure: &Failure<'_>,
+    request_id: &str,
+    authorization: &str,
+    violations: &[crate::rpc::Violation],
+) -> Status {
+    let mut details = ErrorDetails::with_error_info(
+        failure.reason.as_str(),
+        DOMAIN,
+        error_metadata(failure, authorization),
+    );
+    details.set_request_info(request_id, "");
+    let mut metadata = MetadataMap::new();
+
+    if !violations.is_empty() {
+        let fields: Vec<_> = violations
+            .iter()
+            .map(|violation| FieldViolation::new(violation.field, &violation.description))
+            .collect();
+        details.set_bad_request(fields);
+    }
+    if let Some(wait) = failure.retry_after {
+        details.set_retry_info(Some(wait));
+        metadata.insert("grpc-retry-pushback-ms", milliseconds(wait).into());
+    }
+    if failure.reason == Reason::Throttled {
+        details.add_quota_failure_violation(
+            failure.throttled_subject.unwrap_or_default(),
+            "calls to rds within a time window",
+        );
+    }
+    if let (Code::NotFound, Some((resource, name))) = (failure.code, failure.resource) {
+        let (kind, description) = describe(resource);
+        details.set_resource_info(kind, name, "", description);
+    }
+    if let Some(id) = upstream_request_id(failure) {
+        metadata.insert("x-upstream-request-id", id);
+    }
+    Status::with_error_details_and_metadata(failure.code, &failure.message, details, metadata)
+}
+
+fn error_metadata(failure: &Failure<'_>, authorization: &str) -> HashMap<String, String> {
+    let facts = failure.facts;
+    let code = facts.and_then(|facts| facts.upstream_code.as_deref());
+    let http_status = failure
+        .identity_status
+        .or(facts.and_then(|facts| facts.http_status));
+    let service = match failure.identity_status {
+        Some(_) => Some("IAM"),
+        None => code.and_then(known_codes::service),
+    };
+    let owner = failure.owner.map(|owner| match owner {
+        Owner::Caller => "caller",
+        Owner::Server => "server",
+    });
+    let request_id = facts.and_then(|facts| facts.upstream_request_id.as_deref());
+    let pairs = [
+        ("upstreamService", service.map(str::to_owned)),
+        ("upstreamCode", code.map(str::to_owned)),
+        ("httpStatus", http_status.map(|status| status.to_string())),
+        ("upstreamRequestId", request_id.map(str::to_owned)),
+        ("credentialOwner", owner.map(str::to_owned)),
+        (
+            AUTHORIZATION_KEY,
+            (!authorization.is_empty()).then(|| authorization.to_owned()),
+        ),
+    ];
+    pairs
+        .into_iter()
+        .filter_map(|(key, value)| Some((key.to_owned(), value?)))
+        .collect()
+}
+
+fn upstream_request_id(failure: &Failure<'_>) -> Option<MetadataValue<tonic::metadata::Ascii>> {
+    failure.facts?.upstream_request_id.as_deref()?.parse().ok()
+}
+
+/// Rounded up, so that nobody comes back too early.
+fn milliseconds(wait: Duration) -> u64 {
+    u64::try_from(wait.as_micros().div_ceil(1000)).unwrap_or(u64::MAX)
+}
+
+/// Type and description of what is missing.
+fn describe(resource: Resource) -> (&'static str, &'static str) {
+    match resource {
+        Resource::Task => (
+            "task",
+            "unknown to rds, over for more than a month, or started seconds ago and not registered yet",
+        ),
+        Resource::Instance => ("instance", "unknown to rds in this project"),
+        Resource::Project => ("project", "unknown to iam"),
+        Resource::Other => (
+            "resource",
+            "what the answer of rds calls missing; named by its error code",
+        ),
+    }
+}

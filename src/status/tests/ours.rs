@@ -1,0 +1,363 @@
+use super::*;
+
+#[test]
+fn every_failure_of_our_own_has_its_code_reason_wait_and_owner() {
+    let facts = Facts::default;
+    let ours = |kind| upstream(kind, facts(), Owner::Server);
+    let retry_after = WAIT;
+    let rejected = credentials::Error::Rejected {
+        http_status: 401,
+        retry_after,
+    };
+    let unavailable = credentials::Error::Unavailable { retry_after };
+    let locked = credentials::Error::Locked { retry_after };
+    let invalid = rpc::Error::InvalidRequest(vec![Violation {
+        field: "project_id",
+        description: "is empty".to_owned(),
+    }]);
+    let cases = [
+        (
+            invalid,
+            Code::InvalidArgument,
+            "INVALID_REQUEST",
+            None,
+            None,
+        ),
+        (
+            rpc::Error::Protocol(Code::Internal, "two messages"),
+            Code::Internal,
+            "INVALID_REQUEST",
+            None,
+            None,
+        ),
+        (
+            rpc::Error::ProjectNotAllowed,
+            Code::PermissionDenied,
+            "PROJECT_NOT_ALLOWED",
+            None,
+            None,
+        ),
+        (
+            rpc::Error::DeadlineExceeded,
+            Code::DeadlineExceeded,
+            "DEADLINE_EXCEEDED",
+            None,
+            None,
+        ),
+        (
+            rpc::Error::Overloaded,
+            Code::ResourceExhausted,
+            "OVERLOADED",
+            Some(1),
+            None,
+        ),
+        (rpc::Error::Internal, Code::Internal, "INTERNAL", None, None),
+        (
+            rpc::Error::Credentials(credentials::Error::Missing),
+            Code::Unauthenticated,
+            "CREDENTIAL_MISSING",
+            None,
+            Some("caller"),
+        ),
+        (
+            rpc::Error::Credentials(credentials::Error::Malformed),
+            Code::Unauthenticated,
+            "CREDENTIAL_REJECTED",
+            None,
+            Some("caller"),
+        ),
+        (
+            rpc::Error::Credentials(rejected.clone()),
+            Code::Unauthenticated,
+            "CREDENTIAL_REJECTED",
+            None,
+            Some("server"),
+        ),
+        (
+            rpc::Error::Credentials(unavailable.clone()),
+            Code::Unavailable,
+            "CREDENTIAL_UNAVAILABLE",
+            Some(7),
+            Some("server"),
+        ),
+        (
+            rpc::Error::Credentials(locked.clone()),
+            Code::Unauthenticated,
+            "CREDENTIAL_LOCKED",
+            Some(7),
+            Some("server"),
+        ),
+        (
+            rpc::Error::Credentials(credentials::Error::DeadlineExceeded),
+            Code::DeadlineExceeded,
+            "DEADLINE_EXCEEDED",
+            None,
+            None,
+        ),
+        (
+            ours(ErrorKind::Transport(Reason::UpstreamDns)),
+            Code::Unavailable,
+            "UPSTREAM_DNS",
+            None,
+            None,
+        ),
+        (
+            ours(ErrorKind::Transport(Reason::UpstreamConnect)),
+            Code::Unavailable,
+            "UPSTREAM_CONNECT",
+            None,
+            None,
+        ),
+        (
+            ours(ErrorKind::Transport(Reason::UpstreamTls)),
+            Code::Unavailable,
+            "UPSTREAM_TLS",
+            None,
+            None,
+        ),
+        (
+            ours(ErrorKind::Transport(Reason::UpstreamReset)),
+            Code::Unavailable,
+            "UPSTREAM_RESET",
+            None,
+            None,
+        ),
+        (
+            ours(ErrorKind::Transport(Reason::UpstreamTruncated)),
+            Code::Unavailable,
+            "UPSTREAM_TRUNCATED",
+            None,
+            None,
+        ),
+        (
+            ours(ErrorKind::Transport(Reason::UpstreamProtocol)),
+            Code::Unavailable,
+            "UPSTREAM_PROTOCOL",
+            None,
+            None,
+        ),
+        (
+            ours(ErrorKind::AttemptTimeout),
+            Code::DeadlineExceeded,
+            "UPSTREAM_TIMEOUT",
+            None,
+            None,
+        ),
+        (
+            ours(ErrorKind::Malformed),
+            Code::Internal,
+            "UPSTREAM_MALFORMED_RESPONSE",
+            None,
+            None,
+        ),
+        (
+            ours(ErrorKind::TooLarge),
+            Code::Internal,
+            "UPSTREAM_RESPONSE_TOO_LARGE",
+            None,
+            None,
+        ),
+        (
+            ours(ErrorKind::DeadlineExceeded),
+            Code::DeadlineExceeded,
+            "DEADLINE_EXCEEDED",
+            None,
+            None,
+        ),
+        (
+            ours(ErrorKind::CircuitOpen { retry_after }),
+            Code::Unavailable,
+            "CIRCUIT_OPEN",
+            Some(7),
+            None,
+        ),
+        (
+            ours(ErrorKind::ClockSkew),
+            Code::Unauthenticated,
+            "CLOCK_SKEW",
+            None,
+            Some("server"),
+        ),
+        (
+            ours(ErrorKind::Throttled { retry_after }),
+            Code::ResourceExhausted,
+            "THROTTLED",
+            Some(7),
+            None,
+        ),
+        (
+            ours(ErrorKind::Credentials(rejected)),
+            Code::Unauthenticated,
+            "CREDENTIAL_REJECTED",
+            None,
+            Some("server"),
+        ),
+        (
+            ours(ErrorKind::Credentials(unavailable)),
+            Code::Unavailable,
+            "CREDENTIAL_UNAVAILABLE",
+            Some(7),
+            Some("server"),
+        ),
+        (
+            ours(ErrorKind::Credentials(locked)),
+            Code::Unauthenticated,
+            "CREDENTIAL_LOCKED",
+            Some(7),
+            Some("server"),
+        ),
+    ];
+
+    for (error, code, expected_reason, wait, owner) in cases {
+        let status = of_error(&error, "r-1");
+
+        let details = check(&status);
+        assert_eq!(status.code(), code, "{error:?}");
+        assert_eq!(info(&status).0, expected_reason, "{error:?}");
+        assert_eq!(reason(&error).as_str(), expected_reason, "{error:?}");
+        assert_eq!(
+            details.retry_info().and_then(|info| info.retry_delay),
+            wait.map(Duration::from_secs),
+            "{error:?}"
+        );
+        assert_eq!(
+            metadata(&status, "credentialOwner").as_deref(),
+            owner,
+            "{error:?}"
+        );
+    }
+}
+
+#[test]
+fn what_is_not_known_is_not_there() {
+    let status = of_error(&rpc::Error::Internal, "r-1");
+
+    assert_eq!(info(&status).1, HashMap::new());
+    assert_eq!(status.metadata().len(), 0);
+}
+
+#[test]
+fn every_violation_is_in_bad_request_and_the_message_names_the_first() {
+    let violation = |field, description: &str| Violation {
+        field,
+        description: description.to_owned(),
+    };
+    let error = rpc::Error::InvalidRequest(vec![
+        violation("project_id", "is empty: give 1 to 64 characters"),
+        violation("workflow_id", "is empty: give 1 to 128 characters"),
+    ]);
+
+    let status = of_error(&error, "r-1");
+
+    check(&status);
+    let fields: Vec<_> = status
+        .get_details_bad_request()
+        .unwrap()
+        .field_violations
+        .into_iter()
+        .map(|violation| (violation.field, violation.description))
+        .collect();
+    assert_eq!(
+        fields[0],
+        (
+            "project_id".to_owned(),
+            "is empty: give 1 to 64 characters".to_owned()
+        )
+    );
+    assert_eq!(
+        fields[1],
+        (
+            "workflow_id".to_owned(),
+            "is empty: give 1 to 128 characters".to_owned()
+        )
+    );
+    assert_eq!(
+        status.message(),
+        "project_id: is empty: give 1 to 64 characters; workflow_id: is empty: give 1 to 128 characters"
+    );
+}
+
+#[test]
+fn a_refusal_of_our_own_login_names_the_identity_service() {
+    let error = rpc::Error::Credentials(credentials::Error::Rejected {
+        http_status: 403,
+        retry_after: WAIT,
+    });
+
+    let status = of_error(&error, "r-1");
+
+    assert_eq!(status.code(), Code::Unauthenticated);
+    assert_eq!(metadata(&status, "httpStatus").as_deref(), Some("403"));
+    assert_eq!(metadata(&status, "upstreamService").as_deref(), Some("IAM"));
+}
+
+#[test]
+fn a_wait_in_pushback_is_rounded_up_to_milliseconds() {
+    let error = rpc::Error::Credentials(credentials::Error::Unavailable {
+        retry_after: Duration::from_micros(1_500_001),
+    });
+
+    let status = of_error(&error, "r-1");
+
+    assert_eq!(
+        status.metadata().get("grpc-retry-pushback-ms").unwrap(),
+        "1501"
+    );
+}
+
+#[test]
+fn a_status_of_the_grpc_library_is_completed_without_its_text() {
+    let text = "canary: invalid wire type";
+    let cases = [
+        (
+            Code::OutOfRange,
+            text,
+            Code::ResourceExhausted,
+            "INVALID_REQUEST",
+        ),
+        (
+            Code::ResourceExhausted,
+            text,
+            Code::ResourceExhausted,
+            "INVALID_REQUEST",
+        ),
+        (
+            Code::Unimplemented,
+            "",
+            Code::Unimplemented,
+            "INVALID_REQUEST",
+        ),
+        (
+            Code::Unimplemented,
+            "canary is compressed with",
+            Code::Unimplemented,
+            "INVALID_REQUEST",
+        ),
+        (Code::Internal, text, Code::Internal, "INVALID_REQUEST"),
+        (
+            Code::InvalidArgument,
+            text,
+            Code::InvalidArgument,
+            "INVALID_REQUEST",
+        ),
+        (
+            Code::DeadlineExceeded,
+            text,
+            Code::DeadlineExceeded,
+            "DEADLINE_EXCEEDED",
+        ),
+    ];
+
+    for (code, text, expected_code, expected_reason) in cases {
+        let status = complete(code, text, "r-1");
+
+        check(&status);
+        assert_eq!(status.code(), expected_code, "{code:?}");
+        assert_eq!(info(&status).0, expected_reason, "{code:?}");
+        assert!(!status.message().contains("canary"), "{code:?}");
+    }
+    assert_ne!(
+        complete(Code::Unimplemented, "", "r-1").message(),
+        complete(Code::Unimplemented, "compressed", "r-1").message()
+    );
+}

@@ -1,0 +1,227 @@
+//! Events of `tracing` as lines of the log.
+//!
+//! The filter is `RUST_LOG`; without it, `info`. Whatever it says, crates other than this one speak only from WARN up:
+//! below that they print URLs and header values, and a token must not depend on somebody's filter.
+
+use std::fmt::{self, Write as _};
+
+use jiff::Timestamp;
+use tracing::{
+    Event, Level, Metadata, Subscriber,
+    field::{Field, Visit},
+};
+use tracing_subscriber::{
+    EnvFilter, Layer,
+    filter::filter_fn,
+    layer::{Context, SubscriberExt as _},
+};
+
+use super::{
+    line::{Line, Style},
+    writer::Writer,
+};
+
+/// What the targets of this crate begin with.
+const OWN_TARGET: &str = "rds_task_facade";
+
+/// The filter that the text of `RUST_LOG` describes; `None` when it describes none.
+pub(crate) fn filter(text: &str) -> Option<EnvFilter> {
+    EnvFilter::try_new(text).ok()
+}
+
+/// The subscriber of the process: `RUST_LOG`, the cap on other crates, and lines to `writer`.
+pub(super) fn subscriber(
+    style: Style,
+    filter: EnvFilter,
+    writer: Writer,
+) -> impl Subscriber + Send + Sync {
+    tracing_subscriber::registry()
+        .with(Lines { style, writer })
+        .with(filter)
+        .with(filter_fn(may_speak))
+}
+
+fn may_speak(metadata: &Metadata<'_>) -> bool {
+    let target = metadata.target();
+    *metadata.level() <= Level::WARN
+        || target == super::access::TARGET
+        || target
+            .strip_prefix(OWN_TARGET)
+            .is_some_and(|rest| rest.is_empty() || rest.starts_with("::"))
+}
+
+/// Turns a panic into one ERROR line. The line tells where, not what: a panic's text can quote a secret.
+pub(super) fn set_panic_hook() {
+    std::panic::set_hook(Box::new(|panic| match panic.location() {
+        Some(at) => tracing::error!(file = at.file(), line = at.line(), "panic"),
+        None => tracing::error!("panic"),
+    }));
+}
+
+/// Writes each event as one line.
+struct Lines {
+    style: Style,
+    writer: Writer,
+}
+
+impl<S: Subscriber> Layer<S> for Lines {
+    fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
+        let mut message = Message(String::new());
+        event.record(&mut message);
+        let metadata = event.metadata();
+        let now = Timestamp::now();
+        let mut line = Line::new(
+            self.style,
+            now,
+            *metadata.level(),
+            metadata.target(),
+            &message.0,
+        );
+        event.record(&mut Fields(&mut line));
+        self.writer.write(line.finish());
+    }
+}
+
+const MESSAGE: &str = "message";
+
+struct Message(String);
+
+impl Visit for Message {
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        if field.name() == MESSAGE {
+            write!(self.0, "{value:?}").expect("writing to a String does not fail");
+        }
+    }
+
+    fn record_str(&mut self, field: &Field, value: &str) {
+        if field.name() == MESSAGE {
+            self.0.push_str(value);
+        }
+    }
+}
+
+/// Every field but the message.
+struct Fields<'a>(&'a mut Line);
+
+impl Visit for Fields<'_> {
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        self.record_str(field, &format!("{value:?}"));
+    }
+
+    fn record_str(&mut self, field: &Field, value: &str) {
+        match field.name() {
+            MESSAGE => {}
+            // The names of the line itself; twice in one JSON object would hide one of the two.
+            "ts" => self.0.text("field.ts", value),
+            "level" => self.0.text("field.level", value),
+            "target" => self.0.text("field.target", value),
+            "msg" => self.0.text("field.msg", value),
+            name => self.0.text(name, value),
+        }
+    }
+
+    fn record_u64(&mut self, field: &Field, value: u64) {
+        self.0.plain(field.name(), value);
+    }
+
+    fn record_i64(&mut self, field: &Field, value: i64) {
+        self.0.plain(field.name(), value);
+    }
+
+    fn record_bool(&mut self, field: &Field, value: bool) {
+        self.0.plain(field.name(), value);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tracing::subscriber::with_default;
+
+    use super::*;
+    use crate::{config::LogFormat, telemetry::writer::tests::Kept};
+
+    const JSON: Style = Style {
+        format: LogFormat::Json,
+        colour: false,
+    };
+
+    fn logged(style: Style, filter_text: &str, log: impl FnOnce()) -> String {
+        let kept = Kept::default();
+        let (writer, flush) = Writer::new(kept.clone(), Counter::default());
+        with_default(subscriber(style, filter(filter_text).unwrap(), writer), log);
+        drop(flush);
+        kept.text()
+    }
+
+    #[test]
+    fn an_event_is_one_json_object_with_its_fields() {
+        let text = logged(JSON, "info", || {
+            tracing::info!(
+                count = 3,
+                ok = true,
+                ratio = 0.5,
+                level = "forged",
+                name = %"a\nb",
+                "hello \"there\""
+            );
+        });
+
+        let mut object: serde_json::Value = serde_json::from_str(&text).unwrap();
+        assert!(object["ts"].take().as_str().unwrap().ends_with('Z'));
+        let expected = serde_json::json!({
+            "ts": null, "level": "INFO", "target": "rds_task_facade::telemetry::log::tests", "msg": "hello \"there\"",
+            "count": 3, "ok": true, "ratio": "0.5", "field.level": "forged", "name": "a\nb",
+        });
+        assert_eq!(object, expected);
+    }
+
+    #[test]
+    fn other_crates_are_silent_below_warn_whatever_the_filter_says() {
+        let text = logged(JSON, "trace", || {
+            tracing::trace!(target: "hyper::proto", "header-canary");
+            tracing::debug!(target: "h2::codec", "header-canary");
+            tracing::info!(target: "reqwest::connect", "header-canary");
+            tracing::info!(target: "rds_task_facade_other", "header-canary");
+            tracing::warn!(target: "rustls::server", "warned");
+            tracing::trace!("own");
+        });
+
+        assert!(!text.contains("canary"), "{text}");
+        assert!(text.contains("warned"));
+        assert!(text.contains("own"));
+    }
+
+    #[test]
+    fn the_filter_decides_what_of_this_crate_is_written() {
+        let cases = [
+            ("info", true, false),
+            ("warn", false, false),
+            ("debug", true, true),
+            ("rds_task_facade=debug", true, true),
+            ("off", false, false),
+        ];
+
+        for (filter_text, info, debug) in cases {
+            let text = logged(JSON, filter_text, || {
+                tracing::info!("informed");
+                tracing::debug!("debugged");
+            });
+            assert_eq!(text.contains("informed"), info, "{filter_text}");
+            assert_eq!(text.contains("debugged"), debug, "{filter_text}");
+        }
+    }
+
+    #[test]
+    fn a_filter_that_is_none_is_told_apart() {
+        let cases = [
+            ("info", true),
+            ("info,rds_task_facade=debug,access=off", true),
+            ("info,=", false),
+            ("rds_task_facade=loud", false),
+        ];
+
+        for (text, expected) in cases {
+            assert_eq!(filter(text).is_some(), expected, "{text:?}");
+        }
+    }
+}

@@ -1,0 +1,371 @@
+//! One attempt: admission, one exchange, and what its end means for the caller, the breaker and the key.
+
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use http::{
+    HeaderMap,
+    header::{CONTENT_ENCODING, DATE},
+};
+use tokio::time::Instant;
+
+use super::{
+    Client, ErrorKind, Facts, Progress, Rejection, breaker,
+    rejection::{self, KEY_LOCK},
+    request::TaskRequest,
+    retry,
+    verdict::{Credential, Repeat},
+    wire::{NotATask, TaskDetail, parse_task_detail},
+};
+use crate::{
+    credentials::{self, Auth, key_guard},
+    deadline::Limit,
+    http::{Answer, Failure},
+    reason::Reason,
+    telemetry::metrics::{AttemptOutcome, Metrics},
+};
+
+/// An attempt does not start with less than this left: no answer could come in time.
+const FLOOR: Duration = Duration::from_millis(2);
+
+/// Stands for a body that says nothing: no JSON, so that only the status counts.
+const UNREADABLE: &[u8] = b"?";
+
+/// How an attempt failed, and what can be done about it.
+pub(super) struct Failed {
+    pub(super) kind: ErrorKind,
+    pub(super) reason: Reason,
+    pub(super) policy: retry::Failed,
+    pub(super) remedy: Remedy,
+}
+
+/// What would make a repeated attempt succeed, beside luck.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Remedy {
+    None,
+    /// Another token.
+    RenewToken,
+    /// A signature of the corrected time.
+    SignAgain,
+}
+
+/// When an attempt was signed.
+#[derive(Debug, Clone, Copy)]
+struct Signed {
+    at: SystemTime,
+    /// The call learnt the gateway's time before.
+    clock_corrected: bool,
+}
+
+impl Failed {
+    fn lasting(kind: ErrorKind, reason: Reason) -> Self {
+        let policy = retry::Failed {
+            repeat: Repeat::Never,
+            at_once: false,
+            retry_after: None,
+        };
+        Self {
+            kind,
+            reason,
+            policy,
+            remedy: Remedy::None,
+        }
+    }
+
+    fn transport(failure: Failure) -> Self {
+        let kind = match failure.reason {
+            Reason::UpstreamResponseTooLarge => ErrorKind::TooLarge,
+            reason => ErrorKind::Transport(reason),
+        };
+        let repeat = if failure.repeatable {
+            Repeat::Backoff
+        } else {
+            Repeat::Never
+        };
+        // A stale pooled connection, most often: a fresh one is the whole remedy.
+        let at_once = matches!(
+            failure.reason,
+            Reason::UpstreamReset | Reason::UpstreamTruncated
+        );
+        let policy = retry::Failed {
+            repeat,
+            at_once,
+            retry_after: None,
+        };
+        Self {
+            kind,
+            reason: failure.reason,
+            policy,
+            remedy: Remedy::None,
+        }
+    }
+
+    fn timeout(before_head: bool) -> Self {
+        let repeat = if before_head {
+            Repeat::Backoff
+        } else {
+            Repeat::Never
+        };
+        let policy = retry::Failed {
+            repeat,
+            at_once: false,
+            retry_after: None,
+        };
+        Self {
+            policy,
+            ..Self::lasting(ErrorKind::AttemptTimeout, Reason::UpstreamTimeout)
+        }
+    }
+
+    fn rejected(rejection: Rejection) -> Self {
+        let policy = retry::Failed {
+            repeat: rejection.verdict.repeat,
+            at_once: false,
+            retry_after: rejection.retry_after,
+        };
+        Self {
+            reason: rejection.verdict.reason,
+            kind: ErrorKind::Rejected(rejection),
+            policy,
+            remedy: Remedy::None,
+        }
+    }
+}
+
+impl Client {
+    pub(super) async fn attempt(
+        &self,
+        request: &TaskRequest<'_>,
+        auth: &Auth,
+        clock_corrected: bool,
+        limit: &Limit,
+        progress: &Progress,
+    ) -> Result<TaskDetail, Failed> {
+        let endpoint = &*self.endpoint;
+        if limit.deadline().remaining() < FLOOR {
+            return Err(Failed::lasting(
+                ErrorKind::DeadlineExceeded,
+                Reason::DeadlineExceeded,
+            ));
+        }
+        if let Some(rate) = &endpoint.rate {
+            rate.turn(auth.identity(), limit.deadline())
+                .await
+                .map_err(|retry_after| {
+                    endpoint.metrics.throttled.inc();
+                    Failed::lasting(ErrorKind::Throttled { retry_after }, Reason::Throttled)
+                })?;
+        }
+        let key = match auth {
+            Auth::Token(_) => None,
+            Auth::Key(key) => Some(key.guard.admit(limit.deadline()).await.map_err(refused)?),
+        };
+        let admission = endpoint.breaker.admit().map_err(|retry_after| {
+            Failed::lasting(ErrorKind::CircuitOpen { retry_after }, Reason::CircuitOpen)
+        })?;
+
+        let signed = Signed {
+            at: endpoint.clock.now(),
+            clock_corrected,
+        };
+        progress.update(|facts| facts.attempts += 1);
+        let mut record = Record::start(&endpoint.metrics);
+        let until = Instant::now() + endpoint.config.attempt_timeout;
+        let sent =
+            tokio::time::timeout_at(until, self.http.send(request.with(auth, signed.at))).await;
+        let mut answer = match sent {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(failure)) => return Err(end_without_answer(record, admission, failure)),
+            Err(_) => {
+                record.end(AttemptOutcome::Timeout);
+                return Err(Failed::timeout(true));
+            }
+        };
+        record.http_status = Some(answer.status());
+        progress.update(|facts| {
+            facts.http_status = record.http_status;
+            facts.upstream_request_id = rejection::request_id(answer.headers());
+            facts.upstream_code = None;
+        });
+        let body = match tokio::time::timeout_at(until, answer.body()).await {
+            Ok(body) => body,
+            Err(_) => {
+                record.end(AttemptOutcome::Timeout);
+                return Err(Failed::timeout(false));
+            }
+        };
+        // An error's status says what it has to say even if its body is cut off or a huge page.
+        let body = match body {
+            Ok(body) => body,
+            Err(_) if answer.status() != 200 => Bytes::from_static(UNREADABLE),
+            Err(failure) => return Err(end_without_answer(record, admission, failure)),
+        };
+        record.end(AttemptOutcome::Answer);
+        self.understand(&answer, &body, signed, admission, key, progress)
+    }
+
+    fn understand(
+        &self,
+        answer: &Answer,
+        body: &[u8],
+        signed: Signed,
+        admission: breaker::Admission<'_>,
+        key: Option<key_guard::Admission<'_>>,
+        progress: &Progress,
+    ) -> Result<TaskDetail, Failed> {
+        let (headers, now) = (answer.headers(), self.endpoint.clock.now());
+        let (rejection, facts) = match (answer.status(), is_encoded(headers)) {
+            (200, true) => return Err(malformed(admission)),
+            (200, false) => match parse_task_detail(body) {
+                Ok(task) => {
+                    admission.answered();
+                    if let Some(key) = key {
+                        key.accepted();
+                    }
+                    return Ok(task);
+                }
+                Err(NotATask::Malformed) => return Err(malformed(admission)),
+                Err(NotATask::ErrorObject(envelope)) => {
+                    rejection::of_envelope(200, headers, envelope, now)
+                }
+            },
+            (status, false) => rejection::of_answer(status, headers, body, now),
+            (status, true) => rejection::of_answer(status, headers, UNREADABLE, now),
+        };
+        if rejection.verdict.trips_breaker {
+            admission.failed();
+        } else {
+            admission.answered();
+        }
+        progress.update(|known| {
+            *known = Facts {
+                attempts: known.attempts,
+                ..facts.clone()
+            };
+        });
+        Err(match key {
+            Some(key) => self.with_key(rejection, &facts, headers, signed, key),
+            None => with_token(rejection),
+        })
+    }
+
+    /// A refused signature is never repeated, because failures lock the key; only a wrong clock is worth one more.
+    fn with_key(
+        &self,
+        rejection: Rejection,
+        facts: &Facts,
+        headers: &HeaderMap,
+        signed: Signed,
+        key: key_guard::Admission<'_>,
+    ) -> Failed {
+        if rejection.lock_announced {
+            key.signature_refused(true);
+            return refused(credentials::Error::Locked {
+                retry_after: KEY_LOCK,
+            });
+        }
+        if !rejection.signature_refused {
+            // The service itself answered, so the gateway has let the signature pass.
+            if facts
+                .upstream_code
+                .as_deref()
+                .is_some_and(|code| code.starts_with("DBS."))
+            {
+                key.accepted();
+            }
+            return Failed::rejected(rejection);
+        }
+        let learn = |date| self.endpoint.clock.learn(date, signed.at);
+        let skewed = date(headers).is_some_and(learn);
+        // A wrong clock says nothing about the key, unless the corrected one is refused too.
+        if !skewed || signed.clock_corrected {
+            key.signature_refused(false);
+        }
+        if skewed {
+            return Failed {
+                remedy: Remedy::SignAgain,
+                ..Failed::lasting(ErrorKind::ClockSkew, Reason::ClockSkew)
+            };
+        }
+        Failed::rejected(rejection)
+    }
+}
+
+fn malformed(admission: breaker::Admission<'_>) -> Failed {
+    admission.answered();
+    Failed::lasting(ErrorKind::Malformed, Reason::UpstreamMalformedResponse)
+}
+
+/// The gateway's time of day.
+fn date(headers: &HeaderMap) -> Option<SystemTime> {
+    httpdate::parse_http_date(headers.get(DATE)?.to_str().ok()?).ok()
+}
+
+fn with_token(rejection: Rejection) -> Failed {
+    let renewable = rejection.verdict.credential == Credential::Renewable;
+    Failed {
+        remedy: if renewable {
+            Remedy::RenewToken
+        } else {
+            Remedy::None
+        },
+        ..Failed::rejected(rejection)
+    }
+}
+
+fn refused(error: credentials::Error) -> Failed {
+    Failed::lasting(ErrorKind::Credentials(error), Reason::CredentialLocked)
+}
+
+fn end_without_answer(
+    record: Record<'_>,
+    admission: breaker::Admission<'_>,
+    failure: Failure,
+) -> Failed {
+    record.end(AttemptOutcome::TransportError);
+    if failure.reason == Reason::UpstreamResponseTooLarge {
+        admission.answered();
+    } else {
+        admission.failed();
+    }
+    Failed::transport(failure)
+}
+
+/// No encoding was asked for, so none can be undone.
+fn is_encoded(headers: &HeaderMap) -> bool {
+    headers
+        .get(CONTENT_ENCODING)
+        .is_some_and(|encoding| !encoding.as_bytes().eq_ignore_ascii_case(b"identity"))
+}
+
+/// Counts an attempt once, as cancelled when it is dropped before its end.
+struct Record<'a> {
+    metrics: &'a Metrics,
+    started: Instant,
+    outcome: AttemptOutcome,
+    http_status: Option<u16>,
+}
+
+impl<'a> Record<'a> {
+    fn start(metrics: &'a Metrics) -> Self {
+        metrics.upstream_in_flight.inc();
+        Self {
+            metrics,
+            started: Instant::now(),
+            outcome: AttemptOutcome::Cancelled,
+            http_status: None,
+        }
+    }
+
+    fn end(mut self, outcome: AttemptOutcome) {
+        self.outcome = outcome;
+    }
+}
+
+impl Drop for Record<'_> {
+    fn drop(&mut self) {
+        self.metrics.upstream_in_flight.dec();
+        self.metrics
+            .upstream_attempt(self.outcome, self.http_status, self.started.elapsed());
+    }
+}

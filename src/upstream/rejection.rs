@@ -1,0 +1,319 @@
+//! Puts an error answer together: its envelope, its verdict, how long to wait, and what it says about the key.
+
+use std::time::{Duration, SystemTime};
+
+use http::{HeaderMap, header::RETRY_AFTER};
+use tonic::Code;
+
+use super::{
+    Facts, Rejection,
+    envelope::{self, Envelope, is_printable},
+    retry_after,
+    verdict::{self, Credential, Verdict},
+};
+use crate::reason::Reason;
+
+/// How long the gateway locks a key after too many bad signatures. Source: API request signing guide, FAQ.
+pub const KEY_LOCK: Duration = Duration::from_secs(5 * 60);
+
+const REQUEST_ID_HEADER: &str = "x-request-id";
+const SIGNATURE_REFUSED: &str = "APIGW.0301";
+
+/// Reads an answer with an error status. `attempts` of the facts is left at zero: the send loop counts them.
+pub fn of_answer(
+    http_status: u16,
+    headers: &HeaderMap,
+    body: &[u8],
+    now: SystemTime,
+) -> (Rejection, Facts) {
+    of_envelope(http_status, headers, envelope::read(body), now)
+}
+
+/// As [`of_answer`], for a body that has been read already: a 200 with an error object in it.
+pub fn of_envelope(
+    http_status: u16,
+    headers: &HeaderMap,
+    envelope: Envelope,
+    now: SystemTime,
+) -> (Rejection, Facts) {
+    let code = envelope.error_code.as_deref();
+    let verdict = verdict::of_answer(http_status, code, envelope.body);
+    let says = |text| contains_ignoring_case(&envelope.message, text);
+    let signature = code == Some(SIGNATURE_REFUSED) && verdict.code == Code::Unauthenticated;
+    let lock_announced = signature && says("AK access failed to reach the limit");
+    let signature_refused = signature && !lock_announced && !says("decrypt token fail");
+    let throttling = match verdict.reason {
+        Reason::Throttled => retry_after::throttling(&envelope.message),
+        _ => retry_after::Throttling::default(),
+    };
+    let verdict = if lock_announced {
+        locked(verdict)
+    } else {
+        verdict
+    };
+    let named = if may_name_a_wait(http_status, &verdict) {
+        retry_after::parse(headers.get_all(RETRY_AFTER), now)
+    } else {
+        None
+    };
+
+    let facts = Facts {
+        attempts: 0,
+        http_status: Some(http_status),
+        upstream_request_id: request_id(headers).or(envelope.request_id),
+        upstream_code: envelope.error_code,
+    };
+    let rejection = Rejection {
+        verdict,
+        message: envelope.message,
+        encoded_authorization_message: envelope.encoded_authorization_message,
+        retry_after: named.or(throttling.window).or(verdict.retry_info),
+        throttled_subject: throttling.subject.map(str::to_owned),
+        signature_refused,
+        lock_announced,
+    };
+    (rejection, facts)
+}
+
+/// The vendor's request id of an answer, from its header; `None` when it is not 1 to 128 printable ASCII characters.
+pub fn request_id(headers: &HeaderMap) -> Option<String> {
+    let id = headers.get(REQUEST_ID_HEADER)?.to_str().ok()?.trim();
+    is_printable(id, 128).then(|| id.to_owned())
+}
+
+/// `RetryInfo` tells the caller that waiting helps, so `Retry-After` counts only where that is so.
+fn may_name_a_wait(http_status: u16, verdict: &Verdict) -> bool {
+    verdict.retry_info.is_some()
+        || verdict.code == Code::Unavailable
+        || (http_status == 413 && verdict.reason == Reason::QuotaExhausted)
+}
+
+/// While the key is locked right signatures are refused too, so nothing but waiting helps.
+fn locked(verdict: Verdict) -> Verdict {
+    Verdict {
+        reason: Reason::CredentialLocked,
+        credential: Credential::Refused,
+        retry_info: Some(KEY_LOCK),
+        ..verdict
+    }
+}
+
+fn contains_ignoring_case(text: &str, part: &str) -> bool {
+    text.to_ascii_lowercase()
+        .contains(&part.to_ascii_lowercase())
+}
+
+#[cfg(test)]
+mod tests {
+    use http::HeaderValue;
+
+    use super::*;
+
+    fn answer(http_status: u16, retry_after: Option<&str>, body: &str) -> (Rejection, Facts) {
+        let mut headers = HeaderMap::new();
+        if let Some(value) = retry_after {
+            headers.insert(RETRY_AFTER, HeaderValue::from_str(value).unwrap());
+        }
+        of_answer(
+            http_status,
+            &headers,
+            body.as_bytes(),
+            SystemTime::UNIX_EPOCH,
+        )
+    }
+
+    #[test]
+    fn the_wait_is_the_headers_else_the_texts_else_the_rows() {
+        let throttled = r#"{"error_code":"APIGW.0308","error_msg":"policy user over ratelimit,limit:200,time:2 minute"}"#;
+        let busy = r#"{"error_code":"DBS.200011"}"#;
+        let cases = [
+            ("throttled, nothing said", 429, None, "", Some(60)),
+            ("throttled, header", 429, Some("7"), throttled, Some(7)),
+            (
+                "throttled, unreadable header",
+                429,
+                Some("-1"),
+                "",
+                Some(60),
+            ),
+            ("throttled, text", 429, None, throttled, Some(120)),
+            (
+                "throttled, unreadable header, text",
+                429,
+                Some("x"),
+                throttled,
+                Some(120),
+            ),
+            ("busy", 409, None, busy, Some(10)),
+            ("busy, header", 409, Some("20"), busy, Some(20)),
+            (
+                "not ready yet",
+                500,
+                None,
+                r#"{"error_code":"DBS.280036"}"#,
+                Some(10),
+            ),
+            ("passing", 503, None, "", None),
+            ("passing, header", 503, Some("5"), "", Some(5)),
+            ("bad gateway, header", 502, Some("5"), "", Some(5)),
+            ("quota", 413, None, "", None),
+            ("quota, header", 413, Some("5"), "", Some(5)),
+            (
+                "body that stays too large",
+                413,
+                Some("5"),
+                r#"{"error_code":"APIGW.0201"}"#,
+                None,
+            ),
+            ("failed", 500, Some("5"), "", None),
+            ("denied", 403, Some("5"), "", None),
+            ("wrong argument", 400, Some("5"), throttled, None),
+            ("gateway timeout", 504, Some("5"), "", None),
+        ];
+
+        for (name, http_status, header, body, expected) in cases {
+            let (rejection, _) = answer(http_status, header, body);
+
+            assert_eq!(
+                rejection.retry_after,
+                expected.map(Duration::from_secs),
+                "{name}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_text_of_a_throttled_call_names_the_subject_and_no_other_text_does() {
+        let body = r#"{"error_msg":"policy ip over ratelimit,limit:60,time:1 minute"}"#;
+
+        assert_eq!(
+            answer(429, None, body).0.throttled_subject.as_deref(),
+            Some("ip")
+        );
+        assert_eq!(answer(400, None, body).0.throttled_subject, None);
+    }
+
+    #[test]
+    fn the_key_guard_can_tell_a_bad_signature_from_a_locked_key_and_a_bad_token() {
+        let cases = [
+            (
+                "APIGW.0301",
+                401,
+                "verify aksk signature fail|POST|/v3/",
+                true,
+                false,
+            ),
+            (
+                "APIGW.0301",
+                401,
+                "Get secretKey failed, ak not exist",
+                true,
+                false,
+            ),
+            ("APIGW.0301", 401, "", true, false),
+            ("APIGW.0301", 200, "verify aksk signature fail", true, false),
+            (
+                "APIGW.0301",
+                401,
+                "Incorrect IAM authentication information: decrypt token fail",
+                false,
+                false,
+            ),
+            (
+                "APIGW.0301",
+                401,
+                "AK access failed to reach the limit,forbidden",
+                false,
+                true,
+            ),
+            (
+                "APIGW.0301",
+                401,
+                "ak ACCESS failed to reach the LIMIT",
+                false,
+                true,
+            ),
+            (
+                "APIGW.0301",
+                500,
+                "verify aksk signature fail",
+                false,
+                false,
+            ),
+            (
+                "APIGW.0307",
+                401,
+                "AK access failed to reach the limit",
+                false,
+                false,
+            ),
+            (
+                "DBS.200543",
+                400,
+                "AK access failed to reach the limit",
+                false,
+                false,
+            ),
+        ];
+
+        for (code, http_status, message, signature_refused, lock_announced) in cases {
+            let body = format!(r#"{{"error_code":"{code}","error_msg":"{message}"}}"#);
+
+            let (rejection, _) = answer(http_status, None, &body);
+
+            assert_eq!(
+                (rejection.signature_refused, rejection.lock_announced),
+                (signature_refused, lock_announced),
+                "{code} {http_status} {message}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_locked_key_has_its_own_reason_and_waits_five_minutes() {
+        let body =
+            r#"{"error_code":"APIGW.0301","error_msg":"AK access failed to reach the limit"}"#;
+
+        let (rejection, _) = answer(401, None, body);
+
+        assert_eq!(rejection.verdict.code, Code::Unauthenticated);
+        assert_eq!(rejection.verdict.reason, Reason::CredentialLocked);
+        assert_eq!(rejection.verdict.credential, Credential::Refused);
+        assert_eq!(rejection.retry_after, Some(KEY_LOCK));
+    }
+
+    #[test]
+    fn the_request_id_of_the_header_goes_before_that_of_the_body() {
+        let body = br#"{"error_code":"APIGW.0101","request_id":"of-body"}"#;
+        let long = "x".repeat(129);
+        let cases = [
+            ("header", Some("of-header"), Some("of-header")),
+            ("no header", None, Some("of-body")),
+            ("empty header", Some(""), Some("of-body")),
+            ("header with a blank", Some("of header"), Some("of-body")),
+            ("header too long", Some(long.as_str()), Some("of-body")),
+        ];
+
+        for (name, header, expected) in cases {
+            let mut headers = HeaderMap::new();
+            if let Some(value) = header {
+                headers.insert(REQUEST_ID_HEADER, HeaderValue::from_str(value).unwrap());
+            }
+
+            let (_, facts) = of_answer(404, &headers, body, SystemTime::UNIX_EPOCH);
+
+            assert_eq!(facts.upstream_request_id.as_deref(), expected, "{name}");
+            assert_eq!(facts.upstream_code.as_deref(), Some("APIGW.0101"), "{name}");
+            assert_eq!(facts.http_status, Some(404), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_page_instead_of_an_answer_leaves_no_trace_of_its_text() {
+        let (rejection, facts) = answer(502, None, "<html>secret</html>");
+
+        assert_eq!(rejection.message, "");
+        assert_eq!(facts.upstream_code, None);
+        assert_eq!(rejection.verdict.code, Code::Unavailable);
+    }
+}

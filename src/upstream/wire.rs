@@ -1,1 +1,0 @@
-//! The vendor's JSON, in the vendor's own spelling.

@@ -1,0 +1,251 @@
+//! The answer of `ShowTaskDetail` with status 200, in the vendor's own spelling.
+//!
+//! Lenient where the vendor's own client is (numbers for text, a single object for a list, unknown fields), strict where
+//! that client turns nonsense into an empty success. Values are kept as raw JSON first and each is read on its own: unknown
+//! fields are skipped without building them, at any depth, and numbers keep their exact text.
+//! Source: RDS API reference, "Obtaining Task Information", and the response model of the vendor's SDK.
+
+#[cfg(test)]
+mod tests;
+
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
+use super::envelope::{self, Envelope, scalar};
+
+/// One task. The four documented fields are empty when RDS leaves them out, all others are `None`.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct TaskDetail {
+    /// Id of the instance.
+    pub instance_id: String,
+    /// Name of the instance.
+    pub instance_name: String,
+    /// Id of the task.
+    pub job_id: String,
+    /// Name of the task.
+    pub job_name: String,
+    /// When the task was created.
+    pub created_at: Option<String>,
+    /// When the task last changed (really without a d).
+    pub update_at: Option<String>,
+    /// Progress.
+    pub process: Option<String>,
+    /// State of the task.
+    pub status: Option<String>,
+    /// The parts of the task.
+    pub sub_task_list: Vec<SubTask>,
+}
+
+impl TaskDetail {
+    /// The bytes of all its texts.
+    pub fn text_bytes(&self) -> usize {
+        let documented = [
+            &self.instance_id,
+            &self.instance_name,
+            &self.job_id,
+            &self.job_name,
+        ];
+        let others = [
+            &self.created_at,
+            &self.update_at,
+            &self.process,
+            &self.status,
+        ];
+        let parts = self.sub_task_list.iter().flat_map(|part| {
+            [
+                &part.sub_task_name,
+                &part.percent,
+                &part.executed_time,
+                &part.status,
+                &part.remaining_time,
+            ]
+        });
+        let optional = others.into_iter().chain(parts).flatten();
+        documented
+            .into_iter()
+            .chain(optional)
+            .map(String::len)
+            .sum()
+    }
+}
+
+/// One part of a task.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SubTask {
+    /// Name of the part.
+    pub sub_task_name: Option<String>,
+    /// Progress of the part.
+    pub percent: Option<String>,
+    /// How long the part has been running.
+    pub executed_time: Option<String>,
+    /// State of the part.
+    pub status: Option<String>,
+    /// Estimated time left.
+    pub remaining_time: Option<String>,
+    /// Whether restored databases and tables are to be shown.
+    pub show_detail: Option<bool>,
+}
+
+/// Why a 200 brought no task. Says nothing of the body's content, which may be anything.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NotATask {
+    /// No JSON object in UTF-8, a known field twice, or none of the four documented fields.
+    Malformed,
+    /// An error object.
+    ErrorObject(Envelope),
+}
+
+/// Reads the body of a 200.
+///
+/// Left unset: `null`, and an object or array where text belongs. Left out of `sub_task_list`: what is no object.
+///
+/// # Errors
+/// [`NotATask`]: an error code makes an error object, also next to the fields of a task.
+pub fn parse_task_detail(body: &[u8]) -> Result<TaskDetail, NotATask> {
+    let text = std::str::from_utf8(body).map_err(|_| NotATask::Malformed)?;
+    let fields: TaskFields<'_> = object(text)?;
+    if fields.has_error_code() {
+        return Err(NotATask::ErrorObject(envelope::read(body)));
+    }
+
+    let documented = [
+        self::text(fields.instance_id)?,
+        self::text(fields.instance_name)?,
+        self::text(fields.job_id)?,
+        self::text(fields.job_name)?,
+    ];
+    if documented.iter().all(Option::is_none) {
+        let envelope = envelope::read(body);
+        return Err(if envelope.has_code {
+            NotATask::ErrorObject(envelope)
+        } else {
+            NotATask::Malformed
+        });
+    }
+    let [instance_id, instance_name, job_id, job_name] = documented.map(Option::unwrap_or_default);
+
+    Ok(TaskDetail {
+        instance_id,
+        instance_name,
+        job_id,
+        job_name,
+        created_at: self::text(fields.created_at)?,
+        update_at: self::text(fields.update_at)?,
+        process: self::text(fields.process)?,
+        status: self::text(fields.status)?,
+        sub_task_list: sub_tasks(fields.sub_task_list)?,
+    })
+}
+
+#[derive(Deserialize)]
+struct TaskFields<'a> {
+    #[serde(borrow)]
+    instance_id: Option<&'a RawValue>,
+    #[serde(borrow)]
+    instance_name: Option<&'a RawValue>,
+    #[serde(borrow)]
+    job_id: Option<&'a RawValue>,
+    #[serde(borrow)]
+    job_name: Option<&'a RawValue>,
+    #[serde(borrow)]
+    created_at: Option<&'a RawValue>,
+    #[serde(borrow)]
+    update_at: Option<&'a RawValue>,
+    #[serde(borrow)]
+    process: Option<&'a RawValue>,
+    #[serde(borrow)]
+    status: Option<&'a RawValue>,
+    #[serde(borrow)]
+    sub_task_list: Option<&'a RawValue>,
+    #[serde(borrow)]
+    error_code: Option<&'a RawValue>,
+    #[serde(borrow, rename = "errorCode")]
+    error_code_camel: Option<&'a RawValue>,
+    #[serde(borrow, rename = "errCode")]
+    err_code: Option<&'a RawValue>,
+    #[serde(borrow)]
+    code: Option<&'a RawValue>,
+    #[serde(borrow)]
+    message: Option<&'a RawValue>,
+}
+
+#[derive(Deserialize)]
+struct SubTaskFields<'a> {
+    #[serde(borrow)]
+    sub_task_name: Option<&'a RawValue>,
+    #[serde(borrow)]
+    percent: Option<&'a RawValue>,
+    #[serde(borrow)]
+    executed_time: Option<&'a RawValue>,
+    #[serde(borrow)]
+    status: Option<&'a RawValue>,
+    #[serde(borrow)]
+    remaining_time: Option<&'a RawValue>,
+    #[serde(borrow)]
+    show_detail: Option<&'a RawValue>,
+}
+
+impl TaskFields<'_> {
+    /// `code` is a common word that a task may have one day, so it counts only in the company of `message`.
+    fn has_error_code(&self) -> bool {
+        let code = self.message.and(self.code);
+        [self.error_code, self.error_code_camel, self.err_code, code]
+            .into_iter()
+            .flatten()
+            .any(|value| scalar(value).is_some())
+    }
+}
+
+/// Reads one JSON object; derived readers would take an array of values for it too.
+fn object<'a, T: Deserialize<'a>>(json: &'a str) -> Result<T, NotATask> {
+    if !json.trim_ascii_start().starts_with('{') {
+        return Err(NotATask::Malformed);
+    }
+    // The library's error text quotes values, so it ends here.
+    serde_json::from_str(json).map_err(|_| NotATask::Malformed)
+}
+
+/// The text of a string, or the JSON text of a number or bool.
+fn text(value: Option<&RawValue>) -> Result<Option<String>, NotATask> {
+    let Some(json) = value.map(RawValue::get) else {
+        return Ok(None);
+    };
+    match json.as_bytes().first() {
+        Some(b'"') => serde_json::from_str(json).map_err(|_| NotATask::Malformed),
+        Some(b'{' | b'[') | None => Ok(None),
+        Some(_) => Ok(Some(json.to_owned())),
+    }
+}
+
+/// A list, or a single object as a list of one; a value of another kind is no list.
+fn sub_tasks(value: Option<&RawValue>) -> Result<Vec<SubTask>, NotATask> {
+    let Some(value) = value else {
+        return Ok(Vec::new());
+    };
+    let items: Vec<&RawValue> = match value.get().as_bytes().first() {
+        Some(b'[') => serde_json::from_str(value.get()).map_err(|_| NotATask::Malformed)?,
+        _ => vec![value],
+    };
+    items
+        .into_iter()
+        .map(RawValue::get)
+        .filter(|json| json.starts_with('{'))
+        .map(sub_task)
+        .collect()
+}
+
+fn sub_task(json: &str) -> Result<SubTask, NotATask> {
+    let fields: SubTaskFields<'_> = object(json)?;
+    Ok(SubTask {
+        sub_task_name: text(fields.sub_task_name)?,
+        percent: text(fields.percent)?,
+        executed_time: text(fields.executed_time)?,
+        status: text(fields.status)?,
+        remaining_time: text(fields.remaining_time)?,
+        show_detail: match text(fields.show_detail)?.as_deref() {
+            Some("true") => Some(true),
+            Some("false") => Some(false),
+            _ => None,
+        },
+    })
+}

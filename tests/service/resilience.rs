@@ -1,0 +1,392 @@
+use std::{
+    sync::Arc,
+    sync::atomic::{AtomicBool, Ordering},
+    time::{Duration, Instant},
+};
+
+use tokio::task::JoinSet;
+use tonic::Code;
+
+use crate::support::{
+    Connection, Failure, Program, Step, Upstream, answer, example, example_request,
+};
+
+const RETRIES: &str = "rds_upstream_retries_total";
+
+/// Fails the first `failures` requests with `steps`, then answers.
+async fn recovering(failures: usize, steps: Vec<Step>) -> Upstream {
+    Upstream::start(move |request| {
+        if request.number < failures {
+            steps.clone()
+        } else {
+            example()
+        }
+    })
+    .await
+}
+
+#[tokio::test]
+async fn passing_failures_are_healed_by_a_retry() {
+    let cut = Step::Send(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{\"job".to_vec());
+    let cases = [
+        ("close", vec![Step::Close], "UPSTREAM_RESET"),
+        ("reset", vec![Step::Reset], "UPSTREAM_RESET"),
+        ("truncation", vec![cut, Step::Close], "UPSTREAM_TRUNCATED"),
+        (
+            "garbage",
+            vec![Step::Send(b"garbage\r\n\r\n".to_vec())],
+            "UPSTREAM_PROTOCOL",
+        ),
+        ("silence", vec![Step::Hold], "UPSTREAM_TIMEOUT"),
+        ("408", answer(408, &[], ""), "UPSTREAM_UNAVAILABLE"),
+        ("425", answer(425, &[], ""), "UPSTREAM_UNAVAILABLE"),
+        ("500", answer(500, &[], ""), "UPSTREAM_INTERNAL"),
+        ("502", answer(502, &[], ""), "UPSTREAM_UNAVAILABLE"),
+        ("503", answer(503, &[], ""), "UPSTREAM_UNAVAILABLE"),
+        ("504", answer(504, &[], ""), "UPSTREAM_TIMEOUT"),
+    ];
+
+    for (case, steps, reason) in cases {
+        let upstream = recovering(1, steps).await;
+        let program = Program::over(&upstream.url(), &["--attempt-timeout", "300ms"]);
+
+        let answered = program.call(example_request()).await;
+
+        assert!(answered.is_ok(), "{case}: {answered:?}");
+        assert_eq!(upstream.requests().len(), 2, "{case}");
+        assert_eq!(
+            program
+                .metric(&format!("{RETRIES}{{reason=\"{reason}\"}}"))
+                .await,
+            1.0,
+            "{case}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn what_is_repeated_is_repeated_no_more_often_than_allowed() {
+    let cases = [
+        (400, 1),
+        (401, 1),
+        (403, 1),
+        (404, 1),
+        (409, 1),
+        (429, 1),
+        (500, 2),
+        (501, 1),
+        (503, 3),
+        (504, 2),
+        (302, 1),
+        (201, 1),
+    ];
+
+    for (status, attempts) in cases {
+        let upstream = Upstream::always(answer(status, &[], "")).await;
+        let program = Program::over(&upstream.url(), &[]);
+
+        program
+            .call(example_request())
+            .await
+            .expect_err("an error status");
+
+        assert_eq!(upstream.requests().len(), attempts, "{status}");
+    }
+}
+
+#[tokio::test]
+async fn an_unreadable_200_and_a_timeout_in_the_body_are_not_repeated() {
+    let half = Step::Send(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{\"job".to_vec());
+
+    for (case, steps) in [
+        ("unreadable", answer(200, &[], "<html>")),
+        ("half a body", vec![half, Step::Hold]),
+    ] {
+        let upstream = Upstream::always(steps).await;
+        let program = Program::over(&upstream.url(), &["--attempt-timeout", "200ms"]);
+
+        program.call(example_request()).await.expect_err("no task");
+
+        assert_eq!(upstream.requests().len(), 1, "{case}");
+    }
+}
+
+#[tokio::test]
+async fn retry_after_is_waited_for_within_the_deadline_and_told_beyond_it() {
+    let asked = answer(503, &[("retry-after", "1")], "");
+    let upstream = recovering(1, asked.clone()).await;
+    let program = Program::over(&upstream.url(), &[]);
+
+    let started = Instant::now();
+    program.call(example_request()).await.expect("healed");
+    let waited = started.elapsed();
+    let hurried = Upstream::always(asked).await;
+    let program = Program::over(&hurried.url(), &[]);
+    let started = Instant::now();
+    let failure = Failure::of(
+        &program
+            .call_within(Duration::from_millis(900))
+            .await
+            .expect_err("no time"),
+    );
+
+    assert!(waited >= Duration::from_secs(1), "{waited:?}");
+    assert_eq!(
+        failure.code_and_reason(),
+        (Code::Unavailable, "UPSTREAM_UNAVAILABLE")
+    );
+    assert_eq!(failure.retry_delay, Some(Duration::from_secs(1)));
+    assert!(
+        started.elapsed() < Duration::from_millis(800),
+        "told at once"
+    );
+}
+
+#[tokio::test]
+async fn the_callers_deadline_ends_the_call_in_time_and_the_upstream_request_with_it() {
+    let upstream = Upstream::always(vec![Step::Hold]).await;
+    let program = Program::over(&upstream.url(), &[]);
+    let connection = Connection::open(program.grpc).await;
+
+    let started = Instant::now();
+    let ended = connection
+        .call_within("200m", &example_request())
+        .await
+        .expect("an answer");
+    let took = started.elapsed();
+    let failure = Failure::of(&ended.status().expect("a status"));
+
+    assert_eq!(
+        failure.code_and_reason(),
+        (Code::DeadlineExceeded, "DEADLINE_EXCEEDED")
+    );
+    assert!(
+        took >= Duration::from_millis(200) && took < Duration::from_millis(400),
+        "{took:?}"
+    );
+    upstream.wait_for_closed(1).await;
+    assert_eq!(program.handled("DeadlineExceeded").await, 1.0);
+    let line = program.access_line(&failure.request_id.expect("an id"));
+    assert_eq!(
+        (line["grpc_code"].as_str(), line["attempts"].as_u64()),
+        (Some("DeadlineExceeded"), Some(1))
+    );
+}
+
+#[tokio::test]
+async fn our_own_timeout_bounds_a_call_without_a_deadline_or_with_a_longer_one() {
+    let upstream = Upstream::always(vec![Step::Hold]).await;
+    let program = Program::over(&upstream.url(), &["--timeout", "150ms"]);
+
+    let without = program.failure(example_request()).await;
+    let longer = Failure::of(
+        &program
+            .call_within(Duration::from_secs(99_999_999))
+            .await
+            .expect_err("too slow"),
+    );
+
+    for failure in [without, longer] {
+        assert_eq!(
+            failure.code_and_reason(),
+            (Code::DeadlineExceeded, "DEADLINE_EXCEEDED")
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_deadline_that_is_over_costs_no_upstream_call() {
+    let upstream = Upstream::always(example()).await;
+    let program = Program::over(&upstream.url(), &[]);
+
+    for timeout in ["0m", "1n", "0H"] {
+        let connection = Connection::open(program.grpc).await;
+        let ended = connection.call_within(timeout, &example_request()).await;
+        let status = ended.expect("an answer").status().expect("a status");
+        assert_eq!(status.code(), Code::DeadlineExceeded, "{timeout}");
+    }
+
+    assert_eq!(upstream.connections().opened, 0);
+}
+
+#[tokio::test]
+async fn a_cancelled_call_ends_the_upstream_request_and_is_counted_once() {
+    let upstream = Upstream::always(vec![Step::Hold]).await;
+    let program = Program::over(&upstream.url(), &[]);
+    let mut client = program.client().await;
+
+    let call = tokio::spawn(async move { client.get_task_detail(example_request()).await });
+    upstream.wait_for_requests(1).await;
+    call.abort();
+    let cancelled = Instant::now();
+    upstream.wait_for_closed(1).await;
+
+    assert!(
+        cancelled.elapsed() < Duration::from_millis(100),
+        "{:?}",
+        cancelled.elapsed()
+    );
+    program.wait_for_log(|line| line["grpc_code"] == "Canceled");
+    assert_eq!(program.handled("Canceled").await, 1.0);
+    assert_eq!(program.metric("rds_upstream_in_flight").await, 0.0);
+    assert_eq!(
+        program
+            .metric("rds_upstream_requests_total{outcome=\"cancelled\",status_class=\"none\"}")
+            .await,
+        1.0
+    );
+}
+
+#[tokio::test]
+async fn a_stale_pooled_connection_is_healed() {
+    // Answers once on each connection, and closes it when the next request comes.
+    let upstream = Upstream::start(|request| {
+        if request.number == 1 {
+            vec![Step::Close]
+        } else {
+            example()
+        }
+    })
+    .await;
+    let program = Program::over(&upstream.url(), &[]);
+    let mut client = program.client().await;
+
+    let answers = [
+        client.get_task_detail(example_request()).await,
+        client.get_task_detail(example_request()).await,
+    ];
+
+    assert!(answers.iter().all(Result::is_ok), "{answers:?}");
+    assert_eq!(upstream.connections().opened, 2);
+}
+
+#[tokio::test]
+async fn the_retry_budget_bounds_what_a_failing_upstream_sees() {
+    let upstream = Upstream::start(|request| {
+        // Every other answer is no failure for the breaker, so that only the budget holds back.
+        if request.number.is_multiple_of(2) {
+            answer(408, &[], "")
+        } else {
+            answer(425, &[], "")
+        }
+    })
+    .await;
+    let program = Program::over(&upstream.url(), &["--retry-budget", "20"]);
+    let mut client = program.client().await;
+    let calls = 100;
+
+    for number in 0..calls {
+        let mut request = example_request();
+        request.workflow_id = format!("w-{number}");
+        client
+            .get_task_detail(request)
+            .await
+            .expect_err("408 or 425");
+    }
+
+    let attempts = upstream.requests().len();
+    assert!(attempts > calls, "{attempts}");
+    assert!(attempts <= calls + 10 + calls / 5, "{attempts}");
+}
+
+#[tokio::test]
+async fn the_breaker_opens_answers_at_once_and_closes_after_a_good_probe() {
+    let healthy = Arc::new(AtomicBool::new(false));
+    let seen = Arc::clone(&healthy);
+    let upstream = Upstream::start(move |_| {
+        if seen.load(Ordering::Relaxed) {
+            example()
+        } else {
+            answer(503, &[], "")
+        }
+    })
+    .await;
+    let program = Program::over(&upstream.url(), &["--max-attempts", "1"]);
+    let mut client = program.client().await;
+    for _ in 0..20 {
+        client
+            .get_task_detail(example_request())
+            .await
+            .expect_err("503");
+    }
+
+    let started = Instant::now();
+    let open = Failure::of(
+        &client
+            .get_task_detail(example_request())
+            .await
+            .expect_err("held back"),
+    );
+    let took = started.elapsed();
+    healthy.store(true, Ordering::Relaxed);
+    let recovered = tokio::time::timeout(Duration::from_secs(10), async {
+        while client.get_task_detail(example_request()).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    });
+
+    assert_eq!(open.code_and_reason(), (Code::Unavailable, "CIRCUIT_OPEN"));
+    assert!(
+        open.retry_delay
+            .is_some_and(|delay| !delay.is_zero() && delay <= Duration::from_secs(5))
+    );
+    assert!(took < Duration::from_millis(50), "{took:?}");
+    assert_eq!(upstream.requests().len(), 20);
+    recovered.await.expect("service is back within ten seconds");
+}
+
+#[tokio::test]
+async fn refusals_do_not_open_the_breaker() {
+    for status in [400, 401, 403, 404, 409, 500] {
+        let upstream = Upstream::always(answer(
+            status,
+            &[],
+            r#"{"error_code":"DBS.1","error_msg":"m"}"#,
+        ))
+        .await;
+        let program = Program::over(&upstream.url(), &["--max-attempts", "1"]);
+        let mut client = program.client().await;
+
+        for _ in 0..30 {
+            client
+                .get_task_detail(example_request())
+                .await
+                .expect_err("an error status");
+        }
+
+        assert_eq!(upstream.requests().len(), 30, "{status}");
+    }
+}
+
+#[tokio::test]
+async fn calls_beyond_the_limit_are_shed_at_once_and_health_is_not() {
+    let upstream = Upstream::always(vec![Step::Hold]).await;
+    let program = Program::over(&upstream.url(), &["--max-in-flight", "3"]);
+    let client = program.client().await;
+    let mut calls = JoinSet::new();
+    for number in 0..3 {
+        let mut client = client.clone();
+        let mut request = example_request();
+        request.workflow_id = format!("w-{number}");
+        calls.spawn(async move { client.get_task_detail(request).await });
+    }
+    upstream.wait_for_requests(3).await;
+
+    let started = Instant::now();
+    let shed = program.failure(example_request()).await;
+    let took = started.elapsed();
+    let (ready, _) = program.admin("/readyz").await;
+
+    assert_eq!(
+        shed.code_and_reason(),
+        (Code::ResourceExhausted, "OVERLOADED")
+    );
+    assert!(shed.retry_delay.is_some());
+    assert!(
+        took < Duration::from_millis(100),
+        "{took:?}, a connection included"
+    );
+    assert_eq!(ready, 200);
+    assert_eq!(upstream.requests().len(), 3);
+    calls.abort_all();
+}

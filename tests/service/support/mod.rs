@@ -1,0 +1,11 @@
+pub(crate) mod program;
+pub(crate) mod raw;
+pub(crate) mod status;
+pub(crate) mod upstream;
+
+pub(crate) use self::{
+    program::{Program, example_request},
+    raw::Connection,
+    status::Failure,
+    upstream::{Step, Upstream, answer, example},
+};

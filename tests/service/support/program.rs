@@ -1,0 +1,335 @@
+//! The built program as a child process.
+
+use std::{
+    collections::BTreeMap,
+    io::{BufRead as _, BufReader, Read as _},
+    net::SocketAddr,
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::{Arc, Condvar, Mutex},
+    thread,
+    time::{Duration, Instant},
+};
+
+use rds_task_facade::pb::{
+    GetTaskDetailRequest, GetTaskDetailResponse, task_service_client::TaskServiceClient,
+};
+use tonic::{Request, Response, Status, transport::Channel};
+
+use super::Failure;
+
+pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_rds-task-facade");
+
+/// A token for tests that need one and say nothing about it.
+pub(crate) const TOKEN: &str = "a-token-of-the-tests";
+
+/// The vendor page's example task.
+pub(crate) fn example_request() -> GetTaskDetailRequest {
+    GetTaskDetailRequest {
+        project_id: "0483b6b16e954cb88930a360d2c4e663".into(),
+        instance_id: "1ffc4167903840cb93a3da56d28c14fdin01".into(),
+        workflow_id: "102772a9-31fa-4129-b9f8-7638e2792f3b".into(),
+        workflow_name: Some("CreateMysqlSingleHAInstance".into()),
+    }
+}
+
+/// `rds-task-facade serve`, running; killed when dropped.
+pub(crate) struct Program {
+    child: Child,
+    logs: Logs,
+    pub(crate) grpc: SocketAddr,
+    pub(crate) admin: SocketAddr,
+}
+
+/// What the program has written to standard output and standard error until now.
+#[derive(Clone, Default)]
+struct Logs(Arc<(Mutex<Vec<String>>, Condvar)>);
+
+impl Logs {
+    fn read(&self, pipe: impl std::io::Read + Send + 'static) {
+        let logs = self.clone();
+        thread::spawn(move || {
+            for line in BufReader::new(pipe).lines().map_while(Result::ok) {
+                logs.0.0.lock().expect("no panic under the lock").push(line);
+                logs.0.1.notify_all();
+            }
+        });
+    }
+
+    fn wait_for<T>(&self, mut find: impl FnMut(&[String]) -> Option<T>) -> Option<T> {
+        let end = Instant::now() + Duration::from_secs(20);
+        let mut lines = self.0.0.lock().expect("no panic under the lock");
+        loop {
+            if let Some(found) = find(&lines) {
+                return Some(found);
+            }
+            let left = end.checked_duration_since(Instant::now())?;
+            lines = self
+                .0
+                .1
+                .wait_timeout(lines, left)
+                .expect("no panic under the lock")
+                .0;
+        }
+    }
+}
+
+impl Program {
+    /// Starts `serve` on free ports with JSON logs and nothing of this process's environment but `env`.
+    pub(crate) fn start(args: &[&str], env: &[(&str, &str)]) -> Self {
+        let mut child = Command::new(PROGRAM)
+            .args([
+                "serve",
+                "--listen",
+                "127.0.0.1:0",
+                "--metrics-listen",
+                "127.0.0.1:0",
+                "--log-format",
+                "json",
+            ])
+            .args(args)
+            .env_clear()
+            .envs(env.iter().copied())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the program starts");
+        let logs = Logs::default();
+        logs.read(child.stdout.take().expect("stdout is piped"));
+        logs.read(child.stderr.take().expect("stderr is piped"));
+        let addresses = logs.wait_for(|lines| {
+            lines.iter().find_map(|line| {
+                let line: serde_json::Value = serde_json::from_str(line).ok()?;
+                let address = |field: &str| line.get(field)?.as_str()?.parse().ok();
+                Some((address("listen")?, address("metrics_listen")?))
+            })
+        });
+        let Some((grpc, admin)) = addresses else {
+            let _ = child.kill();
+            panic!(
+                "no start line with addresses in {:?}",
+                logs.0.0.lock().expect("no panic under the lock")
+            );
+        };
+        Self {
+            child,
+            logs,
+            grpc,
+            admin,
+        }
+    }
+
+    /// Against a scripted upstream, with a token of its own.
+    pub(crate) fn over(upstream: &str, args: &[&str]) -> Self {
+        let mut all = vec!["--endpoint", upstream, "--credentials", "token"];
+        all.extend_from_slice(args);
+        Self::start(&all, &[("RDS_TASK_FACADE_TOKEN", TOKEN)])
+    }
+
+    /// Against the embedded sandbox.
+    pub(crate) fn sandboxed(args: &[&str]) -> Self {
+        let mut all = vec!["--sandbox"];
+        all.extend_from_slice(args);
+        Self::start(&all, &[])
+    }
+
+    /// A client with a connection of its own.
+    pub(crate) async fn client(&self) -> TaskServiceClient<Channel> {
+        let channel =
+            Channel::from_shared(format!("http://{}", self.grpc)).expect("an address makes a URL");
+        TaskServiceClient::new(channel.connect().await.expect("the program listens"))
+    }
+
+    /// One call on a connection of its own.
+    pub(crate) async fn call(
+        &self,
+        request: GetTaskDetailRequest,
+    ) -> Result<Response<GetTaskDetailResponse>, Status> {
+        self.client().await.get_task_detail(request).await
+    }
+
+    /// The same with metadata.
+    pub(crate) async fn call_with(
+        &self,
+        request: GetTaskDetailRequest,
+        metadata: &[(&'static str, &str)],
+    ) -> Result<Response<GetTaskDetailResponse>, Status> {
+        let mut request = Request::new(request);
+        for (name, value) in metadata {
+            request
+                .metadata_mut()
+                .append(*name, value.parse().expect("test metadata is ASCII"));
+        }
+        self.client().await.get_task_detail(request).await
+    }
+
+    /// One call that must fail.
+    pub(crate) async fn failure(&self, request: GetTaskDetailRequest) -> Failure {
+        Failure::of(&self.call(request).await.expect_err("the call fails"))
+    }
+
+    /// One call for the example task with a deadline of its own.
+    pub(crate) async fn call_within(
+        &self,
+        timeout: Duration,
+    ) -> Result<Response<GetTaskDetailResponse>, Status> {
+        let mut request = Request::new(example_request());
+        request.set_timeout(timeout);
+        self.client().await.get_task_detail(request).await
+    }
+
+    /// `(status, body)` of a path of the metrics listener.
+    pub(crate) async fn admin(&self, path: &str) -> (u16, String) {
+        use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+        let mut stream = tokio::net::TcpStream::connect(self.admin)
+            .await
+            .expect("the metrics listener is open");
+        let request = format!("GET {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n");
+        stream
+            .write_all(request.as_bytes())
+            .await
+            .expect("the request is taken");
+        let mut text = String::new();
+        stream
+            .read_to_string(&mut text)
+            .await
+            .expect("the answer is text");
+        let status = text
+            .split(' ')
+            .nth(1)
+            .and_then(|status| status.parse().ok())
+            .expect("a status line");
+        (
+            status,
+            text.split_once("\r\n\r\n")
+                .map(|(_, body)| body.to_owned())
+                .unwrap_or_default(),
+        )
+    }
+
+    /// All samples of `/metrics` whose value is not zero.
+    pub(crate) async fn metrics(&self) -> BTreeMap<String, f64> {
+        let (_, text) = self.admin("/metrics").await;
+        text.lines()
+            .filter(|line| !line.starts_with('#'))
+            .filter_map(|line| line.rsplit_once(' '))
+            .filter_map(|(series, value)| Some((series.to_owned(), value.parse().ok()?)))
+            .filter(|(_, value)| *value != 0.0)
+            .collect()
+    }
+
+    /// The value of one series, 0 when it is absent or zero.
+    pub(crate) async fn metric(&self, series: &str) -> f64 {
+        self.metrics()
+            .await
+            .get(series)
+            .copied()
+            .unwrap_or_default()
+    }
+
+    /// How many `GetTaskDetail` RPCs ended with `code`, in Go's spelling.
+    pub(crate) async fn handled(&self, code: &str) -> f64 {
+        self.metric(&format!(
+            "grpc_server_handled_total{{grpc_type=\"unary\",grpc_service=\"huaweicloud.rds.task.v1.TaskService\",\
+             grpc_method=\"GetTaskDetail\",grpc_code=\"{code}\"}}"
+        ))
+        .await
+    }
+
+    /// All lines written until now.
+    pub(crate) fn logs(&self) -> Vec<String> {
+        self.logs
+            .0
+            .0
+            .lock()
+            .expect("no panic under the lock")
+            .clone()
+    }
+
+    /// Waits for a line that `wanted` accepts.
+    pub(crate) fn wait_for_log(
+        &self,
+        wanted: impl Fn(&serde_json::Value) -> bool,
+    ) -> serde_json::Value {
+        self.logs
+            .wait_for(|lines| {
+                lines
+                    .iter()
+                    .find_map(|line| serde_json::from_str(line).ok().filter(&wanted))
+            })
+            .unwrap_or_else(|| panic!("no such line in {:#?}", self.logs()))
+    }
+
+    /// Waits for the access line of the RPC with this request id.
+    pub(crate) fn access_line(&self, request_id: &str) -> serde_json::Value {
+        self.wait_for_log(|line| {
+            line["request_id"] == request_id && line.get("grpc_code").is_some()
+        })
+    }
+
+    /// Sends a signal, by name.
+    pub(crate) fn signal(&self, name: &str) {
+        let done = Command::new("kill")
+            .args([&format!("-{name}"), &self.child.id().to_string()])
+            .status();
+        assert!(
+            done.is_ok_and(|status| status.success()),
+            "the signal is sent"
+        );
+    }
+
+    /// Waits for the end of the program.
+    pub(crate) fn wait(&mut self) -> ExitStatus {
+        let end = Instant::now() + Duration::from_secs(40);
+        while Instant::now() < end {
+            if let Some(status) = self.child.try_wait().expect("the child is ours") {
+                return status;
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+        panic!("the program does not end: {:#?}", self.logs());
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Runs the program to its end: exit code, standard output, standard error.
+pub(crate) fn run(args: &[&str], env: &[(&str, &str)]) -> (i32, String, String) {
+    let mut child = Command::new(PROGRAM)
+        .args(args)
+        .env_clear()
+        .envs(env.iter().copied())
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the program starts");
+    let (mut out, mut err) = (String::new(), String::new());
+    child
+        .stdout
+        .take()
+        .expect("stdout is piped")
+        .read_to_string(&mut out)
+        .expect("text");
+    child
+        .stderr
+        .take()
+        .expect("stderr is piped")
+        .read_to_string(&mut err)
+        .expect("text");
+    let code = child
+        .wait()
+        .expect("the child is ours")
+        .code()
+        .unwrap_or(-1);
+    (code, out, err)
+}

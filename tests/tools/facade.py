@@ -1,0 +1,217 @@
+"""Starts and ends the program for the checks in this folder. The names of the log's fields stand here and nowhere else.
+
+The program is target/release/rds-task-facade, or what the variable FACADE names. Other binaries (grpcurl, h2spec) are
+looked up in the folders that the variable CI_TOOLS names, separated by colons, and then in PATH.
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = os.environ.get("FACADE", str(ROOT / "target/release/rds-task-facade"))
+SERVICE = "huaweicloud.rds.task.v1.TaskService"
+
+# The first line of `serve` names the addresses that were bound.
+LISTEN_FIELD, METRICS_FIELD = "listen", "metrics"
+
+# The example of the RDS API reference, Obtaining Task Information.
+PROJECT_ID = "0483b6b16e954cb88930a360d2c4e663"
+INSTANCE_ID = "1ffc4167903840cb93a3da56d28c14fdin01"
+WORKFLOW_ID = "102772a9-31fa-4129-b9f8-7638e2792f3b"
+WORKFLOW_NAME = "CreateMysqlSingleHAInstance"
+EXAMPLE_TASK = {
+    "instance_id": INSTANCE_ID,
+    "instance_name": "rds-mysql-2",
+    "job_id": WORKFLOW_ID,
+    "job_name": WORKFLOW_NAME,
+}
+
+# What the sandbox accepts.
+SANDBOX_TOKEN = "sandbox-token"
+SANDBOX_AK, SANDBOX_SK = "SANDBOXACCESSKEY", "sandbox-secret-key"
+SANDBOX_SECURITY_TOKEN = "sandbox-security-token"
+
+START_SECONDS = 15
+STOP_SECONDS = 30
+
+
+class Process:
+    """One run of the program; a context manager that ends exactly the process that it started."""
+
+    def __init__(self, *arguments, environment=None):
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("RDS_TASK_FACADE_", "HUAWEICLOUD_", "OTEL_")) and name != "RUST_LOG"
+        }
+        self.output = []
+        self._more = threading.Condition()
+        self._process = subprocess.Popen(
+            [PROGRAM, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env={**inherited, **(environment or {})},
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self):
+        for line in self._process.stdout:
+            with self._more:
+                self.output.append(line.rstrip("\n"))
+                self._more.notify_all()
+
+    def wait_for(self, what, found):
+        """The first thing that `found` makes of the output so far and that is not None."""
+        deadline = time.monotonic() + START_SECONDS
+        with self._more:
+            while True:
+                value = found(self.output)
+                if value is not None:
+                    return value
+                if self._process.poll() is not None or time.monotonic() > deadline:
+                    raise AssertionError(f"no {what}; exit code {self._process.poll()}:\n" + "\n".join(self.output))
+                self._more.wait(0.05)
+
+    def stop(self):
+        """SIGTERM, then the exit code."""
+        self._process.terminate()
+        return self._process.wait(STOP_SECONDS)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self._process.poll() is None:
+            try:
+                self.stop()
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+
+
+class Facade(Process):
+    """`serve` on free ports. `address` and `metrics` are host:port."""
+
+    def __init__(self, *arguments, environment=None):
+        super().__init__(
+            "serve",
+            "--listen=127.0.0.1:0",
+            "--metrics-listen=127.0.0.1:0",
+            "--log-format=json",
+            *arguments,
+            environment=environment,
+        )
+        try:
+            started = self.wait_for("log line with the addresses", _started)
+        except BaseException:
+            self.__exit__()
+            raise
+        self.address, self.metrics = started[LISTEN_FIELD], started[METRICS_FIELD]
+
+    def call(self, *arguments, environment=None):
+        """Runs `call` against this instance: exit code, reply or None, text on standard error."""
+        return call(f"http://{self.address}", *arguments, environment=environment)
+
+    def wait_until_serving(self):
+        """Waits for the first credential."""
+        deadline = time.monotonic() + START_SECONDS
+        command = [PROGRAM, "health", "--target", f"http://{self.address}"]
+        while subprocess.run(command, capture_output=True, timeout=10).returncode != 0:
+            if time.monotonic() > deadline:
+                raise AssertionError("not SERVING:\n" + "\n".join(self.output))
+            time.sleep(0.1)
+
+
+def _started(output):
+    for line in output:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        fields = {**record, **record.get("fields", {})}
+        if LISTEN_FIELD in fields:
+            return fields
+    return None
+
+
+class Sandbox(Process):
+    """`sandbox` on a free port. `url` is its base URL."""
+
+    def __init__(self):
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        super().__init__("sandbox", f"--listen=127.0.0.1:{port}")
+
+        def connected(_):
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                return True
+            except OSError:
+                return None
+
+        try:
+            self.wait_for("sandbox", connected)
+        except BaseException:
+            self.__exit__()
+            raise
+
+
+def call(target, *arguments, environment=None):
+    result = subprocess.run(
+        [PROGRAM, "call", "--target", target, *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, **(environment or {})},
+    )
+    reply = json.loads(result.stdout) if result.returncode == 0 else None
+    return result.returncode, reply, result.stderr
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def tool(name):
+    """Path of a binary that CI installs."""
+    path = os.environ.get("CI_TOOLS", "") + os.pathsep + os.environ.get("PATH", "")
+    found = shutil.which(name, path=path.lstrip(os.pathsep))
+    if found is None:
+        raise SystemExit(f"{name} is not installed; .ci/run installs it")
+    return found
+
+
+class Checks:
+    """Counts checks, prints each, and decides the exit code."""
+
+    def __init__(self):
+        self.passed = self.failed = 0
+
+    def that(self, name, holds, seen=""):
+        if holds:
+            self.passed += 1
+            print(f"ok    {name}")
+        else:
+            self.failed += 1
+            print(f"FAIL  {name}\n      {seen!s}".rstrip())
+
+    def equal(self, name, seen, expected):
+        self.that(name, seen == expected, f"seen     {seen!r}\n      expected {expected!r}")
+
+    def finish(self):
+        print(f"{self.passed} passed, {self.failed} failed")
+        sys.exit(1 if self.failed or not self.passed else 0)

@@ -1,0 +1,77 @@
+"""An old and a new grpcurl understand the service: reflection (v1alpha and v1), a call, a failure's details, health.
+
+grpcurl 1.8.6 knows reflection v1alpha only; the current one asks for v1 first.
+"""
+
+import json
+import subprocess
+
+from facade import EXAMPLE_TASK, INSTANCE_ID, PROJECT_ID, SERVICE, WORKFLOW_ID, WORKFLOW_NAME, Checks, Facade, tool
+
+METHOD = f"{SERVICE}/GetTaskDetail"
+EXAMPLE_REQUEST = {
+    "project_id": PROJECT_ID,
+    "instance_id": INSTANCE_ID,
+    "workflow_id": WORKFLOW_ID,
+    "workflow_name": WORKFLOW_NAME,
+}
+
+
+def main():
+    checks = Checks()
+    with Facade("--sandbox") as facade:
+        facade.wait_until_serving()
+        for generation in ("grpcurl-new", "grpcurl-old"):
+            check(checks, generation, facade.address)
+    checks.finish()
+
+
+def check(checks, generation, address):
+    binary = tool(generation)
+
+    def grpcurl(*arguments, data=None):
+        options = ["-plaintext", "-max-time", "20"]
+        if data is not None:
+            options += ["-d", json.dumps(data)]
+        return subprocess.run(
+            [binary, *options, address, *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    listed = grpcurl("list")
+    for service in (SERVICE, "grpc.health.v1.Health"):
+        checks.that(f"{generation} lists {service}", service in listed.stdout.split(), listed)
+
+    described = grpcurl("describe", SERVICE)
+    checks.that(f"{generation} describes the method", "rpc GetTaskDetail" in described.stdout, described)
+    described = grpcurl("describe", "huaweicloud.rds.task.v1.GetTaskDetailRequest")
+    checks.that(f"{generation} describes the request", "string workflow_id = 3" in described.stdout, described)
+
+    answered = grpcurl(METHOD, data=EXAMPLE_REQUEST)
+    checks.that(f"{generation} gets the example task", answered.returncode == 0, answered)
+    reply = json.loads(answered.stdout or "null") or {}
+    proto_names = {name: reply.get(camel_case(name)) for name in EXAMPLE_TASK}
+    checks.equal(f"{generation} prints the vendor page's example reply", proto_names, EXAMPLE_TASK)
+    checks.equal(f"{generation} prints nothing else", len(reply), len(EXAMPLE_TASK))
+
+    failed = grpcurl(METHOD, data={**EXAMPLE_REQUEST, "workflow_id": "nope"})
+    text = failed.stdout + failed.stderr
+    checks.that(f"{generation} fails for an unknown task", failed.returncode != 0, failed)
+    for part in ("NotFound", "google.rpc.ErrorInfo", "google.rpc.RequestInfo", "TASK_NOT_FOUND", "rds-task-facade"):
+        checks.that(f"{generation} shows {part} of the failure", part in text, failed)
+
+    for name in ("", SERVICE):
+        health = grpcurl("grpc.health.v1.Health/Check", data={"service": name})
+        checks.that(f"{generation} sees {name or 'the server'} SERVING", '"SERVING"' in health.stdout, health)
+
+
+def camel_case(name):
+    first, *others = name.split("_")
+    return first + "".join(part.capitalize() for part in others)
+
+
+if __name__ == "__main__":
+    main()
