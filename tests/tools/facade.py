@@ -114,10 +114,10 @@ class Facade(Process):
         )
         try:
             started = self.wait_for("log line with the addresses", _started)
+            self.address, self.metrics = started[LISTEN_FIELD], started[METRICS_FIELD]
         except BaseException:
             self.__exit__()
             raise
-        self.address, self.metrics = started[LISTEN_FIELD], started[METRICS_FIELD]
 
     def call(self, *arguments, environment=None):
         """Runs `call` against this instance: exit code, reply or None, text on standard error."""
