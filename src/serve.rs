@@ -133,21 +133,24 @@ async fn run(config: Config, metrics: Arc<Metrics>, access: Access) -> Result<()
             future::pending(),
         ));
     }
-    tracing::info!(
-        version = env!("CARGO_PKG_VERSION"),
-        listen = %listen,
-        metrics_listen = %metrics_listen.map_or_else(|| "off".to_owned(), |address| address.to_string()),
-        upstream = endpoint.as_str(),
-        config = config.summary(),
-        "serving"
-    );
-    if sandbox.is_some() {
-        tracing::warn!("the upstream is the embedded sandbox: no answer is real");
-    }
-    if let Some(warning) = config.exposure_warning() {
-        tracing::warn!("{warning}");
-    }
+    let server_config = server_config(&config);
     let timeout = config.timeout;
+    let started = move || {
+        tracing::info!(
+            version = env!("CARGO_PKG_VERSION"),
+            listen = %listen,
+            metrics_listen = %metrics_listen.map_or_else(|| "off".to_owned(), |address| address.to_string()),
+            upstream = endpoint.as_str(),
+            config = config.summary(),
+            "serving"
+        );
+        if sandbox.is_some() {
+            tracing::warn!("the upstream is the embedded sandbox: no answer is real");
+        }
+        if let Some(warning) = config.exposure_warning() {
+            tracing::warn!("{warning}");
+        }
+    };
     let parts = server::Parts {
         facade: move || {
             let mut facades = facades.lock().unwrap_or_else(PoisonError::into_inner);
@@ -157,8 +160,9 @@ async fn run(config: Config, metrics: Arc<Metrics>, access: Access) -> Result<()
         serving,
         metrics,
         access: Arc::new(move |record: &Record<'_>| write_access(&access, record, timeout)),
+        started: Box::new(started),
     };
-    server::serve(listener, server_config(&config), parts, shutdown).await?;
+    server::serve(listener, server_config, parts, shutdown).await?;
     Ok(())
 }
 

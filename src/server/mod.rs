@@ -124,6 +124,8 @@ pub struct Parts<F> {
     pub metrics: Arc<Metrics>,
     /// Takes the record of every RPC.
     pub access: Access,
+    /// Called once, when nothing can fail any more and connections are let in.
+    pub started: Box<dyn FnOnce() + Send>,
 }
 
 impl<F> fmt::Debug for Parts<F> {
@@ -167,6 +169,7 @@ where
         serving,
         metrics,
         access,
+        started,
     } = parts;
     let tls = match &config.tls {
         Some(files) => Some(Arc::new(tls::Tls::load(files.clone(), &metrics)?)),
@@ -211,6 +214,7 @@ where
         tracker: tracker.clone(),
     };
 
+    started();
     let first = *ready.borrow_and_update();
     health.set(first).await;
     tokio::select! {
