@@ -155,7 +155,7 @@ pub struct Outcome {
 /// Why an RPC failed. Only [`crate::status`] turns it into a status.
 #[derive(Debug, Clone)]
 pub enum Error {
-    /// The request breaks the rules of the proto: (field, what is wrong), all of them. INVALID_ARGUMENT.
+    /// The request breaks the rules of the proto: (field, what is wrong), all of them. `INVALID_ARGUMENT`.
     InvalidRequest(Vec<Violation>),
     /// The call breaks the rules of gRPC over HTTP/2: the code says which, the text what. `INVALID_REQUEST`.
     Protocol(tonic::Code, &'static str),

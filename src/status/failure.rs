@@ -92,7 +92,6 @@ impl<'a> Failure<'a> {
                 query,
             } => Self {
                 facts: Some(&error.facts),
-                owner: Some(*owner),
                 ..Self::of_upstream(error, *owner, query)
             },
             rpc::Error::DeadlineExceeded => {
@@ -190,6 +189,8 @@ impl<'a> Failure<'a> {
             throttled_subject: rejection.throttled_subject.as_deref(),
             resource,
             encoded_authorization_message: rejection.encoded_authorization_message.as_deref(),
+            // Quotas, rights and what can be seen all depend on whose credential asked.
+            owner: Some(owner),
             ..ours
         }
     }
@@ -205,6 +206,8 @@ impl<'a> Failure<'a> {
                 (Code::Unimplemented, sentence::UNKNOWN_ENCODING)
             }
             Code::Unimplemented => (Code::Unimplemented, sentence::UNKNOWN_METHOD),
+            // Only health asks the library for something by name.
+            Code::NotFound => (Code::NotFound, sentence::UNKNOWN_SERVICE),
             Code::DeadlineExceeded => {
                 return Self::new(Code::DeadlineExceeded, Reason::DeadlineExceeded);
             }

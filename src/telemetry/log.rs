@@ -135,6 +135,7 @@ impl Visit for Fields<'_> {
 
 #[cfg(test)]
 mod tests {
+    use prometheus_client::metrics::counter::Counter;
     use tracing::subscriber::with_default;
 
     use super::*;

@@ -125,7 +125,7 @@ impl Failed {
         };
         Self {
             reason: rejection.verdict.reason,
-            kind: ErrorKind::Rejected(rejection),
+            kind: ErrorKind::Rejected(Box::new(rejection)),
             policy,
             remedy: Remedy::None,
         }

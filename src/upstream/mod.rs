@@ -72,7 +72,7 @@ pub struct Error {
 #[derive(Debug, Clone)]
 pub enum ErrorKind {
     /// The vendor answered with an error, or with a status that this call never has.
-    Rejected(Rejection),
+    Rejected(Box<Rejection>),
     /// No complete answer: one of `UPSTREAM_DNS`, `_CONNECT`, `_TLS`, `_RESET`, `_TRUNCATED`, `_PROTOCOL`.
     Transport(Reason),
     /// The last attempt outlived the attempt timeout.
