@@ -3,6 +3,8 @@
 /// Starts the program, scripts upstreams, reads statuses.
 mod support;
 
+/// The command line, and the subcommands that are clients.
+mod cli;
 /// What the caller is told for every answer and every broken answer of upstream.
 mod errors;
 /// The request upstream receives, the reply, the rules of the request.
