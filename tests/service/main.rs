@@ -3,8 +3,12 @@
 /// Starts the program, scripts upstreams, reads statuses.
 mod support;
 
+/// The command line, and the subcommands that are clients.
+mod cli;
 /// Connections: limits, descriptors, silence.
 mod connections;
+/// What goes with a failure besides its code: waits, texts, ids, and their limits.
+mod details;
 /// One call: what a caller may send, how prompt the answer is, overload.
 mod edge;
 /// What the caller is told for every answer and every broken answer of upstream.
