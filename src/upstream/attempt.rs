@@ -281,7 +281,7 @@ impl Client {
         if !skewed || signed.clock_corrected {
             key.signature_refused(false);
         }
-        if skewed {
+        if skewed || signed.clock_corrected {
             return Failed {
                 remedy: Remedy::SignAgain,
                 ..Failed::lasting(ErrorKind::ClockSkew, Reason::ClockSkew)
