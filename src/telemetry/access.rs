@@ -197,7 +197,7 @@ mod tests {
     use super::*;
     use crate::{
         config::LogFormat,
-        telemetry::{log, writer::tests::Kept},
+        telemetry::{log, repeats::Repeats, writer::tests::Kept},
     };
 
     const JSON: Style = Style {
@@ -382,7 +382,9 @@ mod tests {
         for (filter, expected) in cases {
             let kept = Kept::default();
             let (writer, flush) = Writer::new(kept.clone(), Counter::default());
-            let subscriber = log::subscriber(TEXT, log::filter(filter).unwrap(), writer.clone());
+            let repeats = Repeats::new(Counter::default());
+            let filter_set = log::filter(filter).unwrap();
+            let subscriber = log::subscriber(TEXT, filter_set, writer.clone(), repeats);
             let access = Access::new(TEXT, writer);
             with_default(subscriber, || {
                 access.write(&full());

@@ -5,6 +5,7 @@ mod line;
 pub(crate) mod log;
 pub mod metrics;
 mod process;
+mod repeats;
 mod writer;
 
 use std::{
@@ -20,6 +21,7 @@ pub use self::access::{Access, AccessLine};
 use self::{
     line::{Line, Style},
     metrics::Metrics,
+    repeats::Repeats,
     writer::{Flush, Writer},
 };
 use crate::config::{self, LogFormat, Refused};
@@ -43,8 +45,9 @@ pub fn start(log: &config::Log, metrics: &Metrics) -> Telemetry {
     };
     let (writer, flush) = Writer::new(standard_output(), metrics.log_lines_dropped.clone());
     let filter = log::filter(&log.filter).expect("the configuration holds only filters that parse");
-    tracing::subscriber::set_global_default(log::subscriber(style, filter, writer.clone()))
-        .expect("the log is started once");
+    let repeats = Repeats::new(metrics.log_lines_suppressed.clone());
+    let subscriber = log::subscriber(style, filter, writer.clone(), repeats);
+    tracing::subscriber::set_global_default(subscriber).expect("the log is started once");
     log::set_panic_hook();
     Telemetry {
         access: Access::new(style, writer),

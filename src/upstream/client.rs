@@ -54,7 +54,7 @@ impl Endpoint {
     /// An endpoint of which nothing is known yet.
     pub fn new(config: Config, metrics: Arc<Metrics>) -> Arc<Self> {
         Arc::new(Self {
-            breaker: Breaker::new(),
+            breaker: Breaker::new(metrics.circuit_open.clone()),
             clock: Clock::default(),
             rate: config.rate.map(Rate::new),
             budget: Budget::new(config.retry_budget_percent),
