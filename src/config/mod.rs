@@ -11,6 +11,7 @@ mod regions;
 mod serve;
 #[cfg(test)]
 mod tests;
+mod tracing;
 mod urls;
 mod values;
 
@@ -21,7 +22,10 @@ use std::{
 
 use secrecy::SecretString;
 
-pub use self::command::Command;
+pub use self::{
+    command::Command,
+    tracing::{Propagators, Sampler, Tracing},
+};
 
 /// The environment, as it is passed in.
 pub type Environment = BTreeMap<OsString, OsString>;
@@ -69,6 +73,10 @@ pub struct Config {
     pub reflection: bool,
     /// How the log looks.
     pub log: Log,
+    /// How traces are made and exported; `None` for not at all.
+    pub tracing: Option<Tracing>,
+    /// Whether upstream requests carry the trace context.
+    pub propagate_trace_upstream: bool,
     /// Name and effective value of every setting, secrets left out.
     shown: Vec<(String, String)>,
 }

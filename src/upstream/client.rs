@@ -21,7 +21,7 @@ use crate::{
     deadline::Limit,
     http,
     reason::Reason,
-    telemetry::metrics::Metrics,
+    telemetry::{ServerSpan, metrics::Metrics},
 };
 
 /// How calls are made.
@@ -102,6 +102,8 @@ impl Client {
 
     /// Looks up one task. At most `max_attempts` attempts, and one more after a renewed token or a corrected clock.
     ///
+    /// Each attempt is a child of `span`.
+    ///
     /// The call only reads, so repeating it after a lost answer costs quota and nothing else.
     ///
     /// # Errors
@@ -112,6 +114,7 @@ impl Client {
         mut auth: Auth,
         limit: &Limit,
         progress: &Progress,
+        span: Option<&Arc<ServerSpan>>,
     ) -> Result<Found, Error> {
         let request = TaskRequest::new(&self.endpoint.config.endpoint, query);
         let mut attempts = Attempts::new(self.endpoint.config.max_attempts);
@@ -121,7 +124,7 @@ impl Client {
         self.endpoint.budget.call();
         loop {
             let failed = match self
-                .attempt(&request, &auth, clock_corrected, limit, progress)
+                .attempt(&request, &auth, clock_corrected, limit, progress, span)
                 .await
             {
                 Ok(task) => {
