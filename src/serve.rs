@@ -19,7 +19,7 @@ use tokio::{
 use crate::{
     admin,
     config::{self, Config, Endpoint},
-    credentials::{self, AccessKey, Credentials, chain, fetch, iam, secret},
+    credentials::{self, Credentials, chain, fetch, iam},
     http,
     quota::{self, Quota},
     rpc::Facade,
@@ -42,10 +42,6 @@ enum Error {
     Upstream(#[from] http::BuildError),
     #[error(transparent)]
     Issuer(#[from] fetch::InvalidConfig),
-    #[error(transparent)]
-    Secret(#[from] credentials::auth::MalformedKey),
-    #[error("the token {0}")]
-    Token(#[from] secret::Malformed),
     #[error(transparent)]
     Server(#[from] server::Error),
     #[error("cannot listen for signals: {0}")]
@@ -116,7 +112,7 @@ async fn run(config: Config, metrics: Arc<Metrics>, access: Access) -> Result<()
     };
     let credentials = Credentials::start(
         credentials::Config {
-            source: source(&config.credentials, base_url)?,
+            source: source(&config.credentials, base_url),
             fetch: issuers,
         },
         Arc::clone(&metrics),
@@ -220,13 +216,11 @@ fn base_url(endpoint: &Endpoint, sandbox: Option<SocketAddr>) -> config::BaseUrl
 fn source(
     configured: &config::Credentials,
     base_url: impl Fn(&Endpoint) -> config::BaseUrl,
-) -> Result<credentials::Source, Error> {
+) -> credentials::Source {
     let url = |endpoint| base_url(endpoint).as_str().to_owned();
-    Ok(match configured {
+    match configured {
         config::Credentials::Caller => credentials::Source::Caller,
-        config::Credentials::Token(token) => {
-            credentials::Source::Token(secret::parse_token(token.expose_secret())?)
-        }
+        config::Credentials::Token(token) => credentials::Source::Token(token.clone()),
         config::Credentials::TokenFile(path) => credentials::Source::TokenFile(path.clone()),
         config::Credentials::Iam(iam) => credentials::Source::Iam(iam::Config {
             endpoint: url(&iam.endpoint),
@@ -235,32 +229,19 @@ fn source(
             password_file: iam.password_file.clone(),
             project: iam.project.clone(),
         }),
-        config::Credentials::Keys(keys) => credentials::Source::Key(access_key(keys)?),
+        config::Credentials::Key(key) => credentials::Source::Key(Arc::clone(key)),
         config::Credentials::Profile(path) => credentials::Source::Profile(path.clone()),
         config::Credentials::Metadata(endpoint) => credentials::Source::Metadata(url(endpoint)),
         config::Credentials::Chain {
-            keys,
+            key,
             profile,
             metadata,
         } => credentials::Source::Chain(chain::Config {
-            environment: keys.as_ref().map(access_key).transpose()?,
+            environment: key.clone(),
             profile: profile.clone(),
             metadata_endpoint: url(metadata),
         }),
-    })
-}
-
-fn access_key(keys: &config::Keys) -> Result<Arc<AccessKey>, Error> {
-    let security_token = keys
-        .security_token
-        .as_ref()
-        .map(|token| token.expose_secret());
-    let key = AccessKey::parse(
-        keys.access_key_id.expose_secret(),
-        keys.secret_access_key.expose_secret(),
-        security_token,
-    )?;
-    Ok(Arc::new(key))
+    }
 }
 
 /// One facade for each worker, made before any thread starts, so that a setting that cannot be used ends the start.
