@@ -5,8 +5,8 @@ use std::{
     future, io,
     net::{Ipv4Addr, SocketAddr},
     process::ExitCode,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    sync::{Arc, Mutex, OnceLock, PoisonError},
+    time::{Duration, Instant},
 };
 
 use secrecy::ExposeSecret as _;
@@ -25,9 +25,13 @@ use crate::{
     rpc::Facade,
     sandbox::Sandbox,
     server::{self, Record, Timings, tls},
-    telemetry::{self, Access, AccessLine, metrics::Metrics},
+    telemetry::{self, Access, AccessLine, ServerSpan, Tracer, metrics::Metrics},
     upstream,
 };
+
+/// For the last spans, when calls in flight have used up the shutdown, and at most.
+const MIN_EXPORT: Duration = Duration::from_millis(500);
+const MAX_EXPORT: Duration = Duration::from_secs(5);
 
 /// Why the program ends before it serves, or cannot go on. One sentence for the operator.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +48,8 @@ enum Error {
     Issuer(#[from] fetch::InvalidConfig),
     #[error(transparent)]
     Server(#[from] server::Error),
+    #[error(transparent)]
+    Tracing(#[from] telemetry::TracingError),
     #[error("cannot listen for signals: {0}")]
     Signals(#[source] io::Error),
 }
@@ -131,6 +137,23 @@ async fn run(config: Config, metrics: Arc<Metrics>, access: Access) -> Result<()
     }
     let server_config = server_config(&config);
     let timeout = config.timeout;
+    let shutdown_takes = config.drain_delay + config.shutdown_grace;
+    let tracer = match &config.tracing {
+        Some(tracing) => Some(telemetry::start_tracing(
+            tracing,
+            config.propagate_trace_upstream,
+            Arc::clone(&metrics),
+        )?),
+        None => None,
+    };
+    let stopping = Arc::new(OnceLock::new());
+    let shutdown = {
+        let stopping = Arc::clone(&stopping);
+        async move {
+            shutdown.await;
+            let _ = stopping.set(Instant::now());
+        }
+    };
     let started = move || {
         tracing::info!(
             version = env!("CARGO_PKG_VERSION"),
@@ -157,9 +180,21 @@ async fn run(config: Config, metrics: Arc<Metrics>, access: Access) -> Result<()
         metrics,
         access: Arc::new(move |record: &Record<'_>| write_access(&access, record, timeout)),
         started: Box::new(started),
+        tracer: tracer.clone(),
     };
     server::serve(listener, server_config, parts, shutdown).await?;
+    if let Some(tracer) = tracer {
+        let spent = stopping.get().map(Instant::elapsed).unwrap_or_default();
+        export_the_rest(&tracer, shutdown_takes.saturating_sub(spent));
+    }
     Ok(())
+}
+
+/// The spans that still wait, within what calls in flight have left of the shutdown.
+fn export_the_rest(tracer: &Tracer, left: Duration) {
+    if !tracer.finish(left.clamp(MIN_EXPORT, MAX_EXPORT)) {
+        tracing::warn!("the last spans did not reach the collector in time");
+    }
 }
 
 async fn run_sandbox(listen: SocketAddr) -> Result<(), Error> {
@@ -332,11 +367,17 @@ fn server_config(config: &Config) -> server::Config {
     }
 }
 
+/// Tells one RPC that is over: a line in the log, and the end of its span.
 fn write_access(access: &Access, record: &Record<'_>, timeout: Duration) {
     let outcome = record.call.outcome();
-    access.write(&AccessLine {
+    let span = record.call.span.as_deref();
+    let callers = match (span, record.traceparent) {
+        (None, Some(value)) => telemetry::Context::of_traceparent(value),
+        _ => None,
+    };
+    let line = AccessLine {
         request_id: &record.call.request_id,
-        traceparent: record.traceparent.map(|value| value.as_bytes()),
+        trace: span.map(ServerSpan::context).or(callers.as_ref()),
         grpc_method: record.method.name(),
         grpc_code: record.code,
         reason: outcome.reason,
@@ -351,5 +392,9 @@ fn write_access(access: &Access, record: &Record<'_>, timeout: Duration) {
         peer: Some(record.peer),
         user_agent: record.user_agent.map(|value| value.as_bytes()),
         bytes: record.bytes as u64,
-    });
+    };
+    access.write(&line);
+    if let Some(span) = span {
+        span.end(&line);
+    }
 }

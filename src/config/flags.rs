@@ -92,6 +92,7 @@ pub(super) const SERVE: &[Flag] = &[
     flag("tls-key", "FILE", "", "PEM file of the certificate's key; read again when it changes"),
     flag("tls-client-ca", "FILE", "", "PEM file of the certificates that sign client certificates, which it makes mandatory; read again when it changes"),
     flag("reflection", BOOLEAN, "true", "Serve gRPC reflection"),
+    flag("propagate-trace-upstream", BOOLEAN, "false", "Send traceparent and tracestate of the attempt's span upstream; needs the export of traces"),
     flag("log-format", "FORMAT", "text", "text or json; the filter is the variable RUST_LOG"),
     flag("print-config", BOOLEAN, "false", "Print the effective configuration without secrets, and exit"),
 ];
@@ -170,7 +171,8 @@ Other variables:
                                    for --credentials env and chain
   HUAWEICLOUD_SDK_CREDENTIALS_FILE for --credentials profile and chain [default: ~/.huaweicloud/credentials]
   HUAWEICLOUD_SDK_IAM_ENDPOINT     for --credentials iam
-  RUST_LOG                         filter of the log [default: info]";
+  RUST_LOG                         filter of the log [default: info]
+  OTEL_EXPORTER_OTLP_ENDPOINT      export of traces over http/protobuf; the other OTEL_* variables count then";
 
 /// The whole command line. Values stay text: they are validated together, so that all mistakes show at once.
 pub(super) fn command() -> Command {

@@ -11,6 +11,7 @@ mod regions;
 mod serve;
 #[cfg(test)]
 mod tests;
+mod tracing;
 mod urls;
 mod values;
 
@@ -22,7 +23,10 @@ use std::{
 use http::HeaderValue;
 use secrecy::SecretString;
 
-pub use self::command::Command;
+pub use self::{
+    command::Command,
+    tracing::{Propagators, Sampler, Tracing},
+};
 use crate::credentials::AccessKey;
 
 /// The environment, as it is passed in.
@@ -71,6 +75,10 @@ pub struct Config {
     pub reflection: bool,
     /// How the log looks.
     pub log: Log,
+    /// How traces are made and exported; `None` for not at all.
+    pub tracing: Option<Tracing>,
+    /// Whether upstream requests carry the trace context.
+    pub propagate_trace_upstream: bool,
     /// Name and effective value of every setting, secrets left out.
     shown: Vec<(String, String)>,
 }

@@ -8,6 +8,7 @@ use super::{
     flags,
     read::{self, Reader, Typed},
     regions::{self, Region},
+    tracing,
     urls::{self, PlainHttp},
     values::{self, Parsed},
 };
@@ -88,6 +89,8 @@ pub(super) fn of_matches(
             format: log_format,
             filter: filter(r),
         },
+        tracing: tracing::read(r),
+        propagate_trace_upstream: r.value("propagate-trace-upstream", values::boolean),
         shown: Vec::new(),
     };
     if r.mistakes.is_empty() {
@@ -241,6 +244,12 @@ fn shown(r: &mut Reader<'_>, config: &Config, source: &str) -> Vec<(String, Stri
             .map(|name| ((*name).to_owned(), "set".to_owned())),
     );
     shown.push(("RUST_LOG".to_owned(), config.log.filter.clone()));
+    if let Some(tracing) = &config.tracing {
+        shown.push(("traces".to_owned(), tracing.endpoint.clone()));
+        if !tracing.headers.is_empty() {
+            shown.push(("OTEL_EXPORTER_OTLP_HEADERS".to_owned(), "set".to_owned()));
+        }
+    }
     shown
 }
 

@@ -41,7 +41,10 @@ use tokio_util::task::TaskTracker;
 
 pub use record::{Access, Record};
 
-use crate::{pb::task_service_server::TaskService, telemetry::metrics::Metrics};
+use crate::{
+    pb::task_service_server::TaskService,
+    telemetry::{Tracer, metrics::Metrics},
+};
 
 /// How the listener behaves.
 #[derive(Debug, Clone)]
@@ -126,6 +129,8 @@ pub struct Parts<F> {
     pub access: Access,
     /// Called once, when nothing can fail any more and connections are let in.
     pub started: Box<dyn FnOnce() + Send>,
+    /// Makes the span of every RPC, where traces are exported.
+    pub tracer: Option<Arc<Tracer>>,
 }
 
 impl<F> fmt::Debug for Parts<F> {
@@ -170,6 +175,7 @@ where
         metrics,
         access,
         started,
+        tracer,
     } = parts;
     let tls = match &config.tls {
         Some(files) => Some(Arc::new(tls::Tls::load(files.clone(), &metrics)?)),
@@ -192,6 +198,7 @@ where
         let sinks = record::Sinks {
             metrics: Arc::clone(&metrics),
             access: Arc::clone(&access),
+            tracer: tracer.clone(),
         };
         let shared = move || connection::Shared {
             edge: edge::Edge::new(facade(), routes, reflection, timeout, in_flight, sinks),

@@ -22,7 +22,7 @@ use crate::{
     deadline::Limit,
     http,
     reason::Reason,
-    telemetry::metrics::Metrics,
+    telemetry::{ServerSpan, metrics::Metrics},
 };
 
 /// How calls are made.
@@ -56,7 +56,7 @@ impl Endpoint {
     /// An endpoint of which nothing is known yet.
     pub fn new(config: Config, metrics: Arc<Metrics>) -> Arc<Self> {
         Arc::new(Self {
-            breaker: Breaker::new(),
+            breaker: Breaker::new(metrics.circuit_open.clone()),
             clock: Clock::default(),
             rate: config.rate.map(Rate::new),
             throttle: Throttle::new(),
@@ -105,6 +105,8 @@ impl Client {
 
     /// Looks up one task. At most `max_attempts` attempts, and one more after a renewed token or a corrected clock.
     ///
+    /// Each attempt is a child of `span`.
+    ///
     /// The call only reads, so repeating it after a lost answer costs quota and nothing else.
     ///
     /// # Errors
@@ -115,6 +117,7 @@ impl Client {
         mut auth: Auth,
         limit: &Limit,
         progress: &Progress,
+        span: Option<&Arc<ServerSpan>>,
     ) -> Result<Found, Error> {
         let request = TaskRequest::new(&self.endpoint.config.endpoint, query);
         let mut attempts = Attempts::new(self.endpoint.config.max_attempts);
@@ -124,7 +127,7 @@ impl Client {
         self.endpoint.budget.call();
         loop {
             let failed = match self
-                .attempt(&request, &auth, clock_corrected, limit, progress)
+                .attempt(&request, &auth, clock_corrected, limit, progress, span)
                 .await
             {
                 Ok(task) => {
