@@ -66,7 +66,7 @@ pub(super) const SERVE: &[Flag] = &[
     flag("allow-insecure-upstream", BOOLEAN, "false", "Allow plain http beyond loopback for --endpoint and --iam-endpoint"),
     flag("upstream-ca", "FILE", "", "PEM file of certificates that are trusted on top of the system's"),
     flag("upstream-proxy", "URL", "", "http://[user:password@]host:port, for the vendor's endpoints; proxy variables of the environment are not read"),
-    flag("upstream-rate", "CALLS/TIME", "off", "Most upstream calls in a time, for example 60/1m; the rest is answered RESOURCE_EXHAUSTED at once"),
+    flag("upstream-rate", "CALLS/TIME", "off", "Most upstream calls of one credential in a time, for example 60/1m: a call whose turn comes before its deadline waits, any other is refused at once"),
     flag("credentials", "SOURCE", "caller", "caller (x-auth-token of each call), token, iam, env, profile, metadata or chain (env, profile, metadata); with --sandbox the default is token"),
     flag("token-file", "FILE", "", "For token: file with the token, read again when it changes; or the variable RDS_TASK_FACADE_TOKEN"),
     flag("iam-endpoint", "URL", "", "For iam: base URL of IAM; by default the region's, or HUAWEICLOUD_SDK_IAM_ENDPOINT"),

@@ -226,17 +226,16 @@ fn shown(r: &mut Reader<'_>, config: &Config, source: &str) -> Vec<(String, Stri
     }
     let secrets: &[&str] = match &config.credentials {
         Credentials::Token(_) => &["RDS_TASK_FACADE_TOKEN"],
-        Credentials::Keys(keys)
-        | Credentials::Chain {
-            keys: Some(keys), ..
-        } => match keys.security_token {
-            Some(_) => &[
-                "HUAWEICLOUD_SDK_AK",
-                "HUAWEICLOUD_SDK_SK",
-                "HUAWEICLOUD_SDK_SECURITY_TOKEN",
-            ],
-            None => &["HUAWEICLOUD_SDK_AK", "HUAWEICLOUD_SDK_SK"],
-        },
+        Credentials::Key(key) | Credentials::Chain { key: Some(key), .. } => {
+            match key.security_token {
+                Some(_) => &[
+                    "HUAWEICLOUD_SDK_AK",
+                    "HUAWEICLOUD_SDK_SK",
+                    "HUAWEICLOUD_SDK_SECURITY_TOKEN",
+                ],
+                None => &["HUAWEICLOUD_SDK_AK", "HUAWEICLOUD_SDK_SK"],
+            }
+        }
         _ => &[],
     };
     shown.extend(

@@ -32,10 +32,7 @@ pub(super) async fn handle(
         .resolve(metadata, call.deadline)
         .await
         .map_err(Error::Credentials)?;
-    let question = Arc::new(Question {
-        identity: auth.identity(),
-        query,
-    });
+    let question = facade.quota.question(auth.identity(), query);
     let answer = facade.quota.ask(
         &question,
         call.deadline,

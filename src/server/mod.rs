@@ -127,6 +127,8 @@ pub struct Parts<F> {
     pub metrics: Arc<Metrics>,
     /// Takes the record of every RPC.
     pub access: Access,
+    /// Called once, when nothing can fail any more and connections are let in.
+    pub started: Box<dyn FnOnce() + Send>,
     /// Makes the span of every RPC, where traces are exported.
     pub tracer: Option<Arc<Tracer>>,
 }
@@ -172,6 +174,7 @@ where
         serving,
         metrics,
         access,
+        started,
         tracer,
     } = parts;
     let tls = match &config.tls {
@@ -218,6 +221,7 @@ where
         tracker: tracker.clone(),
     };
 
+    started();
     let first = *ready.borrow_and_update();
     health.set(first).await;
     tokio::select! {

@@ -55,6 +55,7 @@ pub(super) enum Reply {
 
 /// A plain HTTP answer to something that is no gRPC call.
 pub(super) fn not_grpc(mut rpc: Rpc, status: StatusCode, text: &'static str) -> Response<Reply> {
+    rpc.call.failed(Reason::InvalidRequest);
     rpc.end(Code::Unknown);
     let mut response = Response::new(Reply::Text(text));
     *response.status_mut() = status;

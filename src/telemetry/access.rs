@@ -100,6 +100,8 @@ impl Access {
 /// ERROR when the server or upstream is at fault, INFO when the caller is or nobody.
 fn level(code: Code, reason: Option<Reason>) -> Level {
     match code {
+        // What no gRPC client sends, whatever code answers it, is the caller's fault.
+        _ if reason == Some(Reason::InvalidRequest) => Level::INFO,
         Code::Unknown
         | Code::DeadlineExceeded
         | Code::Internal
@@ -296,10 +298,19 @@ mod tests {
                 Code::DataLoss
             ]
         );
-        assert_eq!(
-            level(Code::Unimplemented, Some(Reason::UpstreamApiNotFound)),
-            Level::ERROR
-        );
+        let cases = [
+            (
+                Code::Unimplemented,
+                Reason::UpstreamApiNotFound,
+                Level::ERROR,
+            ),
+            (Code::Unknown, Reason::InvalidRequest, Level::INFO),
+            (Code::Internal, Reason::InvalidRequest, Level::INFO),
+            (Code::Internal, Reason::Internal, Level::ERROR),
+        ];
+        for (code, reason, expected) in cases {
+            assert_eq!(level(code, Some(reason)), expected, "{code:?} {reason:?}");
+        }
     }
 
     #[test]

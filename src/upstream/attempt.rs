@@ -21,7 +21,7 @@ use super::{
     wire::{NotATask, TaskDetail, parse_task_detail},
 };
 use crate::{
-    credentials::{self, Auth, key_guard},
+    credentials::{self, Auth, Identity, key_guard},
     deadline::Limit,
     http::{Answer, Failure},
     reason::Reason,
@@ -155,21 +155,12 @@ impl Client {
                 Reason::DeadlineExceeded,
             ));
         }
-        if let Some(rate) = &endpoint.rate {
-            rate.turn(auth.identity(), limit.deadline())
-                .await
-                .map_err(|retry_after| {
-                    endpoint.metrics.throttled.inc();
-                    Failed::lasting(ErrorKind::Throttled { retry_after }, Reason::Throttled)
-                })?;
-        }
+        self.admit(auth.identity(), limit).await?;
         let key = match auth {
             Auth::Token(_) => None,
             Auth::Key(key) => Some(key.guard.admit(limit.deadline()).await.map_err(refused)?),
         };
-        let admission = endpoint.breaker.admit().map_err(|retry_after| {
-            Failed::lasting(ErrorKind::CircuitOpen { retry_after }, Reason::CircuitOpen)
-        })?;
+        let admission = endpoint.breaker.admit().map_err(circuit_open)?;
 
         let signed = Signed {
             at: endpoint.clock.now(),
@@ -219,7 +210,30 @@ impl Client {
             Err(failure) => return Err(end_without_answer(record, admission, failure)),
         };
         record.end(AttemptOutcome::Answer);
-        self.understand(&answer, &body, signed, admission, key, progress)
+        let understood = self.understand(&answer, &body, signed, admission, key, progress);
+        if let Err(Failed {
+            kind: ErrorKind::Rejected(rejection),
+            ..
+        }) = &understood
+        {
+            endpoint.throttle.learn(auth.identity(), rejection);
+        }
+        understood
+    }
+
+    /// Waits until neither the vendor's rate nor our own holds the identity back.
+    async fn admit(&self, identity: Identity, limit: &Limit) -> Result<(), Failed> {
+        let endpoint = &*self.endpoint;
+        endpoint.throttle.check(identity).map_err(held_back)?;
+        if let Some(rate) = &endpoint.rate {
+            // An attempt that the breaker stops takes no turn. The place of a probe is free again at once.
+            endpoint.breaker.admit().map_err(circuit_open)?;
+            let turn = rate.turn(identity, limit.deadline());
+            turn.await.map_err(held_back)?;
+            // The vendor may have throttled another call in the meantime.
+            endpoint.throttle.check(identity).map_err(held_back)?;
+        }
+        Ok(())
     }
 
     fn understand(
@@ -299,7 +313,7 @@ impl Client {
         if !skewed || signed.clock_corrected {
             key.signature_refused(false);
         }
-        if skewed {
+        if skewed || signed.clock_corrected {
             return Failed {
                 remedy: Remedy::SignAgain,
                 ..Failed::lasting(ErrorKind::ClockSkew, Reason::ClockSkew)
@@ -307,6 +321,14 @@ impl Client {
         }
         Failed::rejected(rejection)
     }
+}
+
+fn held_back(retry_after: Duration) -> Failed {
+    Failed::lasting(ErrorKind::Throttled { retry_after }, Reason::Throttled)
+}
+
+fn circuit_open(retry_after: Duration) -> Failed {
+    Failed::lasting(ErrorKind::CircuitOpen { retry_after }, Reason::CircuitOpen)
 }
 
 fn malformed(admission: breaker::Admission<'_>) -> Failed {

@@ -15,6 +15,7 @@ use super::{
     rate::{self, Rate},
     request::TaskRequest,
     retry::{Attempts, Budget},
+    throttle::Throttle,
 };
 use crate::{
     credentials::{Auth, Credentials},
@@ -46,6 +47,7 @@ pub struct Endpoint {
     pub(super) breaker: Breaker,
     pub(super) clock: Clock,
     pub(super) rate: Option<Rate>,
+    pub(super) throttle: Throttle,
     pub(super) metrics: Arc<Metrics>,
     budget: Budget,
 }
@@ -57,6 +59,7 @@ impl Endpoint {
             breaker: Breaker::new(metrics.circuit_open.clone()),
             clock: Clock::default(),
             rate: config.rate.map(Rate::new),
+            throttle: Throttle::new(),
             budget: Budget::new(config.retry_budget_percent),
             config,
             metrics,
