@@ -21,7 +21,7 @@
 //! - [`upstream`]: the vendor's operation: request, throttling, pace, attempts, retry, breaker, wire format, meaning of errors
 //! - [`http`]: one bounded HTTP exchange; the only user of the HTTP client library
 //! - [`deadline`], [`reason`], [`status`]: the RPC's deadline, the closed list of reasons, the only maker of statuses
-//! - [`telemetry`]: log, metrics, access line
+//! - [`telemetry`]: log, access line, metrics, traces
 //! - [`admin`]: `/metrics`, `/livez`, `/readyz`
 //! - [`client`]: the subcommands `call` and `health`
 //! - [`sandbox`]: an embedded stand-in for RDS, IAM and the metadata service

@@ -25,5 +25,7 @@ mod quota;
 mod resilience;
 /// What the program needs to start, and what it says when it cannot.
 mod startup;
+/// Log lines that cannot be forged, spans without secrets, the start line.
+mod telemetry;
 /// TLS on both sides, and the proxy on the way to upstream.
 mod tls;

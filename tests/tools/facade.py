@@ -88,6 +88,10 @@ class Process:
         self._process.terminate()
         return self._process.wait(STOP_SECONDS)
 
+    def join(self):
+        """Waits for the last line of a process that has ended."""
+        self._reader.join(STOP_SECONDS)
+
     def __enter__(self):
         return self
 
