@@ -81,7 +81,10 @@ impl Client {
     /// [`BuildError`] for a setting that cannot be used.
     pub fn new(config: &Config) -> Result<Self, BuildError> {
         let roots = match &config.extra_roots {
-            Some(pem) => Certificate::from_pem_bundle(pem).map_err(|_| BuildError::Roots)?,
+            Some(pem) => match Certificate::from_pem_bundle(pem) {
+                Ok(roots) if !roots.is_empty() => roots,
+                _ => return Err(BuildError::Roots),
+            },
             None => Vec::new(),
         };
         let mut builder = reqwest::Client::builder()
@@ -211,13 +214,12 @@ fn causes<'a>(
     std::iter::successors(Some(error), |&error| error.source())
 }
 
-/// An `io::Error` names the source of what it wraps, not the wrapped error itself, so both places are looked at.
+/// An `io::Error` names the source of what it wraps, not the wrapped error itself, so this looks inside; they nest.
 fn is_tls(error: &(dyn StdError + 'static)) -> bool {
-    error.is::<rustls::Error>()
-        || error
-            .downcast_ref::<io::Error>()
-            .and_then(io::Error::get_ref)
-            .is_some_and(|inner| inner.is::<rustls::Error>())
+    let wrapped = error
+        .downcast_ref::<io::Error>()
+        .and_then(io::Error::get_ref);
+    error.is::<rustls::Error>() || wrapped.is_some_and(|inner| is_tls(inner))
 }
 
 impl std::fmt::Debug for Config {

@@ -55,6 +55,7 @@ pub(super) enum Reply {
 
 /// A plain HTTP answer to something that is no gRPC call.
 pub(super) fn not_grpc(mut rpc: Rpc, status: StatusCode, text: &'static str) -> Response<Reply> {
+    rpc.call.failed(Reason::InvalidRequest);
     rpc.end(Code::Unknown);
     let mut response = Response::new(Reply::Text(text));
     *response.status_mut() = status;
@@ -128,8 +129,7 @@ pub(super) fn streaming(
     Response::from_parts(head, Reply::Stream { body, until, rpc })
 }
 
-/// Gives a failed status in `headers` its details where it has none, and returns its code. The library's own statuses
-/// come without; it calls a message over the limit `OUT_OF_RANGE`, for which gRPC has `RESOURCE_EXHAUSTED`.
+/// Gives a failed status in `headers` its details where it has none, as the library's own, and returns its code.
 fn completed(headers: &mut HeaderMap, rpc: &Rpc) -> Code {
     let Some(status) = Status::from_header_map(headers) else {
         return Code::Unknown;
@@ -137,15 +137,12 @@ fn completed(headers: &mut HeaderMap, rpc: &Rpc) -> Code {
     if status.code() == Code::Ok || !status.details().is_empty() {
         return status.code();
     }
-    let code = match status.code() {
-        Code::OutOfRange => Code::ResourceExhausted,
-        code => code,
-    };
+    let status = status::complete(status.code(), status.message(), &rpc.call.request_id);
     rpc.call.failed(Reason::InvalidRequest);
-    status::complete(code, status.message(), &rpc.call.request_id)
+    status
         .add_header(headers)
-        .expect("a message that was a header value once is one again");
-    code
+        .expect("code, sentence and details of ours are header values");
+    status.code()
 }
 
 fn id_value(rpc: &Rpc) -> HeaderValue {

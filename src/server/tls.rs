@@ -115,7 +115,12 @@ impl Tls {
         socket.readable().await.ok()?;
         let _place = self.handshakes.acquire().await.ok()?;
         let acceptor = TlsAcceptor::from(self.current.load_full());
-        let stream = acceptor.accept(socket).await.ok()?;
+        let peer = socket.peer_addr().ok()?;
+        let stream = acceptor
+            .accept(socket)
+            .await
+            .inspect_err(|error| tracing::warn!(%peer, %error, "TLS handshake failed"))
+            .ok()?;
         // The library lets a client pass that offers no protocol at all.
         (stream.get_ref().1.alpn_protocol() == Some(HTTP2)).then_some(stream)
     }
@@ -189,14 +194,15 @@ impl Contents {
         let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
             .with_protocol_versions(&[&TLS13, &TLS12])
             .expect("the provider knows TLS 1.2 and 1.3");
-        let builder = match (&self.client_ca, &files.client_ca) {
-            (Some(pem), Some(path)) => {
+        let builder = match &files.client_ca {
+            None => builder.with_no_client_auth(),
+            Some(path) => {
                 let unusable = |reason: String| Error::ClientCa {
                     path: path.clone(),
                     reason,
                 };
                 let mut roots = RootCertStore::empty();
-                for root in certificates(pem, path)? {
+                for root in certificates(self.client_ca.as_deref().unwrap_or_default(), path)? {
                     roots
                         .add(root)
                         .map_err(|error| unusable(error.to_string()))?;
@@ -207,7 +213,6 @@ impl Contents {
                         .map_err(|error| unusable(error.to_string()))?;
                 builder.with_client_cert_verifier(verifier)
             }
-            _ => builder.with_no_client_auth(),
         };
         let mut config = builder
             .with_single_cert(chain, key)

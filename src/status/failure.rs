@@ -92,7 +92,6 @@ impl<'a> Failure<'a> {
                 query,
             } => Self {
                 facts: Some(&error.facts),
-                owner: Some(*owner),
                 ..Self::of_upstream(error, *owner, query)
             },
             rpc::Error::DeadlineExceeded => {
@@ -156,6 +155,7 @@ impl<'a> Failure<'a> {
                 Self::new(Code::ResourceExhausted, Reason::Throttled).after(*retry_after)
             }
             ErrorKind::Credentials(error) => Self::of_credentials(error),
+            ErrorKind::Panicked => Self::new(Code::Internal, Reason::Internal),
         }
     }
 
@@ -190,6 +190,8 @@ impl<'a> Failure<'a> {
             throttled_subject: rejection.throttled_subject.as_deref(),
             resource,
             encoded_authorization_message: rejection.encoded_authorization_message.as_deref(),
+            // Quotas, rights and what can be seen all depend on whose credential asked.
+            owner: Some(owner),
             ..ours
         }
     }
@@ -205,6 +207,8 @@ impl<'a> Failure<'a> {
                 (Code::Unimplemented, sentence::UNKNOWN_ENCODING)
             }
             Code::Unimplemented => (Code::Unimplemented, sentence::UNKNOWN_METHOD),
+            // Only health asks the library for something by name.
+            Code::NotFound => (Code::NotFound, sentence::UNKNOWN_SERVICE),
             Code::DeadlineExceeded => {
                 return Self::new(Code::DeadlineExceeded, Reason::DeadlineExceeded);
             }

@@ -20,6 +20,8 @@ pub(super) const MESSAGE_TOO_LONG: &str =
 pub(super) const UNKNOWN_ENCODING: &str = "the message encoding is not supported: send the message uncompressed or as grpc-accept-encoding says";
 pub(super) const UNKNOWN_METHOD: &str =
     "no such method: check service and method name against the server's reflection or proto";
+pub(super) const UNKNOWN_SERVICE: &str =
+    "no such service: health is known of \"\" and huaweicloud.rds.task.v1.TaskService";
 pub(super) const UNREADABLE_REQUEST: &str =
     "the request cannot be decoded: send one protobuf message as the proto defines it";
 

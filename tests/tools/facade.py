@@ -19,7 +19,7 @@ PROGRAM = os.environ.get("FACADE", str(ROOT / "target/release/rds-task-facade"))
 SERVICE = "huaweicloud.rds.task.v1.TaskService"
 
 # The first line of `serve` names the addresses that were bound.
-LISTEN_FIELD, METRICS_FIELD = "listen", "metrics"
+LISTEN_FIELD, METRICS_FIELD = "listen", "metrics_listen"
 
 # The example of the RDS API reference, Obtaining Task Information.
 PROJECT_ID = "0483b6b16e954cb88930a360d2c4e663"

@@ -47,7 +47,7 @@ fn upstream(kind: ErrorKind, facts: Facts, owner: Owner) -> rpc::Error {
 fn answered_to(owner: Owner, http_status: u16, headers: &HeaderMap, body: &[u8]) -> rpc::Error {
     let (rejection, facts) =
         rejection::of_answer(http_status, headers, body, SystemTime::UNIX_EPOCH);
-    upstream(ErrorKind::Rejected(rejection), facts, owner)
+    upstream(ErrorKind::Rejected(Box::new(rejection)), facts, owner)
 }
 
 fn answered(http_status: u16, body: &str) -> Status {

@@ -174,8 +174,10 @@ async fn within<F: Future>(event: F) -> F::Output {
         .expect("the event comes within 20 s")
 }
 
+type Script = Box<dyn Fn(&Received) -> Vec<Step> + Send + Sync>;
+
 struct Shared {
-    script: Box<dyn Fn(&Received) -> Vec<Step> + Send + Sync>,
+    script: Script,
     requests: Arc<Mutex<Vec<Received>>>,
     arrived: watch::Sender<usize>,
     connections: watch::Sender<Connections>,

@@ -1,0 +1,227 @@
+"""Renders deploy/kubernetes with the real kustomize, base and components, and checks what comes out.
+
+Everything of Kubernetes itself goes through the strict schemas of kubernetes-validate, oldest and newest supported version;
+custom resources go through the minimal schemas in crds/, which know only the fields that are used here. Then come the
+promises that no schema knows: names that have to agree, and times that have to add up.
+"""
+
+import json
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import jsonschema
+import kubernetes_validate
+import yaml
+
+from facade import PROGRAM, ROOT, Checks, tool
+
+KUBERNETES = ROOT / "deploy/kubernetes"
+CRDS = Path(__file__).parent / "crds"
+VERSIONS = ["1.29.0", "1.37.0"]
+COMBINATIONS = [
+    [],
+    ["headless"],
+    ["monitoring"],
+    ["tls"],
+    ["headless", "tls", "monitoring"],
+    ["istio"],
+    ["istio", "monitoring"],
+    ["istio", "gateway-api", "monitoring"],
+    ["linkerd"],
+    ["linkerd", "monitoring"],
+    ["linkerd", "gateway-api", "monitoring"],
+    ["gateway-api"],
+    ["gateway-api", "headless", "monitoring"],
+]
+UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600}
+# To Envoy's outlier detection UNAVAILABLE is a 503 and DEADLINE_EXCEEDED a 504.
+EJECTING = ("consecutive5xxErrors", "consecutiveGatewayErrors")
+
+
+def render(folder):
+    result = subprocess.run([tool("kustomize"), "build", folder], capture_output=True, text=True, timeout=60)
+    if result.returncode:
+        raise AssertionError(result.stderr)
+    return list(yaml.safe_load_all(result.stdout))
+
+
+def render_combination(components):
+    with tempfile.TemporaryDirectory(dir=KUBERNETES, prefix=".render-") as folder:
+        names = [f"../components/{name}" for name in components]
+        content = {"resources": ["../base"], "components": names}
+        (Path(folder) / "kustomization.yaml").write_text(yaml.safe_dump(content))
+        return render(folder)
+
+
+def problems(resource):
+    """What the schemas have against one resource."""
+    schema = CRDS / f"{resource['kind'].lower()}.json"
+    if schema.exists():
+        validator = jsonschema.Draft202012Validator(json.loads(schema.read_text()))
+        return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(resource)]
+    found = []
+    for version in VERSIONS:
+        try:
+            kubernetes_validate.validate(resource, version, strict=True)
+        except (kubernetes_validate.ValidationError, kubernetes_validate.SchemaNotFoundError) as error:
+            found.append(f"{version}: {error}")
+    return found
+
+
+def seconds(text):
+    return sum(int(number) * UNITS[unit] for number, unit in re.findall(r"(\d+)(ms|s|m|h)", text))
+
+
+def one(resources, kind, name="rds-task-facade"):
+    found = [r for r in resources if r["kind"] == kind and r["metadata"]["name"] == name]
+    assert len(found) == 1, f"{len(found)} of {kind} {name}"
+    return found[0]
+
+
+def settings_of(resources):
+    container = one(resources, "Deployment")["spec"]["template"]["spec"]["containers"][0]
+    return one(resources, "ConfigMap", container["envFrom"][0]["configMapRef"]["name"])["data"]
+
+
+def check_promises(checks, title, resources, components):
+    pod = one(resources, "Deployment")["spec"]["template"]
+    spec, labels = pod["spec"], pod["metadata"]["labels"]
+    container = spec["containers"][0]
+    settings = settings_of(resources)
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+
+    def that(name, holds, seen=""):
+        checks.that(f"{title}: {name}", holds, seen)
+
+    drain = seconds(settings["RDS_TASK_FACADE_DRAIN_DELAY"])
+    grace = seconds(settings["RDS_TASK_FACADE_SHUTDOWN_GRACE"])
+    whole = spec["terminationGracePeriodSeconds"]
+    that("drain delay and shutdown grace fit into the pod's grace period", drain + grace < whole, (drain, grace, whole))
+    readiness = container["readinessProbe"]
+    noticed = readiness["periodSeconds"] * readiness.get("failureThreshold", 3)
+    that("readiness is noticed within the drain delay", noticed <= drain, (noticed, drain))
+    that(
+        "ports are the ones that the settings listen on",
+        settings["RDS_TASK_FACADE_LISTEN"].endswith(f":{ports['grpc']}")
+        and settings["RDS_TASK_FACADE_METRICS_LISTEN"].endswith(f":{ports['metrics']}"),
+        (settings, ports),
+    )
+    plain = not {"tls", "linkerd"} & set(components)
+    that(
+        "readiness is asked on a port that the kubelet can reach",
+        readiness.get("grpc", {}).get("port") == ports["grpc"]
+        if plain
+        else readiness.get("httpGet") == {"path": "/readyz", "port": "metrics"} and "grpc" not in readiness,
+        readiness,
+    )
+    that("liveness follows the process, not its health", container["livenessProbe"]["httpGet"]["path"] == "/livez")
+    that("no token of the API server", spec["automountServiceAccountToken"] is False)
+    that("no variables of Services", spec["enableServiceLinks"] is False)
+    restricted = container["securityContext"]
+    that(
+        "the restricted pod security standard holds",
+        spec["securityContext"]["runAsNonRoot"] is True
+        and spec["securityContext"]["runAsUser"] >= 1000
+        and spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        and restricted["allowPrivilegeEscalation"] is False
+        and restricted["readOnlyRootFilesystem"] is True
+        and restricted["capabilities"] == {"drop": ["ALL"]},
+        (spec["securityContext"], restricted),
+    )
+    resources_of_container = container["resources"]
+    limited = set(resources_of_container["requests"]) & set(resources_of_container["limits"])
+    that("requests and limits are set", {"cpu", "memory"} <= limited, resources_of_container)
+    spread = spec["topologySpreadConstraints"]
+    that("pods spread over zones and nodes", len(spread) == 2 and all(is_part(c["labelSelector"]["matchLabels"], labels) for c in spread))
+    for volume in container["volumeMounts"]:
+        that(f"{volume['name']} is mounted as a folder, so that a change arrives", "subPath" not in volume)
+    mounted = {volume["mountPath"] for volume in container["volumeMounts"]}
+    files = [value for value in settings.values() if value.startswith("/")]
+    that("every file that a setting names is mounted", all(os.path.dirname(file) in mounted for file in files), (files, mounted))
+
+    for service in (r for r in resources if r["kind"] == "Service"):
+        port = service["spec"]["ports"][0]
+        protocol = "https" if "tls" in components else "kubernetes.io/h2c"
+        that(f"Service {service['metadata']['name']} tells its protocol", (port["name"], port["appProtocol"]) == ("grpc", protocol), port)
+        that(f"Service {service['metadata']['name']} selects the pods", is_part(service["spec"]["selector"], labels))
+    budget = one(resources, "PodDisruptionBudget")["spec"]["selector"]["matchLabels"]
+    that("the disruption budget selects the pods", is_part(budget, labels))
+    for policy in (r for r in resources if r["kind"] == "NetworkPolicy"):
+        that(f"NetworkPolicy {policy['metadata']['name']} selects the pods", is_part(policy["spec"]["podSelector"]["matchLabels"], labels))
+    scaler = one(resources, "HorizontalPodAutoscaler")["spec"]
+    that("the autoscaler's Deployment is ours, with two pods at least", scaler["scaleTargetRef"]["name"] == "rds-task-facade" and scaler["minReplicas"] >= 2)
+
+    if "istio" in components:
+        route = one(resources, "VirtualService")["spec"]["http"][0]
+        limit = seconds(settings.get("RDS_TASK_FACADE_TIMEOUT", default_timeout()))
+        that("the mesh does not repeat", route["retries"]["attempts"] == 0)
+        that("the mesh waits longer than the facade", seconds(route["timeout"]) > limit, (route["timeout"], limit))
+        policy = one(resources, "PeerAuthentication")["spec"]
+        that("mutual TLS is strict on the gRPC port", policy["mtls"]["mode"] == "STRICT" and str(ports["grpc"]) not in policy["portLevelMtls"])
+        outliers = one(resources, "DestinationRule")["spec"]["trafficPolicy"]["outlierDetection"]
+        that(
+            "an outage of RDS ejects no pod",
+            outliers["splitExternalLocalOriginErrors"] is True and not any(outliers[name] for name in EJECTING),
+            outliers,
+        )
+        hosts = {host for r in resources if r["kind"] == "ServiceEntry" for host in r["spec"]["hosts"]}
+        region = settings["RDS_TASK_FACADE_REGION"]
+        that("the mesh knows the region's endpoints", hosts == {f"{name}.{region}.myhuaweicloud.com" for name in ("rds", "iam")}, hosts)
+        config = yaml.safe_load(pod["metadata"]["annotations"]["proxy.istio.io/config"])
+        outlives = seconds(config["terminationDrainDuration"])
+        that("the sidecar outlives the drain, within the pod's grace period", drain + grace < outlives < whole, outlives)
+    if "linkerd" in components:
+        server = one(resources, "Server")["spec"]
+        that("only authenticated peers reach the gRPC port", (server["port"], server["accessPolicy"]) == ("grpc", "all-authenticated"))
+    check_settings(that, settings)
+
+
+def check_settings(that, settings):
+    """The program itself must accept the settings. Files are not there, so those variables are left out."""
+    environment = {name: value for name, value in settings.items() if not value.startswith("/")}
+    result = subprocess.run(
+        [PROGRAM, "serve", "--print-config"], capture_output=True, text=True, timeout=30, env=environment
+    )
+    that("the program accepts the settings", result.returncode == 0, result.stderr)
+
+
+def default_timeout():
+    help_text = subprocess.run([PROGRAM, "serve", "--help"], capture_output=True, text=True, timeout=30, check=True).stdout
+    return re.search(r"--timeout <DURATION>.*?\[default: (\w+)\]", help_text, re.DOTALL)[1]
+
+
+def is_part(selector, labels):
+    return bool(selector) and selector.items() <= labels.items()
+
+
+def main():
+    checks = Checks()
+    used = set()
+    for components in COMBINATIONS:
+        title = "+".join(["base", *components])
+        used.update(components)
+        resources = render_combination(components)
+        for resource in resources:
+            name = f"{title}: {resource['kind']} {resource['metadata']['name']} fits its schema"
+            found = problems(resource)
+            checks.that(name, not found, found)
+        check_promises(checks, title, resources, components)
+    checks.equal("every component was rendered", used, {path.name for path in (KUBERNETES / "components").iterdir()})
+
+    for overlay in sorted((KUBERNETES / "overlays").iterdir()):
+        found = [problem for resource in render(overlay) for problem in problems(resource)]
+        checks.that(f"overlay {overlay.name} fits the schemas", not found, found)
+    found = problems(yaml.safe_load((KUBERNETES / "secret.example.yaml").read_text()))
+    checks.that("the example of a Secret fits its schema", not found, found)
+
+    broken = one(render(KUBERNETES / "base"), "Deployment")
+    broken["spec"]["template"]["spec"]["containers"][0]["livenesProbe"] = {}
+    checks.that("the check sees a misspelt field", problems(broken))
+    checks.finish()
+
+
+if __name__ == "__main__":
+    main()
