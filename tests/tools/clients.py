@@ -1,13 +1,13 @@
-"""The clients of examples/clients, as .ci/run built them: an answer, a failure's details, a retry, a deadline, TLS.
+"""The clients of examples/clients, as examples/clients/build builds them: an answer, a failure's details, a retry, a deadline, TLS.
 
 The sandbox serves with one attempt, so that a 503 of the instance `flaky-1` is healed by the client's own retry or not at
 all; the server's count of UNAVAILABLE answers tells that there was one.
 """
 
 import json
+import os
 import re
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.request
@@ -16,12 +16,13 @@ from pathlib import Path
 from facade import EXAMPLE_TASK, ROOT, SANDBOX_TOKEN, Checks, Facade, Sandbox
 
 FOLDER = ROOT / "examples/clients"
+RUST_TARGET = Path(os.environ.get("CARGO_TARGET_DIR", FOLDER / "rust/target"))
 CLIENTS = {
-    "go": [str(ROOT / "target/ci/clients/go")],
-    "python": [sys.executable, "-W", "ignore", str(FOLDER / "python/client.py")],
-    "node": ["node", str(FOLDER / "node/client.js")],
-    "java": ["java", "-jar", str(FOLDER / "java/target/client.jar")],
-    "rust": [str(ROOT / "target/debug/rds-task-facade-client")],
+    "go": [FOLDER / "go/client"],
+    "python": [FOLDER / "python/.venv/bin/python", FOLDER / "python/client.py"],
+    "node": ["node", FOLDER / "node/client.js"],
+    "java": ["java", "-jar", FOLDER / "java/target/client.jar"],
+    "rust": [RUST_TARGET / "debug/rds-task-facade-client"],
 }
 
 
