@@ -26,9 +26,9 @@ def main():
     checks.that("src/reason.rs has reasons", len(reasons) > 30, reasons)
     in_clients = table(text, "Reasons")
     in_readme = table((ROOT / "README.md").read_text(), "Errors")
-    checks.equal("docs/clients.md has every reason and no other", set(in_clients), reasons)
-    checks.equal("README.md has every reason and no other", set(in_readme), reasons)
-    checks.equal("both put each reason under the same code", in_clients, in_readme)
+    checks.equal("docs/clients.md has every reason and no other", sorted(reasons ^ set(in_clients)), [])
+    checks.equal("README.md has every reason and no other", sorted(reasons ^ set(in_readme)), [])
+    checks.equal("both put each reason under the same code", sorted(set(in_clients.items()) ^ set(in_readme.items())), [])
     checks.finish()
 
 
