@@ -81,7 +81,10 @@ impl Client {
     /// [`BuildError`] for a setting that cannot be used.
     pub fn new(config: &Config) -> Result<Self, BuildError> {
         let roots = match &config.extra_roots {
-            Some(pem) => Certificate::from_pem_bundle(pem).map_err(|_| BuildError::Roots)?,
+            Some(pem) => match Certificate::from_pem_bundle(pem) {
+                Ok(roots) if !roots.is_empty() => roots,
+                _ => return Err(BuildError::Roots),
+            },
             None => Vec::new(),
         };
         let mut builder = reqwest::Client::builder()

@@ -5,8 +5,8 @@ use std::{
     future, io,
     net::{Ipv4Addr, SocketAddr},
     process::ExitCode,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    sync::{Arc, Mutex, OnceLock, PoisonError},
+    time::{Duration, Instant},
 };
 
 use secrecy::ExposeSecret as _;
@@ -19,15 +19,19 @@ use tokio::{
 use crate::{
     admin,
     config::{self, Config, Endpoint},
-    credentials::{self, AccessKey, Credentials, chain, fetch, iam, secret},
+    credentials::{self, Credentials, chain, fetch, iam},
     http,
     quota::{self, Quota},
     rpc::Facade,
     sandbox::Sandbox,
     server::{self, Record, Timings, tls},
-    telemetry::{self, Access, AccessLine, metrics::Metrics},
+    telemetry::{self, Access, AccessLine, ServerSpan, Tracer, metrics::Metrics},
     upstream,
 };
+
+/// For the last spans, when calls in flight have used up the shutdown, and at most.
+const MIN_EXPORT: Duration = Duration::from_millis(500);
+const MAX_EXPORT: Duration = Duration::from_secs(5);
 
 /// Why the program ends before it serves, or cannot go on. One sentence for the operator.
 #[derive(Debug, thiserror::Error)]
@@ -43,11 +47,9 @@ enum Error {
     #[error(transparent)]
     Issuer(#[from] fetch::InvalidConfig),
     #[error(transparent)]
-    Secret(#[from] credentials::auth::MalformedKey),
-    #[error("the token {0}")]
-    Token(#[from] secret::Malformed),
-    #[error(transparent)]
     Server(#[from] server::Error),
+    #[error(transparent)]
+    Tracing(#[from] telemetry::TracingError),
     #[error("cannot listen for signals: {0}")]
     Signals(#[source] io::Error),
 }
@@ -116,7 +118,7 @@ async fn run(config: Config, metrics: Arc<Metrics>, access: Access) -> Result<()
     };
     let credentials = Credentials::start(
         credentials::Config {
-            source: source(&config.credentials, base_url)?,
+            source: source(&config.credentials, base_url),
             fetch: issuers,
         },
         Arc::clone(&metrics),
@@ -133,21 +135,41 @@ async fn run(config: Config, metrics: Arc<Metrics>, access: Access) -> Result<()
             future::pending(),
         ));
     }
-    tracing::info!(
-        version = env!("CARGO_PKG_VERSION"),
-        listen = %listen,
-        metrics_listen = %metrics_listen.map_or_else(|| "off".to_owned(), |address| address.to_string()),
-        upstream = endpoint.as_str(),
-        config = config.summary(),
-        "serving"
-    );
-    if sandbox.is_some() {
-        tracing::warn!("the upstream is the embedded sandbox: no answer is real");
-    }
-    if let Some(warning) = config.exposure_warning() {
-        tracing::warn!("{warning}");
-    }
+    let server_config = server_config(&config);
     let timeout = config.timeout;
+    let shutdown_takes = config.drain_delay + config.shutdown_grace;
+    let tracer = match &config.tracing {
+        Some(tracing) => Some(telemetry::start_tracing(
+            tracing,
+            config.propagate_trace_upstream,
+            Arc::clone(&metrics),
+        )?),
+        None => None,
+    };
+    let stopping = Arc::new(OnceLock::new());
+    let shutdown = {
+        let stopping = Arc::clone(&stopping);
+        async move {
+            shutdown.await;
+            let _ = stopping.set(Instant::now());
+        }
+    };
+    let started = move || {
+        tracing::info!(
+            version = env!("CARGO_PKG_VERSION"),
+            listen = %listen,
+            metrics_listen = %metrics_listen.map_or_else(|| "off".to_owned(), |address| address.to_string()),
+            upstream = endpoint.as_str(),
+            config = config.summary(),
+            "serving"
+        );
+        if sandbox.is_some() {
+            tracing::warn!("the upstream is the embedded sandbox: no answer is real");
+        }
+        if let Some(warning) = config.exposure_warning() {
+            tracing::warn!("{warning}");
+        }
+    };
     let parts = server::Parts {
         facade: move || {
             let mut facades = facades.lock().unwrap_or_else(PoisonError::into_inner);
@@ -157,9 +179,22 @@ async fn run(config: Config, metrics: Arc<Metrics>, access: Access) -> Result<()
         serving,
         metrics,
         access: Arc::new(move |record: &Record<'_>| write_access(&access, record, timeout)),
+        started: Box::new(started),
+        tracer: tracer.clone(),
     };
-    server::serve(listener, server_config(&config), parts, shutdown).await?;
+    server::serve(listener, server_config, parts, shutdown).await?;
+    if let Some(tracer) = tracer {
+        let spent = stopping.get().map(Instant::elapsed).unwrap_or_default();
+        export_the_rest(&tracer, shutdown_takes.saturating_sub(spent));
+    }
     Ok(())
+}
+
+/// The spans that still wait, within what calls in flight have left of the shutdown.
+fn export_the_rest(tracer: &Tracer, left: Duration) {
+    if !tracer.finish(left.clamp(MIN_EXPORT, MAX_EXPORT)) {
+        tracing::warn!("the last spans did not reach the collector in time");
+    }
 }
 
 async fn run_sandbox(listen: SocketAddr) -> Result<(), Error> {
@@ -216,13 +251,11 @@ fn base_url(endpoint: &Endpoint, sandbox: Option<SocketAddr>) -> config::BaseUrl
 fn source(
     configured: &config::Credentials,
     base_url: impl Fn(&Endpoint) -> config::BaseUrl,
-) -> Result<credentials::Source, Error> {
+) -> credentials::Source {
     let url = |endpoint| base_url(endpoint).as_str().to_owned();
-    Ok(match configured {
+    match configured {
         config::Credentials::Caller => credentials::Source::Caller,
-        config::Credentials::Token(token) => {
-            credentials::Source::Token(secret::parse_token(token.expose_secret())?)
-        }
+        config::Credentials::Token(token) => credentials::Source::Token(token.clone()),
         config::Credentials::TokenFile(path) => credentials::Source::TokenFile(path.clone()),
         config::Credentials::Iam(iam) => credentials::Source::Iam(iam::Config {
             endpoint: url(&iam.endpoint),
@@ -231,32 +264,19 @@ fn source(
             password_file: iam.password_file.clone(),
             project: iam.project.clone(),
         }),
-        config::Credentials::Keys(keys) => credentials::Source::Key(access_key(keys)?),
+        config::Credentials::Key(key) => credentials::Source::Key(Arc::clone(key)),
         config::Credentials::Profile(path) => credentials::Source::Profile(path.clone()),
         config::Credentials::Metadata(endpoint) => credentials::Source::Metadata(url(endpoint)),
         config::Credentials::Chain {
-            keys,
+            key,
             profile,
             metadata,
         } => credentials::Source::Chain(chain::Config {
-            environment: keys.as_ref().map(access_key).transpose()?,
+            environment: key.clone(),
             profile: profile.clone(),
             metadata_endpoint: url(metadata),
         }),
-    })
-}
-
-fn access_key(keys: &config::Keys) -> Result<Arc<AccessKey>, Error> {
-    let security_token = keys
-        .security_token
-        .as_ref()
-        .map(|token| token.expose_secret());
-    let key = AccessKey::parse(
-        keys.access_key_id.expose_secret(),
-        keys.secret_access_key.expose_secret(),
-        security_token,
-    )?;
-    Ok(Arc::new(key))
+    }
 }
 
 /// One facade for each worker, made before any thread starts, so that a setting that cannot be used ends the start.
@@ -347,11 +367,17 @@ fn server_config(config: &Config) -> server::Config {
     }
 }
 
+/// Tells one RPC that is over: a line in the log, and the end of its span.
 fn write_access(access: &Access, record: &Record<'_>, timeout: Duration) {
     let outcome = record.call.outcome();
-    access.write(&AccessLine {
+    let span = record.call.span.as_deref();
+    let callers = match (span, record.traceparent) {
+        (None, Some(value)) => telemetry::Context::of_traceparent(value),
+        _ => None,
+    };
+    let line = AccessLine {
         request_id: &record.call.request_id,
-        traceparent: record.traceparent.map(|value| value.as_bytes()),
+        trace: span.map(ServerSpan::context).or(callers.as_ref()),
         grpc_method: record.method.name(),
         grpc_code: record.code,
         reason: outcome.reason,
@@ -366,5 +392,9 @@ fn write_access(access: &Access, record: &Record<'_>, timeout: Duration) {
         peer: Some(record.peer),
         user_agent: record.user_agent.map(|value| value.as_bytes()),
         bytes: record.bytes as u64,
-    });
+    };
+    access.write(&line);
+    if let Some(span) = span {
+        span.end(&line);
+    }
 }

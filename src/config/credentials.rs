@@ -1,21 +1,30 @@
 //! The settings of the credential source in use. Those of every other source are neither read nor checked.
 
-use std::path::PathBuf;
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use secrecy::ExposeSecret;
 
 use super::{
-    Credentials, Endpoint, Iam, Keys,
+    Credentials, Endpoint, Iam,
     flags::PREFIX,
     read::Reader,
     regions::Region,
     urls::{self, PlainHttp},
-    values,
+    values::{self, Parsed},
 };
+use crate::credentials::{AccessKey, file::Fault, profile, secret};
 
 /// What the sandbox accepts where nothing else is configured.
 const SANDBOX_TOKEN: &str = "sandbox-token";
 
 /// Any project will do for the sandbox; this is the one of the vendor's example.
 const SANDBOX_PROJECT: &str = "0483b6b16e954cb88930a360d2c4e663";
+
+/// Where the vendor's SDKs are told of the profile file.
+const PROFILE_VARIABLE: &str = "HUAWEICLOUD_SDK_CREDENTIALS_FILE";
 
 /// The credential source by its name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,20 +79,12 @@ pub(super) fn read(
         Source::Caller => Some(Credentials::Caller),
         Source::Token => token(reader, around),
         Source::Iam => iam(reader, around).map(Credentials::Iam),
-        Source::Env => keys(reader, true).map(Credentials::Keys),
-        Source::Profile => {
-            let path = profile(reader);
-            path.map(Credentials::Profile).or_else(|| {
-                reader.mistake(
-                    "HUAWEICLOUD_SDK_CREDENTIALS_FILE",
-                    "must name the profile file, as there is no HOME to look in",
-                )
-            })
-        }
+        Source::Env => key(reader, true).map(Credentials::Key),
+        Source::Profile => profile(reader).map(Credentials::Profile),
         Source::Metadata => Some(Credentials::Metadata(metadata(reader, around))),
         Source::Chain => Some(Credentials::Chain {
-            keys: keys(reader, false),
-            profile: profile(reader),
+            key: key(reader, false),
+            profile: profile_path(reader).map(|(_, path)| path),
             metadata: metadata(reader, around),
         }),
     };
@@ -92,8 +93,10 @@ pub(super) fn read(
 
 fn token(reader: &mut Reader<'_>, around: &Surroundings) -> Option<Credentials> {
     if let Some(given) = reader.given("token-file") {
-        let path = reader.parsed(&given.source, values::file(&given.texts[0]));
-        return path.map(Credentials::TokenFile);
+        let path = secret_file(&given.texts[0], secret::load_token);
+        return reader
+            .parsed(&given.source, path)
+            .map(Credentials::TokenFile);
     }
     let variable = format!("{PREFIX}TOKEN");
     let text = match reader.variable(&variable) {
@@ -106,8 +109,8 @@ fn token(reader: &mut Reader<'_>, around: &Surroundings) -> Option<Credentials> 
             );
         }
     };
-    let secret = reader.parsed(&variable, values::secret(&text));
-    secret.map(Credentials::Token)
+    let token = secret::parse_token(&text).map_err(|fault| fault.to_string());
+    reader.parsed(&variable, token).map(Credentials::Token)
 }
 
 fn iam(reader: &mut Reader<'_>, around: &Surroundings) -> Option<Iam> {
@@ -122,7 +125,10 @@ fn iam(reader: &mut Reader<'_>, around: &Surroundings) -> Option<Iam> {
     let user = named("iam-user");
     let domain = named("iam-domain");
     let password_file = match reader.given("iam-password-file") {
-        Some(given) => reader.parsed(&given.source, values::file(&given.texts[0])),
+        Some(given) => {
+            let path = secret_file(&given.texts[0], secret::load_password);
+            reader.parsed(&given.source, path)
+        }
         None => reader.mistake("--iam-password-file", "must be set for --credentials iam"),
     };
     let project = match (reader.given("iam-project"), around.region) {
@@ -177,8 +183,8 @@ fn metadata(reader: &mut Reader<'_>, around: &Surroundings) -> Endpoint {
     }
 }
 
-/// AK and SK of the environment, both or none.
-fn keys(reader: &mut Reader<'_>, required: bool) -> Option<Keys> {
+/// The key of the environment, AK and SK or nothing.
+fn key(reader: &mut Reader<'_>, required: bool) -> Option<Arc<AccessKey>> {
     let mut part = |name: &'static str, required: bool| match reader.variable(name) {
         Some(text) => reader.parsed(name, values::secret(&text)),
         None if required => reader.mistake(name, "must be set for --credentials env"),
@@ -187,19 +193,50 @@ fn keys(reader: &mut Reader<'_>, required: bool) -> Option<Keys> {
     let access_key_id = part("HUAWEICLOUD_SDK_AK", required);
     let secret_access_key = part("HUAWEICLOUD_SDK_SK", required);
     let security_token = part("HUAWEICLOUD_SDK_SECURITY_TOKEN", false);
-    Some(Keys {
-        access_key_id: access_key_id?,
-        secret_access_key: secret_access_key?,
-        security_token,
-    })
+    let key = AccessKey::parse(
+        access_key_id?.expose_secret(),
+        secret_access_key?.expose_secret(),
+        security_token.as_ref().map(ExposeSecret::expose_secret),
+    );
+    Some(Arc::new(
+        key.expect("each part was found to be visible ASCII"),
+    ))
 }
 
-/// The profile file: as configured, else in the home folder.
+/// The profile file, which must hold a key.
 fn profile(reader: &mut Reader<'_>) -> Option<PathBuf> {
-    match reader.variable("HUAWEICLOUD_SDK_CREDENTIALS_FILE") {
-        Some(path) => Some(PathBuf::from(path)),
-        None => reader
-            .variable("HOME")
-            .map(|home| PathBuf::from(home).join(".huaweicloud/credentials")),
+    let Some((source, path)) = profile_path(reader) else {
+        return reader.mistake(
+            PROFILE_VARIABLE,
+            "must name the profile file, as there is no HOME to look in",
+        );
+    };
+    let path = match path.to_str() {
+        Some(path) => secret_file(path, profile::load),
+        None => Err("is not UTF-8".to_owned()),
+    };
+    reader.parsed(source, path)
+}
+
+/// The path of the profile file, and who says so: as configured, else in the home folder.
+fn profile_path(reader: &mut Reader<'_>) -> Option<(&'static str, PathBuf)> {
+    match reader.variable(PROFILE_VARIABLE) {
+        Some(path) => Some((PROFILE_VARIABLE, PathBuf::from(path))),
+        None => reader.variable("HOME").map(|home| {
+            (
+                "~/.huaweicloud/credentials",
+                PathBuf::from(home).join(".huaweicloud/credentials"),
+            )
+        }),
     }
+}
+
+/// A file that `load` finds a secret in.
+fn secret_file<T>(text: &str, load: impl Fn(&Path) -> Result<T, Fault>) -> Parsed<PathBuf> {
+    let path = values::file(text)?;
+    // A pipe (process substitution of a shell) gives its content once, to the source at work.
+    if path.is_file() {
+        load(&path).map_err(|fault| fault.to_string())?;
+    }
+    Ok(path)
 }

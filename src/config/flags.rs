@@ -66,7 +66,7 @@ pub(super) const SERVE: &[Flag] = &[
     flag("allow-insecure-upstream", BOOLEAN, "false", "Allow plain http beyond loopback for --endpoint and --iam-endpoint"),
     flag("upstream-ca", "FILE", "", "PEM file of certificates that are trusted on top of the system's"),
     flag("upstream-proxy", "URL", "", "http://[user:password@]host:port, for the vendor's endpoints; proxy variables of the environment are not read"),
-    flag("upstream-rate", "CALLS/TIME", "off", "Most upstream calls in a time, for example 60/1m; the rest is answered RESOURCE_EXHAUSTED at once"),
+    flag("upstream-rate", "CALLS/TIME", "off", "Most upstream calls of one credential in a time, for example 60/1m: a call whose turn comes before its deadline waits, any other is refused at once"),
     flag("credentials", "SOURCE", "caller", "caller (x-auth-token of each call), token, iam, env, profile, metadata or chain (env, profile, metadata); with --sandbox the default is token"),
     flag("token-file", "FILE", "", "For token: file with the token, read again when it changes; or the variable RDS_TASK_FACADE_TOKEN"),
     flag("iam-endpoint", "URL", "", "For iam: base URL of IAM; by default the region's, or HUAWEICLOUD_SDK_IAM_ENDPOINT"),
@@ -92,6 +92,7 @@ pub(super) const SERVE: &[Flag] = &[
     flag("tls-key", "FILE", "", "PEM file of the certificate's key; read again when it changes"),
     flag("tls-client-ca", "FILE", "", "PEM file of the certificates that sign client certificates, which it makes mandatory; read again when it changes"),
     flag("reflection", BOOLEAN, "true", "Serve gRPC reflection"),
+    flag("propagate-trace-upstream", BOOLEAN, "false", "Send traceparent and tracestate of the attempt's span upstream; needs the export of traces"),
     flag("log-format", "FORMAT", "text", "text or json; the filter is the variable RUST_LOG"),
     flag("print-config", BOOLEAN, "false", "Print the effective configuration without secrets, and exit"),
 ];
@@ -170,7 +171,8 @@ Other variables:
                                    for --credentials env and chain
   HUAWEICLOUD_SDK_CREDENTIALS_FILE for --credentials profile and chain [default: ~/.huaweicloud/credentials]
   HUAWEICLOUD_SDK_IAM_ENDPOINT     for --credentials iam
-  RUST_LOG                         filter of the log [default: info]";
+  RUST_LOG                         filter of the log [default: info]
+  OTEL_EXPORTER_OTLP_ENDPOINT      export of traces over http/protobuf; the other OTEL_* variables count then";
 
 /// The whole command line. Values stay text: they are validated together, so that all mistakes show at once.
 pub(super) fn command() -> Command {

@@ -11,17 +11,23 @@ mod regions;
 mod serve;
 #[cfg(test)]
 mod tests;
+mod tracing;
 mod urls;
 mod values;
 
 use std::{
     collections::BTreeMap, ffi::OsString, fmt, net::SocketAddr, num::NonZeroU32, path::PathBuf,
-    time::Duration,
+    sync::Arc, time::Duration,
 };
 
+use http::HeaderValue;
 use secrecy::SecretString;
 
-pub use self::command::Command;
+pub use self::{
+    command::Command,
+    tracing::{Propagators, Sampler, Tracing},
+};
+use crate::credentials::AccessKey;
 
 /// The environment, as it is passed in.
 pub type Environment = BTreeMap<OsString, OsString>;
@@ -69,6 +75,10 @@ pub struct Config {
     pub reflection: bool,
     /// How the log looks.
     pub log: Log,
+    /// How traces are made and exported; `None` for not at all.
+    pub tracing: Option<Tracing>,
+    /// Whether upstream requests carry the trace context.
+    pub propagate_trace_upstream: bool,
     /// Name and effective value of every setting, secrets left out.
     shown: Vec<(String, String)>,
 }
@@ -163,21 +173,21 @@ pub enum Credentials {
     /// Each caller brings an `x-auth-token`.
     Caller,
     /// A fixed token.
-    Token(SecretString),
+    Token(HeaderValue),
     /// A token in a file, read again when it changes.
     TokenFile(PathBuf),
     /// A token from IAM.
     Iam(Iam),
-    /// Keys out of the environment.
-    Keys(Keys),
+    /// The key in the environment.
+    Key(Arc<AccessKey>),
     /// Keys out of a profile file.
     Profile(PathBuf),
     /// Temporary keys of the machine.
     Metadata(Endpoint),
     /// The first of environment, profile file and metadata service that has keys.
     Chain {
-        /// Keys out of the environment, when both are set.
-        keys: Option<Keys>,
+        /// The key in the environment, when AK and SK are set.
+        key: Option<Arc<AccessKey>>,
         /// The profile file, which need not exist; `None` when there is no home folder to look in.
         profile: Option<PathBuf>,
         /// The metadata service.
@@ -198,17 +208,6 @@ pub struct Iam {
     pub password_file: PathBuf,
     /// Id or name of the project that the token is for.
     pub project: String,
-}
-
-/// An access key.
-#[derive(Debug, Clone)]
-pub struct Keys {
-    /// AK. It only names the key, but with the SK it is half of a credential, so it is not shown either.
-    pub access_key_id: SecretString,
-    /// SK.
-    pub secret_access_key: SecretString,
-    /// What goes with a temporary key.
-    pub security_token: Option<SecretString>,
 }
 
 /// TLS of the gRPC listener. The files are readable when the program starts.

@@ -8,6 +8,7 @@ use super::{
     flags,
     read::{self, Reader, Typed},
     regions::{self, Region},
+    tracing,
     urls::{self, PlainHttp},
     values::{self, Parsed},
 };
@@ -88,6 +89,8 @@ pub(super) fn of_matches(
             format: log_format,
             filter: filter(r),
         },
+        tracing: tracing::read(r),
+        propagate_trace_upstream: r.value("propagate-trace-upstream", values::boolean),
         shown: Vec::new(),
     };
     if r.mistakes.is_empty() {
@@ -223,17 +226,16 @@ fn shown(r: &mut Reader<'_>, config: &Config, source: &str) -> Vec<(String, Stri
     }
     let secrets: &[&str] = match &config.credentials {
         Credentials::Token(_) => &["RDS_TASK_FACADE_TOKEN"],
-        Credentials::Keys(keys)
-        | Credentials::Chain {
-            keys: Some(keys), ..
-        } => match keys.security_token {
-            Some(_) => &[
-                "HUAWEICLOUD_SDK_AK",
-                "HUAWEICLOUD_SDK_SK",
-                "HUAWEICLOUD_SDK_SECURITY_TOKEN",
-            ],
-            None => &["HUAWEICLOUD_SDK_AK", "HUAWEICLOUD_SDK_SK"],
-        },
+        Credentials::Key(key) | Credentials::Chain { key: Some(key), .. } => {
+            match key.security_token {
+                Some(_) => &[
+                    "HUAWEICLOUD_SDK_AK",
+                    "HUAWEICLOUD_SDK_SK",
+                    "HUAWEICLOUD_SDK_SECURITY_TOKEN",
+                ],
+                None => &["HUAWEICLOUD_SDK_AK", "HUAWEICLOUD_SDK_SK"],
+            }
+        }
         _ => &[],
     };
     shown.extend(
@@ -242,6 +244,12 @@ fn shown(r: &mut Reader<'_>, config: &Config, source: &str) -> Vec<(String, Stri
             .map(|name| ((*name).to_owned(), "set".to_owned())),
     );
     shown.push(("RUST_LOG".to_owned(), config.log.filter.clone()));
+    if let Some(tracing) = &config.tracing {
+        shown.push(("traces".to_owned(), tracing.endpoint.clone()));
+        if !tracing.headers.is_empty() {
+            shown.push(("OTEL_EXPORTER_OTLP_HEADERS".to_owned(), "set".to_owned()));
+        }
+    }
     shown
 }
 

@@ -75,24 +75,6 @@ pub enum Source {
     Chain(chain::Config),
 }
 
-impl Source {
-    /// Reads the source's files once, so that a malformed one is a mistake of the configuration and not a failed call. Of
-    /// a chain nothing is read: there a missing file is no mistake. Blocks.
-    ///
-    /// # Errors
-    /// [`file::Fault`] says what is wrong with the file, and nothing of its content.
-    pub fn check(&self) -> Result<(), file::Fault> {
-        match self {
-            Self::TokenFile(path) => secret::load_token(path).map(drop),
-            Self::Iam(config) => secret::load_password(&config.password_file).map(drop),
-            Self::Profile(path) => profile::load(path).map(drop),
-            Self::Caller | Self::Token(_) | Self::Key(_) | Self::Metadata(_) | Self::Chain(_) => {
-                Ok(())
-            }
-        }
-    }
-}
-
 /// The credentials of the facade. Clones share everything.
 #[derive(Clone)]
 pub struct Credentials {

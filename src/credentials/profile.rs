@@ -82,7 +82,10 @@ fn section_basic(text: &str) -> Result<Vec<(&str, &str)>, Fault> {
 }
 
 /// Reads a profile file. Blocks.
-pub(super) fn load(path: &Path) -> Result<AccessKey, file::Fault> {
+///
+/// # Errors
+/// [`file::Fault`] says what is wrong with the file, and nothing of its content.
+pub fn load(path: &Path) -> Result<AccessKey, file::Fault> {
     parse(&file::read(path)?, None)
 }
 

@@ -53,18 +53,27 @@ pub(super) fn parse_password(text: &str) -> Result<Zeroizing<String>, Malformed>
     Ok(Zeroizing::new(text.to_owned()))
 }
 
-/// Reads a token file as [`parse_token`] does.
-pub(super) fn load_token(path: &Path) -> Result<HeaderValue, file::Fault> {
+/// Reads a token file as [`parse_token`] does. Blocks.
+///
+/// # Errors
+/// [`file::Fault`] says what is wrong with the file, and nothing of its content.
+pub fn load_token(path: &Path) -> Result<HeaderValue, file::Fault> {
     Ok(parse_token(&file::read(path)?)?)
 }
 
-/// Reads a password file.
-pub(super) fn load_password(path: &Path) -> Result<Zeroizing<String>, file::Fault> {
+/// Reads a password file. Blocks.
+///
+/// # Errors
+/// [`file::Fault`] says what is wrong with the file, and nothing of its content.
+pub fn load_password(path: &Path) -> Result<Zeroizing<String>, file::Fault> {
     Ok(parse_password(&file::read(path)?)?)
 }
 
 /// The text without one final line break, if it is 1 to 16 KiB of visible ASCII.
-pub(super) fn visible(text: &str) -> Result<&str, Malformed> {
+///
+/// # Errors
+/// [`Malformed`] when it is not.
+pub fn visible(text: &str) -> Result<&str, Malformed> {
     let text = without_final_line_break(text);
     if text.is_empty() {
         return Err(Malformed::Empty);

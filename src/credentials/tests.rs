@@ -199,31 +199,6 @@ async fn a_thousand_cold_calls_cause_one_token_request_and_a_killed_token_one_mo
     assert_eq!(issuer.requests().len(), 2);
 }
 
-#[test]
-fn malformed_files_are_found_before_the_start() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("secret");
-    fs::write(&path, "canary\nX: y\n").unwrap();
-    let cases = [
-        (
-            Source::TokenFile(path.clone()),
-            "the content holds a line break; write it on one line",
-        ),
-        (
-            Source::Profile(path.clone()),
-            "line 1 is neither a section, nor a comment, nor `key = value`",
-        ),
-        (
-            Source::TokenFile("/nonexistent".into()),
-            "the file cannot be read: entity not found",
-        ),
-    ];
-
-    for (source, expected) in cases {
-        assert_eq!(source.check().unwrap_err().to_string(), expected);
-    }
-}
-
 async fn identity_issuer(token: fn(usize) -> String) -> FakeIssuer {
     FakeIssuer::start(move |nth, _| {
         let header = format!("X-Subject-Token: {}\r\n", token(nth));

@@ -6,11 +6,7 @@
 use std::{
     collections::HashMap,
     future::Future,
-    hash::{BuildHasher, RandomState},
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use futures_util::{
@@ -34,17 +30,15 @@ pub(super) type Work = Shared<BoxFuture<'static, Answer>>;
 #[derive(Debug)]
 pub(super) struct Flights {
     shards: [Mutex<Shard>; SHARDS],
-    hasher: RandomState,
-    next_id: AtomicU64,
 }
 
 type Shard = HashMap<Arc<Question>, Flight>;
 
 #[derive(Debug)]
 struct Flight {
-    id: u64,
     work: WeakShared<BoxFuture<'static, Answer>>,
     limit: Limit,
+    /// Tells one flight from another, too.
     progress: Arc<Progress>,
 }
 
@@ -60,8 +54,6 @@ impl Flights {
     pub(super) fn new() -> Arc<Self> {
         Arc::new(Self {
             shards: std::array::from_fn(|_| Mutex::default()),
-            hasher: RandomState::new(),
-            next_id: AtomicU64::new(0),
         })
     }
 
@@ -86,13 +78,12 @@ impl Flights {
                 joined: true,
             };
         }
-        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let limit = Limit::new(deadline);
         let progress = Arc::new(Progress::default());
         let landing = Landing {
             flights: Arc::clone(self),
             question: Arc::clone(question),
-            id,
+            progress: Arc::clone(&progress),
         };
         let answer = start(limit.clone(), Arc::clone(&progress));
         let work = async move {
@@ -108,7 +99,6 @@ impl Flights {
         shard.insert(
             Arc::clone(question),
             Flight {
-                id,
                 work: weak,
                 limit,
                 progress: Arc::clone(&progress),
@@ -121,9 +111,14 @@ impl Flights {
         }
     }
 
+    #[cfg(test)]
+    pub(super) fn count(&self) -> usize {
+        let lock = |shard: &Mutex<Shard>| shard.lock().expect("no panic under the lock").len();
+        self.shards.iter().map(lock).sum()
+    }
+
     fn shard(&self, question: &Question) -> MutexGuard<'_, Shard> {
-        let shard = self.hasher.hash_one(question) as usize % SHARDS;
-        self.shards[shard]
+        self.shards[question.hash as usize % SHARDS]
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
     }
@@ -133,7 +128,7 @@ impl Flights {
 struct Landing {
     flights: Arc<Flights>,
     question: Arc<Question>,
-    id: u64,
+    progress: Arc<Progress>,
 }
 
 impl Drop for Landing {
@@ -142,7 +137,7 @@ impl Drop for Landing {
         // A new flight may stand there already, started after the last waiter of this one had left.
         if shard
             .get(&self.question)
-            .is_some_and(|flight| flight.id == self.id)
+            .is_some_and(|flight| Arc::ptr_eq(&flight.progress, &self.progress))
         {
             shard.remove(&self.question);
         }

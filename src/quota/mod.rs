@@ -1,39 +1,52 @@
-//! Keeps the vendor's call rate (60 calls per minute and user) by the number of different questions, not of callers:
-//! equal questions in flight are merged, answers are kept for a moment where that is configured, and a throttled identity
-//! is held back here until its window is over.
+//! Makes upstream calls follow the number of different questions, not of callers, because the vendor allows few (60 calls
+//! per minute and user): equal questions in flight are merged, and answers are kept for a moment where that is configured.
+//! What holds a throttled identity back, and the local pace, belong to each attempt and so to [`crate::upstream`].
 //!
 //! Nothing is ever shared between identities: the identity is a part of the question.
 
 mod flights;
-mod throttle;
+#[cfg(test)]
+mod tests;
 
-use std::{future::Future, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    hash::{BuildHasher as _, Hash, Hasher, RandomState},
+    panic::AssertUnwindSafe,
+    sync::Arc,
+    time::Duration,
+};
 
+use futures_util::FutureExt as _;
 use moka::sync::Cache;
 use tonic::Code;
 
-use self::{
-    flights::{Flights, Seat},
-    throttle::Throttle,
-};
+use self::flights::{Flights, Seat};
 use crate::{
-    credentials::Identity,
+    credentials::{self, Identity},
     deadline::{Deadline, Limit},
-    reason::Reason,
     telemetry::metrics::Metrics,
-    upstream::{Error, ErrorKind, Facts, Found, Progress, TaskQuery},
+    upstream::{Error, ErrorKind, Found, Progress, TaskQuery},
 };
 
 /// Answers above this size are not kept: a few of them would outweigh all others.
 const MAX_CACHED_BYTES: usize = 64 << 10;
 
-/// What is asked, and as whom.
-#[derive(Debug, PartialEq, Eq, Hash)]
+/// What is asked, and as whom. Made by [`Quota::question`].
+#[derive(Debug, PartialEq, Eq)]
 pub struct Question {
+    /// Hash of the rest, computed once: every map that knows the question asks for it. Its key is random for each process,
+    /// so nobody can make questions that collide.
+    hash: u64,
     /// Whose credential asks.
     pub identity: Identity,
     /// The task.
     pub query: TaskQuery,
+}
+
+impl Hash for Question {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        state.write_u64(self.hash);
+    }
 }
 
 /// What a question brings, shared by all who asked it.
@@ -51,9 +64,9 @@ pub struct Config {
 /// One per process: its state is shared by all workers.
 #[derive(Debug)]
 pub struct Quota {
+    hasher: RandomState,
     flights: Arc<Flights>,
     cache: Option<Cache<Arc<Question>, Answer>>,
-    throttle: Throttle,
     metrics: Arc<Metrics>,
 }
 
@@ -67,10 +80,19 @@ impl Quota {
                 .build()
         });
         Arc::new(Self {
+            hasher: RandomState::new(),
             flights: Flights::new(),
             cache,
-            throttle: Throttle::new(),
             metrics,
+        })
+    }
+
+    /// The question for `query`, asked as `identity`.
+    pub fn question(&self, identity: Identity, query: TaskQuery) -> Arc<Question> {
+        Arc::new(Question {
+            hash: self.hasher.hash_one((&identity, &query)),
+            identity,
+            query,
         })
     }
 
@@ -78,7 +100,7 @@ impl Quota {
     /// whatever work answers. The caller stops waiting by dropping the future.
     ///
     /// # Errors
-    /// Those of `work`, and [`ErrorKind::Throttled`] without any work.
+    /// Those of `work`, its panic among them.
     pub async fn ask<F>(
         self: &Arc<Self>,
         question: &Arc<Question>,
@@ -89,73 +111,81 @@ impl Quota {
     where
         F: Future<Output = Result<Found, Error>> + Send + 'static,
     {
-        loop {
+        let mut merged = false;
+        let answer = loop {
             if let Some(answer) = self.cache.as_ref().and_then(|cache| cache.get(question)) {
                 self.metrics.cache_hits.inc();
-                return answer;
+                break answer;
             }
-            if let Some(retry_after) = self.throttle.wait(question.identity) {
-                self.metrics.throttled.inc();
-                return Err(Error {
-                    kind: ErrorKind::Throttled { retry_after },
-                    facts: Facts::default(),
-                });
-            }
+            let seat = self.flights.join(question, deadline, |limit, progress| {
+                Arc::clone(self).look_up(Arc::clone(question), work(limit, progress))
+            });
             let Seat {
                 work,
                 progress,
                 joined,
-            } = self.flights.join(question, deadline, |limit, progress| {
-                let answer = work(limit, progress);
-                let (quota, question) = (Arc::clone(self), Arc::clone(question));
-                async move {
-                    let answer = answer.await.map(Arc::new);
-                    quota.learn(&question, &answer);
-                    answer
-                }
-            });
-            if joined {
+            } = seat;
+            if joined && !merged {
+                merged = true;
                 self.metrics.coalesced.inc();
             }
             watch(progress);
             let answer = work.await;
-            // The work gave up for lack of time before this call joined with more of it: that concerns the others only.
-            let out_of_time = matches!(
-                &answer,
-                Err(Error {
-                    kind: ErrorKind::DeadlineExceeded,
-                    ..
-                })
-            );
-            if !(joined && out_of_time && !deadline.remaining().is_zero()) {
-                return answer;
+            if !(joined && concerns_others_only(&answer, deadline)) {
+                break answer;
             }
-        }
-    }
-
-    /// Keeps what is worth keeping of an answer.
-    fn learn(&self, question: &Arc<Question>, answer: &Answer) {
+        };
         if let Err(Error {
-            kind: ErrorKind::Rejected(rejection),
+            kind: ErrorKind::Throttled { .. },
             ..
         }) = answer
-            && rejection.verdict.reason == Reason::Throttled
-            && let Some(wait) = rejection.retry_after
         {
-            let by_address = rejection.throttled_subject.as_deref() == Some("ip");
-            self.throttle.remember(question.identity, wait, by_address);
+            self.metrics.throttled.inc();
         }
+        answer
+    }
+
+    /// The work of a flight. Its panic becomes an answer: it would reach only the waiter that happens to poll, and leave
+    /// the others waiting.
+    async fn look_up(
+        self: Arc<Self>,
+        question: Arc<Question>,
+        work: impl Future<Output = Result<Found, Error>>,
+    ) -> Answer {
+        let answer = match AssertUnwindSafe(work).catch_unwind().await {
+            Ok(answer) => answer.map(Arc::new),
+            Err(_) => {
+                self.metrics.panics.inc();
+                Err(Error::from(ErrorKind::Panicked))
+            }
+        };
         if let Some(cache) = &self.cache
-            && is_cacheable(answer)
+            && is_worth_keeping(&answer)
         {
-            cache.insert(Arc::clone(question), answer.clone());
+            cache.insert(question, answer.clone());
         }
+        answer
     }
 }
 
-fn is_cacheable(answer: &Answer) -> bool {
+/// Whether work gave up for lack of time, and this call, which joined at that moment, has more of it.
+fn concerns_others_only(answer: &Answer, deadline: Deadline) -> bool {
+    let remaining = deadline.remaining();
     match answer {
-        Ok(found) => found.task.text_bytes() <= MAX_CACHED_BYTES,
+        Err(Error { kind, .. }) => match kind {
+            ErrorKind::DeadlineExceeded
+            | ErrorKind::Credentials(credentials::Error::DeadlineExceeded) => !remaining.is_zero(),
+            // The local pace refused what did not fit before the deadline it knew.
+            ErrorKind::Throttled { retry_after } => *retry_after < remaining,
+            _ => false,
+        },
+        Ok(_) => false,
+    }
+}
+
+fn is_worth_keeping(answer: &Answer) -> bool {
+    match answer {
+        Ok(found) => found.task.heap_bytes() <= MAX_CACHED_BYTES,
         Err(Error {
             kind: ErrorKind::Rejected(rejection),
             ..

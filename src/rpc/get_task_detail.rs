@@ -10,6 +10,7 @@ use crate::{
     deadline::Limit,
     pb::{GetTaskDetailRequest, GetTaskDetailResponse, SubTask},
     quota::Question,
+    telemetry::ServerSpan,
     upstream::{self, Found, Progress, TaskQuery, wire},
 };
 
@@ -31,10 +32,7 @@ pub(super) async fn handle(
         .resolve(metadata, call.deadline)
         .await
         .map_err(Error::Credentials)?;
-    let question = Arc::new(Question {
-        identity: auth.identity(),
-        query,
-    });
+    let question = facade.quota.question(auth.identity(), query);
     let answer = facade.quota.ask(
         &question,
         call.deadline,
@@ -46,6 +44,7 @@ pub(super) async fn handle(
                 auth.clone(),
                 limit,
                 progress,
+                call.span.clone(),
             )
         },
     );
@@ -56,16 +55,18 @@ pub(super) async fn handle(
     })
 }
 
-/// The work that equal calls share, so it owns what it needs.
+/// The work that equal calls share, so it owns what it needs. Its attempts belong to the span of the call that started
+/// it, also when others go on waiting after that call has ended.
 async fn look_up(
     upstream: upstream::Client,
     question: Arc<Question>,
     auth: Auth,
     limit: Limit,
     progress: Arc<Progress>,
+    span: Option<Arc<ServerSpan>>,
 ) -> Result<Found, upstream::Error> {
     upstream
-        .show_task_detail(&question.query, auth, &limit, &progress)
+        .show_task_detail(&question.query, auth, &limit, &progress, span.as_ref())
         .await
 }
 

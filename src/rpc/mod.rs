@@ -16,6 +16,7 @@ use crate::{
     quota::Quota,
     reason::Reason,
     status,
+    telemetry::ServerSpan,
     upstream::{self, Progress},
 };
 
@@ -94,6 +95,8 @@ pub struct Call {
     pub deadline: Deadline,
     /// The caller's `x-request-id`, or one of ours: 1 to 128 of `[A-Za-z0-9._-]`.
     pub request_id: String,
+    /// The RPC's span, where traces are exported.
+    pub span: Option<Arc<ServerSpan>>,
     /// Work that the RPC waits for, if it got that far: tells of an RPC that was cut short.
     progress: OnceLock<Arc<Progress>>,
     /// What the RPC came to, set once when it is over.
@@ -102,10 +105,11 @@ pub struct Call {
 
 impl Call {
     /// A call of which only the headers are known.
-    pub fn new(deadline: Deadline, request_id: String) -> Self {
+    pub fn new(deadline: Deadline, request_id: String, span: Option<Arc<ServerSpan>>) -> Self {
         Self {
             deadline,
             request_id,
+            span,
             progress: OnceLock::new(),
             outcome: OnceLock::new(),
         }

@@ -78,7 +78,9 @@ impl<S: TaskService> Edge<S> {
         let timeout = caller_timeout.as_ref().ok().copied().flatten();
         let deadline =
             Deadline::after(timeout.map_or(self.timeout, |timeout| timeout.min(self.timeout)));
-        let call = Call::new(deadline, request_id(headers));
+        let tracer = self.sinks.tracer.as_ref();
+        let span = tracer.map(|tracer| tracer.server_span(headers));
+        let call = Call::new(deadline, request_id(headers), span);
         let rpc = Rpc::start(&self.sinks, method, call, timeout, peer, headers);
 
         if request.method() != HttpMethod::POST {

@@ -41,7 +41,10 @@ use tokio_util::task::TaskTracker;
 
 pub use record::{Access, Record};
 
-use crate::{pb::task_service_server::TaskService, telemetry::metrics::Metrics};
+use crate::{
+    pb::task_service_server::TaskService,
+    telemetry::{Tracer, metrics::Metrics},
+};
 
 /// How the listener behaves.
 #[derive(Debug, Clone)]
@@ -124,6 +127,10 @@ pub struct Parts<F> {
     pub metrics: Arc<Metrics>,
     /// Takes the record of every RPC.
     pub access: Access,
+    /// Called once, when nothing can fail any more and connections are let in.
+    pub started: Box<dyn FnOnce() + Send>,
+    /// Makes the span of every RPC, where traces are exported.
+    pub tracer: Option<Arc<Tracer>>,
 }
 
 impl<F> fmt::Debug for Parts<F> {
@@ -167,6 +174,8 @@ where
         serving,
         metrics,
         access,
+        started,
+        tracer,
     } = parts;
     let tls = match &config.tls {
         Some(files) => Some(Arc::new(tls::Tls::load(files.clone(), &metrics)?)),
@@ -189,6 +198,7 @@ where
         let sinks = record::Sinks {
             metrics: Arc::clone(&metrics),
             access: Arc::clone(&access),
+            tracer: tracer.clone(),
         };
         let shared = move || connection::Shared {
             edge: edge::Edge::new(facade(), routes, reflection, timeout, in_flight, sinks),
@@ -211,6 +221,7 @@ where
         tracker: tracker.clone(),
     };
 
+    started();
     let first = *ready.borrow_and_update();
     health.set(first).await;
     tokio::select! {

@@ -8,7 +8,10 @@ use tonic::Code;
 
 use crate::{
     rpc::Call,
-    telemetry::metrics::{Method, Metrics},
+    telemetry::{
+        Tracer,
+        metrics::{Method, Metrics},
+    },
 };
 
 /// Takes one [`Record`] per RPC. It is called on the workers and must not block.
@@ -42,6 +45,7 @@ pub struct Record<'a> {
 pub(super) struct Sinks {
     pub(super) metrics: Arc<Metrics>,
     pub(super) access: Access,
+    pub(super) tracer: Option<Arc<Tracer>>,
 }
 
 /// One RPC under way. Dropping it counts and tells it, as Cancelled unless [`Rpc::end`] was called before.

@@ -115,7 +115,12 @@ impl Tls {
         socket.readable().await.ok()?;
         let _place = self.handshakes.acquire().await.ok()?;
         let acceptor = TlsAcceptor::from(self.current.load_full());
-        let stream = acceptor.accept(socket).await.ok()?;
+        let peer = socket.peer_addr().ok()?;
+        let stream = acceptor
+            .accept(socket)
+            .await
+            .inspect_err(|error| tracing::warn!(%peer, %error, "TLS handshake failed"))
+            .ok()?;
         // The library lets a client pass that offers no protocol at all.
         (stream.get_ref().1.alpn_protocol() == Some(HTTP2)).then_some(stream)
     }

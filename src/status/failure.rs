@@ -155,6 +155,7 @@ impl<'a> Failure<'a> {
                 Self::new(Code::ResourceExhausted, Reason::Throttled).after(*retry_after)
             }
             ErrorKind::Credentials(error) => Self::of_credentials(error),
+            ErrorKind::Panicked => Self::new(Code::Internal, Reason::Internal),
         }
     }
 

@@ -7,6 +7,7 @@ use tonic::Code;
 use tracing::Level;
 
 use super::{
+    context::Context,
     line::{Line, Style},
     metrics::code_name,
     writer::Writer,
@@ -24,8 +25,8 @@ const MAX_PEER_TEXT: usize = 128;
 pub struct AccessLine<'a> {
     /// Our `x-request-id`.
     pub request_id: &'a str,
-    /// The caller's `traceparent`, as it came.
-    pub traceparent: Option<&'a [u8]>,
+    /// Our own span where traces are exported, else the caller's.
+    pub trace: Option<&'a Context>,
     /// `Method::name` of the RPC.
     pub grpc_method: &'static str,
     /// The final code.
@@ -115,9 +116,9 @@ fn level(code: Code, reason: Option<Reason>) -> Level {
 fn render(style: Style, now: Timestamp, level: Level, rpc: &AccessLine<'_>) -> String {
     let mut line = Line::new(style, now, level, TARGET, "rpc");
     line.text("request_id", &limited(rpc.request_id.as_bytes()));
-    if let Some((trace_id, span_id)) = rpc.traceparent.and_then(trace_and_span) {
-        line.text("trace_id", trace_id);
-        line.text("span_id", span_id);
+    if let Some(trace) = rpc.trace {
+        line.text("trace_id", &format!("{:032x}", trace.trace_id));
+        line.text("span_id", &format!("{:016x}", trace.span_id));
     }
     line.text("grpc_method", rpc.grpc_method);
     line.text("grpc_code", code_name(rpc.grpc_code));
@@ -146,28 +147,6 @@ fn render(style: Style, now: Timestamp, level: Level, rpc: &AccessLine<'_>) -> S
     line.finish()
 }
 
-/// Trace id and span id of a `traceparent`, see W3C Trace Context, section 3.2; `None` when it is malformed.
-fn trace_and_span(traceparent: &[u8]) -> Option<(&str, &str)> {
-    let text = std::str::from_utf8(traceparent).ok()?;
-    let mut parts = text.split('-');
-    let (version, trace_id, span_id, flags) =
-        (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
-    let lower_hex = |part: &str, length: usize| {
-        part.len() == length && part.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
-    };
-    let all_zero = |part: &str| part.bytes().all(|b| b == b'0');
-    let sound = lower_hex(version, 2)
-        && version != "ff"
-        && lower_hex(trace_id, 32)
-        && !all_zero(trace_id)
-        && lower_hex(span_id, 16)
-        && !all_zero(span_id)
-        && lower_hex(flags, 2)
-        // Later versions may add parts.
-        && (version != "00" || parts.next().is_none());
-    sound.then_some((trace_id, span_id))
-}
-
 /// Milliseconds with the microseconds as decimals.
 struct Milliseconds(Duration);
 
@@ -179,7 +158,7 @@ impl std::fmt::Display for Milliseconds {
 }
 
 /// At most [`MAX_PEER_TEXT`] bytes of visible ASCII and blanks; anything else becomes `?`.
-fn limited(text: &[u8]) -> std::borrow::Cow<'_, str> {
+pub(super) fn limited(text: &[u8]) -> std::borrow::Cow<'_, str> {
     let text = &text[..text.len().min(MAX_PEER_TEXT)];
     let sound = |b: &u8| (b' '..=b'~').contains(b);
     match std::str::from_utf8(text) {
@@ -199,7 +178,7 @@ mod tests {
     use super::*;
     use crate::{
         config::LogFormat,
-        telemetry::{log, writer::tests::Kept},
+        telemetry::{log, repeats::Repeats, writer::tests::Kept},
     };
 
     const JSON: Style = Style {
@@ -211,10 +190,17 @@ mod tests {
         colour: false,
     };
 
+    static TRACE: Context = Context {
+        trace_id: 0x4bf9_2f35_77b3_4da6_a3ce_929d_0e0e_4736,
+        span_id: 0x00f0_67aa_0ba9_02b7,
+        sampled: true,
+        trace_state: String::new(),
+    };
+
     fn full() -> AccessLine<'static> {
         AccessLine {
             request_id: "request-1",
-            traceparent: Some(b"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"),
+            trace: Some(&TRACE),
             grpc_method: "huaweicloud.rds.task.v1.TaskService/GetTaskDetail",
             grpc_code: Code::NotFound,
             reason: Some(Reason::TaskNotFound),
@@ -232,7 +218,7 @@ mod tests {
 
     fn empty() -> AccessLine<'static> {
         AccessLine {
-            traceparent: None,
+            trace: None,
             grpc_code: Code::Ok,
             reason: None,
             attempts: 0,
@@ -296,58 +282,6 @@ mod tests {
     }
 
     #[test]
-    fn a_malformed_traceparent_leaves_no_trace() {
-        let cases = [
-            (
-                "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
-                true,
-            ),
-            (
-                "01-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01-more",
-                true,
-            ),
-            (
-                "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01-more",
-                false,
-            ),
-            (
-                "ff-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
-                false,
-            ),
-            (
-                "00-4BF92F3577B34DA6A3CE929D0E0E4736-00f067aa0ba902b7-01",
-                false,
-            ),
-            (
-                "00-00000000000000000000000000000000-00f067aa0ba902b7-01",
-                false,
-            ),
-            (
-                "00-4bf92f3577b34da6a3ce929d0e0e4736-0000000000000000-01",
-                false,
-            ),
-            (
-                "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7",
-                false,
-            ),
-            (
-                "00-4bf92f3577b34da6a3ce929d0e0e473-00f067aa0ba902b7-01",
-                false,
-            ),
-            ("", false),
-        ];
-
-        for (text, expected) in cases {
-            assert_eq!(
-                trace_and_span(text.as_bytes()).is_some(),
-                expected,
-                "{text}"
-            );
-        }
-        assert_eq!(trace_and_span(b"\xff"), None);
-    }
-
-    #[test]
     fn only_faults_of_server_and_upstream_are_errors() {
         let errors: Vec<Code> = (0..17)
             .map(Code::from)
@@ -393,7 +327,9 @@ mod tests {
         for (filter, expected) in cases {
             let kept = Kept::default();
             let (writer, flush) = Writer::new(kept.clone(), Counter::default());
-            let subscriber = log::subscriber(TEXT, log::filter(filter).unwrap(), writer.clone());
+            let repeats = Repeats::new(Counter::default());
+            let filter_set = log::filter(filter).unwrap();
+            let subscriber = log::subscriber(TEXT, filter_set, writer.clone(), repeats);
             let access = Access::new(TEXT, writer);
             with_default(subscriber, || {
                 access.write(&full());

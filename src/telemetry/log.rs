@@ -1,9 +1,14 @@
 //! Events of `tracing` as lines of the log.
 //!
+//! A place in the code that writes WARN or ERROR over and over is held back (see [`Repeats`]); the access line never is.
+//!
 //! The filter is `RUST_LOG`; without it, `info`. Whatever it says, crates other than this one speak only from WARN up:
 //! below that they print URLs and header values, and a token must not depend on somebody's filter.
 
-use std::fmt::{self, Write as _};
+use std::{
+    fmt::{self, Write as _},
+    time::Instant,
+};
 
 use jiff::Timestamp;
 use tracing::{
@@ -18,6 +23,7 @@ use tracing_subscriber::{
 
 use super::{
     line::{Line, Style},
+    repeats::Repeats,
     writer::Writer,
 };
 
@@ -34,9 +40,14 @@ pub(super) fn subscriber(
     style: Style,
     filter: EnvFilter,
     writer: Writer,
+    repeats: Repeats,
 ) -> impl Subscriber + Send + Sync {
     tracing_subscriber::registry()
-        .with(Lines { style, writer })
+        .with(Lines {
+            style,
+            writer,
+            repeats,
+        })
         .with(filter)
         .with(filter_fn(may_speak))
 }
@@ -62,13 +73,17 @@ pub(super) fn set_panic_hook() {
 struct Lines {
     style: Style,
     writer: Writer,
+    repeats: Repeats,
 }
 
 impl<S: Subscriber> Layer<S> for Lines {
     fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
+        let metadata = event.metadata();
+        let Some(held_back) = self.repeats.admit(metadata, Instant::now()) else {
+            return;
+        };
         let mut message = Message(String::new());
         event.record(&mut message);
-        let metadata = event.metadata();
         let now = Timestamp::now();
         let mut line = Line::new(
             self.style,
@@ -78,6 +93,9 @@ impl<S: Subscriber> Layer<S> for Lines {
             &message.0,
         );
         event.record(&mut Fields(&mut line));
+        if held_back > 0 {
+            line.plain("suppressed", held_back);
+        }
         self.writer.write(line.finish());
     }
 }
@@ -149,7 +167,9 @@ mod tests {
     fn logged(style: Style, filter_text: &str, log: impl FnOnce()) -> String {
         let kept = Kept::default();
         let (writer, flush) = Writer::new(kept.clone(), Counter::default());
-        with_default(subscriber(style, filter(filter_text).unwrap(), writer), log);
+        let repeats = Repeats::new(Counter::default());
+        let subscriber = subscriber(style, filter(filter_text).unwrap(), writer, repeats);
+        with_default(subscriber, log);
         drop(flush);
         kept.text()
     }
@@ -210,6 +230,19 @@ mod tests {
             assert_eq!(text.contains("informed"), info, "{filter_text}");
             assert_eq!(text.contains("debugged"), debug, "{filter_text}");
         }
+    }
+
+    #[test]
+    fn a_warning_over_and_over_is_held_back_and_information_is_not() {
+        let text = logged(JSON, "info", || {
+            for _ in 0..50 {
+                tracing::warn!("flood");
+                tracing::info!("told");
+            }
+        });
+
+        assert_eq!(text.matches("flood").count(), 5);
+        assert_eq!(text.matches("told").count(), 50);
     }
 
     #[test]

@@ -207,6 +207,14 @@ pub struct Metrics {
     pub panics: Counter,
     /// Log lines dropped because the pipe was blocked.
     pub log_lines_dropped: Counter,
+    /// Repeated WARN and ERROR lines that were held back.
+    pub log_lines_suppressed: Counter,
+    /// 1 while the breaker holds calls back.
+    pub circuit_open: Gauge,
+    /// Spans that the collector took.
+    pub spans_exported: Counter,
+    /// Spans dropped because the queue was full, and because no export brought them to the collector.
+    pub spans_dropped: [Counter; 2],
 }
 
 impl fmt::Debug for Metrics {
@@ -228,6 +236,7 @@ impl Metrics {
         let attempt_seconds = Histogram::new(LATENCY_BUCKETS);
         let retries = Family::<ReasonLabel, Counter>::default();
         let refresh = Family::<OutcomeLabel, Counter>::default();
+        let dropped = Family::<ReasonLabel, Counter>::default();
         registry.register("grpc_server_started", "RPCs started", started.clone());
         registry.register(
             "grpc_server_handled",
@@ -258,6 +267,11 @@ impl Metrics {
             "rds_credential_refresh",
             "Fetches of a credential",
             refresh.clone(),
+        );
+        registry.register(
+            "trace_spans_dropped",
+            "Spans that did not reach the collector",
+            dropped.clone(),
         );
         let info = Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]);
         registry.register("build", "The running program", info);
@@ -309,6 +323,9 @@ impl Metrics {
         let credential_refresh = ["success", "failure"]
             .map(|outcome| refresh.get_or_create_owned(&OutcomeLabel { outcome }));
 
+        let spans_dropped = ["queue_full", "export_failed"]
+            .map(|reason| dropped.get_or_create_owned(&ReasonLabel { reason }));
+
         let mut metrics = Self {
             registry,
             rpcs,
@@ -326,6 +343,10 @@ impl Metrics {
             connections_refused: Counter::default(),
             panics: Counter::default(),
             log_lines_dropped: Counter::default(),
+            log_lines_suppressed: Counter::default(),
+            circuit_open: Gauge::default(),
+            spans_exported: Counter::default(),
+            spans_dropped,
         };
         metrics.register_plain();
         Arc::new(metrics)
@@ -378,6 +399,21 @@ impl Metrics {
             "log_lines_dropped",
             "Log lines dropped because the pipe was blocked",
             self.log_lines_dropped.clone(),
+        );
+        r.register(
+            "log_lines_suppressed",
+            "Repeated WARN and ERROR lines that were held back",
+            self.log_lines_suppressed.clone(),
+        );
+        r.register(
+            "rds_circuit_open",
+            "1 while calls are held back because RDS is down",
+            self.circuit_open.clone(),
+        );
+        r.register(
+            "trace_spans_exported",
+            "Spans that the collector took",
+            self.spans_exported.clone(),
         );
     }
 

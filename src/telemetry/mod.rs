@@ -1,25 +1,38 @@
-//! What an operator sees from outside: log, access line, metrics.
+//! What an operator sees from outside: log, access line, metrics, traces.
 
 mod access;
+mod context;
+mod conventions;
+mod export;
 mod line;
 pub(crate) mod log;
 pub mod metrics;
+mod otlp;
 mod process;
+mod repeats;
+mod trace;
 mod writer;
 
 use std::{
     fs::File,
     io::{self, IsTerminal as _, Write as _},
     os::fd::AsFd as _,
+    sync::Arc,
 };
 
 use jiff::Timestamp;
 use tracing::Level;
 
-pub use self::access::{Access, AccessLine};
+pub use self::{
+    access::{Access, AccessLine},
+    context::Context,
+    export::Error as TracingError,
+    trace::{AttemptEnd, AttemptSpan, ServerSpan, Tracer},
+};
 use self::{
     line::{Line, Style},
     metrics::Metrics,
+    repeats::Repeats,
     writer::{Flush, Writer},
 };
 use crate::config::{self, LogFormat, Refused};
@@ -43,13 +56,30 @@ pub fn start(log: &config::Log, metrics: &Metrics) -> Telemetry {
     };
     let (writer, flush) = Writer::new(standard_output(), metrics.log_lines_dropped.clone());
     let filter = log::filter(&log.filter).expect("the configuration holds only filters that parse");
-    tracing::subscriber::set_global_default(log::subscriber(style, filter, writer.clone()))
-        .expect("the log is started once");
+    let repeats = Repeats::new(metrics.log_lines_suppressed.clone());
+    let subscriber = log::subscriber(style, filter, writer.clone(), repeats);
+    tracing::subscriber::set_global_default(subscriber).expect("the log is started once");
     log::set_panic_hook();
     Telemetry {
         access: Access::new(style, writer),
         _flush: flush,
     }
+}
+
+/// Starts the export of traces.
+///
+/// # Errors
+/// [`TracingError`] for a setting that cannot be used.
+///
+/// # Panics
+/// When the process is out of threads.
+pub fn start_tracing(
+    tracing: &config::Tracing,
+    propagate_upstream: bool,
+    metrics: Arc<Metrics>,
+) -> Result<Arc<Tracer>, TracingError> {
+    let queue = export::Queue::start(tracing, metrics)?;
+    Ok(Tracer::new(tracing, propagate_upstream, queue))
 }
 
 /// Prints the mistakes of the configuration on standard error, one line each: with `--log-format json` as objects, like

@@ -1,6 +1,9 @@
 //! One attempt: admission, one exchange, and what its end means for the caller, the breaker and the key.
 
-use std::time::{Duration, SystemTime};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use bytes::Bytes;
 use http::{
@@ -18,11 +21,14 @@ use super::{
     wire::{NotATask, TaskDetail, parse_task_detail},
 };
 use crate::{
-    credentials::{self, Auth, key_guard},
+    credentials::{self, Auth, Identity, key_guard},
     deadline::Limit,
     http::{Answer, Failure},
     reason::Reason,
-    telemetry::metrics::{AttemptOutcome, Metrics},
+    telemetry::{
+        AttemptEnd, AttemptSpan, ServerSpan,
+        metrics::{AttemptOutcome, Metrics},
+    },
 };
 
 /// An attempt does not start with less than this left: no answer could come in time.
@@ -140,6 +146,7 @@ impl Client {
         clock_corrected: bool,
         limit: &Limit,
         progress: &Progress,
+        span: Option<&Arc<ServerSpan>>,
     ) -> Result<TaskDetail, Failed> {
         let endpoint = &*self.endpoint;
         if limit.deadline().remaining() < FLOOR {
@@ -148,31 +155,30 @@ impl Client {
                 Reason::DeadlineExceeded,
             ));
         }
-        if let Some(rate) = &endpoint.rate {
-            rate.turn(auth.identity(), limit.deadline())
-                .await
-                .map_err(|retry_after| {
-                    endpoint.metrics.throttled.inc();
-                    Failed::lasting(ErrorKind::Throttled { retry_after }, Reason::Throttled)
-                })?;
-        }
+        self.admit(auth.identity(), limit).await?;
         let key = match auth {
             Auth::Token(_) => None,
             Auth::Key(key) => Some(key.guard.admit(limit.deadline()).await.map_err(refused)?),
         };
-        let admission = endpoint.breaker.admit().map_err(|retry_after| {
-            Failed::lasting(ErrorKind::CircuitOpen { retry_after }, Reason::CircuitOpen)
-        })?;
+        let admission = endpoint.breaker.admit().map_err(circuit_open)?;
 
         let signed = Signed {
             at: endpoint.clock.now(),
             clock_corrected,
         };
-        progress.update(|facts| facts.attempts += 1);
-        let mut record = Record::start(&endpoint.metrics);
+        let mut resend_count = 0;
+        progress.update(|facts| {
+            resend_count = facts.attempts;
+            facts.attempts += 1;
+        });
+        let span = span.map(|span| span.attempt(resend_count));
+        let mut record = Record::start(&endpoint.metrics, request, span);
         let until = Instant::now() + endpoint.config.attempt_timeout;
-        let sent =
-            tokio::time::timeout_at(until, self.http.send(request.with(auth, signed.at))).await;
+        let mut message = request.with(auth, signed.at);
+        if let Some(span) = &record.span {
+            span.propagate(message.headers_mut());
+        }
+        let sent = tokio::time::timeout_at(until, self.http.send(message)).await;
         let mut answer = match sent {
             Ok(Ok(answer)) => answer,
             Ok(Err(failure)) => return Err(end_without_answer(record, admission, failure)),
@@ -185,6 +191,9 @@ impl Client {
         progress.update(|facts| {
             facts.http_status = record.http_status;
             facts.upstream_request_id = rejection::request_id(answer.headers());
+            if record.span.is_some() {
+                record.upstream_request_id = facts.upstream_request_id.clone();
+            }
             facts.upstream_code = None;
         });
         let body = match tokio::time::timeout_at(until, answer.body()).await {
@@ -201,7 +210,30 @@ impl Client {
             Err(failure) => return Err(end_without_answer(record, admission, failure)),
         };
         record.end(AttemptOutcome::Answer);
-        self.understand(&answer, &body, signed, admission, key, progress)
+        let understood = self.understand(&answer, &body, signed, admission, key, progress);
+        if let Err(Failed {
+            kind: ErrorKind::Rejected(rejection),
+            ..
+        }) = &understood
+        {
+            endpoint.throttle.learn(auth.identity(), rejection);
+        }
+        understood
+    }
+
+    /// Waits until neither the vendor's rate nor our own holds the identity back.
+    async fn admit(&self, identity: Identity, limit: &Limit) -> Result<(), Failed> {
+        let endpoint = &*self.endpoint;
+        endpoint.throttle.check(identity).map_err(held_back)?;
+        if let Some(rate) = &endpoint.rate {
+            // An attempt that the breaker stops takes no turn. The place of a probe is free again at once.
+            endpoint.breaker.admit().map_err(circuit_open)?;
+            let turn = rate.turn(identity, limit.deadline());
+            turn.await.map_err(held_back)?;
+            // The vendor may have throttled another call in the meantime.
+            endpoint.throttle.check(identity).map_err(held_back)?;
+        }
+        Ok(())
     }
 
     fn understand(
@@ -281,7 +313,7 @@ impl Client {
         if !skewed || signed.clock_corrected {
             key.signature_refused(false);
         }
-        if skewed {
+        if skewed || signed.clock_corrected {
             return Failed {
                 remedy: Remedy::SignAgain,
                 ..Failed::lasting(ErrorKind::ClockSkew, Reason::ClockSkew)
@@ -289,6 +321,14 @@ impl Client {
         }
         Failed::rejected(rejection)
     }
+}
+
+fn held_back(retry_after: Duration) -> Failed {
+    Failed::lasting(ErrorKind::Throttled { retry_after }, Reason::Throttled)
+}
+
+fn circuit_open(retry_after: Duration) -> Failed {
+    Failed::lasting(ErrorKind::CircuitOpen { retry_after }, Reason::CircuitOpen)
 }
 
 fn malformed(admission: breaker::Admission<'_>) -> Failed {
@@ -318,10 +358,11 @@ fn refused(error: credentials::Error) -> Failed {
 }
 
 fn end_without_answer(
-    record: Record<'_>,
+    mut record: Record<'_>,
     admission: breaker::Admission<'_>,
     failure: Failure,
 ) -> Failed {
+    record.reason = Some(failure.reason);
     record.end(AttemptOutcome::TransportError);
     if failure.reason == Reason::UpstreamResponseTooLarge {
         admission.answered();
@@ -338,22 +379,35 @@ fn is_encoded(headers: &HeaderMap) -> bool {
         .is_some_and(|encoding| !encoding.as_bytes().eq_ignore_ascii_case(b"identity"))
 }
 
-/// Counts an attempt once, as cancelled when it is dropped before its end.
+/// Counts an attempt and ends its span once, as cancelled when it is dropped before its end.
 struct Record<'a> {
     metrics: &'a Metrics,
+    request: &'a TaskRequest<'a>,
+    span: Option<AttemptSpan>,
     started: Instant,
     outcome: AttemptOutcome,
     http_status: Option<u16>,
+    /// Why there is no whole answer.
+    reason: Option<Reason>,
+    upstream_request_id: Option<String>,
 }
 
 impl<'a> Record<'a> {
-    fn start(metrics: &'a Metrics) -> Self {
+    fn start(
+        metrics: &'a Metrics,
+        request: &'a TaskRequest<'a>,
+        span: Option<AttemptSpan>,
+    ) -> Self {
         metrics.upstream_in_flight.inc();
         Self {
             metrics,
+            request,
+            span,
             started: Instant::now(),
             outcome: AttemptOutcome::Cancelled,
             http_status: None,
+            reason: None,
+            upstream_request_id: None,
         }
     }
 
@@ -364,8 +418,19 @@ impl<'a> Record<'a> {
 
 impl Drop for Record<'_> {
     fn drop(&mut self) {
+        let took = self.started.elapsed();
         self.metrics.upstream_in_flight.dec();
         self.metrics
-            .upstream_attempt(self.outcome, self.http_status, self.started.elapsed());
+            .upstream_attempt(self.outcome, self.http_status, took);
+        if let Some(span) = &self.span {
+            span.end(AttemptEnd {
+                url: self.request.url(),
+                outcome: self.outcome,
+                http_status: self.http_status,
+                reason: self.reason,
+                upstream_request_id: self.upstream_request_id.take(),
+                took,
+            });
+        }
     }
 }

@@ -12,6 +12,7 @@ use std::{
     time::Duration,
 };
 
+use prometheus_client::metrics::gauge::Gauge;
 use tokio::time::Instant;
 
 use super::window::{Count, Window};
@@ -28,6 +29,8 @@ pub(super) struct Breaker {
     /// Read on every attempt; the lock is taken only while it is set.
     tripped: AtomicBool,
     state: Mutex<State>,
+    /// 1 from the opening to the probe that closes.
+    opened: Gauge,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -45,7 +48,7 @@ pub(super) struct Admission<'a> {
 }
 
 impl Breaker {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(opened: Gauge) -> Self {
         Self {
             attempts_and_failures: Window::new(),
             tripped: AtomicBool::new(false),
@@ -53,6 +56,7 @@ impl Breaker {
                 open_until: Instant::now(),
                 probing: false,
             }),
+            opened,
         }
     }
 
@@ -90,12 +94,14 @@ impl Breaker {
         let mut state = self.lock();
         state.open_until = Instant::now() + OPEN_FOR;
         self.tripped.store(true, Ordering::Release);
+        self.opened.set(1);
     }
 
     fn close(&self) {
         let _state = self.lock();
         self.attempts_and_failures.clear();
         self.tripped.store(false, Ordering::Release);
+        self.opened.set(0);
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
@@ -145,7 +151,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn it_opens_at_half_of_twenty_and_not_before() {
-        let breaker = Breaker::new();
+        let breaker = Breaker::new(Gauge::default());
         for _ in 0..10 {
             breaker.admit().expect("closed").answered();
         }
@@ -158,8 +164,23 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn the_gauge_is_one_from_the_opening_to_the_probe_that_closes() {
+        let opened = Gauge::default();
+        let breaker = Breaker::new(opened.clone());
+
+        fail(&breaker, 20);
+        let while_open = opened.get();
+        tokio::time::advance(OPEN_FOR).await;
+        let probe = breaker.admit().expect("half open");
+        let half_open = opened.get();
+        probe.answered();
+
+        assert_eq!((while_open, half_open, opened.get()), (1, 1, 0));
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn one_probe_passes_when_the_time_is_over_and_its_answer_closes_it() {
-        let breaker = Breaker::new();
+        let breaker = Breaker::new(Gauge::default());
         fail(&breaker, 20);
         tokio::time::advance(OPEN_FOR).await;
 
@@ -174,7 +195,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_failed_probe_opens_it_again() {
-        let breaker = Breaker::new();
+        let breaker = Breaker::new(Gauge::default());
         fail(&breaker, 20);
         tokio::time::advance(OPEN_FOR).await;
 
@@ -187,7 +208,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_cancelled_probe_frees_its_place() {
-        let breaker = Breaker::new();
+        let breaker = Breaker::new(Gauge::default());
         fail(&breaker, 20);
         tokio::time::advance(OPEN_FOR).await;
 
@@ -198,7 +219,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn attempts_that_end_late_do_not_prolong_the_opening() {
-        let breaker = Breaker::new();
+        let breaker = Breaker::new(Gauge::default());
         let stragglers: Vec<_> = (0..30).map(|_| breaker.admit().expect("closed")).collect();
         fail(&breaker, 20);
         tokio::time::advance(OPEN_FOR / 2).await;

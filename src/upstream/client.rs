@@ -15,13 +15,14 @@ use super::{
     rate::{self, Rate},
     request::TaskRequest,
     retry::{Attempts, Budget},
+    throttle::Throttle,
 };
 use crate::{
     credentials::{Auth, Credentials},
     deadline::Limit,
     http,
     reason::Reason,
-    telemetry::metrics::Metrics,
+    telemetry::{ServerSpan, metrics::Metrics},
 };
 
 /// How calls are made.
@@ -46,6 +47,7 @@ pub struct Endpoint {
     pub(super) breaker: Breaker,
     pub(super) clock: Clock,
     pub(super) rate: Option<Rate>,
+    pub(super) throttle: Throttle,
     pub(super) metrics: Arc<Metrics>,
     budget: Budget,
 }
@@ -54,9 +56,10 @@ impl Endpoint {
     /// An endpoint of which nothing is known yet.
     pub fn new(config: Config, metrics: Arc<Metrics>) -> Arc<Self> {
         Arc::new(Self {
-            breaker: Breaker::new(),
+            breaker: Breaker::new(metrics.circuit_open.clone()),
             clock: Clock::default(),
             rate: config.rate.map(Rate::new),
+            throttle: Throttle::new(),
             budget: Budget::new(config.retry_budget_percent),
             config,
             metrics,
@@ -102,6 +105,8 @@ impl Client {
 
     /// Looks up one task. At most `max_attempts` attempts, and one more after a renewed token or a corrected clock.
     ///
+    /// Each attempt is a child of `span`.
+    ///
     /// The call only reads, so repeating it after a lost answer costs quota and nothing else.
     ///
     /// # Errors
@@ -112,6 +117,7 @@ impl Client {
         mut auth: Auth,
         limit: &Limit,
         progress: &Progress,
+        span: Option<&Arc<ServerSpan>>,
     ) -> Result<Found, Error> {
         let request = TaskRequest::new(&self.endpoint.config.endpoint, query);
         let mut attempts = Attempts::new(self.endpoint.config.max_attempts);
@@ -121,7 +127,7 @@ impl Client {
         self.endpoint.budget.call();
         loop {
             let failed = match self
-                .attempt(&request, &auth, clock_corrected, limit, progress)
+                .attempt(&request, &auth, clock_corrected, limit, progress, span)
                 .await
             {
                 Ok(task) => {

@@ -18,12 +18,7 @@ pub(super) struct Clock {
 impl Clock {
     /// The time to sign with.
     pub(super) fn now(&self) -> SystemTime {
-        #[expect(
-            clippy::disallowed_methods,
-            reason = "signatures carry the time of day"
-        )]
-        let now = SystemTime::now();
-        shift(now, self.offset_seconds.load(Ordering::Relaxed))
+        shift(our_clock(), self.offset_seconds.load(Ordering::Relaxed))
     }
 
     /// Learns from the `Date` of an answer that refused a signature of the time `signed_at`. Whether they differ so much
@@ -32,9 +27,9 @@ impl Clock {
         let difference = seconds_between(signed_at, date);
         let skewed = difference.unsigned_abs() >= SKEW.as_secs();
         if skewed {
-            let used = self.offset_seconds.load(Ordering::Relaxed);
+            // Not added to the offset in use: many requests of the same wrong time may be refused at once.
             self.offset_seconds
-                .store(used.saturating_add(difference), Ordering::Relaxed);
+                .store(seconds_between(our_clock(), date), Ordering::Relaxed);
             tracing::warn!(
                 difference_seconds = difference,
                 "clock differs from the gateway's; signing with its time"
@@ -42,6 +37,14 @@ impl Clock {
         }
         skewed
     }
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "signatures carry the time of day"
+)]
+fn our_clock() -> SystemTime {
+    SystemTime::now()
 }
 
 fn seconds_between(from: SystemTime, to: SystemTime) -> i64 {
@@ -71,6 +74,12 @@ mod tests {
         UNIX_EPOCH + Duration::from_secs(1_800_000_000 + minutes * 60)
     }
 
+    #[track_caller]
+    fn assert_shows(clock: &Clock, expected: SystemTime) {
+        let moved = seconds_between(expected, clock.now());
+        assert!((-1..5).contains(&moved), "{moved} s off");
+    }
+
     #[test]
     fn a_difference_near_the_window_corrects_the_clock_and_a_smaller_one_does_not() {
         let cases = [
@@ -82,7 +91,6 @@ mod tests {
 
         for (signed_at, date, skewed) in cases {
             let clock = Clock::default();
-            let before = clock.now();
 
             assert_eq!(
                 clock.learn(date, signed_at),
@@ -90,28 +98,28 @@ mod tests {
                 "{signed_at:?} {date:?}"
             );
 
-            let moved = seconds_between(before, clock.now())
-                - if skewed {
-                    seconds_between(signed_at, date)
-                } else {
-                    0
-                };
-            assert!(
-                (0..5).contains(&moved),
-                "moved {moved} s more than it should"
-            );
+            assert_shows(&clock, if skewed { date } else { our_clock() });
         }
     }
 
     #[test]
-    fn a_second_correction_adds_to_the_first() {
+    fn refusals_of_the_same_wrong_time_correct_the_clock_once() {
         let clock = Clock::default();
-        let before = clock.now();
+
+        for _ in 0..3 {
+            assert!(clock.learn(at(16), at(0)));
+        }
+
+        assert_shows(&clock, at(16));
+    }
+
+    #[test]
+    fn a_later_correction_replaces_the_first() {
+        let clock = Clock::default();
 
         clock.learn(at(60), at(0));
-        clock.learn(at(0), at(30));
+        clock.learn(at(0), at(60));
 
-        let moved = seconds_between(before, clock.now()) - 30 * 60;
-        assert!((0..5).contains(&moved), "{moved}");
+        assert_shows(&clock, at(0));
     }
 }

@@ -12,6 +12,7 @@ pub mod rejection;
 mod request;
 mod retry;
 pub mod retry_after;
+mod throttle;
 pub mod verdict;
 mod window;
 pub mod wire;
@@ -68,6 +69,16 @@ pub struct Error {
     pub facts: Facts,
 }
 
+impl From<ErrorKind> for Error {
+    /// One that no attempt has shown anything about.
+    fn from(kind: ErrorKind) -> Self {
+        Self {
+            kind,
+            facts: Facts::default(),
+        }
+    }
+}
+
 /// What happened to a lookup that brought no task.
 #[derive(Debug, Clone)]
 pub enum ErrorKind {
@@ -97,6 +108,8 @@ pub enum ErrorKind {
     },
     /// No credential for an attempt.
     Credentials(credentials::Error),
+    /// A fault of ours: the work panicked.
+    Panicked,
 }
 
 /// An error answer, understood.

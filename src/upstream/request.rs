@@ -65,6 +65,11 @@ impl<'a> TaskRequest<'a> {
         }
     }
 
+    /// Where every attempt goes.
+    pub(super) fn url(&self) -> &Url {
+        &self.url
+    }
+
     /// The request of one attempt, with its credential: a token as it is, or a signature of this moment.
     pub(super) fn with(&self, auth: &Auth, signed_at: SystemTime) -> reqwest::Request {
         let mut request = reqwest::Request::new(Method::POST, self.url.clone());

@@ -3,11 +3,25 @@
 /// Starts the program, scripts upstreams, reads statuses.
 mod support;
 
+/// The command line, and the subcommands that are clients.
+mod cli;
+/// Connections: limits, descriptors, silence.
+mod connections;
+/// What goes with a failure besides its code: waits, texts, ids, and their limits.
+mod details;
+/// One call: what a caller may send, how prompt the answer is, overload.
+mod edge;
 /// What the caller is told for every answer and every broken answer of upstream.
 mod errors;
 /// The request upstream receives, the reply, the rules of the request.
 mod get_task_detail;
+/// Signals, drain, restart.
+mod lifecycle;
 /// Merged calls, kept answers, throttling, the local rate.
 mod quota;
 /// Attempts, deadlines, cancellation, breaker, overload.
 mod resilience;
+/// What the program needs to start, and what it says when it cannot.
+mod startup;
+/// TLS on both sides, and the proxy on the way to upstream.
+mod tls;

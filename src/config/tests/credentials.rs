@@ -1,7 +1,5 @@
 //! Credential sources, and that no secret ever shows.
 
-use secrecy::ExposeSecret as _;
-
 use super::*;
 
 type Variables<'a> = &'a [(&'a str, &'a str)];
@@ -138,7 +136,8 @@ fn sandbox_brings_its_token_and_endpoints_but_no_iam_user() {
     let Credentials::Token(token) = token else {
         panic!("{token:?}");
     };
-    assert_eq!(token.expose_secret(), "sandbox-token");
+    assert_eq!(token, "sandbox-token");
+    assert!(token.is_sensitive());
     assert!(matches!(metadata, Credentials::Metadata(Endpoint::Sandbox)));
     assert_eq!(
         mistakes(&["--sandbox", "--credentials", "iam"], &[]).len(),
@@ -156,14 +155,14 @@ fn the_chain_takes_keys_only_as_a_pair_and_the_profile_from_home() {
     let config = serve(&args, &env).unwrap();
 
     let Credentials::Chain {
-        keys,
+        key,
         profile,
         metadata,
     } = config.credentials
     else {
         panic!("not a chain");
     };
-    assert!(keys.is_none());
+    assert!(key.is_none());
     assert_eq!(
         profile,
         Some(PathBuf::from("/home/ann/.huaweicloud/credentials"))
@@ -206,6 +205,73 @@ fn no_secret_shows_in_help_debug_summary_or_print() {
             .summary()
             .contains("upstream-proxy=http://***@proxy:3128")
     );
+}
+
+#[test]
+fn malformed_secrets_are_mistakes_that_name_the_fault_and_not_the_value() {
+    let (two_lines, no_key, empty) = (
+        file_with("canary\nX-Evil: 1\n"),
+        file_with("[basic]\nak = canary\n"),
+        file_with("\n"),
+    );
+    let path = |file: &tempfile::NamedTempFile| file.path().to_str().unwrap().to_owned();
+    let (two_lines, no_key, empty) = (path(&two_lines), path(&no_key), path(&empty));
+    let iam = ["--iam-user", "ann", "--iam-domain", "acme"];
+    let cases: [(&[&str], Variables<'_>, &str); 8] = [
+        (
+            &["token", "--token-file", &two_lines],
+            &[],
+            "--token-file: the content holds a line break; write it on one line",
+        ),
+        (
+            &["token"],
+            &[("RDS_TASK_FACADE_TOKEN", "can ary")],
+            "RDS_TASK_FACADE_TOKEN: holds a blank",
+        ),
+        (
+            &[&["iam", "--iam-password-file", &empty][..], &iam].concat(),
+            &[],
+            "--iam-password-file: the content is empty",
+        ),
+        (
+            &["env"],
+            &[
+                ("HUAWEICLOUD_SDK_AK", "canary"),
+                ("HUAWEICLOUD_SDK_SK", "can\u{e4}ry"),
+            ],
+            "HUAWEICLOUD_SDK_SK: holds a character that is not visible ASCII",
+        ),
+        (
+            &["chain"],
+            &[
+                ("HUAWEICLOUD_SDK_AK", "canary"),
+                ("HUAWEICLOUD_SDK_SK", "canary"),
+                ("HUAWEICLOUD_SDK_SECURITY_TOKEN", "can\r\nary"),
+            ],
+            "HUAWEICLOUD_SDK_SECURITY_TOKEN: holds a line break; write it on one line",
+        ),
+        (
+            &["profile"],
+            &[("HUAWEICLOUD_SDK_CREDENTIALS_FILE", &no_key)],
+            "HUAWEICLOUD_SDK_CREDENTIALS_FILE: the section [basic] needs both ak and sk",
+        ),
+        (
+            &["profile"],
+            &[("HUAWEICLOUD_SDK_CREDENTIALS_FILE", "/nonexistent/canary")],
+            "HUAWEICLOUD_SDK_CREDENTIALS_FILE: the file cannot be read: entity not found",
+        ),
+        (
+            &["profile"],
+            &[("HOME", "/nonexistent/canary")],
+            "~/.huaweicloud/credentials: the file cannot be read: entity not found",
+        ),
+    ];
+
+    for (args, env, expected) in cases {
+        let args = [&["--region", "cn-north-4", "--credentials"], args].concat();
+
+        assert_eq!(mistakes(&args, env), [expected]);
+    }
 }
 
 #[test]

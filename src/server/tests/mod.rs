@@ -144,6 +144,8 @@ fn start_on(listener: std::net::TcpListener, config: Config, is_ready: bool) -> 
         serving: set_serving,
         metrics: Arc::clone(&metrics),
         access: Arc::new(move |record| told.lock().unwrap().push(record.code)),
+        started: Box::new(|| {}),
+        tracer: None,
     };
     let done = tokio::spawn(async move {
         serve(listener, config, parts, async {

@@ -179,6 +179,13 @@ fn every_failure_of_our_own_has_its_code_reason_wait_and_owner() {
             Some("server"),
         ),
         (
+            ours(ErrorKind::Panicked),
+            Code::Internal,
+            "INTERNAL",
+            None,
+            None,
+        ),
+        (
             ours(ErrorKind::Throttled { retry_after }),
             Code::ResourceExhausted,
             "THROTTLED",

@@ -37,8 +37,8 @@ pub struct TaskDetail {
 }
 
 impl TaskDetail {
-    /// The bytes of all its texts.
-    pub fn text_bytes(&self) -> usize {
+    /// The bytes it holds beyond its own: those of its texts and of its parts.
+    pub fn heap_bytes(&self) -> usize {
         let documented = [
             &self.instance_id,
             &self.instance_name,
@@ -61,11 +61,12 @@ impl TaskDetail {
             ]
         });
         let optional = others.into_iter().chain(parts).flatten();
-        documented
+        let texts: usize = documented
             .into_iter()
             .chain(optional)
             .map(String::len)
-            .sum()
+            .sum();
+        texts + self.sub_task_list.capacity() * size_of::<SubTask>()
     }
 }
 

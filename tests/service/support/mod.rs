@@ -1,6 +1,8 @@
+pub(crate) mod certificates;
 pub(crate) mod program;
 pub(crate) mod raw;
 pub(crate) mod status;
+pub(crate) mod tls;
 pub(crate) mod upstream;
 
 pub(crate) use self::{

@@ -14,6 +14,7 @@ use rds_task_facade::pb::{
     GetTaskDetailRequest, GetTaskDetailResponse, task_service_client::TaskServiceClient,
 };
 use tonic::{Request, Response, Status, transport::Channel};
+use tonic_health::pb::health_client::HealthClient;
 
 use super::Failure;
 
@@ -76,11 +77,23 @@ impl Logs {
 impl Program {
     /// Starts `serve` on free ports with JSON logs and nothing of this process's environment but `env`.
     pub(crate) fn start(args: &[&str], env: &[(&str, &str)]) -> Self {
-        let mut child = Command::new(PROGRAM)
+        Self::start_under(&[], "127.0.0.1:0", args, env)
+    }
+
+    /// The same on an address of its own, run by another program, such as a shell that sets limits first.
+    pub(crate) fn start_under(
+        wrapper: &[&str],
+        listen: &str,
+        args: &[&str],
+        env: &[(&str, &str)],
+    ) -> Self {
+        let line = [wrapper, &[PROGRAM]].concat();
+        let mut child = Command::new(line[0])
+            .args(&line[1..])
             .args([
                 "serve",
                 "--listen",
-                "127.0.0.1:0",
+                listen,
                 "--metrics-listen",
                 "127.0.0.1:0",
                 "--log-format",
@@ -135,9 +148,18 @@ impl Program {
 
     /// A client with a connection of its own.
     pub(crate) async fn client(&self) -> TaskServiceClient<Channel> {
+        TaskServiceClient::new(self.channel().await)
+    }
+
+    /// The same for health.
+    pub(crate) async fn health(&self) -> HealthClient<Channel> {
+        HealthClient::new(self.channel().await)
+    }
+
+    async fn channel(&self) -> Channel {
         let channel =
             Channel::from_shared(format!("http://{}", self.grpc)).expect("an address makes a URL");
-        TaskServiceClient::new(channel.connect().await.expect("the program listens"))
+        channel.connect().await.expect("the program listens")
     }
 
     /// One call on a connection of its own.

@@ -6,7 +6,10 @@ use bytes::Bytes;
 use http::{HeaderMap, Request, StatusCode};
 use prost::Message as _;
 use rds_task_facade::pb::{GetTaskDetailRequest, GetTaskDetailResponse};
-use tokio::net::TcpStream;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpStream,
+};
 use tonic::Status;
 
 pub(crate) const PATH: &str = "/huaweicloud.rds.task.v1.TaskService/GetTaskDetail";
@@ -56,9 +59,17 @@ impl Connection {
             .await
             .expect("the program listens");
         stream.set_nodelay(true).expect("a TCP option");
-        let (send, connection) = h2::client::handshake(stream).await.expect("HTTP/2");
+        Self::over(stream).await.expect("HTTP/2")
+    }
+
+    /// On a stream that is open already.
+    pub(crate) async fn over<S>(stream: S) -> Result<Self, h2::Error>
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let (send, connection) = h2::client::handshake(stream).await?;
         tokio::spawn(connection);
-        Self(send)
+        Ok(Self(send))
     }
 
     /// One exchange: the headers of `request`, `body` as it is, and everything that comes back.

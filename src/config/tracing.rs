@@ -1,0 +1,408 @@
+//! The standard variables of OpenTelemetry, as far as they concern the export of traces ("OpenTelemetry Environment
+//! Variable Specification", "OpenTelemetry Protocol Exporter"). Where nothing is exported, no other of them counts.
+
+use std::{fs, time::Duration};
+
+use http::{HeaderName, HeaderValue, Uri};
+
+use super::{
+    read::Reader,
+    values::{self, Parsed},
+};
+
+/// How spans are made and exported.
+#[derive(Debug, Clone)]
+pub struct Tracing {
+    /// Where spans go, path included.
+    pub endpoint: String,
+    /// Sent with every export; their values are marked sensitive.
+    pub headers: Vec<(HeaderName, HeaderValue)>,
+    /// Upper bound of one export, repetitions included.
+    pub timeout: Duration,
+    /// PEM certificates that are trusted in place of the system's.
+    pub certificate_pem: Option<Vec<u8>>,
+    /// Which traces are recorded.
+    pub sampler: Sampler,
+    /// Which forms of trace context are accepted.
+    pub propagators: Propagators,
+    /// `service.name`.
+    pub service_name: String,
+    /// Attributes of the resource, but for the service's name.
+    pub resource: Vec<(String, String)>,
+    /// Spans that wait at most.
+    pub queue_spans: usize,
+    /// Spans of one export at most.
+    pub batch_spans: usize,
+    /// How long a span waits for others to fill the batch.
+    pub delay: Duration,
+}
+
+/// Which traces are recorded.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Sampler {
+    /// Whether a caller's own decision counts.
+    pub parent_based: bool,
+    /// The part of the other traces, 0 to 1.
+    pub ratio: f64,
+}
+
+impl Sampler {
+    /// Whether a trace is recorded; `parent` is the caller's decision, where there is a caller's span. Every process that
+    /// uses the same ratio decides alike.
+    pub fn samples(self, trace_id: u128, parent: Option<bool>) -> bool {
+        match parent {
+            Some(sampled) if self.parent_based => sampled,
+            // The low 64 bits are random, whoever made the id. 1.0 is exactly all.
+            _ => {
+                self.ratio >= 1.0
+                    || ((trace_id as u64) >> 1) < (self.ratio * (1u64 << 63) as f64) as u64
+            }
+        }
+    }
+}
+
+/// Which forms of trace context are accepted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Propagators {
+    /// `traceparent` and `tracestate`.
+    pub w3c: bool,
+    /// `b3` and `x-b3-*`.
+    pub b3: bool,
+}
+
+const ENDPOINT: &str = "OTEL_EXPORTER_OTLP_ENDPOINT";
+const TRACES_ENDPOINT: &str = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT";
+
+/// `None` where nothing is exported.
+pub(super) fn read(r: &mut Reader<'_>) -> Option<Tracing> {
+    let disabled = r.variable("OTEL_SDK_DISABLED");
+    let exporter = r.variable("OTEL_TRACES_EXPORTER");
+    let off = disabled.is_some_and(|text| text.eq_ignore_ascii_case("true"))
+        || exporter.is_some_and(|text| text == "none");
+    let (own, base) = (r.variable(TRACES_ENDPOINT), r.variable(ENDPOINT));
+    let endpoint = match (own, base) {
+        _ if off => return None,
+        (Some(text), _) => r.parsed(TRACES_ENDPOINT, url(&text)),
+        (None, Some(text)) => {
+            let base = r.parsed(ENDPOINT, url(&text));
+            base.map(|base| format!("{}/v1/traces", base.trim_end_matches('/')))
+        }
+        (None, None) => return None,
+    };
+    of_traces(r, "PROTOCOL", protocol);
+    let headers = of_traces(r, "HEADERS", headers).unwrap_or_default();
+    let timeout = of_traces(r, "TIMEOUT", milliseconds).unwrap_or(Duration::from_secs(10));
+    let certificate_pem = of_traces(r, "CERTIFICATE", certificate);
+    let sampler = sampler(r);
+    let propagators = variable(r, "OTEL_PROPAGATORS", propagators);
+    let mut resource = variable(r, "OTEL_RESOURCE_ATTRIBUTES", pairs).unwrap_or_default();
+    let named = resource.iter().position(|(key, _)| key == "service.name");
+    let named = named.map(|at| resource.remove(at).1);
+    // Ours to say, and told twice it would count for nothing.
+    resource.retain(|(key, _)| key != "service.version");
+    let service_name = r
+        .variable("OTEL_SERVICE_NAME")
+        .or(named)
+        .unwrap_or_else(|| env!("CARGO_PKG_NAME").to_owned());
+    let queue_spans = variable(r, "OTEL_BSP_MAX_QUEUE_SIZE", count).unwrap_or(2048);
+    let batch_spans = variable(r, "OTEL_BSP_MAX_EXPORT_BATCH_SIZE", count).unwrap_or(512);
+    let delay = variable(r, "OTEL_BSP_SCHEDULE_DELAY", milliseconds);
+    Some(Tracing {
+        endpoint: endpoint?,
+        headers,
+        timeout,
+        certificate_pem,
+        sampler,
+        propagators: propagators.unwrap_or(Propagators {
+            w3c: true,
+            b3: true,
+        }),
+        service_name,
+        resource,
+        queue_spans,
+        batch_spans: batch_spans.min(queue_spans),
+        delay: delay.unwrap_or(Duration::from_secs(5)),
+    })
+}
+
+fn variable<T>(r: &mut Reader<'_>, name: &str, parse: impl Fn(&str) -> Parsed<T>) -> Option<T> {
+    let text = r.variable(name)?;
+    r.parsed(name, parse(&text))
+}
+
+/// A setting of the exporter: the variable for traces wins over the one for every signal.
+fn of_traces<T>(r: &mut Reader<'_>, name: &str, parse: impl Fn(&str) -> Parsed<T>) -> Option<T> {
+    let own = format!("OTEL_EXPORTER_OTLP_TRACES_{name}");
+    if r.variable(&own).is_some() {
+        return variable(r, &own, parse);
+    }
+    variable(r, &format!("OTEL_EXPORTER_OTLP_{name}"), parse)
+}
+
+/// A password in the URL would show in the start line; the variable for headers is the place for it.
+fn url(text: &str) -> Parsed<String> {
+    let form = || {
+        "must be an http or https URL without user and query, like http://127.0.0.1:4318".to_owned()
+    };
+    let uri: Uri = text.parse().map_err(|_| form())?;
+    let authority = uri.authority().ok_or_else(form)?;
+    let sound = matches!(uri.scheme_str(), Some("http" | "https"))
+        && !authority.as_str().contains('@')
+        && !authority.host().is_empty()
+        && uri.query().is_none()
+        && reqwest::Url::parse(text).is_ok();
+    if sound {
+        Ok(uri.to_string())
+    } else {
+        Err(form())
+    }
+}
+
+fn protocol(text: &str) -> Parsed<()> {
+    match text {
+        "http/protobuf" => Ok(()),
+        "grpc" => Err("grpc is not spoken here: set http/protobuf, and the collector's HTTP port (4318 by default)".to_owned()),
+        _ => Err("must be http/protobuf".to_owned()),
+    }
+}
+
+fn headers(text: &str) -> Parsed<Vec<(HeaderName, HeaderValue)>> {
+    let mut headers = Vec::new();
+    for (name, value) in pairs(text)? {
+        let value = HeaderValue::from_str(&value).ok();
+        let Some((name, mut value)) = HeaderName::try_from(name).ok().zip(value) else {
+            return Err(
+                "must be name=value with commas between, values percent-encoded".to_owned(),
+            );
+        };
+        value.set_sensitive(true);
+        headers.push((name, value));
+    }
+    Ok(headers)
+}
+
+/// `name=value` with commas between; values are percent-encoded. The text is never quoted: headers hold secrets.
+fn pairs(text: &str) -> Parsed<Vec<(String, String)>> {
+    let form = || "must be name=value with commas between, values percent-encoded".to_owned();
+    let parts = text.split(',').filter(|part| !part.trim().is_empty());
+    parts
+        .map(|part| {
+            let (name, value) = part.split_once('=').ok_or_else(form)?;
+            let (name, value) = (name.trim(), decoded(value.trim()).ok_or_else(form)?);
+            (!name.is_empty())
+                .then(|| (name.to_owned(), value))
+                .ok_or_else(form)
+        })
+        .collect()
+}
+
+fn decoded(text: &str) -> Option<String> {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((first, tail)) = rest.split_first() {
+        rest = tail;
+        if *first == b'%' {
+            let digits = std::str::from_utf8(rest.get(..2)?).ok()?;
+            bytes.push(u8::from_str_radix(digits, 16).ok()?);
+            rest = &rest[2..];
+        } else {
+            bytes.push(*first);
+        }
+    }
+    String::from_utf8(bytes).ok()
+}
+
+fn milliseconds(text: &str) -> Parsed<Duration> {
+    values::number(text, 1..=3_600_000).map(|number| Duration::from_millis(number.into()))
+}
+
+fn count(text: &str) -> Parsed<usize> {
+    values::number(text, 1..=1_000_000).map(|number| number as usize)
+}
+
+fn certificate(text: &str) -> Parsed<Vec<u8>> {
+    let path = values::file(text)?;
+    fs::read(path).map_err(|error| format!("cannot be read: {error}"))
+}
+
+fn sampler(r: &mut Reader<'_>) -> Sampler {
+    // The part of traces; `None` where the argument says it.
+    let known = [
+        ("always_on", (false, Some(1.0))),
+        ("always_off", (false, Some(0.0))),
+        ("traceidratio", (false, None)),
+        ("parentbased_always_on", (true, Some(1.0))),
+        ("parentbased_always_off", (true, Some(0.0))),
+        ("parentbased_traceidratio", (true, None)),
+    ];
+    let chosen = variable(r, "OTEL_TRACES_SAMPLER", |text| values::word(text, &known));
+    let (parent_based, fixed) = chosen.unwrap_or((true, Some(1.0)));
+    let ratio = fixed.or_else(|| variable(r, "OTEL_TRACES_SAMPLER_ARG", ratio));
+    Sampler {
+        parent_based,
+        ratio: ratio.unwrap_or(1.0),
+    }
+}
+
+fn ratio(text: &str) -> Parsed<f64> {
+    let ratio = text
+        .parse()
+        .ok()
+        .filter(|ratio| (0.0..=1.0).contains(ratio));
+    ratio.ok_or_else(|| "must be a number from 0 to 1".to_owned())
+}
+
+fn propagators(text: &str) -> Parsed<Propagators> {
+    let mut accepted = Propagators {
+        w3c: false,
+        b3: false,
+    };
+    for name in text.split(',') {
+        match name.trim() {
+            "tracecontext" => accepted.w3c = true,
+            "b3" | "b3multi" => accepted.b3 = true,
+            // Baggage is nobody's business here, and goes nowhere.
+            "baggage" | "none" => {}
+            _ => return Err("knows tracecontext, b3, b3multi, baggage and none".to_owned()),
+        }
+    }
+    Ok(accepted)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Config, Environment, Refused};
+
+    fn read(pairs: &[(&str, &str)]) -> Result<Option<Tracing>, Refused> {
+        let env: Environment = pairs
+            .iter()
+            .map(|(name, value)| (name.into(), value.into()))
+            .collect();
+        Config::read(["--sandbox".into()], &env).map(|config| config.tracing)
+    }
+
+    #[test]
+    fn the_path_is_appended_to_the_base_and_never_to_the_variable_for_traces() {
+        let cases = [
+            (ENDPOINT, "http://c:4318", "http://c:4318/v1/traces"),
+            (ENDPOINT, "http://c:4318/", "http://c:4318/v1/traces"),
+            (ENDPOINT, "https://c/otlp", "https://c/otlp/v1/traces"),
+            (TRACES_ENDPOINT, "http://c:4318", "http://c:4318/"),
+            (TRACES_ENDPOINT, "http://c/own/path", "http://c/own/path"),
+        ];
+
+        for (name, value, expected) in cases {
+            let tracing = read(&[(name, value)]).unwrap().unwrap();
+            assert_eq!(tracing.endpoint, expected, "{name}={value}");
+        }
+        let both = [(ENDPOINT, "http://a"), (TRACES_ENDPOINT, "http://b/x")];
+        assert_eq!(read(&both).unwrap().unwrap().endpoint, "http://b/x");
+    }
+
+    #[test]
+    fn without_an_endpoint_or_when_disabled_no_variable_counts() {
+        let bad = ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc");
+        let cases: [&[(&str, &str)]; 4] = [
+            &[bad],
+            &[bad, (ENDPOINT, "")],
+            &[bad, (ENDPOINT, "http://c"), ("OTEL_SDK_DISABLED", "true")],
+            &[
+                bad,
+                (ENDPOINT, "http://c"),
+                ("OTEL_TRACES_EXPORTER", "none"),
+            ],
+        ];
+
+        for case in cases {
+            assert!(read(case).unwrap().is_none(), "{case:?}");
+        }
+    }
+
+    #[test]
+    fn mistakes_are_reported_together_and_quote_no_secret() {
+        let mistakes = read(&[
+            (ENDPOINT, "http://user:canary@c"),
+            ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc"),
+            ("OTEL_EXPORTER_OTLP_HEADERS", "canary"),
+            ("OTEL_EXPORTER_OTLP_TIMEOUT", "10s"),
+            ("OTEL_TRACES_SAMPLER", "traceidratio"),
+            ("OTEL_TRACES_SAMPLER_ARG", "2"),
+            ("OTEL_PROPAGATORS", "jaeger"),
+        ])
+        .unwrap_err()
+        .mistakes;
+
+        let names: Vec<&str> = mistakes
+            .iter()
+            .filter_map(|m| Some(m.split_once(':')?.0))
+            .collect();
+        let expected = [
+            ENDPOINT,
+            "OTEL_EXPORTER_OTLP_PROTOCOL",
+            "OTEL_EXPORTER_OTLP_HEADERS",
+            "OTEL_EXPORTER_OTLP_TIMEOUT",
+            "OTEL_TRACES_SAMPLER_ARG",
+            "OTEL_PROPAGATORS",
+        ];
+        assert_eq!(names, expected);
+        assert!(!mistakes.concat().contains("canary"), "{mistakes:?}");
+    }
+
+    #[test]
+    fn everything_that_is_said_is_kept() {
+        let tracing = read(&[
+            (ENDPOINT, "http://c"),
+            (
+                "OTEL_EXPORTER_OTLP_HEADERS",
+                "authorization=Bearer%20x, a=b",
+            ),
+            ("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "2500"),
+            ("OTEL_RESOURCE_ATTRIBUTES", "service.name=a,k=v%2Cw"),
+            ("OTEL_BSP_MAX_QUEUE_SIZE", "100"),
+            ("OTEL_PROPAGATORS", "tracecontext,baggage"),
+        ])
+        .unwrap()
+        .unwrap();
+
+        assert_eq!(tracing.headers[0].1, "Bearer x");
+        assert!(!format!("{tracing:?}").contains("Bearer"));
+        assert_eq!(tracing.timeout, Duration::from_millis(2500));
+        assert_eq!(tracing.service_name, "a");
+        assert_eq!(tracing.resource, [("k".to_owned(), "v,w".to_owned())]);
+        assert_eq!((tracing.queue_spans, tracing.batch_spans), (100, 100));
+        assert_eq!(
+            tracing.propagators,
+            Propagators {
+                w3c: true,
+                b3: false
+            }
+        );
+    }
+
+    #[test]
+    fn the_sampler_follows_the_caller_only_where_it_is_parent_based() {
+        let sampler = |parent_based, ratio| Sampler {
+            parent_based,
+            ratio,
+        };
+        let half = u128::from(u64::MAX / 2);
+        let cases = [
+            (sampler(true, 0.0), 1, Some(true), true),
+            (sampler(true, 1.0), 1, Some(false), false),
+            (sampler(false, 1.0), u128::MAX, Some(false), true),
+            (sampler(true, 1.0), u128::MAX, None, true),
+            (sampler(true, 0.0), 0, None, false),
+            (sampler(false, 0.5), half, None, true),
+            (sampler(false, 0.5), half + 2, None, false),
+        ];
+
+        for (sampler, trace_id, parent, expected) in cases {
+            assert_eq!(
+                sampler.samples(trace_id, parent),
+                expected,
+                "{sampler:?} {parent:?}"
+            );
+        }
+    }
+}

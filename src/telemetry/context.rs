@@ -1,0 +1,271 @@
+//! The trace context that a caller sends, and the one that goes upstream: W3C Trace Context and, inwards only, B3.
+
+use std::fmt;
+
+use http::{HeaderMap, HeaderValue};
+
+use crate::config::Propagators;
+
+/// The longest `tracestate` that is kept: what the standard asks a system to pass on at least (section 3.3.1.5).
+const MAX_TRACE_STATE: usize = 512;
+
+/// One span, as others refer to it. [`fmt::Display`] writes a `traceparent`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Context {
+    /// Not zero.
+    pub trace_id: u128,
+    /// Not zero.
+    pub span_id: u64,
+    /// Whether the trace is recorded.
+    pub sampled: bool,
+    /// `tracestate`, visible ASCII, not interpreted.
+    pub trace_state: String,
+}
+
+impl Context {
+    /// The caller's span, in the first accepted form that is there and sound.
+    pub(super) fn of_headers(headers: &HeaderMap, accepted: Propagators) -> Option<Self> {
+        let w3c = || {
+            let mut context = Self::of_traceparent(headers.get("traceparent")?)?;
+            context.trace_state = trace_state(headers);
+            Some(context)
+        };
+        accepted
+            .w3c
+            .then(w3c)
+            .flatten()
+            .or_else(|| accepted.b3.then(|| b3(headers)).flatten())
+    }
+
+    /// The span of a `traceparent`; `None` when it is malformed (W3C Trace Context, section 3.2).
+    pub fn of_traceparent(value: &HeaderValue) -> Option<Self> {
+        let mut parts = value.to_str().ok()?.split('-');
+        let (version, trace_id, span_id, flags) =
+            (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
+        let sound = lower_hex(version, 2)
+            && version != "ff"
+            && lower_hex(flags, 2)
+            // Later versions may add parts.
+            && (version != "00" || parts.next().is_none());
+        let sampled = u8::from_str_radix(flags, 16).ok()? & 1 == 1;
+        Self::of_ids(trace_id, span_id, sampled).filter(|_| sound && trace_id.len() == 32)
+    }
+
+    fn of_ids(trace_id: &str, span_id: &str, sampled: bool) -> Option<Self> {
+        // B3 knows trace ids of 64 bits too.
+        let sound = (lower_hex(trace_id, 32) || lower_hex(trace_id, 16)) && lower_hex(span_id, 16);
+        let context = Self {
+            trace_id: u128::from_str_radix(trace_id, 16).ok()?,
+            span_id: u64::from_str_radix(span_id, 16).ok()?,
+            sampled,
+            trace_state: String::new(),
+        };
+        (sound && context.trace_id != 0 && context.span_id != 0).then_some(context)
+    }
+
+    /// Writes `traceparent` and `tracestate` into a request.
+    pub(super) fn write(&self, headers: &mut HeaderMap) {
+        let traceparent =
+            HeaderValue::from_str(&self.to_string()).expect("hex digits and dashes are ASCII");
+        headers.insert("traceparent", traceparent);
+        if !self.trace_state.is_empty()
+            && let Ok(trace_state) = HeaderValue::from_str(&self.trace_state)
+        {
+            headers.insert("tracestate", trace_state);
+        }
+    }
+}
+
+impl fmt::Display for Context {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let flags = u8::from(self.sampled);
+        write!(
+            f,
+            "00-{:032x}-{:016x}-{flags:02x}",
+            self.trace_id, self.span_id
+        )
+    }
+}
+
+fn lower_hex(text: &str, length: usize) -> bool {
+    text.len() == length && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
+}
+
+/// All `tracestate` headers as one; empty when there is none or it is not fit to be passed on.
+fn trace_state(headers: &HeaderMap) -> String {
+    let parts: Result<Vec<&str>, _> = headers
+        .get_all("tracestate")
+        .iter()
+        .map(HeaderValue::to_str)
+        .collect();
+    let joined = parts.unwrap_or_default().join(",");
+    if joined.len() > MAX_TRACE_STATE || joined.contains('\t') {
+        return String::new();
+    }
+    joined
+}
+
+/// Zipkin's headers: `b3: {trace}-{span}[-{sampled}[-{parent}]]`, or one header for each (B3 propagation, "Overall
+/// Process"). Without a decision the trace is recorded; `d` is a debug trace, which is recorded too.
+fn b3(headers: &HeaderMap) -> Option<Context> {
+    let text = |name: &str| headers.get(name)?.to_str().ok();
+    if let Some(single) = text("b3") {
+        let mut parts = single.split('-');
+        let (trace_id, span_id) = (parts.next()?, parts.next()?);
+        return Context::of_ids(trace_id, span_id, parts.next() != Some("0"));
+    }
+    let sampled =
+        !matches!(text("x-b3-sampled"), Some("0" | "false")) || text("x-b3-flags") == Some("1");
+    Context::of_ids(text("x-b3-traceid")?, text("x-b3-spanid")?, sampled)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
+    const SPAN: &str = "00f067aa0ba902b7";
+    const ALL: Propagators = Propagators {
+        w3c: true,
+        b3: true,
+    };
+
+    fn headers(pairs: &[(&'static str, &str)]) -> HeaderMap {
+        pairs
+            .iter()
+            .map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap()))
+            .collect()
+    }
+
+    #[test]
+    fn a_malformed_traceparent_leaves_no_trace() {
+        let cases = [
+            (format!("00-{TRACE}-{SPAN}-01"), true),
+            (format!("01-{TRACE}-{SPAN}-01-more"), true),
+            (format!("00-{TRACE}-{SPAN}-01-more"), false),
+            (format!("ff-{TRACE}-{SPAN}-01"), false),
+            (format!("00-{}-{SPAN}-01", TRACE.to_uppercase()), false),
+            (format!("00-{}-{SPAN}-01", "0".repeat(32)), false),
+            (format!("00-{TRACE}-{}-01", "0".repeat(16)), false),
+            (format!("00-{TRACE}-{SPAN}"), false),
+            (format!("00-{}-{SPAN}-01", &TRACE[1..]), false),
+            (format!("00-{}-{SPAN}-01", &TRACE[16..]), false),
+            (format!("00-{TRACE}-{SPAN}-0x"), false),
+            (String::new(), false),
+        ];
+
+        for (text, expected) in cases {
+            let value = HeaderValue::from_str(&text).unwrap();
+            assert_eq!(
+                Context::of_traceparent(&value).is_some(),
+                expected,
+                "{text}"
+            );
+        }
+        assert_eq!(
+            Context::of_traceparent(&HeaderValue::from_bytes(b"\xff").unwrap()),
+            None
+        );
+    }
+
+    #[test]
+    fn what_is_read_is_what_is_written() {
+        let cases = [
+            (
+                vec![
+                    (
+                        "traceparent",
+                        "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+                    ),
+                    ("tracestate", "a=1"),
+                    ("tracestate", "b=2"),
+                ],
+                "01",
+                "a=1,b=2",
+            ),
+            (
+                vec![(
+                    "traceparent",
+                    "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-00",
+                )],
+                "00",
+                "",
+            ),
+            (
+                vec![("b3", "4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-1")],
+                "01",
+                "",
+            ),
+            (
+                vec![(
+                    "b3",
+                    "4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-0-00f067aa0ba902b6",
+                )],
+                "00",
+                "",
+            ),
+            (
+                vec![("b3", "4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7")],
+                "01",
+                "",
+            ),
+            (
+                vec![
+                    ("x-b3-traceid", TRACE),
+                    ("x-b3-spanid", SPAN),
+                    ("x-b3-sampled", "0"),
+                ],
+                "00",
+                "",
+            ),
+        ];
+
+        for (pairs, flags, state) in cases {
+            let context = Context::of_headers(&headers(&pairs), ALL).unwrap();
+            let mut written = HeaderMap::new();
+            context.write(&mut written);
+            assert_eq!(
+                written["traceparent"],
+                format!("00-{TRACE}-{SPAN}-{flags}"),
+                "{pairs:?}"
+            );
+            let state_written = written
+                .get("tracestate")
+                .map_or("", |value| value.to_str().unwrap());
+            assert_eq!(state_written, state, "{pairs:?}");
+        }
+    }
+
+    #[test]
+    fn only_accepted_forms_count_and_w3c_comes_first() {
+        let w3c = (
+            "traceparent",
+            "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+        );
+        let zipkin = ("b3", "0bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-1");
+        let none = Propagators {
+            w3c: false,
+            b3: false,
+        };
+
+        let both = Context::of_headers(&headers(&[zipkin, w3c]), ALL).unwrap();
+        let refused = Context::of_headers(&headers(&[zipkin, w3c]), none);
+
+        assert_eq!(format!("{:032x}", both.trace_id), TRACE);
+        assert_eq!(refused, None);
+    }
+
+    #[test]
+    fn an_overlong_tracestate_is_left_out_and_the_trace_goes_on() {
+        let long = format!("a={}", "x".repeat(600));
+        let parent = format!("00-{TRACE}-{SPAN}-01");
+
+        let context = Context::of_headers(
+            &headers(&[("traceparent", &parent), ("tracestate", &long)]),
+            ALL,
+        )
+        .unwrap();
+
+        assert_eq!(context.trace_state, "");
+    }
+}

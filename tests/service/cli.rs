@@ -1,0 +1,261 @@
+use std::{collections::BTreeMap, sync::Arc};
+
+use tokio::{sync::Semaphore, task::JoinSet};
+
+use crate::support::{Program, Upstream, answer, example, program::run};
+
+const README: &str = include_str!("../../README.md");
+
+/// Flag -> default, as `serve --help` prints them.
+fn flags_of_help() -> BTreeMap<String, Option<String>> {
+    let (code, help, _) = run(&["serve", "--help"], &[]);
+    assert_eq!(code, 0);
+    let mut flags = BTreeMap::new();
+    let mut current = String::new();
+    for line in help.lines().map(str::trim) {
+        // A flag stands alone on its line, its text on the next.
+        if let Some(name) = line.split([' ', ',']).find(|word| word.starts_with("--"))
+            && line.starts_with('-')
+        {
+            current = name.to_owned();
+            flags.insert(current.clone(), None);
+        } else if let Some((_, default)) = line.split_once("[default: ") {
+            flags.insert(
+                current.clone(),
+                Some(default.trim_end_matches(']').to_owned()),
+            );
+        }
+    }
+    flags.remove("--help");
+    flags
+}
+
+#[test]
+fn the_readmes_table_and_help_name_the_same_flags_and_defaults() {
+    let mut of_readme = BTreeMap::new();
+    let table = README
+        .split("| flag of `serve` | default | |")
+        .nth(1)
+        .expect("the table");
+    for row in table
+        .lines()
+        .skip(2)
+        .take_while(|line| line.starts_with('|'))
+    {
+        let cells: Vec<_> = row.split('|').skip(1).map(str::trim).collect();
+        // A default in backticks is literal; any other text describes the absence of one.
+        let default = cells[1].split('`').nth(1).map(str::to_owned);
+        for flag in cells[0].split('`').filter(|word| word.starts_with("--")) {
+            of_readme.insert(flag.to_owned(), default.clone());
+        }
+    }
+
+    assert_eq!(of_readme, flags_of_help());
+}
+
+#[test]
+fn every_mistake_is_told_at_once_with_exit_code_2_and_no_secret() {
+    let args = [
+        "serve",
+        "--endpoint",
+        "ftp://x",
+        "--timeout",
+        "soon",
+        "--max-attempts",
+        "11",
+        "--credentials",
+        "token",
+        "--upstream-proxy",
+        "http://user:canary-password@",
+    ];
+    let env = [
+        ("RDS_TASK_FACADE_TOKEN", "canary token"),
+        ("RDS_TASK_FACADE_MAX_IN_FLIGHTS", "7"),
+        ("RDS_TASK_FACADE_REFLECTION", "maybe"),
+        ("RDS_TASK_FACADE_SERVICE_HOST", "10.0.0.1"),
+        ("RDS_TASK_FACADE_PORT_50051_TCP", "tcp://10.0.0.1:50051"),
+        ("RDS_TASK_FACADE_DRAIN_DELAY", ""),
+    ];
+
+    let (code, out, err) = run(&args, &env);
+
+    assert_eq!((code, out.as_str()), (2, ""));
+    let expected = [
+        "--endpoint",
+        "--timeout",
+        "--max-attempts",
+        "RDS_TASK_FACADE_TOKEN",
+        "--upstream-proxy",
+        "RDS_TASK_FACADE_MAX_IN_FLIGHTS",
+        "RDS_TASK_FACADE_REFLECTION",
+    ];
+    for name in expected {
+        let lines = err
+            .lines()
+            .filter(|line| line.contains(&format!(" {name}:")))
+            .count();
+        assert_eq!(lines, 1, "{name} in {err}");
+    }
+    assert_eq!(err.lines().count(), expected.len(), "{err}");
+    assert!(!err.contains("canary"), "{err}");
+}
+
+#[test]
+fn the_printed_configuration_tells_that_a_secret_is_set_and_not_which() {
+    let args = [
+        "serve",
+        "--region",
+        "cn-north-4",
+        "--credentials",
+        "token",
+        "--print-config",
+    ];
+
+    let (code, out, _) = run(
+        &args,
+        &[
+            ("RDS_TASK_FACADE_TOKEN", "canary"),
+            ("RDS_TASK_FACADE_TIMEOUT", "5s"),
+        ],
+    );
+
+    assert_eq!(code, 0);
+    assert!(out.contains("timeout = 5s\n"), "{out}");
+    assert!(out.contains("region = cn-north-4\n"), "{out}");
+    assert!(out.contains("RDS_TASK_FACADE_TOKEN = set\n"), "{out}");
+    assert!(!out.contains("canary"), "{out}");
+}
+
+#[test]
+fn the_flag_wins_over_the_variable() {
+    let args = ["serve", "--sandbox", "--timeout", "7s", "--print-config"];
+
+    let (_, out, _) = run(&args, &[("RDS_TASK_FACADE_TIMEOUT", "5s")]);
+
+    assert!(out.contains("timeout = 7s\n"), "{out}");
+}
+
+#[tokio::test]
+async fn call_prints_the_reply_or_the_status_with_its_details() {
+    let program = Program::sandboxed(&[]);
+    let target = format!("http://{}", program.grpc);
+
+    let (code, out, err) = run(&["call", "--target", &target], &[]);
+    let ids = [
+        "--project-id",
+        "p",
+        "--instance-id",
+        "i",
+        "--workflow-id",
+        "w",
+    ];
+    let (missing_code, missing_out, missing_err) =
+        run(&[&["call", "--target", &target], &ids[..]].concat(), &[]);
+
+    assert_eq!((code, err.as_str()), (0, ""));
+    let reply: serde_json::Value = serde_json::from_str(&out).expect("JSON");
+    let expected: serde_json::Value =
+        serde_json::from_str(crate::support::upstream::EXAMPLE).expect("JSON");
+    assert_eq!(reply, expected);
+    assert_eq!((missing_code, missing_out.as_str()), (1, ""));
+    for part in ["NOT_FOUND", "TASK_NOT_FOUND", "DBS.200543"] {
+        assert!(missing_err.contains(part), "{part} in {missing_err}");
+    }
+}
+
+#[tokio::test]
+async fn call_passes_a_token_on_and_reads_no_variable_of_serve() {
+    let upstream = Upstream::start(|request| match request.header("x-auth-token") {
+        Some("mine") => example(),
+        _ => answer(401, &[], ""),
+    })
+    .await;
+    let program = Program::start(
+        &["--endpoint", &upstream.url(), "--credentials", "caller"],
+        &[],
+    );
+    let target = format!("http://{}", program.grpc);
+    let env = [
+        ("RDS_TASK_FACADE_TOKEN", "mine"),
+        ("RDS_TASK_FACADE_TIMEOUT", "nonsense"),
+    ];
+
+    let called =
+        tokio::task::spawn_blocking(move || run(&["call", "--target", &target], &env)).await;
+
+    assert_eq!(called.expect("no panic").0, 0);
+}
+
+#[tokio::test]
+async fn health_exits_with_0_only_when_serving() {
+    let program = Program::sandboxed(&[]);
+    let target = format!("http://{}", program.grpc);
+    let closed = "http://127.0.0.1:9";
+
+    let service = "huaweicloud.rds.task.v1.TaskService";
+    let codes = [
+        run(&["health", "--target", &target], &[]).0,
+        run(&["health", "--target", &target, "--service", service], &[]).0,
+        run(
+            &["health", "--target", &target, "--service", "unknown"],
+            &[],
+        )
+        .0,
+        run(&["health", "--target", closed], &[]).0,
+    ];
+
+    assert_eq!(codes, [0, 0, 1, 1]);
+}
+
+#[tokio::test]
+async fn every_documented_test_id_of_the_sandbox_comes_out_as_documented() {
+    // What is remembered between calls (throttling, the breaker, a locked key) or takes long has a program of its own.
+    let own = [
+        "throttle", "429", "50", "reset", "close", "cut", "garbage", "bad-", "token-", "flaky",
+        "dribble", "slow", "hang",
+    ];
+    let shared = Arc::new(Program::sandboxed(&[
+        "--max-attempts",
+        "1",
+        "--attempt-timeout",
+        "500ms",
+    ]));
+    let at_once = Arc::new(Semaphore::new(16));
+    let mut calls = JoinSet::new();
+    for scenario in rds_task_facade::sandbox::SCENARIOS {
+        let (shared, at_once) = (Arc::clone(&shared), Arc::clone(&at_once));
+        calls.spawn(async move {
+            let _turn = at_once.acquire().await;
+            let program = if own.iter().any(|part| scenario.instance_id.contains(part)) {
+                Arc::new(Program::sandboxed(&[]))
+            } else {
+                shared
+            };
+            let mut request = crate::support::example_request();
+            request.instance_id = scenario.instance_id.to_owned();
+            let got = match program.call(request).await {
+                Ok(_) => "OK".to_owned(),
+                Err(status) => {
+                    let failure = crate::support::Failure::of(&status);
+                    format!("{} / {}", upper_snake(failure.code), failure.reason)
+                }
+            };
+            (scenario.instance_id, scenario.grpc, got)
+        });
+    }
+    let mut results = calls.join_all().await;
+
+    results.retain(|(_, documented, got)| documented != got);
+    assert!(results.is_empty(), "(id, documented, got): {results:#?}");
+}
+
+fn upper_snake(code: tonic::Code) -> String {
+    let mut text = String::new();
+    for c in format!("{code:?}").chars() {
+        if c.is_uppercase() && !text.is_empty() {
+            text.push('_');
+        }
+        text.push(c.to_ascii_uppercase());
+    }
+    text
+}

@@ -1,0 +1,347 @@
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use tokio::task::JoinSet;
+use tonic::{Code, Request};
+use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus};
+
+use crate::support::{
+    Connection, Failure, Program, Step, Upstream, answer, example, example_request,
+    raw::{framed, headers},
+};
+
+const SAMPLES: usize = 60;
+
+/// The example task under another workflow id, so that calls are not merged.
+fn numbered(number: usize) -> rds_task_facade::pb::GetTaskDetailRequest {
+    let mut request = example_request();
+    request.workflow_id = format!("w-{number}");
+    request
+}
+
+/// The quarter's figure, after a line with all of them. The tests judge by the quarter of the samples that the machine has
+/// disturbed least: a busy one stops this process or the program at any time for longer than any of the limits.
+fn quarter(what: &str, mut samples: Vec<Duration>) -> Duration {
+    samples.sort();
+    let at = |percent: usize| samples[(samples.len() - 1) * percent / 100];
+    println!(
+        "{what}: 25 % {:?}, median {:?}, 90 % {:?}, longest of {} {:?}",
+        at(25),
+        at(50),
+        at(90),
+        samples.len(),
+        at(100)
+    );
+    at(25)
+}
+
+#[tokio::test]
+async fn a_passed_deadline_is_answered_at_most_20_ms_late() {
+    let upstream = Upstream::always(vec![Step::Hold]).await;
+    let program = Program::over(&upstream.url(), &[]);
+    let connection = Connection::open(program.grpc).await;
+    let deadline = Duration::from_millis(100);
+    let mut late = Vec::new();
+
+    for number in 0..SAMPLES {
+        let started = Instant::now();
+        let ended = connection.call_within("100m", &numbered(number)).await;
+        let took = started.elapsed();
+
+        let status = ended.expect("an answer").status().expect("a status");
+        assert_eq!(status.code(), Code::DeadlineExceeded);
+        assert!(took >= deadline, "{took:?}");
+        late.push(took - deadline);
+    }
+
+    let most = quarter("deadline", late);
+    assert!(most <= Duration::from_millis(20), "{most:?}");
+    upstream.wait_for_closed(SAMPLES).await;
+}
+
+#[tokio::test]
+async fn a_cancelled_call_ends_its_upstream_request_within_100_ms() {
+    let upstream = Upstream::always(vec![Step::Hold]).await;
+    let program = Program::over(&upstream.url(), &[]);
+    let client = program.client().await;
+    let mut waited = Vec::new();
+
+    for number in 0..SAMPLES {
+        let mut client = client.clone();
+        let call = tokio::spawn(async move { client.get_task_detail(numbered(number)).await });
+        upstream.wait_for_requests(number + 1).await;
+        let cancelled = Instant::now();
+        call.abort();
+        upstream.wait_for_closed(number + 1).await;
+        waited.push(cancelled.elapsed());
+    }
+
+    let most = quarter("cancellation", waited);
+    assert!(most <= Duration::from_millis(100), "{most:?}");
+    let counted = tokio::time::timeout(Duration::from_secs(5), async {
+        while program.handled("Canceled").await < SAMPLES as f64 {
+            tokio::task::yield_now().await;
+        }
+    });
+    counted.await.expect("each is counted");
+    assert_eq!(program.handled("Canceled").await, SAMPLES as f64);
+}
+
+#[tokio::test]
+async fn beyond_the_limit_calls_are_refused_within_10_ms_and_health_answers() {
+    let upstream = Upstream::always(vec![Step::Hold]).await;
+    let program = Program::over(&upstream.url(), &["--max-in-flight", "10"]);
+    let client = program.client().await;
+    let mut calls = JoinSet::new();
+    for number in 0..10 {
+        let mut client = client.clone();
+        calls.spawn(async move { client.get_task_detail(numbered(number)).await });
+    }
+    upstream.wait_for_requests(10).await;
+    let connection = Connection::open(program.grpc).await;
+    let mut health = program.health().await;
+    let (mut refused, mut checked) = (Vec::new(), Vec::new());
+
+    for number in 0..SAMPLES {
+        let started = Instant::now();
+        let ended = connection.call_within("5S", &numbered(number)).await;
+        refused.push(started.elapsed());
+        let failure = Failure::of(&ended.expect("an answer").status().expect("a status"));
+        assert_eq!(
+            failure.code_and_reason(),
+            (Code::ResourceExhausted, "OVERLOADED")
+        );
+        let started = Instant::now();
+        let answer = health.check(HealthCheckRequest::default()).await;
+        checked.push(started.elapsed());
+        let status = answer.expect("health answers").into_inner().status();
+        assert_eq!(status, ServingStatus::Serving);
+    }
+
+    let most = quarter("refusal", refused);
+    assert!(most <= Duration::from_millis(10), "{most:?}");
+    let most = quarter("health during overload", checked);
+    assert!(most <= Duration::from_millis(100), "{most:?}");
+    assert_eq!(upstream.requests().len(), 10, "nothing was queued");
+    calls.abort_all();
+}
+
+#[tokio::test]
+async fn beyond_the_limit_nearly_as_many_calls_succeed_as_at_the_limit() {
+    // An answer takes 200 ms, so five places allow 25 calls a second; the crowd asks for some 100.
+    let slow = [vec![Step::Wait(Duration::from_millis(200))], example()].concat();
+    let upstream = Upstream::always(slow).await;
+    let program = Program::over(&upstream.url(), &["--max-in-flight", "5"]);
+    let mut goodput = Vec::new();
+
+    for callers in [5, 20] {
+        let until = Instant::now() + Duration::from_secs(4);
+        let client = program.client().await;
+        let mut set = JoinSet::new();
+        for caller in 0..callers {
+            let mut client = client.clone();
+            set.spawn(async move {
+                let mut good = 0;
+                for round in 0.. {
+                    if Instant::now() >= until {
+                        break;
+                    }
+                    let request = numbered(caller * 10_000 + round);
+                    match client.get_task_detail(request).await {
+                        Ok(_) => good += 1,
+                        Err(status) => {
+                            assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");
+                            tokio::time::sleep(Duration::from_millis(200)).await;
+                        }
+                    }
+                }
+                good
+            });
+        }
+        goodput.push(set.join_all().await.into_iter().sum::<usize>());
+    }
+
+    println!("calls that succeeded in 4 s at the limit and far beyond: {goodput:?}");
+    assert!(goodput[1] * 10 >= goodput[0] * 8, "{goodput:?}");
+}
+
+#[tokio::test]
+async fn a_slow_upstream_fills_the_places_and_nothing_else() {
+    let upstream = Upstream::always(vec![Step::Hold]).await;
+    let program = Program::over(
+        &upstream.url(),
+        &["--max-in-flight", "20", "--timeout", "1s"],
+    );
+    let client = program.client().await;
+    let mut calls = JoinSet::new();
+
+    for number in 0..200 {
+        let mut client = client.clone();
+        calls.spawn(async move { client.get_task_detail(numbered(number)).await });
+    }
+    let mut codes = std::collections::BTreeMap::new();
+    let ready = program.admin("/readyz").await.0;
+    while let Some(ended) = calls.join_next().await {
+        let status = ended.expect("no panic").expect_err("nothing answers");
+        *codes.entry(format!("{:?}", status.code())).or_insert(0) += 1;
+    }
+
+    assert_eq!(ready, 200);
+    assert_eq!(codes.get("DeadlineExceeded"), Some(&20), "{codes:?}");
+    assert_eq!(codes.get("ResourceExhausted"), Some(&180), "{codes:?}");
+    assert_eq!(upstream.requests().len(), 20);
+    assert_eq!(program.metric("rds_upstream_in_flight").await, 0.0);
+}
+
+#[tokio::test]
+async fn a_failing_upstream_sees_few_requests_and_gets_calls_again_soon_after_it_recovers() {
+    let healthy = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let seen = Arc::clone(&healthy);
+    let upstream = Upstream::start(move |_| {
+        if seen.load(std::sync::atomic::Ordering::Relaxed) {
+            example()
+        } else {
+            answer(503, &[], "")
+        }
+    })
+    .await;
+    let program = Program::over(&upstream.url(), &[]);
+    let mut client = program.client().await;
+    let calls = 300;
+    let mut held_back = Vec::new();
+
+    for number in 0..calls {
+        let started = Instant::now();
+        let status = client
+            .get_task_detail(numbered(number))
+            .await
+            .expect_err("503");
+        let failure = Failure::of(&status);
+        assert_eq!(failure.code, Code::Unavailable);
+        if failure.reason == "CIRCUIT_OPEN" {
+            held_back.push(started.elapsed());
+            assert!(failure.retry_delay.is_some());
+        }
+    }
+    let asked = upstream.requests().len();
+    healthy.store(true, std::sync::atomic::Ordering::Relaxed);
+    let recovering = Instant::now();
+    while client.get_task_detail(numbered(0)).await.is_err() {
+        assert!(recovering.elapsed() < Duration::from_secs(10));
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+
+    println!(
+        "{calls} calls, {asked} upstream requests, back after {:?}",
+        recovering.elapsed()
+    );
+    assert!(asked * 5 <= calls * 6, "{asked} requests for {calls} calls");
+    assert!(held_back.len() > calls / 2, "{}", held_back.len());
+    let most = quarter("open breaker", held_back);
+    // Without a debug build on a busy machine it is under 5 ms.
+    assert!(most <= Duration::from_millis(20), "{most:?}");
+}
+
+#[tokio::test]
+async fn a_noisy_connection_takes_its_own_places_and_the_others_are_served() {
+    let upstream = Upstream::start(|request| match request.line.contains("noisy") {
+        true => vec![Step::Hold],
+        false => example(),
+    })
+    .await;
+    let program = Program::over(&upstream.url(), &["--max-in-flight", "150"]);
+    let noisy = program.client().await;
+    let mut noise = JoinSet::new();
+    for number in 0..500 {
+        let mut client = noisy.clone();
+        let mut request = numbered(number);
+        request.instance_id = "noisy".to_owned();
+        noise.spawn(async move { client.get_task_detail(request).await });
+    }
+    // What one connection may have open at once.
+    upstream.wait_for_requests(100).await;
+
+    let mut client = program.client().await;
+    for number in 0..100 {
+        let answered = client.get_task_detail(numbered(number)).await;
+        assert!(answered.is_ok(), "{number}: {answered:?}");
+    }
+
+    assert_eq!(noise.len(), 500);
+    noise.abort_all();
+}
+
+#[tokio::test]
+async fn a_thousand_small_keys_are_no_harm_and_none_of_them_reaches_upstream() {
+    let upstream = Upstream::always(example()).await;
+    let program = Program::over(&upstream.url(), &[]);
+    let connection = Connection::open(program.grpc).await;
+    let mut many = headers();
+    for number in 0..1000 {
+        many = many.header(format!("k-{number}"), "v");
+    }
+    let some = headers()
+        .header("authorization", "Bearer of-a-mesh")
+        .header("cookie", "a=b")
+        .header("x-forwarded-for", "192.0.2.1")
+        .header("x-auth-token", "of-the-caller")
+        .header("baggage", "a=b")
+        .header("k-1", "v");
+
+    let refused = connection.exchange(many, framed(&example_request())).await;
+    let answered = connection.exchange(some, framed(&example_request())).await;
+
+    assert_eq!(refused.expect("an answer").http_status, 431);
+    let answered = answered.expect("the connection lives");
+    assert_eq!(answered.reply().job_name, "CreateMysqlSingleHAInstance");
+    let [request] = &upstream.requests()[..] else {
+        panic!("one request: {:?}", upstream.requests());
+    };
+    for name in [
+        "authorization",
+        "cookie",
+        "x-forwarded-for",
+        "baggage",
+        "k-1",
+    ] {
+        assert_eq!(request.header(name), None, "{name}");
+    }
+    assert_ne!(request.header("x-auth-token"), Some("of-the-caller"));
+}
+
+#[tokio::test]
+async fn hostile_ids_and_traces_neither_stop_the_call_nor_forge_a_line() {
+    let program = Program::sandboxed(&[]);
+    let long = "x".repeat(3_000);
+    let hostile = [
+        r#"a","grpc_code":"OK"#,
+        r"a\nb\u000a{}",
+        "\u{1b}[31mred",
+        long.as_str(),
+    ];
+
+    for value in hostile {
+        let mut request = Request::new(example_request());
+        for name in ["x-request-id", "traceparent", "tracestate", "user-agent"] {
+            if let Ok(value) = value.parse() {
+                request.metadata_mut().insert(name, value);
+            }
+        }
+        let answered = program.client().await.get_task_detail(request).await;
+        let answered = answered.expect("the call works");
+        let id = answered.metadata().get("x-request-id").expect("an id");
+        let id = id.to_str().expect("ASCII");
+
+        assert_ne!(id, value);
+        assert!(id.len() <= 128, "{id}");
+        program.access_line(id);
+    }
+    for line in program.logs() {
+        assert!(
+            serde_json::from_str::<serde_json::Value>(&line).is_ok(),
+            "{line}"
+        );
+    }
+}

@@ -1,0 +1,263 @@
+use std::time::{Duration, Instant};
+
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+};
+use tonic::{Code, transport::Channel};
+use tonic_health::pb::{
+    HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
+};
+
+use crate::support::{Program, Step, Upstream, example, example_request};
+
+const SERVICE: &str = "huaweicloud.rds.task.v1.TaskService";
+
+async fn check(health: &mut HealthClient<Channel>, service: &str) -> ServingStatus {
+    let request = HealthCheckRequest {
+        service: service.to_owned(),
+    };
+    let answer = health.check(request).await.expect("health answers");
+    answer.into_inner().status()
+}
+
+/// An answer that takes half a second.
+fn slow_example() -> Vec<Step> {
+    [vec![Step::Wait(Duration::from_millis(500))], example()].concat()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_in_flight_at_the_signal_completes_and_the_exit_code_is_0() {
+    for signal in ["TERM", "INT"] {
+        let upstream = Upstream::always(slow_example()).await;
+        let mut program = Program::over(&upstream.url(), &[]);
+        let mut client = program.client().await;
+        let call = tokio::spawn(async move { client.get_task_detail(example_request()).await });
+        upstream.wait_for_requests(1).await;
+
+        program.signal(signal);
+        let answered = call.await.expect("no panic");
+        let ended = program.wait();
+
+        assert!(answered.is_ok(), "{signal}: {answered:?}");
+        assert_eq!(ended.code(), Some(0), "{signal}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_idle_program_ends_within_a_second_though_connections_are_open() {
+    let mut program = Program::sandboxed(&[]);
+    let mut client = program.client().await;
+    client
+        .get_task_detail(example_request())
+        .await
+        .expect("the example");
+
+    let signalled = Instant::now();
+    program.signal("TERM");
+    let ended = program.wait();
+
+    assert_eq!(ended.code(), Some(0));
+    assert!(
+        signalled.elapsed() < Duration::from_secs(1),
+        "{:?}",
+        signalled.elapsed()
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_second_signal_ends_the_program_at_once_and_not_with_0() {
+    for [first, second] in [["TERM", "TERM"], ["INT", "INT"], ["TERM", "INT"]] {
+        let upstream = Upstream::always(vec![Step::Hold]).await;
+        let mut program = Program::over(&upstream.url(), &[]);
+        let mut client = program.client().await;
+        let call = tokio::spawn(async move { client.get_task_detail(example_request()).await });
+        upstream.wait_for_requests(1).await;
+
+        program.signal(first);
+        program.wait_for_log(|line| line["msg"] == "signal: draining");
+        let signalled = Instant::now();
+        program.signal(second);
+        let ended = program.wait();
+
+        assert!(!ended.success(), "{first} {second}: {ended}");
+        assert!(
+            signalled.elapsed() < Duration::from_secs(1),
+            "{first} {second}: {:?}",
+            signalled.elapsed()
+        );
+        assert!(call.await.expect("no panic").is_err());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn during_the_drain_delay_calls_are_served_and_everyone_is_told_that_it_ends() {
+    let mut program = Program::sandboxed(&["--drain-delay", "1500ms"]);
+    let mut client = program.client().await;
+    let mut old = program.health().await;
+    assert_eq!(check(&mut old, "").await, ServingStatus::Serving);
+    assert_eq!(program.admin("/readyz").await.0, 200);
+
+    let signalled = Instant::now();
+    program.signal("TERM");
+    program.wait_for_log(|line| line["msg"] == "signal: draining");
+    while program.admin("/readyz").await.0 == 200 {
+        tokio::task::yield_now().await;
+    }
+    let told = signalled.elapsed();
+    for service in ["", SERVICE] {
+        assert_eq!(check(&mut old, service).await, ServingStatus::NotServing);
+        let mut new = program.health().await;
+        assert_eq!(check(&mut new, service).await, ServingStatus::NotServing);
+    }
+    let on_old = client.get_task_detail(example_request()).await;
+    let on_new = program.call(example_request()).await;
+    let alive = program.admin("/livez").await.0;
+    let ended = program.wait();
+
+    assert!(told < Duration::from_millis(500), "{told:?}");
+    assert!(on_old.is_ok(), "{on_old:?}");
+    assert!(on_new.is_ok(), "{on_new:?}");
+    assert_eq!(alive, 200);
+    assert_eq!(ended.code(), Some(0));
+    assert!(signalled.elapsed() >= Duration::from_millis(1500));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn peers_that_do_nothing_do_not_hold_up_the_exit_beyond_the_grace() {
+    let mut program = Program::sandboxed(&["--shutdown-grace", "1s"]);
+    let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+    let settings = [0, 0, 0, 4, 0, 0, 0, 0, 0];
+    let mut peers = Vec::new();
+    for opening in [
+        Vec::new(),
+        preface[..10].to_vec(),
+        // Says its preface and answers no PING after that.
+        [&preface[..], &settings].concat(),
+    ] {
+        let mut peer = TcpStream::connect(program.grpc).await.expect("it listens");
+        peer.write_all(&opening).await.expect("it reads");
+        peers.push(peer);
+    }
+    // The last one is known to HTTP/2 when its settings are there.
+    let mut frame = [0; 9];
+    let mute = peers.last_mut().expect("there are three");
+    mute.read_exact(&mut frame).await.expect("its settings");
+    let mut watching = program.health().await;
+    let watched = HealthCheckRequest::default();
+    let mut watch = watching.watch(watched).await.expect("a watch").into_inner();
+    watch.message().await.expect("the first status");
+
+    let signalled = Instant::now();
+    program.signal("TERM");
+    let ended = program.wait();
+    let took = signalled.elapsed();
+
+    assert_eq!(ended.code(), Some(0));
+    assert!(took < Duration::from_secs(3), "{took:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_that_outlives_the_grace_is_cut_off_and_the_exit_code_is_0() {
+    let upstream = Upstream::always(vec![Step::Hold]).await;
+    let mut program = Program::over(&upstream.url(), &["--shutdown-grace", "300ms"]);
+    let mut client = program.client().await;
+    let call = tokio::spawn(async move { client.get_task_detail(example_request()).await });
+    upstream.wait_for_requests(1).await;
+
+    let signalled = Instant::now();
+    program.signal("TERM");
+    let ended = program.wait();
+
+    assert_eq!(ended.code(), Some(0));
+    assert!(signalled.elapsed() >= Duration::from_millis(300));
+    assert!(signalled.elapsed() < Duration::from_millis(1800));
+    assert!(call.await.expect("no panic").is_err());
+    let line = program.wait_for_log(|line| line["level"] == "WARN" && line.get("calls").is_some());
+    assert_eq!(line["calls"], 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_signal_before_the_first_credential_ends_the_program_at_once() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let password = folder.path().join("password");
+    std::fs::write(&password, "a-password").expect("a file");
+    // Neither of them is ever answered.
+    let issuer = Upstream::always(vec![Step::Hold]).await;
+    let metadata = vec![
+        "--credentials".to_owned(),
+        "metadata".to_owned(),
+        "--metadata-endpoint".to_owned(),
+        issuer.url(),
+    ];
+    let iam = [
+        "--credentials",
+        "iam",
+        "--iam-user",
+        "u",
+        "--iam-domain",
+        "d",
+        "--iam-project",
+        "p",
+        "--iam-endpoint",
+        &issuer.url(),
+        "--iam-password-file",
+        &password.display().to_string(),
+    ]
+    .map(str::to_owned)
+    .to_vec();
+
+    for (number, args) in [metadata, iam].into_iter().enumerate() {
+        let args: Vec<_> = args.iter().map(String::as_str).collect();
+        let mut program = Program::start(
+            &[&["--endpoint", "http://127.0.0.1:1"], &args[..]].concat(),
+            &[],
+        );
+        issuer.wait_for_requests(number + 1).await;
+        let ready = program.admin("/readyz").await.0;
+        let signalled = Instant::now();
+        program.signal("TERM");
+        let ended = program.wait();
+
+        assert_eq!(ready, 503, "{args:?}");
+        assert_eq!(ended.code(), Some(0), "{args:?}");
+        assert!(signalled.elapsed() < Duration::from_secs(1), "{args:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_kill_callers_see_unavailable_and_a_new_process_serves_within_two_seconds() {
+    let upstream = Upstream::start(|request| match request.number {
+        0 => vec![Step::Hold],
+        _ => example(),
+    })
+    .await;
+    let mut program = Program::over(&upstream.url(), &[]);
+    let address = program.grpc.to_string();
+    let mut client = program.client().await;
+    let mut calling = client.clone();
+    let call = tokio::spawn(async move { calling.get_task_detail(example_request()).await });
+    upstream.wait_for_requests(1).await;
+
+    program.signal("KILL");
+    program.wait();
+    let lost = call.await.expect("no panic").expect_err("the process died");
+    let killed = Instant::now();
+    let again = Program::start_under(
+        &[],
+        &address,
+        &["--endpoint", &upstream.url(), "--credentials", "token"],
+        &[("RDS_TASK_FACADE_TOKEN", "a-token")],
+    );
+    let answered = again.call(example_request()).await;
+    let took = killed.elapsed();
+    let same_client = client.get_task_detail(example_request()).await;
+
+    assert!(
+        matches!(lost.code(), Code::Unavailable | Code::Unknown),
+        "{lost:?}"
+    );
+    assert!(answered.is_ok(), "{answered:?}");
+    assert!(took < Duration::from_secs(2), "{took:?}");
+    assert!(same_client.is_ok(), "{same_client:?}");
+}

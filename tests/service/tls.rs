@@ -1,0 +1,297 @@
+use std::{fs, time::Duration};
+
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+};
+use tonic::Code;
+
+use crate::support::{
+    Program, Step, Upstream,
+    certificates::{Authority, Pair, client},
+    example, example_request,
+    program::run,
+    tls::{Front, call, connect},
+};
+
+const REFUSED: &str = "grpc_server_connections_refused_total";
+
+/// A client's hello in TLS 1.1, with two ciphers of its time.
+const HELLO_OF_TLS_1_1: &[u8] = &[
+    0x16, 3, 1, 0, 47, 1, 0, 0, 43, 3, 2, // record and handshake headers, version 1.1
+    0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25,
+    26, 27, 28, 29, 30, 31, // random
+    0, 0, 4, 0xc0, 0x13, 0, 0x2f, 1, 0, // no session, two ciphers, no compression
+];
+
+#[tokio::test]
+async fn call_and_health_reach_a_tls_listener_with_the_right_files_only() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (authority, stranger) = (Authority::new(), Authority::new());
+    let ca = folder.path().join("ca.pem").display().to_string();
+    let other_ca = folder.path().join("other.pem").display().to_string();
+    fs::write(&ca, authority.pem()).expect("a file");
+    fs::write(&other_ca, stranger.pem()).expect("a file");
+    let (cert, key) = Pair::of_server(&authority, "localhost").write(folder.path(), "server");
+    let (client_cert, client_key) = Pair::of_client(&authority).write(folder.path(), "client");
+    let tls = ["--tls-cert", &cert, "--tls-key", &key];
+    let plain = Program::sandboxed(&tls);
+    let mutual = Program::sandboxed(&[&tls[..], &["--tls-client-ca", &ca]].concat());
+    let with = ["--cert", &client_cert, "--key", &client_key];
+    let cases = [
+        ("right CA", &plain, &ca, &[][..], 0),
+        ("CA of somebody else", &plain, &other_ca, &[], 1),
+        ("with a client certificate", &mutual, &ca, &with, 0),
+        ("without a client certificate", &mutual, &ca, &[], 1),
+    ];
+
+    for (case, program, ca, files, expected) in cases {
+        let target = format!("https://localhost:{}", program.grpc.port());
+        for command in ["call", "health"] {
+            let args = [&[command, "--target", &target, "--ca", ca], files].concat();
+            let (code, out, err) = run(&args, &[]);
+
+            assert_eq!(code, expected, "{case}: {command}: {out}{err}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn peers_that_may_not_come_in_are_refused_and_the_next_client_is_served() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (authority, stranger) = (Authority::new(), Authority::new());
+    let ca = folder.path().join("ca.pem").display().to_string();
+    fs::write(&ca, authority.pem()).expect("a file");
+    let (cert, key) = Pair::of_server(&authority, "localhost").write(folder.path(), "server");
+    let program = Program::sandboxed(&[
+        "--tls-cert",
+        &cert,
+        "--tls-key",
+        &key,
+        "--tls-client-ca",
+        &ca,
+    ]);
+    let good = client(&authority, Some(&Pair::of_client(&authority)));
+    let bad = [
+        ("no certificate", None),
+        ("of another authority", Some(Pair::of_client(&stranger))),
+        ("expired", Some(Pair::expired_of_client(&authority))),
+        (
+            "of a server",
+            Some(Pair::of_server(&authority, "localhost")),
+        ),
+    ];
+
+    for (number, (case, pair)) in bad.iter().enumerate() {
+        let config = client(&authority, pair.as_ref());
+
+        assert_eq!(call(program.grpc, config).await, None, "{case}");
+        assert_eq!(
+            call(program.grpc, good.clone()).await,
+            Some(Code::Ok),
+            "after {case}"
+        );
+        assert_eq!(program.metric(REFUSED).await, (number + 1) as f64, "{case}");
+    }
+    for (case, bytes) in [
+        ("TLS 1.1", HELLO_OF_TLS_1_1),
+        ("plain HTTP/2", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
+        ("plain HTTP/1.1", b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"),
+    ] {
+        let mut peer = TcpStream::connect(program.grpc).await.expect("it listens");
+        peer.write_all(bytes).await.expect("it reads");
+        let mut told = Vec::new();
+        let _ = peer.read_to_end(&mut told).await;
+
+        // A TLS alert, and nothing else: no HTTP in plain text.
+        assert_eq!(told.first(), Some(&0x15), "{case}: {told:?}");
+        assert_eq!(told.len(), 7, "{case}: {told:?}");
+        assert_eq!(call(program.grpc, good.clone()).await, Some(Code::Ok));
+    }
+    assert_eq!(program.metric(REFUSED).await, 7.0);
+}
+
+#[tokio::test]
+async fn new_certificates_are_used_without_a_lost_call_and_bad_ones_are_not() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (old, new) = (Authority::new(), Authority::new());
+    let (cert, key) = Pair::of_server(&old, "localhost").write(folder.path(), "server");
+    let upstream = Upstream::start(|request| match request.number {
+        // In flight while the files change.
+        0 => [vec![Step::Wait(Duration::from_secs(12))], example()].concat(),
+        _ => example(),
+    })
+    .await;
+    let program = Program::over(
+        &upstream.url(),
+        &[
+            "--tls-cert",
+            &cert,
+            "--tls-key",
+            &key,
+            "--attempt-timeout",
+            "25s",
+        ],
+    );
+    let connection = connect(program.grpc, client(&old, None))
+        .await
+        .expect("the old certificate is trusted");
+    let calling = connection.clone();
+    let in_flight =
+        tokio::spawn(async move { calling.call_within("30S", &example_request()).await });
+    upstream.wait_for_requests(1).await;
+
+    Pair::of_server(&new, "localhost").write(folder.path(), "server");
+    program.wait_for_log(|line| line["msg"] == "certificates read again");
+    let with_new = call(program.grpc, client(&new, None)).await;
+    let with_old = call(program.grpc, client(&old, None)).await;
+    let mut other = example_request();
+    other.workflow_id = "other".to_owned();
+    let on_connection = connection.call_within("20S", &other).await;
+    let slow = in_flight.await.expect("no panic");
+    fs::write(&key, "no key").expect("a file");
+    program.wait_for_log(|line| line["level"] == "ERROR");
+    let with_kept = call(program.grpc, client(&new, None)).await;
+
+    assert_eq!(with_new, Some(Code::Ok));
+    assert_eq!(with_old, None, "the old certificate is shown no more");
+    for answer in [on_connection, slow] {
+        let status = answer.expect("an answer").status().expect("a status");
+        assert_eq!(status.code(), Code::Ok);
+    }
+    assert_eq!(with_kept, Some(Code::Ok));
+}
+
+#[tokio::test]
+async fn upstream_is_called_only_when_its_certificate_is_good_and_a_bad_one_is_asked_once() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (authority, stranger) = (Authority::new(), Authority::new());
+    let ca = folder.path().join("ca.pem").display().to_string();
+    fs::write(&ca, authority.pem()).expect("a file");
+    let cases = [
+        ("good", Pair::of_server(&authority, "localhost"), true),
+        (
+            "of another authority",
+            Pair::of_server(&stranger, "localhost"),
+            false,
+        ),
+        (
+            "expired",
+            Pair::expired_of_server(&authority, "localhost"),
+            false,
+        ),
+        (
+            "of another name",
+            Pair::of_server(&authority, "other.example"),
+            false,
+        ),
+    ];
+
+    for (case, pair, good) in cases {
+        let upstream = Upstream::always(example()).await;
+        let front = Front::tls(pair.server(), upstream.address).await;
+        let endpoint = format!("https://localhost:{}", front.address.port());
+        let program = Program::over(&endpoint, &["--upstream-ca", &ca]);
+
+        if good {
+            let answered = program.call(example_request()).await;
+            assert!(answered.is_ok(), "{case}: {answered:?}");
+            assert_eq!(upstream.requests().len(), 1, "{case}");
+        } else {
+            let failure = program.failure(example_request()).await;
+            let expected = (Code::Unavailable, "UPSTREAM_TLS");
+            assert_eq!(failure.code_and_reason(), expected, "{case}");
+            assert!(upstream.requests().is_empty(), "{case}");
+        }
+        assert_eq!(front.seen().len(), 1, "{case}: one handshake");
+    }
+}
+
+#[tokio::test]
+async fn the_configured_proxy_is_used_and_its_refusal_is_told() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let authority = Authority::new();
+    let ca = folder.path().join("ca.pem").display().to_string();
+    fs::write(&ca, authority.pem()).expect("a file");
+    let upstream = Upstream::always(example()).await;
+    let pair = Pair::of_server(&authority, "localhost");
+    let front = Front::tls(pair.server(), upstream.address).await;
+    let endpoint = format!("https://localhost:{}", front.address.port());
+    let cases = [
+        ("HTTP/1.1 200 OK\r\n\r\n", true),
+        ("HTTP/1.1 403 Forbidden\r\ncontent-length: 0\r\n\r\n", false),
+        (
+            "HTTP/1.1 407 Proxy Authentication Required\r\ncontent-length: 0\r\n\r\n",
+            false,
+        ),
+        (
+            "HTTP/1.1 502 Bad Gateway\r\ncontent-length: 0\r\n\r\n",
+            false,
+        ),
+        ("garbage\r\n\r\n", false),
+    ];
+
+    for (answer, good) in cases {
+        let proxy = Front::proxy(answer, front.address).await;
+        let url = format!("http://user:proxy-password@{}", proxy.address);
+        let program = Program::over(
+            &endpoint,
+            &[
+                "--upstream-ca",
+                &ca,
+                "--upstream-proxy",
+                &url,
+                "--max-attempts",
+                "1",
+            ],
+        );
+
+        let answered = program.call(example_request()).await;
+
+        let asked = proxy.seen();
+        let target = format!("CONNECT localhost:{} HTTP/1.1", front.address.port());
+        assert!(asked[0].starts_with(&target), "{answer}: {asked:?}");
+        // "user:proxy-password" in base 64.
+        assert!(
+            asked[0].contains("Basic dXNlcjpwcm94eS1wYXNzd29yZA=="),
+            "{asked:?}"
+        );
+        match answered {
+            Ok(_) => assert!(good, "{answer}"),
+            Err(status) => {
+                assert!(!good, "{answer}: {status:?}");
+                let failure = crate::support::Failure::of(&status);
+                let expected = (Code::Unavailable, "UPSTREAM_CONNECT");
+                assert_eq!(failure.code_and_reason(), expected, "{answer}");
+            }
+        }
+        let log = program.logs().join("\n");
+        assert!(!log.contains("proxy-password"), "{log}");
+    }
+}
+
+#[tokio::test]
+async fn the_proxies_of_the_environment_are_not_used() {
+    let upstream = Upstream::always(example()).await;
+    let elsewhere = Upstream::always(example()).await;
+    let url = elsewhere.url();
+    let names = [
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "ALL_PROXY",
+        "http_proxy",
+        "https_proxy",
+        "all_proxy",
+    ];
+    let mut env = names.map(|name| (name, url.as_str())).to_vec();
+    env.push(("RDS_TASK_FACADE_TOKEN", "a-token"));
+    let program = Program::start(
+        &["--endpoint", &upstream.url(), "--credentials", "token"],
+        &env,
+    );
+
+    let answered = program.call(example_request()).await;
+
+    assert!(answered.is_ok(), "{answered:?}");
+    assert_eq!(elsewhere.connections().opened, 0);
+}

@@ -1,0 +1,23 @@
+"""GetTaskDetail over grpcio without generated code: the request is three or four strings."""
+
+import grpc
+from facade import INSTANCE_ID, PROJECT_ID, SERVICE, WORKFLOW_ID, WORKFLOW_NAME
+
+METHOD = f"/{SERVICE}/GetTaskDetail"
+
+
+def request(instance_id=INSTANCE_ID, workflow_id=WORKFLOW_ID, project_id=PROJECT_ID):
+    fields = [project_id, instance_id, workflow_id, WORKFLOW_NAME]
+    parts = ((number, field.encode()) for number, field in enumerate(fields, 1))
+    return b"".join(bytes([number << 3 | 2, len(text)]) + text for number, text in parts)
+
+
+def call(channel, message=None, timeout=30, metadata=()):
+    """The code, by name, and the metadata of the answer."""
+    method = channel.unary_unary(METHOD)
+    try:
+        _, done = method.with_call(message or request(), timeout=timeout, metadata=metadata)
+        return "OK", dict(done.initial_metadata())
+    except grpc.RpcError as error:
+        metadata = {**dict(error.initial_metadata() or ()), **dict(error.trailing_metadata() or ())}
+        return error.code().name, metadata

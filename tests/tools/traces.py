@@ -1,0 +1,199 @@
+"""Traces as a collector sees them: caller, facade and attempts in one trace; and what a bad collector costs: nothing."""
+
+import subprocess
+import time
+
+import grpc
+from collector import Collector
+from facade import PROGRAM, PROJECT_ID, SERVICE, Checks, Facade
+from metrics import scrape
+from rpc import call, request
+
+TRACE, CALLER = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+TRACEPARENT = f"00-{TRACE}-{CALLER}-01"
+TEMPLATE = "/v3/{project_id}/instances/{instance_id}/task-center-detail"
+
+
+def one_trace(checks):
+    with Collector() as collector:
+        environment = collector.environment(
+            OTEL_RESOURCE_ATTRIBUTES="deployment.environment.name=checks",
+            OTEL_EXPORTER_OTLP_HEADERS="x-tenant=a%20b",
+        )
+        with Facade("--sandbox", environment=environment) as facade:
+            metadata = [("traceparent", TRACEPARENT), ("tracestate", "vendor=1"), ("x-request-id", "r-1")]
+            with grpc.insecure_channel(facade.address) as channel:
+                code, answer = call(channel, request("flaky-2"), metadata=metadata)
+            spans = collector.wait_for(4)
+            line = facade.wait_for("access line", lambda output: access_line(output, "r-1"))
+    checks.equal("a call that fails twice upstream", code, "OK")
+    checks.equal("spans in the caller's trace", [span.trace_id for span in spans], [TRACE] * 4)
+    server = next(span for span in spans if span.is_server)
+    attempts = sorted((span for span in spans if not span.is_server), key=lambda span: span.start)
+    checks.equal("the server span's parent is the caller", server.parent, CALLER)
+    checks.equal("tracestate", server.state, "vendor=1")
+    checks.equal("the attempts' parent is the server span", {span.parent for span in attempts}, {server.span_id})
+    checks.equal("kinds", {span.kind for span in attempts}, {3})
+    resends = [span.attributes.get("http.request.resend_count") for span in attempts]
+    checks.equal("http.request.resend_count", resends, [None, 1, 2])
+    statuses = [span.attributes["http.response.status_code"] for span in attempts]
+    checks.equal("http.response.status_code", statuses, [503, 503, 200])
+    checks.equal("attempts in error", [span.error for span in attempts], [True, True, False])
+    checks.equal("error.type", [span.attributes.get("error.type") for span in attempts], ["503", "503", None])
+    checks.equal("name of an attempt", attempts[0].name, f"POST {TEMPLATE}")
+    wanted = f"/v3/{PROJECT_ID}/instances/flaky-2/task-center-detail"
+    checks.that("url.full", attempts[0].attributes["url.full"].endswith(wanted), attempts[0].attributes)
+    checks.equal("rpc.method", server.attributes["rpc.method"], f"{SERVICE}/GetTaskDetail")
+    checks.equal("code", server.attributes["rpc.response.status_code"], "OK")
+    checks.equal("request id", server.attributes["rds_task_facade.request_id"], "r-1")
+    ids = [span.attributes.get("rds_task_facade.upstream_request_id") for span in (server, attempts[-1])]
+    checks.equal("upstream's request id", ids, [answer["x-upstream-request-id"]] * 2)
+    checks.that("attempts lie within the call", server.start <= attempts[0].start and attempts[-1].end <= server.end)
+    checks.equal("ids in the access line", (line["trace_id"], line["span_id"]), (TRACE, server.span_id))
+    resource = server.resource
+    checks.equal("service.name", resource["service.name"], "rds-task-facade")
+    checks.equal("resource", resource["deployment.environment.name"], "checks")
+    checks.equal("path", set(collector.paths), {"/v1/traces"})
+    checks.equal("header", collector.headers[0]["x-tenant"], "a b")
+
+
+def access_line(output, request_id):
+    import json
+
+    lines = (json.loads(line) for line in output)
+    return next((line for line in lines if line.get("request_id") == request_id), None)
+
+
+def failures_and_sampling(checks):
+    cases = [
+        ("NOT_FOUND", "task-not-found", False),
+        ("INTERNAL", "status-500", True),
+        ("UNAVAILABLE", "reset", True),
+        ("RESOURCE_EXHAUSTED", "status-429", False),
+    ]
+    with Collector() as collector, Facade("--sandbox", environment=collector.environment()) as facade:
+        with grpc.insecure_channel(facade.address) as channel:
+            for code, instance, _ in cases:
+                checks.equal(f"{instance}: on the wire", call(channel, request(instance))[0], code)
+            unsampled = [("traceparent", f"00-{TRACE}-{CALLER}-00")]
+            call(channel, request("every-field"), metadata=unsampled)
+            call(channel, request("every-field"), metadata=[("b3", f"{TRACE}-{CALLER}-1")])
+            call(channel, request("slow-5000"), timeout=0.3)
+        by_code = lambda: {span.attributes["rpc.response.status_code"]: span for span in collector.spans if span.is_server}
+        deadline = time.monotonic() + 15
+        while len(by_code()) < 6 and time.monotonic() < deadline:
+            time.sleep(0.1)
+    seen = by_code()
+    for code, instance, error in cases:
+        checks.equal(f"{instance}: span in error", code in seen and seen[code].error, error)
+    checks.that("a deadline is an error", seen["DEADLINE_EXCEEDED"].error)
+    checks.equal("B3 is accepted, and an unsampled trace is not recorded", seen["OK"].parent, CALLER)
+    reset = [span for span in collector.spans if span.attributes.get("error.type") == "UPSTREAM_RESET"]
+    checks.equal("attempts that were reset", len(reset), 3)
+    cancelled = [span for span in collector.spans if span.attributes.get("error.type") == "cancelled"]
+    checks.that("the attempt of a passed deadline ends too", cancelled)
+    checks.equal("B3 starts from the caller's trace", seen["OK"].trace_id, TRACE)
+
+
+def bad_collectors(checks):
+    for name, collector, endpoint in [
+        ("dead", Collector(), "http://127.0.0.1:1"),
+        ("slow", Collector(delay=60), None),
+        ("full", Collector(answers=[503] * 10_000), None),
+    ]:
+        environment = collector.environment(OTEL_BSP_MAX_QUEUE_SIZE="50", OTEL_EXPORTER_OTLP_TIMEOUT="1000")
+        environment["OTEL_EXPORTER_OTLP_ENDPOINT"] = endpoint or collector.url
+        with collector, Facade("--sandbox", environment=environment) as facade:
+            with grpc.insecure_channel(facade.address) as channel:
+                call(channel)
+                begun = time.monotonic()
+                codes = {call(channel)[0] for _ in range(300)}
+                took = time.monotonic() - begun
+            families = scrape(facade.metrics)
+            dropped = {
+                sample.labels["reason"]: sample.value
+                for sample in families["trace_spans_dropped"].samples
+                if sample.name.endswith("_total")
+            }
+            begun = time.monotonic()
+            exit_code = facade.stop()
+            stopping = time.monotonic() - begun
+        checks.equal(f"{name} collector: calls", codes, {"OK"})
+        checks.that(f"{name} collector: 300 calls in {took:.2f} s", took < 10, took)
+        checks.that(f"{name} collector: dropped spans are counted", dropped["queue_full"] > 0, dropped)
+        checks.equal(f"{name} collector: exit", exit_code, 0)
+        checks.that(f"{name} collector: stopped in {stopping:.1f} s", stopping < 8, stopping)
+
+
+def end_of_the_process(checks):
+    environment = {"OTEL_BSP_SCHEDULE_DELAY": "60000"}
+    with Collector() as collector:
+        with Facade("--sandbox", environment={**collector.environment(), **environment}) as facade:
+            with grpc.insecure_channel(facade.address) as channel:
+                call(channel)
+            facade.stop()
+        checks.equal("spans that waited are exported at the end", len(collector.wait_for(2, 1)), 2)
+
+
+def propagation(checks):
+    """The sandbox cannot tell; a second facade's port can: it would be a caller's trace. So a plain server listens."""
+    import http.server
+    import threading
+
+    seen = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["content-length"]))
+            seen.append({name.lower(): value for name, value in self.headers.items()})
+            self.send_response(404)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_address[1]}"
+    with Collector() as collector:
+        for flags, expected in [((), None), (("--propagate-trace-upstream",), TRACE)]:
+            environment = collector.environment(RDS_TASK_FACADE_TOKEN="t")
+            with Facade("--endpoint", url, "--credentials=token", *flags, environment=environment) as facade:
+                with grpc.insecure_channel(facade.address) as channel:
+                    call(channel, metadata=[("traceparent", TRACEPARENT), ("tracestate", "vendor=1"), ("baggage", "a=1")])
+                facade.stop()
+            headers = seen.pop()
+            trace = headers.get("traceparent", "--").split("-")[1] or None
+            checks.equal(f"traceparent upstream {flags}", trace, expected)
+            checks.equal(f"tracestate upstream {flags}", headers.get("tracestate"), expected and "vendor=1")
+            checks.that(f"nothing else of it upstream {flags}", "baggage" not in headers, headers)
+            attempt = next(span for span in reversed(collector.spans) if not span.is_server)
+            if expected:
+                checks.equal("the attempt's span is upstream's parent", headers["traceparent"].split("-")[2], attempt.span_id)
+    server.shutdown()
+
+
+def refused(checks):
+    for variable, value in [("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc"), ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "grpc")]:
+        environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4317", variable: value}
+        run = subprocess.run(
+            [PROGRAM, "serve", "--sandbox"], env=environment, capture_output=True, text=True, timeout=20
+        )
+        checks.equal(f"{variable}={value}: exit code", run.returncode, 2)
+        checks.that(f"{variable}={value}: one clear line", f"{variable}: grpc is not spoken" in run.stderr, run.stderr)
+
+
+def main():
+    checks = Checks()
+    one_trace(checks)
+    failures_and_sampling(checks)
+    bad_collectors(checks)
+    end_of_the_process(checks)
+    propagation(checks)
+    refused(checks)
+    checks.finish()
+
+
+if __name__ == "__main__":
+    main()
