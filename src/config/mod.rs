@@ -259,13 +259,17 @@ impl Config {
             .collect()
     }
 
-    /// The effective configuration in one line, for the log; a secret shows as `set`.
+    /// The effective configuration in one line, for the log; a secret shows as `set`. One text and not a field for each
+    /// setting: a log's index keeps few fields, and nobody searches for the value of a flag there.
     pub fn summary(&self) -> String {
         let settings: Vec<String> = self
             .shown
             .iter()
             .filter(|(_, value)| !value.is_empty())
-            .map(|(name, value)| format!("{name}={value}"))
+            .map(|(name, value)| match value.contains(' ') {
+                true => format!("{name}={value:?}"),
+                false => format!("{name}={value}"),
+            })
             .collect();
         settings.join(" ")
     }

@@ -284,3 +284,51 @@ fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     let seconds = headers.get(header::RETRY_AFTER)?.to_str().ok()?;
     Some(Duration::from_secs(seconds.trim().parse().ok()?))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::telemetry::otlp::PartialSuccess;
+
+    #[test]
+    fn what_a_collector_rejects_of_a_batch_is_read_from_its_answer() {
+        let partial = |rejected_spans| {
+            ExportTraceServiceResponse {
+                partial_success: Some(PartialSuccess { rejected_spans }),
+            }
+            .encode_to_vec()
+        };
+        let cases = [
+            (Vec::new(), 0),
+            (partial(0), 0),
+            (partial(7), 7),
+            (partial(-1), 0),
+            (b"<html>".to_vec(), 0),
+        ];
+
+        for (body, expected) in cases {
+            assert_eq!(rejected(&body), expected, "{body:?}");
+        }
+    }
+
+    #[test]
+    fn a_collector_says_how_long_to_wait_in_seconds() {
+        let cases = [
+            ("3", Some(3)),
+            (" 3 ", Some(3)),
+            ("soon", None),
+            ("-1", None),
+        ];
+
+        for (text, expected) in cases {
+            let headers: HeaderMap = [(header::RETRY_AFTER, text.parse().unwrap())]
+                .into_iter()
+                .collect();
+            assert_eq!(
+                retry_after(&headers),
+                expected.map(Duration::from_secs),
+                "{text:?}"
+            );
+        }
+    }
+}

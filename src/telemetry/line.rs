@@ -10,8 +10,8 @@ use tracing::Level;
 
 use crate::config::LogFormat;
 
-/// A field longer than this is cut: a line is for reading, and memory of waiting lines is bounded.
-const MAX_FIELD_BYTES: usize = 2048;
+/// A field longer than this is cut, because memory of waiting lines is bounded. The configuration in the start line fits.
+const MAX_FIELD_BYTES: usize = 8192;
 
 /// How lines look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -7,6 +7,8 @@ mod support;
 mod cli;
 /// Connections: limits, descriptors, silence.
 mod connections;
+/// The facade's own credentials: sources, renewal, keys, secrets.
+mod credentials;
 /// What goes with a failure besides its code: waits, texts, ids, and their limits.
 mod details;
 /// One call: what a caller may send, how prompt the answer is, overload.
@@ -23,5 +25,7 @@ mod quota;
 mod resilience;
 /// What the program needs to start, and what it says when it cannot.
 mod startup;
+/// Log lines that cannot be forged, spans without secrets, the start line.
+mod telemetry;
 /// TLS on both sides, and the proxy on the way to upstream.
 mod tls;

@@ -88,6 +88,10 @@ class Program:
         self._process.terminate()
         return self._process.wait(STOP_SECONDS)
 
+    def join(self):
+        """Waits for the last line of a process that has ended."""
+        self._reader.join(STOP_SECONDS)
+
     def kill(self):
         """SIGKILL."""
         self._process.kill()
@@ -129,10 +133,10 @@ class Facade(Process):
         )
         try:
             started = self.wait_for("log line with the addresses", _started)
+            self.address, self.metrics = started[LISTEN_FIELD], started[METRICS_FIELD]
         except BaseException:
             self.__exit__()
             raise
-        self.address, self.metrics = started[LISTEN_FIELD], started[METRICS_FIELD]
 
     def call(self, *arguments, environment=None):
         """Runs `call` against this instance: exit code, reply or None, text on standard error."""

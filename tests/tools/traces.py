@@ -1,6 +1,9 @@
 """Traces as a collector sees them: caller, facade and attempts in one trace; and what a bad collector costs: nothing."""
 
+import http.server
+import json
 import subprocess
+import threading
 import time
 
 import grpc
@@ -58,8 +61,6 @@ def one_trace(checks):
 
 
 def access_line(output, request_id):
-    import json
-
     lines = (json.loads(line) for line in output)
     return next((line for line in lines if line.get("request_id") == request_id), None)
 
@@ -71,14 +72,16 @@ def failures_and_sampling(checks):
         ("UNAVAILABLE", "reset", True),
         ("RESOURCE_EXHAUSTED", "status-429", False),
     ]
-    with Collector() as collector, Facade("--sandbox", environment=collector.environment()) as facade:
+    with Collector() as collector, Facade("--sandbox", "--timeout=2s", environment=collector.environment()) as facade:
         with grpc.insecure_channel(facade.address) as channel:
-            for code, instance, _ in cases:
+            for code, instance, _ in cases[:-1]:
                 checks.equal(f"{instance}: on the wire", call(channel, request(instance))[0], code)
             unsampled = [("traceparent", f"00-{TRACE}-{CALLER}-00")]
             call(channel, request("every-field"), metadata=unsampled)
             call(channel, request("every-field"), metadata=[("b3", f"{TRACE}-{CALLER}-1")])
-            call(channel, request("slow-5000"), timeout=0.3)
+            call(channel, request("slow-5000"))
+            # Last: the facade remembers throttling and would hold back what follows.
+            call(channel, request(cases[-1][1]))
         by_code = lambda: {span.attributes["rpc.response.status_code"]: span for span in collector.spans if span.is_server}
         deadline = time.monotonic() + 15
         while len(by_code()) < 6 and time.monotonic() < deadline:
@@ -135,11 +138,22 @@ def end_of_the_process(checks):
         checks.equal("spans that waited are exported at the end", len(collector.wait_for(2, 1)), 2)
 
 
-def propagation(checks):
-    """The sandbox cannot tell; a second facade's port can: it would be a caller's trace. So a plain server listens."""
-    import http.server
-    import threading
+def a_busy_collector(checks):
+    with Collector(answers=[503, 429]) as collector:
+        with Facade("--sandbox", environment=collector.environment()) as facade:
+            with grpc.insecure_channel(facade.address) as channel:
+                call(channel)
+            spans = collector.wait_for(2)
+            checks.equal("a collector that is busy gets the spans later", len(spans), 2)
+            checks.equal("requests until then", collector.requests, 3)
+            time.sleep(0.2)
+            families = scrape(facade.metrics)
+    lost = [sample.value for sample in families["trace_spans_dropped"].samples if sample.name.endswith("_total")]
+    checks.equal("spans lost to a busy collector", sum(lost), 0)
 
+
+def propagation(checks):
+    """What upstream receives, which the sandbox does not tell."""
     seen = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -190,6 +204,7 @@ def main():
     failures_and_sampling(checks)
     bad_collectors(checks)
     end_of_the_process(checks)
+    a_busy_collector(checks)
     propagation(checks)
     refused(checks)
     checks.finish()

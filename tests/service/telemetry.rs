@@ -1,0 +1,218 @@
+use serde_json::{Value, json};
+
+use crate::support::{
+    Connection, Program, Step, Upstream, answer, example_request,
+    program::run,
+    raw::{framed, headers},
+};
+
+/// What a line must never be made of: the end of a line, a terminal's commands, another object.
+const FORGERY: &str = "x\r\n{\"level\":\"ERROR\",\"msg\":\"forged\"}\u{1b}[2J\u{202e}\u{2028}\u{9b}\0\"},{\"forged\":\"";
+
+/// The same as far as HTTP lets it into a header.
+const IN_A_HEADER: &[u8] = b"x\t\\\"}{\"msg\":\"forged\"\xc2\x9b\xff\x80 [2J";
+
+fn forging_upstream(status: u16) -> Vec<Step> {
+    let body = json!({"error_code": FORGERY, "error_msg": FORGERY, "encoded_authorization_message": FORGERY});
+    let mut head = format!("HTTP/1.1 {status} {{\"forged\":1}}\r\nx-request-id: ").into_bytes();
+    head.extend_from_slice(IN_A_HEADER);
+    let body = body.to_string();
+    head.extend_from_slice(format!("\r\ncontent-length: {}\r\n\r\n{body}", body.len()).as_bytes());
+    vec![Step::Send(head)]
+}
+
+#[tokio::test]
+async fn nothing_that_a_caller_or_upstream_sends_forges_a_line() {
+    let collector = Upstream::always(answer(200, &[], "")).await;
+    let upstream = Upstream::start(|request| match request.number % 3 {
+        0 => forging_upstream(400),
+        1 => forging_upstream(200),
+        _ => vec![Step::Send(
+            format!("HTTP/1.1 {FORGERY}\r\n\r\n").into_bytes(),
+        )],
+    })
+    .await;
+    let collector_url = collector.url();
+    let env = [
+        ("RDS_TASK_FACADE_TOKEN", "t"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", collector_url.as_str()),
+        ("RUST_LOG", "trace"),
+    ];
+    let url = upstream.url();
+    let program = Program::start(
+        &[
+            "--endpoint",
+            &url,
+            "--credentials",
+            "token",
+            "--max-attempts",
+            "1",
+        ],
+        &env,
+    );
+    let connection = Connection::open(program.grpc).await;
+    let fields = [
+        "user-agent",
+        "x-request-id",
+        "traceparent",
+        "tracestate",
+        "b3",
+        "x-b3-traceid",
+        "x-b3-spanid",
+        "grpc-timeout",
+        "grpc-encoding",
+        "content-type",
+        "x-forwarded-for",
+        "x-forwarded-client-cert",
+    ];
+
+    let mut calls = 0;
+    for field in fields {
+        for _ in 0..3 {
+            let mut request = headers();
+            request.headers_mut().expect("sound").remove(field);
+            let mut message = example_request();
+            message.workflow_name = Some(format!("name-{calls}"));
+            let done = connection
+                .exchange(request.header(field, IN_A_HEADER), framed(&message))
+                .await;
+            done.unwrap_or_else(|error| panic!("{field}: {error}"));
+            calls += 1;
+        }
+    }
+    for field in 1..=4 {
+        let mut message = example_request();
+        let text = FORGERY.to_owned();
+        match field {
+            1 => message.project_id = text,
+            2 => message.instance_id = text,
+            3 => message.workflow_id = text,
+            _ => message.workflow_name = Some(text),
+        }
+        let done = connection.exchange(headers(), framed(&message)).await;
+        done.expect("an answer");
+        calls += 1;
+    }
+    let marked = headers().header("x-request-id", "the-last");
+    let done = connection
+        .exchange(marked, framed(&example_request()))
+        .await;
+    done.expect("an answer");
+    program.access_line("the-last");
+
+    let lines = program.logs();
+    let mut access = 0;
+    for line in &lines {
+        let object: Value =
+            serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"));
+        assert!(object.is_object(), "{line}");
+        assert_ne!(object["msg"], "forged", "{line}");
+        assert!(object.get("forged").is_none(), "{line}");
+        let unruly = |c: char| c.is_control() || matches!(c, '\u{202e}' | '\u{2028}');
+        assert!(!line.contains(unruly), "{line:?}");
+        access += usize::from(object["target"] == "access");
+    }
+    assert_eq!(access, calls + 1, "one line for each call: {lines:#?}");
+}
+
+#[tokio::test]
+async fn no_span_and_no_setting_of_the_export_shows_a_secret() {
+    let collector = Upstream::always(answer(200, &[], "")).await;
+    let echo = |request: &crate::support::upstream::Received| {
+        let echo = format!("canary {:?} {}", request.headers, request.body);
+        let body = json!({"error_code": "APIGW.0301", "error_msg": echo});
+        answer(401, &[], body.to_string())
+    };
+    let upstream = Upstream::start(echo).await;
+    let (url, collector_url) = (upstream.url(), collector.url());
+    let key = [
+        ("HUAWEICLOUD_SDK_AK", "canary-ak"),
+        ("HUAWEICLOUD_SDK_SK", "canary-sk"),
+        ("HUAWEICLOUD_SDK_SECURITY_TOKEN", "canary-st"),
+    ];
+    for source in ["caller", "token", "env"] {
+        let before = collector.requests().len();
+        let mut env = vec![
+            ("OTEL_EXPORTER_OTLP_ENDPOINT", collector_url.as_str()),
+            (
+                "OTEL_EXPORTER_OTLP_HEADERS",
+                "authorization=Bearer%20canary",
+            ),
+            ("OTEL_BSP_SCHEDULE_DELAY", "10"),
+            ("RUST_LOG", "trace"),
+        ];
+        match source {
+            "token" => env.push(("RDS_TASK_FACADE_TOKEN", "canary-token")),
+            "env" => env.extend(key),
+            _ => {}
+        }
+        let args = [
+            "--endpoint",
+            &url,
+            "--credentials",
+            source,
+            "--propagate-trace-upstream",
+        ];
+        let (_, printed, _) = run(&[&["serve"], &args[..], &["--print-config"]].concat(), &env);
+        let program = Program::start(&args, &env);
+        let mut request = example_request();
+        request.workflow_name = Some("canary-workflow".into());
+        let metadata = [
+            ("x-auth-token", "canary-of-the-caller"),
+            ("authorization", "Basic canary"),
+            ("x-request-id", "the-call"),
+            ("baggage", "canary=1"),
+        ];
+
+        let refused = program.call_with(request, &metadata).await;
+
+        assert!(refused.is_err(), "{source}");
+        // One request for both spans, or one for each.
+        collector.wait_for_requests(before + 1).await;
+        program.access_line("the-call");
+        for received in &collector.requests()[before..] {
+            assert_eq!(received.header("authorization"), Some("Bearer canary"));
+            assert!(
+                !received.body.contains("canary"),
+                "{source}: {}",
+                received.body
+            );
+            assert!(
+                received.body.contains("the-call") || received.body.contains("task-center-detail")
+            );
+        }
+        assert!(
+            printed.contains("OTEL_EXPORTER_OTLP_HEADERS = set"),
+            "{printed}"
+        );
+        let shown = [
+            program.logs().concat(),
+            printed,
+            program.admin("/metrics").await.1,
+        ]
+        .concat();
+        assert!(!shown.contains("canary"), "{source}: {shown}");
+    }
+}
+
+#[tokio::test]
+async fn the_start_line_tells_version_addresses_and_every_setting() {
+    let program = Program::sandboxed(&["--max-attempts", "2"]);
+
+    let line = program.wait_for_log(|line| line["msg"] == "serving");
+
+    assert_eq!(line["version"], env!("CARGO_PKG_VERSION"));
+    assert_eq!(line["listen"], program.grpc.to_string());
+    assert_eq!(line["metrics_listen"], program.admin.to_string());
+    let config = line["config"].as_str().expect("a text");
+    let settings = [
+        " sandbox=true",
+        " max-attempts=2",
+        " timeout=30s",
+        " credentials=token",
+        " RUST_LOG=info",
+    ];
+    for setting in settings {
+        assert!(config.contains(setting), "{setting}: {config}");
+    }
+}
