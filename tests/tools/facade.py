@@ -101,10 +101,6 @@ class Program:
         """None while it runs."""
         return self._process.poll()
 
-    @property
-    def pid(self):
-        return self._process.pid
-
     def __enter__(self):
         return self
 

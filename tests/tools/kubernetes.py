@@ -194,6 +194,14 @@ def default_timeout():
     return re.search(r"--timeout <DURATION>.*?\[default: (\w+)\]", help_text, re.DOTALL)[1]
 
 
+def check_runbook(checks):
+    """Each alert of deploy/monitoring has its section in docs/operations.md, and no section is of an alert that is gone."""
+    rules = ROOT / "deploy/monitoring/rules.yaml"
+    alerts = set(re.findall(r"- alert: (\w+)", rules.read_text()))
+    headings = re.findall(r"^### (RdsTaskFacade.*)$", (ROOT / "docs/operations.md").read_text(), re.MULTILINE)
+    checks.equal("the runbook has every alert", {name for heading in headings for name in heading.split(", ")}, alerts)
+
+
 def is_part(selector, labels):
     return bool(selector) and selector.items() <= labels.items()
 
@@ -217,6 +225,8 @@ def main():
         checks.that(f"overlay {overlay.name} fits the schemas", not found, found)
     found = problems(yaml.safe_load((KUBERNETES / "secret.example.yaml").read_text()))
     checks.that("the example of a Secret fits its schema", not found, found)
+
+    check_runbook(checks)
 
     broken = one(render(KUBERNETES / "base"), "Deployment")
     broken["spec"]["template"]["spec"]["containers"][0]["livenesProbe"] = {}

@@ -11,6 +11,7 @@ import socket
 import ssl
 import tempfile
 import time
+import urllib.request
 from collections import Counter
 
 from facade import SANDBOX_TOKEN, Checks, Facade, Sandbox, free_port
@@ -190,19 +191,28 @@ class Mesh:
             )
             self.checks.equal("outage of upstream: health stays SERVING", healthy(self.client), len(self.pods))
 
-    def memory(self):
-        sizes = [resident_mebibytes(pod.instance.pid) for pod in self.pods]
-        print(f"      resident memory of the instances: {sizes} MiB")
+    def sizes(self):
+        for pod in self.pods:
+            metrics = metrics_of(pod.instance)
+            memory = metrics["process_resident_memory_bytes"] / 2**20
+            calls = sum(value for name, value in metrics.items() if is_call(name))
+            cpu = metrics["process_cpu_seconds_total"] / calls * 1000
+            print(f"      {pod.name}: {memory:.1f} MiB resident, {cpu:.2f} ms of CPU for each of {calls:.0f} calls")
+
+
+def is_call(name):
+    return name.startswith("grpc_server_handled_total{") and "GetTaskDetail" in name
 
 
 def healthy(client):
     return client.stat("cluster.facade.membership_healthy")
 
 
-def resident_mebibytes(pid):
-    with open(f"/proc/{pid}/status") as status:
-        line = next(line for line in status if line.startswith("VmRSS"))
-    return round(int(line.split()[1]) / 1024, 1)
+def metrics_of(instance):
+    with urllib.request.urlopen(f"http://{instance.metrics}/metrics", timeout=5) as response:
+        lines = response.read().decode().splitlines()
+    samples = (line.rpartition(" ") for line in lines if not line.startswith("#") and " # " not in line)
+    return {name: float(value) for name, _, value in samples}
 
 
 def check_strict(checks, pod):
@@ -245,8 +255,8 @@ def main():
             mesh.settle()
             mesh.crash("kill -9 of a pod", Pod.kill, Pod.start, True)
             mesh.crash("kill -9 of an instance behind its proxy", lambda pod: pod.instance.kill(), Pod.start_instance, False)
-            mesh.memory()
             mesh.outage(sandbox)
+            mesh.sizes()
         calls = load.all()
         seconds = max(call.ended for call in calls) - min(call.begun for call in calls)
         print(f"      {len(calls)} calls in {seconds:.0f} s")
