@@ -1,24 +1,28 @@
 FROM rust:1.95-slim-bookworm AS builder
 WORKDIR /build
 
+# Writes the list of dependencies into the program, where image scanners find it.
+RUN cargo install cargo-auditable --version 0.7.7 --locked
+
 # The dependencies alone, over empty sources: this layer is built again only when one of them changes.
 COPY Cargo.toml Cargo.lock build.rs ./
 COPY proto proto
 RUN mkdir src \
     && echo 'fn main() {}' > src/main.rs \
     && touch src/lib.rs \
-    && cargo build --release --locked \
+    && cargo auditable build --release --locked \
     && rm -rf src
 
 COPY src src
 # cargo goes by time stamps, and COPY keeps the ones of the working tree.
 RUN touch src/main.rs src/lib.rs \
-    && cargo build --release --locked
+    && cargo auditable build --release --locked
 
 # Holds the C runtime and the CA certificates, no shell; its user is 65532.
 FROM gcr.io/distroless/cc-debian12:nonroot
 LABEL org.opencontainers.image.title="rds-task-facade" \
       org.opencontainers.image.description="gRPC facade over the RDS call Obtaining Task Information" \
+      org.opencontainers.image.version="0.1.0" \
       org.opencontainers.image.licenses="Apache-2.0"
 COPY --from=builder /build/target/release/rds-task-facade /rds-task-facade
 ENV RDS_TASK_FACADE_LISTEN=0.0.0.0:50051 \

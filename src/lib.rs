@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! caller -> server (connection, deadline, limits) -> rpc (validate) -> credentials (token or key)
-//!        -> quota (merge, cache, throttle) -> upstream (attempts) -> http (one exchange) -> RDS
+//!        -> quota (cache, merge) -> upstream (throttle, pace, attempts) -> http (one exchange) -> RDS
 //! ```
 //!
 //! and back: [`upstream`] says what an answer means, [`rpc`] turns it into the reply, [`status`] turns every failure into
@@ -17,8 +17,8 @@
 //! - [`server`]: the gRPC listener: accept loop, TLS, limits, drain, and what every RPC passes on its way in and out
 //! - [`rpc`]: one file per RPC: validation, the path through the rooms below, the reply
 //! - [`credentials`]: where tokens and keys come from, how they are renewed, how a request is signed
-//! - [`quota`]: merges equal calls, keeps answers for a moment, remembers throttling
-//! - [`upstream`]: the vendor's operation: request, attempts, retry, breaker, wire format, meaning of errors
+//! - [`quota`]: merges equal calls, keeps answers for a moment
+//! - [`upstream`]: the vendor's operation: request, throttling, pace, attempts, retry, breaker, wire format, meaning of errors
 //! - [`http`]: one bounded HTTP exchange; the only user of the HTTP client library
 //! - [`deadline`], [`reason`], [`status`]: the RPC's deadline, the closed list of reasons, the only maker of statuses
 //! - [`telemetry`]: log, access line, metrics, traces

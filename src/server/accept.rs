@@ -55,10 +55,17 @@ impl<S: TaskService> Door<S> {
 
     /// Lets in what the kernel has already accepted, and closes the listener.
     pub(super) fn close(self, listener: TcpListener) -> Vec<Worker<S>> {
-        // Asks the kernel itself: the runtime may not have heard of the last connections yet.
-        let pending = listener.into_std();
-        while let Ok(Ok((socket, peer))) = pending.as_ref().map(std::net::TcpListener::accept) {
-            self.admit(socket, peer);
+        // Asks the kernel itself: the runtime may not have heard of the last connections yet. One that the kernel completes
+        // between the last answer and the close is reset before it has said a word, so no call is lost with it.
+        let Ok(pending) = listener.into_std() else {
+            return self.workers;
+        };
+        loop {
+            match pending.accept() {
+                Ok((socket, peer)) => self.admit(socket, peer),
+                Err(error) if of_one_connection(&error) => {}
+                Err(_) => break,
+            }
         }
         self.workers
     }

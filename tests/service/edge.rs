@@ -26,7 +26,7 @@ fn numbered(number: usize) -> rds_task_facade::pb::GetTaskDetailRequest {
 fn quarter(what: &str, mut samples: Vec<Duration>) -> Duration {
     samples.sort();
     let at = |percent: usize| samples[(samples.len() - 1) * percent / 100];
-    println!(
+    eprintln!(
         "{what}: 25 % {:?}, median {:?}, 90 % {:?}, longest of {} {:?}",
         at(25),
         at(50),

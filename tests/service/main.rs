@@ -7,6 +7,8 @@ mod support;
 mod cli;
 /// Connections: limits, descriptors, silence.
 mod connections;
+/// The facade's own credentials: sources, renewal, keys, secrets.
+mod credentials;
 /// What goes with a failure besides its code: waits, texts, ids, and their limits.
 mod details;
 /// One call: what a caller may send, how prompt the answer is, overload.

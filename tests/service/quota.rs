@@ -42,8 +42,17 @@ async fn begin(
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_thousand_equal_calls_over_ten_connections_cause_one_upstream_call() {
-    let upstream = Upstream::always(slow_example()).await;
-    let program = Program::over(&upstream.url(), &[]);
+    // It answers when all are waiting: the script runs before the first byte of the answer, on a thread of its own.
+    let (all_wait, waiting) = std::sync::mpsc::channel::<()>();
+    let waiting = std::sync::Mutex::new(waiting);
+    let upstream = Upstream::start(move |_| {
+        let waiting = waiting.lock().expect("no panic under the lock");
+        // A second upstream call finds nobody who tells it to go on, and is counted below.
+        let _ = tokio::task::block_in_place(|| waiting.recv());
+        example()
+    })
+    .await;
+    let program = Program::over(&upstream.url(), &["--attempt-timeout", "30s"]);
     let mut calls = JoinSet::new();
 
     for _ in 0..10 {
@@ -52,6 +61,10 @@ async fn a_thousand_equal_calls_over_ten_connections_cause_one_upstream_call() {
             begin(&mut calls, client.clone(), example_request()).await;
         }
     }
+    while program.metric("rds_coalesced_calls_total").await < 999.0 {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    drop(all_wait);
     let answers = calls.join_all().await;
 
     assert_eq!(answers.len(), 1000);
@@ -272,6 +285,97 @@ async fn a_throttled_identity_is_held_back_and_others_are_not() {
         .collect();
     assert_eq!(asked, [Some("ann".to_owned()), Some("bob".to_owned())]);
     assert_eq!(program.metric("rds_throttled_calls_total").await, 1.0);
+}
+
+#[tokio::test]
+async fn a_retry_does_not_go_out_in_a_window_that_another_call_has_learnt_of() {
+    let upstream = Upstream::start(|request| match request.number {
+        0 => answer(503, &[("retry-after", "1")], ""),
+        _ => answer(429, &[("retry-after", "30")], ""),
+    })
+    .await;
+    let program = Program::over(&upstream.url(), &[]);
+    let mut retrying = JoinSet::new();
+    begin(&mut retrying, program.client().await, example_request()).await;
+    while program
+        .metrics()
+        .await
+        .iter()
+        .all(|(series, _)| !series.starts_with("rds_upstream_retries_total"))
+    {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let mut other = example_request();
+    other.workflow_id = "other".into();
+    program.call(other).await.expect_err("429");
+
+    let retried = retrying.join_all().await.remove(0).expect_err("held back");
+
+    let failure = Failure::of(&retried);
+    assert_eq!(
+        failure.code_and_reason(),
+        (Code::ResourceExhausted, "THROTTLED")
+    );
+    assert!(failure.retry_delay.expect("RetryInfo") > Duration::from_secs(20));
+    assert_eq!(upstream.requests().len(), 2);
+    assert_eq!(program.metric("rds_throttled_calls_total").await, 1.0);
+}
+
+#[tokio::test]
+async fn a_kept_answer_is_given_even_while_its_identity_is_throttled() {
+    let upstream = Upstream::start(|request| match request.number {
+        0 => example(),
+        _ => answer(429, &[("retry-after", "30")], ""),
+    })
+    .await;
+    let program = Program::over(&upstream.url(), &["--cache-ttl", "1h"]);
+    let mut other = example_request();
+    other.workflow_id = "other".into();
+    program.call(example_request()).await.expect("an answer");
+    program.call(other).await.expect_err("429");
+
+    let again = program.call(example_request()).await;
+
+    assert!(again.is_ok(), "{again:?}");
+    assert_eq!(upstream.requests().len(), 2);
+    assert_eq!(program.metric("rds_throttled_calls_total").await, 0.0);
+}
+
+#[tokio::test]
+async fn pollers_of_few_tasks_cause_as_many_upstream_calls_as_the_ttl_allows() {
+    const CALLERS: usize = 100;
+    const ROUNDS: usize = 15;
+    let upstream = Upstream::always(example()).await;
+    let program = Program::over(&upstream.url(), &["--cache-ttl", "500ms"]);
+    let mut clients = Vec::new();
+    for _ in 0..5 {
+        clients.push(program.client().await);
+    }
+    let mut callers = JoinSet::new();
+
+    let started = Instant::now();
+    for caller in 0..CALLERS {
+        let mut client = clients[caller % 5].clone();
+        callers.spawn(async move {
+            for _ in 0..ROUNDS {
+                let mut request = example_request();
+                request.workflow_id = format!("task-{}", caller % 3);
+                client.get_task_detail(request).await.expect("an answer");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        });
+    }
+    callers.join_all().await;
+
+    // Each of the three tasks once, and again each time an answer has become too old.
+    let windows = started.elapsed().as_millis() as usize / 500 + 1;
+    assert!(upstream.requests().len() <= 3 * windows);
+    let (merged, kept) = (
+        program.metric("rds_coalesced_calls_total").await,
+        program.metric("rds_cache_hits_total").await,
+    );
+    let asked = upstream.requests().len() as f64;
+    assert_eq!(asked + merged + kept, (CALLERS * ROUNDS) as f64);
 }
 
 #[tokio::test]

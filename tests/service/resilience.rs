@@ -112,6 +112,23 @@ async fn an_unreadable_200_and_a_timeout_in_the_body_are_not_repeated() {
 }
 
 #[tokio::test]
+async fn a_head_over_the_limit_would_come_again_and_is_not_asked_for_twice() {
+    let many = format!("HTTP/1.1 200 OK\r\n{}\r\n", "a: b\r\n".repeat(200));
+    let long = format!("HTTP/1.1 200 OK\r\na: {}\r\n\r\n", "b".repeat(3_000_000));
+
+    for (case, head) in [("many headers", many), ("a long one", long)] {
+        let upstream = Upstream::always(vec![Step::Send(head.into_bytes()), Step::Hold]).await;
+        let program = Program::over(&upstream.url(), &[]);
+
+        let failure = program.failure(example_request()).await;
+
+        let expected = (Code::Unavailable, "UPSTREAM_PROTOCOL");
+        assert_eq!(failure.code_and_reason(), expected, "{case}");
+        assert_eq!(upstream.requests().len(), 1, "{case}");
+    }
+}
+
+#[tokio::test]
 async fn retry_after_is_waited_for_within_the_deadline_and_told_beyond_it() {
     let asked = answer(503, &[("retry-after", "1")], "");
     let upstream = recovering(1, asked.clone()).await;

@@ -7,6 +7,15 @@ use crate::support::{
     program::run,
 };
 
+/// Name, arguments, environment, exit code, and what the line names.
+type Case<'a> = (
+    &'a str,
+    Vec<&'a str>,
+    &'a [(&'a str, &'a str)],
+    i32,
+    &'a str,
+);
+
 /// What a run that must fail has written.
 fn refused(args: &[&str], env: &[(&str, &str)]) -> (i32, Vec<String>, Duration) {
     let started = Instant::now();
@@ -40,7 +49,7 @@ async fn a_start_that_cannot_work_ends_at_once_with_one_line_that_says_why() {
         ("SSL_CERT_DIR", "/nonexistent"),
     ];
     let nowhere = "/nonexistent/file";
-    let cases: Vec<(&str, Vec<&str>, &[(&str, &str)], i32, &str)> = vec![
+    let cases: Vec<Case<'_>> = vec![
         (
             "port in use",
             vec!["--sandbox", "--listen", &in_use],

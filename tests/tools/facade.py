@@ -42,10 +42,10 @@ START_SECONDS = 15
 STOP_SECONDS = 30
 
 
-class Process:
-    """One run of the program; a context manager that ends exactly the process that it started."""
+class Program:
+    """One run of any program; a context manager that ends exactly the process that it started."""
 
-    def __init__(self, *arguments, environment=None):
+    def __init__(self, command, environment=None):
         inherited = {
             name: value
             for name, value in os.environ.items()
@@ -54,7 +54,7 @@ class Process:
         self.output = []
         self._more = threading.Condition()
         self._process = subprocess.Popen(
-            [PROGRAM, *arguments],
+            command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -92,6 +92,19 @@ class Process:
         """Waits for the last line of a process that has ended."""
         self._reader.join(STOP_SECONDS)
 
+    def kill(self):
+        """SIGKILL."""
+        self._process.kill()
+        self._process.wait()
+
+    def exit_code(self):
+        """None while it runs."""
+        return self._process.poll()
+
+    @property
+    def pid(self):
+        return self._process.pid
+
     def __enter__(self):
         return self
 
@@ -100,17 +113,23 @@ class Process:
             try:
                 self.stop()
             except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+                self.kill()
+
+
+class Process(Program):
+    """One run of our program."""
+
+    def __init__(self, *arguments, environment=None):
+        super().__init__([PROGRAM, *arguments], environment)
 
 
 class Facade(Process):
     """`serve` on free ports. `address` and `metrics` are host:port."""
 
-    def __init__(self, *arguments, environment=None):
+    def __init__(self, *arguments, environment=None, port=0):
         super().__init__(
             "serve",
-            "--listen=127.0.0.1:0",
+            f"--listen=127.0.0.1:{port}",
             "--metrics-listen=127.0.0.1:0",
             "--log-format=json",
             *arguments,
@@ -118,10 +137,10 @@ class Facade(Process):
         )
         try:
             started = self.wait_for("log line with the addresses", _started)
+            self.address, self.metrics = started[LISTEN_FIELD], started[METRICS_FIELD]
         except BaseException:
             self.__exit__()
             raise
-        self.address, self.metrics = started[LISTEN_FIELD], started[METRICS_FIELD]
 
     def call(self, *arguments, environment=None):
         """Runs `call` against this instance: exit code, reply or None, text on standard error."""
@@ -152,8 +171,9 @@ def _started(output):
 class Sandbox(Process):
     """`sandbox` on a free port. `url` is its base URL."""
 
-    def __init__(self):
-        port = free_port()
+    def __init__(self, port=None):
+        port = port or free_port()
+        self.port = port
         self.url = f"http://127.0.0.1:{port}"
         super().__init__("sandbox", f"--listen=127.0.0.1:{port}")
 

@@ -157,7 +157,8 @@ def check_promises(checks, title, resources, components):
     if "istio" in components:
         route = one(resources, "VirtualService")["spec"]["http"][0]
         limit = seconds(settings.get("RDS_TASK_FACADE_TIMEOUT", default_timeout()))
-        that("the mesh does not repeat", route["retries"]["attempts"] == 0)
+        repeated = set(route["retries"]["retryOn"].split(","))
+        that("the mesh repeats no answer", repeated <= {"connect-failure", "refused-stream"}, repeated)
         that("the mesh waits longer than the facade", seconds(route["timeout"]) > limit, (route["timeout"], limit))
         policy = one(resources, "PeerAuthentication")["spec"]
         that("mutual TLS is strict on the gRPC port", policy["mtls"]["mode"] == "STRICT" and str(ports["grpc"]) not in policy["portLevelMtls"])

@@ -1,0 +1,268 @@
+use std::time::Duration;
+
+use tonic::Code;
+
+use super::{SANDBOX_KEY, failures_of};
+use crate::support::{Program, Sandbox, Step, Upstream, answer, example, example_request};
+
+const WRONG_KEY: [(&str, &str); 2] = [
+    ("HUAWEICLOUD_SDK_AK", "SANDBOXACCESSKEY"),
+    ("HUAWEICLOUD_SDK_SK", "not-the-secret-key"),
+];
+
+fn with_key(url: &str, key: &[(&str, &str)]) -> Program {
+    Program::start(&["--endpoint", url, "--credentials", "env"], key)
+}
+
+/// The gateway's refusal of a signature.
+fn refusal(what: &str, headers: &[(&str, &str)]) -> Vec<Step> {
+    let body = format!(
+        r#"{{"error_msg":"Incorrect IAM authentication information: {what}","error_code":"APIGW.0301","request_id":"r"}}"#
+    );
+    answer(401, headers, body)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_burst_with_a_wrong_key_sends_three_requests_and_then_none() {
+    let sandbox = Sandbox::start();
+    let program = with_key(&sandbox.url(), &WRONG_KEY);
+
+    let failures = failures_of(&program, 200).await;
+    let later = program.failure(example_request()).await;
+
+    assert_eq!(sandbox.count("task_requests").await, 3);
+    assert_eq!(
+        sandbox.count("bad_signatures").await,
+        3,
+        "two short of the gateway's lock"
+    );
+    assert_eq!(failures.len(), 200);
+    let (refused, locked): (Vec<_>, Vec<_>) = failures
+        .into_iter()
+        .partition(|failure| failure.reason == "CREDENTIAL_REJECTED");
+    assert_eq!(refused.len(), 3);
+    for failure in refused {
+        assert_eq!(failure.code, Code::Unauthenticated);
+        assert_eq!(failure.metadata["credentialOwner"], "server");
+        assert_eq!(failure.retry_delay, None);
+    }
+    for failure in locked.into_iter().chain([later]) {
+        assert_eq!(
+            failure.code_and_reason(),
+            (Code::Unauthenticated, "CREDENTIAL_LOCKED")
+        );
+        assert_eq!(failure.metadata["credentialOwner"], "server");
+        let delay = failure.retry_delay.expect("the lock ends");
+        assert!((240..=300).contains(&delay.as_secs()), "{delay:?}");
+        assert!(failure.pushback_ms.is_some());
+    }
+}
+
+#[tokio::test]
+async fn the_gateways_own_lock_stops_all_calls_with_the_key() {
+    let lock = refusal("AK access failed to reach the limit", &[]);
+    let upstream = Upstream::always(lock).await;
+    let program = with_key(&upstream.url(), &SANDBOX_KEY);
+
+    let first = program.failure(example_request()).await;
+    let later = failures_of(&program, 20).await;
+
+    assert_eq!(upstream.requests().len(), 1);
+    assert_eq!(later.len(), 20);
+    for failure in later.into_iter().chain([first]) {
+        assert_eq!(
+            failure.code_and_reason(),
+            (Code::Unauthenticated, "CREDENTIAL_LOCKED")
+        );
+        let delay = failure.retry_delay.expect("the lock ends");
+        assert!((290..=300).contains(&delay.as_secs()), "{delay:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_refused_signature_is_never_repeated() {
+    for status in [401, 403] {
+        let upstream = Upstream::start(move |_| {
+            let body = r#"{"error_msg":"verify aksk signature fail","error_code":"APIGW.0301"}"#;
+            answer(status, &[], body)
+        })
+        .await;
+        let program = with_key(&upstream.url(), &SANDBOX_KEY);
+
+        let failure = program.failure(example_request()).await;
+
+        assert_eq!(upstream.requests().len(), 1, "{status}");
+        assert_eq!(
+            failure.metadata["credentialOwner"], "server",
+            "{status}: {failure:?}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn each_attempt_is_signed_anew() {
+    let upstream = Upstream::start(|request| match request.number {
+        0 => answer(503, &[("retry-after", "1")], ""),
+        _ => example(),
+    })
+    .await;
+    let program = with_key(&upstream.url(), &SANDBOX_KEY);
+
+    let answered = program.call(example_request()).await;
+
+    assert!(answered.is_ok(), "{answered:?}");
+    let requests = upstream.requests();
+    assert_eq!(requests.len(), 2);
+    for header in ["x-sdk-date", "authorization"] {
+        let [first, second] = [0, 1].map(|number| requests[number].header(header));
+        assert!(first.is_some() && second.is_some(), "{header}");
+        assert_ne!(first, second, "{header}");
+    }
+    assert!(
+        requests
+            .iter()
+            .all(|request| request.header("x-auth-token").is_none())
+    );
+}
+
+#[tokio::test]
+async fn repeated_attempts_carry_good_signatures() {
+    let sandbox = Sandbox::start();
+    let program = with_key(&sandbox.url(), &SANDBOX_KEY);
+    let mut request = example_request();
+    request.instance_id = "flaky-2".into();
+
+    let answered = program.call(request).await;
+
+    assert!(answered.is_ok(), "{answered:?}");
+    assert_eq!(sandbox.count("task_requests").await, 3);
+    assert_eq!(sandbox.count("bad_signatures").await, 0);
+}
+
+#[tokio::test]
+async fn a_clock_within_the_window_needs_no_repeat_and_one_beyond_it_a_single_one() {
+    let cases = [
+        (14, 1),
+        (-14, 1),
+        (16, 2),
+        (-16, 2),
+        (24 * 60, 2),
+        (-24 * 60, 2),
+    ];
+
+    for (minutes, requests) in cases {
+        let sandbox = Sandbox::start();
+        sandbox
+            .set(&format!("clock?offset-seconds={}", minutes * 60))
+            .await;
+        let program = with_key(&sandbox.url(), &SANDBOX_KEY);
+
+        let first = program.call(example_request()).await;
+        let sent_first = sandbox.count("task_requests").await;
+        let second = program.call(example_request()).await;
+
+        assert!(first.is_ok(), "{minutes} min: {first:?}");
+        assert!(second.is_ok(), "{minutes} min: {second:?}");
+        assert_eq!(sent_first, requests, "{minutes} min");
+        assert_eq!(
+            sandbox.count("task_requests").await,
+            requests + 1,
+            "{minutes} min: the offset is kept"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clock_that_jumps_under_a_hundred_calls_fails_none_of_them() {
+    let sandbox = Sandbox::start();
+    let program = with_key(&sandbox.url(), &SANDBOX_KEY);
+    program
+        .call(example_request())
+        .await
+        .expect("the key proves itself");
+
+    for minutes in [20, -20, 0] {
+        sandbox
+            .set(&format!("clock?offset-seconds={}", minutes * 60))
+            .await;
+
+        assert_eq!(failures_of(&program, 100).await, [], "{minutes} min");
+        assert_eq!(
+            failures_of(&program, 10).await,
+            [],
+            "{minutes} min, after it"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_date_that_does_not_help_is_a_clock_skew_of_the_facade() {
+    let lie = refusal(
+        "x-sdk-date is more than 15 minutes off",
+        &[("date", "Sun, 06 Nov 1994 08:49:37 GMT")],
+    );
+    let upstream = Upstream::always(lie).await;
+    let program = with_key(&upstream.url(), &SANDBOX_KEY);
+
+    let failure = program.failure(example_request()).await;
+
+    assert_eq!(
+        failure.code_and_reason(),
+        (Code::Unauthenticated, "CLOCK_SKEW")
+    );
+    assert_eq!(failure.metadata["credentialOwner"], "server");
+    let requests = upstream.requests();
+    assert_eq!(requests.len(), 2);
+    let signed_at = requests[1].header("x-sdk-date").expect("a signed request");
+    assert!(signed_at.starts_with("19941106T0849"), "{signed_at}");
+}
+
+#[tokio::test]
+async fn a_wrong_key_with_a_wrong_clock_stays_short_of_the_gateways_lock() {
+    let sandbox = Sandbox::start();
+    sandbox.set("clock?offset-seconds=1200").await;
+    let program = with_key(&sandbox.url(), &WRONG_KEY);
+
+    let failures = failures_of(&program, 50).await;
+
+    assert_eq!(failures.len(), 50);
+    assert_eq!(sandbox.count("bad_signatures").await, 3);
+    assert_eq!(
+        failures
+            .iter()
+            .filter(|failure| failure.reason == "CLOCK_SKEW")
+            .count(),
+        1
+    );
+}
+
+#[tokio::test]
+async fn a_fresh_temporary_key_that_is_wrong_is_guarded_like_any_other() {
+    let wrong = r#"{"credential":{"access":"SANDBOXACCESSKEY","secret":"wrong","securitytoken":"sandbox-security-token","expires_at":"2100-01-01T00:00:00.000000Z"}}"#;
+    let sandbox = Sandbox::start();
+    let metadata = Upstream::start(move |request| {
+        if request.line.starts_with("PUT") {
+            answer(404, &[], "")
+        } else {
+            answer(200, &[], wrong)
+        }
+    })
+    .await;
+    let (url, metadata_url) = (sandbox.url(), metadata.url());
+    let args = [
+        "--endpoint",
+        &url,
+        "--credentials",
+        "metadata",
+        "--metadata-endpoint",
+        &metadata_url,
+    ];
+    let program = Program::start(&args, &[]);
+
+    let failures = failures_of(&program, 100).await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let later = failures_of(&program, 10).await;
+
+    assert_eq!((failures.len(), later.len()), (100, 10));
+    assert_eq!(sandbox.count("bad_signatures").await, 3);
+}

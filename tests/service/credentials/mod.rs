@@ -1,0 +1,103 @@
+/// Signing: wrong keys, locks, clocks, repeated attempts.
+mod keys;
+/// Fetched tokens and files: fetched once, renewed in time, failures told.
+mod renewal;
+/// Secrets stay secret, and malformed ones are found at start.
+mod secrets;
+/// Each source makes calls.
+mod sources;
+
+use std::{
+    sync::atomic::{AtomicUsize, Ordering},
+    time::{Duration, Instant},
+};
+
+use rds_task_facade::pb::GetTaskDetailRequest;
+use tokio::task::JoinSet;
+
+use crate::support::{Failure, Program, example_request};
+
+const EXAMPLE_PROJECT: &str = "0483b6b16e954cb88930a360d2c4e663";
+
+/// The sandbox's key, as variables.
+const SANDBOX_KEY: [(&str, &str); 2] = [
+    ("HUAWEICLOUD_SDK_AK", "SANDBOXACCESSKEY"),
+    ("HUAWEICLOUD_SDK_SK", "sandbox-secret-key"),
+];
+
+/// A request like no other, so that it is not merged with one; the sandbox has a task for it.
+fn distinct_request() -> GetTaskDetailRequest {
+    static MADE: AtomicUsize = AtomicUsize::new(0);
+    GetTaskDetailRequest {
+        instance_id: "every-field".into(),
+        workflow_id: format!("task-{}", MADE.fetch_add(1, Ordering::Relaxed)),
+        workflow_name: None,
+        ..example_request()
+    }
+}
+
+/// `count` different calls at once over ten connections, and what became of those that failed.
+async fn failures_of(program: &Program, count: usize) -> Vec<Failure> {
+    let mut calls = JoinSet::new();
+    for connection in 0..10 {
+        let client = program.client().await;
+        for _ in (connection..count).step_by(10) {
+            let mut client = client.clone();
+            calls.spawn(async move { client.get_task_detail(distinct_request()).await });
+        }
+    }
+    let ended = calls.join_all().await;
+    assert_eq!(ended.len(), count);
+    ended
+        .iter()
+        .filter_map(|ended| ended.as_ref().err().map(Failure::of))
+        .collect()
+}
+
+/// Waits until the program is ready: it has a credential.
+async fn ready(program: &Program) {
+    let end = Instant::now() + Duration::from_secs(20);
+    while program.admin("/readyz").await.0 != 200 {
+        assert!(Instant::now() < end, "not ready: {:#?}", program.logs());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// The flags of `--credentials iam` against this sandbox.
+fn iam<'a>(url: &'a str, password_file: &'a str) -> Vec<&'a str> {
+    vec![
+        "--endpoint",
+        url,
+        "--credentials",
+        "iam",
+        "--iam-endpoint",
+        url,
+        "--iam-user",
+        "sandbox-user",
+        "--iam-domain",
+        "sandbox-domain",
+        "--iam-password-file",
+        password_file,
+        "--iam-project",
+        EXAMPLE_PROJECT,
+    ]
+}
+
+/// A folder for secrets, as a mounted volume would be.
+struct Folder(tempfile::TempDir);
+
+impl Folder {
+    fn new() -> Self {
+        Self(tempfile::tempdir().expect("a temporary folder"))
+    }
+
+    /// Writes a file, whole at once as a mounted secret changes, and returns its path.
+    fn file(&self, name: &str, text: &str) -> String {
+        let path = self.0.path().join(name);
+        let new = path.with_extension("new");
+        std::fs::create_dir_all(path.parent().expect("it is in the folder")).expect("a folder");
+        std::fs::write(&new, text).expect("a file");
+        std::fs::rename(&new, &path).expect("a file takes another's place");
+        path.to_str().expect("a UTF-8 path").to_owned()
+    }
+}

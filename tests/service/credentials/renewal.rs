@@ -1,0 +1,355 @@
+use std::{
+    net::{SocketAddr, TcpListener},
+    time::{Duration, Instant},
+};
+
+use tonic::Code;
+
+use super::{Folder, distinct_request, failures_of, iam, ready};
+use crate::{
+    credentials,
+    support::{
+        Connection, Failure, Program, Sandbox, Step, Upstream, answer, example, example_request,
+    },
+};
+
+const FETCHED: &str = "rds_credential_refresh_total{outcome=\"success\"}";
+
+/// A sandbox, and the arguments of a program that gets its tokens there.
+struct Iam {
+    sandbox: Sandbox,
+    url: String,
+    folder: Folder,
+    password_file: String,
+}
+
+impl Iam {
+    fn new(password: &str) -> Self {
+        let sandbox = Sandbox::start();
+        let folder = Folder::new();
+        Self {
+            url: sandbox.url(),
+            password_file: folder.file("password", password),
+            sandbox,
+            folder,
+        }
+    }
+
+    fn program(&self) -> Program {
+        Program::start(&iam(&self.url, &self.password_file), &[])
+    }
+
+    async fn token_requests(&self) -> u64 {
+        self.sandbox.count("token_requests").await
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_thousand_cold_calls_over_ten_connections_cause_one_token_request() {
+    let iam = Iam::new("sandbox-password");
+    iam.sandbox.set("slow-credentials?ms=1500").await;
+    // A thousand connections to upstream at once take their time on a busy machine.
+    let patience = ["--attempt-timeout", "60s", "--timeout", "60s"];
+    let args = [
+        &credentials::iam(&iam.url, &iam.password_file)[..],
+        &patience,
+    ]
+    .concat();
+    let program = Program::start(&args, &[]);
+
+    let failures = failures_of(&program, 1000).await;
+
+    assert_eq!(failures, []);
+    assert_eq!(iam.token_requests().await, 1);
+    assert_eq!(iam.sandbox.count("task_requests").await, 1000);
+}
+
+#[tokio::test]
+async fn a_call_waits_for_the_first_token_no_longer_than_its_own_deadline() {
+    let iam = Iam::new("sandbox-password");
+    iam.sandbox.set("slow-credentials?ms=3000").await;
+    let program = iam.program();
+    let connection = Connection::open(program.grpc).await;
+    let request = distinct_request();
+
+    let (short, long) = tokio::join!(
+        connection.call_within("300m", &request),
+        program.call(example_request())
+    );
+
+    let short = short.expect("an answer").status().expect("a status");
+    assert_eq!(
+        Failure::of(&short).code_and_reason(),
+        (Code::DeadlineExceeded, "DEADLINE_EXCEEDED")
+    );
+    assert!(long.is_ok(), "{long:?}");
+    assert_eq!(iam.token_requests().await, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_killed_under_a_hundred_calls_costs_one_renewal_and_no_failed_call() {
+    let iam = Iam::new("sandbox-password");
+    let program = iam.program();
+    assert_eq!(failures_of(&program, 100).await, []);
+    iam.sandbox.set("slow-credentials?ms=300").await;
+
+    let (before, (), after) = tokio::join!(
+        failures_of(&program, 100),
+        iam.sandbox.set("revoke-tokens"),
+        failures_of(&program, 100)
+    );
+
+    assert_eq!((before, after), (vec![], vec![]));
+    assert_eq!(iam.token_requests().await, 2);
+    assert_eq!(program.metric(FETCHED).await, 2.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_killed_twice_three_seconds_apart_fails_no_call_either() {
+    let iam = Iam::new("sandbox-password");
+    let program = iam.program();
+    ready(&program).await;
+
+    for killed in 1..=2 {
+        let (failures, ()) =
+            tokio::join!(failures_of(&program, 100), iam.sandbox.set("revoke-tokens"));
+        let later = failures_of(&program, 100).await;
+
+        assert_eq!((failures, later), (vec![], vec![]), "killed {killed} times");
+        assert_eq!(iam.token_requests().await, 1 + killed);
+        tokio::time::sleep(Duration::from_secs(3)).await;
+    }
+}
+
+#[tokio::test]
+async fn an_upstream_that_refuses_every_token_costs_one_renewal_and_one_repeat() {
+    let iam = Iam::new("sandbox-password");
+    let refusal = r#"{"error_code":"APIGW.0307","error_msg":"The token must be updated."}"#;
+    let upstream = Upstream::always(answer(401, &[], refusal)).await;
+    let upstream_url = upstream.url();
+    let mut args = credentials::iam(&iam.url, &iam.password_file);
+    args[1] = &upstream_url;
+    let program = Program::start(&args, &[]);
+
+    let failure = program.failure(example_request()).await;
+
+    assert_eq!(
+        failure.code_and_reason(),
+        (Code::Unauthenticated, "CREDENTIAL_REJECTED")
+    );
+    assert_eq!(failure.metadata["credentialOwner"], "server");
+    assert_eq!(upstream.requests().len(), 2);
+    assert_eq!(iam.token_requests().await, 2);
+}
+
+#[tokio::test]
+async fn a_token_that_is_still_good_hides_that_iam_is_down() {
+    let iam = Iam::new("sandbox-password");
+    iam.sandbox.set("token-life?seconds=10").await;
+    let program = iam.program();
+    ready(&program).await;
+    iam.sandbox.set("fail-iam?status=503&times=1").await;
+
+    program.wait_for_log(|line| line["msg"] == "credential cannot be fetched");
+    let answered = program.call(example_request()).await;
+
+    assert!(answered.is_ok(), "{answered:?}");
+    assert!(iam.token_requests().await >= 2);
+}
+
+#[tokio::test]
+async fn without_a_token_calls_are_told_to_come_back_and_the_program_serves_once_iam_does() {
+    for (status, calls) in [(500, 1), (503, 1), (429, 100)] {
+        let iam = Iam::new("sandbox-password");
+        iam.sandbox
+            .set(&format!("fail-iam?status={status}&times=1000"))
+            .await;
+        let program = iam.program();
+        program.wait_for_log(|line| line["msg"] == "credential cannot be fetched");
+        let health = program.admin("/readyz").await.0;
+
+        let failures = failures_of(&program, calls).await;
+
+        assert_eq!(failures.len(), calls, "{status}");
+        for failure in failures {
+            assert_eq!(
+                failure.code_and_reason(),
+                (Code::Unavailable, "CREDENTIAL_UNAVAILABLE"),
+                "{status}"
+            );
+            assert_eq!(failure.metadata["credentialOwner"], "server", "{status}");
+            let delay = failure.retry_delay.expect("waiting helps");
+            assert!(delay >= Duration::from_secs(1), "{status}: {delay:?}");
+            assert!(failure.pushback_ms.is_some(), "{status}");
+        }
+        assert_eq!(health, 503, "{status}");
+        let asked = iam.token_requests().await;
+        assert!(
+            asked < 15,
+            "{status}: {asked} token requests, one by one with backoff"
+        );
+        assert_eq!(iam.sandbox.count("task_requests").await, 0, "{status}");
+
+        iam.sandbox.set("fail-iam?status=500&times=0").await;
+        ready(&program).await;
+        assert!(program.call(example_request()).await.is_ok(), "{status}");
+    }
+}
+
+#[tokio::test]
+async fn the_program_starts_while_iam_is_down_and_serves_once_it_is_up() {
+    let free = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let address: SocketAddr = free.local_addr().expect("a bound listener has an address");
+    drop(free);
+    let url = format!("http://{address}");
+    let folder = Folder::new();
+    let password_file = folder.file("password", "sandbox-password");
+    let program = Program::start(&iam(&url, &password_file), &[]);
+    program.wait_for_log(|line| line["msg"] == "credential cannot be fetched");
+
+    let early = program.failure(example_request()).await;
+    let before = (
+        program.admin("/readyz").await.0,
+        program.admin("/livez").await.0,
+    );
+    let _sandbox = Sandbox::start_at(address);
+    ready(&program).await;
+    let late = program.call(example_request()).await;
+
+    assert_eq!(
+        early.code_and_reason(),
+        (Code::Unavailable, "CREDENTIAL_UNAVAILABLE")
+    );
+    assert_eq!(before, (503, 200));
+    assert!(late.is_ok(), "{late:?}");
+}
+
+#[tokio::test]
+async fn a_rejected_password_is_not_tried_again_and_a_changed_one_is_used() {
+    let iam = Iam::new("wrong-password");
+    let program = iam.program();
+    program.wait_for_log(|line| line["msg"] == "credential cannot be fetched");
+
+    let failures = failures_of(&program, 50).await;
+    tokio::time::sleep(Duration::from_secs(6)).await;
+    let asked = iam.token_requests().await;
+    iam.folder.file("password", "sandbox-password\n");
+    ready(&program).await;
+    let answered = program.call(example_request()).await;
+
+    assert_eq!(failures.len(), 50);
+    for failure in failures {
+        assert_eq!(
+            failure.code_and_reason(),
+            (Code::Unauthenticated, "CREDENTIAL_REJECTED")
+        );
+        assert_eq!(failure.metadata["credentialOwner"], "server");
+        assert_eq!(failure.metadata["upstreamService"], "IAM");
+        assert_eq!(failure.metadata["httpStatus"], "401");
+    }
+    assert_eq!(asked, 1, "the wrong password went out once");
+    assert!(answered.is_ok(), "{answered:?}");
+    assert_eq!(iam.token_requests().await, 2);
+}
+
+#[tokio::test]
+async fn a_signal_during_the_first_fetch_ends_the_program_at_once_and_well() {
+    let silent = Upstream::always(vec![Step::Hold]).await;
+    let url = silent.url();
+    let folder = Folder::new();
+    let password_file = folder.file("password", "sandbox-password");
+    let metadata = [
+        "--endpoint",
+        &url,
+        "--credentials",
+        "metadata",
+        "--metadata-endpoint",
+        &url,
+    ];
+
+    for (number, args) in [iam(&url, &password_file), metadata.to_vec()]
+        .iter()
+        .enumerate()
+    {
+        let mut program = Program::start(args, &[]);
+        silent.wait_for_requests(number + 1).await;
+        let begun = Instant::now();
+
+        program.signal("TERM");
+        let ended = program.wait();
+
+        assert_eq!(ended.code(), Some(0), "{args:?}");
+        assert!(begun.elapsed() < Duration::from_secs(3), "{args:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_rotated_token_file_is_used_without_a_restart_and_a_bad_one_changes_nothing() {
+    let upstream = Upstream::always(example()).await;
+    let folder = Folder::new();
+    let file = folder.file("token", "first\n");
+    let url = upstream.url();
+    let args = [
+        "--endpoint",
+        &url,
+        "--credentials",
+        "token",
+        "--token-file",
+        &file,
+    ];
+    let program = Program::start(&args, &[]);
+    let sent = async || {
+        program.call(distinct_request()).await.expect("a task");
+        let last = upstream.requests().pop().expect("a request");
+        last.header("x-auth-token").map(str::to_owned)
+    };
+
+    let before = sent().await;
+    folder.file("token", "two words\n");
+    program.wait_for_log(|line| line["level"] == "WARN" && line["path"] == file.as_str());
+    let with_bad_file = sent().await;
+    folder.file("token", "second\n");
+    program.wait_for_log(|line| line["generation"] == 2);
+    let after = sent().await;
+
+    assert_eq!(before.as_deref(), Some("first"));
+    assert_eq!(with_bad_file.as_deref(), Some("first"));
+    assert_eq!(after.as_deref(), Some("second"));
+}
+
+#[tokio::test]
+async fn a_refused_token_is_replaced_at_once_by_what_the_file_holds_now() {
+    let refusal = r#"{"error_code":"APIGW.0301","error_msg":"Incorrect IAM authentication information: decrypt token fail"}"#;
+    let upstream = Upstream::start(move |request| match request.header("x-auth-token") {
+        Some("second") => example(),
+        _ => answer(401, &[], refusal),
+    })
+    .await;
+    let folder = Folder::new();
+    let file = folder.file("token", "first");
+    let url = upstream.url();
+    let args = [
+        "--endpoint",
+        &url,
+        "--credentials",
+        "token",
+        "--token-file",
+        &file,
+    ];
+    let program = Program::start(&args, &[]);
+
+    let before = program.failure(example_request()).await;
+    folder.file("token", "second");
+    let after = program.call(example_request()).await;
+
+    assert_eq!(
+        before.code_and_reason(),
+        (Code::Unauthenticated, "CREDENTIAL_REJECTED")
+    );
+    assert!(after.is_ok(), "{after:?}");
+    assert_eq!(
+        upstream.requests().len(),
+        3,
+        "nothing newer, nothing repeated"
+    );
+}

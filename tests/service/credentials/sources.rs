@@ -1,0 +1,243 @@
+use tonic::Code;
+
+use super::{Folder, SANDBOX_KEY, iam, ready};
+use crate::support::{Failure, Program, Sandbox, Upstream, answer, example_request};
+
+const PROFILE: &str = "[basic]\nak = SANDBOXACCESSKEY\nsk = sandbox-secret-key\n";
+
+/// What upstream received of a credential.
+const CREDENTIAL_HEADERS: [&str; 3] = ["x-auth-token", "authorization", "x-security-token"];
+const TOKEN: &[&str] = &["x-auth-token"];
+const KEY: &[&str] = &["authorization"];
+const TEMPORARY_KEY: &[&str] = &["authorization", "x-security-token"];
+
+type Variables<'a> = Vec<(&'a str, &'a str)>;
+type Metadata<'a> = &'a [(&'static str, &'a str)];
+
+#[tokio::test]
+async fn each_source_makes_calls_with_its_own_credential_and_no_other() {
+    let sandbox = Sandbox::start();
+    let url = sandbox.url();
+    let folder = Folder::new();
+    let token_file = folder.file("token", "sandbox-token\n");
+    let password_file = folder.file("password", "sandbox-password\n");
+    let profile = folder.file(".huaweicloud/credentials", PROFILE);
+    let home = folder.0.path().to_str().expect("a UTF-8 path");
+    let mut by_name = iam(&url, &password_file);
+    *by_name.last_mut().expect("the project comes last") = "cn-north-4";
+    let of = |source| vec!["--endpoint", &url, "--credentials", source];
+    let of_metadata = |source| [&of(source)[..], &["--metadata-endpoint", &url]].concat();
+    let mut temporary = SANDBOX_KEY.to_vec();
+    temporary.push(("HUAWEICLOUD_SDK_SECURITY_TOKEN", "sandbox-security-token"));
+    let mut with_file = of("token");
+    with_file.extend(["--token-file", &token_file]);
+    let named = vec![("HUAWEICLOUD_SDK_CREDENTIALS_FILE", profile.as_str())];
+    let token = vec![("RDS_TASK_FACADE_TOKEN", "sandbox-token")];
+    let cases: Vec<(&str, Vec<&str>, Variables<'_>, &[&str])> = vec![
+        ("token", of("token"), token, TOKEN),
+        ("token file", with_file, vec![], TOKEN),
+        ("iam, project id", iam(&url, &password_file), vec![], TOKEN),
+        ("iam, project name", by_name, vec![], TOKEN),
+        ("env", of("env"), SANDBOX_KEY.to_vec(), KEY),
+        (
+            "env, temporary",
+            of("env"),
+            temporary.clone(),
+            TEMPORARY_KEY,
+        ),
+        ("profile, named", of("profile"), named.clone(), KEY),
+        ("profile, home", of("profile"), vec![("HOME", home)], KEY),
+        ("metadata", of_metadata("metadata"), vec![], TEMPORARY_KEY),
+        ("chain, env", of("chain"), SANDBOX_KEY.to_vec(), KEY),
+        ("chain, profile", of("chain"), named, KEY),
+        (
+            "chain, metadata",
+            of_metadata("chain"),
+            vec![],
+            TEMPORARY_KEY,
+        ),
+    ];
+
+    for (case, args, env, expected) in cases {
+        let program = Program::start(&args, &env);
+        ready(&program).await;
+
+        let brought = [
+            ("x-auth-token", "the-callers"),
+            ("authorization", "Bearer x"),
+        ];
+        let answered = program.call_with(example_request(), &brought).await;
+
+        let job = answered.map(|answer| answer.into_inner().job_id);
+        assert_eq!(
+            job.as_deref().ok(),
+            Some("102772a9-31fa-4129-b9f8-7638e2792f3b"),
+            "{case}: {job:?}"
+        );
+        let headers = sandbox.last_headers().await;
+        let sent: Vec<_> = CREDENTIAL_HEADERS
+            .into_iter()
+            .filter(|known| headers.iter().any(|(name, _)| name == known))
+            .collect();
+        assert_eq!(sent, expected, "{case}");
+        assert!(
+            headers
+                .iter()
+                .all(|(_, value)| !value.contains("the-callers")),
+            "{case}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn hardened_metadata_gives_its_key_against_a_metadata_token_only() {
+    let sandbox = Sandbox::start();
+    sandbox.set("hardened?on=true").await;
+    let url = sandbox.url();
+
+    for source in ["metadata", "chain"] {
+        let args = [
+            "--endpoint",
+            &url,
+            "--credentials",
+            source,
+            "--metadata-endpoint",
+            &url,
+        ];
+        let program = Program::start(&args, &[]);
+        ready(&program).await;
+
+        assert!(program.call(example_request()).await.is_ok(), "{source}");
+    }
+
+    assert_eq!(sandbox.count("metadata_token_requests").await, 2);
+    assert_eq!(sandbox.count("key_requests").await, 2);
+}
+
+#[tokio::test]
+async fn every_source_works_against_the_embedded_sandbox() {
+    let folder = Folder::new();
+    let password_file = folder.file("password", "sandbox-password");
+    let user = [
+        "--iam-user",
+        "sandbox-user",
+        "--iam-domain",
+        "sandbox-domain",
+    ];
+    let iam = [
+        &[
+            "--credentials",
+            "iam",
+            "--iam-password-file",
+            &password_file,
+        ],
+        &user[..],
+    ]
+    .concat();
+
+    for args in [
+        &[][..],
+        &["--credentials", "metadata"],
+        &["--credentials", "chain"],
+        &iam,
+    ] {
+        let program = Program::sandboxed(args);
+
+        let answered = program.call(example_request()).await;
+
+        assert!(answered.is_ok(), "{args:?}: {answered:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_callers_token_is_passed_on_and_is_the_callers_to_correct() {
+    let sandbox = Sandbox::start();
+    let program = Program::start(&["--endpoint", &sandbox.url()], &[]);
+
+    let good = program
+        .call_with(example_request(), &[("x-auth-token", "sandbox-token")])
+        .await;
+    let bad = program
+        .call_with(example_request(), &[("x-auth-token", "no-such-token")])
+        .await;
+
+    assert!(good.is_ok(), "{good:?}");
+    let bad = Failure::of(&bad.expect_err("nobody knows the token"));
+    assert_eq!(
+        bad.code_and_reason(),
+        (Code::Unauthenticated, "CREDENTIAL_REJECTED")
+    );
+    assert_eq!(bad.metadata["credentialOwner"], "caller");
+    assert_eq!(
+        sandbox.count("task_requests").await,
+        2,
+        "nothing to renew, nothing repeated"
+    );
+}
+
+#[tokio::test]
+async fn callers_without_one_good_token_are_told_so_before_any_upstream_work() {
+    let upstream = Upstream::always(answer(500, &[], "")).await;
+    let program = Program::start(&["--endpoint", &upstream.url()], &[]);
+    let token = ("x-auth-token", "one");
+    let cases: [(&str, Metadata<'_>, &str); 4] = [
+        ("none", &[], "CREDENTIAL_MISSING"),
+        (
+            "another header",
+            &[("authorization", "one")],
+            "CREDENTIAL_MISSING",
+        ),
+        ("two", &[token, token], "CREDENTIAL_REJECTED"),
+        (
+            "a blank in it",
+            &[("x-auth-token", "o ne")],
+            "CREDENTIAL_REJECTED",
+        ),
+    ];
+
+    for (case, metadata, reason) in cases {
+        let refused = program.call_with(example_request(), metadata).await;
+
+        let failure = Failure::of(&refused.expect_err("no good token"));
+        assert_eq!(
+            failure.code_and_reason(),
+            (Code::Unauthenticated, reason),
+            "{case}"
+        );
+        assert_eq!(failure.metadata["credentialOwner"], "caller", "{case}");
+    }
+    assert!(upstream.requests().is_empty());
+}
+
+#[tokio::test]
+async fn a_chain_whose_links_all_fail_is_not_ready_and_its_log_names_all_three() {
+    let sandbox = Sandbox::start();
+    sandbox.set("fail-metadata?status=500&times=1000").await;
+    let url = sandbox.url();
+    let args = [
+        "--endpoint",
+        &url,
+        "--credentials",
+        "chain",
+        "--metadata-endpoint",
+        &url,
+    ];
+    let program = Program::start(&args, &[]);
+
+    let failure = program.failure(example_request()).await;
+
+    assert_eq!(
+        failure.code_and_reason(),
+        (Code::Unavailable, "CREDENTIAL_UNAVAILABLE")
+    );
+    assert_eq!(program.admin("/readyz").await.0, 503);
+    let told = program.wait_for_log(|line| line["source"] == "chain");
+    let fault = told["fault"].as_str().expect("a text");
+    for link in [
+        "environment: ",
+        "profile: ",
+        "metadata service: it answers 500",
+    ] {
+        assert!(fault.contains(link), "{fault}");
+    }
+}

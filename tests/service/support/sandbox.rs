@@ -1,0 +1,102 @@
+//! The stand-in as a process of its own, with its control paths (docs/sandbox.md).
+
+use std::{
+    io::{BufRead as _, BufReader},
+    net::SocketAddr,
+    process::{Child, ChildStdout, Command, Stdio},
+};
+
+use serde_json::Value;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+};
+
+use super::program::PROGRAM;
+
+/// `rds-task-facade sandbox`, running; killed when dropped.
+pub(crate) struct Sandbox {
+    child: Child,
+    /// Held open, so that the sandbox can go on writing.
+    _log: BufReader<ChildStdout>,
+    address: SocketAddr,
+}
+
+impl Sandbox {
+    /// On a free port.
+    pub(crate) fn start() -> Self {
+        Self::start_at(SocketAddr::from(([127, 0, 0, 1], 0)))
+    }
+
+    pub(crate) fn start_at(listen: SocketAddr) -> Self {
+        let mut child = Command::new(PROGRAM)
+            .args(["sandbox", "--listen", &listen.to_string()])
+            .env_clear()
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("the program starts");
+        let mut log = BufReader::new(child.stdout.take().expect("stdout is piped"));
+        let mut line = String::new();
+        log.read_line(&mut line).expect("a line of text");
+        let address = line
+            .trim_end()
+            .rsplit_once("listen=")
+            .and_then(|(_, address)| address.parse().ok());
+        Self {
+            child,
+            _log: log,
+            address: address.unwrap_or_else(|| panic!("no address in {line:?}")),
+        }
+    }
+
+    pub(crate) fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// Changes a setting: what stands after `POST /sandbox/`.
+    pub(crate) async fn set(&self, setting: &str) {
+        self.control("POST", setting).await;
+    }
+
+    /// One of the counters.
+    pub(crate) async fn count(&self, name: &str) -> u64 {
+        let counts = self.control("GET", "counts").await;
+        counts[name].as_u64().expect("a counter of the sandbox")
+    }
+
+    /// The headers of the last task request.
+    pub(crate) async fn last_headers(&self) -> Vec<(String, String)> {
+        let requests = self.control("GET", "requests").await;
+        serde_json::from_value(requests[0]["headers"].clone()).expect("pairs of texts")
+    }
+
+    async fn control(&self, method: &str, path: &str) -> Value {
+        let mut stream = TcpStream::connect(self.address)
+            .await
+            .expect("the sandbox listens");
+        let request = format!(
+            "{method} /sandbox/{path} HTTP/1.1\r\nhost: test\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+        );
+        stream
+            .write_all(request.as_bytes())
+            .await
+            .expect("the request is taken");
+        let mut text = String::new();
+        stream
+            .read_to_string(&mut text)
+            .await
+            .expect("the answer is text");
+        let (head, body) = text.split_once("\r\n\r\n").expect("a head and a body");
+        assert!(head.starts_with("HTTP/1.1 200 "), "{path}: {text}");
+        serde_json::from_str(body).expect("JSON")
+    }
+}
+
+impl Drop for Sandbox {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

@@ -1,0 +1,142 @@
+"""The clients of examples/clients, as examples/clients/build builds them: an answer, a failure's details, a retry, a deadline, TLS.
+
+The sandbox serves with one attempt, so that a 503 of the instance `flaky-1` is healed by the client's own retry or not at
+all; the server's count of UNAVAILABLE answers tells that there was one.
+"""
+
+import json
+import os
+import re
+import subprocess
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+from facade import EXAMPLE_TASK, ROOT, SANDBOX_TOKEN, Checks, Facade, Sandbox
+
+FOLDER = ROOT / "examples/clients"
+RUST_TARGET = Path(os.environ.get("CARGO_TARGET_DIR", FOLDER / "rust/target"))
+CLIENTS = {
+    "go": [FOLDER / "go/client"],
+    "python": [FOLDER / "python/.venv/bin/python", FOLDER / "python/client.py"],
+    "node": ["node", FOLDER / "node/client.js"],
+    "java": ["java", "-jar", FOLDER / "java/target/client.jar"],
+    "rust": [RUST_TARGET / "debug/rds-task-facade-client"],
+}
+
+
+def main():
+    checks = Checks()
+    with tempfile.TemporaryDirectory() as folder:
+        certificate, key = make_certificate(Path(folder), "server")
+        other_certificate, _ = make_certificate(Path(folder), "other")
+        with (
+            Facade("--sandbox", "--max-attempts=1") as plain,
+            Facade("--sandbox", f"--tls-cert={certificate}", f"--tls-key={key}") as encrypted,
+            Sandbox() as sandbox,
+            Facade(f"--endpoint={sandbox.url}", "--credentials=caller") as callers,
+        ):
+            plain.wait_until_serving()
+            for language, command in CLIENTS.items():
+                begun = time.monotonic()
+                check(checks, language, Client(command, plain.address), plain)
+                check_tls(checks, language, Client(command, encrypted.address), certificate, other_certificate)
+                check_token(checks, language, Client(command, callers.address))
+                print(f"      {language}: {time.monotonic() - begun:.1f} s")
+    checks.finish()
+
+
+def check(checks, language, client, facade):
+    answered = client()
+    checks.equal(f"{language} exits 0 with the example task", answered.returncode, 0)
+    checks.that(f"{language} prints the example task", prints(answered, EXAMPLE_TASK), answered)
+
+    failed = client("--instance-id", "task-not-found")
+    checks.equal(f"{language} exits 1 for a task that does not exist", failed.returncode, 1)
+    for part in (r"^not_?found: The task does not exist", r"^reason: TASK_NOT_FOUND$", r"^request id: \w+$"):
+        checks.that(f"{language} prints {part}", re.search(part, failed.stderr, re.I | re.M), failed)
+
+    refused_before = unavailable_answers(facade)
+    healed = client("--instance-id", "flaky-1", "--workflow-id", f"{language}-heals")
+    checks.that(f"{language} gets over one UNAVAILABLE", prints(healed, {"job_id": f"{language}-heals"}), healed)
+    refused = unavailable_answers(facade) - refused_before
+    checks.equal(f"{language} saw that UNAVAILABLE once", refused, 1)
+
+    lost = client("--instance-id", "flaky-2", "--workflow-id", f"{language}-gives-up")
+    checks.that(f"{language} does not try a third time", re.search(r"^unavailable: ", lost.stderr, re.I | re.M), lost)
+    checks.that(f"{language} prints UPSTREAM_UNAVAILABLE", "reason: UPSTREAM_UNAVAILABLE" in lost.stderr, lost)
+
+    begun = time.monotonic()
+    late = client("--instance-id", "slow-30000", "--timeout", "1")
+    checks.that(f"{language} prints DEADLINE_EXCEEDED", re.search(r"^deadline_?exceeded: ", late.stderr, re.I | re.M), late)
+    checks.that(f"{language} does not wait longer than that", time.monotonic() - begun < 20, late)
+
+
+def check_tls(checks, language, client, certificate, other_certificate):
+    answered = client("--ca", certificate)
+    checks.that(f"{language} gets the example task over TLS", prints(answered, EXAMPLE_TASK), answered)
+    refused = client("--ca", other_certificate, "--timeout", "5")
+    checks.equal(f"{language} refuses a certificate that it does not trust", refused.returncode, 1)
+
+
+def check_token(checks, language, client):
+    answered = client("--token", SANDBOX_TOKEN)
+    checks.that(f"{language} sends its token", prints(answered, EXAMPLE_TASK), answered)
+    refused = client()
+    checks.that(f"{language} prints CREDENTIAL_MISSING", "reason: CREDENTIAL_MISSING" in refused.stderr, refused)
+    # The hold that this failure puts on a credential would meet the next client, so it comes with a token of its own.
+    throttled = client("--instance-id", "throttled-retry-after", "--token", SANDBOX_TOKEN)
+    checks.that(
+        f"{language} prints how long to wait", re.search(r"^retry after: [12](\.\d+)? s$", throttled.stderr, re.M), throttled
+    )
+    time.sleep(2.1)
+
+
+class Client:
+    """One client with its target; calling it runs it once."""
+
+    def __init__(self, command, address):
+        self.command = [*command, "--target", address]
+
+    def __call__(self, *arguments):
+        # A cold start of a virtual machine on a busy computer takes seconds; the deadline is not what is checked here.
+        options = arguments if "--timeout" in arguments else (*arguments, "--timeout", "30")
+        return subprocess.run(
+            [*self.command, *options], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=90
+        )
+
+
+def prints(result, fields):
+    """Whether each field stands in the output, as JSON or in the notation of the language."""
+    return result.returncode == 0 and all(
+        re.search(rf'"?{name}"?: {json.dumps(value)}', result.stdout) for name, value in fields.items()
+    )
+
+
+def unavailable_answers(facade):
+    with urllib.request.urlopen(f"http://{facade.metrics}/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    return sum(
+        float(line.split()[-1])
+        for line in lines
+        if line.startswith("grpc_server_handled_total{") and 'grpc_code="Unavailable"' in line
+    )
+
+
+def make_certificate(folder, name):
+    """Paths of a self-signed certificate for 127.0.0.1 and of its key."""
+    certificate, key = folder / f"{name}.pem", folder / f"{name}-key.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
+        + ["-subj", f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost"]
+        + ["-addext", "basicConstraints=critical,CA:FALSE"]
+        + ["-keyout", str(key), "-out", str(certificate)],
+        check=True,
+        capture_output=True,
+    )
+    return str(certificate), str(key)
+
+
+if __name__ == "__main__":
+    main()

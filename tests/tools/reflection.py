@@ -1,0 +1,87 @@
+"""Tools that know the service by reflection alone: buf curl, grpc_health_probe, ghz; and grpcurl by the descriptor set.
+
+The two generations of grpcurl have a check of their own, grpcurl.py.
+"""
+
+import json
+import subprocess
+
+from facade import EXAMPLE_TASK, INSTANCE_ID, PROJECT_ID, ROOT, SERVICE, WORKFLOW_ID, Checks, Facade, tool
+
+METHOD = f"{SERVICE}/GetTaskDetail"
+EXAMPLE_REQUEST = {"project_id": PROJECT_ID, "instance_id": INSTANCE_ID, "workflow_id": WORKFLOW_ID}
+UNKNOWN_TASK = {**EXAMPLE_REQUEST, "workflow_id": "nope"}
+DESCRIPTORS = ROOT / "target/ci/rds-task-facade.binpb"
+CALLS = 200
+
+
+def main():
+    checks = Checks()
+    with Facade("--sandbox") as facade:
+        facade.wait_until_serving()
+        check_buf_curl(checks, facade.address)
+        check_health_probe(checks, facade.address)
+        check_ghz(checks, facade.address)
+    with Facade("--sandbox", "--reflection=false") as facade:
+        facade.wait_until_serving()
+        check_descriptors(checks, facade.address)
+    checks.finish()
+
+
+def check_buf_curl(checks, address):
+    def buf_curl(path, *arguments):
+        url = f"http://{address}{path}"
+        return run("buf", "curl", "--protocol", "grpc", "--http2-prior-knowledge", *arguments, url)
+
+    listed = buf_curl("", "--list-methods")
+    for method in (METHOD, "grpc.health.v1.Health/Check"):
+        checks.that(f"buf curl lists {method}", method in listed.stdout.split(), listed)
+
+    answered = buf_curl(f"/{METHOD}", "--data", json.dumps(EXAMPLE_REQUEST))
+    checks.that("buf curl gets the example task", EXAMPLE_TASK["job_name"] in answered.stdout, answered)
+
+    failed = buf_curl(f"/{METHOD}", "--data", json.dumps(UNKNOWN_TASK))
+    checks.that("buf curl fails for an unknown task", failed.returncode != 0, failed)
+    for part in ('"not_found"', "google.rpc.ErrorInfo", "google.rpc.RequestInfo"):
+        checks.that(f"buf curl shows {part} of the failure", part in failed.stderr, failed)
+
+    health = buf_curl("/grpc.health.v1.Health/Check", "--data", "{}")
+    checks.that("buf curl sees the server SERVING", "SERVING" in health.stdout, health)
+
+
+def check_health_probe(checks, address):
+    for name in ("", SERVICE):
+        probed = run("grpc-health-probe", "-addr", address, "-service", name)
+        checks.that(f"grpc_health_probe sees {name or 'the server'} SERVING", "SERVING" in probed.stderr, probed)
+        checks.equal("and exits 0", probed.returncode, 0)
+    probed = run("grpc-health-probe", "-addr", address, "-service", "nobody.knows.it")
+    checks.that("grpc_health_probe fails for a service that is not there", probed.returncode != 0, probed)
+
+
+def check_ghz(checks, address):
+    options = ["--insecure", "--call", METHOD, "--total", str(CALLS), "--concurrency", "8", "--format", "json"]
+    measured = run("ghz", *options, "--data", json.dumps(EXAMPLE_REQUEST), address)
+    report = json.loads(measured.stdout or "{}")
+    checks.equal("ghz gets an OK for every call", report.get("statusCodeDistribution"), {"OK": CALLS})
+
+    measured = run("ghz", *options, "--data", json.dumps(UNKNOWN_TASK), address)
+    report = json.loads(measured.stdout or "{}")
+    checks.equal("ghz gets the code of a failure", report.get("statusCodeDistribution"), {"NotFound": CALLS})
+
+
+def check_descriptors(checks, address):
+    options = ["-plaintext", "-max-time", "20", "-d", json.dumps(EXAMPLE_REQUEST)]
+    answered = run("grpcurl-new", *options, address, METHOD)
+    checks.that("without reflection grpcurl does not know the service", answered.returncode != 0, answered)
+    answered = run("grpcurl-new", "-protoset", str(DESCRIPTORS), *options, address, METHOD)
+    checks.that("with the descriptor set it does", EXAMPLE_TASK["job_name"] in answered.stdout, answered)
+
+
+def run(name, *arguments):
+    return subprocess.run(
+        [tool(name), *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
+    )
+
+
+if __name__ == "__main__":
+    main()

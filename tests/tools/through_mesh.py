@@ -1,0 +1,257 @@
+"""The facade behind a real mesh data path, under constant load, while things break.
+
+    load -> Envoy of the caller -> mutual TLS -> Envoy of each pod -> two instances -> sandbox
+
+The caller's proxy balances by calls, asks for gRPC health, and repeats only what never left it. Counted is every call that
+did not end with OK, and when the first one succeeded again.
+"""
+
+import contextlib
+import socket
+import ssl
+import tempfile
+import time
+from collections import Counter
+
+from facade import SANDBOX_TOKEN, Checks, Facade, Sandbox, free_port
+from mesh.certificates import Identities
+from mesh.envoy import Envoy, client_side, server_side
+from mesh.load import DEADLINE_SECONDS, Load
+
+CALLER, SERVER = "caller", "rds-task-facade"
+RESTARTS = 6
+CRASHES = 3
+DRAIN_DELAY_SECONDS = 1
+SETTLE_SECONDS = 1.5
+OUTAGE_SECONDS = 5
+RECOVERY_SECONDS = 2
+# The facade's breaker lets a probe through every five seconds.
+OUTAGE_RECOVERY_SECONDS = 6.5
+
+
+class Pod:
+    """One instance and the proxy in front of it, on ports that outlive a restart."""
+
+    def __init__(self, number, folder, identities, upstream):
+        self.name = f"pod-{number}"
+        self.port, self.instance_port = free_port(), free_port()
+        self._folder, self._upstream = folder, upstream
+        self._resources = server_side(self.port, self.instance_port, identities.path(SERVER), CALLER)
+
+    def start(self):
+        self.start_proxy()
+        self.start_instance()
+
+    def start_proxy(self):
+        self.proxy = Envoy(self._folder, self.name, self._resources)
+
+    def start_instance(self):
+        self.instance = Facade(
+            f"--endpoint={self._upstream}",
+            "--credentials=token",
+            f"--drain-delay={DRAIN_DELAY_SECONDS}s",
+            environment={"RDS_TASK_FACADE_TOKEN": SANDBOX_TOKEN},
+            port=self.instance_port,
+        )
+
+    def stop(self):
+        """The order of a native sidecar: the proxy goes last. Returns the instance's exit code and how long it took."""
+        begun = time.monotonic()
+        code = self.instance.stop()
+        took = time.monotonic() - begun
+        self.proxy.stop()
+        return code, took
+
+    def kill(self):
+        """Both at once, as when a node dies."""
+        for process in (self.proxy, self.instance):
+            process.kill()
+
+    def close(self):
+        for name in ("instance", "proxy"):
+            if hasattr(self, name):
+                getattr(self, name).__exit__()
+
+
+class Mesh:
+    def __init__(self, checks, load, client, pods, identities, upstream_port):
+        self.checks, self.load, self.client, self.pods = checks, load, client, pods
+        self.identities, self.upstream_port = identities, upstream_port
+
+    def wait_for_health(self, count):
+        name = "cluster.facade.membership_healthy"
+        self.client.wait_until(f"{count} healthy pods", lambda: self.client.stat(name) == count)
+
+    def settle(self):
+        self.wait_for_health(len(self.pods))
+        time.sleep(SETTLE_SECONDS)
+
+    def none_failed(self, title, begun):
+        calls = self.load.between(begun, time.monotonic())
+        failed = [call for call in calls if call.failed]
+        self.checks.that(f"{title}: {len(calls)} calls, {len(failed)} failed", calls and not failed, failed[:3])
+
+    def quiet(self):
+        begun = time.monotonic()
+        time.sleep(2)
+        self.none_failed("no disturbance", begun)
+        requests = [pod.proxy.stat("http.inbound.downstream_rq_total") for pod in self.pods]
+        self.checks.that(f"calls go to both pods, over few connections: {requests}", min(requests) > 0.5 * max(requests))
+
+    def rolling_restarts(self):
+        begun = time.monotonic()
+        slowest = 0
+        for number in range(RESTARTS):
+            pod = self.pods[number % len(self.pods)]
+            code, took = pod.stop()
+            slowest = max(slowest, took)
+            if code != 0:
+                self.checks.that(f"{pod.name} ends with 0", False, code)
+            pod.start()
+            self.settle()
+        self.none_failed(f"{RESTARTS} rolling restarts, the slowest drain {slowest:.1f} s", begun)
+
+    def rotation(self):
+        begun = time.monotonic()
+        proxies = [self.client, *(pod.proxy for pod in self.pods)]
+        before = [proxy.certificate_serial() for proxy in proxies]
+        handshakes = self.client.stat("cluster.facade.ssl.handshake")
+        self.identities.rotate(1)
+        for proxy, old in zip(proxies, before):
+            proxy.wait_until("the new certificate", lambda: proxy.certificate_serial() != old)
+        swapped = self.client.stat("cluster.facade.ssl.handshake")
+        # Connections live three seconds.
+        time.sleep(5)
+        after = self.client.stat("cluster.facade.ssl.handshake")
+        self.checks.that(f"new certificates are used: {after - swapped} handshakes", handshakes <= swapped < after)
+        self.checks.equal("no handshake failed", self.client.stat("cluster.facade.ssl.connection_error"), 0)
+        self.none_failed("certificates and root rotated", begun)
+
+    def crash(self, title, kill, restart, only_in_flight):
+        """Kills under load, `CRASHES` times. A call in flight there may fail; how soon the others must not is the point."""
+        killed = failed_in_flight = failed_later = 0
+        slowest, messages = 0.0, Counter()
+        for number in range(CRASHES):
+            pod = self.pods[number % len(self.pods)]
+            in_flight = pod.proxy.stat("cluster.instance.upstream_rq_active")
+            begun = time.monotonic()
+            kill(pod)
+            at = time.monotonic()
+            time.sleep(RECOVERY_SECONDS + 0.5)
+            failed = [call for call in self.load.between(begun, time.monotonic()) if call.failed]
+            killed += in_flight
+            failed_in_flight += sum(call.begun <= at for call in failed)
+            later = [call for call in failed if call.begun > at]
+            failed_later += len(later)
+            messages.update(call.message for call in later)
+            slowest = max([slowest, *(call.ended - at for call in failed)])
+            begun = time.monotonic()
+            restart(pod)
+            ready = time.monotonic() - begun
+            self.checks.that(f"{title}: started again in {ready:.1f} s", ready < RECOVERY_SECONDS)
+            self.settle()
+        self.checks.that(
+            f"{title}, {CRASHES} times: {failed_in_flight} failed of some {killed} in flight there, {failed_later} that came "
+            f"later, the last {slowest * 1000:.0f} ms after it",
+            slowest < RECOVERY_SECONDS and (not only_in_flight or failed_later == 0),
+            messages.most_common(4),
+        )
+
+    def outage(self, sandbox):
+        detected = self.client.stat("cluster.facade.outlier_detection.ejections_detected_consecutive_gateway_failure")
+        ejected = self.client.stat("cluster.facade.outlier_detection.ejections_enforced_total")
+        down = time.monotonic()
+        sandbox.kill()
+        time.sleep(OUTAGE_SECONDS)
+        back = time.monotonic()
+        with Sandbox(self.upstream_port):
+            time.sleep(OUTAGE_RECOVERY_SECONDS + 1)
+            now = time.monotonic()
+            during = [call for call in self.load.between(down, back) if call.begun > down + 0.5]
+            failed = [call for call in self.load.between(down, now) if call.failed]
+            codes = Counter(call.code.name for call in failed)
+            recovered = max(call.ended for call in failed) - back
+            longest = max(call.ended - call.begun for call in failed)
+            lost = sum(call.failed for call in during)
+            self.checks.equal("outage of upstream: every failure says UNAVAILABLE", set(codes), {"UNAVAILABLE"})
+            self.checks.that(
+                f"outage of upstream, {OUTAGE_SECONDS} s: {lost} of {len(during)} calls failed, none took longer than "
+                f"{longest:.1f} s; the last failure of all {recovered:.1f} s after upstream was back",
+                recovered < OUTAGE_RECOVERY_SECONDS and longest < DEADLINE_SECONDS,
+            )
+            noticed = self.client.stat(
+                "cluster.facade.outlier_detection.ejections_detected_consecutive_gateway_failure"
+            )
+            now_ejected = self.client.stat("cluster.facade.outlier_detection.ejections_enforced_total")
+            self.checks.that(
+                f"outage of upstream: no pod was taken out, where gateway errors would have done so {noticed - detected} times",
+                now_ejected == ejected and noticed > detected,
+                (ejected, now_ejected, detected, noticed),
+            )
+            self.checks.equal("outage of upstream: health stays SERVING", healthy(self.client), len(self.pods))
+
+    def memory(self):
+        sizes = [resident_mebibytes(pod.instance.pid) for pod in self.pods]
+        print(f"      resident memory of the instances: {sizes} MiB")
+
+
+def healthy(client):
+    return client.stat("cluster.facade.membership_healthy")
+
+
+def resident_mebibytes(pid):
+    with open(f"/proc/{pid}/status") as status:
+        line = next(line for line in status if line.startswith("VmRSS"))
+    return round(int(line.split()[1]) / 1024, 1)
+
+
+def check_strict(checks, pod):
+    """Neither plain text nor TLS without a certificate gets through to the instance."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5)
+    for name, wrap in (("plain text", lambda s: s), ("no client certificate", lambda s: context.wrap_socket(s))):
+        answer = b"refused"
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", pod.port), timeout=5) as plain:
+            answer = b""
+            with wrap(plain) as connection:
+                connection.sendall(preface)
+                answer = connection.recv(100)
+        # A server that talks HTTP/2 answers with SETTINGS; an alert of TLS begins with 0x15.
+        checks.that(f"mutual TLS is strict: {name} is refused", answer in (b"", b"refused") or answer[0] == 0x15, answer)
+
+
+def main():
+    checks = Checks()
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        identities = Identities(folder, [CALLER, SERVER])
+        sandbox = stack.enter_context(Sandbox())
+        pods = [Pod(number, folder, identities, sandbox.url) for number in (1, 2)]
+        for pod in pods:
+            stack.callback(pod.close)
+            pod.start()
+        port = free_port()
+        resources = client_side(port, [pod.port for pod in pods], identities.path(CALLER), SERVER)
+        client = stack.enter_context(Envoy(folder, "caller", resources))
+        check_strict(checks, pods[0])
+        client.wait_until("both pods healthy", lambda: healthy(client) == len(pods))
+        with Load(port) as load:
+            mesh = Mesh(checks, load, client, pods, identities, sandbox.port)
+            mesh.settle()
+            mesh.quiet()
+            mesh.rolling_restarts()
+            mesh.rotation()
+            mesh.settle()
+            mesh.crash("kill -9 of a pod", Pod.kill, Pod.start, True)
+            mesh.crash("kill -9 of an instance behind its proxy", lambda pod: pod.instance.kill(), Pod.start_instance, False)
+            mesh.memory()
+            mesh.outage(sandbox)
+        calls = load.all()
+        seconds = max(call.ended for call in calls) - min(call.begun for call in calls)
+        print(f"      {len(calls)} calls in {seconds:.0f} s")
+    checks.finish()
+
+
+if __name__ == "__main__":
+    main()
