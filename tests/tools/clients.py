@@ -21,7 +21,7 @@ CLIENTS = {
     "go": [FOLDER / "go/client"],
     "python": [FOLDER / "python/.venv/bin/python", FOLDER / "python/client.py"],
     "node": ["node", FOLDER / "node/client.js"],
-    "java": ["java", "-jar", FOLDER / "java/target/client.jar"],
+    "java": ["java", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC", "-jar", FOLDER / "java/target/client.jar"],
     "rust": [RUST_TARGET / "debug/rds-task-facade-client"],
 }
 
