@@ -82,6 +82,7 @@ fn the_flags_and_defaults_are_those_of_the_contract() {
         ("tls-key", ""),
         ("tls-client-ca", ""),
         ("reflection", "true"),
+        ("propagate-trace-upstream", "false"),
         ("log-format", "text"),
         ("print-config", "false"),
     ];
