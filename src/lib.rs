@@ -19,7 +19,7 @@
 //! - [`credentials`]: where tokens and keys come from, how they are renewed, how a request is signed
 //! - [`quota`]: merges equal calls, keeps answers for a moment
 //! - [`upstream`]: the vendor's operation: request, throttling, pace, attempts, retry, breaker, wire format, meaning of errors
-//! - [`http`]: one bounded HTTP exchange; the only user of the HTTP client library
+//! - [`http`]: one bounded HTTP exchange; the HTTP client of the request's path
 //! - [`deadline`], [`reason`], [`status`]: the RPC's deadline, the closed list of reasons, the only maker of statuses
 //! - [`telemetry`]: log, access line, metrics, traces
 //! - [`admin`]: `/metrics`, `/livez`, `/readyz`

@@ -32,7 +32,7 @@ fn run(command: Command) -> ExitCode {
         .enable_all()
         .build()
         .expect("the runtime starts");
-    match command {
+    let code = match command {
         Command::Print(text) => {
             // A reader that went away is no failure.
             let _ = io::stdout().write_all(text.as_bytes());
@@ -42,5 +42,8 @@ fn run(command: Command) -> ExitCode {
         Command::Health(health) => runtime.block_on(client::health(*health)),
         Command::Serve(config) => runtime.block_on(serve::serve(*config)),
         Command::Sandbox(listen) => runtime.block_on(serve::sandbox(listen)),
-    }
+    };
+    // Without waiting for a name lookup or a file read that hangs in a helper thread.
+    runtime.shutdown_background();
+    code
 }

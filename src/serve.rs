@@ -123,7 +123,15 @@ async fn run(config: Config, metrics: Arc<Metrics>, access: Access) -> Result<()
         },
         Arc::clone(&metrics),
     )?;
-    let facades = facades(&config, &endpoint, extra_roots, &credentials, &metrics)?;
+    let workers = workers();
+    let facades = facades(
+        &config,
+        workers,
+        &endpoint,
+        extra_roots,
+        &credentials,
+        &metrics,
+    )?;
 
     let serving = watch::Sender::new(false);
     if let Some(listener) = admin {
@@ -135,7 +143,7 @@ async fn run(config: Config, metrics: Arc<Metrics>, access: Access) -> Result<()
             future::pending(),
         ));
     }
-    let server_config = server_config(&config);
+    let server_config = server_config(&config, workers);
     let timeout = config.timeout;
     let shutdown_takes = config.drain_delay + config.shutdown_grace;
     let tracer = match &config.tracing {
@@ -185,7 +193,9 @@ async fn run(config: Config, metrics: Arc<Metrics>, access: Access) -> Result<()
     server::serve(listener, server_config, parts, shutdown).await?;
     if let Some(tracer) = tracer {
         let spent = stopping.get().map(Instant::elapsed).unwrap_or_default();
-        export_the_rest(&tracer, shutdown_takes.saturating_sub(spent));
+        let left = shutdown_takes.saturating_sub(spent);
+        // Beside this thread, which still listens for the second signal.
+        let _ = tokio::task::spawn_blocking(move || export_the_rest(&tracer, left)).await;
     }
     Ok(())
 }
@@ -282,6 +292,7 @@ fn source(
 /// One facade for each worker, made before any thread starts, so that a setting that cannot be used ends the start.
 fn facades(
     config: &Config,
+    workers: usize,
     endpoint: &config::BaseUrl,
     extra_roots: Option<Vec<u8>>,
     credentials: &Credentials,
@@ -336,7 +347,7 @@ fn facades(
             allowed.clone(),
         ))
     };
-    let facades: Result<Vec<_>, Error> = (0..workers()).map(facade).collect();
+    let facades: Result<Vec<_>, Error> = (0..workers).map(facade).collect();
     Ok(Mutex::new(facades?))
 }
 
@@ -345,7 +356,7 @@ fn workers() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-fn server_config(config: &Config) -> server::Config {
+fn server_config(config: &Config, workers: usize) -> server::Config {
     server::Config {
         timeout: config.timeout,
         max_in_flight: config.max_in_flight,
@@ -359,7 +370,7 @@ fn server_config(config: &Config) -> server::Config {
             reload_interval: Duration::from_secs(10),
         }),
         reflection: config.reflection,
-        workers: workers(),
+        workers,
         timings: Timings {
             max_connection_age: config.max_connection_age.unwrap_or_default(),
             ..Timings::default()

@@ -127,6 +127,8 @@ pub(super) fn identity_client(config: &Config) -> Result<reqwest::Client, Invali
 pub(super) fn metadata_client() -> Result<reqwest::Client, InvalidConfig> {
     build(
         bare()
+            // Plain HTTP on the machine's own link, so a machine without CA certificates can use it.
+            .tls_certs_only([])
             .connect_timeout(METADATA_TIMEOUT)
             .read_timeout(METADATA_TIMEOUT),
     )

@@ -25,8 +25,12 @@ use super::{
 };
 use crate::config;
 
-/// The pause before the first repeated export; it doubles.
+/// The pause before the first repeated export; it doubles to [`MAX_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
+const MAX_PAUSE: Duration = Duration::from_secs(5);
+
+/// What is read of a collector's answer, which is empty or a few bytes.
+const MAX_ANSWER_BYTES: usize = 64 * 1024;
 
 /// Why the export cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -119,6 +123,9 @@ fn client(config: &config::Tracing) -> Result<reqwest::Client, Error> {
         Some(pem) => Certificate::from_pem_bundle(pem).map_err(|_| Error::Certificate)?,
         None => Vec::new(),
     };
+    if config.certificate_pem.is_some() && roots.is_empty() {
+        return Err(Error::Certificate);
+    }
     let mut builder = reqwest::Client::builder()
         .redirect(redirect::Policy::none())
         .retry(reqwest::retry::never())
@@ -210,8 +217,7 @@ impl Exporter {
                 .await;
             let wait = match sent {
                 Ok(answer) if answer.status().is_success() => {
-                    let body = answer.bytes().await.unwrap_or_default();
-                    return Ok(rejected(&body));
+                    return Ok(rejected(&beginning(answer).await));
                 }
                 Ok(answer) if is_passing(answer.status()) => retry_after(answer.headers()),
                 Ok(answer) => {
@@ -222,8 +228,8 @@ impl Exporter {
                 }
                 Err(_) => None,
             };
-            tokio::time::sleep(wait.unwrap_or(pause)).await;
-            pause *= 2;
+            tokio::time::sleep(wait.unwrap_or_default().max(pause)).await;
+            pause = (pause * 2).min(MAX_PAUSE);
         }
     }
 
@@ -263,6 +269,19 @@ impl Exporter {
             }],
         }
     }
+}
+
+/// The body, or what came of it within the limit.
+async fn beginning(mut answer: reqwest::Response) -> Vec<u8> {
+    let mut body = Vec::new();
+    while let Ok(Some(chunk)) = answer.chunk().await {
+        let room = MAX_ANSWER_BYTES - body.len();
+        body.extend_from_slice(&chunk[..chunk.len().min(room)]);
+        if body.len() == MAX_ANSWER_BYTES {
+            break;
+        }
+    }
+    body
 }
 
 /// Spans that the collector did not take of a request that it accepted as a whole.

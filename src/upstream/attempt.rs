@@ -49,8 +49,8 @@ pub(super) struct Failed {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Remedy {
     None,
-    /// Another token.
-    RenewToken,
+    /// Another credential.
+    Renew,
     /// A signature of the corrected time.
     SignAgain,
 }
@@ -197,17 +197,14 @@ impl Client {
             facts.upstream_code = None;
         });
         let body = match tokio::time::timeout_at(until, answer.body()).await {
-            Ok(body) => body,
+            Ok(Ok(body)) => body,
+            // An error's status says what it has to say even if its body is cut off, stalls or is a huge page.
+            Ok(Err(_)) | Err(_) if answer.status() != 200 => Bytes::from_static(UNREADABLE),
+            Ok(Err(failure)) => return Err(end_without_answer(record, admission, failure)),
             Err(_) => {
                 record.end(AttemptOutcome::Timeout);
                 return Err(Failed::timeout(false));
             }
-        };
-        // An error's status says what it has to say even if its body is cut off or a huge page.
-        let body = match body {
-            Ok(body) => body,
-            Err(_) if answer.status() != 200 => Bytes::from_static(UNREADABLE),
-            Err(failure) => return Err(end_without_answer(record, admission, failure)),
         };
         record.end(AttemptOutcome::Answer);
         let understood = self.understand(&answer, &body, signed, admission, key, progress);
@@ -319,7 +316,11 @@ impl Client {
                 ..Failed::lasting(ErrorKind::ClockSkew, Reason::ClockSkew)
             };
         }
-        Failed::rejected(rejection)
+        // A temporary key may have been withdrawn. This call is not repeated all the same: keys never are.
+        Failed {
+            remedy: Remedy::Renew,
+            ..Failed::rejected(rejection)
+        }
     }
 }
 
@@ -345,7 +346,7 @@ fn with_token(rejection: Rejection) -> Failed {
     let renewable = rejection.verdict.credential == Credential::Renewable;
     Failed {
         remedy: if renewable {
-            Remedy::RenewToken
+            Remedy::Renew
         } else {
             Remedy::None
         },

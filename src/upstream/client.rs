@@ -139,7 +139,7 @@ impl Client {
                 Err(failed) => failed,
             };
             match failed.remedy {
-                Remedy::RenewToken if !renewed => {
+                Remedy::Renew if !renewed => {
                     renewed = true;
                     match self.credentials.renew(&auth, limit.deadline()).await {
                         Ok(Some(newer)) => {

@@ -93,7 +93,8 @@ impl Attempts {
             return None;
         }
         let wait = match failed.retry_after {
-            Some(asked) => asked,
+            // Jitter on top: callers that were told the same do not come back together.
+            Some(asked) => asked + full_jitter(self.made),
             None if failed.at_once && self.made == 1 => Duration::ZERO,
             None => full_jitter(self.made),
         };
@@ -181,9 +182,11 @@ mod tests {
             ..BACKOFF
         };
 
-        assert_eq!(
-            Attempts::new(3).next(asked, LONG, &budget),
-            Some(Duration::from_secs(2))
+        let wait = Attempts::new(3).next(asked, LONG, &budget);
+        assert!(
+            wait.is_some_and(|wait| wait >= Duration::from_secs(2)
+                && wait <= Duration::from_secs(2) + BACKOFF_BASE),
+            "{wait:?}"
         );
         assert_eq!(
             Attempts::new(3).next(asked, Duration::from_secs(2), &budget),
