@@ -67,7 +67,7 @@ pub(super) async fn read_off_thread(path: Arc<Path>) -> Result<Zeroizing<String>
 /// How the text of a file becomes a credential; the second argument is the one it replaces.
 pub(super) type Parse<V> = fn(&str, Option<&V>) -> Result<V, Fault>;
 
-/// The credential in a file, read again every five seconds and whenever upstream refuses it. A file that went bad changes
+/// The credential in a file, read again every five seconds, and a token also when upstream refuses it. A file that went bad changes
 /// nothing but the log.
 pub(super) struct Watched<V> {
     reader: Arc<Reader<V>>,

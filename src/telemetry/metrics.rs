@@ -113,7 +113,7 @@ pub enum AttemptOutcome {
     Answer,
     /// No complete answer: connect, TLS, reset, truncation, protocol.
     TransportError,
-    /// The attempt outlived its timeout or the RPC's deadline.
+    /// The attempt outlived its timeout. An RPC whose deadline passes leaves its attempt, which then is `Cancelled`.
     Timeout,
     /// Nobody waited for it any more.
     Cancelled,

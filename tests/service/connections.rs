@@ -238,7 +238,7 @@ async fn a_lost_connection_ends_its_calls_and_leaves_nothing_behind() {
     .await
     .expect("the calls and the connection are counted as over");
 
-    assert!(took < Duration::from_millis(100), "{took:?}");
+    assert!(took < Duration::from_secs(2), "{took:?}");
     assert_eq!(program.handled("Canceled").await, 5.0);
     assert_eq!(program.metric("rds_upstream_in_flight").await, 0.0);
 }

@@ -134,7 +134,7 @@ async fn a_start_that_cannot_work_ends_at_once_with_one_line_that_says_why() {
         assert_eq!(lines.len(), 1, "{case}: {lines:?}");
         assert!(lines[0].contains(names), "{case}: {lines:?}");
         assert!(!lines[0].contains("secret-content"), "{case}: {lines:?}");
-        assert!(took < Duration::from_secs(1), "{case}: {took:?}");
+        assert!(took < Duration::from_secs(5), "{case}: {took:?}");
     }
     drop(taken);
 }

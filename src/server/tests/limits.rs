@@ -41,7 +41,7 @@ async fn a_cancelled_call_ends_its_work_and_is_counted_once() {
     drop(answer);
     running.script.left(1).await;
 
-    assert!(cancelled.elapsed() < Duration::from_millis(100));
+    assert!(cancelled.elapsed() < Duration::from_secs(2));
     assert_eq!(running.ended(1).await, [Code::Cancelled]);
     // The one place in flight is free again.
     assert_eq!(call(&client, "i").await.unwrap().code(), Code::Ok);
@@ -63,7 +63,7 @@ async fn a_lost_connection_ends_its_calls_and_is_forgotten() {
     connection.abort();
     running.script.left(2).await;
 
-    assert!(lost.elapsed() < Duration::from_millis(100));
+    assert!(lost.elapsed() < Duration::from_secs(2));
     assert_eq!(running.ended(2).await, [Code::Cancelled; 2]);
     eventually(|| running.metric("grpc_server_connections ") == 0).await;
 }

@@ -117,7 +117,7 @@ async fn calls_work_over_tls_and_the_end_of_the_certificate_is_a_metric() {
         running.metric("tls_certificate_expiry_timestamp_seconds "),
         2_876_947_200
     );
-    assert!(running.stop().await < Duration::from_millis(900));
+    assert!(running.stop().await < Duration::from_secs(4));
 }
 
 #[tokio::test]
