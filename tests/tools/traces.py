@@ -2,14 +2,20 @@
 
 import http.server
 import json
+import socket
 import subprocess
 import threading
 import time
+import urllib.request
 
 import grpc
 from collector import Collector
-from facade import PROGRAM, PROJECT_ID, SERVICE, Checks, Facade
+from facade import PROGRAM, PROJECT_ID, SERVICE, Checks, Facade, free_port, tool
 from metrics import scrape
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
+from opentelemetry.proto.resource.v1.resource_pb2 import Resource
+from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Span
 from rpc import call, request
 
 TRACE, CALLER = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -58,6 +64,71 @@ def one_trace(checks):
     checks.equal("resource", resource["deployment.environment.name"], "checks")
     checks.equal("path", set(collector.paths), {"/v1/traces"})
     checks.equal("header", collector.headers[0]["x-tenant"], "a b")
+
+
+def through_the_collector(checks):
+    """Caller, facade and attempts in one trace, as the OpenTelemetry collector receives them and passes them on."""
+    port = free_port()
+    endpoint = f"http://127.0.0.1:{port}"
+    with Collector() as behind:
+        config = {
+            "receivers": {"otlp": {"protocols": {"http": {"endpoint": f"127.0.0.1:{port}"}}}},
+            "exporters": {"otlp_http": {"endpoint": behind.url, "compression": "none"}},
+            "service": {
+                "telemetry": {"metrics": {"level": "none"}},
+                "pipelines": {"traces": {"receivers": ["otlp"], "exporters": ["otlp_http"]}},
+            },
+        }
+        command = [tool("otelcol"), f"--config=yaml:{json.dumps(config)}"]
+        collector = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+        try:
+            wait_for_port(port)
+            post_callers_span(endpoint)
+            environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, "OTEL_BSP_SCHEDULE_DELAY": "100"}
+            with Facade("--sandbox", environment=environment) as facade:
+                with grpc.insecure_channel(facade.address) as channel:
+                    call(channel, request("flaky-1"), metadata=[("traceparent", TRACEPARENT)])
+            spans = behind.wait_for(4)
+        finally:
+            collector.terminate()
+            collector.wait(30)
+    checks.equal("collector: one trace", {span.trace_id for span in spans}, {TRACE})
+    services = sorted(span.resource["service.name"] for span in spans)
+    checks.equal("collector: services", services, ["caller", *["rds-task-facade"] * 3])
+    parents = {span.span_id: span.parent for span in spans}
+    server = next(span for span in spans if span.is_server)
+    depths = sorted((parents[span.span_id] == CALLER, parents[span.span_id] == server.span_id) for span in spans)
+    expected = [(False, False), (False, True), (False, True), (True, False)]
+    checks.equal("collector: caller, facade, two attempts", depths, expected)
+
+
+def wait_for_port(port):
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
+def post_callers_span(endpoint):
+    now = time.time_ns()
+    span = Span(
+        trace_id=bytes.fromhex(TRACE),
+        span_id=bytes.fromhex(CALLER),
+        name="caller",
+        kind=Span.SPAN_KIND_CLIENT,
+        start_time_unix_nano=now,
+        end_time_unix_nano=now + 1_000_000,
+    )
+    service = KeyValue(key="service.name", value=AnyValue(string_value="caller"))
+    spans = ResourceSpans(resource=Resource(attributes=[service]), scope_spans=[ScopeSpans(spans=[span])])
+    body = ExportTraceServiceRequest(resource_spans=[spans]).SerializeToString()
+    headers = {"content-type": "application/x-protobuf"}
+    urllib.request.urlopen(urllib.request.Request(endpoint + "/v1/traces", body, headers), timeout=10).close()
 
 
 def access_line(output, request_id):
@@ -201,6 +272,7 @@ def refused(checks):
 def main():
     checks = Checks()
     one_trace(checks)
+    through_the_collector(checks)
     failures_and_sampling(checks)
     bad_collectors(checks)
     end_of_the_process(checks)
