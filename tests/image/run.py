@@ -127,6 +127,8 @@ def compiler_files_for_real(rootfs):
     sysroot = subprocess.run(["rustc", "--print", "sysroot"], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     for part in ("bin", "lib"):
         shutil.copytree(Path(sysroot.strip()) / part, rootfs / "usr/local" / part, dirs_exist_ok=True, symlinks=True)
+    # Whom this machine trusts, should its registries be mirrors.
+    shutil.copy(CERTIFICATES, rootfs / str(CERTIFICATES).lstrip("/"))
 
 
 class Container:

@@ -47,6 +47,7 @@ class Pod:
         self.proxy = Envoy(self._folder, self.name, self._resources)
 
     def start_instance(self):
+        begun = time.monotonic()
         self.instance = Facade(
             f"--endpoint={self._upstream}",
             "--credentials=token",
@@ -54,6 +55,8 @@ class Pod:
             environment={"RDS_TASK_FACADE_TOKEN": SANDBOX_TOKEN},
             port=self.instance_port,
         )
+        self.instance.wait_until_serving()
+        self.start_seconds = time.monotonic() - begun
 
     def stop(self):
         """The order of a native sidecar: the proxy goes last. Returns the instance's exit code and how long it took."""
@@ -146,10 +149,9 @@ class Mesh:
             failed_later += len(later)
             messages.update(call.message for call in later)
             slowest = max([slowest, *(call.ended - at for call in failed)])
-            begun = time.monotonic()
             restart(pod)
-            ready = time.monotonic() - begun
-            self.checks.that(f"{title}: started again in {ready:.1f} s", ready < RECOVERY_SECONDS)
+            ready = pod.start_seconds
+            self.checks.that(f"{title}: the instance serves again after {ready:.1f} s", ready < RECOVERY_SECONDS)
             self.settle()
         self.checks.that(
             f"{title}, {CRASHES} times: {failed_in_flight} failed of some {killed} in flight there, {failed_later} that came "
