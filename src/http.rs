@@ -81,10 +81,7 @@ impl Client {
     /// [`BuildError`] for a setting that cannot be used.
     pub fn new(config: &Config) -> Result<Self, BuildError> {
         let roots = match &config.extra_roots {
-            Some(pem) => match Certificate::from_pem_bundle(pem) {
-                Ok(roots) if !roots.is_empty() => roots,
-                _ => return Err(BuildError::Roots),
-            },
+            Some(pem) => roots(pem)?,
             None => Vec::new(),
         };
         let mut builder = reqwest::Client::builder()
@@ -175,6 +172,21 @@ impl Answer {
 
     async fn chunk(&mut self) -> Result<Option<Bytes>, Failure> {
         self.0.chunk().await.map_err(|error| in_body(&error))
+    }
+}
+
+/// Whether `pem` can be the extra roots of a client.
+///
+/// # Errors
+/// [`BuildError::Roots`] when it holds no certificate or one that cannot be read.
+pub fn check_roots(pem: &[u8]) -> Result<(), BuildError> {
+    roots(pem).map(drop)
+}
+
+fn roots(pem: &[u8]) -> Result<Vec<Certificate>, BuildError> {
+    match Certificate::from_pem_bundle(pem) {
+        Ok(roots) if !roots.is_empty() => Ok(roots),
+        _ => Err(BuildError::Roots),
     }
 }
 

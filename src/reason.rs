@@ -74,6 +74,8 @@ pub enum Reason {
     ClockSkew,
     /// Too many RPCs at once.
     Overloaded,
+    /// The facade ends, and the call outlived the grace for calls in flight.
+    ShuttingDown,
     /// RDS failed so often that calls are held back.
     CircuitOpen,
     /// A fault of the facade.
@@ -119,6 +121,7 @@ impl Reason {
             Self::CredentialUnavailable => "CREDENTIAL_UNAVAILABLE",
             Self::ClockSkew => "CLOCK_SKEW",
             Self::Overloaded => "OVERLOADED",
+            Self::ShuttingDown => "SHUTTING_DOWN",
             Self::CircuitOpen => "CIRCUIT_OPEN",
             Self::Internal => "INTERNAL",
         }

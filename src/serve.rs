@@ -30,7 +30,6 @@ use crate::{
 };
 
 /// For the last spans, when calls in flight have used up the shutdown, and at most.
-const MIN_EXPORT: Duration = Duration::from_millis(500);
 const MAX_EXPORT: Duration = Duration::from_secs(5);
 
 /// Why the program ends before it serves, or cannot go on. One sentence for the operator.
@@ -202,7 +201,7 @@ async fn run(config: Config, metrics: Arc<Metrics>, access: Access) -> Result<()
 
 /// The spans that still wait, within what calls in flight have left of the shutdown.
 fn export_the_rest(tracer: &Tracer, left: Duration) {
-    if !tracer.finish(left.clamp(MIN_EXPORT, MAX_EXPORT)) {
+    if !tracer.finish(left.min(MAX_EXPORT)) {
         tracing::warn!("the last spans did not reach the collector in time");
     }
 }

@@ -35,7 +35,20 @@ impl Command {
         args: impl IntoIterator<Item = OsString>,
         env: &Environment,
     ) -> Result<Self, Refused> {
-        let (matches, mistakes) = match read::split(args.into_iter().collect())? {
+        let args: Vec<OsString> = args.into_iter().collect();
+        let json = asks_for_json(&args, env);
+        Self::parse(args, env).map_err(|refused| Refused {
+            log_format: if json {
+                LogFormat::Json
+            } else {
+                refused.log_format
+            },
+            ..refused
+        })
+    }
+
+    fn parse(args: Vec<OsString>, env: &Environment) -> Result<Self, Refused> {
+        let (matches, mistakes) = match read::split(args)? {
             Typed::Flags(matches, mistakes) => (matches, mistakes),
             Typed::Print(text) => return Ok(Self::Print(text)),
         };
@@ -56,6 +69,17 @@ impl Command {
             _ => sandbox(reader(flags::SANDBOX)),
         }
     }
+}
+
+/// Whether mistakes are to be told as JSON: also when `--log-format` itself is among them.
+fn asks_for_json(args: &[OsString], env: &Environment) -> bool {
+    let serve = args.get(1).is_some_and(|subcommand| subcommand == "serve");
+    let variable = OsString::from(format!("{PREFIX}LOG_FORMAT"));
+    let by_flag = args
+        .windows(2)
+        .any(|pair| pair[0] == "--log-format" && pair[1] == "json")
+        || args.iter().any(|arg| arg == "--log-format=json");
+    serve && (by_flag || env.get(&variable).is_some_and(|value| value == "json"))
 }
 
 fn call(mut reader: Reader<'_>) -> Result<Command, Refused> {
@@ -103,6 +127,12 @@ fn health(mut reader: Reader<'_>) -> Result<Command, Refused> {
 
 fn sandbox(mut reader: Reader<'_>) -> Result<Command, Refused> {
     let listen = reader.value("listen", values::address);
+    if !listen.ip().is_loopback() {
+        reader.mistake::<()>(
+            "--listen",
+            "must be a loopback address: the sandbox's secrets are known to all",
+        );
+    }
     reader.finish(LogFormat::Text, Command::Sandbox(listen))
 }
 

@@ -99,7 +99,8 @@ impl<'a> Reader<'a> {
             let Some(texts) = texts.into_iter().collect::<Option<Vec<String>>>() else {
                 return self.mistake(&source, "is not UTF-8");
             };
-            if texts.iter().any(String::is_empty) {
+            // To a client an empty text is one: the server judges it.
+            if self.variables && texts.iter().any(String::is_empty) {
                 return self.mistake(&source, "needs a value");
             }
             return Some(Given { texts, source });

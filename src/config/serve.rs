@@ -1,6 +1,6 @@
 //! The settings of `serve`: rules that span several flags, and the list of effective values.
 
-use std::ffi::OsString;
+use std::{ffi::OsString, path::PathBuf};
 
 use super::{
     BaseUrl, Config, Credentials, Endpoint, Environment, Log, LogFormat, Refused, Tls, Upstream,
@@ -12,7 +12,7 @@ use super::{
     urls::{self, PlainHttp},
     values::{self, Parsed},
 };
-use crate::telemetry::log;
+use crate::{http, server, telemetry::log};
 
 const LOG_FORMATS: [(&str, LogFormat); 2] = [("text", LogFormat::Text), ("json", LogFormat::Json)];
 
@@ -64,7 +64,7 @@ pub(super) fn of_matches(
         metrics_listen: r.value("metrics-listen", values::address_or_off),
         upstream: Upstream {
             endpoint,
-            ca: r.file("upstream-ca"),
+            ca: r.optional("upstream-ca", roots),
             proxy: r.optional("upstream-proxy", urls::proxy),
             attempt_timeout: r.value("attempt-timeout", positive),
             connect_timeout: r.value("connect-timeout", positive),
@@ -116,8 +116,12 @@ fn limit(text: &str) -> Parsed<u32> {
 fn endpoint(r: &mut Reader<'_>, plain_http: PlainHttp) -> (Endpoint, Option<Region>) {
     let region = r.given("region");
     let url = r.given("endpoint");
-    let sandbox = r.value("sandbox", values::boolean);
     let nowhere = (Endpoint::Sandbox, None);
+    let before = r.mistakes.len();
+    let sandbox = r.value("sandbox", values::boolean);
+    if r.mistakes.len() > before {
+        return nowhere;
+    }
     match (region, url, sandbox) {
         (Some(given), None, false) => {
             let region = r.parsed(&given.source, known_region(&given.texts[0]));
@@ -162,6 +166,16 @@ fn known_region(id: &str) -> Parsed<Region> {
     })
 }
 
+/// The path of a file with at least one certificate.
+fn roots(text: &str) -> Parsed<PathBuf> {
+    let path = values::file(text)?;
+    let pem = std::fs::read(&path).map_err(|error| format!("cannot be read: {error}"))?;
+    match http::check_roots(&pem) {
+        Ok(()) => Ok(path),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
 fn tls(r: &mut Reader<'_>) -> Option<Tls> {
     let set = ["tls-cert", "tls-key", "tls-client-ca"].map(|name| r.given(name).is_some());
     match set {
@@ -172,11 +186,17 @@ fn tls(r: &mut Reader<'_>) -> Option<Tls> {
             let cert = r.file("tls-cert");
             let key = r.file("tls-key");
             let client_ca = r.file("tls-client-ca");
-            Some(Tls {
+            let files = Tls {
                 cert: cert?,
                 key: key?,
                 client_ca,
-            })
+            };
+            match server::tls::check(&files.cert, &files.key, files.client_ca.as_deref()) {
+                Ok(()) => Some(files),
+                Err(error) => {
+                    r.mistake("--tls-cert, --tls-key, --tls-client-ca", &error.to_string())
+                }
+            }
         }
     }
 }

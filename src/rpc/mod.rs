@@ -180,6 +180,8 @@ pub enum Error {
     DeadlineExceeded,
     /// Too many RPCs at once.
     Overloaded,
+    /// The process ends before the call does.
+    ShuttingDown,
     /// A fault of ours (a panic).
     Internal,
 }

@@ -12,6 +12,7 @@ use futures_util::FutureExt as _;
 use http::{HeaderMap, Method as HttpMethod, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::Incoming;
+use tokio_util::sync::CancellationToken;
 use tonic::{Code, codec::CompressionEncoding, service::Routes};
 use tower_service::Service as _;
 
@@ -40,6 +41,8 @@ pub(super) struct Edge<S> {
     reflection: bool,
     timeout: Duration,
     in_flight: Arc<Limit>,
+    /// Cancelled shortly before the end of the shutdown grace.
+    cut: CancellationToken,
     sinks: Arc<Sinks>,
 }
 
@@ -51,6 +54,7 @@ impl<S: TaskService> Edge<S> {
         reflection: bool,
         timeout: Duration,
         in_flight: Arc<Limit>,
+        cut: CancellationToken,
         sinks: Sinks,
     ) -> Self {
         Self {
@@ -62,6 +66,7 @@ impl<S: TaskService> Edge<S> {
             reflection,
             timeout,
             in_flight,
+            cut,
             sinks: Arc::new(sinks),
         }
     }
@@ -123,7 +128,10 @@ impl<S: TaskService> Edge<S> {
         head.extensions.insert(Arc::clone(&rpc.call));
         let request = Request::from_parts(head, Full::new(message));
         let answer = AssertUnwindSafe(self.task.clone().call(request)).catch_unwind();
-        match deadline.bound(answer).await {
+        let Some(answered) = self.cut.run_until_cancelled(deadline.bound(answer)).await else {
+            return reply::failure(rpc, &Error::ShuttingDown);
+        };
+        match answered {
             Ok(Ok(Ok::<_, Infallible>(response))) => reply::unary(rpc, response).await,
             Ok(Err(_)) => {
                 rpc.panicked();

@@ -35,9 +35,9 @@ use futures_util::future::join_all;
 use tokio::{
     net::TcpListener,
     sync::watch,
-    time::{sleep, timeout},
+    time::{Instant, sleep, timeout_at},
 };
-use tokio_util::task::TaskTracker;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub use record::{Access, Record};
 
@@ -45,6 +45,9 @@ use crate::{
     pb::task_service_server::TaskService,
     telemetry::{Tracer, metrics::Metrics},
 };
+
+/// How much of the shutdown grace is kept for telling calls that they are cut off, and for ending.
+const MAX_FAREWELL: Duration = Duration::from_millis(500);
 
 /// How the listener behaves.
 #[derive(Debug, Clone)]
@@ -184,6 +187,7 @@ where
     let health = health::Health::new(serving).await;
     let routes = health.routes(config.reflection);
     let in_flight = limit::Limit::new(config.max_in_flight);
+    let cut = CancellationToken::new();
     let facade = Arc::new(facade);
     let mut workers = Vec::with_capacity(config.workers);
     for index in 0..config.workers.max(1) {
@@ -200,8 +204,9 @@ where
             access: Arc::clone(&access),
             tracer: tracer.clone(),
         };
+        let cut = cut.child_token();
         let shared = move || connection::Shared {
-            edge: edge::Edge::new(facade(), routes, reflection, timeout, in_flight, sinks),
+            edge: edge::Edge::new(facade(), routes, reflection, timeout, in_flight, cut, sinks),
             tls,
             timings,
         };
@@ -240,20 +245,22 @@ where
     let connections = Arc::clone(&door.connections);
     let workers = door.close(listener);
     workers.iter().for_each(worker::Worker::go_away);
+    let end = Instant::now() + config.shutdown_grace;
+    // Calls that outlive the grace are told so in its last moments, and the exit comes before its end.
+    let farewell = (config.shutdown_grace / 10).min(MAX_FAREWELL);
     health.end_watches().await;
     tracker.close();
-    if timeout(config.shutdown_grace, tracker.wait())
-        .await
-        .is_err()
-    {
+    if timeout_at(end - farewell, tracker.wait()).await.is_err() {
         tracing::warn!(
             connections = connections.taken(),
             calls = in_flight.taken(),
             "cut off at the end of the shutdown grace"
         );
+        cut.cancel();
+        let _ = timeout_at(end - farewell / 2, tracker.wait()).await;
     }
     // A worker ends at once unless something on it blocks, which must not hold up the exit.
     let stopping = join_all(workers.into_iter().map(worker::Worker::stop));
-    let _ = timeout(Duration::from_secs(1), stopping).await;
+    let _ = timeout_at(end - farewell / 4, stopping).await;
     Ok(())
 }

@@ -5,7 +5,7 @@ use std::{
     fs, io,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use arc_swap::ArcSwap;
@@ -78,6 +78,20 @@ pub enum Error {
     },
 }
 
+/// Whether these files can be served with.
+///
+/// # Errors
+/// The first that cannot be used.
+pub fn check(certificate: &Path, key: &Path, client_ca: Option<&Path>) -> Result<(), Error> {
+    let files = Files {
+        certificate: certificate.to_owned(),
+        key: key.to_owned(),
+        client_ca: client_ca.map(Path::to_owned),
+        reload_interval: Duration::MAX,
+    };
+    Contents::read(&files)?.build(&files).map(drop)
+}
+
 /// The certificates in use, and the handshakes under way.
 #[derive(Debug)]
 pub(super) struct Tls {
@@ -99,7 +113,8 @@ impl Tls {
     /// The first file that cannot be used.
     pub(super) fn load(files: Files, metrics: &Arc<Metrics>) -> Result<Self, Error> {
         let contents = Contents::read(&files)?;
-        let current = contents.build(&files, metrics)?;
+        let (current, expires) = contents.build(&files)?;
+        note_expiry(metrics, expires);
         Ok(Self {
             current: ArcSwap::from_pointee(current),
             handshakes: Semaphore::new(MAX_HANDSHAKES),
@@ -143,8 +158,9 @@ pub(super) async fn follow(tls: Option<&Tls>) -> Infallible {
             continue;
         }
         seen = now;
-        match contents.and_then(|contents| contents.build(&tls.files, &tls.metrics)) {
-            Ok(config) => {
+        match contents.and_then(|contents| contents.build(&tls.files)) {
+            Ok((config, expires)) => {
+                note_expiry(&tls.metrics, expires);
                 tls.current.store(Arc::new(config));
                 tracing::info!("certificates read again");
             }
@@ -152,6 +168,13 @@ pub(super) async fn follow(tls: Option<&Tls>) -> Infallible {
                 tracing::error!(%error, "changed certificates cannot be used; the old ones stay")
             }
         }
+    }
+}
+
+/// An end that cannot be read leaves what was noted before.
+fn note_expiry(metrics: &Metrics, expires: Option<SystemTime>) {
+    if let Some(at) = expires {
+        metrics.tls_certificate_expires(at);
     }
 }
 
@@ -185,7 +208,8 @@ impl Contents {
     }
 
     /// Parses the contents, and notes when the certificate expires.
-    fn build(&self, files: &Files, metrics: &Metrics) -> Result<ServerConfig, Error> {
+    /// The configuration of the TLS library, and when the certificate expires.
+    fn build(&self, files: &Files) -> Result<(ServerConfig, Option<SystemTime>), Error> {
         let chain = certificates(&self.certificate, &files.certificate)?;
         let key = PrivateKeyDer::from_pem_slice(&self.key)
             .map_err(|_| Error::NoKey(files.key.clone()))?;
@@ -222,10 +246,7 @@ impl Contents {
                 reason: error.to_string(),
             })?;
         config.alpn_protocols = vec![HTTP2.to_vec()];
-        if let Some(at) = expires {
-            metrics.tls_certificate_expires(at);
-        }
-        Ok(config)
+        Ok((config, expires))
     }
 }
 

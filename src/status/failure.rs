@@ -100,6 +100,7 @@ impl<'a> Failure<'a> {
             rpc::Error::Overloaded => {
                 Self::new(Code::ResourceExhausted, Reason::Overloaded).after(OVERLOADED_WAIT)
             }
+            rpc::Error::ShuttingDown => Self::new(Code::Unavailable, Reason::ShuttingDown),
             rpc::Error::Internal => Self::new(Code::Internal, Reason::Internal),
         }
     }

@@ -111,6 +111,7 @@ pub(super) fn of_reason(reason: Reason) -> &'static str {
         Reason::Overloaded => {
             "the server has too many calls at once: wait as long as RetryInfo says"
         }
+        Reason::ShuttingDown => "the server is shutting down: call again, another instance answers",
         Reason::CircuitOpen => {
             "rds failed too often, calls are held back: wait as long as RetryInfo says"
         }

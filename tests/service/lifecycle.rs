@@ -9,7 +9,7 @@ use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
 
-use crate::support::{Program, Step, Upstream, example, example_request};
+use crate::support::{Failure, Program, Step, Upstream, example, example_request};
 
 const SERVICE: &str = "huaweicloud.rds.task.v1.TaskService";
 
@@ -158,9 +158,9 @@ async fn peers_that_do_nothing_do_not_hold_up_the_exit_beyond_the_grace() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_call_that_outlives_the_grace_is_cut_off_and_the_exit_code_is_0() {
+async fn a_call_that_outlives_the_grace_is_told_so_and_the_exit_comes_within_it() {
     let upstream = Upstream::always(vec![Step::Hold]).await;
-    let mut program = Program::over(&upstream.url(), &["--shutdown-grace", "300ms"]);
+    let mut program = Program::over(&upstream.url(), &["--shutdown-grace", "2s"]);
     let mut client = program.client().await;
     let call = tokio::spawn(async move { client.get_task_detail(example_request()).await });
     upstream.wait_for_requests(1).await;
@@ -170,9 +170,15 @@ async fn a_call_that_outlives_the_grace_is_cut_off_and_the_exit_code_is_0() {
     let ended = program.wait();
 
     assert_eq!(ended.code(), Some(0));
-    assert!(signalled.elapsed() >= Duration::from_millis(300));
-    assert!(signalled.elapsed() < Duration::from_millis(1800));
-    assert!(call.await.expect("no panic").is_err());
+    assert!(signalled.elapsed() >= Duration::from_secs(1));
+    assert!(signalled.elapsed() < Duration::from_secs(2));
+    let failure = Failure::of(&call.await.expect("no panic").expect_err("cut off"));
+    assert_eq!(
+        failure.code_and_reason(),
+        (Code::Unavailable, "SHUTTING_DOWN")
+    );
+    let counted = program.access_line(&failure.request_id.expect("an id"));
+    assert_eq!(counted["grpc_code"], "Unavailable");
     let line = program.wait_for_log(|line| line["level"] == "WARN" && line.get("calls").is_some());
     assert_eq!(line["calls"], 1);
 }

@@ -90,7 +90,7 @@ async fn a_start_that_cannot_work_ends_at_once_with_one_line_that_says_why() {
             ]
             .concat(),
             &[],
-            1,
+            2,
             "garbage.pem",
         ),
         (
@@ -101,14 +101,14 @@ async fn a_start_that_cannot_work_ends_at_once_with_one_line_that_says_why() {
             ]
             .concat(),
             &[],
-            1,
+            2,
             "o.pem",
         ),
         (
             "upstream CA that is none",
             [&free[..], &https, &["--upstream-ca", &garbage]].concat(),
             &[],
-            1,
+            2,
             "CA",
         ),
         (

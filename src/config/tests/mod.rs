@@ -251,10 +251,16 @@ fn names_that_kubernetes_derives_from_our_service_are_no_mistake() {
     assert!(serve(&["--sandbox"], &[("RDS_TASK_FACADE_ODD", "")]).is_ok());
 }
 
+/// A certificate and its key in one file, which does for every flag of TLS.
+fn pair() -> tempfile::NamedTempFile {
+    let made = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).unwrap();
+    file_with(&(made.cert.pem() + &made.signing_key.serialize_pem()))
+}
+
 #[test]
-fn tls_files_come_together() {
-    let file = file_with("pem");
-    let path = file.path().to_str().unwrap();
+fn tls_files_come_together_and_can_be_used() {
+    let (one, other, text) = (pair(), pair(), file_with("pem"));
+    let [path, other, text] = [&one, &other, &text].map(|file| file.path().to_str().unwrap());
     let cases = [
         (vec!["--tls-cert", path, "--tls-key", path], true),
         (
@@ -272,12 +278,40 @@ fn tls_files_come_together() {
         (vec!["--tls-key", path], false),
         (vec!["--tls-client-ca", path], false),
         (vec!["--tls-cert", path, "--tls-key", "/nowhere"], false),
+        (vec!["--tls-cert", path, "--tls-key", other], false),
+        (vec!["--tls-cert", text, "--tls-key", path], false),
+        (vec!["--upstream-ca", path], true),
+        (vec!["--upstream-ca", text], false),
     ];
 
     for (args, expected) in cases {
         let args = [&["--sandbox"][..], &args].concat();
         assert_eq!(serve(&args, &[]).is_ok(), expected, "{args:?}");
     }
+}
+
+#[test]
+fn mistakes_are_json_where_json_was_asked_for_even_in_the_flag_that_asks() {
+    let by_variable = [("RDS_TASK_FACADE_LOG_FORMAT", "json")];
+    let format = |args: &[&str], env| command(args, env).unwrap_err().log_format;
+
+    let twice = ["serve", "--log-format", "json", "--log-format", "json"];
+    assert_eq!(format(&twice, &[]), LogFormat::Json);
+    assert_eq!(
+        format(&["serve", "--log-format=json", "--odd"], &[]),
+        LogFormat::Json
+    );
+    assert_eq!(format(&["serve", "--odd"], &by_variable), LogFormat::Json);
+    assert_eq!(format(&["serve", "--odd"], &[]), LogFormat::Text);
+    assert_eq!(format(&["call", "--odd"], &by_variable), LogFormat::Text);
+}
+
+#[test]
+fn a_mistaken_boolean_is_one_mistake() {
+    assert_eq!(
+        mistakes(&[], &[("RDS_TASK_FACADE_SANDBOX", "TRUE")]).len(),
+        1
+    );
 }
 
 #[test]
@@ -305,7 +339,7 @@ fn projects_add_up_over_flags_and_commas() {
 
 #[test]
 fn an_open_port_with_a_credential_of_its_own_is_warned_of() {
-    let file = file_with("pem");
+    let file = pair();
     let path = file.path().to_str().unwrap();
     let tls = ["--tls-cert", path, "--tls-key", path];
     let open = ["--sandbox", "--listen", "0.0.0.0:50051"];

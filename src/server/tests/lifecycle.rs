@@ -73,9 +73,9 @@ async fn what_peers_do_cannot_hold_the_drain_beyond_the_grace() {
 
     let took = running.stop().await;
 
-    assert!(took >= grace && took < grace + AT_ONCE, "{took:?}");
-    assert!(receive(held).await.is_err());
-    assert_eq!(*ended.lock().unwrap(), [Code::Cancelled]);
+    assert!(took >= grace / 2 && took < grace + AT_ONCE, "{took:?}");
+    assert_eq!(receive(held).await.unwrap().code(), Code::Unavailable);
+    assert_eq!(*ended.lock().unwrap(), [Code::Unavailable]);
 }
 
 #[tokio::test]

@@ -51,6 +51,13 @@ fn every_failure_of_our_own_has_its_code_reason_wait_and_owner() {
             Some(1),
             None,
         ),
+        (
+            rpc::Error::ShuttingDown,
+            Code::Unavailable,
+            "SHUTTING_DOWN",
+            None,
+            None,
+        ),
         (rpc::Error::Internal, Code::Internal, "INTERNAL", None, None),
         (
             rpc::Error::Credentials(credentials::Error::Missing),
