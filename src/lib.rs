@@ -20,7 +20,8 @@
 //! - [`quota`]: merges equal calls, keeps answers for a moment
 //! - [`upstream`]: the vendor's operation: request, throttling, pace, attempts, retry, breaker, wire format, meaning of errors
 //! - [`http`]: one bounded HTTP exchange; the HTTP client of the request's path
-//! - [`deadline`], [`reason`], [`status`]: the RPC's deadline, the closed list of reasons, the only maker of statuses
+//! - [`deadline`], [`reason`], [`code`], [`status`]: the RPC's deadline, the closed list of reasons, names of codes, the
+//!   only maker of statuses
 //! - [`telemetry`]: log, access line, metrics, traces
 //! - [`admin`]: `/metrics`, `/livez`, `/readyz`
 //! - [`client`]: the subcommands `call` and `health`
@@ -28,6 +29,7 @@
 
 pub mod admin;
 pub mod client;
+pub mod code;
 pub mod config;
 pub mod credentials;
 pub mod deadline;

@@ -2,12 +2,14 @@
 
 use std::{error::Error, fmt};
 
-use tonic::{Code, Status};
+use tonic::Status;
 use tonic_types::{ErrorDetail, StatusExt as _};
+
+use crate::code;
 
 /// Code and message in the first line, then one indented line per fact of the details.
 pub(super) fn describe(f: &mut fmt::Formatter<'_>, status: &Status) -> fmt::Result {
-    let code = name(status.code());
+    let code = code::name(status.code());
     write!(f, "{code}: {}", Plain(status.message()))?;
     let Ok(details) = status.check_error_details_vec() else {
         return write!(f, "\n  details: cannot be read");
@@ -103,33 +105,11 @@ pub(super) fn root_cause(error: &dyn Error) -> String {
     cause.to_string()
 }
 
-/// A code in the spelling of the gRPC specification.
-fn name(code: Code) -> &'static str {
-    match code {
-        Code::Ok => "OK",
-        Code::Cancelled => "CANCELLED",
-        Code::Unknown => "UNKNOWN",
-        Code::InvalidArgument => "INVALID_ARGUMENT",
-        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
-        Code::NotFound => "NOT_FOUND",
-        Code::AlreadyExists => "ALREADY_EXISTS",
-        Code::PermissionDenied => "PERMISSION_DENIED",
-        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
-        Code::FailedPrecondition => "FAILED_PRECONDITION",
-        Code::Aborted => "ABORTED",
-        Code::OutOfRange => "OUT_OF_RANGE",
-        Code::Unimplemented => "UNIMPLEMENTED",
-        Code::Internal => "INTERNAL",
-        Code::Unavailable => "UNAVAILABLE",
-        Code::DataLoss => "DATA_LOSS",
-        Code::Unauthenticated => "UNAUTHENTICATED",
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::{collections::HashMap, time::Duration};
 
+    use tonic::Code;
     use tonic_types::ErrorDetails;
 
     use super::*;

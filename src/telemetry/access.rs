@@ -9,10 +9,9 @@ use tracing::Level;
 use super::{
     context::Context,
     line::{Line, Style},
-    metrics::code_name,
     writer::Writer,
 };
-use crate::reason::Reason;
+use crate::{code, reason::Reason};
 
 /// The target of access lines, for `RUST_LOG`: `access=off` hides them all, `access=error` those of callers' faults.
 pub(super) const TARGET: &str = "access";
@@ -57,34 +56,17 @@ pub struct AccessLine<'a> {
 #[derive(Debug, Clone)]
 pub struct Access {
     style: Style,
-    writer: Option<Writer>,
+    writer: Writer,
 }
 
 impl Access {
     /// Access lines that look like `style`.
     pub(super) fn new(style: Style, writer: Writer) -> Self {
-        Self {
-            style,
-            writer: Some(writer),
-        }
-    }
-
-    /// Writes nothing, for servers without a log.
-    pub fn off() -> Self {
-        Self {
-            style: Style {
-                format: crate::config::LogFormat::Text,
-                colour: false,
-            },
-            writer: None,
-        }
+        Self { style, writer }
     }
 
     /// Writes one line, unless the filter hides it. Never waits.
     pub fn write(&self, line: &AccessLine<'_>) {
-        let Some(writer) = &self.writer else {
-            return;
-        };
         let level = level(line.grpc_code, line.reason);
         // Each of the two remembers the filter's verdict, so asking is one load.
         let shown = match level {
@@ -92,7 +74,8 @@ impl Access {
             _ => tracing::enabled!(target: TARGET, Level::INFO),
         };
         if shown {
-            writer.write(render(self.style, Timestamp::now(), level, line));
+            self.writer
+                .write(render(self.style, Timestamp::now(), level, line));
         }
     }
 }
@@ -121,7 +104,7 @@ fn render(style: Style, now: Timestamp, level: Level, rpc: &AccessLine<'_>) -> S
         line.text("span_id", &format!("{:016x}", trace.span_id));
     }
     line.text("grpc_method", rpc.grpc_method);
-    line.text("grpc_code", code_name(rpc.grpc_code));
+    line.text("grpc_code", code::go_name(rpc.grpc_code));
     if let Some(reason) = rpc.reason {
         line.text("reason", reason.as_str());
     }

@@ -14,7 +14,7 @@ use prometheus_client::{
 };
 use tonic::Code;
 
-use crate::reason::Reason;
+use crate::{code, reason::Reason};
 
 /// The RPCs that are told apart; everything else is one label value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,29 +80,6 @@ impl Method {
             Self::Reflection => "grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
             Self::Other => "other",
         }
-    }
-}
-
-/// A gRPC code in Go's spelling, as dashboards for gRPC servers expect it.
-pub fn code_name(code: Code) -> &'static str {
-    match code {
-        Code::Ok => "OK",
-        Code::Cancelled => "Canceled",
-        Code::Unknown => "Unknown",
-        Code::InvalidArgument => "InvalidArgument",
-        Code::DeadlineExceeded => "DeadlineExceeded",
-        Code::NotFound => "NotFound",
-        Code::AlreadyExists => "AlreadyExists",
-        Code::PermissionDenied => "PermissionDenied",
-        Code::ResourceExhausted => "ResourceExhausted",
-        Code::FailedPrecondition => "FailedPrecondition",
-        Code::Aborted => "Aborted",
-        Code::OutOfRange => "OutOfRange",
-        Code::Unimplemented => "Unimplemented",
-        Code::Internal => "Internal",
-        Code::Unavailable => "Unavailable",
-        Code::DataLoss => "DataLoss",
-        Code::Unauthenticated => "Unauthenticated",
     }
 }
 
@@ -286,8 +263,8 @@ impl Metrics {
             };
             RpcSeries {
                 started: started.get_or_create_owned(&labels),
-                handled: std::array::from_fn(|code| {
-                    let grpc_code = code_name(Code::from(code as i32));
+                handled: std::array::from_fn(|index| {
+                    let grpc_code = code::go_name(Code::from(index as i32));
                     handled.get_or_create_owned(&HandledLabels {
                         grpc_type,
                         grpc_service,

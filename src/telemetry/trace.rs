@@ -16,6 +16,7 @@ use super::{
     otlp::{KeyValue, Span, SpanKind, Status, StatusCode},
 };
 use crate::{
+    code,
     config::{self, Propagators, Sampler},
     reason::Reason,
 };
@@ -124,7 +125,7 @@ impl ServerSpan {
             "other" => names::OTHER,
             name => name,
         };
-        let code = code_text(line.grpc_code);
+        let code = code::name(line.grpc_code);
         let mut attributes = vec![
             KeyValue::text(names::RPC_SYSTEM_NAME, "grpc"),
             KeyValue::text(names::RPC_METHOD, method),
@@ -280,27 +281,4 @@ fn is_server_error(code: Code) -> bool {
             | Code::Unavailable
             | Code::DataLoss
     )
-}
-
-/// The code's name as gRPC's own documents write it.
-fn code_text(code: Code) -> &'static str {
-    match code {
-        Code::Ok => "OK",
-        Code::Cancelled => "CANCELLED",
-        Code::Unknown => "UNKNOWN",
-        Code::InvalidArgument => "INVALID_ARGUMENT",
-        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
-        Code::NotFound => "NOT_FOUND",
-        Code::AlreadyExists => "ALREADY_EXISTS",
-        Code::PermissionDenied => "PERMISSION_DENIED",
-        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
-        Code::FailedPrecondition => "FAILED_PRECONDITION",
-        Code::Aborted => "ABORTED",
-        Code::OutOfRange => "OUT_OF_RANGE",
-        Code::Unimplemented => "UNIMPLEMENTED",
-        Code::Internal => "INTERNAL",
-        Code::Unavailable => "UNAVAILABLE",
-        Code::DataLoss => "DATA_LOSS",
-        Code::Unauthenticated => "UNAUTHENTICATED",
-    }
 }
