@@ -26,7 +26,7 @@ use crate::{
     deadline::{Deadline, parse_grpc_timeout},
     pb::task_service_server::{TaskService, TaskServiceServer},
     rpc::{Call, Error},
-    telemetry::metrics::Method,
+    telemetry::method::Method,
 };
 
 /// The longest message of a reply, in bytes: what gRPC clients accept by default.

@@ -10,7 +10,7 @@ use crate::{
     rpc::Call,
     telemetry::{
         Tracer,
-        metrics::{Method, Metrics},
+        {method::Method, metrics::Metrics},
     },
 };
 

@@ -6,6 +6,7 @@ mod conventions;
 mod export;
 mod line;
 pub(crate) mod log;
+pub mod method;
 pub mod metrics;
 mod otlp;
 mod process;

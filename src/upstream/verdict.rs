@@ -166,25 +166,6 @@ mod tests {
         table.lines().skip(1).map(|line| line.split('\t').collect())
     }
 
-    fn code_name(code: Code) -> &'static str {
-        match code {
-            Code::InvalidArgument => "INVALID_ARGUMENT",
-            Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
-            Code::NotFound => "NOT_FOUND",
-            Code::AlreadyExists => "ALREADY_EXISTS",
-            Code::PermissionDenied => "PERMISSION_DENIED",
-            Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
-            Code::FailedPrecondition => "FAILED_PRECONDITION",
-            Code::Aborted => "ABORTED",
-            Code::Unimplemented => "UNIMPLEMENTED",
-            Code::Internal => "INTERNAL",
-            Code::Unavailable => "UNAVAILABLE",
-            Code::Unauthenticated => "UNAUTHENTICATED",
-            Code::Unknown => "UNKNOWN",
-            other => panic!("no answer of the vendor becomes {other:?}"),
-        }
-    }
-
     /// A verdict in the columns of `expected.tsv`.
     fn columns(verdict: &Verdict) -> Vec<String> {
         let repeat = match verdict.repeat {
@@ -207,7 +188,7 @@ mod tests {
             Some(Resource::Other) => "other",
             None => "-",
         };
-        let code = code_name(verdict.code);
+        let code = crate::code::name(verdict.code);
         [
             code,
             verdict.reason.as_str(),
