@@ -9,6 +9,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let descriptors = protox::compile(["huaweicloud/rds/task/v1/task_service.proto"], ["proto"])?;
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("cargo sets OUT_DIR")?);
     fs::write(out.join("descriptors.bin"), descriptors.encode_to_vec())?;
-    tonic_prost_build::configure().compile_fds(descriptors)?;
+    tonic_prost_build::configure()
+        .codec_path("crate::rpc::Codec")
+        .compile_fds(descriptors)?;
     Ok(())
 }

@@ -86,13 +86,8 @@ impl Flights {
             progress: Arc::clone(&progress),
         };
         let answer = start(limit.clone(), Arc::clone(&progress));
-        let work = async move {
-            // Dropped before the result is handed out, so nobody joins a flight that is over.
-            let _landing = landing;
-            answer.await
-        }
-        .boxed()
-        .shared();
+        // Dropped before the result is handed out, so nobody joins a flight that is over.
+        let work = answer.inspect(move |_| drop(landing)).boxed().shared();
         let weak = work
             .downgrade()
             .expect("work that was never polled is not over");

@@ -147,24 +147,27 @@ impl Quota {
 
     /// The work of a flight. Its panic becomes an answer: it would reach only the waiter that happens to poll, and leave
     /// the others waiting.
-    async fn look_up(
+    fn look_up(
         self: Arc<Self>,
         question: Arc<Question>,
         work: impl Future<Output = Result<Found, Error>>,
-    ) -> Answer {
-        let answer = match AssertUnwindSafe(work).catch_unwind().await {
-            Ok(answer) => answer.map(Arc::new),
-            Err(_) => {
-                self.metrics.panics.inc();
-                Err(Error::from(ErrorKind::Panicked))
+    ) -> impl Future<Output = Answer> {
+        // No `async` block: it would hold the work twice, and every call pays for moving it.
+        AssertUnwindSafe(work).catch_unwind().map(move |answered| {
+            let answer = match answered {
+                Ok(answer) => answer.map(Arc::new),
+                Err(_) => {
+                    self.metrics.panics.inc();
+                    Err(Error::from(ErrorKind::Panicked))
+                }
+            };
+            if let Some(cache) = &self.cache
+                && is_worth_keeping(&answer)
+            {
+                cache.insert(question, answer.clone());
             }
-        };
-        if let Some(cache) = &self.cache
-            && is_worth_keeping(&answer)
-        {
-            cache.insert(question, answer.clone());
-        }
-        answer
+            answer
+        })
     }
 }
 

@@ -1,5 +1,6 @@
 //! The RPCs: one file each, and what they have in common.
 
+mod codec;
 mod get_task_detail;
 
 use std::{
@@ -7,6 +8,7 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
+pub use codec::Codec;
 use tonic::{Request, Response, Status, metadata::MetadataValue};
 
 use crate::{

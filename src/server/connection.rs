@@ -65,7 +65,11 @@ pub(super) async fn serve<S: TaskService>(
     match &shared.tls {
         None => greet_and_serve(socket, peer, &shared, phase).await,
         Some(tls) => {
-            let handshake = timeout(shared.timings.handshake_timeout, tls.handshake(socket));
+            // In boxes, here and below, which the rest of the connection's life does not keep.
+            let handshake = Box::pin(timeout(
+                shared.timings.handshake_timeout,
+                tls.handshake(socket),
+            ));
             match before_drain(handshake, phase.clone()).await {
                 Some(Ok(Some(io))) => greet_and_serve(io, peer, &shared, phase).await,
                 _ => false,
@@ -83,7 +87,7 @@ async fn greet_and_serve<S: TaskService, I>(
 where
     I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let greeting = timeout(shared.timings.preface_timeout, preface::read(io));
+    let greeting = Box::pin(timeout(shared.timings.preface_timeout, preface::read(io)));
     match before_drain(greeting, phase.clone()).await {
         Some(Ok(Some(io))) => {
             http2(io, peer, shared, phase).await;

@@ -3,8 +3,13 @@
 //! The library waits without limit for a peer that opens no window for the answer. Our answer says until when it may be
 //! read, through a cell of the thread that polls both; only a stream that is stuck after that pays for a timer.
 
-use std::{cell::Cell, future::poll_fn, pin::pin, task::Poll};
+use std::{
+    cell::Cell,
+    pin::Pin,
+    task::{Context, Poll},
+};
 
+use pin_project_lite::pin_project;
 use tokio::time::{Instant, Sleep, sleep_until};
 
 thread_local! {
@@ -20,7 +25,10 @@ where
     F: Future<Output = ()> + Send + 'static,
 {
     fn execute(&self, stream: F) {
-        tokio::spawn(bounded(stream));
+        tokio::spawn(Bounded {
+            stream,
+            limit: None,
+        });
     }
 }
 
@@ -29,23 +37,32 @@ pub(super) fn read_by(at: Instant) {
     READ_BY.set(Some(at));
 }
 
-/// Drops `stream`, which resets it, when its reader has not taken the answer in time.
-async fn bounded(stream: impl Future<Output = ()>) {
-    let mut stream = pin!(stream);
-    let mut limit: Option<std::pin::Pin<Box<Sleep>>> = None;
-    poll_fn(|context| {
-        let done = stream.as_mut().poll(context);
+pin_project! {
+    /// A stream that ends, which resets it, when its reader has not taken the answer in time. An `async` block would hold
+    /// the stream twice, and every call pays for moving it.
+    struct Bounded<F> {
+        #[pin]
+        stream: F,
+        limit: Option<Pin<Box<Sleep>>>,
+    }
+}
+
+impl<F: Future<Output = ()>> Future for Bounded<F> {
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
+        let this = self.project();
+        let done = this.stream.poll(context);
         let read_by = READ_BY.take();
         if done.is_ready() {
             return Poll::Ready(());
         }
         if let Some(at) = read_by {
-            limit = Some(Box::pin(sleep_until(at)));
+            *this.limit = Some(Box::pin(sleep_until(at)));
         }
-        match &mut limit {
+        match this.limit {
             Some(timer) => timer.as_mut().poll(context),
             None => Poll::Pending,
         }
-    })
-    .await;
+    }
 }

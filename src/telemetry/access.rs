@@ -75,7 +75,7 @@ impl Access {
         };
         if shown {
             self.writer
-                .write(render(self.style, Timestamp::now(), level, line));
+                .write(&render(self.style, Timestamp::now(), level, line));
         }
     }
 }

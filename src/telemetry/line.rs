@@ -63,8 +63,8 @@ impl Line {
         line
     }
 
-    /// A field with text of any origin.
-    pub(super) fn text(&mut self, name: &str, value: &str) {
+    /// A field with text of any origin. Names are words of the program's own.
+    pub(super) fn text(&mut self, name: &'static str, value: &str) {
         self.name(name);
         let value = cut(value);
         let bare = self.format == LogFormat::Text
@@ -82,7 +82,7 @@ impl Line {
     }
 
     /// A field whose [`fmt::Display`] is a JSON number or boolean.
-    pub(super) fn plain(&mut self, name: &str, value: impl fmt::Display) {
+    pub(super) fn plain(&mut self, name: &'static str, value: impl fmt::Display) {
         self.name(name);
         write!(self.buffer, "{value}").expect("writing to a String does not fail");
     }
@@ -96,16 +96,16 @@ impl Line {
         self.buffer
     }
 
-    fn name(&mut self, name: &str) {
+    fn name(&mut self, name: &'static str) {
         match self.format {
             LogFormat::Json => {
                 self.buffer.push_str(",\"");
-                escape(&mut self.buffer, name, Quotes::Escaped);
+                self.buffer.push_str(name);
                 self.buffer.push_str("\":");
             }
             LogFormat::Text => {
                 self.buffer.push(' ');
-                escape(&mut self.buffer, name, Quotes::Escaped);
+                self.buffer.push_str(name);
                 self.buffer.push('=');
             }
         }

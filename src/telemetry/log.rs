@@ -96,7 +96,7 @@ impl<S: Subscriber> Layer<S> for Lines {
         if held_back > 0 {
             line.plain("suppressed", held_back);
         }
-        self.writer.write(line.finish());
+        self.writer.write(&line.finish());
     }
 }
 

@@ -24,8 +24,6 @@ const APPLICATION_JSON: &str = "application/json";
 #[derive(Debug)]
 pub(super) struct TaskRequest<'a> {
     url: Url,
-    /// As the HTTP client will send it: the port only where it is not the scheme's own.
-    host: String,
     project_id: &'a str,
     body: Bytes,
 }
@@ -40,10 +38,15 @@ struct Body<'a> {
 
 impl<'a> TaskRequest<'a> {
     pub(super) fn new(endpoint: &Url, query: &'a TaskQuery) -> Self {
-        let path = format!(
-            "/v3/{}/instances/{}/task-center-detail",
-            query.project_id, query.instance_id
-        );
+        let (project_id, instance_id) = (query.project_id.as_str(), query.instance_id.as_str());
+        let path = [
+            "/v3/",
+            project_id,
+            "/instances/",
+            instance_id,
+            "/task-center-detail",
+        ]
+        .concat();
         let mut url = endpoint.clone();
         url.set_path(&path);
         // The ids' alphabet has nothing that a URL parser rewrites, and the signature covers this very path.
@@ -53,14 +56,9 @@ impl<'a> TaskRequest<'a> {
             workflow_name: query.workflow_name.as_deref(),
         };
         let body = serde_json::to_vec(&body).expect("two strings serialize");
-        let host = url.host_str().expect("an endpoint has a host");
-        let host = url
-            .port()
-            .map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"));
         Self {
-            host,
             url,
-            project_id: &query.project_id,
+            project_id,
             body: Bytes::from(body),
         }
     }
@@ -68,6 +66,14 @@ impl<'a> TaskRequest<'a> {
     /// Where every attempt goes.
     pub(super) fn url(&self) -> &Url {
         &self.url
+    }
+
+    /// As the HTTP client will send it: the port only where it is not the scheme's own.
+    fn host(&self) -> String {
+        let host = self.url.host_str().expect("an endpoint has a host");
+        self.url
+            .port()
+            .map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"))
     }
 
     /// The request of one attempt, with its credential: a token as it is, or a signature of this moment.
@@ -87,7 +93,7 @@ impl<'a> TaskRequest<'a> {
                     query: &[],
                     headers: &[
                         ("content-type", APPLICATION_JSON),
-                        ("host", &self.host),
+                        ("host", &self.host()),
                         ("x-project-id", self.project_id),
                     ],
                     body: &self.body,
