@@ -10,7 +10,7 @@ mod cache;
 pub mod chain;
 #[cfg(test)]
 mod fake_issuer;
-pub mod fetch;
+mod fetch;
 pub mod file;
 pub mod iam;
 pub mod key_guard;
@@ -30,7 +30,11 @@ use tokio::sync::watch;
 
 pub use self::auth::{AccessKey, Auth, Identity, Token};
 use self::cache::{Cache, OnRefusal};
-use crate::{deadline::Deadline, telemetry::metrics::Metrics};
+use crate::{
+    deadline::Deadline,
+    http::{self, BuildError},
+    telemetry::metrics::Metrics,
+};
 
 /// A refused token is replaced at once; another refusal in the next two seconds costs no further token request.
 const TOKEN_REFUSED: OnRefusal = OnRefusal {
@@ -50,8 +54,8 @@ const KEY_REFUSED: OnRefusal = OnRefusal {
 pub struct Config {
     /// The source.
     pub source: Source,
-    /// How the identity service is reached.
-    pub fetch: fetch::Config,
+    /// How the identity service is reached. The metadata service is always reached directly.
+    pub http: http::Config,
 }
 
 /// The source of credentials, chosen at start.
@@ -98,8 +102,8 @@ impl Credentials {
     /// Starts the source, with a task on the current runtime where it fetches or reads files.
     ///
     /// # Errors
-    /// [`fetch::InvalidConfig`] when the identity service's proxy or certificates cannot be used.
-    pub fn start(config: Config, metrics: Arc<Metrics>) -> Result<Self, fetch::InvalidConfig> {
+    /// [`BuildError`] when the identity service's proxy or certificates cannot be used.
+    pub fn start(config: Config, metrics: Arc<Metrics>) -> Result<Self, BuildError> {
         let ready = Arc::new(watch::Sender::new(false));
         let fetched_key = |source: metadata::Source| {
             Cache::start(
@@ -128,7 +132,11 @@ impl Credentials {
             )),
             Source::Profile(path) => Running::Profile(profile(&path)),
             Source::Iam(iam) => {
-                let client = fetch::identity_client(&config.fetch)?;
+                let http = http::Config {
+                    plain: iam.endpoint.starts_with("http:"),
+                    ..config.http
+                };
+                let client = fetch::identity_client(&http)?;
                 let source = iam::Source::new(client, iam);
                 Running::FetchedToken(Cache::start(
                     "iam",

@@ -13,7 +13,6 @@ use std::{
 
 use http::{HeaderMap, StatusCode, header};
 use prost::Message as _;
-use reqwest::{Certificate, redirect};
 
 use super::{
     conventions as names,
@@ -23,7 +22,10 @@ use super::{
         Scope, ScopeSpans, Span,
     },
 };
-use crate::config;
+use crate::{
+    config,
+    http::{BuildError, build, client_builder, small_body},
+};
 
 /// The pause before the first repeated export; it doubles to [`MAX_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
@@ -43,6 +45,15 @@ pub enum Error {
         "the client for the collector cannot be set up; most often the system has no CA certificates"
     )]
     Client,
+}
+
+impl From<BuildError> for Error {
+    fn from(error: BuildError) -> Self {
+        match error {
+            BuildError::Roots => Self::Certificate,
+            BuildError::Proxy | BuildError::Tls => Self::Client,
+        }
+    }
 }
 
 enum Order {
@@ -119,24 +130,18 @@ const QUEUE_FULL: usize = 0;
 const EXPORT_FAILED: usize = 1;
 
 fn client(config: &config::Tracing) -> Result<reqwest::Client, Error> {
-    let roots = match &config.certificate_pem {
-        Some(pem) => Certificate::from_pem_bundle(pem).map_err(|_| Error::Certificate)?,
-        None => Vec::new(),
+    let shared = crate::http::Config {
+        extra_roots: config.certificate_pem.clone(),
+        proxy: None,
+        connect_timeout: config.timeout,
+        plain: config.endpoint.starts_with("http:"),
     };
-    if config.certificate_pem.is_some() && roots.is_empty() {
-        return Err(Error::Certificate);
-    }
-    let mut builder = reqwest::Client::builder()
-        .redirect(redirect::Policy::none())
-        .retry(reqwest::retry::never())
-        .no_proxy()
-        .http1_only()
-        .user_agent(concat!("rds-task-facade/", env!("CARGO_PKG_VERSION")));
+    let mut builder = client_builder(&shared)?;
     // As OpenTelemetry's own exporters do: a file of certificates replaces the system's.
-    if config.certificate_pem.is_some() || config.endpoint.starts_with("http:") {
-        builder = builder.tls_certs_only(roots);
+    if config.certificate_pem.is_some() {
+        builder = builder.tls_certs_only([]);
     }
-    builder.build().map_err(|_| Error::Client)
+    Ok(build(builder)?)
 }
 
 struct Exporter {
@@ -216,8 +221,9 @@ impl Exporter {
                 .send()
                 .await;
             let wait = match sent {
-                Ok(answer) if answer.status().is_success() => {
-                    return Ok(rejected(&beginning(answer).await));
+                Ok(mut answer) if answer.status().is_success() => {
+                    let body = small_body(&mut answer, MAX_ANSWER_BYTES).await;
+                    return Ok(rejected(&body.ok().flatten().unwrap_or_default()));
                 }
                 Ok(answer) if is_passing(answer.status()) => retry_after(answer.headers()),
                 Ok(answer) => {
@@ -269,19 +275,6 @@ impl Exporter {
             }],
         }
     }
-}
-
-/// The body, or what came of it within the limit.
-async fn beginning(mut answer: reqwest::Response) -> Vec<u8> {
-    let mut body = Vec::new();
-    while let Ok(Some(chunk)) = answer.chunk().await {
-        let room = MAX_ANSWER_BYTES - body.len();
-        body.extend_from_slice(&chunk[..chunk.len().min(room)]);
-        if body.len() == MAX_ANSWER_BYTES {
-            break;
-        }
-    }
-    body
 }
 
 /// Spans that the collector did not take of a request that it accepted as a whole.
