@@ -6,8 +6,10 @@ use ::http::{HeaderMap, StatusCode};
 use bytes::Bytes;
 use reqwest::RequestBuilder;
 
-use super::server_time;
-use crate::http::{self, BuildError};
+use crate::{
+    http::{self, BuildError},
+    wait,
+};
 
 /// Far more than any answer of an issuer without its service catalog.
 const MAX_BODY_BYTES: usize = 64 * 1024;
@@ -46,7 +48,8 @@ impl FetchError {
     pub(super) fn from_answer(answer: &Answer, wait_if_rejected: Duration) -> Self {
         let http_status = answer.status.as_u16();
         let fault = format!("it answers {http_status}");
-        let asked = server_time::retry_after(&answer.headers).unwrap_or_default();
+        let asked =
+            wait::retry_after(&answer.headers, wait::date(&answer.headers)).unwrap_or_default();
         match http_status {
             401 | 403 => Self::Rejected {
                 http_status,

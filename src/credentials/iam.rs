@@ -19,6 +19,7 @@ use super::{
     fetch::{self, Answer, FetchError},
     file, secret, server_time,
 };
+use crate::wait;
 
 /// After a 401 or 403 the same user and password rest for this long: the vendor locks an account after few failures.
 const REST_AFTER_REJECTION: Duration = Duration::from_secs(15 * 60);
@@ -155,7 +156,7 @@ fn token(answer: &Answer) -> Result<Fetched<HeaderValue>, FetchError> {
             time(body.token.issued_at.as_ref()),
         )
     });
-    let now = server_time::date(&answer.headers)
+    let now = wait::date(&answer.headers)
         .or(issued_at)
         .unwrap_or_else(server_time::our_clock);
     let lifetime = server_time::lifetime(expires_at, now)

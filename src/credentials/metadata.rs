@@ -14,6 +14,7 @@ use super::{
     fetch::{self, Answer, FetchError},
     secret, server_time,
 };
+use crate::wait;
 
 /// Life that we ask for a token of the hardened mode, in seconds, as the vendor's SDK does.
 const TOKEN_TTL: &str = "21600";
@@ -170,7 +171,7 @@ fn temporary_key(
         .expires_at
         .as_deref()
         .and_then(server_time::parse);
-    let now = server_time::date(&answer.headers).unwrap_or_else(server_time::our_clock);
+    let now = wait::date(&answer.headers).unwrap_or_else(server_time::our_clock);
     let lifetime = server_time::lifetime(expires_at, now)
         .ok_or_else(|| FetchError::unavailable("the keys it gives have expired already"))?;
     Ok(Fetched {

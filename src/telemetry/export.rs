@@ -25,6 +25,7 @@ use super::{
 use crate::{
     config,
     http::{BuildError, build, client_builder, small_body},
+    wait::{date, retry_after},
 };
 
 /// The pause before the first repeated export; it doubles to [`MAX_PAUSE`].
@@ -225,7 +226,9 @@ impl Exporter {
                     let body = small_body(&mut answer, MAX_ANSWER_BYTES).await;
                     return Ok(rejected(&body.ok().flatten().unwrap_or_default()));
                 }
-                Ok(answer) if is_passing(answer.status()) => retry_after(answer.headers()),
+                Ok(answer) if is_passing(answer.status()) => {
+                    retry_after(answer.headers(), date(answer.headers()))
+                }
                 Ok(answer) => {
                     return Err(format!(
                         "the collector answers {}",
@@ -292,11 +295,6 @@ fn is_passing(status: StatusCode) -> bool {
     matches!(status.as_u16(), 429 | 502 | 503 | 504)
 }
 
-fn retry_after(headers: &HeaderMap) -> Option<Duration> {
-    let seconds = headers.get(header::RETRY_AFTER)?.to_str().ok()?;
-    Some(Duration::from_secs(seconds.trim().parse().ok()?))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -320,27 +318,6 @@ mod tests {
 
         for (body, expected) in cases {
             assert_eq!(rejected(&body), expected, "{body:?}");
-        }
-    }
-
-    #[test]
-    fn a_collector_says_how_long_to_wait_in_seconds() {
-        let cases = [
-            ("3", Some(3)),
-            (" 3 ", Some(3)),
-            ("soon", None),
-            ("-1", None),
-        ];
-
-        for (text, expected) in cases {
-            let headers: HeaderMap = [(header::RETRY_AFTER, text.parse().unwrap())]
-                .into_iter()
-                .collect();
-            assert_eq!(
-                retry_after(&headers),
-                expected.map(Duration::from_secs),
-                "{text:?}"
-            );
         }
     }
 }

@@ -20,7 +20,7 @@ use tokio::{
 use tokio_util::task::AbortOnDropHandle;
 
 use super::{Error, fetch::FetchError, server_time};
-use crate::{deadline::Deadline, telemetry::metrics::Metrics};
+use crate::{deadline::Deadline, telemetry::metrics::Metrics, wait};
 
 /// Bound of one fetch, with all exchanges that belong to it.
 const FETCH_TIMEOUT: Duration = Duration::from_secs(10);
@@ -330,11 +330,7 @@ fn refresh_delay(lifetime: Duration) -> Duration {
         .max(SHORTEST_PAUSE)
 }
 
-/// The wait after a failure that follows `failures` others: a random part ("full jitter") of 1 s that doubles up to 60 s.
+/// The wait after a failure that follows `failures` others.
 fn backoff(failures: u32) -> Duration {
-    FIRST_BACKOFF
-        .saturating_mul(2u32.saturating_pow(failures))
-        .min(LONGEST_BACKOFF)
-        .mul_f64(fastrand::f64())
-        .max(SHORTEST_PAUSE)
+    wait::backoff(FIRST_BACKOFF, LONGEST_BACKOFF, failures).max(SHORTEST_PAUSE)
 }
