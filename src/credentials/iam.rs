@@ -15,6 +15,7 @@ use serde_json::json;
 use zeroize::Zeroizing;
 
 use super::{
+    Issuer,
     cache::{Fetched, Refresh},
     fetch::{self, Answer, FetchError},
     file, secret, server_time,
@@ -67,6 +68,7 @@ impl Source {
 
 impl Refresh for Source {
     type Value = HeaderValue;
+    const ISSUER: Issuer = Issuer::Identity;
 
     async fn refresh(&mut self) -> Result<Fetched<HeaderValue>, FetchError> {
         let password = self.password().await.map_err(|fault| {

@@ -9,6 +9,7 @@ use serde::Deserialize;
 use tokio::time::Instant;
 
 use super::{
+    Issuer,
     auth::AccessKey,
     cache::{Fetched, Refresh},
     fetch::{self, Answer, FetchError},
@@ -110,6 +111,7 @@ impl Source {
 
 impl Refresh for Source {
     type Value = Arc<AccessKey>;
+    const ISSUER: Issuer = Issuer::Metadata;
 
     async fn refresh(&mut self) -> Result<Fetched<Arc<AccessKey>>, FetchError> {
         let token = self.token().await?;

@@ -195,7 +195,7 @@ impl Credentials {
     ///
     /// # Errors
     /// - [`Error::Missing`], [`Error::Malformed`]: the caller's token, where callers bring theirs.
-    /// - [`Error::Rejected`], [`Error::Unavailable`]: the facade has none, and knows when it tries again.
+    /// - [`Error::Rejected`], [`Error::Unavailable`]: the facade has none.
     /// - [`Error::DeadlineExceeded`]: the first fetch took too long for this call.
     pub async fn resolve(&self, metadata: &HeaderMap, deadline: Deadline) -> Result<Auth, Error> {
         match &*self.source {
@@ -288,13 +288,13 @@ pub enum Error {
     /// The caller's `x-auth-token` is repeated or malformed.
     #[error("x-auth-token is repeated or malformed")]
     Malformed,
-    /// The identity service refused our own credential (401 or 403).
-    #[error("the identity service refuses the configured credential")]
+    /// The issuer refused our own credential. Waiting does not help, so no time is named.
+    #[error("the issuer refuses the configured credential")]
     Rejected {
-        /// HTTP status of the refusal.
+        /// Who refused.
+        issuer: Issuer,
+        /// HTTP status of the refusal: 401 or 403.
         http_status: u16,
-        /// When it will be tried again.
-        retry_after: Duration,
     },
     /// Our own credential cannot be fetched now.
     #[error("the configured credential cannot be fetched")]
@@ -311,6 +311,15 @@ pub enum Error {
     /// The deadline passed while waiting.
     #[error("the deadline passed while waiting for a credential")]
     DeadlineExceeded,
+}
+
+/// Who gives the facade the credentials that it fetches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Issuer {
+    /// The identity service, IAM.
+    Identity,
+    /// The metadata service of the machine.
+    Metadata,
 }
 
 /// Whose credential an upstream request carries.
