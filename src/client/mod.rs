@@ -101,7 +101,10 @@ enum Error {
     Connect(BaseUrl, tonic::transport::Error),
     /// No connection in time.
     ConnectTimeout(BaseUrl, Duration),
-    /// The server, or the client library in its place, says why.
+    /// A connection, and nothing more. The text is the innermost cause: a server that refuses a client's certificate says
+    /// so only after the handshake, and the client may see no more of it than the end of the connection.
+    NoAnswer(BaseUrl, String),
+    /// The server says why.
     Status(Box<Status>),
 }
 
@@ -116,6 +119,15 @@ impl fmt::Display for Error {
             }
             Self::ConnectTimeout(target, timeout) => {
                 write!(f, "cannot connect to {target} within {timeout:?}; {advice}")
+            }
+            Self::NoAnswer(target, cause) => {
+                write!(f, "no answer from {target}: {cause}")?;
+                match target.as_str().starts_with("https:") {
+                    true => f.write_str(
+                        "; where the server demands a client certificate, check --cert and --key",
+                    ),
+                    false => Ok(()),
+                }
             }
             Self::Status(status) => failure::describe(f, status),
         }
@@ -181,21 +193,17 @@ async fn ask_for_health(health: Health) -> Result<ServingStatus, Error> {
     }
 }
 
-/// The client library ends a call at its deadline as CANCELLED; what it means is `DEADLINE_EXCEEDED`.
+/// What a status means that the client library made itself, in place of the server: those have a source.
 fn failed(status: Status, server: &Server) -> Error {
-    let mut cause = std::error::Error::source(&status);
-    let mut expired = false;
-    while let Some(error) = cause {
-        expired |= error.is::<tonic::TimeoutExpired>();
-        cause = error.source();
+    let Some(cause) = std::error::Error::source(&status) else {
+        return Error::Status(Box::new(status));
+    };
+    if failure::causes(cause).any(|error| error.is::<tonic::TimeoutExpired>()) {
+        // The library ends a call at its deadline as CANCELLED.
+        let message = format!("no answer within {:?}", server.timeout);
+        return Error::Status(Box::new(Status::new(Code::DeadlineExceeded, message)));
     }
-    Error::Status(Box::new(match expired {
-        true => Status::new(
-            Code::DeadlineExceeded,
-            format!("no answer within {:?}", server.timeout),
-        ),
-        false => status,
-    }))
+    Error::NoAnswer(server.target.clone(), failure::root_cause(cause))
 }
 
 async fn connect(server: &Server) -> Result<Channel, Error> {

@@ -57,6 +57,55 @@ async fn call_and_health_reach_a_tls_listener_with_the_right_files_only() {
 }
 
 #[tokio::test]
+async fn call_and_health_say_in_one_sentence_why_they_were_not_let_in() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (authority, stranger) = (Authority::new(), Authority::new());
+    let ca = folder.path().join("ca.pem").display().to_string();
+    fs::write(&ca, authority.pem()).expect("a file");
+    let (cert, key) = Pair::of_server(&authority, "localhost").write(folder.path(), "server");
+    let program = Program::sandboxed(&[
+        "--tls-cert",
+        &cert,
+        "--tls-key",
+        &key,
+        "--tls-client-ca",
+        &ca,
+    ]);
+    let target = format!("https://localhost:{}", program.grpc.port());
+    let advice = "; where the server demands a client certificate, check --cert and --key\n";
+    let expired = Pair::expired_of_client(&authority).write(folder.path(), "expired");
+    let unknown = Pair::of_client(&stranger).write(folder.path(), "unknown");
+    let with =
+        |files: &(String, String)| ["--cert", &files.0, "--key", &files.1].map(str::to_owned);
+    let cases = [vec![], with(&expired).to_vec(), with(&unknown).to_vec()];
+
+    for files in cases {
+        let files: Vec<&str> = files.iter().map(String::as_str).collect();
+        for command in ["call", "health"] {
+            let args = [&[command, "--target", &target, "--ca", &ca], &files[..]].concat();
+            let (code, out, err) = run(&args, &[]);
+
+            assert_eq!((code, out.as_str()), (1, ""), "{command} {files:?}");
+            let cause = err
+                .strip_prefix(&format!("rds-task-facade: no answer from {target}: "))
+                .and_then(|rest| rest.strip_suffix(advice));
+            // The server's alert, or what the operating system says when the client was still writing.
+            let told = [
+                "alert: Certificate",
+                "alert: Decrypt",
+                "closed",
+                "broken pipe",
+                "reset",
+            ];
+            assert!(
+                cause.is_some_and(|cause| told.iter().any(|part| cause.contains(part))),
+                "{command} {files:?}: {err}"
+            );
+        }
+    }
+}
+
+#[tokio::test]
 async fn peers_that_may_not_come_in_are_refused_and_the_next_client_is_served() {
     let folder = tempfile::tempdir().expect("a folder");
     let (authority, stranger) = (Authority::new(), Authority::new());
