@@ -23,7 +23,7 @@ use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
 
-use crate::{config::BaseUrl, pb};
+use crate::{config::BaseUrl, deadline::Deadline, pb};
 
 /// The server to call, and how.
 #[derive(Debug)]
@@ -34,7 +34,7 @@ pub struct Server {
     pub ca: Option<PathBuf>,
     /// PEM files of the client's certificate chain and key.
     pub identity: Option<(PathBuf, PathBuf)>,
-    /// Upper bound of connecting and of the call.
+    /// Upper bound of connecting and of the call together.
     pub timeout: Duration,
 }
 
@@ -163,14 +163,15 @@ pub async fn health(health: Health) -> ExitCode {
 
 async fn ask_for_task(call: Call) -> Result<pb::GetTaskDetailResponse, Error> {
     let token = call.token.map(Token::metadata).transpose()?;
-    let channel = connect(&call.server).await?;
+    let deadline = Deadline::after(call.server.timeout);
+    let channel = connect(&call.server, deadline).await?;
     let mut request = Request::new(pb::GetTaskDetailRequest {
         project_id: call.task.project_id,
         instance_id: call.task.instance_id,
         workflow_id: call.task.workflow_id,
         workflow_name: call.task.workflow_name,
     });
-    request.set_timeout(call.server.timeout);
+    request.set_timeout(deadline.remaining());
     if let Some(token) = token {
         request.metadata_mut().insert("x-auth-token", token);
     }
@@ -182,11 +183,12 @@ async fn ask_for_task(call: Call) -> Result<pb::GetTaskDetailResponse, Error> {
 }
 
 async fn ask_for_health(health: Health) -> Result<ServingStatus, Error> {
-    let channel = connect(&health.server).await?;
+    let deadline = Deadline::after(health.server.timeout);
+    let channel = connect(&health.server, deadline).await?;
     let mut request = Request::new(HealthCheckRequest {
         service: health.service,
     });
-    request.set_timeout(health.server.timeout);
+    request.set_timeout(deadline.remaining());
     match HealthClient::new(channel).check(request).await {
         Ok(answer) => Ok(answer.into_inner().status()),
         Err(status) => Err(failed(status, &health.server)),
@@ -206,7 +208,7 @@ fn failed(status: Status, server: &Server) -> Error {
     Error::NoAnswer(server.target.clone(), failure::root_cause(cause))
 }
 
-async fn connect(server: &Server) -> Result<Channel, Error> {
+async fn connect(server: &Server, deadline: Deadline) -> Result<Channel, Error> {
     let connect_error = |error| Error::Connect(server.target.clone(), error);
     let mut endpoint = Channel::from_shared(server.target.as_str().to_owned())
         .expect("a base URL is a URI")
@@ -224,7 +226,7 @@ async fn connect(server: &Server) -> Result<Channel, Error> {
         }
         endpoint = endpoint.tls_config(tls).map_err(connect_error)?;
     }
-    match tokio::time::timeout(server.timeout, endpoint.connect()).await {
+    match deadline.bound(endpoint.connect()).await {
         Ok(channel) => channel.map_err(connect_error),
         Err(_) => Err(Error::ConnectTimeout(server.target.clone(), server.timeout)),
     }

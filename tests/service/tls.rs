@@ -1,9 +1,15 @@
-use std::{fs, time::Duration};
+use std::{
+    fs,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
+use rustls::ServerConfig;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::TcpStream,
+    net::{TcpListener, TcpStream},
 };
+use tokio_rustls::TlsAcceptor;
 use tonic::Code;
 
 use crate::support::{
@@ -103,6 +109,37 @@ async fn call_and_health_say_in_one_sentence_why_they_were_not_let_in() {
             );
         }
     }
+}
+
+#[tokio::test]
+async fn connecting_and_asking_for_health_share_one_timeout() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let authority = Authority::new();
+    let ca = folder.path().join("ca.pem").display().to_string();
+    fs::write(&ca, authority.pem()).expect("a file");
+    let mut config = ServerConfig::clone(&Pair::of_server(&authority, "localhost").server());
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    let acceptor = TlsAcceptor::from(Arc::new(config));
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let port = listener.local_addr().expect("an address").port();
+    tokio::spawn(async move {
+        let (socket, _) = listener.accept().await.expect("a client");
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        let mut silent = acceptor.accept(socket).await.expect("a handshake");
+        let _ = silent.read_to_end(&mut Vec::new()).await;
+    });
+    let target = format!("https://localhost:{port}");
+    let begun = Instant::now();
+
+    let asked = tokio::task::spawn_blocking(move || {
+        let with = ["--target", &target, "--ca", &ca, "--timeout", "2500ms"];
+        run(&[&["health"], &with[..]].concat(), &[])
+    });
+    let (code, _, err) = asked.await.expect("no panic");
+
+    assert_eq!(code, 1);
+    assert!(err.contains("no answer within 2.5s"), "{err}");
+    assert!(begun.elapsed() < Duration::from_secs(4), "{err}");
 }
 
 #[tokio::test]
