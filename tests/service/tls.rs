@@ -1,5 +1,6 @@
 use std::{
     fs,
+    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -30,19 +31,30 @@ const HELLO_OF_TLS_1_1: &[u8] = &[
     0, 0, 4, 0xc0, 0x13, 0, 0x2f, 1, 0, // no session, two ciphers, no compression
 ];
 
+/// A program that lets in only clients of this authority, and the file with the authority's certificate.
+fn mutual(folder: &Path, authority: &Authority) -> (Program, String) {
+    let ca = authority.write(folder, "ca");
+    let (cert, key) = Pair::of_server(authority, "localhost").write(folder, "server");
+    let program = Program::sandboxed(&[
+        "--tls-cert",
+        &cert,
+        "--tls-key",
+        &key,
+        "--tls-client-ca",
+        &ca,
+    ]);
+    (program, ca)
+}
+
 #[tokio::test]
 async fn call_and_health_reach_a_tls_listener_with_the_right_files_only() {
     let folder = tempfile::tempdir().expect("a folder");
     let (authority, stranger) = (Authority::new(), Authority::new());
-    let ca = folder.path().join("ca.pem").display().to_string();
-    let other_ca = folder.path().join("other.pem").display().to_string();
-    fs::write(&ca, authority.pem()).expect("a file");
-    fs::write(&other_ca, stranger.pem()).expect("a file");
-    let (cert, key) = Pair::of_server(&authority, "localhost").write(folder.path(), "server");
+    let other_ca = stranger.write(folder.path(), "other");
+    let (cert, key) = Pair::of_server(&authority, "localhost").write(folder.path(), "plain");
     let (client_cert, client_key) = Pair::of_client(&authority).write(folder.path(), "client");
-    let tls = ["--tls-cert", &cert, "--tls-key", &key];
-    let plain = Program::sandboxed(&tls);
-    let mutual = Program::sandboxed(&[&tls[..], &["--tls-client-ca", &ca]].concat());
+    let plain = Program::sandboxed(&["--tls-cert", &cert, "--tls-key", &key]);
+    let (mutual, ca) = mutual(folder.path(), &authority);
     let with = ["--cert", &client_cert, "--key", &client_key];
     let cases = [
         ("right CA", &plain, &ca, &[][..], 0),
@@ -66,17 +78,7 @@ async fn call_and_health_reach_a_tls_listener_with_the_right_files_only() {
 async fn call_and_health_say_in_one_sentence_why_they_were_not_let_in() {
     let folder = tempfile::tempdir().expect("a folder");
     let (authority, stranger) = (Authority::new(), Authority::new());
-    let ca = folder.path().join("ca.pem").display().to_string();
-    fs::write(&ca, authority.pem()).expect("a file");
-    let (cert, key) = Pair::of_server(&authority, "localhost").write(folder.path(), "server");
-    let program = Program::sandboxed(&[
-        "--tls-cert",
-        &cert,
-        "--tls-key",
-        &key,
-        "--tls-client-ca",
-        &ca,
-    ]);
+    let (program, ca) = mutual(folder.path(), &authority);
     let target = format!("https://localhost:{}", program.grpc.port());
     let advice = "; where the server demands a client certificate, check --cert and --key\n";
     let expired = Pair::expired_of_client(&authority).write(folder.path(), "expired");
@@ -115,8 +117,7 @@ async fn call_and_health_say_in_one_sentence_why_they_were_not_let_in() {
 async fn connecting_and_asking_for_health_share_one_timeout() {
     let folder = tempfile::tempdir().expect("a folder");
     let authority = Authority::new();
-    let ca = folder.path().join("ca.pem").display().to_string();
-    fs::write(&ca, authority.pem()).expect("a file");
+    let ca = authority.write(folder.path(), "ca");
     let mut config = ServerConfig::clone(&Pair::of_server(&authority, "localhost").server());
     config.alpn_protocols = vec![b"h2".to_vec()];
     let acceptor = TlsAcceptor::from(Arc::new(config));
@@ -146,17 +147,7 @@ async fn connecting_and_asking_for_health_share_one_timeout() {
 async fn peers_that_may_not_come_in_are_refused_and_the_next_client_is_served() {
     let folder = tempfile::tempdir().expect("a folder");
     let (authority, stranger) = (Authority::new(), Authority::new());
-    let ca = folder.path().join("ca.pem").display().to_string();
-    fs::write(&ca, authority.pem()).expect("a file");
-    let (cert, key) = Pair::of_server(&authority, "localhost").write(folder.path(), "server");
-    let program = Program::sandboxed(&[
-        "--tls-cert",
-        &cert,
-        "--tls-key",
-        &key,
-        "--tls-client-ca",
-        &ca,
-    ]);
+    let (program, _) = mutual(folder.path(), &authority);
     let good = client(&authority, Some(&Pair::of_client(&authority)));
     let bad = [
         ("no certificate", None),
@@ -252,8 +243,7 @@ async fn new_certificates_are_used_without_a_lost_call_and_bad_ones_are_not() {
 async fn upstream_is_called_only_when_its_certificate_is_good_and_a_bad_one_is_asked_once() {
     let folder = tempfile::tempdir().expect("a folder");
     let (authority, stranger) = (Authority::new(), Authority::new());
-    let ca = folder.path().join("ca.pem").display().to_string();
-    fs::write(&ca, authority.pem()).expect("a file");
+    let ca = authority.write(folder.path(), "ca");
     let cases = [
         ("good", Pair::of_server(&authority, "localhost"), true),
         (
@@ -297,8 +287,7 @@ async fn upstream_is_called_only_when_its_certificate_is_good_and_a_bad_one_is_a
 async fn the_configured_proxy_is_used_and_its_refusal_is_told() {
     let folder = tempfile::tempdir().expect("a folder");
     let authority = Authority::new();
-    let ca = folder.path().join("ca.pem").display().to_string();
-    fs::write(&ca, authority.pem()).expect("a file");
+    let ca = authority.write(folder.path(), "ca");
     let upstream = Upstream::always(example()).await;
     let pair = Pair::of_server(&authority, "localhost");
     let front = Front::tls(pair.server(), upstream.address).await;

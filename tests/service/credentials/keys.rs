@@ -274,6 +274,7 @@ async fn a_refused_temporary_key_is_replaced_at_once_and_not_when_its_life_is_ov
     let program = Program::start(&metadata("metadata", &url, &metadata_url), &[]);
 
     let refused = program.failure(example_request()).await;
+    service.wait_for_requests(3).await;
     while program.metric(FETCHED).await < 2.0 {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }

@@ -132,6 +132,7 @@ async fn a_token_killed_again_within_two_seconds_is_told_as_refused_and_replaced
     let killed_again = program.call(distinct_request()).await;
     let at_once = begun.elapsed() < Duration::from_secs(2);
     while program.call(distinct_request()).await.is_err() {
+        assert!(begun.elapsed() < Duration::from_secs(20), "never renewed");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
 
@@ -289,11 +290,13 @@ async fn a_signal_during_the_first_fetch_ends_the_program_at_once_and_well() {
     for (number, args) in [iam(&url, &password_file), metadata].iter().enumerate() {
         let mut program = Program::start(args, &[]);
         silent.wait_for_requests(number + 1).await;
+        let ready = program.admin("/readyz").await.0;
         let begun = Instant::now();
 
         program.signal("TERM");
         let ended = program.wait();
 
+        assert_eq!(ready, 503, "{args:?}");
         assert_eq!(ended.code(), Some(0), "{args:?}");
         assert!(begun.elapsed() < Duration::from_secs(3), "{args:?}");
     }

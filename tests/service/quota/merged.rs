@@ -4,8 +4,10 @@ use rds_task_facade::pb::GetTaskDetailRequest;
 use tokio::task::JoinSet;
 use tonic::Code;
 
-use super::{begin, slow_example, with_token};
-use crate::support::{Connection, Program, Step, Upstream, answer, example, example_request};
+use super::{begin, with_token};
+use crate::support::{
+    Connection, Program, Step, Upstream, answer, example, example_request, upstream::slow_example,
+};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_thousand_equal_calls_over_ten_connections_cause_one_upstream_call() {

@@ -5,13 +5,9 @@ mod merged;
 /// Identities that the vendor throttles, and the local rate.
 mod throttled;
 
-use std::time::Duration;
-
 use rds_task_facade::pb::{GetTaskDetailRequest, task_service_client::TaskServiceClient};
 use tokio::task::JoinSet;
 use tonic::{Request, Status, transport::Channel};
-
-use crate::support::{Step, example};
 
 fn with_token(token: &str, request: GetTaskDetailRequest) -> Request<GetTaskDetailRequest> {
     let mut request = Request::new(request);
@@ -19,12 +15,6 @@ fn with_token(token: &str, request: GetTaskDetailRequest) -> Request<GetTaskDeta
         .metadata_mut()
         .insert("x-auth-token", token.parse().expect("ASCII"));
     request
-}
-
-fn slow_example() -> Vec<Step> {
-    let mut steps = vec![Step::Wait(Duration::from_millis(500))];
-    steps.extend(example());
-    steps
 }
 
 /// Starts one call and hands back the task that waits for it.
