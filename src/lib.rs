@@ -19,7 +19,7 @@
 //! - [`credentials`]: where tokens and keys come from, how they are renewed, how a request is signed
 //! - [`quota`]: merges equal calls, keeps answers for a moment
 //! - [`upstream`]: the vendor's operation: request, throttling, pace, attempts, retry, breaker, wire format, meaning of errors
-//! - [`http`]: one bounded HTTP exchange; the HTTP client of the request's path
+//! - [`http`]: one bounded HTTP exchange; the HTTP client of the request's path, and what every HTTP client has in common
 //! - [`wait`]: how long to wait before something is tried again
 //! - [`deadline`], [`reason`], [`code`], [`status`]: the RPC's deadline, the closed list of reasons, names of codes, the
 //!   only maker of statuses
