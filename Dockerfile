@@ -30,6 +30,7 @@ ENV RDS_TASK_FACADE_LISTEN=0.0.0.0:50051 \
     RDS_TASK_FACADE_LOG_FORMAT=json
 EXPOSE 50051 9464
 USER 65532:65532
+# `health` gives up by itself after 3 s; the rest is for the start of the process on a busy machine.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=10s CMD ["/rds-task-facade", "health"]
 ENTRYPOINT ["/rds-task-facade"]
 CMD ["serve"]

@@ -12,6 +12,9 @@ use std::{
 
 use tokio::time::Instant;
 
+/// Nobody outlives it, and adding it to a clock cannot overflow.
+pub const THIRTY_YEARS: Duration = Duration::from_secs(30 * 365 * 24 * 60 * 60);
+
 /// The point in time at which an RPC must be over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Deadline(Instant);
@@ -23,8 +26,7 @@ pub struct Passed;
 impl Deadline {
     /// The deadline `timeout` from now. A timeout beyond what the clock can hold becomes 30 years, which nobody outlives.
     pub fn after(timeout: Duration) -> Self {
-        const FAR: Duration = Duration::from_secs(30 * 365 * 24 * 60 * 60);
-        Self(Instant::now() + timeout.min(FAR))
+        Self(Instant::now() + timeout.min(THIRTY_YEARS))
     }
 
     /// The point in time itself, for timers.

@@ -1,11 +1,13 @@
 //! One bounded HTTP exchange with the vendor's endpoint. The only room of the request's path that knows the HTTP client
 //! library: it sets every limit once, and turns the library's errors into a [`Failure`].
+//!
+//! The clients for credentials and traces begin with the same settings: [`client_builder`].
 
 use std::{error::Error as StdError, io, time::Duration};
 
 use ::http::HeaderMap;
 use bytes::{Bytes, BytesMut};
-use reqwest::{Certificate, Proxy, Url, redirect, tls};
+use reqwest::{Certificate, ClientBuilder, Proxy, Url, redirect, tls};
 
 use crate::reason::Reason;
 
@@ -72,6 +74,62 @@ impl Failure {
     }
 }
 
+/// What every HTTP client of the program starts from: no redirect is followed and nothing is repeated behind our back, the
+/// environment's proxies do not count, and only TLS 1.2 and newer with the configured roots is spoken.
+///
+/// # Errors
+/// [`BuildError`] for a setting that cannot be used.
+pub fn client_builder(config: &Config) -> Result<ClientBuilder, BuildError> {
+    let roots = match &config.extra_roots {
+        Some(pem) => roots(pem)?,
+        None => Vec::new(),
+    };
+    let mut builder = reqwest::Client::builder()
+        .redirect(redirect::Policy::none())
+        .retry(reqwest::retry::never())
+        .referer(false)
+        .no_proxy()
+        .http1_only()
+        .tls_version_min(tls::Version::TLS_1_2)
+        .connect_timeout(config.connect_timeout)
+        .user_agent(concat!("rds-task-facade/", env!("CARGO_PKG_VERSION")));
+    builder = if config.plain {
+        builder.tls_certs_only(roots)
+    } else {
+        builder.https_only(true).tls_certs_merge(roots)
+    };
+    if let Some(proxy) = &config.proxy {
+        builder = builder.proxy(Proxy::all(proxy.clone()).map_err(|_| BuildError::Proxy)?);
+    }
+    Ok(builder)
+}
+
+/// Builds what [`client_builder`] began.
+///
+/// # Errors
+/// [`BuildError::Tls`] when TLS cannot be set up.
+pub fn build(builder: ClientBuilder) -> Result<reqwest::Client, BuildError> {
+    builder.build().map_err(|_| BuildError::Tls)
+}
+
+/// Reads a body that is expected to be small; `None` when it is longer than `max_bytes`.
+///
+/// # Errors
+/// The library's, when the body breaks off.
+pub async fn small_body(
+    response: &mut reqwest::Response,
+    max_bytes: usize,
+) -> Result<Option<Bytes>, reqwest::Error> {
+    let mut body = BytesMut::new();
+    while let Some(chunk) = response.chunk().await? {
+        if body.len() + chunk.len() > max_bytes {
+            return Ok(None);
+        }
+        body.extend_from_slice(&chunk);
+    }
+    Ok(Some(body.freeze()))
+}
+
 /// A pool of connections. Each worker has its own, because a connection is driven by the runtime that opened it.
 #[derive(Debug, Clone)]
 pub struct Client(reqwest::Client);
@@ -80,30 +138,10 @@ impl Client {
     /// # Errors
     /// [`BuildError`] for a setting that cannot be used.
     pub fn new(config: &Config) -> Result<Self, BuildError> {
-        let roots = match &config.extra_roots {
-            Some(pem) => roots(pem)?,
-            None => Vec::new(),
-        };
-        let mut builder = reqwest::Client::builder()
-            .redirect(redirect::Policy::none())
-            .retry(reqwest::retry::never())
-            .referer(false)
-            .no_proxy()
-            .http1_only()
-            .tls_version_min(tls::Version::TLS_1_2)
-            .connect_timeout(config.connect_timeout)
+        let builder = client_builder(config)?
             .pool_idle_timeout(POOL_IDLE_TIMEOUT)
-            .pool_max_idle_per_host(POOL_MAX_IDLE)
-            .user_agent(concat!("rds-task-facade/", env!("CARGO_PKG_VERSION")));
-        builder = if config.plain {
-            builder.tls_certs_only(roots)
-        } else {
-            builder.https_only(true).tls_certs_merge(roots)
-        };
-        if let Some(proxy) = &config.proxy {
-            builder = builder.proxy(Proxy::all(proxy.clone()).map_err(|_| BuildError::Proxy)?);
-        }
-        builder.build().map(Self).map_err(|_| BuildError::Tls)
+            .pool_max_idle_per_host(POOL_MAX_IDLE);
+        build(builder).map(Self)
     }
 
     /// Sends a request and awaits the head of the answer. Dropping the future closes the connection.

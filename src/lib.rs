@@ -19,7 +19,8 @@
 //! - [`credentials`]: where tokens and keys come from, how they are renewed, how a request is signed
 //! - [`quota`]: merges equal calls, keeps answers for a moment
 //! - [`upstream`]: the vendor's operation: request, throttling, pace, attempts, retry, breaker, wire format, meaning of errors
-//! - [`http`]: one bounded HTTP exchange; the HTTP client of the request's path
+//! - [`http`]: one bounded HTTP exchange; the HTTP client of the request's path, and what every HTTP client has in common
+//! - [`wait`]: how long to wait before something is tried again
 //! - [`deadline`], [`reason`], [`code`], [`status`]: the RPC's deadline, the closed list of reasons, names of codes, the
 //!   only maker of statuses
 //! - [`telemetry`]: log, access line, metrics, traces
@@ -43,6 +44,7 @@ pub mod server;
 pub mod status;
 pub mod telemetry;
 pub mod upstream;
+pub mod wait;
 
 /// What the proto generates, and its descriptor set.
 #[allow(missing_docs, unreachable_pub, clippy::all, clippy::doc_markdown)]

@@ -19,7 +19,7 @@ use tokio::{
 use crate::{
     admin,
     config::{self, Config, Endpoint},
-    credentials::{self, Credentials, chain, fetch, iam},
+    credentials::{self, Credentials, chain, iam},
     http,
     quota::{self, Quota},
     rpc::Facade,
@@ -42,9 +42,7 @@ enum Error {
     #[error("--upstream-ca: {0}")]
     UpstreamCa(#[source] io::Error),
     #[error(transparent)]
-    Upstream(#[from] http::BuildError),
-    #[error(transparent)]
-    Issuer(#[from] fetch::InvalidConfig),
+    Http(#[from] http::BuildError),
     #[error(transparent)]
     Server(#[from] server::Error),
     #[error(transparent)]
@@ -101,24 +99,12 @@ async fn run(config: Config, metrics: Arc<Metrics>, access: Access) -> Result<()
     let sandbox = start_sandbox(&config).await?;
     let base_url = |endpoint: &Endpoint| base_url(endpoint, sandbox);
 
-    let extra_roots = match &config.upstream.ca {
-        Some(path) => Some(std::fs::read(path).map_err(Error::UpstreamCa)?),
-        None => None,
-    };
     let endpoint = base_url(&config.upstream.endpoint);
-    let issuers = fetch::Config {
-        proxy: config
-            .upstream
-            .proxy
-            .as_ref()
-            .map(|proxy| proxy.url.clone()),
-        extra_ca_pem: extra_roots.clone(),
-        connect_timeout: config.upstream.connect_timeout,
-    };
+    let http = http_config(&config, &endpoint)?;
     let credentials = Credentials::start(
         credentials::Config {
             source: source(&config.credentials, base_url),
-            fetch: issuers,
+            http: http.clone(),
         },
         Arc::clone(&metrics),
     )?;
@@ -126,8 +112,8 @@ async fn run(config: Config, metrics: Arc<Metrics>, access: Access) -> Result<()
     let facades = facades(
         &config,
         workers,
-        &endpoint,
-        extra_roots,
+        url(endpoint.as_str()),
+        &http,
         &credentials,
         &metrics,
     )?;
@@ -288,29 +274,36 @@ fn source(
     }
 }
 
+/// How the vendor's endpoints are reached.
+fn http_config(config: &Config, endpoint: &config::BaseUrl) -> Result<http::Config, Error> {
+    let upstream = &config.upstream;
+    let extra_roots = match &upstream.ca {
+        Some(path) => Some(std::fs::read(path).map_err(Error::UpstreamCa)?),
+        None => None,
+    };
+    let proxy = upstream.proxy.as_ref();
+    Ok(http::Config {
+        extra_roots,
+        proxy: proxy.map(|proxy| url(proxy.url.expose_secret())),
+        connect_timeout: upstream.connect_timeout,
+        plain: endpoint.as_str().starts_with("http:"),
+    })
+}
+
+fn url(text: &str) -> reqwest::Url {
+    reqwest::Url::parse(text).expect("the configuration holds only URLs that parse")
+}
+
 /// One facade for each worker, made before any thread starts, so that a setting that cannot be used ends the start.
 fn facades(
     config: &Config,
     workers: usize,
-    endpoint: &config::BaseUrl,
-    extra_roots: Option<Vec<u8>>,
+    endpoint: reqwest::Url,
+    http: &http::Config,
     credentials: &Credentials,
     metrics: &Arc<Metrics>,
 ) -> Result<Mutex<Vec<Facade>>, Error> {
-    let url = |text: &str| {
-        reqwest::Url::parse(text).expect("the configuration holds only URLs that parse")
-    };
     let upstream = &config.upstream;
-    let endpoint = url(endpoint.as_str());
-    let http = http::Config {
-        extra_roots,
-        proxy: upstream
-            .proxy
-            .as_ref()
-            .map(|proxy| url(proxy.url.expose_secret())),
-        connect_timeout: upstream.connect_timeout,
-        plain: endpoint.scheme() == "http",
-    };
     let shared = upstream::Endpoint::new(
         upstream::Config {
             endpoint,
@@ -335,7 +328,7 @@ fn facades(
     let allowed = (!allowed.is_empty()).then(|| Arc::new(allowed));
     let facade = |_| {
         let client = upstream::Client::new(
-            http::Client::new(&http)?,
+            http::Client::new(http)?,
             Arc::clone(&shared),
             credentials.clone(),
         );

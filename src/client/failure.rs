@@ -96,13 +96,19 @@ impl fmt::Display for Plain<'_> {
     }
 }
 
+/// An error, and what caused it, and so on.
+pub(super) fn causes<'a>(
+    error: &'a (dyn Error + 'static),
+) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
+    std::iter::successors(Some(error), |&error| error.source())
+}
+
 /// The innermost cause, which says what the operating system or the peer said.
-pub(super) fn root_cause(error: &dyn Error) -> String {
-    let mut cause = error;
-    while let Some(source) = cause.source() {
-        cause = source;
-    }
-    cause.to_string()
+pub(super) fn root_cause(error: &(dyn Error + 'static)) -> String {
+    let innermost = causes(error).last();
+    innermost
+        .expect("the error itself is the first")
+        .to_string()
 }
 
 #[cfg(test)]

@@ -23,7 +23,7 @@ use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
 
-use crate::{config::BaseUrl, pb};
+use crate::{config::BaseUrl, deadline::Deadline, pb};
 
 /// The server to call, and how.
 #[derive(Debug)]
@@ -34,7 +34,7 @@ pub struct Server {
     pub ca: Option<PathBuf>,
     /// PEM files of the client's certificate chain and key.
     pub identity: Option<(PathBuf, PathBuf)>,
-    /// Upper bound of connecting and of the call.
+    /// Upper bound of connecting and of the call together.
     pub timeout: Duration,
 }
 
@@ -101,7 +101,10 @@ enum Error {
     Connect(BaseUrl, tonic::transport::Error),
     /// No connection in time.
     ConnectTimeout(BaseUrl, Duration),
-    /// The server, or the client library in its place, says why.
+    /// A connection, and nothing more. The text is the innermost cause: a server that refuses a client's certificate says
+    /// so only after the handshake, and the client may see no more of it than the end of the connection.
+    NoAnswer(BaseUrl, String),
+    /// The server says why.
     Status(Box<Status>),
 }
 
@@ -116,6 +119,15 @@ impl fmt::Display for Error {
             }
             Self::ConnectTimeout(target, timeout) => {
                 write!(f, "cannot connect to {target} within {timeout:?}; {advice}")
+            }
+            Self::NoAnswer(target, cause) => {
+                write!(f, "no answer from {target}: {cause}")?;
+                match target.as_str().starts_with("https:") {
+                    true => f.write_str(
+                        "; where the server demands a client certificate, check --cert and --key",
+                    ),
+                    false => Ok(()),
+                }
             }
             Self::Status(status) => failure::describe(f, status),
         }
@@ -151,14 +163,15 @@ pub async fn health(health: Health) -> ExitCode {
 
 async fn ask_for_task(call: Call) -> Result<pb::GetTaskDetailResponse, Error> {
     let token = call.token.map(Token::metadata).transpose()?;
-    let channel = connect(&call.server).await?;
+    let deadline = Deadline::after(call.server.timeout);
+    let channel = connect(&call.server, deadline).await?;
     let mut request = Request::new(pb::GetTaskDetailRequest {
         project_id: call.task.project_id,
         instance_id: call.task.instance_id,
         workflow_id: call.task.workflow_id,
         workflow_name: call.task.workflow_name,
     });
-    request.set_timeout(call.server.timeout);
+    request.set_timeout(deadline.remaining());
     if let Some(token) = token {
         request.metadata_mut().insert("x-auth-token", token);
     }
@@ -170,35 +183,32 @@ async fn ask_for_task(call: Call) -> Result<pb::GetTaskDetailResponse, Error> {
 }
 
 async fn ask_for_health(health: Health) -> Result<ServingStatus, Error> {
-    let channel = connect(&health.server).await?;
+    let deadline = Deadline::after(health.server.timeout);
+    let channel = connect(&health.server, deadline).await?;
     let mut request = Request::new(HealthCheckRequest {
         service: health.service,
     });
-    request.set_timeout(health.server.timeout);
+    request.set_timeout(deadline.remaining());
     match HealthClient::new(channel).check(request).await {
         Ok(answer) => Ok(answer.into_inner().status()),
         Err(status) => Err(failed(status, &health.server)),
     }
 }
 
-/// The client library ends a call at its deadline as CANCELLED; what it means is `DEADLINE_EXCEEDED`.
+/// What a status means that the client library made itself, in place of the server: those have a source.
 fn failed(status: Status, server: &Server) -> Error {
-    let mut cause = std::error::Error::source(&status);
-    let mut expired = false;
-    while let Some(error) = cause {
-        expired |= error.is::<tonic::TimeoutExpired>();
-        cause = error.source();
+    let Some(cause) = std::error::Error::source(&status) else {
+        return Error::Status(Box::new(status));
+    };
+    if failure::causes(cause).any(|error| error.is::<tonic::TimeoutExpired>()) {
+        // The library ends a call at its deadline as CANCELLED.
+        let message = format!("no answer within {:?}", server.timeout);
+        return Error::Status(Box::new(Status::new(Code::DeadlineExceeded, message)));
     }
-    Error::Status(Box::new(match expired {
-        true => Status::new(
-            Code::DeadlineExceeded,
-            format!("no answer within {:?}", server.timeout),
-        ),
-        false => status,
-    }))
+    Error::NoAnswer(server.target.clone(), failure::root_cause(cause))
 }
 
-async fn connect(server: &Server) -> Result<Channel, Error> {
+async fn connect(server: &Server, deadline: Deadline) -> Result<Channel, Error> {
     let connect_error = |error| Error::Connect(server.target.clone(), error);
     let mut endpoint = Channel::from_shared(server.target.as_str().to_owned())
         .expect("a base URL is a URI")
@@ -216,7 +226,7 @@ async fn connect(server: &Server) -> Result<Channel, Error> {
         }
         endpoint = endpoint.tls_config(tls).map_err(connect_error)?;
     }
-    match tokio::time::timeout(server.timeout, endpoint.connect()).await {
+    match deadline.bound(endpoint.connect()).await {
         Ok(channel) => channel.map_err(connect_error),
         Err(_) => Err(Error::ConnectTimeout(server.target.clone(), server.timeout)),
     }

@@ -8,13 +8,10 @@ use std::{
 use secrecy::SecretString;
 
 use super::Rate;
-use crate::credentials::secret::visible;
+use crate::{credentials::secret::visible, deadline::THIRTY_YEARS};
 
 /// A value, or why the text is none: lower case, no full stop, says the accepted form.
 pub(super) type Parsed<T> = Result<T, String>;
-
-/// As for deadlines: nobody outlives it, and adding it to a clock cannot overflow.
-const LONGEST: Duration = Duration::from_secs(30 * 365 * 24 * 60 * 60);
 
 /// `250ms`, `10s`, `5m`, `1h`; zero where `0s` means something. More than 30 years count as 30 years.
 pub(super) fn duration(text: &str, zero_allowed: bool) -> Parsed<Duration> {
@@ -37,7 +34,7 @@ pub(super) fn duration(text: &str, zero_allowed: bool) -> Parsed<Duration> {
     }
     // Only too many digits can fail here.
     let count = digits.parse().unwrap_or(u64::MAX);
-    let duration = Duration::from_millis(unit_ms.saturating_mul(count)).min(LONGEST);
+    let duration = Duration::from_millis(unit_ms.saturating_mul(count)).min(THIRTY_YEARS);
     if duration.is_zero() && !zero_allowed {
         return Err("must be longer than zero".to_owned());
     }
@@ -220,7 +217,7 @@ mod tests {
             ("5m", Some(Duration::from_secs(300))),
             ("1h", Some(Duration::from_secs(3600))),
             ("1ms", Some(Duration::from_millis(1))),
-            ("99999999999999999999999h", Some(LONGEST)),
+            ("99999999999999999999999h", Some(THIRTY_YEARS)),
             ("0s", None),
             ("0", None),
             ("10", None),

@@ -4,6 +4,7 @@
 use std::{path::PathBuf, sync::Arc};
 
 use super::{
+    Issuer,
     auth::AccessKey,
     cache::{Fetched, Refresh},
     fetch::FetchError,
@@ -55,6 +56,7 @@ pub(super) struct LastLink {
 
 impl Refresh for LastLink {
     type Value = Arc<AccessKey>;
+    const ISSUER: Issuer = Issuer::Metadata;
 
     async fn refresh(&mut self) -> Result<Fetched<Arc<AccessKey>>, FetchError> {
         self.metadata.refresh().await.map_err(|mut error| {

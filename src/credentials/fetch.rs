@@ -3,42 +3,19 @@
 use std::{error::Error as _, fmt, time::Duration};
 
 use ::http::{HeaderMap, StatusCode};
-use bytes::{Bytes, BytesMut};
-use reqwest::{Certificate, Proxy, RequestBuilder, redirect};
-use secrecy::{ExposeSecret as _, SecretString};
+use bytes::Bytes;
+use reqwest::RequestBuilder;
 
-use super::server_time;
+use crate::{
+    http::{self, BuildError},
+    wait,
+};
 
 /// Far more than any answer of an issuer without its service catalog.
 const MAX_BODY_BYTES: usize = 64 * 1024;
 
 /// Connect and read timeout of the metadata service, as in the vendor's SDK. It answers from the same host.
 const METADATA_TIMEOUT: Duration = Duration::from_secs(3);
-
-/// How the identity service is reached. The metadata service is always reached directly.
-#[derive(Debug, Clone)]
-pub struct Config {
-    /// `http://[user:password@]host:port`.
-    pub proxy: Option<SecretString>,
-    /// PEM certificates, added to the system's roots.
-    pub extra_ca_pem: Option<Vec<u8>>,
-    /// How long a connection may take to come about.
-    pub connect_timeout: Duration,
-}
-
-/// The HTTP client for the issuers cannot be built.
-#[derive(Debug, thiserror::Error)]
-pub enum InvalidConfig {
-    /// Not a proxy's URL. The URL may hold a password, so it is not shown.
-    #[error("the proxy is not of the form http://[user:password@]host:port")]
-    Proxy,
-    /// Not PEM certificates.
-    #[error("the additional certificates cannot be read as PEM: {0}")]
-    Certificates(String),
-    /// The TLS roots cannot be loaded.
-    #[error("the HTTP client cannot be made: {0}")]
-    Client(String),
-}
 
 /// Why there is no new credential. Holds no secret and no part of a body.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -71,7 +48,8 @@ impl FetchError {
     pub(super) fn from_answer(answer: &Answer, wait_if_rejected: Duration) -> Self {
         let http_status = answer.status.as_u16();
         let fault = format!("it answers {http_status}");
-        let asked = server_time::retry_after(&answer.headers).unwrap_or_default();
+        let asked =
+            wait::retry_after(&answer.headers, wait::date(&answer.headers)).unwrap_or_default();
         match http_status {
             401 | 403 => Self::Rejected {
                 http_status,
@@ -106,64 +84,37 @@ pub(super) struct Answer {
 }
 
 /// The client for the identity service.
-pub(super) fn identity_client(config: &Config) -> Result<reqwest::Client, InvalidConfig> {
-    let mut builder = bare().connect_timeout(config.connect_timeout);
-    if let Some(url) = &config.proxy {
-        let proxy = Proxy::all(url.expose_secret()).map_err(|_| InvalidConfig::Proxy)?;
-        builder = builder.proxy(proxy);
-    }
-    if let Some(pem) = &config.extra_ca_pem {
-        let certificates = Certificate::from_pem_bundle(pem)
-            .map_err(|error| InvalidConfig::Certificates(root_cause(&error)))?;
-        if certificates.is_empty() {
-            return Err(InvalidConfig::Certificates("there is none".to_owned()));
-        }
-        builder = builder.tls_certs_merge(certificates);
-    }
-    build(builder)
+pub(super) fn identity_client(config: &http::Config) -> Result<reqwest::Client, BuildError> {
+    http::build(without_pool(config)?)
 }
 
 /// The client for the metadata service: never through a proxy.
-pub(super) fn metadata_client() -> Result<reqwest::Client, InvalidConfig> {
-    build(
-        bare()
-            // Plain HTTP on the machine's own link, so a machine without CA certificates can use it.
-            .tls_certs_only([])
-            .connect_timeout(METADATA_TIMEOUT)
-            .read_timeout(METADATA_TIMEOUT),
-    )
+pub(super) fn metadata_client() -> Result<reqwest::Client, BuildError> {
+    let direct = http::Config {
+        extra_roots: None,
+        proxy: None,
+        connect_timeout: METADATA_TIMEOUT,
+        plain: true,
+    };
+    http::build(without_pool(&direct)?.read_timeout(METADATA_TIMEOUT))
 }
 
-fn bare() -> reqwest::ClientBuilder {
-    reqwest::Client::builder()
-        .no_proxy()
-        .http1_only()
-        .redirect(redirect::Policy::none())
-        .retry(reqwest::retry::never())
-        // Fetches are hours apart: an idle connection would only be found dead.
-        .pool_max_idle_per_host(0)
-}
-
-fn build(builder: reqwest::ClientBuilder) -> Result<reqwest::Client, InvalidConfig> {
-    builder
-        .build()
-        .map_err(|error| InvalidConfig::Client(root_cause(&error)))
+/// Fetches are hours apart: an idle connection would only be found dead.
+fn without_pool(config: &http::Config) -> Result<reqwest::ClientBuilder, BuildError> {
+    Ok(http::client_builder(config)?.pool_max_idle_per_host(0))
 }
 
 /// Sends a request and reads the answer, up to 64 KiB.
 pub(super) async fn send(request: RequestBuilder) -> Result<Answer, FetchError> {
     let mut response = request.send().await.map_err(|error| no_answer(&error))?;
-    let mut body = BytesMut::new();
-    while let Some(chunk) = response.chunk().await.map_err(|error| no_answer(&error))? {
-        if body.len() + chunk.len() > MAX_BODY_BYTES {
-            return Err(FetchError::unavailable("its answer is longer than 64 KiB"));
-        }
-        body.extend_from_slice(&chunk);
-    }
+    let body = http::small_body(&mut response, MAX_BODY_BYTES)
+        .await
+        .map_err(|error| no_answer(&error))?
+        .ok_or_else(|| FetchError::unavailable("its answer is longer than 64 KiB"))?;
     Ok(Answer {
         status: response.status(),
         headers: std::mem::take(response.headers_mut()),
-        body: body.freeze(),
+        body,
     })
 }
 

@@ -15,10 +15,12 @@ use serde_json::json;
 use zeroize::Zeroizing;
 
 use super::{
+    Issuer,
     cache::{Fetched, Refresh},
     fetch::{self, Answer, FetchError},
     file, secret, server_time,
 };
+use crate::wait;
 
 /// After a 401 or 403 the same user and password rest for this long: the vendor locks an account after few failures.
 const REST_AFTER_REJECTION: Duration = Duration::from_secs(15 * 60);
@@ -66,6 +68,7 @@ impl Source {
 
 impl Refresh for Source {
     type Value = HeaderValue;
+    const ISSUER: Issuer = Issuer::Identity;
 
     async fn refresh(&mut self) -> Result<Fetched<HeaderValue>, FetchError> {
         let password = self.password().await.map_err(|fault| {
@@ -155,7 +158,7 @@ fn token(answer: &Answer) -> Result<Fetched<HeaderValue>, FetchError> {
             time(body.token.issued_at.as_ref()),
         )
     });
-    let now = server_time::date(&answer.headers)
+    let now = wait::date(&answer.headers)
         .or(issued_at)
         .unwrap_or_else(server_time::our_clock);
     let lifetime = server_time::lifetime(expires_at, now)
@@ -171,13 +174,17 @@ mod tests {
     use tempfile::NamedTempFile;
 
     use super::*;
-    use crate::credentials::fake_issuer::{FakeIssuer, answer};
+    use crate::{
+        credentials::fake_issuer::{FakeIssuer, answer},
+        http,
+    };
 
-    fn fetch_config() -> fetch::Config {
-        fetch::Config {
+    fn http_config() -> http::Config {
+        http::Config {
+            extra_roots: None,
             proxy: None,
-            extra_ca_pem: None,
             connect_timeout: Duration::from_secs(3),
+            plain: true,
         }
     }
 
@@ -195,7 +202,7 @@ mod tests {
             password_file: password_file.path().to_owned(),
             project: "cn-north-4".to_owned(),
         };
-        Source::new(fetch::identity_client(&fetch_config()).unwrap(), config)
+        Source::new(fetch::identity_client(&http_config()).unwrap(), config)
     }
 
     async fn outcome_of(answer: &'static str) -> Result<Fetched<HeaderValue>, FetchError> {
@@ -364,16 +371,16 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_configured_proxy_is_used_with_its_password_and_a_malformed_one_is_not_shown() {
+    async fn the_configured_proxy_is_used_with_its_password_which_is_not_shown() {
         let proxy =
             FakeIssuer::start(|_, _| answer("201 Created", "X-Subject-Token: t\r\n", "{}")).await;
-        let through = |url: String| fetch::Config {
-            proxy: Some(url.into()),
-            ..fetch_config()
+        let url = proxy.endpoint.replace("http://", "http://user:canary@");
+        let through = http::Config {
+            proxy: Some(url.parse().unwrap()),
+            ..http_config()
         };
 
-        let url = proxy.endpoint.replace("http://", "http://user:canary@");
-        let client = fetch::identity_client(&through(url)).unwrap();
+        let client = fetch::identity_client(&through).unwrap();
         let file = password_file();
         let mut source = source("http://iam.invalid", &file);
         source.client = client;
@@ -382,16 +389,14 @@ mod tests {
         let request = &proxy.requests()[0];
         assert!(request.starts_with("POST http://iam.invalid/v3/auth/tokens?nocatalog=true "));
         assert!(request.contains("proxy-authorization: Basic dXNlcjpjYW5hcnk="));
-        let malformed = through("http://user:canary@[".to_owned());
-        let error = fetch::identity_client(&malformed).unwrap_err();
-        assert!(!format!("{error} {error:?} {malformed:?}").contains("canary"));
+        assert!(!format!("{through:?}").contains("canary"));
     }
 
     #[test]
     fn additional_certificates_that_are_none_are_a_mistake() {
-        let config = fetch::Config {
-            extra_ca_pem: Some(b"no certificate".to_vec()),
-            ..fetch_config()
+        let config = http::Config {
+            extra_roots: Some(b"no certificate".to_vec()),
+            ..http_config()
         };
 
         assert!(fetch::identity_client(&config).is_err());

@@ -17,8 +17,8 @@ use tokio::{sync::Notify, time::Instant};
 use super::Error;
 use crate::deadline::Deadline;
 
-/// How long the gateway keeps a key locked.
-const LOCK: Duration = Duration::from_secs(5 * 60);
+/// How long the gateway locks a key after too many bad signatures. Source: API request signing guide, FAQ.
+pub const KEY_LOCK: Duration = Duration::from_secs(5 * 60);
 
 /// Refused signatures in a row after which we stop by ourselves. The gateway counts to five; the rest is for other
 /// programs that use the same key.
@@ -163,7 +163,7 @@ impl Admission<'_> {
         state.refusals = state.refusals.saturating_add(1);
         if lock_announced || state.wary || state.refusals >= REFUSALS_BEFORE_LOCK {
             state.wary = true;
-            state.locked_until = Some(Instant::now() + LOCK);
+            state.locked_until = Some(Instant::now() + KEY_LOCK);
             drop(state);
             self.guard.changed.notify_waiters();
         }
@@ -242,7 +242,12 @@ mod tests {
         for call in calls {
             match call.await.unwrap() {
                 Ok(()) => sent += 1,
-                Err(error) => assert_eq!(error, Error::Locked { retry_after: LOCK }),
+                Err(error) => assert_eq!(
+                    error,
+                    Error::Locked {
+                        retry_after: KEY_LOCK
+                    }
+                ),
             }
         }
 
@@ -263,9 +268,9 @@ mod tests {
             Error::DeadlineExceeded
         );
         probe.signature_refused(false);
-        assert_eq!(remaining_lock(&guard).await, LOCK);
+        assert_eq!(remaining_lock(&guard).await, KEY_LOCK);
 
-        tokio::time::sleep(LOCK).await;
+        tokio::time::sleep(KEY_LOCK).await;
         admit(&guard).await.accepted();
         refused_times(&guard, 2).await;
         admit(&guard).await.accepted();
@@ -277,11 +282,11 @@ mod tests {
         admit(&guard).await.accepted();
 
         admit(&guard).await.signature_refused(true);
-        assert_eq!(remaining_lock(&guard).await, LOCK);
+        assert_eq!(remaining_lock(&guard).await, KEY_LOCK);
 
-        tokio::time::sleep(LOCK).await;
+        tokio::time::sleep(KEY_LOCK).await;
         admit(&guard).await.signature_refused(false);
-        assert_eq!(remaining_lock(&guard).await, LOCK);
+        assert_eq!(remaining_lock(&guard).await, KEY_LOCK);
     }
 
     #[tokio::test(start_paused = true)]
@@ -300,7 +305,7 @@ mod tests {
         another.signature_refused(true);
         probe.accepted();
 
-        assert_eq!(remaining_lock(&guard).await, LOCK);
+        assert_eq!(remaining_lock(&guard).await, KEY_LOCK);
     }
 
     #[tokio::test(start_paused = true)]
@@ -345,6 +350,6 @@ mod tests {
         let changed = guard.for_another_secret();
         admit(&changed).await.signature_refused(false);
 
-        assert_eq!(remaining_lock(&changed).await, LOCK);
+        assert_eq!(remaining_lock(&changed).await, KEY_LOCK);
     }
 }

@@ -9,11 +9,13 @@ use serde::Deserialize;
 use tokio::time::Instant;
 
 use super::{
+    Issuer,
     auth::AccessKey,
     cache::{Fetched, Refresh},
     fetch::{self, Answer, FetchError},
     secret, server_time,
 };
+use crate::wait;
 
 /// Life that we ask for a token of the hardened mode, in seconds, as the vendor's SDK does.
 const TOKEN_TTL: &str = "21600";
@@ -109,6 +111,7 @@ impl Source {
 
 impl Refresh for Source {
     type Value = Arc<AccessKey>;
+    const ISSUER: Issuer = Issuer::Metadata;
 
     async fn refresh(&mut self) -> Result<Fetched<Arc<AccessKey>>, FetchError> {
         let token = self.token().await?;
@@ -170,7 +173,7 @@ fn temporary_key(
         .expires_at
         .as_deref()
         .and_then(server_time::parse);
-    let now = server_time::date(&answer.headers).unwrap_or_else(server_time::our_clock);
+    let now = wait::date(&answer.headers).unwrap_or_else(server_time::our_clock);
     let lifetime = server_time::lifetime(expires_at, now)
         .ok_or_else(|| FetchError::unavailable("the keys it gives have expired already"))?;
     Ok(Fetched {

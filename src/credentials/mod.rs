@@ -10,7 +10,7 @@ mod cache;
 pub mod chain;
 #[cfg(test)]
 mod fake_issuer;
-pub mod fetch;
+mod fetch;
 pub mod file;
 pub mod iam;
 pub mod key_guard;
@@ -30,7 +30,11 @@ use tokio::sync::watch;
 
 pub use self::auth::{AccessKey, Auth, Identity, Token};
 use self::cache::{Cache, OnRefusal};
-use crate::{deadline::Deadline, telemetry::metrics::Metrics};
+use crate::{
+    deadline::Deadline,
+    http::{self, BuildError},
+    telemetry::metrics::Metrics,
+};
 
 /// A refused token is replaced at once; another refusal in the next two seconds costs no further token request.
 const TOKEN_REFUSED: OnRefusal = OnRefusal {
@@ -50,8 +54,8 @@ const KEY_REFUSED: OnRefusal = OnRefusal {
 pub struct Config {
     /// The source.
     pub source: Source,
-    /// How the identity service is reached.
-    pub fetch: fetch::Config,
+    /// How the identity service is reached. The metadata service is always reached directly.
+    pub http: http::Config,
 }
 
 /// The source of credentials, chosen at start.
@@ -98,8 +102,8 @@ impl Credentials {
     /// Starts the source, with a task on the current runtime where it fetches or reads files.
     ///
     /// # Errors
-    /// [`fetch::InvalidConfig`] when the identity service's proxy or certificates cannot be used.
-    pub fn start(config: Config, metrics: Arc<Metrics>) -> Result<Self, fetch::InvalidConfig> {
+    /// [`BuildError`] when the identity service's proxy or certificates cannot be used.
+    pub fn start(config: Config, metrics: Arc<Metrics>) -> Result<Self, BuildError> {
         let ready = Arc::new(watch::Sender::new(false));
         let fetched_key = |source: metadata::Source| {
             Cache::start(
@@ -128,7 +132,11 @@ impl Credentials {
             )),
             Source::Profile(path) => Running::Profile(profile(&path)),
             Source::Iam(iam) => {
-                let client = fetch::identity_client(&config.fetch)?;
+                let http = http::Config {
+                    plain: iam.endpoint.starts_with("http:"),
+                    ..config.http
+                };
+                let client = fetch::identity_client(&http)?;
                 let source = iam::Source::new(client, iam);
                 Running::FetchedToken(Cache::start(
                     "iam",
@@ -187,7 +195,7 @@ impl Credentials {
     ///
     /// # Errors
     /// - [`Error::Missing`], [`Error::Malformed`]: the caller's token, where callers bring theirs.
-    /// - [`Error::Rejected`], [`Error::Unavailable`]: the facade has none, and knows when it tries again.
+    /// - [`Error::Rejected`], [`Error::Unavailable`]: the facade has none.
     /// - [`Error::DeadlineExceeded`]: the first fetch took too long for this call.
     pub async fn resolve(&self, metadata: &HeaderMap, deadline: Deadline) -> Result<Auth, Error> {
         match &*self.source {
@@ -280,13 +288,13 @@ pub enum Error {
     /// The caller's `x-auth-token` is repeated or malformed.
     #[error("x-auth-token is repeated or malformed")]
     Malformed,
-    /// The identity service refused our own credential (401 or 403).
-    #[error("the identity service refuses the configured credential")]
+    /// The issuer refused our own credential. Waiting does not help, so no time is named.
+    #[error("the issuer refuses the configured credential")]
     Rejected {
-        /// HTTP status of the refusal.
+        /// Who refused.
+        issuer: Issuer,
+        /// HTTP status of the refusal: 401 or 403.
         http_status: u16,
-        /// When it will be tried again.
-        retry_after: Duration,
     },
     /// Our own credential cannot be fetched now.
     #[error("the configured credential cannot be fetched")]
@@ -303,6 +311,15 @@ pub enum Error {
     /// The deadline passed while waiting.
     #[error("the deadline passed while waiting for a credential")]
     DeadlineExceeded,
+}
+
+/// Who gives the facade the credentials that it fetches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Issuer {
+    /// The identity service, IAM.
+    Identity,
+    /// The metadata service of the machine.
+    Metadata,
 }
 
 /// Whose credential an upstream request carries.

@@ -2,16 +2,11 @@
 
 use std::time::{Duration, SystemTime};
 
-use ::http::{HeaderMap, HeaderName, header};
-
 /// The vendor's longest life of a token and of temporary keys. Whatever claims more is wrong.
 const LONGEST: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Taken when the answer names no end: short against the 24 hours that both kinds live, long against our fetches.
 const UNNAMED: Duration = Duration::from_secs(60 * 60);
-
-/// Longest wait that we let an issuer impose by `Retry-After`.
-const LONGEST_WAIT: Duration = Duration::from_secs(5 * 60);
 
 /// What is left of a life that ends at `expires_at`, at most 24 hours; `None` when it is over.
 pub(super) fn lifetime(expires_at: Option<SystemTime>, now: SystemTime) -> Option<Duration> {
@@ -27,11 +22,6 @@ pub(super) fn parse(text: &str) -> Option<SystemTime> {
     SystemTime::try_from(text.parse::<jiff::Timestamp>().ok()?).ok()
 }
 
-/// The issuer's clock as of its answer: the `Date` header.
-pub(super) fn date(headers: &HeaderMap) -> Option<SystemTime> {
-    http_date(headers, header::DATE)
-}
-
 /// Our own clock: the last resort where the issuer names no time, and what the metric of the expiry is told in.
 #[expect(
     clippy::disallowed_methods,
@@ -39,22 +29,6 @@ pub(super) fn date(headers: &HeaderMap) -> Option<SystemTime> {
 )]
 pub(super) fn our_clock() -> SystemTime {
     SystemTime::now()
-}
-
-/// How long the issuer asks to wait, at most five minutes.
-pub(super) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
-    let text = headers.get(header::RETRY_AFTER)?.to_str().ok()?;
-    let wait = match text.parse() {
-        Ok(seconds) => Duration::from_secs(seconds),
-        Err(_) => http_date(headers, header::RETRY_AFTER)?
-            .duration_since(date(headers)?)
-            .ok()?,
-    };
-    Some(wait.min(LONGEST_WAIT))
-}
-
-fn http_date(headers: &HeaderMap, name: HeaderName) -> Option<SystemTime> {
-    httpdate::parse_http_date(headers.get(name)?.to_str().ok()?).ok()
 }
 
 #[cfg(test)]
@@ -89,33 +63,5 @@ mod tests {
             Some(second + Duration::from_millis(789))
         );
         assert_eq!(parse("tomorrow"), None);
-    }
-
-    #[test]
-    fn retry_after_is_read_as_seconds_or_date_and_clamped_to_five_minutes() {
-        let cases = [
-            ("7", Some(7)),
-            ("86400", Some(300)),
-            ("Fri, 30 Oct 2026 08:00:30 GMT", Some(30)),
-            ("Fri, 30 Oct 2026 07:00:00 GMT", None),
-            ("-1", None),
-            ("soon", None),
-        ];
-
-        for (text, seconds) in cases {
-            let headers = HeaderMap::from_iter([
-                (
-                    header::DATE,
-                    "Fri, 30 Oct 2026 08:00:00 GMT".parse().unwrap(),
-                ),
-                (header::RETRY_AFTER, text.parse().unwrap()),
-            ]);
-
-            assert_eq!(
-                retry_after(&headers),
-                seconds.map(Duration::from_secs),
-                "{text}"
-            );
-        }
     }
 }

@@ -9,25 +9,23 @@ use super::{
 };
 
 fn start(source: Source) -> Credentials {
-    let fetch = fetch::Config {
-        proxy: Some("http://user:canary-proxy@127.0.0.1:1".to_owned().into()),
-        extra_ca_pem: None,
-        connect_timeout: Duration::from_secs(3),
-    };
-    start_with(source, fetch)
+    let proxy = "http://user:canary-proxy@127.0.0.1:1";
+    start_with(source, Some(proxy.parse().unwrap()))
 }
 
 fn start_directly(source: Source) -> Credentials {
-    let fetch = fetch::Config {
-        proxy: None,
-        extra_ca_pem: None,
-        connect_timeout: Duration::from_secs(3),
-    };
-    start_with(source, fetch)
+    start_with(source, None)
 }
 
-fn start_with(source: Source, fetch: fetch::Config) -> Credentials {
-    let config = Config { source, fetch };
+fn start_with(source: Source, proxy: Option<reqwest::Url>) -> Credentials {
+    let http = http::Config {
+        extra_roots: None,
+        proxy,
+        connect_timeout: Duration::from_secs(3),
+        // The address of the source decides.
+        plain: false,
+    };
+    let config = Config { source, http };
     // Whatever a log or a panic prints of the configuration must be harmless.
     tracing::trace!(?config);
     Credentials::start(config, Metrics::new()).unwrap()

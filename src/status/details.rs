@@ -10,7 +10,7 @@ use tonic_types::{ErrorDetails, FieldViolation, StatusExt};
 
 use super::failure::Failure;
 use crate::{
-    credentials::Owner,
+    credentials::{Issuer, Owner},
     reason::Reason,
     upstream::{known_codes, verdict::Resource},
 };
@@ -85,12 +85,13 @@ fn build(
 fn error_metadata(failure: &Failure<'_>, authorization: &str) -> HashMap<String, String> {
     let facts = failure.facts;
     let code = facts.and_then(|facts| facts.upstream_code.as_deref());
-    let http_status = failure
-        .identity_status
-        .or(facts.and_then(|facts| facts.http_status));
-    let service = match failure.identity_status {
-        Some(_) => Some("IAM"),
-        None => code.and_then(known_codes::service),
+    let (service, http_status) = match failure.refused_by {
+        Some((Issuer::Identity, http_status)) => (Some("IAM"), Some(http_status)),
+        Some((Issuer::Metadata, http_status)) => (Some("METADATA"), Some(http_status)),
+        None => (
+            code.and_then(known_codes::service),
+            facts.and_then(|facts| facts.http_status),
+        ),
     };
     let owner = failure.owner.map(|owner| match owner {
         Owner::Caller => "caller",

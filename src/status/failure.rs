@@ -6,7 +6,7 @@ use tonic::Code;
 
 use super::sentence;
 use crate::{
-    credentials::{self, Owner},
+    credentials::{self, Issuer, Owner},
     reason::Reason,
     rpc::{self, Violation},
     upstream::{self, ErrorKind, Facts, Rejection, TaskQuery, verdict::Resource},
@@ -26,8 +26,8 @@ pub(super) struct Failure<'a> {
     pub(super) retry_after: Option<Duration>,
     /// Whose credential the failure is about.
     pub(super) owner: Option<Owner>,
-    /// Where the identity service refused us: its HTTP status.
-    pub(super) identity_status: Option<u16>,
+    /// Who refused to give us a credential, and with which HTTP status.
+    pub(super) refused_by: Option<(Issuer, u16)>,
     pub(super) facts: Option<&'a Facts>,
     pub(super) violations: &'a [Violation],
     /// Whose calls are counted, of a throttled call.
@@ -46,7 +46,7 @@ impl<'a> Failure<'a> {
             message: sentence::of_reason(reason).to_owned(),
             retry_after: None,
             owner: None,
-            identity_status: None,
+            refused_by: None,
             facts: None,
             violations: &[],
             throttled_subject: None,
@@ -114,8 +114,11 @@ impl<'a> Failure<'a> {
                 message: sentence::MALFORMED_TOKEN.to_owned(),
                 ..Self::new(Code::Unauthenticated, Reason::CredentialRejected).owned(Owner::Caller)
             },
-            credentials::Error::Rejected { http_status, .. } => Self {
-                identity_status: Some(*http_status),
+            credentials::Error::Rejected {
+                issuer,
+                http_status,
+            } => Self {
+                refused_by: Some((*issuer, *http_status)),
                 ..Self::new(Code::Unauthenticated, Reason::CredentialRejected).owned(Owner::Server)
             },
             credentials::Error::Unavailable { retry_after } => {

@@ -13,7 +13,6 @@ use std::{
 
 use http::{HeaderMap, StatusCode, header};
 use prost::Message as _;
-use reqwest::{Certificate, redirect};
 
 use super::{
     conventions as names,
@@ -23,7 +22,11 @@ use super::{
         Scope, ScopeSpans, Span,
     },
 };
-use crate::config;
+use crate::{
+    config,
+    http::{BuildError, build, client_builder, small_body},
+    wait::{date, retry_after},
+};
 
 /// The pause before the first repeated export; it doubles to [`MAX_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
@@ -43,6 +46,15 @@ pub enum Error {
         "the client for the collector cannot be set up; most often the system has no CA certificates"
     )]
     Client,
+}
+
+impl From<BuildError> for Error {
+    fn from(error: BuildError) -> Self {
+        match error {
+            BuildError::Roots => Self::Certificate,
+            BuildError::Proxy | BuildError::Tls => Self::Client,
+        }
+    }
 }
 
 enum Order {
@@ -119,24 +131,18 @@ const QUEUE_FULL: usize = 0;
 const EXPORT_FAILED: usize = 1;
 
 fn client(config: &config::Tracing) -> Result<reqwest::Client, Error> {
-    let roots = match &config.certificate_pem {
-        Some(pem) => Certificate::from_pem_bundle(pem).map_err(|_| Error::Certificate)?,
-        None => Vec::new(),
+    let shared = crate::http::Config {
+        extra_roots: config.certificate_pem.clone(),
+        proxy: None,
+        connect_timeout: config.timeout,
+        plain: config.endpoint.starts_with("http:"),
     };
-    if config.certificate_pem.is_some() && roots.is_empty() {
-        return Err(Error::Certificate);
-    }
-    let mut builder = reqwest::Client::builder()
-        .redirect(redirect::Policy::none())
-        .retry(reqwest::retry::never())
-        .no_proxy()
-        .http1_only()
-        .user_agent(concat!("rds-task-facade/", env!("CARGO_PKG_VERSION")));
+    let mut builder = client_builder(&shared)?;
     // As OpenTelemetry's own exporters do: a file of certificates replaces the system's.
-    if config.certificate_pem.is_some() || config.endpoint.starts_with("http:") {
-        builder = builder.tls_certs_only(roots);
+    if config.certificate_pem.is_some() {
+        builder = builder.tls_certs_only([]);
     }
-    builder.build().map_err(|_| Error::Client)
+    Ok(build(builder)?)
 }
 
 struct Exporter {
@@ -216,10 +222,13 @@ impl Exporter {
                 .send()
                 .await;
             let wait = match sent {
-                Ok(answer) if answer.status().is_success() => {
-                    return Ok(rejected(&beginning(answer).await));
+                Ok(mut answer) if answer.status().is_success() => {
+                    let body = small_body(&mut answer, MAX_ANSWER_BYTES).await;
+                    return Ok(rejected(&body.ok().flatten().unwrap_or_default()));
                 }
-                Ok(answer) if is_passing(answer.status()) => retry_after(answer.headers()),
+                Ok(answer) if is_passing(answer.status()) => {
+                    retry_after(answer.headers(), date(answer.headers()))
+                }
                 Ok(answer) => {
                     return Err(format!(
                         "the collector answers {}",
@@ -271,19 +280,6 @@ impl Exporter {
     }
 }
 
-/// The body, or what came of it within the limit.
-async fn beginning(mut answer: reqwest::Response) -> Vec<u8> {
-    let mut body = Vec::new();
-    while let Ok(Some(chunk)) = answer.chunk().await {
-        let room = MAX_ANSWER_BYTES - body.len();
-        body.extend_from_slice(&chunk[..chunk.len().min(room)]);
-        if body.len() == MAX_ANSWER_BYTES {
-            break;
-        }
-    }
-    body
-}
-
 /// Spans that the collector did not take of a request that it accepted as a whole.
 fn rejected(body: &[u8]) -> u64 {
     ExportTraceServiceResponse::decode(body)
@@ -297,11 +293,6 @@ fn rejected(body: &[u8]) -> u64 {
 /// Statuses that a client may repeat (OTLP specification, "Failures" of OTLP/HTTP).
 fn is_passing(status: StatusCode) -> bool {
     matches!(status.as_u16(), 429 | 502 | 503 | 504)
-}
-
-fn retry_after(headers: &HeaderMap) -> Option<Duration> {
-    let seconds = headers.get(header::RETRY_AFTER)?.to_str().ok()?;
-    Some(Duration::from_secs(seconds.trim().parse().ok()?))
 }
 
 #[cfg(test)]
@@ -327,27 +318,6 @@ mod tests {
 
         for (body, expected) in cases {
             assert_eq!(rejected(&body), expected, "{body:?}");
-        }
-    }
-
-    #[test]
-    fn a_collector_says_how_long_to_wait_in_seconds() {
-        let cases = [
-            ("3", Some(3)),
-            (" 3 ", Some(3)),
-            ("soon", None),
-            ("-1", None),
-        ];
-
-        for (text, expected) in cases {
-            let headers: HeaderMap = [(header::RETRY_AFTER, text.parse().unwrap())]
-                .into_iter()
-                .collect();
-            assert_eq!(
-                retry_after(&headers),
-                expected.map(Duration::from_secs),
-                "{text:?}"
-            );
         }
     }
 }

@@ -1,20 +1,18 @@
 //! Puts an error answer together: its envelope, its verdict, how long to wait, and what it says about the key.
 
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
-use http::{HeaderMap, header::RETRY_AFTER};
+use http::HeaderMap;
 use tonic::Code;
 
 use super::{
     Facts, Rejection,
     envelope::{self, Envelope, is_printable},
-    retry_after,
+    throttling_text::{self, Throttling},
     verdict::{self, Credential, Verdict},
 };
-use crate::reason::Reason;
-
-/// How long the gateway locks a key after too many bad signatures. Source: API request signing guide, FAQ.
-pub const KEY_LOCK: Duration = Duration::from_secs(5 * 60);
+pub use crate::credentials::key_guard::KEY_LOCK;
+use crate::{reason::Reason, wait::retry_after};
 
 const REQUEST_ID_HEADER: &str = "x-request-id";
 const SIGNATURE_REFUSED: &str = "APIGW.0301";
@@ -43,8 +41,8 @@ pub fn of_envelope(
     let lock_announced = signature && says("AK access failed to reach the limit");
     let signature_refused = signature && !lock_announced && !says("decrypt token fail");
     let throttling = match verdict.reason {
-        Reason::Throttled => retry_after::throttling(&envelope.message),
-        _ => retry_after::Throttling::default(),
+        Reason::Throttled => throttling_text::read(&envelope.message),
+        _ => Throttling::default(),
     };
     let verdict = if lock_announced {
         locked(verdict)
@@ -52,7 +50,7 @@ pub fn of_envelope(
         verdict
     };
     let named = if may_name_a_wait(http_status, &verdict) {
-        retry_after::parse(headers.get_all(RETRY_AFTER), now)
+        retry_after(headers, Some(now))
     } else {
         None
     };
@@ -105,7 +103,9 @@ fn contains_ignoring_case(text: &str, part: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use http::HeaderValue;
+    use std::time::Duration;
+
+    use http::{HeaderValue, header::RETRY_AFTER};
 
     use super::*;
 

@@ -7,11 +7,12 @@ use super::{
     verdict::Repeat,
     window::{Count, Window},
 };
+use crate::wait;
 
 /// No retry starts with less than this left before the deadline: it could hardly end in time, and would cost quota.
 const FLOOR: Duration = Duration::from_millis(50);
 
-/// Full jitter: a random wait between zero and this, doubled with each attempt up to [`BACKOFF_CAP`].
+/// The backoff before the second attempt is a random part of this, doubled with each attempt up to [`BACKOFF_CAP`].
 const BACKOFF_BASE: Duration = Duration::from_millis(50);
 const BACKOFF_CAP: Duration = Duration::from_secs(2);
 
@@ -109,10 +110,7 @@ impl Attempts {
 }
 
 fn full_jitter(made: u32) -> Duration {
-    let ceiling = BACKOFF_BASE
-        .saturating_mul(1 << made.saturating_sub(1).min(10))
-        .min(BACKOFF_CAP);
-    ceiling.mul_f64(fastrand::f64())
+    wait::backoff(BACKOFF_BASE, BACKOFF_CAP, made.saturating_sub(1))
 }
 
 #[cfg(test)]

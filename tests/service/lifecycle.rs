@@ -9,7 +9,9 @@ use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
 
-use crate::support::{Failure, Program, Step, Upstream, example, example_request};
+use crate::support::{
+    Failure, Program, Step, Upstream, example, example_request, upstream::slow_example,
+};
 
 const SERVICE: &str = "huaweicloud.rds.task.v1.TaskService";
 
@@ -19,11 +21,6 @@ async fn check(health: &mut HealthClient<Channel>, service: &str) -> ServingStat
     };
     let answer = health.check(request).await.expect("health answers");
     answer.into_inner().status()
-}
-
-/// An answer that takes half a second.
-fn slow_example() -> Vec<Step> {
-    [vec![Step::Wait(Duration::from_millis(500))], example()].concat()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -181,54 +178,6 @@ async fn a_call_that_outlives_the_grace_is_told_so_and_the_exit_comes_within_it(
     assert_eq!(counted["grpc_code"], "Unavailable");
     let line = program.wait_for_log(|line| line["level"] == "WARN" && line.get("calls").is_some());
     assert_eq!(line["calls"], 1);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_signal_before_the_first_credential_ends_the_program_at_once() {
-    let folder = tempfile::tempdir().expect("a folder");
-    let password = folder.path().join("password");
-    std::fs::write(&password, "a-password").expect("a file");
-    // Neither of them is ever answered.
-    let issuer = Upstream::always(vec![Step::Hold]).await;
-    let metadata = vec![
-        "--credentials".to_owned(),
-        "metadata".to_owned(),
-        "--metadata-endpoint".to_owned(),
-        issuer.url(),
-    ];
-    let iam = [
-        "--credentials",
-        "iam",
-        "--iam-user",
-        "u",
-        "--iam-domain",
-        "d",
-        "--iam-project",
-        "p",
-        "--iam-endpoint",
-        &issuer.url(),
-        "--iam-password-file",
-        &password.display().to_string(),
-    ]
-    .map(str::to_owned)
-    .to_vec();
-
-    for (number, args) in [metadata, iam].into_iter().enumerate() {
-        let args: Vec<_> = args.iter().map(String::as_str).collect();
-        let mut program = Program::start(
-            &[&["--endpoint", "http://127.0.0.1:1"], &args[..]].concat(),
-            &[],
-        );
-        issuer.wait_for_requests(number + 1).await;
-        let ready = program.admin("/readyz").await.0;
-        let signalled = Instant::now();
-        program.signal("TERM");
-        let ended = program.wait();
-
-        assert_eq!(ready, 503, "{args:?}");
-        assert_eq!(ended.code(), Some(0), "{args:?}");
-        assert!(signalled.elapsed() < Duration::from_secs(5), "{args:?}");
-    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

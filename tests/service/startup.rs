@@ -142,9 +142,7 @@ async fn a_start_that_cannot_work_ends_at_once_with_one_line_that_says_why() {
 #[tokio::test]
 async fn a_machine_without_certificates_is_enough_where_none_of_them_is_needed() {
     let folder = tempfile::tempdir().expect("a folder");
-    let ca = folder.path().join("ca.pem");
-    fs::write(&ca, Authority::new().pem()).expect("a file");
-    let ca = ca.display().to_string();
+    let ca = Authority::new().write(folder.path(), "ca");
     let cases = [
         vec!["--sandbox"],
         vec!["--endpoint", "http://127.0.0.1:1"],

@@ -1,9 +1,16 @@
-use std::{fs, time::Duration};
+use std::{
+    fs,
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
+use rustls::ServerConfig;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::TcpStream,
+    net::{TcpListener, TcpStream},
 };
+use tokio_rustls::TlsAcceptor;
 use tonic::Code;
 
 use crate::support::{
@@ -24,19 +31,30 @@ const HELLO_OF_TLS_1_1: &[u8] = &[
     0, 0, 4, 0xc0, 0x13, 0, 0x2f, 1, 0, // no session, two ciphers, no compression
 ];
 
+/// A program that lets in only clients of this authority, and the file with the authority's certificate.
+fn mutual(folder: &Path, authority: &Authority) -> (Program, String) {
+    let ca = authority.write(folder, "ca");
+    let (cert, key) = Pair::of_server(authority, "localhost").write(folder, "server");
+    let program = Program::sandboxed(&[
+        "--tls-cert",
+        &cert,
+        "--tls-key",
+        &key,
+        "--tls-client-ca",
+        &ca,
+    ]);
+    (program, ca)
+}
+
 #[tokio::test]
 async fn call_and_health_reach_a_tls_listener_with_the_right_files_only() {
     let folder = tempfile::tempdir().expect("a folder");
     let (authority, stranger) = (Authority::new(), Authority::new());
-    let ca = folder.path().join("ca.pem").display().to_string();
-    let other_ca = folder.path().join("other.pem").display().to_string();
-    fs::write(&ca, authority.pem()).expect("a file");
-    fs::write(&other_ca, stranger.pem()).expect("a file");
-    let (cert, key) = Pair::of_server(&authority, "localhost").write(folder.path(), "server");
+    let other_ca = stranger.write(folder.path(), "other");
+    let (cert, key) = Pair::of_server(&authority, "localhost").write(folder.path(), "plain");
     let (client_cert, client_key) = Pair::of_client(&authority).write(folder.path(), "client");
-    let tls = ["--tls-cert", &cert, "--tls-key", &key];
-    let plain = Program::sandboxed(&tls);
-    let mutual = Program::sandboxed(&[&tls[..], &["--tls-client-ca", &ca]].concat());
+    let plain = Program::sandboxed(&["--tls-cert", &cert, "--tls-key", &key]);
+    let (mutual, ca) = mutual(folder.path(), &authority);
     let with = ["--cert", &client_cert, "--key", &client_key];
     let cases = [
         ("right CA", &plain, &ca, &[][..], 0),
@@ -57,20 +75,79 @@ async fn call_and_health_reach_a_tls_listener_with_the_right_files_only() {
 }
 
 #[tokio::test]
+async fn call_and_health_say_in_one_sentence_why_they_were_not_let_in() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (authority, stranger) = (Authority::new(), Authority::new());
+    let (program, ca) = mutual(folder.path(), &authority);
+    let target = format!("https://localhost:{}", program.grpc.port());
+    let advice = "; where the server demands a client certificate, check --cert and --key\n";
+    let expired = Pair::expired_of_client(&authority).write(folder.path(), "expired");
+    let unknown = Pair::of_client(&stranger).write(folder.path(), "unknown");
+    let with =
+        |files: &(String, String)| ["--cert", &files.0, "--key", &files.1].map(str::to_owned);
+    let cases = [vec![], with(&expired).to_vec(), with(&unknown).to_vec()];
+
+    for files in cases {
+        let files: Vec<&str> = files.iter().map(String::as_str).collect();
+        for command in ["call", "health"] {
+            let args = [&[command, "--target", &target, "--ca", &ca], &files[..]].concat();
+            let (code, out, err) = run(&args, &[]);
+
+            assert_eq!((code, out.as_str()), (1, ""), "{command} {files:?}");
+            let cause = err
+                .strip_prefix(&format!("rds-task-facade: no answer from {target}: "))
+                .and_then(|rest| rest.strip_suffix(advice));
+            // The server's alert, or what the operating system says when the client was still writing.
+            let told = [
+                "alert: Certificate",
+                "alert: Decrypt",
+                "closed",
+                "broken pipe",
+                "reset",
+            ];
+            assert!(
+                cause.is_some_and(|cause| told.iter().any(|part| cause.contains(part))),
+                "{command} {files:?}: {err}"
+            );
+        }
+    }
+}
+
+#[tokio::test]
+async fn connecting_and_asking_for_health_share_one_timeout() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let authority = Authority::new();
+    let ca = authority.write(folder.path(), "ca");
+    let mut config = ServerConfig::clone(&Pair::of_server(&authority, "localhost").server());
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    let acceptor = TlsAcceptor::from(Arc::new(config));
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let port = listener.local_addr().expect("an address").port();
+    tokio::spawn(async move {
+        let (socket, _) = listener.accept().await.expect("a client");
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        let mut silent = acceptor.accept(socket).await.expect("a handshake");
+        let _ = silent.read_to_end(&mut Vec::new()).await;
+    });
+    let target = format!("https://localhost:{port}");
+    let begun = Instant::now();
+
+    let asked = tokio::task::spawn_blocking(move || {
+        let with = ["--target", &target, "--ca", &ca, "--timeout", "2500ms"];
+        run(&[&["health"], &with[..]].concat(), &[])
+    });
+    let (code, _, err) = asked.await.expect("no panic");
+
+    assert_eq!(code, 1);
+    assert!(err.contains("no answer within 2.5s"), "{err}");
+    assert!(begun.elapsed() < Duration::from_secs(4), "{err}");
+}
+
+#[tokio::test]
 async fn peers_that_may_not_come_in_are_refused_and_the_next_client_is_served() {
     let folder = tempfile::tempdir().expect("a folder");
     let (authority, stranger) = (Authority::new(), Authority::new());
-    let ca = folder.path().join("ca.pem").display().to_string();
-    fs::write(&ca, authority.pem()).expect("a file");
-    let (cert, key) = Pair::of_server(&authority, "localhost").write(folder.path(), "server");
-    let program = Program::sandboxed(&[
-        "--tls-cert",
-        &cert,
-        "--tls-key",
-        &key,
-        "--tls-client-ca",
-        &ca,
-    ]);
+    let (program, _) = mutual(folder.path(), &authority);
     let good = client(&authority, Some(&Pair::of_client(&authority)));
     let bad = [
         ("no certificate", None),
@@ -166,8 +243,7 @@ async fn new_certificates_are_used_without_a_lost_call_and_bad_ones_are_not() {
 async fn upstream_is_called_only_when_its_certificate_is_good_and_a_bad_one_is_asked_once() {
     let folder = tempfile::tempdir().expect("a folder");
     let (authority, stranger) = (Authority::new(), Authority::new());
-    let ca = folder.path().join("ca.pem").display().to_string();
-    fs::write(&ca, authority.pem()).expect("a file");
+    let ca = authority.write(folder.path(), "ca");
     let cases = [
         ("good", Pair::of_server(&authority, "localhost"), true),
         (
@@ -211,8 +287,7 @@ async fn upstream_is_called_only_when_its_certificate_is_good_and_a_bad_one_is_a
 async fn the_configured_proxy_is_used_and_its_refusal_is_told() {
     let folder = tempfile::tempdir().expect("a folder");
     let authority = Authority::new();
-    let ca = folder.path().join("ca.pem").display().to_string();
-    fs::write(&ca, authority.pem()).expect("a file");
+    let ca = authority.write(folder.path(), "ca");
     let upstream = Upstream::always(example()).await;
     let pair = Pair::of_server(&authority, "localhost");
     let front = Front::tls(pair.server(), upstream.address).await;

@@ -1,4 +1,4 @@
-"""docs/clients.md and README.md agree with the code: quoted regions, the list of reasons, the codes of reasons.
+"""Documents agree with the code: quoted regions, the list of reasons, the codes of reasons, the version of Rust.
 
 A quotation is a fenced block after a line `<!-- FILE#REGION -->`; the region stands in that file between a line that ends
 with `[REGION]` and one that ends with `[/REGION]`.
@@ -29,6 +29,15 @@ def main():
     checks.equal("docs/clients.md has every reason and no other", sorted(reasons ^ set(in_clients)), [])
     checks.equal("README.md has every reason and no other", sorted(reasons ^ set(in_readme)), [])
     checks.equal("both put each reason under the same code", sorted(set(in_clients.items()) ^ set(in_readme.items())), [])
+
+    version = re.search(r'^rust-version = "(.*)"$', (ROOT / "Cargo.toml").read_text(), re.M).group(1)
+    for path, text in {
+        "README.md": f"Needs Rust {version} or newer",
+        "Dockerfile": f"FROM rust:{version}-",
+        "examples/clients/rust/Cargo.toml": f'rust-version = "{version}"',
+        "docs/clients.md": f"| Rust | Rust {version},",
+    }.items():
+        checks.that(f"{path} names Rust {version}", text in (ROOT / path).read_text())
     checks.finish()
 
 

@@ -19,8 +19,8 @@ use tokio::{
 };
 use tokio_util::task::AbortOnDropHandle;
 
-use super::{Error, fetch::FetchError, server_time};
-use crate::{deadline::Deadline, telemetry::metrics::Metrics};
+use super::{Error, Issuer, fetch::FetchError, server_time};
+use crate::{deadline::Deadline, telemetry::metrics::Metrics, wait};
 
 /// Bound of one fetch, with all exchanges that belong to it.
 const FETCH_TIMEOUT: Duration = Duration::from_secs(10);
@@ -40,6 +40,9 @@ const LAST_USE_BEFORE_END: Duration = Duration::from_secs(60);
 pub(super) trait Refresh: Send + 'static {
     /// What is fetched.
     type Value: Clone + Send + Sync + 'static;
+
+    /// Who is asked for it.
+    const ISSUER: Issuer;
 
     /// Fetches a new value. Dropped when it takes too long.
     fn refresh(&mut self) -> impl Future<Output = Result<Fetched<Self::Value>, FetchError>> + Send;
@@ -93,8 +96,8 @@ struct Lease<V> {
 }
 
 struct Failure {
-    /// Set where the issuer refused us.
-    rejected: Option<u16>,
+    /// Who refused us, and with which HTTP status, if it was a refusal.
+    rejected: Option<(Issuer, u16)>,
     next_fetch_at: Instant,
 }
 
@@ -106,16 +109,17 @@ impl<V: Clone> State<V> {
             return Some(Ok((lease.value.clone(), self.generation)));
         }
         let failure = self.failure.as_ref()?;
-        let retry_after = failure
-            .next_fetch_at
-            .saturating_duration_since(now)
-            .max(FIRST_BACKOFF);
         Some(Err(match failure.rejected {
-            Some(http_status) => Error::Rejected {
+            Some((issuer, http_status)) => Error::Rejected {
+                issuer,
                 http_status,
-                retry_after,
             },
-            None => Error::Unavailable { retry_after },
+            None => Error::Unavailable {
+                retry_after: failure
+                    .next_fetch_at
+                    .saturating_duration_since(now)
+                    .max(FIRST_BACKOFF),
+            },
         }))
     }
 
@@ -299,7 +303,7 @@ impl<R: Refresh> Keeper<R> {
 
     fn note_failure(&self, error: &FetchError, next_fetch_at: Instant, is_news: bool) {
         let rejected = match error {
-            FetchError::Rejected { http_status, .. } => Some(*http_status),
+            FetchError::Rejected { http_status, .. } => Some((R::ISSUER, *http_status)),
             FetchError::Unavailable { .. } => None,
         };
         self.state.send_modify(|state| {
@@ -330,11 +334,7 @@ fn refresh_delay(lifetime: Duration) -> Duration {
         .max(SHORTEST_PAUSE)
 }
 
-/// The wait after a failure that follows `failures` others: a random part ("full jitter") of 1 s that doubles up to 60 s.
+/// The wait after a failure that follows `failures` others.
 fn backoff(failures: u32) -> Duration {
-    FIRST_BACKOFF
-        .saturating_mul(2u32.saturating_pow(failures))
-        .min(LONGEST_BACKOFF)
-        .mul_f64(fastrand::f64())
-        .max(SHORTEST_PAUSE)
+    wait::backoff(FIRST_BACKOFF, LONGEST_BACKOFF, failures).max(SHORTEST_PAUSE)
 }

@@ -25,6 +25,7 @@ struct Issuer {
 
 impl Refresh for Issuer {
     type Value = usize;
+    const ISSUER: super::Issuer = super::Issuer::Identity;
 
     async fn refresh(&mut self) -> Outcome {
         let nth = self.fetches.fetch_add(1, SeqCst) + 1;
@@ -321,8 +322,8 @@ async fn a_rejection_rests_for_fifteen_minutes_whatever_is_refused_meanwhile() {
     assert_eq!(
         error,
         Error::Rejected {
-            http_status: 401,
-            retry_after: 900 * SECOND
+            issuer: super::Issuer::Identity,
+            http_status: 401
         }
     );
     assert_eq!(issuer.fetches(), 2);

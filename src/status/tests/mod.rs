@@ -19,7 +19,7 @@ use tonic_types::{ErrorDetail, ErrorDetails, StatusExt};
 
 use super::*;
 use crate::{
-    credentials::{self, Owner},
+    credentials::{self, Issuer, Owner},
     rpc::Violation,
     upstream::{self, ErrorKind, Facts, TaskQuery, rejection},
 };

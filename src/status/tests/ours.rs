@@ -6,8 +6,8 @@ fn every_failure_of_our_own_has_its_code_reason_wait_and_owner() {
     let ours = |kind| upstream(kind, facts(), Owner::Server);
     let retry_after = WAIT;
     let rejected = credentials::Error::Rejected {
+        issuer: Issuer::Identity,
         http_status: 401,
-        retry_after,
     };
     let unavailable = credentials::Error::Unavailable { retry_after };
     let locked = credentials::Error::Locked { retry_after };
@@ -292,17 +292,22 @@ fn every_violation_is_in_bad_request_and_the_message_names_the_first() {
 }
 
 #[test]
-fn a_refusal_of_our_own_login_names_the_identity_service() {
-    let error = rpc::Error::Credentials(credentials::Error::Rejected {
-        http_status: 403,
-        retry_after: WAIT,
-    });
+fn a_refusal_of_our_own_login_names_who_refused() {
+    for (issuer, service) in [(Issuer::Identity, "IAM"), (Issuer::Metadata, "METADATA")] {
+        let error = rpc::Error::Credentials(credentials::Error::Rejected {
+            issuer,
+            http_status: 403,
+        });
 
-    let status = of_error(&error, "r-1");
+        let status = of_error(&error, "r-1");
 
-    assert_eq!(status.code(), Code::Unauthenticated);
-    assert_eq!(metadata(&status, "httpStatus").as_deref(), Some("403"));
-    assert_eq!(metadata(&status, "upstreamService").as_deref(), Some("IAM"));
+        assert_eq!(status.code(), Code::Unauthenticated);
+        assert_eq!(metadata(&status, "httpStatus").as_deref(), Some("403"));
+        assert_eq!(
+            metadata(&status, "upstreamService").as_deref(),
+            Some(service)
+        );
+    }
 }
 
 #[test]

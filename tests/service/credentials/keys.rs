@@ -2,7 +2,7 @@ use std::time::Duration;
 
 use tonic::Code;
 
-use super::{SANDBOX_KEY, failures_of};
+use super::{FETCHED, SANDBOX_KEY, failures_of, metadata, metadata_service};
 use crate::support::{Program, Sandbox, Step, Upstream, answer, example, example_request};
 
 const WRONG_KEY: [(&str, &str); 2] = [
@@ -240,24 +240,9 @@ async fn a_wrong_key_with_a_wrong_clock_stays_short_of_the_gateways_lock() {
 async fn a_fresh_temporary_key_that_is_wrong_is_guarded_like_any_other() {
     let wrong = r#"{"credential":{"access":"SANDBOXACCESSKEY","secret":"wrong","securitytoken":"sandbox-security-token","expires_at":"2100-01-01T00:00:00.000000Z"}}"#;
     let sandbox = Sandbox::start();
-    let metadata = Upstream::start(move |request| {
-        if request.line.starts_with("PUT") {
-            answer(404, &[], "")
-        } else {
-            answer(200, &[], wrong)
-        }
-    })
-    .await;
-    let (url, metadata_url) = (sandbox.url(), metadata.url());
-    let args = [
-        "--endpoint",
-        &url,
-        "--credentials",
-        "metadata",
-        "--metadata-endpoint",
-        &metadata_url,
-    ];
-    let program = Program::start(&args, &[]);
+    let service = metadata_service(move |_| answer(200, &[], wrong)).await;
+    let (url, metadata_url) = (sandbox.url(), service.url());
+    let program = Program::start(&metadata("metadata", &url, &metadata_url), &[]);
 
     let failures = failures_of(&program, 100).await;
     tokio::time::sleep(Duration::from_millis(500)).await;
@@ -265,4 +250,40 @@ async fn a_fresh_temporary_key_that_is_wrong_is_guarded_like_any_other() {
 
     assert_eq!((failures.len(), later.len()), (100, 10));
     assert_eq!(sandbox.count("bad_signatures").await, 3);
+}
+
+#[tokio::test]
+async fn a_refused_temporary_key_is_replaced_at_once_and_not_when_its_life_is_over() {
+    let service = metadata_service(|request| {
+        let access = match request.number {
+            1 => "FIRST",
+            _ => "SECOND",
+        };
+        let key = format!(
+            r#"{{"credential":{{"access":"{access}","secret":"s","securitytoken":"t","expires_at":"2100-01-01T00:00:00.000000Z"}}}}"#
+        );
+        answer(200, &[], key)
+    })
+    .await;
+    let upstream = Upstream::start(|request| match request.header("authorization") {
+        Some(signature) if signature.contains("Access=SECOND,") => example(),
+        _ => refusal("verify aksk signature fail", &[]),
+    })
+    .await;
+    let (url, metadata_url) = (upstream.url(), service.url());
+    let program = Program::start(&metadata("metadata", &url, &metadata_url), &[]);
+
+    let refused = program.failure(example_request()).await;
+    service.wait_for_requests(3).await;
+    while program.metric(FETCHED).await < 2.0 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let later = program.call(example_request()).await;
+
+    assert_eq!(
+        refused.code_and_reason(),
+        (Code::Unauthenticated, "CREDENTIAL_REJECTED")
+    );
+    assert!(later.is_ok(), "{later:?}");
+    assert_eq!(upstream.requests().len(), 2, "no call is repeated");
 }

@@ -15,7 +15,11 @@ use std::{
 use rds_task_facade::pb::GetTaskDetailRequest;
 use tokio::task::JoinSet;
 
-use crate::support::{Failure, Program, example_request};
+use crate::support::{
+    Failure, Program, Step, Upstream, answer, example_request, upstream::Received,
+};
+
+const FETCHED: &str = "rds_credential_refresh_total{outcome=\"success\"}";
 
 const EXAMPLE_PROJECT: &str = "0483b6b16e954cb88930a360d2c4e663";
 
@@ -81,6 +85,44 @@ fn iam<'a>(url: &'a str, password_file: &'a str) -> Vec<&'a str> {
         "--iam-project",
         EXAMPLE_PROJECT,
     ]
+}
+
+/// The flags of `--credentials token` with a file.
+fn token_file<'a>(url: &'a str, file: &'a str) -> [&'a str; 6] {
+    [
+        "--endpoint",
+        url,
+        "--credentials",
+        "token",
+        "--token-file",
+        file,
+    ]
+}
+
+/// The flags of a source that asks this metadata service.
+fn metadata<'a>(source: &'a str, url: &'a str, metadata_url: &'a str) -> [&'a str; 6] {
+    [
+        "--endpoint",
+        url,
+        "--credentials",
+        source,
+        "--metadata-endpoint",
+        metadata_url,
+    ]
+}
+
+/// A metadata service without the hardened mode, whose keys come from `script`.
+async fn metadata_service(
+    script: impl Fn(&Received) -> Vec<Step> + Send + Sync + 'static,
+) -> Upstream {
+    Upstream::start(move |request| {
+        if request.line.starts_with("PUT") {
+            answer(404, &[], "")
+        } else {
+            script(request)
+        }
+    })
+    .await
 }
 
 /// A folder for secrets, as a mounted volume would be.

@@ -5,15 +5,13 @@ use std::{
 
 use tonic::Code;
 
-use super::{Folder, distinct_request, failures_of, iam, ready};
+use super::{FETCHED, Folder, distinct_request, failures_of, iam, metadata, ready, token_file};
 use crate::{
     credentials,
     support::{
         Connection, Failure, Program, Sandbox, Step, Upstream, answer, example, example_request,
     },
 };
-
-const FETCHED: &str = "rds_credential_refresh_total{outcome=\"success\"}";
 
 /// A sandbox, and the arguments of a program that gets its tokens there.
 struct Iam {
@@ -119,6 +117,35 @@ async fn a_token_killed_twice_three_seconds_apart_fails_no_call_either() {
         assert_eq!(iam.token_requests().await, 1 + killed);
         tokio::time::sleep(Duration::from_secs(3)).await;
     }
+}
+
+#[tokio::test]
+async fn a_token_killed_again_within_two_seconds_is_told_as_refused_and_replaced_soon_after() {
+    let iam = Iam::new("sandbox-password");
+    let program = iam.program();
+    ready(&program).await;
+    let begun = Instant::now();
+    iam.sandbox.set("revoke-tokens").await;
+    program.call(distinct_request()).await.expect("renewed");
+
+    iam.sandbox.set("revoke-tokens").await;
+    let killed_again = program.call(distinct_request()).await;
+    let at_once = begun.elapsed() < Duration::from_secs(2);
+    while program.call(distinct_request()).await.is_err() {
+        assert!(begun.elapsed() < Duration::from_secs(20), "never renewed");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+
+    // A machine that took longer than that has given the time for another renewal.
+    if at_once {
+        let told = Failure::of(&killed_again.expect_err("no renewal so soon"));
+        assert_eq!(
+            told.code_and_reason(),
+            (Code::Unauthenticated, "CREDENTIAL_REJECTED")
+        );
+        assert_eq!(told.metadata["credentialOwner"], "server");
+    }
+    assert_eq!(iam.token_requests().await, 3);
 }
 
 #[tokio::test]
@@ -258,26 +285,18 @@ async fn a_signal_during_the_first_fetch_ends_the_program_at_once_and_well() {
     let url = silent.url();
     let folder = Folder::new();
     let password_file = folder.file("password", "sandbox-password");
-    let metadata = [
-        "--endpoint",
-        &url,
-        "--credentials",
-        "metadata",
-        "--metadata-endpoint",
-        &url,
-    ];
+    let metadata = metadata("metadata", &url, &url).to_vec();
 
-    for (number, args) in [iam(&url, &password_file), metadata.to_vec()]
-        .iter()
-        .enumerate()
-    {
+    for (number, args) in [iam(&url, &password_file), metadata].iter().enumerate() {
         let mut program = Program::start(args, &[]);
         silent.wait_for_requests(number + 1).await;
+        let ready = program.admin("/readyz").await.0;
         let begun = Instant::now();
 
         program.signal("TERM");
         let ended = program.wait();
 
+        assert_eq!(ready, 503, "{args:?}");
         assert_eq!(ended.code(), Some(0), "{args:?}");
         assert!(begun.elapsed() < Duration::from_secs(3), "{args:?}");
     }
@@ -288,16 +307,7 @@ async fn a_rotated_token_file_is_used_without_a_restart_and_a_bad_one_changes_no
     let upstream = Upstream::always(example()).await;
     let folder = Folder::new();
     let file = folder.file("token", "first\n");
-    let url = upstream.url();
-    let args = [
-        "--endpoint",
-        &url,
-        "--credentials",
-        "token",
-        "--token-file",
-        &file,
-    ];
-    let program = Program::start(&args, &[]);
+    let program = Program::start(&token_file(&upstream.url(), &file), &[]);
     let sent = async || {
         program.call(distinct_request()).await.expect("a task");
         let last = upstream.requests().pop().expect("a request");
@@ -327,16 +337,7 @@ async fn a_refused_token_is_replaced_at_once_by_what_the_file_holds_now() {
     .await;
     let folder = Folder::new();
     let file = folder.file("token", "first");
-    let url = upstream.url();
-    let args = [
-        "--endpoint",
-        &url,
-        "--credentials",
-        "token",
-        "--token-file",
-        &file,
-    ];
-    let program = Program::start(&args, &[]);
+    let program = Program::start(&token_file(&upstream.url(), &file), &[]);
 
     let before = program.failure(example_request()).await;
     folder.file("token", "second");

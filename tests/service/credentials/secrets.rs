@@ -1,6 +1,6 @@
 use serde_json::json;
 
-use super::{Folder, distinct_request, iam};
+use super::{Folder, distinct_request, iam, metadata, token_file};
 use crate::support::{
     Program, Step, Upstream, answer,
     canary::{
@@ -87,7 +87,7 @@ fn services(mood: Mood, request: &Received) -> Vec<Step> {
 #[tokio::test(flavor = "multi_thread")]
 async fn no_source_shows_a_secret_whatever_happens_to_it() {
     let folder = Folder::new();
-    let token_file = folder.file("token", "canary-token\n");
+    let file_of_token = folder.file("token", "canary-token\n");
     let password_file = folder.file("password", "canary-password\n");
     let profile = folder.file(
         "profile",
@@ -98,17 +98,7 @@ async fn no_source_shows_a_secret_whatever_happens_to_it() {
     for mood in MOODS {
         let services = Upstream::start(move |request| services(mood, request)).await;
         let url = services.url();
-        let of = |source| {
-            vec![
-                "--endpoint",
-                &url,
-                "--credentials",
-                source,
-                "--metadata-endpoint",
-                &url,
-            ]
-        };
-        let with_file = [&of("token")[..], &["--token-file", &token_file]].concat();
+        let of = |source| metadata(source, &url, &url).to_vec();
         let key = vec![
             ("HUAWEICLOUD_SDK_AK", "canary-ak"),
             ("HUAWEICLOUD_SDK_SK", "canary-sk"),
@@ -118,7 +108,7 @@ async fn no_source_shows_a_secret_whatever_happens_to_it() {
         let cases = [
             (of("caller"), vec![]),
             (of("token"), vec![("RDS_TASK_FACADE_TOKEN", "canary-token")]),
-            (with_file, vec![]),
+            (token_file(&url, &file_of_token).to_vec(), vec![]),
             (iam(&url, &password_file), vec![]),
             (of("env"), key.clone()),
             (of("profile"), file(profile.as_str())),
@@ -245,15 +235,7 @@ async fn a_trailing_line_break_of_a_mounted_file_is_no_part_of_the_secret() {
         ("none", "the-token"),
     ] {
         let file = folder.file(name, text);
-        let args = [
-            "--endpoint",
-            &url,
-            "--credentials",
-            "token",
-            "--token-file",
-            &file,
-        ];
-        let program = Program::start(&args, &[]);
+        let program = Program::start(&token_file(&url, &file), &[]);
 
         program.call(distinct_request()).await.expect("a task");
 

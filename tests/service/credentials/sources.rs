@@ -1,6 +1,6 @@
 use tonic::Code;
 
-use super::{Folder, SANDBOX_KEY, iam, ready};
+use super::{Folder, SANDBOX_KEY, iam, metadata, metadata_service, ready, token_file};
 use crate::support::{Failure, Program, Sandbox, Upstream, answer, example_request};
 
 const PROFILE: &str = "[basic]\nak = SANDBOXACCESSKEY\nsk = sandbox-secret-key\n";
@@ -19,23 +19,26 @@ async fn each_source_makes_calls_with_its_own_credential_and_no_other() {
     let sandbox = Sandbox::start();
     let url = sandbox.url();
     let folder = Folder::new();
-    let token_file = folder.file("token", "sandbox-token\n");
+    let file = folder.file("token", "sandbox-token\n");
     let password_file = folder.file("password", "sandbox-password\n");
     let profile = folder.file(".huaweicloud/credentials", PROFILE);
     let home = folder.0.path().to_str().expect("a UTF-8 path");
     let mut by_name = iam(&url, &password_file);
     *by_name.last_mut().expect("the project comes last") = "cn-north-4";
     let of = |source| vec!["--endpoint", &url, "--credentials", source];
-    let of_metadata = |source| [&of(source)[..], &["--metadata-endpoint", &url]].concat();
+    let of_metadata = |source| metadata(source, &url, &url).to_vec();
     let mut temporary = SANDBOX_KEY.to_vec();
     temporary.push(("HUAWEICLOUD_SDK_SECURITY_TOKEN", "sandbox-security-token"));
-    let mut with_file = of("token");
-    with_file.extend(["--token-file", &token_file]);
     let named = vec![("HUAWEICLOUD_SDK_CREDENTIALS_FILE", profile.as_str())];
     let token = vec![("RDS_TASK_FACADE_TOKEN", "sandbox-token")];
     let cases: Vec<(&str, Vec<&str>, Variables<'_>, &[&str])> = vec![
         ("token", of("token"), token, TOKEN),
-        ("token file", with_file, vec![], TOKEN),
+        (
+            "token file",
+            token_file(&url, &file).to_vec(),
+            vec![],
+            TOKEN,
+        ),
         ("iam, project id", iam(&url, &password_file), vec![], TOKEN),
         ("iam, project name", by_name, vec![], TOKEN),
         ("env", of("env"), SANDBOX_KEY.to_vec(), KEY),
@@ -96,15 +99,7 @@ async fn hardened_metadata_gives_its_key_against_a_metadata_token_only() {
     let url = sandbox.url();
 
     for source in ["metadata", "chain"] {
-        let args = [
-            "--endpoint",
-            &url,
-            "--credentials",
-            source,
-            "--metadata-endpoint",
-            &url,
-        ];
-        let program = Program::start(&args, &[]);
+        let program = Program::start(&metadata(source, &url, &url), &[]);
         ready(&program).await;
 
         assert!(program.call(example_request()).await.is_ok(), "{source}");
@@ -214,15 +209,7 @@ async fn a_chain_whose_links_all_fail_is_not_ready_and_its_log_names_all_three()
     let sandbox = Sandbox::start();
     sandbox.set("fail-metadata?status=500&times=1000").await;
     let url = sandbox.url();
-    let args = [
-        "--endpoint",
-        &url,
-        "--credentials",
-        "chain",
-        "--metadata-endpoint",
-        &url,
-    ];
-    let program = Program::start(&args, &[]);
+    let program = Program::start(&metadata("chain", &url, &url), &[]);
 
     let failure = program.failure(example_request()).await;
 
@@ -240,4 +227,23 @@ async fn a_chain_whose_links_all_fail_is_not_ready_and_its_log_names_all_three()
     ] {
         assert!(fault.contains(link), "{fault}");
     }
+}
+
+#[tokio::test]
+async fn a_machine_without_an_agency_is_told_as_a_refusal_of_the_metadata_service() {
+    let body = r#"{"message":"Please configure Cloud Service Agency first."}"#;
+    let service = metadata_service(move |_| answer(401, &[], body)).await;
+    let url = service.url();
+    let program = Program::start(&metadata("metadata", &url, &url), &[]);
+
+    let failure = program.failure(example_request()).await;
+
+    assert_eq!(
+        failure.code_and_reason(),
+        (Code::Unauthenticated, "CREDENTIAL_REJECTED")
+    );
+    assert_eq!(failure.metadata["credentialOwner"], "server");
+    assert_eq!(failure.metadata["upstreamService"], "METADATA");
+    assert_eq!(failure.metadata["httpStatus"], "401");
+    assert_eq!(failure.retry_delay, None, "its operator has to act");
 }

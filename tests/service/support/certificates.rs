@@ -31,8 +31,11 @@ impl Authority {
         Self(CertifiedIssuer::self_signed(params, key).expect("a certificate"))
     }
 
-    pub(crate) fn pem(&self) -> String {
-        self.0.pem()
+    /// Writes the certificate below `folder` as `<name>.pem`; returns the path.
+    pub(crate) fn write(&self, folder: &Path, name: &str) -> String {
+        let path = folder.join(format!("{name}.pem"));
+        std::fs::write(&path, self.0.pem()).expect("a file");
+        path.display().to_string()
     }
 
     fn issue(&self, name: &str, usage: ExtendedKeyUsagePurpose, last_year: i32) -> Pair {

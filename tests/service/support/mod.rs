@@ -1,5 +1,6 @@
 pub(crate) mod canary;
 pub(crate) mod certificates;
+pub(crate) mod http;
 pub(crate) mod program;
 pub(crate) mod raw;
 pub(crate) mod sandbox;

@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    io::{BufRead as _, BufReader, Read as _},
+    io::{BufRead as _, BufReader},
     net::SocketAddr,
     process::{Child, Command, ExitStatus, Stdio},
     sync::{Arc, Condvar, Mutex},
@@ -16,7 +16,7 @@ use rds_task_facade::pb::{
 use tonic::{Request, Response, Status, transport::Channel};
 use tonic_health::pb::health_client::HealthClient;
 
-use super::Failure;
+use super::{Failure, http};
 
 pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_rds-task-facade");
 
@@ -202,31 +202,7 @@ impl Program {
 
     /// `(status, body)` of a path of the metrics listener.
     pub(crate) async fn admin(&self, path: &str) -> (u16, String) {
-        use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-        let mut stream = tokio::net::TcpStream::connect(self.admin)
-            .await
-            .expect("the metrics listener is open");
-        let request = format!("GET {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n");
-        stream
-            .write_all(request.as_bytes())
-            .await
-            .expect("the request is taken");
-        let mut text = String::new();
-        stream
-            .read_to_string(&mut text)
-            .await
-            .expect("the answer is text");
-        let status = text
-            .split(' ')
-            .nth(1)
-            .and_then(|status| status.parse().ok())
-            .expect("a status line");
-        (
-            status,
-            text.split_once("\r\n\r\n")
-                .map(|(_, body)| body.to_owned())
-                .unwrap_or_default(),
-        )
+        http::exchange(self.admin, "GET", path).await
     }
 
     /// All samples of `/metrics` whose value is not zero.
@@ -326,32 +302,17 @@ impl Drop for Program {
 
 /// Runs the program to its end: exit code, standard output, standard error.
 pub(crate) fn run(args: &[&str], env: &[(&str, &str)]) -> (i32, String, String) {
-    let mut child = Command::new(PROGRAM)
+    let ended = Command::new(PROGRAM)
         .args(args)
         .env_clear()
         .envs(env.iter().copied())
         .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
+        .output()
         .expect("the program starts");
-    let (mut out, mut err) = (String::new(), String::new());
-    child
-        .stdout
-        .take()
-        .expect("stdout is piped")
-        .read_to_string(&mut out)
-        .expect("text");
-    child
-        .stderr
-        .take()
-        .expect("stderr is piped")
-        .read_to_string(&mut err)
-        .expect("text");
-    let code = child
-        .wait()
-        .expect("the child is ours")
-        .code()
-        .unwrap_or(-1);
-    (code, out, err)
+    let text = |bytes| String::from_utf8(bytes).expect("text");
+    (
+        ended.status.code().unwrap_or(-1),
+        text(ended.stdout),
+        text(ended.stderr),
+    )
 }

@@ -7,12 +7,8 @@ use std::{
 };
 
 use serde_json::Value;
-use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::TcpStream,
-};
 
-use super::program::PROGRAM;
+use super::{http, program::PROGRAM};
 
 /// `rds-task-facade sandbox`, running; killed when dropped.
 pub(crate) struct Sandbox {
@@ -73,24 +69,10 @@ impl Sandbox {
     }
 
     async fn control(&self, method: &str, path: &str) -> Value {
-        let mut stream = TcpStream::connect(self.address)
-            .await
-            .expect("the sandbox listens");
-        let request = format!(
-            "{method} /sandbox/{path} HTTP/1.1\r\nhost: test\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
-        );
-        stream
-            .write_all(request.as_bytes())
-            .await
-            .expect("the request is taken");
-        let mut text = String::new();
-        stream
-            .read_to_string(&mut text)
-            .await
-            .expect("the answer is text");
-        let (head, body) = text.split_once("\r\n\r\n").expect("a head and a body");
-        assert!(head.starts_with("HTTP/1.1 200 "), "{path}: {text}");
-        serde_json::from_str(body).expect("JSON")
+        let (status, body) =
+            http::exchange(self.address, method, &format!("/sandbox/{path}")).await;
+        assert_eq!(status, 200, "{path}: {body}");
+        serde_json::from_str(&body).expect("JSON")
     }
 }
 

@@ -73,6 +73,11 @@ pub(crate) fn example() -> Vec<Step> {
     answer(200, &[("content-type", "application/json")], EXAMPLE)
 }
 
+/// The same after half a second.
+pub(crate) fn slow_example() -> Vec<Step> {
+    [vec![Step::Wait(Duration::from_millis(500))], example()].concat()
+}
+
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Connections {
     pub(crate) opened: usize,

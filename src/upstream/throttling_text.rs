@@ -1,35 +1,13 @@
-//! How long an answer asks to wait: the `Retry-After` header, and the text of a throttling message.
+//! Reads from the text of a throttling message whose calls are counted, and over which time.
 
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
-use http::HeaderValue;
-
-/// No wait that upstream names is longer for us: throttling windows of the gateway are at most this long.
-pub const LONGEST: Duration = Duration::from_secs(5 * 60);
-
-/// The wait that `Retry-After` names, in seconds or as an HTTP date, at most [`LONGEST`]; a date in the past is zero.
-///
-/// `None` when no value can be read. Of several values the longest counts, being the safe one.
-pub fn parse<'a>(
-    values: impl IntoIterator<Item = &'a HeaderValue>,
-    now: SystemTime,
-) -> Option<Duration> {
-    let waits = values.into_iter().filter_map(|value| {
-        let text = value.to_str().ok()?.trim();
-        match seconds(text) {
-            Some(wait) => Some(wait),
-            None => httpdate::parse_http_date(text)
-                .ok()
-                .map(|date| date.duration_since(now).unwrap_or_default()),
-        }
-    });
-    waits.max().map(|wait| wait.min(LONGEST))
-}
+use crate::wait::LONGEST_ASKED;
 
 /// What a throttling message says.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Throttling {
-    /// The length of the window in which calls are counted, at most [`LONGEST`]. Where in the window we are is unknown,
+    /// The length of the window in which calls are counted, at most [`LONGEST_ASKED`]. Where in the window we are is unknown,
     /// so the whole of it is the wait that is safe.
     pub window: Option<Duration>,
     /// Whose calls are counted: `user` or `ip`.
@@ -37,7 +15,7 @@ pub struct Throttling {
 }
 
 /// Reads the gateway's `policy user over ratelimit,limit:200,time:5 minute` and IAM's `... times per 60 seconds`.
-pub fn throttling(message: &str) -> Throttling {
+pub fn read(message: &str) -> Throttling {
     let text = message.to_ascii_lowercase();
     let window = after(&text, "time:").and_then(window);
     Throttling {
@@ -66,75 +44,15 @@ fn window(text: &str) -> Option<Duration> {
     ]
     .into_iter()
     .find_map(|(name, length)| unit.starts_with(name).then_some(length))?;
-    let window = seconds(count)?.saturating_mul(unit).min(LONGEST);
+    // More digits than a number can hold are a very long time.
+    let count = (digits > 0).then(|| count.parse().unwrap_or(u64::MAX))?;
+    let window = Duration::from_secs(count.saturating_mul(unit)).min(LONGEST_ASKED);
     (!window.is_zero()).then_some(window)
-}
-
-/// Digits and nothing else; more of them than a number can hold are a very long time.
-fn seconds(text: &str) -> Option<Duration> {
-    let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-    digits.then(|| Duration::from_secs(text.parse().unwrap_or(u64::MAX)))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// 2026-01-05T12:00:00Z.
-    fn noon() -> SystemTime {
-        SystemTime::UNIX_EPOCH + Duration::from_secs(1_767_614_400)
-    }
-
-    #[test]
-    fn retry_after_is_read_as_seconds_or_date_and_never_exceeds_five_minutes() {
-        let cases = [
-            ("seconds", "7", Some(7)),
-            ("zero", "0", Some(0)),
-            ("blanks around", " 7 ", Some(7)),
-            ("longest", "300", Some(300)),
-            ("over the longest", "301", Some(300)),
-            ("a billion", "1000000000", Some(300)),
-            (
-                "more than a number holds",
-                "99999999999999999999999",
-                Some(300),
-            ),
-            ("date ahead", "Mon, 05 Jan 2026 12:00:30 GMT", Some(30)),
-            ("date far ahead", "Mon, 05 Jan 2026 13:00:00 GMT", Some(300)),
-            ("date in the past", "Mon, 05 Jan 2026 11:00:00 GMT", Some(0)),
-            (
-                "date of the old kind",
-                "Monday, 05-Jan-26 12:00:30 GMT",
-                Some(30),
-            ),
-            ("negative", "-1", None),
-            ("signed", "+7", None),
-            ("fraction", "1.5", None),
-            ("exponent", "1e9", None),
-            ("with a unit", "7s", None),
-            ("garbage", "soon", None),
-            ("empty", "", None),
-            ("digits of another script", "\u{0667}", None),
-        ];
-
-        for (name, text, expected) in cases {
-            let value = HeaderValue::from_bytes(text.as_bytes()).unwrap();
-
-            assert_eq!(
-                parse([&value], noon()),
-                expected.map(Duration::from_secs),
-                "{name}"
-            );
-        }
-    }
-
-    #[test]
-    fn the_longest_of_several_readable_values_counts() {
-        let values = ["3", "garbage", "9", "5"].map(HeaderValue::from_static);
-
-        assert_eq!(parse(&values, noon()), Some(Duration::from_secs(9)));
-        assert_eq!(parse([], noon()), None);
-    }
 
     #[test]
     fn throttling_text_tells_window_and_subject() {
@@ -209,7 +127,7 @@ mod tests {
                 subject,
             };
 
-            assert_eq!(throttling(&format!("{reached}{text}")), expected, "{text}");
+            assert_eq!(read(&format!("{reached}{text}")), expected, "{text}");
         }
     }
 }

@@ -1,0 +1,139 @@
+//! How long to wait before something is tried again: what an answer asks for, and backoff where it asks for nothing.
+
+use std::time::{Duration, SystemTime};
+
+use http::{
+    HeaderMap, HeaderValue,
+    header::{DATE, RETRY_AFTER},
+};
+
+/// No wait that a peer asks for is longer for us: throttling windows of the gateway are at most this long.
+pub const LONGEST_ASKED: Duration = Duration::from_secs(5 * 60);
+
+/// The wait that `Retry-After` names, in seconds or as an HTTP date, at most [`LONGEST_ASKED`]; a date in the past is zero.
+///
+/// `None` when no value can be read; a date cannot without the peer's time of day. Of several values the longest counts,
+/// being the safe one.
+pub fn retry_after(headers: &HeaderMap, now: Option<SystemTime>) -> Option<Duration> {
+    let waits = headers.get_all(RETRY_AFTER).iter().filter_map(|value| {
+        let until = match seconds(value.to_str().ok()?.trim()) {
+            Some(wait) => return Some(wait),
+            None => http_date(value)?,
+        };
+        Some(until.duration_since(now?).unwrap_or_default())
+    });
+    waits.max().map(|wait| wait.min(LONGEST_ASKED))
+}
+
+/// The peer's time of day as of its answer: the `Date` header.
+pub fn date(headers: &HeaderMap) -> Option<SystemTime> {
+    http_date(headers.get(DATE)?)
+}
+
+/// Backoff with full jitter: a random part of `first`, which doubles `doublings` times but not beyond `longest`.
+pub fn backoff(first: Duration, longest: Duration, doublings: u32) -> Duration {
+    first
+        .saturating_mul(2u32.saturating_pow(doublings))
+        .min(longest)
+        .mul_f64(fastrand::f64())
+}
+
+/// Digits and nothing else; more of them than a number can hold are a very long time.
+fn seconds(text: &str) -> Option<Duration> {
+    let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    digits.then(|| Duration::from_secs(text.parse().unwrap_or(u64::MAX)))
+}
+
+fn http_date(value: &HeaderValue) -> Option<SystemTime> {
+    httpdate::parse_http_date(value.to_str().ok()?.trim()).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn asking<const N: usize>(values: [&str; N]) -> HeaderMap {
+        let value = |text: &str| HeaderValue::from_bytes(text.as_bytes()).unwrap();
+        values.iter().map(|text| (RETRY_AFTER, value(text))).fold(
+            HeaderMap::new(),
+            |mut headers, (name, value)| {
+                headers.append(name, value);
+                headers
+            },
+        )
+    }
+
+    /// 2026-01-05T12:00:00Z.
+    fn noon() -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::from_secs(1_767_614_400)
+    }
+
+    #[test]
+    fn retry_after_is_read_as_seconds_or_date_and_never_exceeds_five_minutes() {
+        let cases = [
+            ("seconds", "7", Some(7)),
+            ("zero", "0", Some(0)),
+            ("blanks around", " 7 ", Some(7)),
+            ("longest", "300", Some(300)),
+            ("over the longest", "301", Some(300)),
+            ("a billion", "1000000000", Some(300)),
+            (
+                "more than a number holds",
+                "99999999999999999999999",
+                Some(300),
+            ),
+            ("date ahead", "Mon, 05 Jan 2026 12:00:30 GMT", Some(30)),
+            ("date far ahead", "Mon, 05 Jan 2026 13:00:00 GMT", Some(300)),
+            ("date in the past", "Mon, 05 Jan 2026 11:00:00 GMT", Some(0)),
+            (
+                "date of the old kind",
+                "Monday, 05-Jan-26 12:00:30 GMT",
+                Some(30),
+            ),
+            ("negative", "-1", None),
+            ("signed", "+7", None),
+            ("fraction", "1.5", None),
+            ("exponent", "1e9", None),
+            ("with a unit", "7s", None),
+            ("garbage", "soon", None),
+            ("empty", "", None),
+            ("digits of another script", "\u{0667}", None),
+        ];
+
+        for (name, text, expected) in cases {
+            assert_eq!(
+                retry_after(&asking([text]), Some(noon())),
+                expected.map(Duration::from_secs),
+                "{name}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_longest_of_several_readable_values_counts() {
+        let several = asking(["3", "garbage", "9", "5"]);
+
+        assert_eq!(
+            retry_after(&several, Some(noon())),
+            Some(Duration::from_secs(9))
+        );
+        assert_eq!(retry_after(&HeaderMap::new(), Some(noon())), None);
+    }
+
+    #[test]
+    fn a_date_counts_from_the_peers_own_time_and_says_nothing_without_it() {
+        let mut headers = asking(["Mon, 05 Jan 2026 12:00:30 GMT"]);
+        assert_eq!(retry_after(&headers, date(&headers)), None);
+
+        headers.insert(
+            DATE,
+            HeaderValue::from_static("Mon, 05 Jan 2026 12:00:00 GMT"),
+        );
+
+        assert_eq!(date(&headers), Some(noon()));
+        assert_eq!(
+            retry_after(&headers, date(&headers)),
+            Some(Duration::from_secs(30))
+        );
+    }
+}

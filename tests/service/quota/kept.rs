@@ -1,0 +1,108 @@
+use std::time::{Duration, Instant};
+
+use rds_task_facade::pb::GetTaskDetailRequest;
+use tokio::task::JoinSet;
+
+use crate::support::{Program, Upstream, answer, example, example_request};
+
+#[tokio::test]
+async fn answers_and_missing_tasks_are_kept_for_the_ttl_and_other_errors_are_not() {
+    let upstream = Upstream::start(|request| match request.line.split('/').nth(4) {
+        Some("missing") => answer(400, &[], r#"{"error_code":"DBS.200543","error_msg":"m"}"#),
+        Some("busy") => answer(409, &[], r#"{"error_code":"DBS.200047","error_msg":"m"}"#),
+        _ => example(),
+    })
+    .await;
+    let program = Program::over(&upstream.url(), &["--cache-ttl", "400ms"]);
+    let mut client = program.client().await;
+    let of = |instance: &str| GetTaskDetailRequest {
+        instance_id: instance.into(),
+        ..example_request()
+    };
+
+    for instance in ["there", "missing", "busy"] {
+        let _ = client.get_task_detail(of(instance)).await;
+        let _ = client.get_task_detail(of(instance)).await;
+    }
+    let within = upstream.requests().len();
+    tokio::time::sleep(Duration::from_millis(450)).await;
+    let _ = client.get_task_detail(of("there")).await;
+    let _ = client.get_task_detail(of("missing")).await;
+
+    assert_eq!(within, 1 + 1 + 2);
+    assert_eq!(upstream.requests().len(), within + 2);
+    assert_eq!(program.metric("rds_cache_hits_total").await, 2.0);
+}
+
+#[tokio::test]
+async fn nothing_is_kept_by_default() {
+    let upstream = Upstream::always(example()).await;
+    let program = Program::over(&upstream.url(), &[]);
+    let mut client = program.client().await;
+
+    for _ in 0..3 {
+        client
+            .get_task_detail(example_request())
+            .await
+            .expect("an answer");
+    }
+
+    assert_eq!(upstream.requests().len(), 3);
+}
+
+#[tokio::test]
+async fn a_kept_answer_is_given_even_while_its_identity_is_throttled() {
+    let upstream = Upstream::start(|request| match request.number {
+        0 => example(),
+        _ => answer(429, &[("retry-after", "30")], ""),
+    })
+    .await;
+    let program = Program::over(&upstream.url(), &["--cache-ttl", "1h"]);
+    let mut other = example_request();
+    other.workflow_id = "other".into();
+    program.call(example_request()).await.expect("an answer");
+    program.call(other).await.expect_err("429");
+
+    let again = program.call(example_request()).await;
+
+    assert!(again.is_ok(), "{again:?}");
+    assert_eq!(upstream.requests().len(), 2);
+    assert_eq!(program.metric("rds_throttled_calls_total").await, 0.0);
+}
+
+#[tokio::test]
+async fn pollers_of_few_tasks_cause_as_many_upstream_calls_as_the_ttl_allows() {
+    const CALLERS: usize = 100;
+    const ROUNDS: usize = 15;
+    let upstream = Upstream::always(example()).await;
+    let program = Program::over(&upstream.url(), &["--cache-ttl", "500ms"]);
+    let mut clients = Vec::new();
+    for _ in 0..5 {
+        clients.push(program.client().await);
+    }
+    let mut callers = JoinSet::new();
+
+    let started = Instant::now();
+    for caller in 0..CALLERS {
+        let mut client = clients[caller % 5].clone();
+        callers.spawn(async move {
+            for _ in 0..ROUNDS {
+                let mut request = example_request();
+                request.workflow_id = format!("task-{}", caller % 3);
+                client.get_task_detail(request).await.expect("an answer");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        });
+    }
+    callers.join_all().await;
+
+    // Each of the three tasks once, and again each time an answer has become too old.
+    let windows = started.elapsed().as_millis() as usize / 500 + 1;
+    assert!(upstream.requests().len() <= 3 * windows);
+    let (merged, kept) = (
+        program.metric("rds_coalesced_calls_total").await,
+        program.metric("rds_cache_hits_total").await,
+    );
+    let asked = upstream.requests().len() as f64;
+    assert_eq!(asked + merged + kept, (CALLERS * ROUNDS) as f64);
+}

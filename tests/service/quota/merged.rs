@@ -1,0 +1,226 @@
+use std::{collections::HashSet, sync::Arc, time::Duration};
+
+use rds_task_facade::pb::GetTaskDetailRequest;
+use tokio::task::JoinSet;
+use tonic::Code;
+
+use super::{begin, with_token};
+use crate::support::{
+    Connection, Program, Step, Upstream, answer, example, example_request, upstream::slow_example,
+};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_thousand_equal_calls_over_ten_connections_cause_one_upstream_call() {
+    // It answers when all are waiting: the script runs before the first byte of the answer, on a thread of its own.
+    let (all_wait, waiting) = std::sync::mpsc::channel::<()>();
+    let waiting = std::sync::Mutex::new(waiting);
+    let upstream = Upstream::start(move |_| {
+        let waiting = waiting.lock().expect("no panic under the lock");
+        // A second upstream call finds nobody who tells it to go on, and is counted below.
+        let _ = tokio::task::block_in_place(|| waiting.recv());
+        example()
+    })
+    .await;
+    let program = Program::over(&upstream.url(), &["--attempt-timeout", "30s"]);
+    let mut calls = JoinSet::new();
+
+    for _ in 0..10 {
+        let client = program.client().await;
+        for _ in 0..100 {
+            begin(&mut calls, client.clone(), example_request()).await;
+        }
+    }
+    while program.metric("rds_coalesced_calls_total").await < 999.0 {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    drop(all_wait);
+    let answers = calls.join_all().await;
+
+    assert_eq!(answers.len(), 1000);
+    assert!(answers.iter().all(Result::is_ok));
+    assert_eq!(upstream.requests().len(), 1);
+    assert_eq!(program.metric("rds_coalesced_calls_total").await, 999.0);
+}
+
+#[tokio::test]
+async fn questions_that_differ_in_anything_are_not_merged() {
+    let upstream = Upstream::always(slow_example()).await;
+    let program = Program::start(
+        &["--endpoint", &upstream.url(), "--credentials", "caller"],
+        &[],
+    );
+    let client = program.client().await;
+    let base = example_request();
+    let other = |change: fn(&mut GetTaskDetailRequest)| {
+        let mut request = base.clone();
+        change(&mut request);
+        request
+    };
+    let requests = [
+        with_token("ann", base.clone()),
+        with_token("bob", base.clone()),
+        with_token("ann", other(|r| r.project_id = "p".into())),
+        with_token("ann", other(|r| r.instance_id = "i".into())),
+        with_token("ann", other(|r| r.workflow_id = "w".into())),
+        with_token("ann", other(|r| r.workflow_name = Some(String::new()))),
+        with_token("ann", other(|r| r.workflow_name = None)),
+    ];
+    let mut calls = JoinSet::new();
+
+    for request in requests {
+        begin(&mut calls, client.clone(), request).await;
+    }
+    let answers = calls.join_all().await;
+
+    assert!(answers.iter().all(Result::is_ok), "{answers:?}");
+    assert_eq!(upstream.requests().len(), 7);
+    assert_eq!(program.metric("rds_coalesced_calls_total").await, 0.0);
+}
+
+#[tokio::test]
+async fn the_shared_work_goes_on_while_anyone_waits_and_stops_when_nobody_does() {
+    let upstream = Upstream::start(|request| {
+        if request.number == 0 {
+            slow_example()
+        } else {
+            vec![Step::Hold]
+        }
+    })
+    .await;
+    let program = Program::over(&upstream.url(), &[]);
+    let mut leader = JoinSet::new();
+    let mut followers = JoinSet::new();
+
+    begin(&mut leader, program.client().await, example_request()).await;
+    upstream.wait_for_requests(1).await;
+    begin(&mut followers, program.client().await, example_request()).await;
+    while program.metric("rds_coalesced_calls_total").await < 1.0 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    leader.abort_all();
+    let followed = followers.join_all().await;
+
+    assert!(followed[0].is_ok(), "{followed:?}");
+    assert_eq!(upstream.requests().len(), 1);
+
+    let mut alone = JoinSet::new();
+    begin(&mut alone, program.client().await, example_request()).await;
+    upstream.wait_for_requests(2).await;
+    let closed_before = upstream.connections().closed;
+    alone.abort_all();
+    upstream.wait_for_closed(closed_before + 1).await;
+}
+
+#[tokio::test]
+async fn each_waiter_has_its_own_deadline_and_the_work_that_of_the_longest() {
+    let upstream = Upstream::always(slow_example()).await;
+    let program = Program::over(&upstream.url(), &[]);
+    let client = program.client().await;
+    let hasty = Connection::open(program.grpc).await;
+    let mut second = JoinSet::new();
+
+    let first = tokio::spawn(async move { hasty.call_within("150m", &example_request()).await });
+    upstream.wait_for_requests(1).await;
+    begin(&mut second, client, example_request()).await;
+    let first = first
+        .await
+        .expect("no panic")
+        .expect("an answer")
+        .status()
+        .expect("a status");
+    let second = second.join_all().await;
+
+    assert_eq!(first.code(), Code::DeadlineExceeded);
+    assert!(second[0].is_ok(), "{second:?}");
+    assert_eq!(upstream.requests().len(), 1);
+}
+
+#[tokio::test]
+async fn an_error_is_shared_like_an_answer() {
+    let upstream = Upstream::always(
+        [
+            vec![Step::Wait(Duration::from_millis(300))],
+            answer(403, &[], r#"{"error_code":"DBS.200044","error_msg":"m"}"#),
+        ]
+        .concat(),
+    )
+    .await;
+    let program = Program::over(&upstream.url(), &[]);
+    let client = program.client().await;
+    let mut calls = JoinSet::new();
+
+    for _ in 0..20 {
+        begin(&mut calls, client.clone(), example_request()).await;
+    }
+    let answers = calls.join_all().await;
+
+    assert!(answers.iter().all(|answer| {
+        answer
+            .as_ref()
+            .is_err_and(|e| e.code() == Code::PermissionDenied)
+    }));
+    assert_eq!(upstream.requests().len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_caller_never_sees_the_answer_of_another_credential() {
+    // The answer names the token and the task that were asked with.
+    let upstream = Upstream::start(|request| {
+        let token = request.header("x-auth-token").unwrap_or_default();
+        let task = request.body.split('"').nth(3).unwrap_or_default();
+        let mut steps = vec![Step::Wait(Duration::from_millis(request.number as u64 % 7))];
+        steps.extend(answer(
+            200,
+            &[],
+            format!(r#"{{"job_id":"{token}/{task}"}}"#),
+        ));
+        steps
+    })
+    .await;
+    let args = [
+        "--endpoint",
+        &upstream.url(),
+        "--credentials",
+        "caller",
+        "--cache-ttl",
+        "20ms",
+    ];
+    let program = Program::start(&args, &[]);
+    let clients = Arc::new([
+        program.client().await,
+        program.client().await,
+        program.client().await,
+    ]);
+    let mut calls = JoinSet::new();
+
+    for number in 0..600usize {
+        let mut client = clients[number % 3].clone();
+        let (token, task) = (
+            format!("token-{}", number % 5),
+            format!("task-{}", (number / 5) % 4),
+        );
+        calls.spawn(async move {
+            let mut request = example_request();
+            request.workflow_id = task.clone();
+            let call = client.get_task_detail(with_token(&token, request));
+            if number % 11 == 0 {
+                // Some leave at once or soon.
+                let _ = tokio::time::timeout(Duration::from_millis(number as u64 % 4), call).await;
+                return None;
+            }
+            let got = call.await.expect("an answer").into_inner().job_id;
+            Some((got, format!("{token}/{task}")))
+        });
+        if number % 50 == 49 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+    let answers = calls.join_all().await;
+
+    let seen: HashSet<_> = answers.into_iter().flatten().collect();
+    for (got, wanted) in &seen {
+        assert_eq!(got, wanted);
+    }
+    assert_eq!(seen.len(), 20);
+    assert!(upstream.requests().len() < 545, "some were merged or kept");
+}

@@ -1,0 +1,168 @@
+use std::time::{Duration, Instant};
+
+use rds_task_facade::pb::GetTaskDetailRequest;
+use tokio::task::JoinSet;
+use tonic::{Code, Request};
+
+use super::{begin, with_token};
+use crate::support::{Failure, Program, Upstream, answer, example, example_request};
+
+#[tokio::test]
+async fn a_throttled_identity_is_held_back_and_others_are_not() {
+    let upstream = Upstream::start(|request| match request.header("x-auth-token") {
+        Some("ann") => answer(429, &[("retry-after", "2")], ""),
+        _ => example(),
+    })
+    .await;
+    let program = Program::start(
+        &["--endpoint", &upstream.url(), "--credentials", "caller"],
+        &[],
+    );
+    let mut client = program.client().await;
+    client
+        .get_task_detail(with_token("ann", example_request()))
+        .await
+        .expect_err("429");
+
+    let mut other = example_request();
+    other.workflow_id = "other".into();
+    let held = Failure::of(
+        &client
+            .get_task_detail(with_token("ann", other))
+            .await
+            .expect_err("held back"),
+    );
+    client
+        .get_task_detail(with_token("bob", example_request()))
+        .await
+        .expect("not throttled");
+
+    assert_eq!(
+        held.code_and_reason(),
+        (Code::ResourceExhausted, "THROTTLED")
+    );
+    let delay = held.retry_delay.expect("RetryInfo");
+    assert!(
+        delay > Duration::from_secs(1) && delay <= Duration::from_secs(2),
+        "{delay:?}"
+    );
+    assert_eq!(held.quota_subjects.len(), 1);
+    let asked: Vec<_> = upstream
+        .requests()
+        .iter()
+        .map(|r| r.header("x-auth-token").map(str::to_owned))
+        .collect();
+    assert_eq!(asked, [Some("ann".to_owned()), Some("bob".to_owned())]);
+    assert_eq!(program.metric("rds_throttled_calls_total").await, 1.0);
+}
+
+#[tokio::test]
+async fn a_retry_does_not_go_out_in_a_window_that_another_call_has_learnt_of() {
+    let upstream = Upstream::start(|request| match request.number {
+        0 => answer(503, &[("retry-after", "1")], ""),
+        _ => answer(429, &[("retry-after", "30")], ""),
+    })
+    .await;
+    let program = Program::over(&upstream.url(), &[]);
+    let mut retrying = JoinSet::new();
+    begin(&mut retrying, program.client().await, example_request()).await;
+    while program
+        .metrics()
+        .await
+        .iter()
+        .all(|(series, _)| !series.starts_with("rds_upstream_retries_total"))
+    {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let mut other = example_request();
+    other.workflow_id = "other".into();
+    program.call(other).await.expect_err("429");
+
+    let retried = retrying.join_all().await.remove(0).expect_err("held back");
+
+    let failure = Failure::of(&retried);
+    assert_eq!(
+        failure.code_and_reason(),
+        (Code::ResourceExhausted, "THROTTLED")
+    );
+    assert!(failure.retry_delay.expect("RetryInfo") > Duration::from_secs(20));
+    assert_eq!(upstream.requests().len(), 2);
+    assert_eq!(program.metric("rds_throttled_calls_total").await, 1.0);
+}
+
+#[tokio::test]
+async fn throttling_by_address_holds_everyone_back() {
+    let text = "The throttling threshold has been reached: policy ip over ratelimit,limit:200,time:1 minute";
+    let body = format!(r#"{{"error_msg":"{text}","error_code":"APIGW.0308"}}"#);
+    let upstream = Upstream::always(answer(429, &[], &body)).await;
+    let program = Program::start(
+        &["--endpoint", &upstream.url(), "--credentials", "caller"],
+        &[],
+    );
+    let mut client = program.client().await;
+
+    for token in ["ann", "bob"] {
+        let failure = Failure::of(
+            &client
+                .get_task_detail(with_token(token, example_request()))
+                .await
+                .expect_err("429"),
+        );
+        assert_eq!(
+            failure.code_and_reason(),
+            (Code::ResourceExhausted, "THROTTLED"),
+            "{token}"
+        );
+    }
+
+    assert_eq!(upstream.requests().len(), 1);
+}
+
+#[tokio::test]
+async fn the_local_rate_paces_calls_that_fit_and_refuses_the_others_at_once() {
+    let upstream = Upstream::always(example()).await;
+    let program = Program::over(&upstream.url(), &["--upstream-rate", "2/1s"]);
+    let client = program.client().await;
+    let distinct = |number: usize, timeout: &str| {
+        let mut request = Request::new(GetTaskDetailRequest {
+            workflow_id: format!("w-{number}"),
+            ..example_request()
+        });
+        request
+            .metadata_mut()
+            .insert("grpc-timeout", timeout.parse().expect("ASCII"));
+        request
+    };
+    let mut calls = JoinSet::new();
+
+    let started = Instant::now();
+    for number in 0..4 {
+        begin(&mut calls, client.clone(), distinct(number, "10S")).await;
+    }
+    upstream.wait_for_requests(2).await;
+    let refused = Failure::of(
+        &client
+            .clone()
+            .get_task_detail(distinct(9, "200m"))
+            .await
+            .expect_err("no room"),
+    );
+    let refused_after = started.elapsed();
+    let answers = calls.join_all().await;
+    let took = started.elapsed();
+
+    assert!(answers.iter().all(Result::is_ok), "{answers:?}");
+    assert!(
+        took >= Duration::from_millis(900),
+        "four calls at two a second: {took:?}"
+    );
+    assert_eq!(
+        refused.code_and_reason(),
+        (Code::ResourceExhausted, "THROTTLED")
+    );
+    assert!(
+        refused_after < Duration::from_millis(900),
+        "{refused_after:?}"
+    );
+    assert_eq!(upstream.requests().len(), 4);
+}
