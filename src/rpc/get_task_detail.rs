@@ -96,13 +96,15 @@ fn validate(request: GetTaskDetailRequest) -> Result<TaskQuery, Error> {
 }
 
 fn check_id(violations: &mut Vec<Violation>, field: &'static str, value: &str, max: usize) {
-    let fits = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+    let fits = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
     let description = if value.is_empty() {
         "is required".to_owned()
-    } else if let Some((position, unfit)) = value.chars().enumerate().find(|(_, c)| !fits(*c)) {
+    } else if let Some(at) = value.bytes().position(|byte| !fits(byte)) {
+        // What stands before it is ASCII, so this is the place of a character, too.
+        let unfit = value[at..].chars().next().unwrap_or_default();
         format!(
             "may hold letters, digits, '-' and '_'; found {unfit:?} at position {}",
-            position + 1
+            at + 1
         )
     } else if value.len() > max {
         format!("may hold at most {max} characters; found {}", value.len())

@@ -8,7 +8,10 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode};
+use http::{
+    HeaderMap, HeaderName, HeaderValue, Response, StatusCode,
+    header::{ALLOW, CONTENT_TYPE},
+};
 use http_body::Frame;
 use http_body_util::BodyExt as _;
 use tokio::time::{Sleep, sleep_until};
@@ -59,7 +62,12 @@ pub(super) fn not_grpc(mut rpc: Rpc, status: StatusCode, text: &'static str) -> 
     rpc.end(Code::Unknown);
     let mut response = Response::new(Reply::Text(text));
     *response.status_mut() = status;
-    response.headers_mut().insert(REQUEST_ID, id_value(&rpc));
+    let headers = response.headers_mut();
+    headers.insert(REQUEST_ID, id_value(&rpc));
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/plain"));
+    if status == StatusCode::METHOD_NOT_ALLOWED {
+        headers.insert(ALLOW, HeaderValue::from_static("POST"));
+    }
     response
 }
 

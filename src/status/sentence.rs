@@ -90,7 +90,9 @@ pub(super) fn of_reason(reason: Reason) -> &'static str {
         Reason::UpstreamResponseTooLarge => {
             "the answer of rds is over 1 MiB: report upstreamRequestId to its support"
         }
-        Reason::DeadlineExceeded => "the deadline passed: try again with a longer one",
+        Reason::DeadlineExceeded => {
+            "the deadline passed: the caller's own, or this service's limit where that is shorter"
+        }
         Reason::InvalidRequest => "the request breaks the rules of the proto: correct it",
         Reason::ProjectNotAllowed => {
             "this server does not serve that project: use another project_id or ask the operator"

@@ -6,10 +6,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{
-    HeaderMap,
-    header::{CONTENT_ENCODING, DATE},
-};
+use http::{HeaderMap, header::CONTENT_ENCODING};
 use tokio::time::Instant;
 
 use super::{
@@ -29,6 +26,7 @@ use crate::{
         AttemptEnd, AttemptSpan, ServerSpan,
         metrics::{AttemptOutcome, Metrics},
     },
+    wait,
 };
 
 /// An attempt does not start with less than this left: no answer could come in time.
@@ -305,7 +303,7 @@ impl Client {
             return Failed::rejected(rejection);
         }
         let learn = |date| self.endpoint.clock.learn(date, signed.at);
-        let skewed = date(headers).is_some_and(learn);
+        let skewed = wait::date(headers).is_some_and(learn);
         // A wrong clock says nothing about the key, unless the corrected one is refused too.
         if !skewed || signed.clock_corrected {
             key.signature_refused(false);
@@ -335,11 +333,6 @@ fn circuit_open(retry_after: Duration) -> Failed {
 fn malformed(admission: breaker::Admission<'_>) -> Failed {
     admission.answered();
     Failed::lasting(ErrorKind::Malformed, Reason::UpstreamMalformedResponse)
-}
-
-/// The gateway's time of day.
-fn date(headers: &HeaderMap) -> Option<SystemTime> {
-    httpdate::parse_http_date(headers.get(DATE)?.to_str().ok()?).ok()
 }
 
 fn with_token(rejection: Rejection) -> Failed {

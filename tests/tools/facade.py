@@ -117,16 +117,16 @@ class Program:
 
 
 class Process(Program):
-    """One run of our program."""
+    """One run of our program, by itself or by the command `under` which it is."""
 
-    def __init__(self, *arguments, environment=None):
-        super().__init__([PROGRAM, *arguments], environment)
+    def __init__(self, *arguments, environment=None, under=()):
+        super().__init__([*under, PROGRAM, *arguments], environment)
 
 
 class Facade(Process):
     """`serve` on free ports. `address` and `metrics` are host:port."""
 
-    def __init__(self, *arguments, environment=None, port=0):
+    def __init__(self, *arguments, environment=None, port=0, under=()):
         super().__init__(
             "serve",
             f"--listen=127.0.0.1:{port}",
@@ -134,6 +134,7 @@ class Facade(Process):
             "--log-format=json",
             *arguments,
             environment=environment,
+            under=under,
         )
         try:
             started = self.wait_for("log line with the addresses", _started)

@@ -57,6 +57,9 @@ async fn a_request_that_is_no_grpc_gets_a_bare_http_status_and_runs_no_service()
 
         assert_eq!(answer.http, http, "{name}");
         assert!(answer.headers.get("grpc-status").is_none(), "{name}");
+        assert_eq!(answer.headers["content-type"], "text/plain", "{name}");
+        let allow = answer.headers.get("allow").map(|value| value.as_bytes());
+        assert_eq!(allow, (http == 405).then_some(&b"POST"[..]), "{name}");
     }
     assert_eq!(running.ended(7).await, [Code::Unknown; 7]);
     assert_eq!(*running.script.entered.borrow(), 0);

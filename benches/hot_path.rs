@@ -1,0 +1,223 @@
+//! What one call pays on its way, part by part: `cargo bench`. Times move with the machine; what CI holds is the number of
+//! instructions of a whole call (`tests/tools/instructions.py`).
+
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    thread,
+    time::{Duration, SystemTime},
+};
+
+use divan::{Bencher, black_box};
+use http::{HeaderMap, HeaderValue};
+use rds_task_facade::{
+    credentials::{
+        AccessKey, Config as CredentialsConfig, Credentials, Identity, Owner, Source,
+        signer::{self, SigningRequest},
+    },
+    http as upstream_http,
+    pb::{GetTaskDetailRequest, task_service_client::TaskServiceClient},
+    quota::{self, Quota},
+    rpc::{self, Facade},
+    sandbox::Sandbox,
+    server::{self, Parts},
+    status,
+    telemetry::metrics::Metrics,
+    upstream::{self, ErrorKind, TaskQuery, rejection, wire},
+};
+use tokio::{runtime, sync::watch};
+use tonic::transport::Channel;
+
+const PROJECT: &str = "0483b6b16e954cb88930a360d2c4e663";
+const INSTANCE: &str = "1ffc4167903840cb93a3da56d28c14fdin01";
+const WORKFLOW: &str = "102772a9-31fa-4129-b9f8-7638e2792f3b";
+
+fn main() {
+    divan::main();
+}
+
+fn query() -> TaskQuery {
+    TaskQuery {
+        project_id: PROJECT.to_owned(),
+        instance_id: INSTANCE.to_owned(),
+        workflow_id: WORKFLOW.to_owned(),
+        workflow_name: Some("CreateMysqlSingleHAInstance".to_owned()),
+    }
+}
+
+/// Decides whether signatures can be made anew for every attempt, instead of being kept for a second.
+#[divan::bench]
+fn sign_one_attempt(bencher: Bencher<'_, '_>) {
+    let key = AccessKey::parse(
+        "QTWAOYTTINDUT2QVKYUC",
+        "a-secret-access-key-of-40-characters-xxx",
+        None,
+    )
+    .expect("a key");
+    let path = format!("/v3/{PROJECT}/instances/{INSTANCE}/task-center-detail");
+    let body = format!(r#"{{"workflow_id":"{WORKFLOW}"}}"#);
+    let headers = [
+        ("content-type", "application/json"),
+        ("host", "rds.eu-west-101.myhuaweicloud.eu"),
+        ("x-project-id", PROJECT),
+    ];
+    let request = SigningRequest {
+        method: "POST",
+        path: &path,
+        query: &[],
+        headers: &headers,
+        body: body.as_bytes(),
+    };
+
+    bencher.bench_local(|| signer::sign(black_box(&request), &key, SystemTime::UNIX_EPOCH));
+}
+
+/// Decides whether the lenient reader of replies may stay one pass of our own over the JSON.
+#[divan::bench]
+fn read_a_task() -> wire::TaskDetail {
+    let body = br#"{"instance_id":"1ffc4167903840cb93a3da56d28c14fdin01","instance_name":"rds-mysql-2","job_id":"102772a9-31fa-4129-b9f8-7638e2792f3b","job_name":"CreateMysqlSingleHAInstance"}"#;
+    wire::parse_task_detail(black_box(body)).expect("a task")
+}
+
+/// Decides whether a storm of failures costs more than the calls that it fails: an error answer becomes a status with details.
+#[divan::bench]
+fn map_an_error_answer() -> tonic::Status {
+    let body = br#"{"error_code":"DBS.200543","error_msg":"The task does not exist."}"#;
+    let headers = HeaderMap::new();
+    let (rejection, facts) =
+        rejection::of_answer(404, &headers, black_box(body), SystemTime::UNIX_EPOCH);
+    let error = rpc::Error::Upstream {
+        error: upstream::Error {
+            kind: ErrorKind::Rejected(Box::new(rejection)),
+            facts,
+        },
+        owner: Owner::Server,
+        query: Box::new(query()),
+    };
+    status::of_error(&error, "0123456789abcdef0123456789abcdef")
+}
+
+/// Decides whether every call can look for an equal one in flight, also where none ever is.
+#[divan::bench]
+fn make_a_coalescing_key(bencher: Bencher<'_, '_>) {
+    let quota = Quota::new(
+        quota::Config {
+            cache_ttl: Duration::ZERO,
+            cache_entries: 0,
+        },
+        Metrics::new(),
+    );
+
+    bencher
+        .with_inputs(query)
+        .bench_local_values(|query| quota.question(Identity::Server, query));
+}
+
+/// Decides what of a lone call's time is ours: caller, facade and the stand-in for RDS in one process, over loopback.
+#[divan::bench]
+fn round_trip(bencher: Bencher<'_, '_>) {
+    rustls::crypto::aws_lc_rs::default_provider()
+        .install_default()
+        .expect("no other crypto provider was installed before");
+    let facade = start_facade(start_sandbox());
+    let runtime = current_thread();
+    let mut client = runtime.block_on(async {
+        let channel = Channel::from_shared(format!("http://{facade}")).expect("a URL");
+        TaskServiceClient::new(channel.connect().await.expect("the facade listens"))
+    });
+
+    bencher.bench_local(|| {
+        let request = GetTaskDetailRequest {
+            project_id: PROJECT.to_owned(),
+            instance_id: INSTANCE.to_owned(),
+            workflow_id: WORKFLOW.to_owned(),
+            workflow_name: None,
+        };
+        let reply = runtime.block_on(client.get_task_detail(request));
+        reply
+            .map(tonic::Response::into_inner)
+            .expect("the example task")
+    });
+}
+
+fn current_thread() -> runtime::Runtime {
+    runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("the runtime starts")
+}
+
+fn start_sandbox() -> SocketAddr {
+    let (tell, told) = std::sync::mpsc::channel();
+    thread::spawn(move || {
+        current_thread().block_on(async {
+            let sandbox = Sandbox::bind(([127, 0, 0, 1], 0).into()).await;
+            let sandbox = sandbox.expect("a free port");
+            tell.send(sandbox.local_addr()).expect("the bench waits");
+            sandbox.serve(std::future::pending()).await;
+        });
+    });
+    told.recv().expect("the sandbox starts")
+}
+
+fn start_facade(sandbox: SocketAddr) -> SocketAddr {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let address = listener.local_addr().expect("a bound socket");
+    thread::spawn(move || {
+        current_thread().block_on(async {
+            let metrics = Metrics::new();
+            let http = upstream_http::Config {
+                extra_roots: None,
+                proxy: None,
+                connect_timeout: Duration::from_secs(3),
+                plain: true,
+            };
+            let credentials = CredentialsConfig {
+                source: Source::Token(HeaderValue::from_static("sandbox-token")),
+                http: http.clone(),
+            };
+            let credentials = Credentials::start(credentials, Arc::clone(&metrics));
+            let credentials = credentials.expect("a token needs nothing");
+            let quota = Quota::new(
+                quota::Config {
+                    cache_ttl: Duration::ZERO,
+                    cache_entries: 0,
+                },
+                Arc::clone(&metrics),
+            );
+            let endpoint = upstream::Endpoint::new(
+                upstream::Config {
+                    endpoint: format!("http://{sandbox}").parse().expect("a URL"),
+                    attempt_timeout: Duration::from_secs(10),
+                    max_attempts: 3,
+                    retry_budget_percent: 20,
+                    rate: None,
+                },
+                Arc::clone(&metrics),
+            );
+            let client = upstream::Client::new(
+                upstream_http::Client::new(&http).expect("a client of plain HTTP"),
+                endpoint,
+                credentials.clone(),
+            );
+            let ready = credentials.ready();
+            let facade = Facade::new(credentials, quota, client, None);
+            let parts = Parts {
+                facade: move || facade.clone(),
+                ready,
+                serving: watch::Sender::new(false),
+                metrics,
+                access: Arc::new(|_| {}),
+                started: Box::new(|| {}),
+                tracer: None,
+            };
+            let config = server::Config {
+                workers: 1,
+                ..server::Config::default()
+            };
+            let served = server::serve(listener, config, parts, std::future::pending());
+            served.await.expect("the listener is served");
+        });
+    });
+    address
+}
