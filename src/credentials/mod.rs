@@ -17,7 +17,7 @@ pub mod key_guard;
 mod metadata;
 pub mod profile;
 pub mod secret;
-mod server_time;
+pub(crate) mod server_time;
 pub mod signer;
 #[cfg(test)]
 mod tests;

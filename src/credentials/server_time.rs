@@ -42,19 +42,21 @@ pub(super) fn our_clock() -> SystemTime {
 }
 
 /// How long the issuer asks to wait, at most five minutes.
-pub(super) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
-    let text = headers.get(header::RETRY_AFTER)?.to_str().ok()?;
-    let wait = match text.parse() {
-        Ok(seconds) => Duration::from_secs(seconds),
-        Err(_) => http_date(headers, header::RETRY_AFTER)?
+pub(crate) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+    let text = headers.get(header::RETRY_AFTER)?.to_str().ok()?.trim();
+    let wait = if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) {
+        // More digits than a number can hold are a very long time.
+        Duration::from_secs(text.parse().unwrap_or(u64::MAX))
+    } else {
+        http_date(headers, header::RETRY_AFTER)?
             .duration_since(date(headers)?)
-            .ok()?,
+            .ok()?
     };
     Some(wait.min(LONGEST_WAIT))
 }
 
 fn http_date(headers: &HeaderMap, name: HeaderName) -> Option<SystemTime> {
-    httpdate::parse_http_date(headers.get(name)?.to_str().ok()?).ok()
+    httpdate::parse_http_date(headers.get(name)?.to_str().ok()?.trim()).ok()
 }
 
 #[cfg(test)]
@@ -98,7 +100,12 @@ mod tests {
             ("86400", Some(300)),
             ("Fri, 30 Oct 2026 08:00:30 GMT", Some(30)),
             ("Fri, 30 Oct 2026 07:00:00 GMT", None),
+            (" 7 ", Some(7)),
+            ("99999999999999999999999", Some(300)),
+            (" Fri, 30 Oct 2026 08:00:30 GMT", Some(30)),
             ("-1", None),
+            ("+7", None),
+            ("", None),
             ("soon", None),
         ];
 
