@@ -1,6 +1,6 @@
 //! The RPCs: one file each, and what they have in common.
 
-mod get_task_detail;
+pub(crate) mod get_task_detail;
 
 use std::{
     collections::HashSet,
