@@ -71,7 +71,7 @@ async fn look_up(
 }
 
 /// Checks every rule of the proto, so that one answer names all that is wrong.
-fn validate(request: GetTaskDetailRequest) -> Result<TaskQuery, Error> {
+pub(crate) fn validate(request: GetTaskDetailRequest) -> Result<TaskQuery, Error> {
     let mut violations = Vec::new();
     check_id(&mut violations, "project_id", &request.project_id, MAX_ID);
     check_id(&mut violations, "instance_id", &request.instance_id, MAX_ID);

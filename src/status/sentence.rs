@@ -148,10 +148,14 @@ pub(super) fn of_violations(violations: &[Violation]) -> String {
 
 /// Upstream's own text, cleaned; `None` where it is missing, no text for people, or may repeat a credential.
 pub(super) fn of_upstream(rejection: &Rejection, facts: &Facts) -> Option<String> {
-    if about_a_credential(rejection, facts) || repeats_a_header(&rejection.message) {
+    let message = clean(&rejection.message);
+    // Asked of both: the cut may hide a name that makes the rest suspect, and what is taken out may have parted one.
+    if about_a_credential(rejection, facts)
+        || repeats_a_header(&rejection.message)
+        || repeats_a_header(&message)
+    {
         return None;
     }
-    let message = clean(&rejection.message);
     let markup = message.starts_with('<');
     (!message.is_empty() && !markup).then_some(message)
 }

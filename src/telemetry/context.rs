@@ -24,9 +24,14 @@ pub struct Context {
 
 impl Context {
     /// The caller's span, in the first accepted form that is there and sound.
-    pub(super) fn of_headers(headers: &HeaderMap, accepted: Propagators) -> Option<Self> {
+    pub(crate) fn of_headers(headers: &HeaderMap, accepted: Propagators) -> Option<Self> {
         let w3c = || {
-            let mut context = Self::of_traceparent(headers.get("traceparent")?)?;
+            let mut parents = headers.get_all("traceparent").iter();
+            // It is no list, so two of them are one that is malformed.
+            let (Some(parent), None) = (parents.next(), parents.next()) else {
+                return None;
+            };
+            let mut context = Self::of_traceparent(parent)?;
             context.trace_state = trace_state(headers);
             Some(context)
         };
@@ -64,7 +69,7 @@ impl Context {
     }
 
     /// Writes `traceparent` and `tracestate` into a request.
-    pub(super) fn write(&self, headers: &mut HeaderMap) {
+    pub(crate) fn write(&self, headers: &mut HeaderMap) {
         let traceparent =
             HeaderValue::from_str(&self.to_string()).expect("hex digits and dashes are ASCII");
         headers.insert("traceparent", traceparent);
@@ -234,6 +239,16 @@ mod tests {
                 .map_or("", |value| value.to_str().unwrap());
             assert_eq!(state_written, state, "{pairs:?}");
         }
+    }
+
+    #[test]
+    fn a_repeated_traceparent_leaves_no_trace() {
+        let parent = (
+            "traceparent",
+            "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+        );
+
+        assert_eq!(Context::of_headers(&headers(&[parent, parent]), ALL), None);
     }
 
     #[test]

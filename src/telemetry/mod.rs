@@ -1,7 +1,7 @@
 //! What an operator sees from outside: log, access line, metrics, traces.
 
 mod access;
-mod context;
+pub(crate) mod context;
 mod conventions;
 mod export;
 mod line;

@@ -42,21 +42,27 @@ impl Window {
     }
 
     pub(super) fn add(&self, count: Count) {
+        self.add_if(count, || true);
+    }
+
+    /// Adds one if `allowed`, and says whether it was. Nobody else's addition of this second comes in between.
+    pub(super) fn add_if(&self, count: Count, allowed: impl Fn() -> bool) -> bool {
         let second = self.second();
         let slot = &self.slots[(second % SLOTS) as usize];
         let tag = (second & 0xffff) << 48;
-        let _ = slot.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |word| {
+        let added = slot.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |word| {
             let word = if word & (0xffff << 48) == tag {
                 word
             } else {
                 tag
             };
-            Some(match count {
+            allowed().then_some(match count {
                 Count::Total if word & 0xffff_ffff < 0xffff_ffff => word + 1,
                 Count::Part if (word >> 32) & 0xffff < 0xffff => word + (1 << 32),
                 Count::Total | Count::Part => word,
             })
         });
+        added.is_ok()
     }
 
     /// (total, part) of the last ten seconds.

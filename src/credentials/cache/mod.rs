@@ -9,6 +9,8 @@
 //! that is still good hides every failure. Times are monotonic: a clock that is set back or ahead changes nothing.
 
 #[cfg(test)]
+mod random;
+#[cfg(test)]
 mod tests;
 
 use std::{future::Future, sync::Arc, time::Duration};

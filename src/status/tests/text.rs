@@ -95,6 +95,8 @@ fn a_text_that_repeats_a_header_never_comes_out_whatever_the_code() {
         "canary X-Auth-Token is bad",
         "canary x-security-token",
         "canary Signature=00",
+        "canary X-Auth\\u0000-Token is bad",
+        "canary SDK\\u202e-HMAC-SHA256",
     ];
 
     for text in texts {

@@ -66,7 +66,7 @@ pub struct Envelope {
     pub message: String,
     /// The request id in the body, at most 128 printable ASCII characters. The one in the header goes first.
     pub request_id: Option<String>,
-    /// The `encoded_authorization_message` of a policy denial, as it came.
+    /// The `encoded_authorization_message` of a policy denial, as it came; one with control characters is none.
     pub encoded_authorization_message: Option<String>,
 }
 
@@ -121,7 +121,9 @@ impl Envelope {
                 .filter(|id| is_printable(id, MAX_REQUEST_ID_CHARS));
         }
         if self.encoded_authorization_message.is_none() {
-            self.encoded_authorization_message = object.first_of(&[AUTHORIZATION_KEY], string);
+            self.encoded_authorization_message = object
+                .first_of(&[AUTHORIZATION_KEY], string)
+                .filter(|text| !text.contains(char::is_control));
         }
     }
 }

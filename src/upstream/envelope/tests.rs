@@ -264,6 +264,13 @@ fn a_code_or_request_id_that_is_too_long_is_not_taken() {
 }
 
 #[test]
+fn a_policy_explanation_with_control_characters_is_none() {
+    let body = br#"{"error_code":"IAM.0002","encoded_authorization_message":"a\u001b[31mb"}"#;
+
+    assert_eq!(read(body).encoded_authorization_message, None);
+}
+
+#[test]
 fn the_policy_explanation_is_found_at_the_top_and_below() {
     let bodies = [
         r#"{"error_code":"IAM.0002","encoded_authorization_message":"e"}"#,

@@ -1,0 +1,47 @@
+//! `grpc-timeout` is read exactly as gRPC over HTTP/2 writes it: a positive integer as ASCII text of at most 8 digits, and
+//! one letter for the unit.
+
+use std::time::Duration;
+
+use crate::deadline::{Deadline, parse_grpc_timeout};
+
+pub(super) fn check(input: &[u8]) {
+    let timeout = parse_grpc_timeout(input);
+
+    assert_eq!(
+        timeout.map(|timeout| timeout.as_nanos()),
+        nanoseconds(input)
+    );
+    // A header of a year beyond any calendar must not stop the clock.
+    assert!(Deadline::after(timeout.unwrap_or(Duration::ZERO)).remaining() <= Duration::MAX);
+}
+
+/// In nanoseconds, by the words of the grammar. Zero is read too: callers send it when their deadline has just passed.
+fn nanoseconds(input: &[u8]) -> Option<u128> {
+    let text = std::str::from_utf8(input).ok()?;
+    let units = [
+        ("H", 3_600_000_000_000),
+        ("M", 60_000_000_000),
+        ("S", 1_000_000_000),
+        ("m", 1_000_000),
+        ("u", 1_000),
+        ("n", 1),
+    ];
+    let (value, unit) = units
+        .into_iter()
+        .find_map(|(name, unit)| Some((text.strip_suffix(name)?, unit)))?;
+    if value.is_empty() || value.len() > 8 {
+        return None;
+    }
+    let mut nanoseconds = 0;
+    for (place, digit) in value.chars().rev().enumerate() {
+        let digit = "0123456789".find(digit)? as u128;
+        nanoseconds += digit * 10_u128.pow(place as u32) * unit;
+    }
+    Some(nanoseconds)
+}
+
+#[test]
+fn any_bytes_are_the_timeout_that_the_grammar_of_grpc_says_or_none() {
+    super::short_run::holds("grpc_timeout");
+}

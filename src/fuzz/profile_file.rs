@@ -1,0 +1,94 @@
+//! A profile file gives the key that is written in it, or an error that is the same whatever the values in it are.
+
+use super::{lines, text};
+use crate::credentials::{AccessKey, profile, signer};
+
+pub(super) fn check(input: &[u8]) {
+    check_any(&text(input));
+    check_written(input);
+}
+
+fn check_any(file: &str) {
+    let masked: String = file.split_inclusive('\n').map(mask).collect();
+
+    match (profile::parse(file, None), profile::parse(&masked, None)) {
+        (Err(fault), Err(of_masked)) => {
+            assert_eq!(fault.to_string(), of_masked.to_string());
+            assert_eq!(format!("{fault:?}"), format!("{of_masked:?}"));
+            assert!(!fault.to_string().chars().any(char::is_control));
+        }
+        (Ok(key), Ok(_)) => assert!(!key.access_key_id.is_empty()),
+        (read, of_masked) => panic!("{read:?} and, with other values, {of_masked:?}"),
+    }
+}
+
+/// The line with other letters and digits in its value, or in the whole of a line that is nothing known.
+fn mask(line: &str) -> String {
+    let trimmed = line.trim_start_matches('\u{feff}').trim();
+    let section = trimmed.starts_with('[') && trimmed.ends_with(']');
+    if section || trimmed.starts_with([';', '#']) {
+        return line.to_owned();
+    }
+    let value_at = line.find(['=', ':']).unwrap_or_default();
+    let (name, value) = line.split_at(value_at);
+    let masked = |c: char| if c.is_ascii_alphanumeric() { 'x' } else { c };
+    name.chars().chain(value.chars().map(masked)).collect()
+}
+
+/// What is written is read, whatever stands around it.
+fn check_written(input: &[u8]) {
+    let [ak, sk, security_token, rest] = lines(input);
+    let (ak, sk, security_token) = (visible(ak), visible(sk), visible(security_token));
+    let comment = text(rest).replace(char::is_control, " ");
+    let assign = if rest.len().is_multiple_of(2) {
+        " = "
+    } else {
+        ":"
+    };
+    let end = if rest.len().is_multiple_of(3) {
+        "\r\n"
+    } else {
+        "\n"
+    };
+    let file = [
+        "[other]",
+        "ak = another",
+        &format!("# {comment}"),
+        "[basic]",
+        &format!("ak{assign}{ak}"),
+        &format!("; sk = {comment}"),
+        &format!("  SK{assign}{sk}  "),
+        &format!("security_token{assign}{security_token}"),
+        "[last]",
+        "sk = another",
+    ]
+    .join(end);
+
+    let read = profile::parse(&file, None);
+
+    let expected = AccessKey::parse(&ak, &sk, Some(&security_token));
+    match (read, expected) {
+        (Ok(read), Ok(expected)) => {
+            assert_eq!(read.access_key_id, expected.access_key_id);
+            assert_eq!(read.security_token, expected.security_token);
+            assert_eq!(
+                signer::signature(&read, "x"),
+                signer::signature(&expected, "x")
+            );
+        }
+        (read, expected) => assert!(ak.is_empty() || sk.is_empty(), "{read:?} {expected:?}"),
+    }
+}
+
+/// As many visible characters as there are bytes.
+fn visible(bytes: &[u8]) -> String {
+    bytes
+        .iter()
+        .map(|byte| char::from(b'!' + byte % 94))
+        .collect()
+}
+
+#[test]
+fn any_file_gives_the_key_written_in_it_or_an_error_without_a_byte_of_it() {
+    super::short_run::holds("profile_file");
+}

@@ -1,0 +1,73 @@
+//! Any bytes are a request within the rules of the proto, or an `INVALID_ARGUMENT` that names exactly the fields beyond them.
+
+use prost::Message as _;
+use tonic::Code;
+
+use super::assert_fit_for_a_caller;
+use crate::{pb::GetTaskDetailRequest, rpc::get_task_detail::validate, status};
+
+pub(super) fn check(input: &[u8]) {
+    let request = match GetTaskDetailRequest::decode(input) {
+        Ok(request) => request,
+        Err(error) => {
+            let status = status::complete(Code::Internal, &error.to_string(), "r-1");
+            assert_fit_for_a_caller(&status);
+            return;
+        }
+    };
+    let broken = broken_rules(&request);
+
+    match validate(request.clone()) {
+        Ok(query) => {
+            assert_eq!(broken, [""; 0]);
+            assert_eq!(query.project_id, request.project_id);
+            assert_eq!(query.instance_id, request.instance_id);
+            assert_eq!(query.workflow_id, request.workflow_id);
+            assert_eq!(query.workflow_name, request.workflow_name);
+        }
+        Err(error) => {
+            let status = status::of_error(&error, "r-1");
+            assert_eq!(status.code(), Code::InvalidArgument);
+            let details = assert_fit_for_a_caller(&status);
+            let bad = details.bad_request().expect("a BadRequest");
+            let named: Vec<_> = bad.field_violations.iter().map(|v| &*v.field).collect();
+            assert_eq!(named, broken);
+        }
+    }
+}
+
+/// The fields that break the contract's rules, one rule after the other.
+fn broken_rules(request: &GetTaskDetailRequest) -> Vec<&'static str> {
+    const ID: &str = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz_-";
+    let is_id = |text: &str, max| {
+        let length = text.chars().count();
+        length >= 1 && length <= max && text.chars().all(|c| ID.contains(c))
+    };
+    let is_name = |text: &str| {
+        let control = |c: char| matches!(u32::from(c), 0..=0x1f | 0x7f..=0x9f);
+        text.chars().count() <= 256 && !text.chars().any(control)
+    };
+    let mut broken = Vec::new();
+    if !is_id(&request.project_id, 64) {
+        broken.push("project_id");
+    }
+    if !is_id(&request.instance_id, 64) {
+        broken.push("instance_id");
+    }
+    if !is_id(&request.workflow_id, 128) {
+        broken.push("workflow_id");
+    }
+    if request
+        .workflow_name
+        .as_deref()
+        .is_some_and(|name| !is_name(name))
+    {
+        broken.push("workflow_name");
+    }
+    broken
+}
+
+#[test]
+fn any_bytes_are_a_request_within_the_rules_or_an_answer_that_names_every_broken_one() {
+    super::short_run::holds("request_validation");
+}

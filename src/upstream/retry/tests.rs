@@ -1,0 +1,125 @@
+use super::*;
+
+const LONG: Duration = Duration::from_secs(30);
+const BACKOFF: Failed = Failed {
+    repeat: Repeat::Backoff,
+    at_once: false,
+    retry_after: None,
+};
+
+#[tokio::test(start_paused = true)]
+async fn attempts_end_at_the_maximum() {
+    let budget = Budget::new(100);
+    let mut attempts = Attempts::new(3);
+
+    let waits = [(); 3].map(|()| attempts.next(BACKOFF, LONG, &budget).is_some());
+
+    assert_eq!(waits, [true, true, false]);
+    assert_eq!(Attempts::new(1).next(BACKOFF, LONG, &budget), None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn once_is_once_and_never_is_never() {
+    let budget = Budget::new(100);
+    let once = Failed {
+        repeat: Repeat::Once,
+        ..BACKOFF
+    };
+    let never = Failed {
+        repeat: Repeat::Never,
+        ..BACKOFF
+    };
+    let mut attempts = Attempts::new(10);
+
+    assert!(attempts.next(once, LONG, &budget).is_some());
+    assert_eq!(attempts.next(once, LONG, &budget), None);
+    assert!(attempts.next(BACKOFF, LONG, &budget).is_some());
+    assert_eq!(attempts.next(never, LONG, &budget), None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_wait_grows_to_the_cap_and_is_jittered() {
+    for made in 1..=12 {
+        let ceiling = Duration::from_millis((50u64 << (made - 1)).min(2000));
+        let waits: Vec<_> = (0..200).map(|_| full_jitter(made)).collect();
+
+        assert!(waits.iter().all(|wait| *wait <= ceiling), "attempt {made}");
+        assert!(
+            waits.iter().any(|wait| *wait > ceiling / 2),
+            "attempt {made}"
+        );
+        assert!(
+            waits.iter().any(|wait| *wait < ceiling / 2),
+            "attempt {made}"
+        );
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn retry_after_is_obeyed_within_the_deadline_only() {
+    let budget = Budget::new(100);
+    let asked = Failed {
+        retry_after: Some(Duration::from_secs(2)),
+        ..BACKOFF
+    };
+
+    let wait = Attempts::new(3).next(asked, LONG, &budget);
+    assert!(
+        wait.is_some_and(
+            |wait| wait >= Duration::from_secs(2) && wait <= Duration::from_secs(2) + BACKOFF_BASE
+        ),
+        "{wait:?}"
+    );
+    assert_eq!(
+        Attempts::new(3).next(asked, Duration::from_secs(2), &budget),
+        None
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_retry_starts_below_the_floor() {
+    let budget = Budget::new(100);
+    let at_once = Failed {
+        at_once: true,
+        ..BACKOFF
+    };
+
+    assert_eq!(Attempts::new(3).next(at_once, FLOOR, &budget), None);
+    assert_eq!(
+        Attempts::new(3).next(at_once, FLOOR * 2, &budget),
+        Some(Duration::ZERO)
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_budget_allows_the_reserve_and_a_share_of_the_calls() {
+    let budget = Budget::new(20);
+    for _ in 0..100 {
+        budget.call();
+    }
+
+    let paid = (0..100).filter(|_| budget.pay()).count();
+
+    assert_eq!(paid, 10 + 20);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_budget_recovers_when_the_window_has_passed() {
+    let budget = Budget::new(0);
+    let spent = (0..100).filter(|_| budget.pay()).count();
+
+    tokio::time::advance(Duration::from_secs(10)).await;
+
+    assert_eq!(spent, 10);
+    assert!(budget.pay());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_retry_that_is_not_made_costs_nothing() {
+    let budget = Budget::new(0);
+    for _ in 0..100 {
+        assert_eq!(Attempts::new(3).next(BACKOFF, FLOOR, &budget), None);
+    }
+
+    assert!(budget.pay());
+}
