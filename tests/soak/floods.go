@@ -29,6 +29,15 @@ var floods = []attack{
 			}
 		})
 	}},
+	{name: "streams that we are made to reset", run: func(t *target) (string, error) {
+		return t.provoke(100, func(p *peer) {
+			for number := range 2000 {
+				p.headers(streamID(number), pairs(), false)
+				// A window that overflows is an error of the stream, not of the connection.
+				_ = p.framer.WriteWindowUpdate(streamID(number), 1<<31-1)
+			}
+		})
+	}},
 	{name: "CONTINUATION flood", run: func(t *target) (string, error) {
 		return t.provoke(100, func(p *peer) {
 			_ = p.framer.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: p.encode(pairs())})

@@ -191,6 +191,15 @@ func (p *peer) ask(stream uint32, fields [][2]string, asked question) {
 	_ = p.framer.WriteData(stream, true, framed(asked.encoded()))
 }
 
+// data goes on with a call's body, in frames as large as everybody takes them.
+func (p *peer) data(stream uint32, bytes []byte) {
+	for rest := bytes; len(rest) > 0; {
+		piece := rest[:min(len(rest), 16<<10)]
+		rest = rest[len(piece):]
+		_ = p.framer.WriteData(stream, false, piece)
+	}
+}
+
 // framed is the message with gRPC's prefix.
 func framed(message []byte) []byte {
 	return append(binary.BigEndian.AppendUint32([]byte{0}, uint32(len(message))), message...)
