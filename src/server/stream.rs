@@ -3,7 +3,12 @@
 //! The library waits without limit for a peer that opens no window for the answer. Our answer says until when it may be
 //! read, through a cell of the thread that polls both; only a stream that is stuck after that pays for a timer.
 
-use std::{cell::Cell, future::poll_fn, pin::pin, task::Poll};
+use std::{
+    cell::Cell,
+    future::poll_fn,
+    pin::pin,
+    task::{Context, Poll, Waker},
+};
 
 use tokio::time::{Instant, Sleep, sleep_until};
 
@@ -20,7 +25,16 @@ where
     F: Future<Output = ()> + Send + 'static,
 {
     fn execute(&self, stream: F) {
-        tokio::spawn(bounded(stream));
+        let mut stream = Box::pin(bounded(stream));
+        // A connection takes in all its new streams before any task runs, and a thousand connections can bring a hundred
+        // each. Most of those are refused at once, so they are over here, one after the other, and never all in memory.
+        let first = stream
+            .as_mut()
+            .poll(&mut Context::from_waker(Waker::noop()));
+        if first.is_pending() {
+            // Its task polls it again, with a waker that counts.
+            tokio::spawn(stream);
+        }
     }
 }
 
@@ -48,4 +62,47 @@ async fn bounded(stream: impl Future<Output = ()>) {
         }
     })
     .await;
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    };
+
+    use hyper::rt::Executor as _;
+    use tokio::task::yield_now;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_stream_that_is_answered_at_once_is_over_before_the_next_one_is_taken() {
+        let steps = Arc::new(AtomicUsize::new(0));
+        let seen = Arc::clone(&steps);
+
+        Streams.execute(async move {
+            seen.fetch_add(1, Ordering::Relaxed);
+        });
+
+        assert_eq!(Arc::strong_count(&steps), 1);
+        assert_eq!(steps.load(Ordering::Relaxed), 1);
+    }
+
+    #[tokio::test]
+    async fn a_stream_that_waits_goes_on_by_itself() {
+        let steps = Arc::new(AtomicUsize::new(0));
+        let seen = Arc::clone(&steps);
+
+        Streams.execute(async move {
+            seen.fetch_add(1, Ordering::Relaxed);
+            yield_now().await;
+            seen.fetch_add(1, Ordering::Relaxed);
+        });
+        while Arc::strong_count(&steps) > 1 {
+            yield_now().await;
+        }
+
+        assert_eq!(steps.load(Ordering::Relaxed), 2);
+    }
 }
