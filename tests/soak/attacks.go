@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"sync"
@@ -27,6 +28,8 @@ type attack struct {
 	flags []string
 	// What it may make the program grow; attackGrows where it is zero.
 	grows int64
+	// What the honest caller's p99 may be; honestWithin where it is zero.
+	honestWithin time.Duration
 	// Mostly waits, so that it runs beside others of its kind.
 	waits bool
 	// Says in figures what happened; an error for what must not.
@@ -116,14 +119,11 @@ func (a attack) against(program string, upstream *sandbox, calls int) (string, e
 	if honest.failed > 0 {
 		return figures, fmt.Errorf("the honest caller was failed: %v", honest.first)
 	}
-	if p99 := honest.answered.percentile(99); p99 > honestWithin {
-		return figures, fmt.Errorf("the honest caller waited: p99 %v, at most %v", p99, honestWithin)
+	within := cmp.Or(a.honestWithin, honestWithin)
+	if p99 := honest.answered.percentile(99); p99 > within {
+		return figures, fmt.Errorf("the honest caller waited: p99 %v, at most %v", p99, within)
 	}
-	grows := a.grows
-	if grows == 0 {
-		grows = attackGrows
-	}
-	if after.peak-before.resident > grows {
+	if grows := cmp.Or(a.grows, attackGrows); after.peak-before.resident > grows {
 		return figures, fmt.Errorf("memory grew by more than %.0f MiB", mebibytes(grows))
 	}
 	return figures, facade.restsAgain()
@@ -184,7 +184,7 @@ func startHonest(address string) (*honest, error) {
 }
 
 func (h *honest) ask(number int) {
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
 	answer := call(ctx, h.connection, method, example(number).encoded(), []string{"x-auth-token", token})
 	if answer.code == codes.OK {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"net/http"
@@ -78,6 +79,8 @@ var floods = []attack{
 		return t.repeat(true, func(p *peer) { _ = p.framer.WritePriority(1, http2.PriorityParam{Weight: 1}) })
 	}},
 	{name: "reset of calls in flight", run: resetInFlight},
+	// Twenty thousand calls are before the honest caller's next one.
+	{name: "all streams at once", grows: 64 << 20, honestWithin: 5 * time.Second, run: allAtOnce},
 	{name: "more connections than allowed", flags: []string{"--max-connections", "100"}, run: connectStorm},
 }
 
@@ -240,6 +243,44 @@ func (s *sandbox) control(path string, into any) error {
 	}
 	defer answer.Body.Close()
 	return json.NewDecoder(answer.Body).Decode(into)
+}
+
+// allAtOnce opens two hundred connections and then begins a hundred calls on each, for a method that does not exist.
+func allAtOnce(t *target) (string, error) {
+	const connections, streams = 200, 100
+	var peers []*peer
+	defer func() {
+		for _, peer := range peers {
+			peer.close()
+		}
+	}()
+	for range connections {
+		peer, err := t.open()
+		if err != nil {
+			return "", err
+		}
+		peer.read()
+		peers = append(peers, peer)
+	}
+	for _, peer := range peers {
+		for number := range streams {
+			peer.headers(streamID(number), pairs([2]string{":path", "/no/such"}), true)
+		}
+		if err := peer.writer.Flush(); err != nil {
+			return "", err
+		}
+	}
+	outcomes := map[string]int{}
+	for _, peer := range peers {
+		for outcome, count := range peer.outcomes(streams, 15*time.Second) {
+			outcomes[outcome] += count
+		}
+	}
+	text := fmt.Sprintf("%d connections: %v", connections, outcomes)
+	if outcomes["gRPC 12"] != connections*streams {
+		return text, errors.New("not all were answered")
+	}
+	return text, nil
 }
 
 // connectStorm opens far more connections than the limit allows and keeps what is kept.

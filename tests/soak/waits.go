@@ -26,8 +26,8 @@ var waits = []attack{
 	{name: "slow headers", waits: true, run: slowHeaders},
 	{name: "slow body", waits: true, flags: []string{"--timeout", "5s"}, grows: 128 << 20, run: slowBody},
 	{name: "health checks half said", waits: true, flags: []string{"--timeout", "5s"}, grows: 64 << 20, run: halfChecks},
-	{name: "bodies that are no gRPC", waits: true, flags: []string{"--timeout", "5s"}, grows: 64 << 20, run: webBodies},
-	{name: "health watches", waits: true, grows: 64 << 20, run: healthWatches},
+	{name: "bodies that are no gRPC", waits: true, flags: []string{"--timeout", "5s"}, grows: 128 << 20, run: webBodies},
+	{name: "health watches", waits: true, grows: 128 << 20, run: healthWatches},
 	{name: "window 0", waits: true, flags: []string{"--timeout", "3s"}, grows: 64 << 20, run: closedWindow},
 }
 
