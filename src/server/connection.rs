@@ -14,6 +14,7 @@ use tokio::{
 use super::{
     Timings,
     edge::Edge,
+    limit::Limit,
     preface::{self, Greeted},
     stream::Streams,
     tls::Tls,
@@ -33,6 +34,8 @@ const CONNECTION_WINDOW: u32 = 1024 * 1024;
 const MAX_RESET_STREAMS: usize = MAX_STREAMS as usize;
 /// Streams that we reset for the peer's faults, with the same end.
 const MAX_FAULTY_STREAMS: usize = 256;
+/// Streams beside the task service that each connection has in any case: a health check, and one that watches.
+const OWN_STREAMS: usize = 2;
 /// What a connection that has not said its preface is still given once a drain has begun: enough for bytes under way.
 const LAST_CALL: Duration = Duration::from_millis(200);
 
@@ -120,9 +123,10 @@ async fn http2<S: TaskService, I>(
     I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let timings = &shared.timings;
+    let own = Limit::new(OWN_STREAMS);
     let service = service_fn(|request| {
-        let shared = Arc::clone(shared);
-        async move { Ok::<_, Infallible>(shared.edge.answer(peer, request).await) }
+        let (shared, own) = (Arc::clone(shared), Arc::clone(&own));
+        async move { Ok::<_, Infallible>(shared.edge.answer(peer, &own, request).await) }
     });
     let mut connection = pin!(
         http2::Builder::new(Streams)

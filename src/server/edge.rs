@@ -17,7 +17,7 @@ use tonic::{Code, codec::CompressionEncoding, service::Routes};
 use tower_service::Service as _;
 
 use super::{
-    limit::Limit,
+    limit::{Limit, Place},
     message,
     record::{Rpc, Sinks},
     reply::{self, REQUEST_ID, Reply},
@@ -32,6 +32,15 @@ use crate::{
 /// The longest message of a reply, in bytes: what gRPC clients accept by default.
 const MAX_REPLY_BYTES: usize = 4 * 1024 * 1024;
 
+/// What all workers share.
+#[derive(Debug, Clone)]
+pub(super) struct Limits {
+    /// RPCs of the task service.
+    pub(super) in_flight: Arc<Limit>,
+    /// Streams beside the task service, beyond those that each connection has of its own.
+    pub(super) beside: Arc<Limit>,
+}
+
 /// What all RPCs of one worker share.
 #[derive(Clone)]
 pub(super) struct Edge<S> {
@@ -40,7 +49,7 @@ pub(super) struct Edge<S> {
     support: Routes,
     reflection: bool,
     timeout: Duration,
-    in_flight: Arc<Limit>,
+    limits: Limits,
     /// Cancelled shortly before the end of the shutdown grace.
     cut: CancellationToken,
     sinks: Arc<Sinks>,
@@ -53,7 +62,7 @@ impl<S: TaskService> Edge<S> {
         support: Routes,
         reflection: bool,
         timeout: Duration,
-        in_flight: Arc<Limit>,
+        limits: Limits,
         cut: CancellationToken,
         sinks: Sinks,
     ) -> Self {
@@ -65,16 +74,17 @@ impl<S: TaskService> Edge<S> {
             support,
             reflection,
             timeout,
-            in_flight,
+            limits,
             cut,
             sinks: Arc::new(sinks),
         }
     }
 
-    /// Answers one RPC, whatever it is.
+    /// Answers one RPC, whatever it is. `own` are the places that its connection has beside the task service.
     pub(super) async fn answer(
         &self,
         peer: SocketAddr,
+        own: &Arc<Limit>,
         request: Request<Incoming>,
     ) -> Response<Reply> {
         let headers = request.headers();
@@ -90,19 +100,30 @@ impl<S: TaskService> Edge<S> {
 
         if request.method() != HttpMethod::POST {
             let text = "gRPC calls use POST\n";
-            return not_grpc(rpc, request, StatusCode::METHOD_NOT_ALLOWED, text).await;
+            let place = self.place_beside(own);
+            return not_grpc(rpc, place, request, StatusCode::METHOD_NOT_ALLOWED, text).await;
         }
         if !is_grpc(headers) {
             let text = "the content type must be application/grpc or application/grpc+proto\n";
-            return not_grpc(rpc, request, StatusCode::UNSUPPORTED_MEDIA_TYPE, text).await;
+            let place = self.place_beside(own);
+            return not_grpc(
+                rpc,
+                place,
+                request,
+                StatusCode::UNSUPPORTED_MEDIA_TYPE,
+                text,
+            )
+            .await;
         }
         if let Err(text) = caller_timeout {
             return reply::failure(rpc, &Error::Protocol(Code::InvalidArgument, text));
         }
         match method {
             Method::GetTaskDetail => self.task(rpc, request).await,
-            Method::HealthCheck | Method::HealthWatch => self.support(rpc, method, request).await,
-            Method::Reflection if self.reflection => self.support(rpc, method, request).await,
+            Method::HealthCheck | Method::HealthWatch => {
+                self.support(rpc, method, own, request).await
+            }
+            Method::Reflection if self.reflection => self.support(rpc, method, own, request).await,
             Method::Reflection | Method::Other => {
                 let error = Error::Protocol(Code::Unimplemented, "unknown service or method");
                 reply::failure(rpc, &error)
@@ -110,11 +131,18 @@ impl<S: TaskService> Edge<S> {
         }
     }
 
+    /// A place beside the task service: one of the connection's own, so that nobody can take health from others, or one
+    /// of those that all share.
+    fn place_beside(&self, own: &Arc<Limit>) -> Option<Place> {
+        own.try_take().or_else(|| self.limits.beside.try_take())
+    }
+
     /// The task service: with a place in flight, within the deadline.
-    async fn task(&self, rpc: Rpc, request: Request<Incoming>) -> Response<Reply> {
-        let Some(_place) = self.in_flight.try_take() else {
+    async fn task(&self, mut rpc: Rpc, request: Request<Incoming>) -> Response<Reply> {
+        let Some(place) = self.limits.in_flight.try_take() else {
             return reply::failure(rpc, &Error::Overloaded);
         };
+        rpc.hold(place);
         let deadline = rpc.call.deadline;
         let (mut head, body) = request.into_parts();
         let message = match deadline.bound(message::read(body)).await {
@@ -141,13 +169,19 @@ impl<S: TaskService> Edge<S> {
         }
     }
 
-    /// Health and reflection: outside the limit. Their streams end with the caller's deadline, not with ours.
+    /// Health and reflection: outside the limit of calls in flight. Their streams end with the caller's deadline, not with
+    /// ours.
     async fn support(
         &self,
-        rpc: Rpc,
+        mut rpc: Rpc,
         method: Method,
+        own: &Arc<Limit>,
         request: Request<Incoming>,
     ) -> Response<Reply> {
+        let Some(place) = self.place_beside(own) else {
+            return reply::failure(rpc, &Error::Overloaded);
+        };
+        rpc.hold(place);
         let deadline = rpc.call.deadline;
         let until = match method {
             Method::HealthCheck => Some(deadline),
@@ -165,16 +199,22 @@ impl<S: TaskService> Edge<S> {
     }
 }
 
-/// Says what is wrong with something that is no gRPC call, after its end: many clients read no answer before that.
+/// Says what is wrong with something that is no gRPC call, after its end where there is a place for that: many clients
+/// read no answer before.
 async fn not_grpc(
-    rpc: Rpc,
+    mut rpc: Rpc,
+    place: Option<Place>,
     request: Request<Incoming>,
     status: StatusCode,
     text: &'static str,
 ) -> Response<Reply> {
-    let rest = Limited::new(request.into_body(), message::MAX_BYTES).collect();
-    // Too much of it, or too slow: the answer comes nevertheless.
-    let _ = rpc.call.deadline.bound(rest).await;
+    if let Some(place) = place {
+        rpc.hold(place);
+        let mut rest = Limited::new(request.into_body(), message::MAX_BYTES);
+        let end = async { while let Some(Ok(_)) = rest.frame().await {} };
+        // Too much of it, or too slow: the answer comes nevertheless.
+        let _ = rpc.call.deadline.bound(end).await;
+    }
     reply::not_grpc(rpc, status, text)
 }
 

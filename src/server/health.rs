@@ -10,11 +10,13 @@ use tonic_health::{
     server::{HealthReporter, HealthService},
 };
 
-use super::message;
 use crate::pb::{DESCRIPTORS, task_service_server::SERVICE_NAME};
 
 /// The names that health answers for: the whole server, and the service.
 const NAMES: [&str; 2] = ["", SERVICE_NAME];
+
+/// The longest request, in bytes: a name of a service, file or symbol.
+const MAX_REQUEST_BYTES: usize = 4 * 1024;
 
 /// Whether we take calls, as health, `/readyz` and nobody else decide it. It never follows upstream's health: then all
 /// instances would leave at once.
@@ -70,7 +72,7 @@ impl Health {
     pub(super) fn routes(&self, reflection: bool) -> Routes {
         let health = HealthService::from_health_reporter(self.reporter.clone());
         let mut routes = RoutesBuilder::default();
-        routes.add_service(HealthServer::new(health).max_decoding_message_size(message::MAX_BYTES));
+        routes.add_service(HealthServer::new(health).max_decoding_message_size(MAX_REQUEST_BYTES));
         if reflection {
             // Many tools still know v1alpha only; without the descriptors of google.rpc and health they show the details
             // of an error as raw bytes and refuse to call health.
@@ -79,13 +81,13 @@ impl Health {
                     descriptors()
                         .build_v1()
                         .expect(COMPILED_IN)
-                        .max_decoding_message_size(message::MAX_BYTES),
+                        .max_decoding_message_size(MAX_REQUEST_BYTES),
                 )
                 .add_service(
                     descriptors()
                         .build_v1alpha()
                         .expect(COMPILED_IN)
-                        .max_decoding_message_size(message::MAX_BYTES),
+                        .max_decoding_message_size(MAX_REQUEST_BYTES),
                 );
         }
         routes.routes().prepare()

@@ -186,15 +186,18 @@ where
     };
     let health = health::Health::new(serving).await;
     let routes = health.routes(config.reflection);
-    let in_flight = limit::Limit::new(config.max_in_flight);
+    let limits = edge::Limits {
+        in_flight: limit::Limit::new(config.max_in_flight),
+        beside: limit::Limit::new(config.max_connections),
+    };
     let cut = CancellationToken::new();
     let facade = Arc::new(facade);
     let mut workers = Vec::with_capacity(config.workers);
     for index in 0..config.workers.max(1) {
-        let (facade, routes, in_flight, tls) = (
+        let (facade, routes, limits, tls) = (
             Arc::clone(&facade),
             routes.clone(),
-            Arc::clone(&in_flight),
+            limits.clone(),
             tls.clone(),
         );
         let (timeout, reflection, timings) =
@@ -206,7 +209,7 @@ where
         };
         let cut = cut.child_token();
         let shared = move || connection::Shared {
-            edge: edge::Edge::new(facade(), routes, reflection, timeout, in_flight, cut, sinks),
+            edge: edge::Edge::new(facade(), routes, reflection, timeout, limits, cut, sinks),
             tls,
             timings,
         };
@@ -253,7 +256,7 @@ where
     if timeout_at(end - farewell, tracker.wait()).await.is_err() {
         tracing::warn!(
             connections = connections.taken(),
-            calls = in_flight.taken(),
+            calls = limits.in_flight.taken(),
             "cut off at the end of the shutdown grace"
         );
         cut.cancel();

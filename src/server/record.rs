@@ -6,6 +6,7 @@ use http::{HeaderMap, HeaderValue, header};
 use tokio::time::Instant;
 use tonic::Code;
 
+use super::limit::Place;
 use crate::{
     rpc::Call,
     telemetry::{
@@ -60,6 +61,8 @@ pub(super) struct Rpc {
     traceparent: Option<HeaderValue>,
     code: Option<Code>,
     bytes: usize,
+    /// Given back when the RPC is over, its answer read or given up.
+    place: Option<Place>,
 }
 
 impl Rpc {
@@ -84,7 +87,13 @@ impl Rpc {
             traceparent: headers.get("traceparent").cloned(),
             code: None,
             bytes: 0,
+            place: None,
         }
+    }
+
+    /// Keeps a place of a limit until the RPC is over.
+    pub(super) fn hold(&mut self, place: Place) {
+        self.place = Some(place);
     }
 
     /// Notes bytes of the reply that were handed over.

@@ -6,7 +6,7 @@
 use std::{
     cell::Cell,
     pin::Pin,
-    task::{Context, Poll},
+    task::{Context, Poll, Waker},
 };
 
 use pin_project_lite::pin_project;
@@ -25,10 +25,19 @@ where
     F: Future<Output = ()> + Send + 'static,
 {
     fn execute(&self, stream: F) {
-        tokio::spawn(Bounded {
+        let mut stream = Box::pin(Bounded {
             stream,
             limit: None,
         });
+        // A connection takes in all its new streams before any task runs, and a thousand connections can bring a hundred
+        // each. Most of those are refused at once, so they are over here, one after the other, and never all in memory.
+        let first = stream
+            .as_mut()
+            .poll(&mut Context::from_waker(Waker::noop()));
+        if first.is_pending() {
+            // Its task polls it again, with a waker that counts.
+            tokio::spawn(stream);
+        }
     }
 }
 
@@ -64,5 +73,48 @@ impl<F: Future<Output = ()>> Future for Bounded<F> {
             Some(timer) => timer.as_mut().poll(context),
             None => Poll::Pending,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    };
+
+    use hyper::rt::Executor as _;
+    use tokio::task::yield_now;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_stream_that_is_answered_at_once_is_over_before_the_next_one_is_taken() {
+        let steps = Arc::new(AtomicUsize::new(0));
+        let seen = Arc::clone(&steps);
+
+        Streams.execute(async move {
+            seen.fetch_add(1, Ordering::Relaxed);
+        });
+
+        assert_eq!(Arc::strong_count(&steps), 1);
+        assert_eq!(steps.load(Ordering::Relaxed), 1);
+    }
+
+    #[tokio::test]
+    async fn a_stream_that_waits_goes_on_by_itself() {
+        let steps = Arc::new(AtomicUsize::new(0));
+        let seen = Arc::clone(&steps);
+
+        Streams.execute(async move {
+            seen.fetch_add(1, Ordering::Relaxed);
+            yield_now().await;
+            seen.fetch_add(1, Ordering::Relaxed);
+        });
+        while Arc::strong_count(&steps) > 1 {
+            yield_now().await;
+        }
+
+        assert_eq!(steps.load(Ordering::Relaxed), 2);
     }
 }

@@ -20,6 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from dependencies import section
 from facade import EXAMPLE_TASK, PROGRAM, ROOT, Checks
 
 COMPILER, BASE = re.findall(r"^FROM (\S+)", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
@@ -112,6 +113,8 @@ def compiler_files(rootfs):
         "#!/bin/sh\nset -e\n"
         # `cargo install` brings nothing here.
         'test "$1" != install || exit 0\n'
+        # A plain build would not name its dependencies in the program.
+        'test "$1 $2" = "auditable build"\n'
         "test -f Cargo.lock && test -f src/main.rs && test -f src/lib.rs && test -d proto\n"
         "mkdir -p target/release && cp /compiled target/release/rds-task-facade\n"
     )
@@ -184,6 +187,7 @@ def check_files(checks, image, base):
     checks.equal("the program is all that is added", added, {Path("rds-task-facade")})
     size = sum((image / path).stat().st_size for path in added)
     checks.that(f"size added to the base: {size / MB:.1f} MB, of {ADDED_LIMIT_MB}", size < ADDED_LIMIT_MB * MB)
+    checks.that("the program names what it was built from", section(image / "rds-task-facade"))
     output = subprocess.run(["readelf", "-d", image / "rds-task-facade"], capture_output=True, text=True, check=True).stdout
     needed = {name for name in re.findall(r"NEEDED.*\[(.*)\]", output) if not name.startswith("ld-linux")}
     checks.that(f"the base has the libraries: {', '.join(sorted(needed))}", needed <= LIBRARIES, needed)

@@ -146,6 +146,118 @@ async fn calls_beyond_the_limit_are_refused_at_once_and_health_is_not() {
 }
 
 #[tokio::test]
+async fn a_call_whose_answer_is_not_read_keeps_its_place() {
+    let running = start(Config {
+        max_in_flight: 1,
+        ..config()
+    });
+    let socket = TcpStream::connect(running.address).await.unwrap();
+    let mut builder = h2::client::Builder::new();
+    let (mut deaf, connection) = builder
+        .initial_window_size(0)
+        .handshake::<_, Bytes>(socket)
+        .await
+        .unwrap();
+    tokio::spawn(connection);
+
+    let (answer, mut body) = deaf.send_request(head(GET_TASK_DETAIL), false).unwrap();
+    body.send_data(instance("i"), true).unwrap();
+    let unread = within(answer).await.unwrap();
+    let (client, _) = connect(running.address).await;
+    let beside = call(&client, "i").await.unwrap();
+    drop(unread);
+    running.ended(2).await;
+
+    beside.assert_failed(Code::ResourceExhausted, "beside an unread answer");
+    assert_eq!(call(&client, "i").await.unwrap().code(), Code::Ok);
+}
+
+/// A stream of health that stays open until it is dropped.
+async fn watching(client: &Client) -> (Option<Code>, h2::RecvStream) {
+    let mut client = within(client.clone().ready()).await.unwrap();
+    let (answer, mut body) = client.send_request(head(WATCH), false).unwrap();
+    body.send_data(named(""), true).unwrap();
+    let (head, body) = within(answer).await.unwrap().into_parts();
+    (
+        Status::from_header_map(&head.headers).map(|status| status.code()),
+        body,
+    )
+}
+
+#[tokio::test]
+async fn streams_of_health_have_a_limit_and_each_connection_two_beyond_it() {
+    let running = start(Config {
+        max_connections: 3,
+        ..config()
+    });
+    let (greedy, _) = connect(running.address).await;
+    let (honest, _) = connect(running.address).await;
+
+    let mut open = Vec::new();
+    for number in 1..=5 {
+        let (code, stream) = watching(&greedy).await;
+        assert_eq!(code, None, "stream {number}");
+        open.push(stream);
+    }
+    let refused = check(&greedy, "").await;
+    let first = check(&honest, "").await;
+    let (second, _stream) = watching(&honest).await;
+    drop(open);
+    running.ended(7).await;
+    let again = check(&greedy, "").await;
+
+    refused.assert_failed(Code::ResourceExhausted, "the sixth");
+    assert_eq!(serving(&first), ServingStatus::Serving);
+    assert_eq!(second, None);
+    assert_eq!(serving(&again), ServingStatus::Serving);
+}
+
+#[tokio::test]
+async fn what_is_no_grpc_waits_for_its_end_only_within_that_limit() {
+    let running = start(Config {
+        max_connections: 1,
+        timeout: Duration::from_secs(2),
+        ..config()
+    });
+    let (client, _) = connect(running.address).await;
+    let endless = async || {
+        let mut client = within(client.clone().ready()).await.unwrap();
+        let head = Request::post("http://facade/").body(()).unwrap();
+        let (answer, mut body) = client.send_request(head, false).unwrap();
+        body.send_data(Bytes::from_static(b"a"), false).unwrap();
+        (answer, body)
+    };
+
+    let started = Instant::now();
+    let waiting = [endless().await, endless().await, endless().await];
+    let (answer, _body) = endless().await;
+    let answered = within(answer).await.unwrap();
+    let took = started.elapsed();
+    for (answer, _body) in waiting {
+        assert_eq!(within(answer).await.unwrap().status(), 415);
+    }
+
+    assert_eq!(answered.status(), 415);
+    assert!(took < Duration::from_secs(1), "{took:?}");
+    assert!(started.elapsed() >= Duration::from_secs(2));
+}
+
+#[tokio::test]
+async fn a_long_message_to_health_is_refused_before_it_is_there() {
+    let running = start(config());
+    let (client, _) = connect(running.address).await;
+    let mut half = framed(0, &[0; 5000]).to_vec();
+    half.truncate(100);
+
+    let mut client = within(client.clone().ready()).await.unwrap();
+    let (answer, mut body) = client.send_request(head(CHECK), false).unwrap();
+    body.send_data(Bytes::from(half), false).unwrap();
+    let answer = receive(answer).await.unwrap();
+
+    answer.assert_failed(Code::ResourceExhausted, "5000 bytes");
+}
+
+#[tokio::test]
 async fn health_follows_the_first_credential_under_both_names() {
     let running = start_with_ready(config(), false);
     let (client, _) = connect(running.address).await;

@@ -1,0 +1,234 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+)
+
+// What is demanded of every attack, unless it says otherwise.
+const (
+	// The honest caller beside it: no failed call, and p99 below this, on a machine that the attacker works on too.
+	honestWithin = 250 * time.Millisecond
+	// Peak memory over that before the attack.
+	attackGrows = 32 << 20
+	// A share of one core, shortly after the attack.
+	idleAgain = 0.1
+)
+
+// attack is one way to be hostile.
+type attack struct {
+	name string
+	// For the program, beyond the usual ones.
+	flags []string
+	// What it may make the program grow; attackGrows where it is zero.
+	grows int64
+	// What the honest caller's p99 may be; honestWithin where it is zero.
+	honestWithin time.Duration
+	// Mostly waits, so that it runs beside others of its kind.
+	waits bool
+	// Says in figures what happened; an error for what must not.
+	run func(*target) (string, error)
+}
+
+// target is the program under attack.
+type target struct {
+	*facade
+	sandbox *sandbox
+	program string
+	calls   int
+	honest  *honest
+	// The program's log after its first line.
+	log *logLines
+}
+
+// attacks runs one after the other, each against a fresh program.
+func attacks(results *results, program string, calls int, only string) error {
+	upstream, err := startSandbox(program, anyPort)
+	if err != nil {
+		return err
+	}
+	defer upstream.kill()
+	var waiting sync.WaitGroup
+	// Those that wait go last, all at once: they would only disturb the figures of the others.
+	for _, waits := range []bool{false, true} {
+		for _, attack := range allAttacks {
+			if attack.waits != waits || only != "" && only != attack.name {
+				continue
+			}
+			run := func() {
+				text, err := attack.against(program, upstream, calls)
+				if err != nil {
+					text += fmt.Sprintf("; %v", err)
+				}
+				results.that(err == nil, "%s: %s", attack.name, text)
+			}
+			if waits {
+				waiting.Go(run)
+			} else {
+				run()
+			}
+		}
+	}
+	waiting.Wait()
+	return nil
+}
+
+func (a attack) against(program string, upstream *sandbox, calls int) (string, error) {
+	log := &logLines{}
+	facade, err := startFacade(program, upstream.url(), log.add, a.flags...)
+	if err != nil {
+		return "", err
+	}
+	defer facade.kill()
+	honest, err := startHonest(facade.address)
+	if err != nil {
+		return "", err
+	}
+	defer honest.stop()
+	if err := honest.more(50); err != nil {
+		return "", err
+	}
+	before, err := facade.resources()
+	if err != nil {
+		return "", err
+	}
+	begun := time.Now()
+	figures, err := a.run(&target{facade, upstream, program, calls, honest, log})
+	took := time.Since(begun)
+	if err != nil {
+		return figures, err
+	}
+	// Also an attack of a moment is seen by some honest calls.
+	if err := honest.more(50); err != nil {
+		return figures, err
+	}
+	after, err := facade.resources()
+	if err != nil {
+		return figures, err
+	}
+	honest.stop()
+	figures = fmt.Sprintf("%s | %.1f s, processor %.1f s, memory %.1f MiB and at most %.1f more | honest: %d calls, p50 %v, p99 %v, %d failed",
+		figures, took.Seconds(), (after.cpu - before.cpu).Seconds(), mebibytes(before.resident), mebibytes(after.peak-before.resident),
+		honest.answered.count(), honest.answered.percentile(50), honest.answered.percentile(99), honest.failed)
+	if honest.failed > 0 {
+		return figures, fmt.Errorf("the honest caller was failed: %v", honest.first)
+	}
+	within := cmp.Or(a.honestWithin, honestWithin)
+	if p99 := honest.answered.percentile(99); p99 > within {
+		return figures, fmt.Errorf("the honest caller waited: p99 %v, at most %v", p99, within)
+	}
+	if grows := cmp.Or(a.grows, attackGrows); after.peak-before.resident > grows {
+		return figures, fmt.Errorf("memory grew by more than %.0f MiB", mebibytes(grows))
+	}
+	return figures, facade.restsAgain()
+}
+
+// restsAgain demands that the attack has left no connection, no call and no work behind.
+func (f *facade) restsAgain() error {
+	metrics, err := f.settled()
+	if err != nil {
+		return err
+	}
+	if panics := metrics.sum("panics_total"); panics > 0 {
+		return fmt.Errorf("%.0f panics", panics)
+	}
+	const moment = time.Second
+	before, err := f.resources()
+	if err != nil {
+		return err
+	}
+	time.Sleep(moment)
+	after, err := f.resources()
+	if err != nil {
+		return err
+	}
+	if share := (after.cpu - before.cpu).Seconds() / moment.Seconds(); share > idleAgain {
+		return fmt.Errorf("it still takes %.2f of a core", share)
+	}
+	return nil
+}
+
+// honest is a caller who has nothing to do with the attack.
+type honest struct {
+	connection *grpc.ClientConn
+	cancel     context.CancelFunc
+	running    sync.WaitGroup
+	answered   latencies
+	lock       sync.Mutex
+	failed     int
+	first      answer
+}
+
+func startHonest(address string) (*honest, error) {
+	connection, err := dial(address)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	honest := &honest{connection: connection, cancel: cancel}
+	for worker := range 4 {
+		honest.running.Go(func() {
+			for number := worker; ctx.Err() == nil; number += 4 {
+				honest.ask(number)
+				time.Sleep(20 * time.Millisecond)
+			}
+		})
+	}
+	return honest, nil
+}
+
+func (h *honest) ask(number int) {
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	answer := call(ctx, h.connection, method, example(number).encoded(), []string{"x-auth-token", token})
+	if answer.code == codes.OK {
+		h.answered.add(answer.took)
+		return
+	}
+	h.lock.Lock()
+	defer h.lock.Unlock()
+	if h.failed++; h.failed == 1 {
+		h.first = answer
+	}
+}
+
+// more waits for so many further answers.
+func (h *honest) more(answers int) error {
+	enough := h.answered.count() + answers
+	for deadline := time.Now().Add(startLimit); h.answered.count() < enough; time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			return fmt.Errorf("no answers for the honest caller; the first failure: %v", h.first)
+		}
+	}
+	return nil
+}
+
+func (h *honest) stop() {
+	h.cancel()
+	h.running.Wait()
+	h.connection.Close()
+}
+
+// logLines are lines of the program's log.
+type logLines struct {
+	lock  sync.Mutex
+	lines []string
+}
+
+func (l *logLines) add(line []byte) {
+	l.lock.Lock()
+	l.lines = append(l.lines, string(line))
+	l.lock.Unlock()
+}
+
+func (l *logLines) all() []string {
+	l.lock.Lock()
+	defer l.lock.Unlock()
+	return l.lines
+}

@@ -1,0 +1,344 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"regexp"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+	"unicode"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+)
+
+var names = []attack{
+	{name: "huge metadata", run: hugeMetadata},
+	{name: "HPACK bomb", run: hpackBomb},
+	{name: "ids that are paths, lines, headers", run: hostileIDs},
+	{name: "headers that choose, break, smuggle", run: hostileHeaders},
+	{name: "ever new names", run: everNewNames},
+	{name: "log forging, JSON", run: func(t *target) (string, error) { return forgeLog(t, "json") }},
+	{name: "log forging, text", run: func(t *target) (string, error) { return forgeLog(t, "text") }},
+}
+
+var allAttacks = append(append(append([]attack{}, floods...), names...), waits...)
+
+// hugeMetadata asks with more headers than are read: a thousand small ones, one of 60 KB, one of 1 MiB.
+func hugeMetadata(t *target) (string, error) {
+	many := pairs()
+	for number := range 1000 {
+		many = append(many, [2]string{fmt.Sprintf("x-%d", number), "a"})
+	}
+	outcomes := map[string]int{}
+	for _, fields := range [][][2]string{many, pairs([2]string{"x-huge", strings.Repeat("a", 60_000)}), pairs([2]string{"x-huge", strings.Repeat("a", 1<<20)})} {
+		for range 20 {
+			err := t.tally(outcomes, 5, func(p *peer) {
+				for number := range 5 {
+					p.ask(streamID(number), fields, example(number))
+				}
+			})
+			if err != nil {
+				return "", err
+			}
+		}
+	}
+	return refused(outcomes)
+}
+
+// hpackBomb fills the table of headers once and then names the entry thousands of times, a byte each.
+func hpackBomb(t *target) (string, error) {
+	entry := [2]string{"x-bomb", strings.Repeat("a", 3900)}
+	bomb := pairs()
+	for range 4000 {
+		bomb = append(bomb, entry)
+	}
+	outcomes := map[string]int{}
+	for range 50 {
+		err := t.tally(outcomes, 3, func(p *peer) {
+			for number := range 3 {
+				p.headers(streamID(number), bomb, true)
+			}
+		})
+		if err != nil {
+			return "", err
+		}
+	}
+	return refused(outcomes)
+}
+
+// tally asks on a connection of its own and adds how the streams ended.
+func (t *target) tally(outcomes map[string]int, streams int, ask func(*peer)) error {
+	peer, err := t.open()
+	if err != nil {
+		return err
+	}
+	defer peer.close()
+	peer.read()
+	ask(peer)
+	// The other side may close in the middle of it.
+	_ = peer.writer.Flush()
+	for outcome, count := range peer.outcomes(streams, 5*time.Second) {
+		outcomes[outcome] += count
+	}
+	return nil
+}
+
+// refused demands that no call has come to the service or to nothing.
+func refused(outcomes map[string]int) (string, error) {
+	text := fmt.Sprint(outcomes)
+	for outcome := range outcomes {
+		if outcome == "nothing" || strings.HasPrefix(outcome, "gRPC ") {
+			return text, fmt.Errorf("calls ended with: %s", outcome)
+		}
+	}
+	return text, nil
+}
+
+var hostileTexts = []string{"", ".", "..", "../..", "a/b", "a\\b", "%2f", "%2e%2e%2f", "a%00", "a\x00b", "a\r\nx-auth-token: b", "a\nb", "a\rb",
+	"a?b=c", "a#b", "a;b", "a b", "a@b", "a:b", "http://169.254.169.254/", "//127.0.0.1/", "\u4e2d\u6587", "a\u202eb", "\uff0e\uff0e\uff0f",
+	"\u2028", "<script>", "${jndi:ldap://a}", "{{7*7}}", "' or 1=1 --", "\x1b[31m", strings.Repeat("a", 129), strings.Repeat("a", 60_000)}
+
+// hostileIDs asks with texts in each id that would change a path, a line or a header. Upstream must hear of none.
+func hostileIDs(t *target) (string, error) {
+	connection, err := dial(t.address)
+	if err != nil {
+		return "", err
+	}
+	defer connection.Close()
+	calls := 0
+	for _, text := range hostileTexts {
+		for field := range 3 {
+			asked := question{projectID, "hostile", "hostile", ""}
+			*[]*string{&asked.project, &asked.instance, &asked.workflow}[field] = text
+			ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+			answer := call(ctx, connection, method, asked.encoded(), []string{"x-auth-token", token})
+			cancel()
+			calls++
+			if answer.code != codes.InvalidArgument {
+				return "", fmt.Errorf("id %d is %.40q: %v", field+1, text, answer)
+			}
+			if strings.ContainsFunc(answer.message, unicode.IsControl) || len(answer.message) > 256 {
+				return "", fmt.Errorf("id %d is %.40q: message %q", field+1, text, answer.message)
+			}
+		}
+	}
+	if err := t.upstreamHeard(); err != nil {
+		return "", err
+	}
+	return fmt.Sprintf("%d calls, all InvalidArgument, none upstream", calls), nil
+}
+
+// hostileHeaders sends headers that would choose where the request goes, end a line, or smuggle another request.
+func hostileHeaders(t *target) (string, error) {
+	values := []string{"a\r\nx-injected: 1", "a\nb", "a\rb", "a\x00b", "a\x1b[31m", "\x80\xff", strings.Repeat("a", 8000), "../../", "http://169.254.169.254/"}
+	fields := []string{"x-request-id", "x-auth-token", "traceparent", "tracestate", "b3", "user-agent", "grpc-timeout", "grpc-encoding", "authorization",
+		"cookie", "host", "x-forwarded-host", "x-forwarded-for", "x-forwarded-client-cert", "x-project-id", "x-domain-id", "x-sdk-date", "x-security-token",
+		"x-envoy-original-path", "x-http-method-override", "content-length", "transfer-encoding", "connection", "upgrade", "te", "expect", "baggage"}
+	outcomes := map[string]int{}
+	asked := 0
+	try := func(headers [][2]string) error {
+		asked++
+		return t.tally(outcomes, 1, func(p *peer) {
+			p.ask(1, headers, question{projectID, "hostile-header", fmt.Sprint("w-", asked), ""})
+		})
+	}
+	for _, field := range fields {
+		for _, value := range values {
+			if err := try(pairs([2]string{field, value})); err != nil {
+				return "", err
+			}
+		}
+	}
+	for _, pseudo := range []string{":path", ":authority", ":method", ":scheme", ":protocol", ":status"} {
+		for _, value := range append(values, "", method+"/../x", method+"?a=b", "*") {
+			if err := try(pairs([2]string{pseudo, value})); err != nil {
+				return "", err
+			}
+		}
+	}
+	if outcomes["nothing"] > 0 || outcomes["gRPC 13"] > 0 {
+		return "", fmt.Errorf("%v", outcomes)
+	}
+	if err := t.upstreamHeard(); err != nil {
+		return "", err
+	}
+	return fmt.Sprintf("%d calls %v; upstream saw the one path and no header of theirs", asked, outcomes), nil
+}
+
+var (
+	onlyPath    = regexp.MustCompile(`^/v3/[A-Za-z0-9_-]{1,64}/instances/[A-Za-z0-9_-]{1,64}/task-center-detail$`)
+	onlyHeaders = map[string]bool{"host": true, "content-type": true, "content-length": true, "x-auth-token": true, "user-agent": true, "accept": true}
+)
+
+// upstreamHeard looks at the last requests that the sandbox got.
+func (t *target) upstreamHeard() error {
+	var requests []struct {
+		Method, Path string
+		Headers      [][2]string
+	}
+	if err := t.sandbox.control("requests", &requests); err != nil {
+		return err
+	}
+	if len(requests) == 0 {
+		return fmt.Errorf("the sandbox shows no requests")
+	}
+	for _, request := range requests {
+		if request.Method != http.MethodPost || !onlyPath.MatchString(request.Path) || strings.Contains(request.Path, "/hostile/") {
+			return fmt.Errorf("upstream got %s %q", request.Method, request.Path)
+		}
+		for _, header := range request.Headers {
+			if !onlyHeaders[header[0]] || strings.ContainsFunc(header[1], unicode.IsControl) {
+				return fmt.Errorf("upstream got the header %q", header)
+			}
+		}
+	}
+	return nil
+}
+
+// everNewNames asks for methods, hosts and request ids that nobody has asked for before. No series may come of it.
+func everNewNames(t *target) (string, error) {
+	before, err := t.scrape()
+	if err != nil {
+		return "", err
+	}
+	const workers, connections = 40, 8
+	var clients []*grpc.ClientConn
+	for range connections {
+		client, err := dial(t.address)
+		if err != nil {
+			return "", err
+		}
+		defer client.Close()
+		clients = append(clients, client)
+	}
+	var next, unexpected atomic.Int64
+	var first atomic.Value
+	var running sync.WaitGroup
+	for worker := range workers {
+		running.Go(func() {
+			for number := next.Add(1); number <= int64(t.calls); number = next.Add(1) {
+				unheard := fmt.Sprintf("%x", rand.Uint64())
+				ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+				answer := call(ctx, clients[worker%connections], "/"+unheard+"/"+unheard, nil,
+					[]string{"x-request-id", unheard, "x-auth-token", unheard, "x-" + unheard, unheard}, grpc.CallAuthority(unheard))
+				cancel()
+				if answer.code != codes.Unimplemented {
+					unexpected.Add(1)
+					first.CompareAndSwap(nil, answer)
+				}
+			}
+		})
+	}
+	running.Wait()
+	after, err := t.scrape()
+	if err != nil {
+		return "", err
+	}
+	text := fmt.Sprintf("%d calls, %d series before and %d after", t.calls, len(before), len(after))
+	if unexpected.Load() > 0 {
+		return text, fmt.Errorf("%d other answers, the first %v", unexpected.Load(), first.Load())
+	}
+	if len(after) != len(before) {
+		return text, fmt.Errorf("there are new series")
+	}
+	return text, nil
+}
+
+// forged are texts that would end a line, break out of JSON, or speak to a terminal.
+var forged = []string{"\"},{\"level\":\"ERROR\",\"msg\":\"forged", "a\",\"grpc_code\":\"OK", "\\", "\\\"", "\\u000a", "\x80\x9b31m", "\xff\xfe", "{}", "a=b level=ERROR",
+	"\t", "a b", "\u2028\u202e"}
+
+// forgeLog sends them in whatever a log line may hold of a caller, and lets upstream answer with them too.
+func forgeLog(t *target, format string) (string, error) {
+	upstream, err := net.Listen("tcp", anyPort)
+	if err != nil {
+		return "", err
+	}
+	server := &http.Server{Handler: http.HandlerFunc(answerForged)}
+	go func() { _ = server.Serve(upstream) }()
+	defer server.Close()
+	log := &logLines{}
+	facade, err := startFacade(t.program, "http://"+upstream.Addr().String(), log.add, "--log-format", format)
+	if err != nil {
+		return "", err
+	}
+	defer facade.kill()
+	victim := &target{facade: facade}
+	calls := 0
+	for _, field := range []string{"x-request-id", "user-agent", "traceparent", "tracestate", "b3", "grpc-timeout", "x-auth-token", ":authority", ":path"} {
+		for number, text := range forged {
+			err := victim.tally(map[string]int{}, 1, func(p *peer) {
+				p.ask(1, pairs([2]string{field, text}), question{"p", fmt.Sprint("answer-", number), fmt.Sprint("w-", calls), text})
+			})
+			if err != nil {
+				return "", err
+			}
+			calls++
+		}
+	}
+	metrics, err := facade.settled()
+	if err != nil {
+		return "", err
+	}
+	facade.signal(terminate)
+	if _, err := facade.wait(); err != nil {
+		return "", err
+	}
+	access := 0
+	for _, line := range log.all() {
+		if err := sound(line, format); err != nil {
+			return "", err
+		}
+		if strings.Contains(line, `"target":"access"`) || strings.Contains(line, " access: rpc ") {
+			access++
+		}
+	}
+	handled := metrics.sum("grpc_server_handled_total")
+	text := fmt.Sprintf("%d calls, %.0f came to the service, %d access lines, %d lines in all, each of them sound", calls, handled, access, len(log.all()))
+	if access != int(handled) || access == 0 {
+		return text, fmt.Errorf("calls and access lines differ")
+	}
+	return text, nil
+}
+
+// answerForged answers with an error whose code, sentence and request id are hostile.
+func answerForged(answer http.ResponseWriter, request *http.Request) {
+	_, _ = io.Copy(io.Discard, request.Body)
+	number := 0
+	_, _ = fmt.Sscanf(request.URL.Path, "/v3/p/instances/answer-%d", &number)
+	text := forged[number] + "\n\x1b[31m"
+	// Header values that Go would not send are left out by it.
+	answer.Header().Set("X-Request-Id", forged[number])
+	answer.WriteHeader(http.StatusBadRequest)
+	_ = json.NewEncoder(answer).Encode(map[string]string{"error_code": text, "error_msg": text})
+}
+
+var textLine = regexp.MustCompile(`^\d{4}-\d\d-\d\dT[0-9:.]+Z (ERROR|WARN|INFO) `)
+
+// sound tells what is wrong with a line of the log.
+func sound(line, format string) error {
+	if strings.ContainsFunc(line, func(r rune) bool {
+		return unicode.IsControl(r) || r == unicode.ReplacementChar || r >= 0x2028 && r <= 0x202e
+	}) {
+		return fmt.Errorf("a control character in %q", line)
+	}
+	if format == "text" {
+		if !textLine.MatchString(line) {
+			return fmt.Errorf("no beginning of a line: %q", line)
+		}
+		return nil
+	}
+	var object map[string]any
+	if err := json.Unmarshal([]byte(line), &object); err != nil {
+		return fmt.Errorf("%w: %q", err, line)
+	}
+	return nil
+}

@@ -1,0 +1,187 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+)
+
+// A small limit and a slow upstream: 32 places of 400 ms each are 80 answers a second, so ten times that is little work
+// for a client, and what is measured is the limit and not the machine.
+const (
+	overloadLimit       = 32
+	upstreamTakes       = 400 * time.Millisecond
+	capacity            = overloadLimit * int(time.Second) / int(upstreamTakes)
+	overloadConnections = 8
+)
+
+// What is demanded.
+const (
+	goodputShare  = 0.9                    // of the peak, at ten times the load
+	shedWithin    = 10 * time.Millisecond  // p99 in the program, p50 at the caller, who has to share the machine
+	acceptedAfter = 300 * time.Millisecond // p99, at the caller
+	healthWithin  = 100 * time.Millisecond // p99, at the caller
+	overloadGrows = 16 << 20               // peak memory at ten times the load, over that at the simple load
+)
+
+// level is what came of one load.
+type level struct {
+	times, offered         int
+	window                 time.Duration
+	good, shed, healthy    latencies
+	shedInside             latencies // As the access log has it.
+	other                  atomic.Int64
+	firstOther             atomic.Value
+	peakMemory             int64
+	processorShare, demand float64
+}
+
+func (l *level) goodput() float64 { return float64(l.good.count()) / l.window.Seconds() }
+
+// overload offers 1, 2, 5 and 10 times the capacity in open loop: calls begin when it is time, whatever became of others.
+func overload(results *results, program string, window time.Duration) error {
+	upstream, err := startSandbox(program, anyPort)
+	if err != nil {
+		return err
+	}
+	defer upstream.kill()
+	var current atomic.Pointer[level]
+	facade, err := startFacade(program, upstream.url(), func(line []byte) {
+		if level := current.Load(); level != nil && textField(line, "grpc_code") == "ResourceExhausted" {
+			level.shedInside.add(durationField(line))
+		}
+	}, "--max-in-flight", fmt.Sprint(overloadLimit))
+	if err != nil {
+		return err
+	}
+	defer facade.kill()
+	var connections []*grpc.ClientConn
+	for range overloadConnections {
+		connection, err := dial(facade.address)
+		if err != nil {
+			return err
+		}
+		defer connection.Close()
+		connections = append(connections, connection)
+	}
+	// Opens the connections on both sides.
+	if err := (&level{times: 1, window: time.Second}).offer(facade, connections); err != nil {
+		return err
+	}
+
+	var levels []*level
+	peak := 0.0
+	for _, times := range []int{1, 2, 5, 10} {
+		level := &level{times: times, window: window}
+		current.Store(level)
+		if err := level.offer(facade, connections); err != nil {
+			return err
+		}
+		levels = append(levels, level)
+		peak = max(peak, level.goodput())
+	}
+	for _, level := range levels {
+		others := level.other.Load()
+		results.that(others == 0,
+			"%2dx: %d calls in %.0f s, goodput %.1f/s, accepted p50 %v p99 %v, refused %d p50 %v p99 %v "+
+				"(%v in the program), health p99 %v, "+
+				"memory at most %.1f MiB, processor %.2f; %d other answers %v",
+			level.times, level.offered, level.window.Seconds(), level.goodput(), level.good.percentile(50), level.good.percentile(99),
+			level.shed.count(), level.shed.percentile(50), level.shed.percentile(99), level.shedInside.percentile(99),
+			level.healthy.percentile(99),
+			mebibytes(level.peakMemory), level.processorShare, others, level.firstOther.Load())
+		results.that(level.demand > 0.95, "%2dx: the generator kept up: %.1f %% of the load was offered in time", level.times, 100*level.demand)
+		results.that(level.good.percentile(99) < upstreamTakes+acceptedAfter, "%2dx: accepted calls, p99 below %v", level.times, upstreamTakes+acceptedAfter)
+		results.that(level.healthy.percentile(99) < healthWithin, "%2dx: health, p99 below %v", level.times, healthWithin)
+		results.that(level.shedInside.percentile(99) < shedWithin && level.shed.percentile(50) < shedWithin,
+			"%2dx: refusals, p99 in the program and p50 at the caller below %v", level.times, shedWithin)
+	}
+	last := levels[len(levels)-1]
+	results.that(last.shed.count() > last.offered*8/10, "ten times the load: %d of %d calls refused", last.shed.count(), last.offered)
+	results.that(last.goodput() >= goodputShare*peak, "goodput at ten times the load is %.1f %% of the peak of %.1f/s (at least %.0f %%)",
+		100*last.goodput()/peak, peak, 100*goodputShare)
+	growth := last.peakMemory - levels[0].peakMemory
+	results.that(growth < overloadGrows, "memory at ten times the load: %.1f MiB more than at the simple load (below %.0f)",
+		mebibytes(growth), mebibytes(overloadGrows))
+	return nil
+}
+
+func (l *level) offer(facade *facade, connections []*grpc.ClientConn) error {
+	l.offered = int(float64(l.times*capacity) * l.window.Seconds())
+	before, err := facade.resources()
+	if err != nil {
+		return err
+	}
+	begun := time.Now()
+	interval := l.window / time.Duration(l.offered)
+	var running sync.WaitGroup
+	watching, stop := context.WithCancel(context.Background())
+	running.Go(func() { l.watch(watching, facade, connections[0]) })
+	for number := range l.offered {
+		time.Sleep(time.Until(begun.Add(interval * time.Duration(number))))
+		running.Go(func() { l.ask(connections[number%len(connections)], number) })
+	}
+	l.demand = l.window.Seconds() / max(l.window.Seconds(), time.Since(begun).Seconds())
+	time.Sleep(2 * upstreamTakes)
+	stop()
+	running.Wait()
+	after, err := facade.resources()
+	if err != nil {
+		return err
+	}
+	l.processorShare = (after.cpu - before.cpu).Seconds() / time.Since(begun).Seconds()
+	return nil
+}
+
+// durationField reads how long an access line says that its call took.
+func durationField(line []byte) time.Duration {
+	_, rest, _ := bytes.Cut(line, []byte(`"duration_ms":`))
+	value, _, _ := bytes.Cut(rest, []byte(","))
+	milliseconds, _ := strconv.ParseFloat(string(value), 64)
+	return time.Duration(milliseconds * float64(time.Millisecond))
+}
+
+func (l *level) ask(connection *grpc.ClientConn, number int) {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	asked := question{projectID, fmt.Sprint("slow-", upstreamTakes.Milliseconds()), fmt.Sprintf("w-%d-%d", l.times, number), ""}
+	answer := call(ctx, connection, method, asked.encoded(), []string{"x-auth-token", token})
+	switch answer.code {
+	case codes.OK:
+		l.good.add(answer.took)
+	case codes.ResourceExhausted:
+		l.shed.add(answer.took)
+	default:
+		l.other.Add(1)
+		l.firstOther.CompareAndSwap(nil, answer)
+	}
+}
+
+// watch asks for health and looks at the memory, ten times a second.
+func (l *level) watch(ctx context.Context, facade *facade, connection *grpc.ClientConn) {
+	every := time.NewTicker(100 * time.Millisecond)
+	defer every.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-every.C:
+		}
+		if used, err := facade.resources(); err == nil {
+			l.peakMemory = max(l.peakMemory, used.resident)
+		}
+		if answer := call(ctx, connection, healthMethod, nil, nil); answer.code == codes.OK {
+			l.healthy.add(answer.took)
+		} else if ctx.Err() == nil {
+			l.other.Add(1)
+			l.firstOther.CompareAndSwap(nil, answer)
+		}
+	}
+}

@@ -1,0 +1,239 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"os/exec"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+const (
+	startLimit = 15 * time.Second
+	stopLimit  = 30 * time.Second
+	anyPort    = "127.0.0.1:0"
+)
+
+// Both log formats name the bound addresses in the first line.
+var (
+	listenField  = regexp.MustCompile(`\blisten"?[:=]"?([0-9.:]+)`)
+	metricsField = regexp.MustCompile(`\bmetrics_listen"?[:=]"?([0-9.:]+)`)
+)
+
+// process is one run of the program.
+type process struct {
+	command *exec.Cmd
+	// The first line of its log.
+	first []byte
+	// Closed when it has ended and its log is read to the end.
+	exited chan struct{}
+}
+
+// start waits for the first line of the log and gives each further one to onLine, on one goroutine.
+func start(program string, onLine func(line []byte), arguments ...string) (*process, error) {
+	process := &process{command: exec.Command(program, arguments...), exited: make(chan struct{})}
+	process.command.Env = []string{}
+	process.command.Stderr = os.Stderr
+	output, err := process.command.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	if err := process.command.Start(); err != nil {
+		return nil, err
+	}
+	started := make(chan []byte, 1)
+	go func() {
+		lines := bufio.NewReaderSize(output, 1<<16)
+		first, _ := lines.ReadBytes('\n')
+		started <- first
+		for {
+			line, err := lines.ReadBytes('\n')
+			if len(line) > 0 && onLine != nil {
+				onLine(bytes.TrimSuffix(line, []byte("\n")))
+			}
+			if err != nil {
+				break
+			}
+		}
+		_ = process.command.Wait()
+		close(process.exited)
+	}()
+	select {
+	case process.first = <-started:
+		if !listenField.Match(process.first) {
+			process.kill()
+			return nil, fmt.Errorf("no address in the first line of the log: %q", process.first)
+		}
+		return process, nil
+	case <-time.After(startLimit):
+		process.kill()
+		return nil, errors.New("no line of log after the start")
+	}
+}
+
+func (p *process) signal(signal syscall.Signal) { _ = p.command.Process.Signal(signal) }
+
+// wait gives the state in which the process ended.
+func (p *process) wait() (*os.ProcessState, error) {
+	select {
+	case <-p.exited:
+		return p.command.ProcessState, nil
+	case <-time.After(stopLimit):
+		return nil, errors.New("still running")
+	}
+}
+
+func (p *process) kill() {
+	_ = p.command.Process.Kill()
+	<-p.exited
+}
+
+// sandbox is the stand-in for upstream.
+type sandbox struct {
+	*process
+	address string
+}
+
+func startSandbox(program, listen string) (*sandbox, error) {
+	process, err := start(program, nil, "sandbox", "--listen", listen)
+	if err != nil {
+		return nil, err
+	}
+	return &sandbox{process, string(listenField.FindSubmatch(process.first)[1])}, nil
+}
+
+func (s *sandbox) url() string { return "http://" + s.address }
+
+// facade is `serve`, running.
+type facade struct {
+	*process
+	address, metrics string
+}
+
+func startFacade(program, upstream string, onLine func(line []byte), arguments ...string) (*facade, error) {
+	defaults := []string{"serve", "--listen", anyPort, "--metrics-listen", anyPort, "--log-format", "json",
+		"--endpoint", upstream, "--credentials", "caller"}
+	process, err := start(program, onLine, overridden(defaults, arguments)...)
+	if err != nil {
+		return nil, err
+	}
+	facade := &facade{process, string(listenField.FindSubmatch(process.first)[1]), string(metricsField.FindSubmatch(process.first)[1])}
+	for deadline := time.Now().Add(startLimit); ; time.Sleep(5 * time.Millisecond) {
+		if answer, err := http.Get("http://" + facade.metrics + "/readyz"); err == nil {
+			answer.Body.Close()
+			if answer.StatusCode == http.StatusOK {
+				return facade, nil
+			}
+		}
+		if time.Now().After(deadline) {
+			facade.kill()
+			return nil, errors.New("not ready")
+		}
+	}
+}
+
+// overridden is defaults and then more, without the pairs of defaults that more names too.
+func overridden(defaults, more []string) []string {
+	result := []string{defaults[0]}
+	for pair := 1; pair < len(defaults); pair += 2 {
+		if !slices.Contains(more, defaults[pair]) {
+			result = append(result, defaults[pair], defaults[pair+1])
+		}
+	}
+	return append(result, more...)
+}
+
+// resources are what a process has taken of the machine.
+type resources struct {
+	resident, peak       int64 // Bytes.
+	threads, descriptors int
+	cpu                  time.Duration
+}
+
+func (p *process) resources() (resources, error) {
+	folder := fmt.Sprintf("/proc/%d/", p.command.Process.Pid)
+	status, err := os.ReadFile(folder + "status")
+	if err != nil {
+		return resources{}, err
+	}
+	descriptors, err := os.ReadDir(folder + "fd")
+	if err != nil {
+		return resources{}, err
+	}
+	stat, err := os.ReadFile(folder + "stat")
+	if err != nil {
+		return resources{}, err
+	}
+	// Fields 14 and 15 are ticks of user and system time; the name of the program, in brackets, may hold blanks.
+	fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
+	ticks := number(fields[11]) + number(fields[12])
+	const ticksPerSecond = 100 // Of every Linux that Go and Rust run on.
+	return resources{
+		resident:    number(statusField(status, "VmRSS")) << 10,
+		peak:        number(statusField(status, "VmHWM")) << 10,
+		threads:     int(number(statusField(status, "Threads"))),
+		descriptors: len(descriptors),
+		cpu:         time.Duration(ticks) * time.Second / ticksPerSecond,
+	}, nil
+}
+
+func statusField(status []byte, name string) string {
+	_, rest, _ := strings.Cut(string(status), name+":")
+	line, _, _ := strings.Cut(rest, "\n")
+	return strings.Fields(line + " 0")[0]
+}
+
+func number(text string) int64 {
+	value, _ := strconv.ParseInt(text, 10, 64)
+	return value
+}
+
+// series are the values of /metrics by name and labels, as they are written there.
+type series map[string]float64
+
+func (f *facade) scrape() (series, error) {
+	answer, err := http.Get("http://" + f.metrics + "/metrics")
+	if err != nil {
+		return nil, err
+	}
+	defer answer.Body.Close()
+	text, err := io.ReadAll(answer.Body)
+	if err != nil {
+		return nil, err
+	}
+	all := series{}
+	for line := range strings.Lines(string(text)) {
+		line = strings.TrimSpace(line)
+		if at := strings.LastIndexByte(line, ' '); at > 0 && line[0] != '#' {
+			all[line[:at]], _ = strconv.ParseFloat(line[at+1:], 64)
+		}
+	}
+	return all, nil
+}
+
+// sum adds the series of one name whose labels hold all of the given ones, such as `grpc_code="OK"`.
+func (s series) sum(name string, labels ...string) float64 {
+	total := 0.0
+next:
+	for key, value := range s {
+		if key != name && !strings.HasPrefix(key, name+"{") {
+			continue
+		}
+		for _, label := range labels {
+			if !strings.Contains(key, label) {
+				continue next
+			}
+		}
+		total += value
+	}
+	return total
+}
