@@ -268,6 +268,42 @@ async fn a_value_that_is_still_good_hides_failures_and_its_end_shows_them() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_value_is_given_out_until_a_minute_before_its_end_and_not_at_that_moment() {
+    let issuer = issuer(|nth| if nth == 1 { good(1) } else { down() });
+    let cache = issuer.start();
+    let now = Deadline::after(Duration::ZERO);
+    cache.current(soon()).await.unwrap();
+    let ends = Instant::now() + 24 * HOUR - 60 * SECOND;
+
+    sleep_until(ends - SECOND / 1000).await;
+    let just_before = cache.current(now).await;
+    sleep_until(ends).await;
+    let at_that_moment = cache.current(now).await;
+
+    assert_eq!(just_before, Ok((1, 1)));
+    assert!(matches!(at_that_moment, Err(Error::Unavailable { .. })));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_refusal_after_the_spacing_causes_a_fetch_and_one_within_it_does_not() {
+    for (wait, fetches) in [(10 * SECOND - SECOND / 1000, 2), (10 * SECOND, 3)] {
+        let issuer = issuer(good);
+        let cache = issuer.start_with(OnRefusal {
+            keep: true,
+            spacing: 10 * SECOND,
+        });
+        cache.current(soon()).await.unwrap();
+
+        cache.refused(|_| true);
+        sleep(wait).await;
+        cache.refused(|_| true);
+        sleep(SECOND).await;
+
+        assert_eq!(issuer.fetches(), fetches, "{wait:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn without_a_value_a_failure_is_told_at_once_with_the_time_of_the_next_fetch() {
     let issuer = issuer(|_| {
         Err(FetchError::Unavailable {
