@@ -397,6 +397,30 @@ async fn readiness_comes_with_the_first_value_and_stays() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn the_metric_of_the_expiry_is_the_end_of_the_life_by_our_clock() {
+    let metrics = Metrics::new();
+    let ready = Arc::new(watch::Sender::new(false));
+    let on_refusal = OnRefusal {
+        keep: false,
+        spacing: SECOND,
+    };
+    let now = server_time::our_clock();
+    let cache = Cache::start("test", issuer(good), on_refusal, ready, metrics.clone());
+
+    cache.current(soon()).await.unwrap();
+
+    let text = metrics.encode();
+    let expiry: f64 = text
+        .lines()
+        .find_map(|line| line.strip_prefix("rds_credential_expiry_timestamp_seconds "))
+        .and_then(|value| value.parse().ok())
+        .unwrap();
+    let now = now.duration_since(std::time::UNIX_EPOCH).unwrap();
+    let left = expiry - now.as_secs_f64();
+    assert!((86_400.0..86_500.0).contains(&left), "{left}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn dropping_the_cache_ends_its_keeper() {
     let issuer = issuer(|_| down());
     drop(issuer.start());
