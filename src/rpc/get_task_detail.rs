@@ -262,6 +262,59 @@ mod tests {
     }
 
     #[test]
+    fn the_reply_says_what_the_task_says_and_leaves_unset_what_it_leaves_unset() {
+        let text = |text: &str| Some(text.to_owned());
+        let task = wire::TaskDetail {
+            instance_id: "1".into(),
+            instance_name: "2".into(),
+            job_id: "3".into(),
+            job_name: "4".into(),
+            created_at: text("5"),
+            update_at: text("6"),
+            process: text("7"),
+            status: text("8"),
+            sub_task_list: vec![
+                wire::SubTask {
+                    sub_task_name: text("9"),
+                    percent: text("10"),
+                    executed_time: text("11"),
+                    status: text("12"),
+                    remaining_time: text("13"),
+                    show_detail: Some(false),
+                },
+                wire::SubTask::default(),
+            ],
+        };
+        let expected = GetTaskDetailResponse {
+            instance_id: "1".into(),
+            instance_name: "2".into(),
+            job_id: "3".into(),
+            job_name: "4".into(),
+            created_at: text("5"),
+            update_at: text("6"),
+            process: text("7"),
+            status: text("8"),
+            sub_task_list: vec![
+                SubTask {
+                    sub_task_name: text("9"),
+                    percent: text("10"),
+                    executed_time: text("11"),
+                    status: text("12"),
+                    remaining_time: text("13"),
+                    show_detail: Some(false),
+                },
+                SubTask::default(),
+            ],
+        };
+
+        assert_eq!(reply(task), expected);
+        assert_eq!(
+            reply(wire::TaskDetail::default()),
+            GetTaskDetailResponse::default()
+        );
+    }
+
+    #[test]
     fn a_violation_names_the_character_and_its_place() {
         let slashed = GetTaskDetailRequest {
             instance_id: "ab/c".into(),

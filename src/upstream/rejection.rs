@@ -279,7 +279,7 @@ mod tests {
         assert_eq!(rejection.verdict.code, Code::Unauthenticated);
         assert_eq!(rejection.verdict.reason, Reason::CredentialLocked);
         assert_eq!(rejection.verdict.credential, Credential::Refused);
-        assert_eq!(rejection.retry_after, Some(KEY_LOCK));
+        assert_eq!(rejection.retry_after, Some(Duration::from_secs(300)));
     }
 
     #[test]

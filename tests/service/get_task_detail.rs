@@ -55,6 +55,61 @@ async fn upstream_sees_exactly_the_documented_request() {
 }
 
 #[tokio::test]
+async fn nothing_in_the_metadata_chooses_where_what_or_as_whom_upstream_is_asked() {
+    let upstream = Upstream::always(example()).await;
+    let elsewhere = Upstream::always(example()).await;
+    let program = Program::over(&upstream.url(), &["--allow-project", "another"]);
+    let elsewhere_address = elsewhere.address.to_string();
+    let metadata = [
+        ("host", elsewhere_address.as_str()),
+        ("x-forwarded-host", elsewhere_address.as_str()),
+        ("x-envoy-original-dst-host", elsewhere_address.as_str()),
+        ("x-endpoint", elsewhere_address.as_str()),
+        ("x-region", "cn-north-4"),
+        ("x-project-id", "another"),
+        ("x-domain-id", "another"),
+        ("x-http-method-override", "DELETE"),
+        ("x-original-url", "/v3/another/instances"),
+        ("x-envoy-original-path", "/v3/another/instances"),
+        (
+            "x-forwarded-client-cert",
+            "By=spiffe://mesh/facade;URI=spiffe://mesh/admin",
+        ),
+    ];
+
+    let refused = program
+        .call_with(example_request(), &metadata)
+        .await
+        .expect_err("the project of the request counts");
+    let allowed = GetTaskDetailRequest {
+        project_id: "another".to_owned(),
+        ..example_request()
+    };
+    program
+        .call_with(allowed, &metadata)
+        .await
+        .expect("an answer");
+
+    assert_eq!(
+        Failure::of(&refused).code_and_reason(),
+        (Code::PermissionDenied, "PROJECT_NOT_ALLOWED")
+    );
+    let [request] = &upstream.requests()[..] else {
+        panic!("one request: {:?}", upstream.requests());
+    };
+    assert_eq!(
+        request.line,
+        "POST /v3/another/instances/1ffc4167903840cb93a3da56d28c14fdin01/task-center-detail HTTP/1.1"
+    );
+    let address = upstream.address.to_string();
+    assert_eq!(request.header("host"), Some(&*address));
+    for (name, _) in &metadata[1..] {
+        assert_eq!(request.header(name), None, "{name}");
+    }
+    assert_eq!(elsewhere.connections().opened, 0);
+}
+
+#[tokio::test]
 async fn the_name_is_sent_only_when_the_caller_set_it() {
     let upstream = Upstream::always(example()).await;
     let program = Program::over(&upstream.url(), &[]);
@@ -196,8 +251,15 @@ async fn the_callers_token_is_passed_on_and_its_absence_is_told() {
         .call_with(example_request(), &[("x-auth-token", "MIItoken")])
         .await
         .expect("an answer");
-    let cases: [(&[_], _); 4] = [
+    let cases: [(&[_], _); 5] = [
         (&[], "CREDENTIAL_MISSING"),
+        (
+            &[
+                ("x-forwarded-client-cert", "URI=spiffe://mesh/admin"),
+                ("x-request-id", "trusted"),
+            ],
+            "CREDENTIAL_MISSING",
+        ),
         (&[("authorization", "Bearer x")], "CREDENTIAL_MISSING"),
         (
             &[("x-auth-token", "a"), ("x-auth-token", "b")],

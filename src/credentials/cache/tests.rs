@@ -269,6 +269,42 @@ async fn a_value_that_is_still_good_hides_failures_and_its_end_shows_them() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_value_is_given_out_until_a_minute_before_its_end_and_not_at_that_moment() {
+    let issuer = issuer(|nth| if nth == 1 { good(1) } else { down() });
+    let cache = issuer.start();
+    let now = Deadline::after(Duration::ZERO);
+    cache.current(soon()).await.unwrap();
+    let ends = Instant::now() + 24 * HOUR - 60 * SECOND;
+
+    sleep_until(ends - SECOND / 1000).await;
+    let just_before = cache.current(now).await;
+    sleep_until(ends).await;
+    let at_that_moment = cache.current(now).await;
+
+    assert_eq!(just_before, Ok((1, 1)));
+    assert!(matches!(at_that_moment, Err(Error::Unavailable { .. })));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_refusal_after_the_spacing_causes_a_fetch_and_one_within_it_does_not() {
+    for (wait, fetches) in [(10 * SECOND - SECOND / 1000, 2), (10 * SECOND, 3)] {
+        let issuer = issuer(good);
+        let cache = issuer.start_with(OnRefusal {
+            keep: true,
+            spacing: 10 * SECOND,
+        });
+        cache.current(soon()).await.unwrap();
+
+        cache.refused(|_| true);
+        sleep(wait).await;
+        cache.refused(|_| true);
+        sleep(SECOND).await;
+
+        assert_eq!(issuer.fetches(), fetches, "{wait:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn without_a_value_a_failure_is_told_at_once_with_the_time_of_the_next_fetch() {
     let issuer = issuer(|_| {
         Err(FetchError::Unavailable {
@@ -359,6 +395,30 @@ async fn readiness_comes_with_the_first_value_and_stays() {
     is_ready.wait_for(|ready| *ready).await.unwrap();
 
     assert_eq!(issuer.fetches(), 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_metric_of_the_expiry_is_the_end_of_the_life_by_our_clock() {
+    let metrics = Metrics::new();
+    let ready = Arc::new(watch::Sender::new(false));
+    let on_refusal = OnRefusal {
+        keep: false,
+        spacing: SECOND,
+    };
+    let now = server_time::our_clock();
+    let cache = Cache::start("test", issuer(good), on_refusal, ready, metrics.clone());
+
+    cache.current(soon()).await.unwrap();
+
+    let text = metrics.encode();
+    let expiry: f64 = text
+        .lines()
+        .find_map(|line| line.strip_prefix("rds_credential_expiry_timestamp_seconds "))
+        .and_then(|value| value.parse().ok())
+        .unwrap();
+    let now = now.duration_since(std::time::UNIX_EPOCH).unwrap();
+    let left = expiry - now.as_secs_f64();
+    assert!((86_400.0..86_500.0).contains(&left), "{left}");
 }
 
 #[tokio::test(start_paused = true)]

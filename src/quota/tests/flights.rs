@@ -1,4 +1,5 @@
 use std::{
+    collections::HashSet,
     future::pending,
     sync::{
         Mutex,
@@ -97,6 +98,21 @@ async fn equal_questions_in_flight_share_one_answer_and_each_that_joined_counts_
     assert_eq!(upstream.begun(), 1);
     assert_eq!(quota.metrics.coalesced.get(), 4);
     assert_eq!(quota.flights.count(), 0);
+}
+
+#[test]
+fn questions_that_differ_have_hashes_that_differ() {
+    let quota = without_cache();
+    let hasher = RandomState::new();
+
+    let hashes: HashSet<u64> = (0..100)
+        .flat_map(|task| {
+            [ANN, BOB].map(|identity| quota.question(identity, query(task.to_string())))
+        })
+        .map(|question| hasher.hash_one(question))
+        .collect();
+
+    assert_eq!(hashes.len(), 200);
 }
 
 #[tokio::test(start_paused = true)]

@@ -6,6 +6,8 @@ mod answers;
 mod any;
 /// Failures without an answer.
 mod ours;
+/// Our own sentences.
+mod sentences;
 /// What may come out of an answer's text, and how long it may be.
 mod text;
 

@@ -264,6 +264,30 @@ fn a_code_or_request_id_that_is_too_long_is_not_taken() {
 }
 
 #[test]
+fn a_code_is_found_on_eight_levels_and_not_on_the_ninth() {
+    for (levels, expected) in [(8, Some("DBS.1")), (9, None)] {
+        let body = format!(
+            r#"{}{{"error_code":"DBS.1"}}{}"#,
+            r#"{"x":"#.repeat(levels - 1),
+            "}".repeat(levels - 1)
+        );
+
+        assert_eq!(
+            read(body.as_bytes()).error_code.as_deref(),
+            expected,
+            "{levels}"
+        );
+    }
+}
+
+#[test]
+fn each_object_of_a_repeated_name_is_looked_into() {
+    let body = br#"{"x":{"a":1},"x":{"error_code":"DBS.1"}}"#;
+
+    assert_eq!(read(body).error_code.as_deref(), Some("DBS.1"));
+}
+
+#[test]
 fn a_policy_explanation_with_control_characters_is_none() {
     let body = br#"{"error_code":"IAM.0002","encoded_authorization_message":"a\u001b[31mb"}"#;
 

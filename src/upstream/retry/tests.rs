@@ -56,6 +56,29 @@ async fn the_wait_grows_to_the_cap_and_is_jittered() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn only_a_first_retry_goes_out_at_once_and_each_later_one_may_wait_twice_as_long() {
+    let retries = |failed| {
+        let budget = Budget::new(0);
+        let mut attempts = Attempts::new(4);
+        [(); 3].map(|()| attempts.next(failed, LONG, &budget).unwrap())
+    };
+    let at_once = Failed {
+        at_once: true,
+        ..BACKOFF
+    };
+    let longest = |failed, nth: usize| (0..200).map(|_| retries(failed)[nth]).max().unwrap();
+
+    assert_eq!(longest(at_once, 0), Duration::ZERO);
+    for (failed, nth, ceiling) in [(BACKOFF, 0, 50), (at_once, 1, 100), (at_once, 2, 200)] {
+        let (longest, ceiling) = (longest(failed, nth), Duration::from_millis(ceiling));
+        assert!(
+            longest > ceiling / 2 && longest <= ceiling,
+            "{longest:?} of {ceiling:?}"
+        );
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn retry_after_is_obeyed_within_the_deadline_only() {
     let budget = Budget::new(100);
     let asked = Failed {
