@@ -29,8 +29,6 @@ var names = []attack{
 	{name: "log forging, text", run: func(t *target) (string, error) { return forgeLog(t, "text") }},
 }
 
-var allAttacks = append(append(append([]attack{}, floods...), names...), waits...)
-
 // hugeMetadata asks with more headers than are read: a thousand small ones, one of 60 KB, one of 1 MiB.
 func hugeMetadata(t *target) (string, error) {
 	many := pairs()
