@@ -17,8 +17,9 @@ pub const MAX_BODY_BYTES: usize = 1 << 20;
 /// Shorter than the keep-alive of common gateways (60 s and more), so that we, not they, close an idle connection.
 const POOL_IDLE_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Idle connections kept per worker; more are closed after a burst.
-const POOL_MAX_IDLE: usize = 256;
+/// Idle connections kept per worker: as many as there are calls in flight at most, by default. With fewer, a thousand calls
+/// at a time would close and open connections all the while; those that stay idle are closed anyway.
+const POOL_MAX_IDLE: usize = 2048;
 
 /// What a client needs to know besides the request.
 #[derive(Clone)]

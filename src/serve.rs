@@ -32,6 +32,9 @@ use crate::{
 /// For the last spans, when calls in flight have used up the shutdown, and at most.
 const MAX_EXPORT: Duration = Duration::from_secs(5);
 
+/// For the thread of the log, when a second signal ends the process.
+const LAST_LINES: Duration = Duration::from_millis(30);
+
 /// Why the program ends before it serves, or cannot go on. One sentence for the operator.
 #[derive(Debug, thiserror::Error)]
 enum Error {
@@ -216,6 +219,7 @@ fn shutdown_signal() -> Result<impl Future<Output = ()>, Error> {
         tracing::info!("signal: draining");
         let _ = first.send(());
         next().await;
+        tokio::time::sleep(LAST_LINES).await;
         std::process::exit(1);
     });
     Ok(async move {

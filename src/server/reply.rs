@@ -60,6 +60,7 @@ pub(super) enum Reply {
 pub(super) fn not_grpc(mut rpc: Rpc, status: StatusCode, text: &'static str) -> Response<Reply> {
     rpc.call.failed(Reason::InvalidRequest);
     rpc.end(Code::Unknown);
+    stream::read_by(rpc.call.deadline.at() + READ_SLACK);
     let mut response = Response::new(Reply::Text(text));
     *response.status_mut() = status;
     let headers = response.headers_mut();
@@ -131,6 +132,9 @@ pub(super) fn streaming(
     if head.headers.contains_key(GRPC_STATUS) {
         rpc.end(completed(&mut head.headers, &rpc));
         return Response::from_parts(head, Reply::Empty);
+    }
+    if let Some(deadline) = until {
+        stream::read_by(deadline.at() + READ_SLACK);
     }
     let until = until.map(|deadline| Box::pin(sleep_until(deadline.at())));
     let rpc = Box::new(rpc);

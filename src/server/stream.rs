@@ -5,6 +5,7 @@
 
 use std::{
     cell::Cell,
+    panic::{AssertUnwindSafe, catch_unwind},
     pin::Pin,
     task::{Context, Poll, Waker},
 };
@@ -31,10 +32,10 @@ where
         });
         // A connection takes in all its new streams before any task runs, and a thousand connections can bring a hundred
         // each. Most of those are refused at once, so they are over here, one after the other, and never all in memory.
-        let first = stream
-            .as_mut()
-            .poll(&mut Context::from_waker(Waker::noop()));
-        if first.is_pending() {
+        let mut context = Context::from_waker(Waker::noop());
+        let first = catch_unwind(AssertUnwindSafe(|| stream.as_mut().poll(&mut context)));
+        // A panic costs this stream and no other of the connection, whose task this is.
+        if matches!(first, Ok(Poll::Pending)) {
             // Its task polls it again, with a waker that counts.
             tokio::spawn(stream);
         }

@@ -27,8 +27,8 @@ use super::{
 };
 use crate::{pb::task_service_server::TaskService, telemetry::metrics::Metrics};
 
-/// There is always a timer nearer than a call's own. The nearest timer of all costs its maker more: the runtime is told to
-/// wait less, by a system call that wakes it.
+/// A timer of the worker that is nearer than a call's own usually are. The nearest timer of all costs its maker more: the
+/// runtime is told to wait less, by a system call that wakes it.
 const NEAREST_TIMER: Duration = Duration::from_secs(1);
 
 /// One worker, as the accept loop sees it.

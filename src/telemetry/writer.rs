@@ -20,6 +20,9 @@ use prometheus_client::metrics::counter::Counter;
 /// Text that waits at most, in bytes: some tenths of a second of a very busy server.
 const MAX_WAITING: usize = 4 << 20;
 
+/// What is kept of a buffer that a blocked pipe made large, in bytes.
+const KEPT_BYTES: usize = 256 << 10;
+
 /// How long the first of some lines waits for more of them, because waking the thread for each line costs a call more than
 /// the line does.
 const GATHER: Duration = Duration::from_millis(10);
@@ -120,6 +123,7 @@ fn write_lines(queue: &Queue, mut sink: impl Write, dropped: &Counter, _end: Sen
             waiting = queue.lock();
         }
         batch.clear();
+        batch.shrink_to(KEPT_BYTES);
         mem::swap(&mut waiting.text, &mut batch);
         let lines = mem::take(&mut waiting.lines);
         over = waiting.over;

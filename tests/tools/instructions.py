@@ -36,7 +36,7 @@ CASES = [
     ("a token", ["--credentials=token"], TOKEN, "finished", EACH_ITS_OWN, OK, 180_000),
     ("a signature", ["--credentials=env"], KEY, "finished", EACH_ITS_OWN, OK, 224_000),
     ("a failure", ["--credentials=token"], TOKEN, INSTANCE_ID, EACH_ITS_OWN, NOT_FOUND, 240_000),
-    ("a kept answer", ["--credentials=token", "--cache-ttl=1h"], TOKEN, "finished", "one", OK, 79_000),
+    ("a kept answer", ["--credentials=token", "--cache-ttl=1h"], TOKEN, "finished", "one", OK, 74_000),
 ]
 
 

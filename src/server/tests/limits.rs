@@ -71,14 +71,7 @@ async fn a_lost_connection_ends_its_calls_and_is_forgotten() {
 #[tokio::test]
 async fn a_caller_that_does_not_read_loses_its_stream_a_second_after_the_deadline() {
     let running = start(config());
-    let socket = TcpStream::connect(running.address).await.unwrap();
-    let mut builder = h2::client::Builder::new();
-    let (mut client, connection) = builder
-        .initial_window_size(0)
-        .handshake::<_, Bytes>(socket)
-        .await
-        .unwrap();
-    tokio::spawn(connection);
+    let mut client = deaf(running.address).await;
 
     let started = Instant::now();
     let (answer, mut body) = client
@@ -94,6 +87,42 @@ async fn a_caller_that_does_not_read_loses_its_stream_a_second_after_the_deadlin
         "{took:?}"
     );
     assert_eq!(running.ended(1).await, [Code::Cancelled]);
+}
+
+/// A client that opens no window for answers.
+async fn deaf(address: SocketAddr) -> Client {
+    let socket = TcpStream::connect(address).await.unwrap();
+    let mut builder = h2::client::Builder::new();
+    let (deaf, connection) = builder
+        .initial_window_size(0)
+        .handshake(socket)
+        .await
+        .unwrap();
+    tokio::spawn(connection);
+    deaf
+}
+
+#[tokio::test]
+async fn answers_of_health_and_to_what_is_no_grpc_must_be_read_in_time_too() {
+    let running = start(config());
+    let mut health = head(CHECK);
+    health
+        .headers_mut()
+        .insert("grpc-timeout", "50m".parse().unwrap());
+    let mut html = head_with("content-type", "text/html");
+    html.headers_mut()
+        .insert("grpc-timeout", "50m".parse().unwrap());
+
+    for (name, head, message) in [("health", health, named("")), ("html", html, Bytes::new())] {
+        let mut deaf = deaf(running.address).await;
+        let (answer, mut body) = deaf.send_request(head, false).unwrap();
+        body.send_data(message, true).unwrap();
+        let mut unread = within(answer).await.unwrap().into_body();
+
+        let error = within(unread.data()).await.unwrap().unwrap_err();
+
+        assert!(error.is_reset(), "{name}: {error:?}");
+    }
 }
 
 #[tokio::test]
@@ -151,14 +180,7 @@ async fn a_call_whose_answer_is_not_read_keeps_its_place() {
         max_in_flight: 1,
         ..config()
     });
-    let socket = TcpStream::connect(running.address).await.unwrap();
-    let mut builder = h2::client::Builder::new();
-    let (mut deaf, connection) = builder
-        .initial_window_size(0)
-        .handshake::<_, Bytes>(socket)
-        .await
-        .unwrap();
-    tokio::spawn(connection);
+    let mut deaf = deaf(running.address).await;
 
     let (answer, mut body) = deaf.send_request(head(GET_TASK_DETAIL), false).unwrap();
     body.send_data(instance("i"), true).unwrap();
