@@ -19,6 +19,8 @@ const (
 	attackGrows = 32 << 20
 	// A share of one core, shortly after the attack.
 	idleAgain = 0.1
+	// Open files, here: the idle connections, 1200 that wait beside them, and some hundreds for the rest.
+	attackDescriptors = idlePeers + 2000
 )
 
 // attack is one way to be hostile.

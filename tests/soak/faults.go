@@ -47,6 +47,8 @@ func faults(results *results, program string, duration time.Duration, seed uint6
 	if err != nil {
 		return err
 	}
+	// Each outage puts another in its place.
+	defer func() { upstream.kill() }()
 	ledger := &ledger{}
 	facade, err := startFacade(program, upstream.url(), ledger.log, "--max-in-flight", fmt.Sprint(faultsLimit),
 		"--max-connection-age", "20s", "--timeout", "3s", "--attempt-timeout", "1s", "--connect-timeout", "500ms")
@@ -72,11 +74,11 @@ func faults(results *results, program string, duration time.Duration, seed uint6
 	}
 	var samples []sample
 	running.Go(func() { samples = watch(ctx, facade, duration) })
-	upstream, outages, err := outages(ctx, program, upstream, duration, load)
+	var times int
+	upstream, times, err = outages(ctx, program, upstream, duration, load)
 	if err != nil {
 		return err
 	}
-	defer upstream.kill()
 	running.Wait()
 	load.hangUp()
 
@@ -89,7 +91,7 @@ func faults(results *results, program string, duration time.Duration, seed uint6
 		return err
 	}
 	results.that(facade.command.ProcessState.ExitCode() == 0, "exit code %d", facade.command.ProcessState.ExitCode())
-	results.that(outages > 0, "%d outages of upstream, %d connections dropped by callers", outages, load.drops.Load())
+	results.that(times > 0, "%d outages of upstream, %d connections dropped by callers", times, load.drops.Load())
 	ledger.balance(results, metrics)
 	flat(results, samples)
 	return nil
@@ -208,11 +210,11 @@ func outages(ctx context.Context, program string, upstream *sandbox, duration ti
 		time.Sleep(pause)
 		again, err := startSandbox(program, upstream.address)
 		if err != nil {
-			return nil, count, fmt.Errorf("the sandbox after an outage: %w", err)
+			return upstream, count, fmt.Errorf("the sandbox after an outage: %w", err)
 		}
 		upstream = again
 		if err := load.issueToken(upstream.url()); err != nil {
-			return nil, count, err
+			return upstream, count, err
 		}
 	}
 }
@@ -327,7 +329,6 @@ func (l *ledger) balance(results *results, metrics series) {
 	}
 }
 
-// goName is how the program writes a code in log and metrics.
 // settled waits until nothing is open or in flight, and gives the metrics of that moment.
 func (f *facade) settled() (series, error) {
 	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(50 * time.Millisecond) {

@@ -37,7 +37,11 @@ func main() {
 	fmt.Printf("seed %d\n", *seed)
 
 	program, results := flags.Arg(0), &results{}
-	var err error
+	most, err := raiseDescriptors()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "soak:", err)
+		os.Exit(1)
+	}
 	switch os.Args[1] {
 	case "faults":
 		err = faults(results, program, *duration, *seed)
@@ -46,6 +50,10 @@ func main() {
 	case "restarts":
 		err = restarts(results, program, *count, *seed)
 	case "attacks":
+		if most < attackDescriptors {
+			fmt.Fprintf(os.Stderr, "soak: attacks take %d open files, and the hard limit (ulimit -Hn) is %d\n", attackDescriptors, most)
+			os.Exit(1)
+		}
 		err = attacks(results, program, *calls, *only)
 	default:
 		usage()
@@ -54,6 +62,17 @@ func main() {
 		results.that(false, "the run: %v", err)
 	}
 	results.finish()
+}
+
+// raiseDescriptors allows as many open files as may be, and says how many. Go raises the limit for itself alone; one that is
+// set here is inherited by the programs that are started.
+func raiseDescriptors() (uint64, error) {
+	var limit syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
+		return 0, err
+	}
+	limit.Cur = limit.Max
+	return limit.Max, syscall.Setrlimit(syscall.RLIMIT_NOFILE, &limit)
 }
 
 func usage() {

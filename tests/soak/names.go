@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -106,7 +107,12 @@ var hostileTexts = []string{"", ".", "..", "../..", "a/b", "a\\b", "%2f", "%2e%2
 
 // hostileIDs asks with texts in each id that would change a path, a line or a header. Upstream must hear of none.
 func hostileIDs(t *target) (string, error) {
-	connection, err := dial(t.address)
+	alone, stop, err := t.alone()
+	if err != nil {
+		return "", err
+	}
+	defer stop()
+	connection, err := dial(alone.address)
 	if err != nil {
 		return "", err
 	}
@@ -128,10 +134,15 @@ func hostileIDs(t *target) (string, error) {
 			}
 		}
 	}
-	if err := t.upstreamHeard(); err != nil {
+	heard, err := alone.sandbox.count("task_requests")
+	if err != nil {
 		return "", err
 	}
-	return fmt.Sprintf("%d calls, all InvalidArgument, none upstream", calls), nil
+	if heard != 0 {
+		return "", fmt.Errorf("upstream got %d requests", heard)
+	}
+	connection.Close()
+	return fmt.Sprintf("%d calls, all InvalidArgument, none upstream", calls), alone.restsAgain()
 }
 
 // hostileHeaders sends headers that would choose where the request goes, end a line, or smuggle another request.
@@ -140,35 +151,58 @@ func hostileHeaders(t *target) (string, error) {
 	fields := []string{"x-request-id", "x-auth-token", "traceparent", "tracestate", "b3", "user-agent", "grpc-timeout", "grpc-encoding", "authorization",
 		"cookie", "host", "x-forwarded-host", "x-forwarded-for", "x-forwarded-client-cert", "x-project-id", "x-domain-id", "x-sdk-date", "x-security-token",
 		"x-envoy-original-path", "x-http-method-override", "content-length", "transfer-encoding", "connection", "upgrade", "te", "expect", "baggage"}
+	alone, stop, err := t.alone()
+	if err != nil {
+		return "", err
+	}
+	defer stop()
 	outcomes := map[string]int{}
 	asked := 0
-	try := func(headers [][2]string) error {
-		asked++
-		return t.tally(outcomes, 1, func(p *peer) {
-			p.ask(1, headers, question{projectID, "hostile-header", fmt.Sprint("w-", asked), ""})
-		})
+	// No field has so many values that the sandbox would forget the first of these calls before the last.
+	try := func(field string, values []string) error {
+		for _, value := range values {
+			asked++
+			err := alone.tally(outcomes, 1, func(p *peer) {
+				p.ask(1, pairs([2]string{field, value}), question{projectID, "hostile-header", fmt.Sprint("w-", asked), ""})
+			})
+			if err != nil {
+				return err
+			}
+		}
+		return alone.upstreamHeard()
 	}
 	for _, field := range fields {
-		for _, value := range values {
-			if err := try(pairs([2]string{field, value})); err != nil {
-				return "", err
-			}
+		if err := try(field, values); err != nil {
+			return "", fmt.Errorf("%s: %w", field, err)
 		}
 	}
 	for _, pseudo := range []string{":path", ":authority", ":method", ":scheme", ":protocol", ":status"} {
-		for _, value := range append(values, "", method+"/../x", method+"?a=b", "*") {
-			if err := try(pairs([2]string{pseudo, value})); err != nil {
-				return "", err
-			}
+		if err := try(pseudo, slices.Concat(values, []string{"", method + "/../x", method + "?a=b", "*"})); err != nil {
+			return "", fmt.Errorf("%s: %w", pseudo, err)
 		}
 	}
 	if outcomes["nothing"] > 0 || outcomes["gRPC 13"] > 0 {
 		return "", fmt.Errorf("%v", outcomes)
 	}
-	if err := t.upstreamHeard(); err != nil {
-		return "", err
+	return fmt.Sprintf("%d calls %v; upstream saw the one path and no header of theirs", asked, outcomes), alone.restsAgain()
+}
+
+// alone is another program with a sandbox of its own, which hears nothing of the honest caller.
+func (t *target) alone() (*target, func(), error) {
+	upstream, err := startSandbox(t.program, anyPort)
+	if err != nil {
+		return nil, nil, err
 	}
-	return fmt.Sprintf("%d calls %v; upstream saw the one path and no header of theirs", asked, outcomes), nil
+	facade, err := startFacade(t.program, upstream.url(), nil)
+	if err != nil {
+		upstream.kill()
+		return nil, nil, err
+	}
+	stop := func() {
+		facade.kill()
+		upstream.kill()
+	}
+	return &target{facade: facade, sandbox: upstream}, stop, nil
 }
 
 var (
@@ -189,7 +223,7 @@ func (t *target) upstreamHeard() error {
 		return fmt.Errorf("the sandbox shows no requests")
 	}
 	for _, request := range requests {
-		if request.Method != http.MethodPost || !onlyPath.MatchString(request.Path) || strings.Contains(request.Path, "/hostile/") {
+		if request.Method != http.MethodPost || !onlyPath.MatchString(request.Path) {
 			return fmt.Errorf("upstream got %s %q", request.Method, request.Path)
 		}
 		for _, header := range request.Headers {

@@ -42,6 +42,9 @@ type process struct {
 func start(program string, onLine func(line []byte), arguments ...string) (*process, error) {
 	process := &process{command: exec.Command(program, arguments...), exited: make(chan struct{})}
 	process.command.Env = []string{}
+	// Does not outlive this program, however it ends. The kernel means the thread that starts it, and Go ends no thread while no
+	// goroutine is locked to one.
+	process.command.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	process.command.Stderr = os.Stderr
 	output, err := process.command.StdoutPipe()
 	if err != nil {

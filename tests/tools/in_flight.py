@@ -61,15 +61,25 @@ async def hold(calls, length):
             for number in range(calls)
         ]
         await asyncio.wait_for(upstream.all_here.wait(), 60)
-        # What was written last is still on its way into the facade.
-        await asyncio.sleep(2)
-        in_flight = resident(facade)
+        in_flight = await grown(facade)
         upstream.finish.set()
         codes = {(await call.code()).name for call in started}
         for channel in channels:
             await channel.close()
     server.close()
     return at_rest, in_flight, codes
+
+
+async def grown(facade):
+    """The memory once it has stopped growing: what was written last is still on its way into the facade."""
+    readings = []
+    for _ in range(60):
+        readings.append(resident(facade))
+        last = readings[-3:]
+        if len(last) == 3 and max(last) - min(last) < 1:
+            return readings[-1]
+        await asyncio.sleep(0.5)
+    raise TimeoutError(f"the memory has not come to rest in half a minute: {readings[-3:]}")
 
 
 def resident(facade):
