@@ -7,18 +7,25 @@ use std::{
 };
 
 use proptest::prelude::*;
-use tokio::{task::JoinSet, time::sleep};
+use tokio::{
+    runtime::{Builder, Runtime},
+    task::JoinSet,
+    time::sleep,
+};
 
 use super::*;
 use crate::deadline::Deadline;
 
-fn in_paused_time<T>(test: impl Future<Output = T>) -> T {
-    tokio::runtime::Builder::new_current_thread()
+fn paused() -> Runtime {
+    Builder::new_current_thread()
         .enable_time()
         .start_paused(true)
         .build()
         .unwrap()
-        .block_on(test)
+}
+
+fn in_paused_time<T>(test: impl Future<Output = T>) -> T {
+    paused().block_on(test)
 }
 
 fn millis(most: u64) -> impl Strategy<Value = Duration> {
@@ -171,12 +178,17 @@ proptest! {
 #[test]
 fn threads_that_pay_at_the_same_moment_do_not_overdraw_the_budget() {
     const THREADS: usize = 4;
+    // Its clock stands still, for all that enter it: the moment is the same however slow the machine.
+    let runtime = paused();
     for _ in 0..300 {
+        let _clock = runtime.enter();
         let budget = Arc::new(Budget::new(0));
         let begin = Arc::new(Barrier::new(THREADS));
         let threads = [(); THREADS].map(|()| {
             let (budget, begin) = (Arc::clone(&budget), Arc::clone(&begin));
+            let runtime = runtime.handle().clone();
             thread::spawn(move || {
+                let _clock = runtime.enter();
                 begin.wait();
                 (0..20).filter(|_| budget.pay()).count()
             })
