@@ -219,7 +219,8 @@ fn shutdown_signal() -> Result<impl Future<Output = ()>, Error> {
         tracing::info!("signal: draining");
         let _ = first.send(());
         next().await;
-        tokio::time::sleep(LAST_LINES).await;
+        // Blocks the drain too, which must not end well in the meantime.
+        std::thread::sleep(LAST_LINES);
         std::process::exit(1);
     });
     Ok(async move {
