@@ -167,10 +167,10 @@ fn start_facade(sandbox: SocketAddr) -> SocketAddr {
         current_thread().block_on(async {
             let metrics = Metrics::new();
             let http = upstream_http::Config {
-                extra_roots: None,
+                tls: upstream_http::tls(upstream_http::SystemRoots::Ignored, None)
+                    .expect("no file, no error"),
                 proxy: None,
                 connect_timeout: Duration::from_secs(3),
-                plain: true,
             };
             let credentials = CredentialsConfig {
                 source: Source::Token(HeaderValue::from_static("sandbox-token")),

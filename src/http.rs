@@ -3,11 +3,16 @@
 //!
 //! The clients for credentials and traces begin with the same settings: [`client_builder`].
 
-use std::{error::Error as StdError, io, time::Duration};
+use std::{error::Error as StdError, io, sync::Arc, time::Duration};
 
 use ::http::HeaderMap;
 use bytes::{Bytes, BytesMut};
-use reqwest::{Certificate, ClientBuilder, Proxy, Url, redirect, tls};
+use reqwest::{ClientBuilder, Proxy, Url, redirect};
+use rustls::{
+    ClientConfig, DEFAULT_VERSIONS, RootCertStore,
+    crypto::aws_lc_rs::default_provider,
+    pki_types::{CertificateDer, pem::PemObject as _},
+};
 
 use crate::reason::Reason;
 
@@ -24,14 +29,12 @@ const POOL_MAX_IDLE: usize = 2048;
 /// What a client needs to know besides the request.
 #[derive(Clone)]
 pub struct Config {
-    /// PEM certificates that are trusted beside the system's.
-    pub extra_roots: Option<Vec<u8>>,
+    /// Made once by [`tls`] and cloned: clones share the roots and the sessions that can be resumed.
+    pub tls: ClientConfig,
     /// The only proxy that is ever used; the environment's are not read.
     pub proxy: Option<Url>,
     /// For name, TCP and TLS together.
     pub connect_timeout: Duration,
-    /// Whether the endpoint is plain HTTP, where no system roots need to be loaded.
-    pub plain: bool,
 }
 
 /// Why a client could not be built.
@@ -75,30 +78,56 @@ impl Failure {
     }
 }
 
+/// Which certificates a client trusts, apart from those in a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SystemRoots {
+    /// The system's too. Reading them takes some ten milliseconds.
+    Trusted,
+    /// None: the peer is plain HTTP, or a file is all that counts.
+    Ignored,
+}
+
+/// TLS 1.2 and newer for HTTP/1.1, with the system's certificates and those in `extra_pem`.
+///
+/// # Errors
+/// [`BuildError::Roots`] when `extra_pem` cannot be used, [`BuildError::Tls`] when the system has no certificates and there
+/// are no others.
+pub fn tls(system: SystemRoots, extra_pem: Option<&[u8]>) -> Result<ClientConfig, BuildError> {
+    let mut roots = match extra_pem {
+        Some(pem) => roots(pem)?,
+        None => RootCertStore::empty(),
+    };
+    if system == SystemRoots::Trusted {
+        // One that cannot be read is left out, as every other program does.
+        roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+        if roots.is_empty() {
+            return Err(BuildError::Tls);
+        }
+    }
+    let mut config = ClientConfig::builder_with_provider(Arc::new(default_provider()))
+        .with_protocol_versions(DEFAULT_VERSIONS)
+        .map_err(|_| BuildError::Tls)?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    Ok(config)
+}
+
 /// What every HTTP client of the program starts from: no redirect is followed and nothing is repeated behind our back, the
-/// environment's proxies do not count, and only TLS 1.2 and newer with the configured roots is spoken.
+/// environment's proxies do not count, and TLS is as configured.
 ///
 /// # Errors
 /// [`BuildError`] for a setting that cannot be used.
 pub fn client_builder(config: &Config) -> Result<ClientBuilder, BuildError> {
-    let roots = match &config.extra_roots {
-        Some(pem) => roots(pem)?,
-        None => Vec::new(),
-    };
     let mut builder = reqwest::Client::builder()
         .redirect(redirect::Policy::none())
         .retry(reqwest::retry::never())
         .referer(false)
         .no_proxy()
         .http1_only()
-        .tls_version_min(tls::Version::TLS_1_2)
+        .tls_backend_preconfigured(config.tls.clone())
         .connect_timeout(config.connect_timeout)
         .user_agent(concat!("rds-task-facade/", env!("CARGO_PKG_VERSION")));
-    builder = if config.plain {
-        builder.tls_certs_only(roots)
-    } else {
-        builder.https_only(true).tls_certs_merge(roots)
-    };
     if let Some(proxy) = &config.proxy {
         builder = builder.proxy(Proxy::all(proxy.clone()).map_err(|_| BuildError::Proxy)?);
     }
@@ -222,11 +251,16 @@ pub fn check_roots(pem: &[u8]) -> Result<(), BuildError> {
     roots(pem).map(drop)
 }
 
-fn roots(pem: &[u8]) -> Result<Vec<Certificate>, BuildError> {
-    match Certificate::from_pem_bundle(pem) {
-        Ok(roots) if !roots.is_empty() => Ok(roots),
-        _ => Err(BuildError::Roots),
+fn roots(pem: &[u8]) -> Result<RootCertStore, BuildError> {
+    let mut roots = RootCertStore::empty();
+    for certificate in CertificateDer::pem_slice_iter(pem) {
+        let certificate = certificate.map_err(|_| BuildError::Roots)?;
+        roots.add(certificate).map_err(|_| BuildError::Roots)?;
     }
+    if roots.is_empty() {
+        return Err(BuildError::Roots);
+    }
+    Ok(roots)
 }
 
 fn before_head(error: &reqwest::Error) -> Failure {
@@ -279,5 +313,32 @@ impl std::fmt::Debug for Config {
         f.debug_struct("Config")
             .field("connect_timeout", &self.connect_timeout)
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rcgen::{CertificateParams, KeyPair};
+
+    use super::*;
+
+    fn pem() -> String {
+        let key = KeyPair::generate().unwrap();
+        let params = CertificateParams::new(["upstream.test".to_owned()]).unwrap();
+        params.self_signed(&key).unwrap().pem()
+    }
+
+    #[test]
+    fn extra_roots_that_are_no_certificates_are_a_mistake() {
+        let pem = pem();
+        let damaged = pem.replacen("MII", "MIX", 1);
+        let cut = &pem[..pem.len() / 2];
+        let cases = ["", "no certificate", cut, &damaged, &[&pem, cut].concat()];
+
+        for case in cases {
+            let found = tls(SystemRoots::Ignored, Some(case.as_bytes()));
+            assert!(matches!(found, Err(BuildError::Roots)), "{case}");
+        }
+        assert!(tls(SystemRoots::Ignored, Some(pem.as_bytes())).is_ok());
     }
 }

@@ -103,10 +103,11 @@ async fn run(config: Config, metrics: Arc<Metrics>, access: Access) -> Result<()
     let base_url = |endpoint: &Endpoint| base_url(endpoint, sandbox);
 
     let endpoint = base_url(&config.upstream.endpoint);
-    let http = http_config(&config, &endpoint)?;
+    let source = source(&config.credentials, base_url);
+    let http = http_config(&config.upstream, &endpoint, &source)?;
     let credentials = Credentials::start(
         credentials::Config {
-            source: source(&config.credentials, base_url),
+            source,
             http: http.clone(),
         },
         Arc::clone(&metrics),
@@ -280,18 +281,30 @@ fn source(
 }
 
 /// How the vendor's endpoints are reached.
-fn http_config(config: &Config, endpoint: &config::BaseUrl) -> Result<http::Config, Error> {
-    let upstream = &config.upstream;
+fn http_config(
+    upstream: &config::Upstream,
+    endpoint: &config::BaseUrl,
+    credentials: &credentials::Source,
+) -> Result<http::Config, Error> {
     let extra_roots = match &upstream.ca {
         Some(path) => Some(std::fs::read(path).map_err(Error::UpstreamCa)?),
         None => None,
     };
+    let https = |url: &str| url.starts_with("https:");
+    let identity_service = match credentials {
+        credentials::Source::Iam(iam) => Some(iam.endpoint.as_str()),
+        _ => None,
+    };
+    let system = if https(endpoint.as_str()) || identity_service.is_some_and(https) {
+        http::SystemRoots::Trusted
+    } else {
+        http::SystemRoots::Ignored
+    };
     let proxy = upstream.proxy.as_ref();
     Ok(http::Config {
-        extra_roots,
+        tls: http::tls(system, extra_roots.as_deref())?,
         proxy: proxy.map(|proxy| url(proxy.url.expose_secret())),
         connect_timeout: upstream.connect_timeout,
-        plain: endpoint.as_str().starts_with("http:"),
     })
 }
 

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use reqwest::RequestBuilder;
 
 use crate::{
-    http::{self, BuildError},
+    http::{self, BuildError, SystemRoots},
     wait,
 };
 
@@ -91,10 +91,9 @@ pub(super) fn identity_client(config: &http::Config) -> Result<reqwest::Client, 
 /// The client for the metadata service: never through a proxy.
 pub(super) fn metadata_client() -> Result<reqwest::Client, BuildError> {
     let direct = http::Config {
-        extra_roots: None,
+        tls: http::tls(SystemRoots::Ignored, None)?,
         proxy: None,
         connect_timeout: METADATA_TIMEOUT,
-        plain: true,
     };
     http::build(without_pool(&direct)?.read_timeout(METADATA_TIMEOUT))
 }

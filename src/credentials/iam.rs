@@ -181,10 +181,9 @@ mod tests {
 
     fn http_config() -> http::Config {
         http::Config {
-            extra_roots: None,
+            tls: http::tls(http::SystemRoots::Ignored, None).unwrap(),
             proxy: None,
             connect_timeout: Duration::from_secs(3),
-            plain: true,
         }
     }
 
@@ -390,16 +389,6 @@ mod tests {
         assert!(request.starts_with("POST http://iam.invalid/v3/auth/tokens?nocatalog=true "));
         assert!(request.contains("proxy-authorization: Basic dXNlcjpjYW5hcnk="));
         assert!(!format!("{through:?}").contains("canary"));
-    }
-
-    #[test]
-    fn additional_certificates_that_are_none_are_a_mistake() {
-        let config = http::Config {
-            extra_roots: Some(b"no certificate".to_vec()),
-            ..http_config()
-        };
-
-        assert!(fetch::identity_client(&config).is_err());
     }
 
     #[tokio::test(start_paused = true)]

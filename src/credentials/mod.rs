@@ -132,11 +132,7 @@ impl Credentials {
             )),
             Source::Profile(path) => Running::Profile(profile(&path)),
             Source::Iam(iam) => {
-                let http = http::Config {
-                    plain: iam.endpoint.starts_with("http:"),
-                    ..config.http
-                };
-                let client = fetch::identity_client(&http)?;
+                let client = fetch::identity_client(&config.http)?;
                 let source = iam::Source::new(client, iam);
                 Running::FetchedToken(Cache::start(
                     "iam",

@@ -19,11 +19,9 @@ fn start_directly(source: Source) -> Credentials {
 
 fn start_with(source: Source, proxy: Option<reqwest::Url>) -> Credentials {
     let http = http::Config {
-        extra_roots: None,
+        tls: http::tls(http::SystemRoots::Ignored, None).unwrap(),
         proxy,
         connect_timeout: Duration::from_secs(3),
-        // The address of the source decides.
-        plain: false,
     };
     let config = Config { source, http };
     // Whatever a log or a panic prints of the configuration must be harmless.

@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     config,
-    http::{BuildError, build, client_builder, small_body},
+    http::{BuildError, SystemRoots, build, client_builder, small_body, tls},
     wait::{date, retry_after},
 };
 
@@ -131,17 +131,17 @@ const QUEUE_FULL: usize = 0;
 const EXPORT_FAILED: usize = 1;
 
 fn client(config: &config::Tracing) -> Result<reqwest::Client, Error> {
-    let shared = crate::http::Config {
-        extra_roots: config.certificate_pem.clone(),
+    // As OpenTelemetry's own exporters do: a file of certificates replaces the system's.
+    let system = if config.certificate_pem.is_some() || config.endpoint.starts_with("http:") {
+        SystemRoots::Ignored
+    } else {
+        SystemRoots::Trusted
+    };
+    let builder = client_builder(&crate::http::Config {
+        tls: tls(system, config.certificate_pem.as_deref())?,
         proxy: None,
         connect_timeout: config.timeout,
-        plain: config.endpoint.starts_with("http:"),
-    };
-    let mut builder = client_builder(&shared)?;
-    // As OpenTelemetry's own exporters do: a file of certificates replaces the system's.
-    if config.certificate_pem.is_some() {
-        builder = builder.tls_certs_only([]);
-    }
+    })?;
     Ok(build(builder)?)
 }
 
