@@ -10,7 +10,7 @@ use serde::de::IgnoredAny;
 use tonic::{Code, Status};
 use tonic_types::ErrorDetails;
 
-use super::{assert_fit_for_a_caller, lines};
+use super::{CODES_OF_ANSWERS, assert_fit_for_a_caller, lines};
 use crate::{
     credentials::Owner,
     rpc, status,
@@ -19,23 +19,6 @@ use crate::{
         wire::{NotATask, parse_task_detail},
     },
 };
-
-/// Codes that an answer of the vendor can become.
-const CODES: [Code; 13] = [
-    Code::InvalidArgument,
-    Code::DeadlineExceeded,
-    Code::NotFound,
-    Code::AlreadyExists,
-    Code::PermissionDenied,
-    Code::ResourceExhausted,
-    Code::FailedPrecondition,
-    Code::Aborted,
-    Code::Unimplemented,
-    Code::Internal,
-    Code::Unavailable,
-    Code::Unauthenticated,
-    Code::Unknown,
-];
 
 /// What the gateway's texts name when they repeat a request.
 const SECRET_SHAPED: [&str; 5] = [
@@ -69,7 +52,7 @@ pub(super) fn check(input: &[u8]) {
             ..rejection.clone()
         };
         let ours = self::told(&without_text, &facts, owner);
-        assert!(CODES.contains(&told.code()), "{:?}", told.code());
+        assert!(CODES_OF_ANSWERS.contains(&told.code()), "{:?}", told.code());
         let details = assert_fit_for_a_caller(&told);
         let wait = details.retry_info().and_then(|info| info.retry_delay);
         assert!(wait.unwrap_or_default() <= Duration::from_secs(300));

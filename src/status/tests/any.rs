@@ -2,23 +2,7 @@ use http::{HeaderValue, header::RETRY_AFTER};
 use proptest::prelude::*;
 
 use super::*;
-
-/// Codes that an answer of the vendor can become.
-const CLOSED_SET: [Code; 13] = [
-    Code::InvalidArgument,
-    Code::DeadlineExceeded,
-    Code::NotFound,
-    Code::AlreadyExists,
-    Code::PermissionDenied,
-    Code::ResourceExhausted,
-    Code::FailedPrecondition,
-    Code::Aborted,
-    Code::Unimplemented,
-    Code::Internal,
-    Code::Unavailable,
-    Code::Unauthenticated,
-    Code::Unknown,
-];
+use crate::fuzz::CODES_OF_ANSWERS;
 
 fn error_object() -> impl Strategy<Value = Vec<u8>> {
     let code = prop_oneof![
@@ -51,7 +35,7 @@ proptest! {
         let status = of_error(&answered_to(Owner::Caller, http_status, &headers, &body), "r-1");
 
         check(&status);
-        prop_assert!(CLOSED_SET.contains(&status.code()));
+        prop_assert!(CODES_OF_ANSWERS.contains(&status.code()));
     }
 
     #[test]

@@ -17,11 +17,12 @@ use std::{
 };
 
 use http::HeaderMap;
-use tonic_types::{ErrorDetail, ErrorDetails, StatusExt};
+use tonic_types::{ErrorDetails, StatusExt};
 
 use super::*;
 use crate::{
     credentials::{self, Issuer, Owner},
+    fuzz::assert_fit_for_a_caller,
     rpc::Violation,
     upstream::{self, ErrorKind, Facts, TaskQuery, rejection},
 };
@@ -73,46 +74,14 @@ fn metadata(status: &Status, key: &str) -> Option<String> {
 
 /// What holds for every failed call; returns its details.
 fn check(status: &Status) -> ErrorDetails {
-    let details = status.check_error_details().expect("details decode");
-    let all = status.check_error_details_vec().expect("details decode");
-    let mut kinds: Vec<_> = all.iter().map(std::mem::discriminant).collect();
-    kinds.dedup();
-    assert_eq!(kinds.len(), all.len(), "each detail at most once");
-    assert!(
-        !all.iter()
-            .any(|detail| matches!(detail, ErrorDetail::DebugInfo(_)))
-    );
-
-    let error_info = details.error_info().expect("always an ErrorInfo");
-    assert_eq!(error_info.domain, "rds-task-facade");
+    let details = assert_fit_for_a_caller(status);
     assert!(
         details
             .request_info()
             .is_some_and(|info| info.request_id == "r-1")
     );
-    assert!(status.details().len() <= 4096, "{}", status.details().len());
-
-    let message = status.message();
-    assert!(!message.is_empty());
-    assert!(message.chars().count() <= 256, "{message}");
-    assert!(!message.chars().any(char::is_control), "{message:?}");
-    let mut headers = HeaderMap::new();
-    status.add_header(&mut headers).expect("headers hold it");
-    assert!(headers["grpc-message"].len() <= 1536);
-    let trailers: usize = headers
-        .iter()
-        .map(|(name, value)| name.as_str().len() + value.len() + 32)
-        .sum();
-    assert!(trailers < 8192, "{trailers}");
-
-    let pushback = status.metadata().get("grpc-retry-pushback-ms");
-    let wait = details.retry_info().and_then(|info| info.retry_delay);
     assert_eq!(
-        pushback.map(|value| value.to_str().unwrap().to_owned()),
-        wait.map(|wait| wait.as_millis().to_string())
-    );
-    assert_eq!(
-        error_info.reason == "THROTTLED",
+        details.error_info().expect("always there").reason == "THROTTLED",
         details.quota_failure().is_some()
     );
     assert_eq!(
