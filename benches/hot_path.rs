@@ -167,8 +167,9 @@ fn start_facade(sandbox: SocketAddr) -> SocketAddr {
         current_thread().block_on(async {
             let metrics = Metrics::new();
             let http = upstream_http::Config {
-                tls: upstream_http::tls(upstream_http::SystemRoots::Ignored, None)
+                tls: upstream_http::tls_config(upstream_http::SystemRoots::Ignored, None)
                     .expect("no file, no error"),
+                https_only: false,
                 proxy: None,
                 connect_timeout: Duration::from_secs(3),
             };

@@ -29,8 +29,10 @@ const POOL_MAX_IDLE: usize = 2048;
 /// What a client needs to know besides the request.
 #[derive(Clone)]
 pub struct Config {
-    /// Made once by [`tls`] and cloned: clones share the roots and the sessions that can be resumed.
+    /// Made once by [`tls_config`] and cloned: clones share the roots and the sessions that can be resumed.
     pub tls: ClientConfig,
+    /// Whether a URL without TLS is refused, as the credentials that go there need.
+    pub https_only: bool,
     /// The only proxy that is ever used; the environment's are not read.
     pub proxy: Option<Url>,
     /// For name, TCP and TLS together.
@@ -81,7 +83,7 @@ impl Failure {
 /// Which certificates a client trusts, apart from those in a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SystemRoots {
-    /// The system's too. Reading them takes some ten milliseconds.
+    /// The system's too. Reading them takes some five milliseconds.
     Trusted,
     /// None: the peer is plain HTTP, or a file is all that counts.
     Ignored,
@@ -92,22 +94,29 @@ pub enum SystemRoots {
 /// # Errors
 /// [`BuildError::Roots`] when `extra_pem` cannot be used, [`BuildError::Tls`] when the system has no certificates and there
 /// are no others.
-pub fn tls(system: SystemRoots, extra_pem: Option<&[u8]>) -> Result<ClientConfig, BuildError> {
-    let mut roots = match extra_pem {
+pub fn tls_config(
+    system: SystemRoots,
+    extra_pem: Option<&[u8]>,
+) -> Result<ClientConfig, BuildError> {
+    let mut trusted = match extra_pem {
         Some(pem) => roots(pem)?,
         None => RootCertStore::empty(),
     };
     if system == SystemRoots::Trusted {
-        // One that cannot be read is left out, as every other program does.
-        roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
-        if roots.is_empty() {
+        let loaded = rustls_native_certs::load_native_certs();
+        let (_, unfit) = trusted.add_parsable_certificates(loaded.certs);
+        let ignored = unfit + loaded.errors.len();
+        if trusted.is_empty() {
             return Err(BuildError::Tls);
+        }
+        if ignored > 0 {
+            tracing::warn!(ignored, "some of the system's certificates cannot be read");
         }
     }
     let mut config = ClientConfig::builder_with_provider(Arc::new(default_provider()))
         .with_protocol_versions(DEFAULT_VERSIONS)
         .map_err(|_| BuildError::Tls)?
-        .with_root_certificates(roots)
+        .with_root_certificates(trusted)
         .with_no_client_auth();
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
     Ok(config)
@@ -120,6 +129,7 @@ pub fn tls(system: SystemRoots, extra_pem: Option<&[u8]>) -> Result<ClientConfig
 /// [`BuildError`] for a setting that cannot be used.
 pub fn client_builder(config: &Config) -> Result<ClientBuilder, BuildError> {
     let mut builder = reqwest::Client::builder()
+        .https_only(config.https_only)
         .redirect(redirect::Policy::none())
         .retry(reqwest::retry::never())
         .referer(false)
@@ -336,9 +346,9 @@ mod tests {
         let cases = ["", "no certificate", cut, &damaged, &[&pem, cut].concat()];
 
         for case in cases {
-            let found = tls(SystemRoots::Ignored, Some(case.as_bytes()));
+            let found = tls_config(SystemRoots::Ignored, Some(case.as_bytes()));
             assert!(matches!(found, Err(BuildError::Roots)), "{case}");
         }
-        assert!(tls(SystemRoots::Ignored, Some(pem.as_bytes())).is_ok());
+        assert!(tls_config(SystemRoots::Ignored, Some(pem.as_bytes())).is_ok());
     }
 }

@@ -290,19 +290,20 @@ fn http_config(
         Some(path) => Some(std::fs::read(path).map_err(Error::UpstreamCa)?),
         None => None,
     };
-    let https = |url: &str| url.starts_with("https:");
+    let is_https = |base: &str| base.starts_with("https:");
     let identity_service = match credentials {
         credentials::Source::Iam(iam) => Some(iam.endpoint.as_str()),
         _ => None,
     };
-    let system = if https(endpoint.as_str()) || identity_service.is_some_and(https) {
+    let system = if is_https(endpoint.as_str()) || identity_service.is_some_and(is_https) {
         http::SystemRoots::Trusted
     } else {
         http::SystemRoots::Ignored
     };
     let proxy = upstream.proxy.as_ref();
     Ok(http::Config {
-        tls: http::tls(system, extra_roots.as_deref())?,
+        tls: http::tls_config(system, extra_roots.as_deref())?,
+        https_only: is_https(endpoint.as_str()),
         proxy: proxy.map(|proxy| url(proxy.url.expose_secret())),
         connect_timeout: upstream.connect_timeout,
     })

@@ -91,7 +91,8 @@ pub(super) fn identity_client(config: &http::Config) -> Result<reqwest::Client, 
 /// The client for the metadata service: never through a proxy.
 pub(super) fn metadata_client() -> Result<reqwest::Client, BuildError> {
     let direct = http::Config {
-        tls: http::tls(SystemRoots::Ignored, None)?,
+        tls: http::tls_config(SystemRoots::Ignored, None)?,
+        https_only: false,
         proxy: None,
         connect_timeout: METADATA_TIMEOUT,
     };

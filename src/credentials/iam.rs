@@ -181,7 +181,8 @@ mod tests {
 
     fn http_config() -> http::Config {
         http::Config {
-            tls: http::tls(http::SystemRoots::Ignored, None).unwrap(),
+            tls: http::tls_config(http::SystemRoots::Ignored, None).unwrap(),
+            https_only: false,
             proxy: None,
             connect_timeout: Duration::from_secs(3),
         }

@@ -132,7 +132,11 @@ impl Credentials {
             )),
             Source::Profile(path) => Running::Profile(profile(&path)),
             Source::Iam(iam) => {
-                let client = fetch::identity_client(&config.http)?;
+                let http = http::Config {
+                    https_only: iam.endpoint.starts_with("https:"),
+                    ..config.http
+                };
+                let client = fetch::identity_client(&http)?;
                 let source = iam::Source::new(client, iam);
                 Running::FetchedToken(Cache::start(
                     "iam",

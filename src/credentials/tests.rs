@@ -19,7 +19,9 @@ fn start_directly(source: Source) -> Credentials {
 
 fn start_with(source: Source, proxy: Option<reqwest::Url>) -> Credentials {
     let http = http::Config {
-        tls: http::tls(http::SystemRoots::Ignored, None).unwrap(),
+        tls: http::tls_config(http::SystemRoots::Ignored, None).unwrap(),
+        // The address of the source decides.
+        https_only: true,
         proxy,
         connect_timeout: Duration::from_secs(3),
     };

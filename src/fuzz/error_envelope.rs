@@ -10,10 +10,14 @@ use serde::de::IgnoredAny;
 use tonic::{Code, Status};
 use tonic_types::ErrorDetails;
 
-use super::{CODES_OF_ANSWERS, assert_fit_for_a_caller, lines};
+use super::lines;
 use crate::{
     credentials::Owner,
-    rpc, status,
+    rpc,
+    status::{
+        self,
+        sound::{CODES_OF_ANSWERS, assert_sound},
+    },
     upstream::{
         self, ErrorKind, Facts, Rejection, TaskQuery, rejection,
         wire::{NotATask, parse_task_detail},
@@ -53,7 +57,7 @@ pub(super) fn check(input: &[u8]) {
         };
         let ours = self::told(&without_text, &facts, owner);
         assert!(CODES_OF_ANSWERS.contains(&told.code()), "{:?}", told.code());
-        let details = assert_fit_for_a_caller(&told);
+        let details = assert_sound(&told);
         let wait = details.retry_info().and_then(|info| info.retry_delay);
         assert!(wait.unwrap_or_default() <= Duration::from_secs(300));
 
@@ -75,10 +79,7 @@ pub(super) fn check(input: &[u8]) {
             assert_eq!(told.message(), of_nothing.message());
             let metadata =
                 |details: ErrorDetails| details.error_info().map(|info| info.metadata.clone());
-            assert_eq!(
-                metadata(details),
-                metadata(assert_fit_for_a_caller(&of_nothing))
-            );
+            assert_eq!(metadata(details), metadata(assert_sound(&of_nothing)));
         }
     }
 }

@@ -3,15 +3,18 @@
 use prost::Message as _;
 use tonic::Code;
 
-use super::assert_fit_for_a_caller;
-use crate::{pb::GetTaskDetailRequest, rpc::get_task_detail::validate, status};
+use crate::{
+    pb::GetTaskDetailRequest,
+    rpc::get_task_detail::validate,
+    status::{self, sound::assert_sound},
+};
 
 pub(super) fn check(input: &[u8]) {
     let request = match GetTaskDetailRequest::decode(input) {
         Ok(request) => request,
         Err(error) => {
             let status = status::complete(Code::Internal, &error.to_string(), "r-1");
-            assert_fit_for_a_caller(&status);
+            assert_sound(&status);
             return;
         }
     };
@@ -28,7 +31,7 @@ pub(super) fn check(input: &[u8]) {
         Err(error) => {
             let status = status::of_error(&error, "r-1");
             assert_eq!(status.code(), Code::InvalidArgument);
-            let details = assert_fit_for_a_caller(&status);
+            let details = assert_sound(&status);
             let bad = details.bad_request().expect("a BadRequest");
             let named: Vec<_> = bad.field_violations.iter().map(|v| &*v.field).collect();
             assert_eq!(named, broken);

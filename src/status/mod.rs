@@ -6,6 +6,8 @@
 mod details;
 mod failure;
 mod sentence;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod sound;
 #[cfg(test)]
 mod tests;
 

@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     config,
-    http::{BuildError, SystemRoots, build, client_builder, small_body, tls},
+    http::{BuildError, SystemRoots, build, client_builder, small_body, tls_config},
     wait::{date, retry_after},
 };
 
@@ -132,13 +132,15 @@ const EXPORT_FAILED: usize = 1;
 
 fn client(config: &config::Tracing) -> Result<reqwest::Client, Error> {
     // As OpenTelemetry's own exporters do: a file of certificates replaces the system's.
-    let system = if config.certificate_pem.is_some() || config.endpoint.starts_with("http:") {
-        SystemRoots::Ignored
-    } else {
+    let https = config.endpoint.starts_with("https:");
+    let system = if https && config.certificate_pem.is_none() {
         SystemRoots::Trusted
+    } else {
+        SystemRoots::Ignored
     };
     let builder = client_builder(&crate::http::Config {
-        tls: tls(system, config.certificate_pem.as_deref())?,
+        tls: tls_config(system, config.certificate_pem.as_deref())?,
+        https_only: https,
         proxy: None,
         connect_timeout: config.timeout,
     })?;

@@ -29,3 +29,5 @@ mod startup;
 mod telemetry;
 /// TLS on both sides, and the proxy on the way to upstream.
 mod tls;
+/// Which certificates each of the program's own clients trusts.
+mod trust;

@@ -284,41 +284,6 @@ async fn upstream_is_called_only_when_its_certificate_is_good_and_a_bad_one_is_a
 }
 
 #[tokio::test]
-async fn the_systems_certificates_are_trusted_alone_and_beside_the_configured_ones() {
-    let folder = tempfile::tempdir().expect("a folder");
-    let (systems, configured) = (Authority::new(), Authority::new());
-    let (systems_ca, configured_ca) = (
-        systems.write(folder.path(), "system"),
-        configured.write(folder.path(), "configured"),
-    );
-    let beside = ["--upstream-ca", &configured_ca];
-    let cases: [(_, &Authority, &[&str], _); 4] = [
-        ("the system's alone", &systems, &[], true),
-        ("nobody's", &configured, &[], false),
-        ("the system's, beside", &systems, &beside, true),
-        ("the configured, beside", &configured, &beside, true),
-    ];
-
-    for (case, authority, args, good) in cases {
-        let upstream = Upstream::always(example()).await;
-        let pair = Pair::of_server(authority, "localhost");
-        let front = Front::tls(pair.server(), upstream.address).await;
-        let endpoint = format!("https://localhost:{}", front.address.port());
-        let args = [&["--endpoint", &endpoint, "--credentials", "token"], args].concat();
-        let env = [
-            ("RDS_TASK_FACADE_TOKEN", "token"),
-            ("SSL_CERT_FILE", systems_ca.as_str()),
-        ];
-        let program = Program::start(&args, &env);
-
-        let answered = program.call(example_request()).await;
-
-        assert_eq!(answered.is_ok(), good, "{case}: {answered:?}");
-        assert_eq!(upstream.requests().len(), usize::from(good), "{case}");
-    }
-}
-
-#[tokio::test]
 async fn the_configured_proxy_is_used_and_its_refusal_is_told() {
     let folder = tempfile::tempdir().expect("a folder");
     let authority = Authority::new();

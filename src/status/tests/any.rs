@@ -2,7 +2,7 @@ use http::{HeaderValue, header::RETRY_AFTER};
 use proptest::prelude::*;
 
 use super::*;
-use crate::fuzz::CODES_OF_ANSWERS;
+use crate::status::sound::CODES_OF_ANSWERS;
 
 fn error_object() -> impl Strategy<Value = Vec<u8>> {
     let code = prop_oneof![

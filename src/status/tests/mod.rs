@@ -19,10 +19,9 @@ use std::{
 use http::HeaderMap;
 use tonic_types::{ErrorDetails, StatusExt};
 
-use super::*;
+use super::{sound::assert_sound, *};
 use crate::{
     credentials::{self, Issuer, Owner},
-    fuzz::assert_fit_for_a_caller,
     rpc::Violation,
     upstream::{self, ErrorKind, Facts, TaskQuery, rejection},
 };
@@ -74,7 +73,7 @@ fn metadata(status: &Status, key: &str) -> Option<String> {
 
 /// What holds for every failed call; returns its details.
 fn check(status: &Status) -> ErrorDetails {
-    let details = assert_fit_for_a_caller(status);
+    let details = assert_sound(status);
     assert!(
         details
             .request_info()

@@ -5,13 +5,17 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use rustls::{ClientConfig, ServerConfig, pki_types::ServerName};
+use rustls::{
+    ClientConfig, ServerConfig,
+    pki_types::ServerName,
+    server::{Acceptor, ClientHello},
+};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _, copy_bidirectional},
     net::{TcpListener, TcpStream},
     task::JoinSet,
 };
-use tokio_rustls::{TlsAcceptor, TlsConnector};
+use tokio_rustls::{LazyConfigAcceptor, TlsConnector};
 use tonic::Code;
 
 use super::{Connection, example_request};
@@ -19,7 +23,7 @@ use super::{Connection, example_request};
 /// Something that stands before an upstream; it ends when dropped.
 pub(crate) struct Front {
     pub(crate) address: SocketAddr,
-    /// One entry per connection: what it asked for.
+    /// One entry per connection: what it asked for, or the name and the protocols of its TLS hello.
     seen: Arc<Mutex<Vec<String>>>,
     _tasks: JoinSet<()>,
 }
@@ -28,10 +32,15 @@ impl Front {
     /// Speaks TLS and hands on what is inside.
     pub(crate) async fn tls(config: Arc<ServerConfig>, upstream: SocketAddr) -> Self {
         Self::start(move |socket, seen| {
-            let acceptor = TlsAcceptor::from(Arc::clone(&config));
+            let config = Arc::clone(&config);
             async move {
-                seen.lock().expect("no panic").push(String::new());
-                let Ok(mut inside) = acceptor.accept(socket).await else {
+                let Ok(started) = LazyConfigAcceptor::new(Acceptor::default(), socket).await else {
+                    return;
+                };
+                seen.lock()
+                    .expect("no panic")
+                    .push(hello(&started.client_hello()));
+                let Ok(mut inside) = started.into_stream(config).await else {
                     return;
                 };
                 let Ok(mut upstream) = TcpStream::connect(upstream).await else {
@@ -91,6 +100,13 @@ impl Front {
     pub(crate) fn seen(&self) -> Vec<String> {
         self.seen.lock().expect("no panic").clone()
     }
+}
+
+fn hello(hello: &ClientHello<'_>) -> String {
+    let mut words = vec![hello.server_name().unwrap_or("no name").to_owned()];
+    let protocols = hello.alpn().into_iter().flatten();
+    words.extend(protocols.map(|protocol| String::from_utf8_lossy(protocol).into_owned()));
+    words.join(" ")
 }
 
 /// A connection to the program over TLS; `None` when the handshake fails on this side.

@@ -1,0 +1,179 @@
+use tempfile::TempDir;
+use tonic::Code;
+
+use crate::support::{
+    Failure, Program, Upstream, answer,
+    certificates::{Authority, Pair},
+    example, example_request,
+    tls::Front,
+};
+
+/// An authority that the system trusts, one that a file names, and where both are written.
+struct Authorities {
+    systems: Authority,
+    named: Authority,
+    systems_file: String,
+    named_file: String,
+    _folder: TempDir,
+}
+
+impl Authorities {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (systems, named) = (Authority::new(), Authority::new());
+        Self {
+            systems_file: systems.write(folder.path(), "systems"),
+            named_file: named.write(folder.path(), "named"),
+            systems,
+            named,
+            _folder: folder,
+        }
+    }
+}
+
+/// `https` before an upstream, with a certificate of this authority, and its base URL.
+async fn https(authority: &Authority, upstream: &Upstream) -> (Front, String) {
+    let pair = Pair::of_server(authority, "localhost");
+    let front = Front::tls(pair.server(), upstream.address).await;
+    let url = format!("https://localhost:{}", front.address.port());
+    (front, url)
+}
+
+#[tokio::test]
+async fn rds_is_trusted_by_the_systems_certificates_alone_and_beside_those_of_a_file() {
+    let known = Authorities::new();
+    let file = ["--upstream-ca", known.named_file.as_str()];
+    let cases: [(_, &Authority, &[&str], _); 4] = [
+        ("the system's, alone", &known.systems, &[], true),
+        ("nobody's", &known.named, &[], false),
+        ("the system's, beside", &known.systems, &file, true),
+        ("the file's, beside", &known.named, &file, true),
+    ];
+
+    for (case, authority, args, good) in cases {
+        let upstream = Upstream::always(example()).await;
+        let (front, url) = https(authority, &upstream).await;
+        let args = [&["--endpoint", &url, "--credentials", "token"], args].concat();
+        let env = [
+            ("RDS_TASK_FACADE_TOKEN", "token"),
+            ("SSL_CERT_FILE", known.systems_file.as_str()),
+        ];
+        let program = Program::start(&args, &env);
+
+        let answered = program.call(example_request()).await;
+
+        if good {
+            assert!(answered.is_ok(), "{case}: {answered:?}");
+        } else {
+            let failure = Failure::of(&answered.expect_err(case));
+            let expected = (Code::Unavailable, "UPSTREAM_TLS");
+            assert_eq!(failure.code_and_reason(), expected, "{case}");
+        }
+        assert_eq!(upstream.requests().len(), usize::from(good), "{case}");
+        assert_eq!(front.seen(), ["localhost http/1.1"], "{case}");
+    }
+}
+
+#[tokio::test]
+async fn a_certificate_of_the_system_that_cannot_be_read_costs_a_warning_and_nothing_else() {
+    let known = Authorities::new();
+    let good = std::fs::read_to_string(&known.systems_file).expect("a file");
+    // Base64 of four bytes that are no certificate.
+    let unfit = "-----BEGIN CERTIFICATE-----\nAAAAAA==\n-----END CERTIFICATE-----\n";
+    std::fs::write(&known.systems_file, [unfit, &good].concat()).expect("a file");
+    let upstream = Upstream::always(example()).await;
+    let (_front, url) = https(&known.systems, &upstream).await;
+    let env = [
+        ("RDS_TASK_FACADE_TOKEN", "token"),
+        ("SSL_CERT_FILE", known.systems_file.as_str()),
+    ];
+    let program = Program::start(&["--endpoint", &url, "--credentials", "token"], &env);
+
+    let answered = program.call(example_request()).await;
+
+    assert!(answered.is_ok(), "{answered:?}");
+    let warning = program.wait_for_log(|line| line["ignored"] == 1);
+    assert_eq!(warning["level"], "WARN");
+}
+
+#[tokio::test]
+async fn the_identity_service_is_trusted_by_the_systems_certificates_also_where_rds_is_plain() {
+    let known = Authorities::new();
+    let password = tempfile::NamedTempFile::new().expect("a file");
+    std::fs::write(&password, "password").expect("a file");
+    let password = password.path().display().to_string();
+    let rds = Upstream::always(example()).await;
+    let token = json_token();
+    let iam =
+        Upstream::start(move |_| answer(201, &[("x-subject-token", "token-1")], &token)).await;
+    let (_front, iam_url) = https(&known.systems, &iam).await;
+    let rds_url = rds.url();
+    let args = [
+        ["--endpoint", &rds_url],
+        ["--credentials", "iam"],
+        ["--iam-endpoint", &iam_url],
+        ["--iam-user", "user"],
+        ["--iam-domain", "domain"],
+        ["--iam-password-file", &password],
+        ["--iam-project", "0483b6b16e954cb88930a360d2c4e663"],
+    ];
+    let env = [("SSL_CERT_FILE", known.systems_file.as_str())];
+    let program = Program::start(args.as_flattened(), &env);
+
+    let answered = program.call(example_request()).await;
+
+    assert!(answered.is_ok(), "{answered:?}");
+    assert_eq!(rds.requests()[0].header("x-auth-token"), Some("token-1"));
+}
+
+// Of several threads: waiting for a line of the log blocks one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_collector_is_trusted_by_the_systems_certificates_or_by_those_of_its_file_instead() {
+    let known = Authorities::new();
+    let file = [("OTEL_EXPORTER_OTLP_CERTIFICATE", known.named_file.as_str())];
+    let cases: [(_, &Authority, &[_], _); 4] = [
+        ("the system's, alone", &known.systems, &[], true),
+        ("nobody's", &known.named, &[], false),
+        ("the file's, instead", &known.named, &file, true),
+        ("the system's, with a file", &known.systems, &file, false),
+    ];
+
+    for (case, authority, certificate, good) in cases {
+        let collector = Upstream::always(answer(200, &[], "")).await;
+        let (front, url) = https(authority, &collector).await;
+        // What fails is tried again until then.
+        let timeout = if good { "10000" } else { "1000" };
+        let env = [
+            &[
+                ("OTEL_EXPORTER_OTLP_ENDPOINT", url.as_str()),
+                ("OTEL_BSP_SCHEDULE_DELAY", "10"),
+                ("OTEL_EXPORTER_OTLP_TIMEOUT", timeout),
+                ("SSL_CERT_FILE", known.systems_file.as_str()),
+            ],
+            certificate,
+        ]
+        .concat();
+        let program = Program::start(&["--sandbox"], &env);
+
+        let answered = program.call(example_request()).await;
+
+        assert!(answered.is_ok(), "{case}: {answered:?}");
+        if good {
+            collector.wait_for_requests(1).await;
+        } else {
+            program.wait_for_log(|line| line["msg"] == "spans cannot be exported");
+            assert!(collector.requests().is_empty(), "{case}");
+            assert_eq!(front.seen()[0], "localhost http/1.1", "{case}");
+        }
+    }
+}
+
+/// The body with which the identity service hands out a token.
+fn json_token() -> String {
+    serde_json::json!({"token": {
+        "expires_at": "2061-01-01T00:00:00.000000Z",
+        "issued_at": "2026-01-01T00:00:00.000000Z",
+        "project": {"id": "0483b6b16e954cb88930a360d2c4e663", "name": "cn-north-4"},
+    }})
+    .to_string()
+}
