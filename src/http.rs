@@ -338,6 +338,31 @@ mod tests {
         params.self_signed(&key).unwrap().pem()
     }
 
+    #[tokio::test]
+    async fn a_client_for_https_sends_nothing_without_tls() {
+        let plain = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", plain.local_addr().unwrap());
+        let client = |https_only| {
+            let config = Config {
+                tls: tls_config(SystemRoots::Ignored, None).unwrap(),
+                https_only,
+                proxy: None,
+                connect_timeout: Duration::from_secs(3),
+            };
+            build(client_builder(&config).unwrap()).unwrap()
+        };
+
+        tokio::select! {
+            ended = client(true).get(&url).send() => assert!(ended.unwrap_err().is_builder()),
+            _ = plain.accept() => panic!("a connection"),
+        }
+        // The same with the other client does connect.
+        tokio::select! {
+            accepted = plain.accept() => assert!(accepted.is_ok()),
+            ended = client(false).get(&url).send() => panic!("{ended:?}"),
+        }
+    }
+
     #[test]
     fn extra_roots_that_are_no_certificates_are_a_mistake() {
         let pem = pem();

@@ -115,7 +115,11 @@ def compiler_files(rootfs):
         'test "$1" != install || exit 0\n'
         # A plain build would not name its dependencies in the program.
         'test "$1 $2" = "auditable build"\n'
-        "test -f Cargo.lock && test -f src/main.rs && test -f src/lib.rs && test -f benches/hot_path.rs && test -d proto\n"
+        # Of a list of tests with && between them, `set -e` minds the last alone.
+        "for file in .cargo/config.toml Cargo.toml Cargo.lock build.rs src/main.rs src/lib.rs benches/hot_path.rs; do\n"
+        '    test -f "$file" || { echo "$file is not there" >&2; exit 1; }\n'
+        "done\n"
+        "test -d proto\n"
         "mkdir -p target/release && cp /compiled target/release/rds-task-facade\n"
     )
     cargo.chmod(0o755)
