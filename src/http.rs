@@ -7,6 +7,7 @@ use std::{error::Error as StdError, io, sync::Arc, time::Duration};
 
 use ::http::HeaderMap;
 use bytes::{Bytes, BytesMut};
+use futures_util::TryFutureExt as _;
 use reqwest::{ClientBuilder, Proxy, Url, redirect};
 use rustls::{
     ClientConfig, DEFAULT_VERSIONS, RootCertStore,
@@ -131,7 +132,8 @@ pub fn client_builder(config: &Config) -> Result<ClientBuilder, BuildError> {
     let mut builder = reqwest::Client::builder()
         .https_only(config.https_only)
         .redirect(redirect::Policy::none())
-        .retry(reqwest::retry::never())
+        // No copy of a request is kept for a second time, which `never` alone would do.
+        .retry(reqwest::retry::never().max_retries_per_request(0))
         .referer(false)
         .no_proxy()
         .http1_only()
@@ -188,13 +190,15 @@ impl Client {
     ///
     /// # Errors
     /// [`Failure`] when no head came.
-    pub async fn send(&self, request: reqwest::Request) -> Result<Answer, Failure> {
-        let response = self
-            .0
+    pub fn send(
+        &self,
+        request: reqwest::Request,
+    ) -> impl Future<Output = Result<Answer, Failure>> + use<> {
+        // No `async`: it would hold the request as long as the answer is awaited, and the library keeps one already.
+        self.0
             .execute(request)
-            .await
-            .map_err(|error| before_head(&error))?;
-        Ok(Answer(response))
+            .map_ok(Answer)
+            .map_err(|error| before_head(&error))
     }
 }
 
