@@ -6,12 +6,8 @@ use http::HeaderMap;
 
 use super::{Call, Error, Facade, Violation};
 use crate::{
-    credentials::Auth,
-    deadline::Limit,
     pb::{GetTaskDetailRequest, GetTaskDetailResponse, SubTask},
-    quota::Question,
-    telemetry::ServerSpan,
-    upstream::{self, Found, Progress, TaskQuery, wire},
+    upstream::{Found, TaskQuery, wire},
 };
 
 const MAX_ID: usize = 64;
@@ -38,14 +34,16 @@ pub(super) async fn handle(
         call.deadline,
         |progress| call.watch(progress),
         |limit, progress| {
-            look_up(
-                facade.upstream.clone(),
-                Arc::clone(&question),
-                auth.clone(),
-                limit,
-                progress,
-                call.span.clone(),
-            )
+            // Equal calls share the work, so it owns what it needs. Its attempts belong to the span of the call that started
+            // it, also when others go on waiting after that call has ended.
+            let (upstream, question) = (facade.upstream.clone(), Arc::clone(&question));
+            let (mut auth, span) = (auth.clone(), call.span.clone());
+            async move {
+                let span = span.as_ref();
+                upstream
+                    .show_task_detail(&question.query, &mut auth, &limit, &progress, span)
+                    .await
+            }
         },
     );
     answer.await.map_err(|error| Error::Upstream {
@@ -53,21 +51,6 @@ pub(super) async fn handle(
         owner: auth.owner(),
         query: Box::new(question.query.clone()),
     })
-}
-
-/// The work that equal calls share, so it owns what it needs. Its attempts belong to the span of the call that started
-/// it, also when others go on waiting after that call has ended.
-async fn look_up(
-    upstream: upstream::Client,
-    question: Arc<Question>,
-    auth: Auth,
-    limit: Limit,
-    progress: Arc<Progress>,
-    span: Option<Arc<ServerSpan>>,
-) -> Result<Found, upstream::Error> {
-    upstream
-        .show_task_detail(&question.query, auth, &limit, &progress, span.as_ref())
-        .await
 }
 
 /// Checks every rule of the proto, so that one answer names all that is wrong.

@@ -126,6 +126,8 @@ async fn http2<S: TaskService, I>(
     let own = Limit::new(OWN_STREAMS);
     let service = service_fn(|request| {
         let (shared, own) = (Arc::clone(shared), Arc::clone(&own));
+        // In a box, because each future on its way would hold it once more, and every call pays for moving it.
+        let request = Box::new(request);
         async move { Ok::<_, Infallible>(shared.edge.answer(peer, &own, request).await) }
     });
     let mut connection = pin!(

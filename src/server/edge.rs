@@ -85,7 +85,7 @@ impl<S: TaskService> Edge<S> {
         &self,
         peer: SocketAddr,
         own: &Arc<Limit>,
-        request: Request<Incoming>,
+        request: Box<Request<Incoming>>,
     ) -> Response<Reply> {
         let headers = request.headers();
         let method = Method::of_path(request.uri().path());
@@ -96,7 +96,14 @@ impl<S: TaskService> Edge<S> {
         let tracer = self.sinks.tracer.as_ref();
         let span = tracer.map(|tracer| tracer.server_span(headers));
         let call = Call::new(deadline, request_id(headers), span);
-        let rpc = Rpc::start(&self.sinks, method, call, timeout, peer, headers);
+        let rpc = Box::new(Rpc::start(
+            &self.sinks,
+            method,
+            call,
+            timeout,
+            peer,
+            headers,
+        ));
 
         if request.method() != HttpMethod::POST {
             let text = "gRPC calls use POST\n";
@@ -138,14 +145,17 @@ impl<S: TaskService> Edge<S> {
     }
 
     /// The task service: with a place in flight, within the deadline.
-    async fn task(&self, mut rpc: Rpc, request: Request<Incoming>) -> Response<Reply> {
+    async fn task(
+        &self,
+        mut rpc: Box<Rpc>,
+        mut request: Box<Request<Incoming>>,
+    ) -> Response<Reply> {
         let Some(place) = self.limits.in_flight.try_take() else {
             return reply::failure(rpc, &Error::Overloaded);
         };
         rpc.hold(place);
         let deadline = rpc.call.deadline;
-        let (mut head, body) = request.into_parts();
-        let message = match deadline.bound(message::read(body)).await {
+        let message = match deadline.bound(message::read(request.body_mut())).await {
             Ok(Ok(message)) => message,
             Ok(Err(error)) => return reply::failure(rpc, &error),
             Err(_) => return reply::failure(rpc, &Error::DeadlineExceeded),
@@ -153,14 +163,14 @@ impl<S: TaskService> Edge<S> {
         if deadline.remaining().is_zero() {
             return reply::failure(rpc, &Error::DeadlineExceeded);
         }
-        head.extensions.insert(Arc::clone(&rpc.call));
-        let request = Request::from_parts(head, Full::new(message));
+        request.extensions_mut().insert(Arc::clone(&rpc.call));
+        let request = request.map(|_| Full::new(message));
         let answer = AssertUnwindSafe(self.task.clone().call(request)).catch_unwind();
         let Some(answered) = self.cut.run_until_cancelled(deadline.bound(answer)).await else {
             return reply::failure(rpc, &Error::ShuttingDown);
         };
         match answered {
-            Ok(Ok(Ok::<_, Infallible>(response))) => reply::unary(rpc, response).await,
+            Ok(Ok(Ok::<_, Infallible>(response))) => reply::unary(rpc, response),
             Ok(Err(_)) => {
                 rpc.panicked();
                 reply::failure(rpc, &Error::Internal)
@@ -173,10 +183,10 @@ impl<S: TaskService> Edge<S> {
     /// ours.
     async fn support(
         &self,
-        mut rpc: Rpc,
+        mut rpc: Box<Rpc>,
         method: Method,
         own: &Arc<Limit>,
-        request: Request<Incoming>,
+        request: Box<Request<Incoming>>,
     ) -> Response<Reply> {
         let Some(place) = self.place_beside(own) else {
             return reply::failure(rpc, &Error::Overloaded);
@@ -187,8 +197,9 @@ impl<S: TaskService> Edge<S> {
             Method::HealthCheck => Some(deadline),
             _ => rpc.caller_timeout.map(Deadline::after),
         };
-        let answer = AssertUnwindSafe(self.support.clone().call(request)).catch_unwind();
-        match deadline.bound(answer).await {
+        let answer = AssertUnwindSafe(self.support.clone().call(*request)).catch_unwind();
+        // In a box, because it is larger than all that a call of the task service needs.
+        match Box::pin(deadline.bound(answer)).await {
             Ok(Ok(Ok::<_, Infallible>(response))) => reply::streaming(rpc, response, until),
             Ok(Err(_)) => {
                 rpc.panicked();
@@ -202,9 +213,9 @@ impl<S: TaskService> Edge<S> {
 /// Says what is wrong with something that is no gRPC call, after its end where there is a place for that: many clients
 /// read no answer before.
 async fn not_grpc(
-    mut rpc: Rpc,
+    mut rpc: Box<Rpc>,
     place: Option<Place>,
-    request: Request<Incoming>,
+    request: Box<Request<Incoming>>,
     status: StatusCode,
     text: &'static str,
 ) -> Response<Reply> {

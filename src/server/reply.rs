@@ -8,6 +8,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use futures_util::FutureExt as _;
 use http::{
     HeaderMap, HeaderName, HeaderValue, Response, StatusCode,
     header::{ALLOW, CONTENT_TYPE},
@@ -57,7 +58,11 @@ pub(super) enum Reply {
 }
 
 /// A plain HTTP answer to something that is no gRPC call.
-pub(super) fn not_grpc(mut rpc: Rpc, status: StatusCode, text: &'static str) -> Response<Reply> {
+pub(super) fn not_grpc(
+    mut rpc: Box<Rpc>,
+    status: StatusCode,
+    text: &'static str,
+) -> Response<Reply> {
     rpc.call.failed(Reason::InvalidRequest);
     rpc.end(Code::Unknown);
     stream::read_by(rpc.call.deadline.at() + READ_SLACK);
@@ -73,7 +78,7 @@ pub(super) fn not_grpc(mut rpc: Rpc, status: StatusCode, text: &'static str) -> 
 }
 
 /// The answer to a failed RPC: headers only.
-pub(super) fn failure(mut rpc: Rpc, error: &Error) -> Response<Reply> {
+pub(super) fn failure(mut rpc: Box<Rpc>, error: &Error) -> Response<Reply> {
     rpc.call.failed(status::reason(error));
     let status = status::of_error(error, &rpc.call.request_id);
     rpc.end(status.code());
@@ -83,7 +88,7 @@ pub(super) fn failure(mut rpc: Rpc, error: &Error) -> Response<Reply> {
 }
 
 /// The answer of the generated task service.
-pub(super) async fn unary(mut rpc: Rpc, response: Response<tonic::body::Body>) -> Response<Reply> {
+pub(super) fn unary(mut rpc: Box<Rpc>, response: Response<tonic::body::Body>) -> Response<Reply> {
     let (mut head, mut body) = response.into_parts();
     head.headers.insert(REQUEST_ID, id_value(&rpc));
     if head.headers.contains_key(GRPC_STATUS) {
@@ -93,7 +98,7 @@ pub(super) async fn unary(mut rpc: Rpc, response: Response<tonic::body::Body>) -
     let mut data = Bytes::new();
     let mut trailers = HeaderMap::new();
     // Ready at once: the reply is encoded from memory.
-    while let Some(Ok(frame)) = body.frame().await {
+    while let Some(Some(Ok(frame))) = body.frame().now_or_never() {
         match frame.into_data() {
             Ok(piece) => data = piece,
             Err(frame) => {
@@ -110,7 +115,6 @@ pub(super) async fn unary(mut rpc: Rpc, response: Response<tonic::body::Body>) -
         return Response::from_parts(head, Reply::Empty);
     }
     stream::read_by(rpc.call.deadline.at() + READ_SLACK);
-    let rpc = Box::new(rpc);
     Response::from_parts(
         head,
         Reply::Message {
@@ -123,7 +127,7 @@ pub(super) async fn unary(mut rpc: Rpc, response: Response<tonic::body::Body>) -
 
 /// The answer of health or reflection; `until` ends its stream.
 pub(super) fn streaming(
-    mut rpc: Rpc,
+    mut rpc: Box<Rpc>,
     response: Response<tonic::body::Body>,
     until: Option<Deadline>,
 ) -> Response<Reply> {
@@ -137,7 +141,6 @@ pub(super) fn streaming(
         stream::read_by(deadline.at() + READ_SLACK);
     }
     let until = until.map(|deadline| Box::pin(sleep_until(deadline.at())));
-    let rpc = Box::new(rpc);
     Response::from_parts(head, Reply::Stream { body, until, rpc })
 }
 

@@ -172,12 +172,8 @@ impl Client {
         let span = span.map(|span| span.attempt(resend_count));
         let mut record = Record::start(&endpoint.metrics, request, span);
         let until = Instant::now() + endpoint.config.attempt_timeout;
-        let mut message = request.with(auth, signed.at);
-        if let Some(span) = &record.span {
-            span.propagate(message.headers_mut());
-        }
-        let sent = tokio::time::timeout_at(until, self.http.send(message)).await;
-        let mut answer = match sent {
+        let message = request.with(auth, signed.at, record.span.as_ref());
+        let mut answer = match tokio::time::timeout_at(until, self.http.send(message)).await {
             Ok(Ok(answer)) => answer,
             Ok(Err(failure)) => return Err(end_without_answer(record, admission, failure)),
             Err(_) => {

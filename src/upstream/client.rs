@@ -105,7 +105,7 @@ impl Client {
 
     /// Looks up one task. At most `max_attempts` attempts, and one more after a renewed token or a corrected clock.
     ///
-    /// Each attempt is a child of `span`.
+    /// Each attempt is a child of `span`. A renewed token takes the place of the one in `auth`.
     ///
     /// The call only reads, so repeating it after a lost answer costs quota and nothing else.
     ///
@@ -114,7 +114,7 @@ impl Client {
     pub async fn show_task_detail(
         &self,
         query: &TaskQuery,
-        mut auth: Auth,
+        auth: &mut Auth,
         limit: &Limit,
         progress: &Progress,
         span: Option<&Arc<ServerSpan>>,
@@ -127,7 +127,7 @@ impl Client {
         self.endpoint.budget.call();
         loop {
             let failed = match self
-                .attempt(&request, &auth, clock_corrected, limit, progress, span)
+                .attempt(&request, auth, clock_corrected, limit, progress, span)
                 .await
             {
                 Ok(task) => {
@@ -141,9 +141,9 @@ impl Client {
             match failed.remedy {
                 Remedy::Renew if !renewed => {
                     renewed = true;
-                    match self.credentials.renew(&auth, limit.deadline()).await {
+                    match self.credentials.renew(auth, limit.deadline()).await {
                         Ok(Some(newer)) => {
-                            auth = newer;
+                            *auth = newer;
                             self.endpoint
                                 .metrics
                                 .upstream_retry(Reason::CredentialRejected);

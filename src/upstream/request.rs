@@ -12,9 +12,12 @@ use reqwest::Url;
 use serde::Serialize;
 
 use super::TaskQuery;
-use crate::credentials::{
-    Auth,
-    signer::{self, SigningRequest},
+use crate::{
+    credentials::{
+        Auth,
+        signer::{self, SigningRequest},
+    },
+    telemetry::AttemptSpan,
 };
 
 const APPLICATION_JSON: &str = "application/json";
@@ -76,8 +79,14 @@ impl<'a> TaskRequest<'a> {
             .map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"))
     }
 
-    /// The request of one attempt, with its credential: a token as it is, or a signature of this moment.
-    pub(super) fn with(&self, auth: &Auth, signed_at: SystemTime) -> reqwest::Request {
+    /// The request of one attempt, with its credential: a token as it is, or a signature of this moment. `span` may go
+    /// with it.
+    pub(super) fn with(
+        &self,
+        auth: &Auth,
+        signed_at: SystemTime,
+        span: Option<&AttemptSpan>,
+    ) -> reqwest::Request {
         let mut request = reqwest::Request::new(Method::POST, self.url.clone());
         let headers = request.headers_mut();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static(APPLICATION_JSON));
@@ -108,6 +117,9 @@ impl<'a> TaskRequest<'a> {
                     headers.insert("x-security-token", token);
                 }
             }
+        }
+        if let Some(span) = span {
+            span.propagate(headers);
         }
         *request.body_mut() = Some(self.body.clone().into());
         request

@@ -188,8 +188,8 @@ impl<V: Clone + Send + Sync + 'static> Cache<V> {
                 changes.changed().await.expect("the cache holds the sender");
             }
         };
-        deadline
-            .bound(found)
+        // In a box, because few calls wait, and all would carry the room for it.
+        Box::pin(deadline.bound(found))
             .await
             .map_err(|_| Error::DeadlineExceeded)?
     }
