@@ -161,7 +161,12 @@ fn completed(headers: &mut HeaderMap, rpc: &Rpc) -> Code {
 }
 
 fn id_value(rpc: &Rpc) -> HeaderValue {
-    HeaderValue::from_str(&rpc.call.request_id).expect("request ids hold letters, digits, . _ -")
+    let mut id = HeaderValue::from_str(&rpc.call.request_id)
+        .expect("request ids hold letters, digits, . _ -");
+    // Not secret, but no two are alike: each would take a place in both sides' tables of known headers and push out those
+    // that do come again (RFC 7541, section 6.2.3).
+    id.set_sensitive(true);
+    id
 }
 
 impl http_body::Body for Reply {

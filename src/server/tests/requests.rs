@@ -3,9 +3,13 @@
 use std::time::Instant;
 
 use prost::Message as _;
+use tokio::io::AsyncWriteExt as _;
 use tonic::codec::CompressionEncoding;
 
-use super::*;
+use super::{
+    frames::{DATA, END_HEADERS, END_STREAM, HEADERS, block, frame, opening, parse},
+    *,
+};
 use crate::pb::task_service_client::TaskServiceClient;
 
 #[tokio::test]
@@ -266,6 +270,40 @@ async fn the_request_id_is_the_callers_when_it_is_harmless_and_else_ours() {
         assert_eq!(echoed == id, kept, "{id:?}");
         assert!(kept || echoed.len() == 32, "{id:?}");
     }
+}
+
+#[tokio::test]
+async fn the_request_id_takes_no_place_among_the_known_headers() {
+    let running = start(config());
+    let mut socket = TcpStream::connect(running.address).await.unwrap();
+    let mut bytes = opening();
+    for (stream, id) in [(1, "call-1"), (3, "call-2"), (5, "call-3")] {
+        let mut block = block(GET_TASK_DETAIL);
+        block.extend([&b"\0\x0cx-request-id\x06"[..], id.as_bytes()].concat());
+        bytes.extend(frame(HEADERS, END_HEADERS, stream, &block));
+        bytes.extend(frame(DATA, END_STREAM, stream, &instance("i")));
+    }
+    socket.write_all(&bytes).await.unwrap();
+
+    let mut seen = Vec::new();
+    let answers = |seen: &[u8]| -> Vec<Vec<u8>> {
+        let frames = parse(seen).into_iter();
+        let heads = frames.filter(|frame| frame.kind == HEADERS && frame.flags & END_STREAM == 0);
+        heads.map(|frame| frame.payload).collect()
+    };
+    while answers(&seen).len() < 3 {
+        let read = within(socket.read_buf(&mut seen)).await.unwrap();
+        assert!(read > 0, "closed");
+    }
+
+    // Each names the other headers by the same places in the table; only the id's last letter differs.
+    let [_, second, third] = &answers(&seen)[..] else {
+        panic!("three answers");
+    };
+    let same = second.len() - 2;
+    assert_eq!(second.len(), third.len());
+    assert_eq!(second[..same], third[..same]);
+    assert_ne!(second, third);
 }
 
 #[tokio::test]
