@@ -77,3 +77,42 @@ pub(super) fn parse(mut bytes: &[u8]) -> Vec<Frame> {
     }
     frames
 }
+
+/// How many fields of a header block are put into the reader's table (RFC 7541, section 6).
+pub(super) fn table_additions(mut block: &[u8]) -> usize {
+    let mut additions = 0;
+    while let Some(&kind) = block.first() {
+        let (prefix, literal) = match kind {
+            0x80.. => (7, false),
+            0x40.. => (6, true),
+            0x20.. => panic!("a change of the table's size"),
+            _ => (4, true),
+        };
+        let name = integer(&mut block, prefix);
+        if literal {
+            additions += usize::from(kind >= 0x40);
+            for _ in 0..1 + usize::from(name == 0) {
+                let length = integer(&mut block, 7);
+                block = &block[length..];
+            }
+        }
+    }
+    additions
+}
+
+/// Section 5.1.
+fn integer(block: &mut &[u8], prefix: u32) -> usize {
+    let mut next = || usize::from(*block.split_off_first().unwrap());
+    let most = (1 << prefix) - 1;
+    let mut value = next() & most;
+    if value == most {
+        for shift in (0..).step_by(7) {
+            let byte = next();
+            value += (byte & 0x7f) << shift;
+            if byte < 0x80 {
+                break;
+            }
+        }
+    }
+    value
+}
