@@ -79,8 +79,8 @@ impl<'a> TaskRequest<'a> {
             .map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"))
     }
 
-    /// The request of one attempt, with its credential: a token as it is, or a signature of this moment. `span` may go
-    /// with it.
+    /// The request of one attempt, with its credential: a token as it is, or a signature of this moment. The context of
+    /// `span` goes along where the configuration sends it upstream.
     pub(super) fn with(
         &self,
         auth: &Auth,
