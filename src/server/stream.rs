@@ -5,9 +5,11 @@
 
 use std::{
     cell::Cell,
+    mem,
     panic::{AssertUnwindSafe, catch_unwind},
     pin::Pin,
-    task::{Context, Poll, Waker},
+    sync::{Arc, Mutex, PoisonError},
+    task::{Context, Poll, Wake, Waker},
 };
 
 use pin_project_lite::pin_project;
@@ -29,14 +31,17 @@ where
         let mut stream = Box::pin(Bounded {
             stream,
             limit: None,
+            before: None,
         });
         // A connection takes in all its new streams before any task runs, and a thousand connections can bring a hundred
         // each. Most of those are refused at once, so they are over here, one after the other, and never all in memory.
-        let mut context = Context::from_waker(Waker::noop());
+        let before = Arc::new(BeforeTask::default());
+        let waker = Waker::from(Arc::clone(&before));
+        let mut context = Context::from_waker(&waker);
         let first = catch_unwind(AssertUnwindSafe(|| stream.as_mut().poll(&mut context)));
         // A panic costs this stream and no other of the connection, whose task this is.
         if matches!(first, Ok(Poll::Pending)) {
-            // Its task polls it again, with a waker that counts.
+            *stream.as_mut().project().before = Some(before);
             tokio::spawn(stream);
         }
     }
@@ -47,6 +52,43 @@ pub(super) fn read_by(at: Instant) {
     READ_BY.set(Some(at));
 }
 
+/// Wakes a stream that was polled before it had a task: it keeps what happens until the task is there, which then need not
+/// poll the stream once more only to be woken itself.
+#[derive(Debug, Default)]
+struct BeforeTask(Mutex<Woken>);
+
+#[derive(Debug, Default)]
+enum Woken {
+    #[default]
+    NotYet,
+    /// Not yet, and the task wants to know.
+    Tell(Waker),
+    Yes,
+}
+
+impl BeforeTask {
+    /// Whether the stream was woken; `task` is woken later if it was not.
+    fn woken_or_tell(&self, task: &Waker) -> bool {
+        let mut woken = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if matches!(*woken, Woken::Yes) {
+            return true;
+        }
+        *woken = Woken::Tell(task.clone());
+        false
+    }
+}
+
+impl Wake for BeforeTask {
+    fn wake(self: Arc<Self>) {
+        let mut woken = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = mem::replace(&mut *woken, Woken::Yes);
+        drop(woken);
+        if let Woken::Tell(task) = before {
+            task.wake();
+        }
+    }
+}
+
 pin_project! {
     /// A stream that ends, which resets it, when its reader has not taken the answer in time. An `async` block would hold
     /// the stream twice, and every call pays for moving it.
@@ -54,6 +96,8 @@ pin_project! {
         #[pin]
         stream: F,
         limit: Option<Pin<Box<Sleep>>>,
+        // Until the stream's task has to poll it.
+        before: Option<Arc<BeforeTask>>,
     }
 }
 
@@ -62,6 +106,12 @@ impl<F: Future<Output = ()>> Future for Bounded<F> {
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
         let this = self.project();
+        if let Some(before) = this.before {
+            if !before.woken_or_tell(context.waker()) {
+                return Poll::Pending;
+            }
+            *this.before = None;
+        }
         let done = this.stream.poll(context);
         let read_by = READ_BY.take();
         if done.is_ready() {
@@ -84,8 +134,9 @@ mod tests {
         atomic::{AtomicUsize, Ordering},
     };
 
+    use futures_util::FutureExt as _;
     use hyper::rt::Executor as _;
-    use tokio::task::yield_now;
+    use tokio::{sync::oneshot, task::yield_now};
 
     use super::*;
 
@@ -117,5 +168,30 @@ mod tests {
         }
 
         assert_eq!(steps.load(Ordering::Relaxed), 2);
+    }
+
+    #[tokio::test]
+    async fn a_stream_that_waits_is_polled_again_when_it_is_woken_and_not_before() {
+        for turns_of_its_task in [0, 1, 2] {
+            let polls = Arc::new(AtomicUsize::new(0));
+            let (wake, mut woken) = oneshot::channel::<()>();
+            let seen = Arc::clone(&polls);
+
+            Streams.execute(std::future::poll_fn(move |context| {
+                seen.fetch_add(1, Ordering::Relaxed);
+                woken.poll_unpin(context).map(drop)
+            }));
+            for _ in 0..turns_of_its_task {
+                yield_now().await;
+            }
+            assert_eq!(polls.load(Ordering::Relaxed), 1, "{turns_of_its_task}");
+            wake.send(()).expect("the stream waits");
+            for _ in 0..3 {
+                yield_now().await;
+            }
+
+            assert_eq!(polls.load(Ordering::Relaxed), 2, "{turns_of_its_task}");
+            assert_eq!(Arc::strong_count(&polls), 1, "it is over");
+        }
     }
 }
