@@ -4,7 +4,7 @@
 //! the last waiter. No task is spawned, so a question that nobody shares costs little more than asking it directly.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, hash_map::Entry},
     future::Future,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -68,7 +68,9 @@ impl Flights {
         F: Future<Output = Answer> + Send + 'static,
     {
         let mut shard = self.shard(question);
-        if let Some(flight) = shard.get(question)
+        let place = shard.entry(Arc::clone(question));
+        if let Entry::Occupied(flight) = &place
+            && let flight = flight.get()
             && let Some(work) = flight.work.upgrade()
         {
             flight.limit.extend(deadline);
@@ -91,14 +93,11 @@ impl Flights {
         let weak = work
             .downgrade()
             .expect("work that was never polled is not over");
-        shard.insert(
-            Arc::clone(question),
-            Flight {
-                work: weak,
-                limit,
-                progress: Arc::clone(&progress),
-            },
-        );
+        place.insert_entry(Flight {
+            work: weak,
+            limit,
+            progress: Arc::clone(&progress),
+        });
         Seat {
             work,
             progress,
@@ -130,11 +129,10 @@ impl Drop for Landing {
     fn drop(&mut self) {
         let mut shard = self.flights.shard(&self.question);
         // A new flight may stand there already, started after the last waiter of this one had left.
-        if shard
-            .get(&self.question)
-            .is_some_and(|flight| Arc::ptr_eq(&flight.progress, &self.progress))
+        if let Entry::Occupied(flight) = shard.entry(Arc::clone(&self.question))
+            && Arc::ptr_eq(&flight.get().progress, &self.progress)
         {
-            shard.remove(&self.question);
+            flight.remove();
         }
     }
 }

@@ -4,6 +4,7 @@ mod codec;
 pub(crate) mod get_task_detail;
 
 use std::{
+    borrow::Cow,
     collections::HashSet,
     sync::{Arc, OnceLock},
 };
@@ -19,7 +20,7 @@ use crate::{
     reason::Reason,
     status,
     telemetry::ServerSpan,
-    upstream::{self, Progress},
+    upstream::{self, Found, Progress},
 };
 
 /// Implements the service. Each worker has its own, with its own upstream connections; all else is shared.
@@ -68,17 +69,14 @@ impl TaskService for Facade {
             .expect("the edge gives every call its Call");
         match get_task_detail::handle(self, call, metadata.as_ref(), message).await {
             Ok(found) => {
-                call.end(found.facts.clone(), None);
-                let upstream_request_id = found
-                    .facts
-                    .upstream_request_id
-                    .as_deref()
-                    .map(MetadataValue::try_from);
-                let task = Arc::unwrap_or_clone(found).task;
+                let Found { task, facts } = Arc::unwrap_or_clone(found);
                 let mut response = Response::new(get_task_detail::reply(task));
-                if let Some(Ok(id)) = upstream_request_id {
+                if let Some(id) = &facts.upstream_request_id
+                    && let Ok(id) = MetadataValue::try_from(id)
+                {
                     response.metadata_mut().insert("x-upstream-request-id", id);
                 }
+                call.end(facts, None);
                 Ok(response)
             }
             Err(error) => {
@@ -118,14 +116,14 @@ impl Call {
     }
 
     /// What the RPC came to; of one that was cut short, how far it got.
-    pub fn outcome(&self) -> Outcome {
+    pub fn outcome(&self) -> Cow<'_, Outcome> {
         match (self.outcome.get(), self.progress.get()) {
-            (Some(outcome), _) => outcome.clone(),
-            (None, Some(progress)) => Outcome {
+            (Some(outcome), _) => Cow::Borrowed(outcome),
+            (None, Some(progress)) => Cow::Owned(Outcome {
                 facts: progress.facts(),
                 reason: None,
-            },
-            (None, None) => Outcome::default(),
+            }),
+            (None, None) => Cow::default(),
         }
     }
 

@@ -19,7 +19,7 @@ use super::{
     stream::Streams,
     tls::Tls,
 };
-use crate::pb::task_service_server::TaskService;
+use crate::{pb::task_service_server::TaskService, telemetry::Peer};
 
 /// Streams of one connection at once; the excess gets `REFUSED_STREAM`, which a client may repeat.
 const MAX_STREAMS: u32 = 100;
@@ -124,8 +124,9 @@ async fn http2<S: TaskService, I>(
 {
     let timings = &shared.timings;
     let own = Limit::new(OWN_STREAMS);
+    let peer = Arc::new(Peer::new(peer));
     let service = service_fn(|request| {
-        let (shared, own) = (Arc::clone(shared), Arc::clone(&own));
+        let (shared, own, peer) = (Arc::clone(shared), Arc::clone(&own), Arc::clone(&peer));
         // In a box, because each future on its way would hold it once more, and every call pays for moving it.
         let request = Box::new(request);
         async move { Ok::<_, Infallible>(shared.edge.answer(peer, &own, request).await) }

@@ -4,9 +4,7 @@
 //! started -> request id -> method, content type -> deadline -> place in flight -> whole message -> service -> reply
 //! ```
 
-use std::{
-    convert::Infallible, net::SocketAddr, panic::AssertUnwindSafe, sync::Arc, time::Duration,
-};
+use std::{convert::Infallible, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
 use futures_util::FutureExt as _;
 use http::{HeaderMap, Method as HttpMethod, Request, Response, StatusCode, header};
@@ -26,7 +24,7 @@ use crate::{
     deadline::{Deadline, parse_grpc_timeout},
     pb::task_service_server::{TaskService, TaskServiceServer},
     rpc::{Call, Error},
-    telemetry::method::Method,
+    telemetry::{Peer, method::Method},
 };
 
 /// The longest message of a reply, in bytes: what gRPC clients accept by default.
@@ -83,7 +81,7 @@ impl<S: TaskService> Edge<S> {
     /// Answers one RPC, whatever it is. `own` are the places that its connection has beside the task service.
     pub(super) async fn answer(
         &self,
-        peer: SocketAddr,
+        peer: Arc<Peer>,
         own: &Arc<Limit>,
         request: Box<Request<Incoming>>,
     ) -> Response<Reply> {

@@ -1,6 +1,6 @@
 //! What is counted and told about each RPC, exactly once, however it ends.
 
-use std::{fmt, net::SocketAddr, sync::Arc, time::Duration};
+use std::{fmt, sync::Arc, time::Duration};
 
 use http::{HeaderMap, HeaderValue, header};
 use tokio::time::Instant;
@@ -10,7 +10,7 @@ use super::limit::Place;
 use crate::{
     rpc::Call,
     telemetry::{
-        Tracer,
+        Peer, Tracer,
         {method::Method, metrics::Metrics},
     },
 };
@@ -32,7 +32,7 @@ pub struct Record<'a> {
     /// What the caller's `grpc-timeout` said, where it was well-formed.
     pub caller_timeout: Option<Duration>,
     /// The other end of the connection.
-    pub peer: SocketAddr,
+    pub peer: &'a Peer,
     /// `user-agent` as sent; at most 16 KiB of any bytes a header may hold.
     pub user_agent: Option<&'a HeaderValue>,
     /// `traceparent` as sent.
@@ -56,7 +56,7 @@ pub(super) struct Rpc {
     sinks: Arc<Sinks>,
     method: Method,
     started: Instant,
-    peer: SocketAddr,
+    peer: Arc<Peer>,
     user_agent: Option<HeaderValue>,
     traceparent: Option<HeaderValue>,
     code: Option<Code>,
@@ -72,7 +72,7 @@ impl Rpc {
         method: Method,
         call: Call,
         caller_timeout: Option<Duration>,
-        peer: SocketAddr,
+        peer: Arc<Peer>,
         headers: &HeaderMap,
     ) -> Self {
         sinks.metrics.rpc_started(method);
@@ -123,7 +123,7 @@ impl Drop for Rpc {
             call: &self.call,
             took,
             caller_timeout: self.caller_timeout,
-            peer: self.peer,
+            peer: &self.peer,
             user_agent: self.user_agent.as_ref(),
             traceparent: self.traceparent.as_ref(),
             bytes: self.bytes,

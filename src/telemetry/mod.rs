@@ -25,7 +25,7 @@ use jiff::Timestamp;
 use tracing::Level;
 
 pub use self::{
-    access::{Access, AccessLine},
+    access::{Access, AccessLine, Peer},
     context::Context,
     export::Error as TracingError,
     trace::{AttemptEnd, AttemptSpan, ServerSpan, Tracer},

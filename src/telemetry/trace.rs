@@ -8,7 +8,7 @@ use jiff::Timestamp;
 use tonic::Code;
 
 use super::{
-    access::{AccessLine, limited},
+    access::{AccessLine, Peer, limited},
     context::Context,
     conventions as names,
     export::Queue,
@@ -133,7 +133,7 @@ impl ServerSpan {
             KeyValue::text(names::REQUEST_ID, line.request_id),
             KeyValue::number(names::ATTEMPTS, line.attempts),
         ];
-        if let Some(peer) = line.peer {
+        if let Some(peer) = line.peer.map(Peer::address) {
             attributes.push(KeyValue::text(
                 names::NETWORK_PEER_ADDRESS,
                 peer.ip().to_string(),
