@@ -5,7 +5,7 @@ WORKDIR /build
 RUN cargo install cargo-auditable --version 0.7.7 --locked
 
 # The dependencies alone, over empty sources: this layer is built again only when one of them changes.
-COPY Cargo.toml Cargo.lock build.rs ./
+COPY Cargo.toml Cargo.lock build.rs link-order.ld ./
 COPY .cargo .cargo
 COPY proto proto
 # cargo wants the benchmark that the manifest names, too, but does not compile it.

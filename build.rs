@@ -1,4 +1,5 @@
-//! Compiles the proto into code and into the descriptor set that reflection serves. Needs no system protoc.
+//! Compiles the proto into code and into the descriptor set that reflection serves. Needs no system protoc. Tells the linker
+//! what belongs together in a release.
 
 use std::{env, error::Error, fs, path::PathBuf};
 
@@ -12,5 +13,16 @@ fn main() -> Result<(), Box<dyn Error>> {
     tonic_prost_build::configure()
         .codec_path("crate::rpc::Codec")
         .compile_fds(descriptors)?;
+    order_functions();
     Ok(())
+}
+
+/// The functions of a call's path lie side by side: `link-order.ld`, a script for the linkers of Linux.
+fn order_functions() {
+    println!("cargo::rerun-if-changed=link-order.ld");
+    let is = |variable, value| env::var_os(variable).is_some_and(|set| set == value);
+    if is("PROFILE", "release") && is("CARGO_CFG_TARGET_OS", "linux") {
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/link-order.ld");
+        println!("cargo::rustc-link-arg-bins=-T{script}");
+    }
 }

@@ -10,7 +10,7 @@ use std::{
 };
 
 pub use codec::Codec;
-use tonic::{Request, Response, Status, metadata::MetadataValue};
+use tonic::{Request, Response, Status};
 
 use crate::{
     credentials::{self, Credentials, Owner},
@@ -72,7 +72,7 @@ impl TaskService for Facade {
                 let Found { task, facts } = Arc::unwrap_or_clone(found);
                 let mut response = Response::new(get_task_detail::reply(task));
                 if let Some(id) = &facts.upstream_request_id
-                    && let Ok(id) = MetadataValue::try_from(id)
+                    && let Some(id) = status::upstream_id_value(id)
                 {
                     response.metadata_mut().insert("x-upstream-request-id", id);
                 }

@@ -4,7 +4,7 @@ use std::{collections::HashMap, time::Duration};
 
 use tonic::{
     Code, Status,
-    metadata::{MetadataMap, MetadataValue},
+    metadata::{Ascii, MetadataMap, MetadataValue},
 };
 use tonic_types::{ErrorDetails, FieldViolation, StatusExt};
 
@@ -115,8 +115,16 @@ fn error_metadata(failure: &Failure<'_>, authorization: &str) -> HashMap<String,
         .collect()
 }
 
-fn upstream_request_id(failure: &Failure<'_>) -> Option<MetadataValue<tonic::metadata::Ascii>> {
-    failure.facts?.upstream_request_id.as_deref()?.parse().ok()
+fn upstream_request_id(failure: &Failure<'_>) -> Option<MetadataValue<Ascii>> {
+    upstream_id_value(failure.facts?.upstream_request_id.as_deref()?)
+}
+
+/// The value of `x-upstream-request-id`. It never comes again, so like our own id it takes no place in the tables of headers
+/// that both sides know.
+pub(crate) fn upstream_id_value(id: &str) -> Option<MetadataValue<Ascii>> {
+    let mut value: MetadataValue<Ascii> = id.parse().ok()?;
+    value.set_sensitive(true);
+    Some(value)
 }
 
 /// Rounded up, so that nobody comes back too early.

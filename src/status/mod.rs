@@ -13,8 +13,10 @@ mod tests;
 
 use tonic::{Code, Status};
 
-use crate::{reason::Reason, rpc};
+pub(crate) use details::upstream_id_value;
 use failure::Failure;
+
+use crate::{reason::Reason, rpc};
 
 /// The status of a failed RPC, with all its details.
 pub fn of_error(error: &rpc::Error, request_id: &str) -> Status {

@@ -58,10 +58,9 @@ fn an_answer_in_full_carries_all_that_is_known() {
         info(&status),
         ("PERMISSION_DENIED".to_owned(), HashMap::from(expected))
     );
-    assert_eq!(
-        status.metadata().get("x-upstream-request-id").unwrap(),
-        "u-1"
-    );
+    let id = status.metadata().get("x-upstream-request-id").unwrap();
+    assert_eq!(id, "u-1");
+    assert!(id.is_sensitive(), "no place in the table of headers");
     assert_eq!(status.message(), "no right");
 }
 
