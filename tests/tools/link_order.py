@@ -5,16 +5,22 @@ Not a check. Run it when the path of a call has changed, or a library of it, wit
     CARGO_PROFILE_RELEASE_STRIP=none cargo build --release --locked --target-dir target/symbols
     FACADE=target/symbols/release/rds-task-facade PYTHONPATH=tests/tools python3 tests/tools/link_order.py
 
-A function is on the path when one of the kinds of call that instructions.py counts calls it as often as there are calls.
+A function is on the path when one of the kinds of call that instructions.py counts, or the first of them with TLS to
+upstream, calls it as often as there are calls.
 """
 
+import asyncio
 import collections
+import contextlib
 import re
+import ssl
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 
-from facade import PROGRAM, ROOT, Sandbox
+from clients import make_certificate
+from facade import PROGRAM, ROOT, Sandbox, free_port
 from instructions import CASES, FEW, MANY, count, load
 
 # Symbols end in a hash, which changes with every version. What has the same name without it comes along, unless it is this
@@ -36,10 +42,13 @@ INSERT BEFORE .text;
 
 def main():
     path = set()
-    with Sandbox() as sandbox:
-        for name, options, environment, instance, workflow, outcome, _ in CASES:
+    with Sandbox() as sandbox, tempfile.TemporaryDirectory() as folder:
+        plain = [f"--endpoint={sandbox.url}"]
+        encrypted = tls_front(sandbox.port, Path(folder))
+        kinds = [(plain, *case) for case in CASES] + [(encrypted, "TLS", *CASES[0][1:])]
+        for endpoint, name, options, environment, instance, workflow, outcome, _ in kinds:
             few, many = (
-                calls_of_functions([f"--endpoint={sandbox.url}", *options], environment, instance, workflow, outcome, calls)
+                calls_of_functions([*endpoint, *options], environment, instance, workflow, outcome, calls)
                 for calls in (FEW, MANY)
             )
             found = {function for function in many if many[function] - few[function] >= 0.9 * (MANY - FEW)}
@@ -53,6 +62,32 @@ def main():
     (ROOT / "link-order.ld").write_text(HEAD + "".join(lines) + TAIL)
     print(f"{len(names)} names, {sum(wanted[name] for name in names)} bytes of code on the path, "
           f"{sum(beside[name] for name in names)} beside it")
+
+
+def tls_front(port, folder):
+    """Takes TLS off for the server on `port`; the options that lead the facade there."""
+    front = free_port()
+    certificate, key = make_certificate(folder, "localhost")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+
+    async def carry(reader, writer):
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65536):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def connected(reader, writer):
+        behind_reader, behind_writer = await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.gather(carry(reader, behind_writer), carry(behind_reader, writer))
+
+    async def serve():
+        server = await asyncio.start_server(connected, "127.0.0.1", front, ssl=context)
+        await server.serve_forever()
+
+    threading.Thread(target=asyncio.run, args=(serve(),), daemon=True).start()
+    return [f"--endpoint=https://127.0.0.1:{front}", f"--upstream-ca={certificate}"]
 
 
 def calls_of_functions(options, environment, instance, workflow, outcome, calls):
