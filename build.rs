@@ -17,12 +17,14 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// The functions of a call's path lie side by side: `link-order.ld`, a script for the linkers of Linux.
+/// The functions of a call's path lie side by side: `link-order.ld`, a script for lld and GNU ld. Another linker may refuse
+/// it; then leave this out, nothing else depends on it.
 fn order_functions() {
     println!("cargo::rerun-if-changed=link-order.ld");
     let is = |variable, value| env::var_os(variable).is_some_and(|set| set == value);
     if is("PROFILE", "release") && is("CARGO_CFG_TARGET_OS", "linux") {
-        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/link-order.ld");
-        println!("cargo::rustc-link-arg-bins=-T{script}");
+        let root = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it"));
+        let script = root.join("link-order.ld");
+        println!("cargo::rustc-link-arg-bins=-T{}", script.display());
     }
 }

@@ -52,8 +52,8 @@ pub(super) fn read_by(at: Instant) {
     READ_BY.set(Some(at));
 }
 
-/// Wakes a stream that was polled before it had a task: it keeps what happens until the task is there, which then need not
-/// poll the stream once more only to be woken itself.
+/// Wakes a stream that was polled before it had a task. It keeps the wake until the task asks, so that the task need not poll
+/// at once only to leave its own waker.
 #[derive(Debug, Default)]
 struct BeforeTask(Mutex<Woken>);
 

@@ -119,8 +119,8 @@ fn upstream_request_id(failure: &Failure<'_>) -> Option<MetadataValue<Ascii>> {
     upstream_id_value(failure.facts?.upstream_request_id.as_deref()?)
 }
 
-/// The value of `x-upstream-request-id`. It never comes again, so like our own id it takes no place in the tables of headers
-/// that both sides know.
+/// The value of `x-upstream-request-id`. Not secret, but it seldom comes again, so like our own id it takes no place in the
+/// tables of headers that both sides know.
 pub(crate) fn upstream_id_value(id: &str) -> Option<MetadataValue<Ascii>> {
     let mut value: MetadataValue<Ascii> = id.parse().ok()?;
     value.set_sensitive(true);

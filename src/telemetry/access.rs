@@ -130,6 +130,7 @@ fn render(style: Style, now: Timestamp, level: Level, rpc: &AccessLine<'_>) -> S
         line.text("reason", reason.as_str());
     }
     line.plain("duration_ms", Milliseconds(rpc.duration));
+    // Dividing and printing 128 bits costs several times as much.
     line.plain("deadline_ms", rpc.deadline.as_millis() as u64);
     line.plain("attempts", rpc.attempts);
     if let Some(status) = rpc.upstream_status {
@@ -156,7 +157,6 @@ struct Milliseconds(Duration);
 
 impl std::fmt::Display for Milliseconds {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        // Dividing and printing 128 bits costs several times as much.
         let micros = self.0.as_micros() as u64;
         write!(f, "{}.{:03}", micros / 1000, micros % 1000)
     }

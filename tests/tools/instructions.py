@@ -59,11 +59,11 @@ def load(instance, workflow, calls):
     return [tool("ghz"), "--insecure", "--call", f"{SERVICE}/GetTaskDetail", *shape, "--data", json.dumps(request)]
 
 
-def count(options, environment, command, outcome, calls, report=("--callgrind-out-file=/dev/null",)):
-    """Instructions of one run of the facade with this load on it; `report` says what else callgrind tells, and where."""
+def count(options, environment, command, outcome, calls, told=("--callgrind-out-file=/dev/null",)):
+    """Instructions of one run of the facade with this load on it; `told` says what else callgrind tells, and where."""
     # One processor, so one worker: calls that meet from two workers cost a little more, as they happen to meet.
     processor = str(min(os.sched_getaffinity(0)))
-    callgrind = ["taskset", "-c", processor, "valgrind", "--tool=callgrind", *report]
+    callgrind = ["taskset", "-c", processor, "valgrind", "--tool=callgrind", *told]
     with Facade(*options, environment=environment, under=callgrind) as facade:
         facade.wait_until_serving()
         done = subprocess.run(

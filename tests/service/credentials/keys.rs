@@ -232,10 +232,7 @@ async fn a_wrong_key_with_a_wrong_clock_stays_short_of_the_gateways_lock() {
         4,
         "one learns the time for all"
     );
-    let told = |reason: &str| {
-        let of_reason = failures.iter().filter(|failure| failure.reason == reason);
-        of_reason.count()
-    };
+    let told = |reason| failures.iter().filter(|f| f.reason == reason).count();
     // The call that learnt the time asks again with all the others, and may find that three of them were quicker.
     let skewed = told("CLOCK_SKEW");
     assert!(skewed <= 1, "{skewed}");
