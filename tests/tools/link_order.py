@@ -28,8 +28,8 @@ from instructions import CASES, FEW, MANY, count, load
 MAX_BESIDE = 2048
 
 HEAD = """/* The functions of a call's path, side by side in the program: 290 KiB of code that a call runs through, in functions that
-   are strewn over 7 MiB otherwise. Written by tests/tools/link_order.py, never by hand; what it no longer names lies elsewhere, and works.
-   docs/performance.md, "Design decisions that were measured", says what it saves. */
+   are strewn over 7 MiB otherwise. Written by tests/tools/link_order.py, never by hand; what it no longer names lies
+   elsewhere, and works. docs/performance.md, "Design decisions that were measured", says what it saves. */
 SECTIONS
 {
   .text.call_path : {
@@ -116,7 +116,8 @@ def read(profile):
 
 def symbols():
     """Symbol and size of each function of the program, in its order: what calls each other is near each other already."""
-    listed = subprocess.run(["nm", "--defined-only", "--print-size", "--numeric-sort", PROGRAM], capture_output=True, text=True, check=True)
+    command = ["nm", "--defined-only", "--print-size", "--numeric-sort", PROGRAM]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True)
     for line in listed.stdout.splitlines():
         fields = line.split()
         if len(fields) == 4 and fields[2] in "tTwW":
