@@ -47,10 +47,13 @@ async fn main() -> Result<ExitCode, Box<dyn Error>> {
     let options = Options::parse();
     let channel = open_channel(&options)?;
     let deadline = Duration::try_from_secs_f64(options.timeout)?;
-    // The deadline spans the attempts, so the client holds it too.
-    let answered = tokio::time::timeout(deadline, get_task_detail(channel, &options, deadline))
-        .await
-        .unwrap_or_else(|_| Err(Status::deadline_exceeded("no answer in time")));
+    // The deadline spans the attempts, so the client holds it too. It is looked at first: the channel has a timer of its
+    // own for `grpc-timeout`, which says CANCELLED in the same millisecond.
+    let answered = tokio::select! {
+        biased;
+        () = tokio::time::sleep(deadline) => Err(Status::deadline_exceeded("no answer in time")),
+        answered = get_task_detail(channel, &options, deadline) => answered,
+    };
     Ok(match answered {
         Ok(reply) => {
             println!("{reply:#?}");
