@@ -1,4 +1,5 @@
-FROM rust:1.95-slim-bookworm AS builder
+# Not the slim one, which has no `make`; jemalloc is built with it.
+FROM rust:1.95-bookworm AS builder
 WORKDIR /build
 
 # Writes the list of dependencies into the program, where image scanners find it.

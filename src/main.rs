@@ -11,6 +11,9 @@ use rds_task_facade::{
     serve, telemetry,
 };
 
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 /// The exit code for mistakes on the command line or in the environment.
 const EXIT_USAGE: u8 = 2;
 

@@ -31,6 +31,10 @@ use crate::{pb::task_service_server::TaskService, telemetry::metrics::Metrics};
 /// runtime is told to wait less, by a system call that wakes it.
 const NEAREST_TIMER: Duration = Duration::from_secs(1);
 
+/// Sockets that are ready, taken from the kernel at once. What they wake runs before the next are taken, so a call's memory is
+/// still in the processor's cache when its answer goes out: of a thousand at once, each would push the others out.
+const EVENTS_AT_A_TIME: usize = 8;
+
 /// One worker, as the accept loop sees it.
 pub(super) struct Worker<S> {
     handle: Handle,
@@ -53,7 +57,10 @@ impl<S: TaskService> Worker<S> {
         index: usize,
         shared: impl FnOnce() -> Shared<S> + Send + 'static,
     ) -> io::Result<Self> {
-        let runtime = Builder::new_current_thread().enable_all().build()?;
+        let runtime = Builder::new_current_thread()
+            .enable_all()
+            .max_io_events_per_tick(EVENTS_AT_A_TIME)
+            .build()?;
         let handle = runtime.handle().clone();
         let (started, start) = oneshot::channel();
         let (stop, mut end) = oneshot::channel::<()>();
