@@ -28,6 +28,10 @@ use rds_task_facade::{
 use tokio::{runtime, sync::watch};
 use tonic::transport::Channel;
 
+/// The program's.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 const PROJECT: &str = "0483b6b16e954cb88930a360d2c4e663";
 const INSTANCE: &str = "1ffc4167903840cb93a3da56d28c14fdin01";
 const WORKFLOW: &str = "102772a9-31fa-4129-b9f8-7638e2792f3b";

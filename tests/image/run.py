@@ -127,7 +127,7 @@ def compiler_files(rootfs):
 
 
 def compiler_files_for_real(rootfs):
-    """Debian with a C compiler, as the registry's image is, and this machine's Rust."""
+    """Debian with a C compiler and `make`, as the registry's image is, and this machine's Rust."""
     packages = "ca-certificates,gcc,libc6-dev,make"
     command = ["debootstrap", "--variant=minbase", f"--include={packages}", "bookworm", str(rootfs)]
     subprocess.run(command, check=True, timeout=1800, stdout=subprocess.DEVNULL)
