@@ -28,7 +28,8 @@ use rds_task_facade::{
 use tokio::{runtime, sync::watch};
 use tonic::transport::Channel;
 
-/// The program's.
+/// The one that is shipped.
+#[cfg(feature = "jemalloc")]
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 

@@ -11,6 +11,7 @@ use rds_task_facade::{
     serve, telemetry,
 };
 
+#[cfg(feature = "jemalloc")]
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 

@@ -2,7 +2,7 @@
 
 The registry's base images cannot be had everywhere, so images made of this machine's own files stand in for them, under the
 same names. The stand-in for the compiler's image has a `cargo` that lays down the release binary that is built already
-(target/release, or the variable FACADE); with `--compile` it is a whole Debian with the toolchain, and the Dockerfile
+(target/dist, or the variable FACADE); with `--compile` it is a whole Debian with the toolchain, and the Dockerfile
 compiles for real. The Dockerfile is the same, unchanged, in both.
 
 Needs root, buildah, and with --compile debootstrap and a Debian mirror. Usage: run.py [--compile]
@@ -120,7 +120,7 @@ def compiler_files(rootfs):
         '    test -f "$file" || { echo "$file is not there" >&2; exit 1; }\n'
         "done\n"
         "test -d proto\n"
-        "mkdir -p target/release && cp /compiled target/release/rds-task-facade\n"
+        "mkdir -p target/dist && cp /compiled target/dist/rds-task-facade\n"
     )
     cargo.chmod(0o755)
     (rootfs / "tmp").mkdir(mode=0o1777)

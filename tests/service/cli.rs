@@ -126,6 +126,7 @@ fn the_printed_configuration_tells_that_a_secret_is_set_and_not_which() {
     assert!(!out.contains("canary"), "{out}");
 }
 
+#[cfg(feature = "jemalloc")]
 #[test]
 fn memory_comes_from_jemalloc() {
     // It reads its variable at the first allocation, and complains of what it does not know.

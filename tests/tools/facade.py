@@ -1,6 +1,6 @@
 """Starts and ends the program for the checks in this folder. The names of the log's fields stand here and nowhere else.
 
-The program is target/release/rds-task-facade, or what the variable FACADE names. Other binaries (grpcurl, h2spec) are
+The program is target/dist/rds-task-facade, or what the variable FACADE names. Other binaries (grpcurl, h2spec) are
 looked up in the folders that the variable CI_TOOLS names, separated by colons, and then in PATH.
 """
 
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAM = os.environ.get("FACADE", str(ROOT / "target/release/rds-task-facade"))
+PROGRAM = os.environ.get("FACADE", str(ROOT / "target/dist/rds-task-facade"))
 SERVICE = "huaweicloud.rds.task.v1.TaskService"
 
 # The first line of `serve` names the addresses that were bound.
