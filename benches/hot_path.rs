@@ -11,19 +11,20 @@ use std::{
 use divan::{Bencher, black_box};
 use http::{HeaderMap, HeaderValue};
 use rds_task_facade::{
+    coalescer::{self, Coalescer},
     credentials::{
         AccessKey, Config as CredentialsConfig, Credentials, Identity, Owner, Source,
         signer::{self, SigningRequest},
     },
+    error::{Error, FailedLookup},
     http as upstream_http,
     pb::{GetTaskDetailRequest, task_service_client::TaskServiceClient},
-    quota::{self, Quota},
-    rpc::{self, Facade},
+    rpc::Facade,
     sandbox::Sandbox,
     server::{self, Parts},
-    status,
-    telemetry::metrics::Metrics,
-    upstream::{self, ErrorKind, TaskQuery, rejection, wire},
+    status::Failure,
+    telemetry::{Access, Sinks, metrics::Metrics},
+    upstream::{self, TaskQuery, rejection, wire},
 };
 use tokio::{runtime, sync::watch};
 use tonic::transport::Channel;
@@ -91,22 +92,20 @@ fn map_an_error_answer() -> tonic::Status {
     let headers = HeaderMap::new();
     let (rejection, facts) =
         rejection::of_answer(404, &headers, black_box(body), SystemTime::UNIX_EPOCH);
-    let error = rpc::Error::Upstream {
-        error: upstream::Error {
-            kind: ErrorKind::Rejected(Box::new(rejection)),
-            facts,
-        },
+    let error = Error::Upstream(Box::new(FailedLookup {
+        error: upstream::Error::Rejected(Box::new(rejection)),
+        facts,
         owner: Owner::Server,
-        query: Box::new(query()),
-    };
-    status::of_error(&error, "0123456789abcdef0123456789abcdef")
+        query: query(),
+    }));
+    Failure::from_error(&error).to_status("0123456789abcdef0123456789abcdef")
 }
 
 /// Decides whether every call can look for an equal one in flight, also where none ever is.
 #[divan::bench]
 fn make_a_coalescing_key(bencher: Bencher<'_, '_>) {
-    let quota = Quota::new(
-        quota::Config {
+    let coalescer = Coalescer::new(
+        coalescer::Config {
             cache_ttl: Duration::ZERO,
             cache_entries: 0,
         },
@@ -115,7 +114,7 @@ fn make_a_coalescing_key(bencher: Bencher<'_, '_>) {
 
     bencher
         .with_inputs(query)
-        .bench_local_values(|query| quota.question(Identity::Server, query));
+        .bench_local_values(|query| coalescer.key(Identity::Server, query));
 }
 
 /// Decides what of a lone call's time is ours: caller, facade and the stand-in for RDS in one process, over loopback.
@@ -184,8 +183,8 @@ fn start_facade(sandbox: SocketAddr) -> SocketAddr {
             };
             let credentials = Credentials::start(credentials, Arc::clone(&metrics));
             let credentials = credentials.expect("a token needs nothing");
-            let quota = Quota::new(
-                quota::Config {
+            let coalescer = Coalescer::new(
+                coalescer::Config {
                     cache_ttl: Duration::ZERO,
                     cache_entries: 0,
                 },
@@ -207,15 +206,17 @@ fn start_facade(sandbox: SocketAddr) -> SocketAddr {
                 credentials.clone(),
             );
             let ready = credentials.ready();
-            let facade = Facade::new(credentials, quota, client, None);
+            let facade = Facade::new(credentials, coalescer, client, None);
             let parts = Parts {
                 facade: move || facade.clone(),
                 ready,
                 serving: watch::Sender::new(false),
-                metrics,
-                access: Arc::new(|_| {}),
+                sinks: Arc::new(Sinks {
+                    metrics,
+                    access: Access::off(),
+                    tracer: None,
+                }),
                 started: Box::new(|| {}),
-                tracer: None,
             };
             let config = server::Config {
                 workers: 1,

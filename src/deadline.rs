@@ -50,35 +50,35 @@ impl Deadline {
     }
 }
 
-/// The deadline of work that several calls share: that of the last of them, so it moves when a call joins.
+/// The deadline of work that several calls share: the latest of their deadlines, so it moves when a call joins.
 ///
-/// The work asks it before it begins something long. It need not wait for it: each call stops waiting at its own deadline,
-/// and work that nobody waits for is dropped.
+/// The work reads it before each step that takes time. It does not have to enforce it: each call stops waiting at its own deadline,
+/// and work without a waiting call is dropped.
 #[derive(Debug, Clone)]
-pub struct Limit {
+pub struct SharedDeadline {
     base: Instant,
     nanos: Arc<AtomicU64>,
 }
 
-impl Limit {
-    /// The limit of work that one call began.
+impl SharedDeadline {
+    /// The deadline of work that one call has started.
     pub fn new(first: Deadline) -> Self {
-        let limit = Self {
+        let shared = Self {
             base: Instant::now(),
             nanos: Arc::new(AtomicU64::new(0)),
         };
-        limit.extend(first);
-        limit
+        shared.extend(first);
+        shared
     }
 
-    /// Another call waits for the work.
+    /// Takes the deadline of another call that waits for the work into account.
     pub fn extend(&self, joined: Deadline) {
         let nanos = joined.0.saturating_duration_since(self.base).as_nanos();
         self.nanos
             .fetch_max(u64::try_from(nanos).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 
-    /// The deadline of the call that waits longest.
+    /// The latest deadline of the calls that have joined.
     pub fn deadline(&self) -> Deadline {
         Deadline(self.base + Duration::from_nanos(self.nanos.load(Ordering::Relaxed)))
     }
@@ -155,16 +155,16 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_limit_is_that_of_the_call_that_waits_longest() {
+    async fn a_shared_deadline_is_the_latest_of_its_calls() {
         let short = Deadline::after(Duration::from_secs(1));
         let long = Deadline::after(Duration::from_secs(9));
-        let limit = Limit::new(short);
+        let shared = SharedDeadline::new(short);
 
-        let alone = limit.deadline();
-        limit.extend(long);
-        limit.extend(short);
+        let alone = shared.deadline();
+        shared.extend(long);
+        shared.extend(short);
 
-        assert_eq!((alone, limit.deadline()), (short, long));
+        assert_eq!((alone, shared.deadline()), (short, long));
     }
 
     #[tokio::test(start_paused = true)]

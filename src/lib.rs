@@ -30,15 +30,18 @@
 //! - `fuzz`: what must hold of every reader of bytes from outside; compiled for tests and fuzzing only
 
 pub mod admin;
+pub mod call;
 pub mod client;
+pub mod coalescer;
 pub mod code;
 pub mod config;
 pub mod credentials;
 pub mod deadline;
+pub mod error;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 pub mod http;
-pub mod quota;
+pub mod method;
 pub mod reason;
 pub mod rpc;
 pub mod sandbox;

@@ -18,14 +18,14 @@ use tokio::{
 
 use crate::{
     admin,
+    coalescer::{self, Coalescer},
     config::{self, Config, Endpoint},
     credentials::{self, Credentials, chain, iam},
     http,
-    quota::{self, Quota},
     rpc::Facade,
     sandbox::Sandbox,
-    server::{self, Record, Timings, tls},
-    telemetry::{self, Access, AccessLine, ServerSpan, Tracer, metrics::Metrics},
+    server::{self, Timings, tls},
+    telemetry::{self, Access, Sinks, Tracer, metrics::Metrics},
     upstream,
 };
 
@@ -133,7 +133,6 @@ async fn run(config: Config, metrics: Arc<Metrics>, access: Access) -> Result<()
         ));
     }
     let server_config = server_config(&config, workers);
-    let timeout = config.timeout;
     let shutdown_takes = config.drain_delay + config.shutdown_grace;
     let tracer = match &config.tracing {
         Some(tracing) => Some(telemetry::start_tracing(
@@ -174,10 +173,12 @@ async fn run(config: Config, metrics: Arc<Metrics>, access: Access) -> Result<()
         },
         ready: credentials.ready(),
         serving,
-        metrics,
-        access: Arc::new(move |record: &Record<'_>| write_access(&access, record, timeout)),
+        sinks: Arc::new(Sinks {
+            metrics,
+            access,
+            tracer: tracer.clone(),
+        }),
         started: Box::new(started),
-        tracer: tracer.clone(),
     };
     server::serve(listener, server_config, parts, shutdown).await?;
     if let Some(tracer) = tracer {
@@ -336,8 +337,8 @@ fn facades(
         },
         Arc::clone(metrics),
     );
-    let quota = Quota::new(
-        quota::Config {
+    let coalescer = Coalescer::new(
+        coalescer::Config {
             cache_ttl: config.cache_ttl,
             cache_entries: config.cache_entries,
         },
@@ -353,7 +354,7 @@ fn facades(
         );
         Ok(Facade::new(
             credentials.clone(),
-            Arc::clone(&quota),
+            Arc::clone(&coalescer),
             client,
             allowed.clone(),
         ))
@@ -386,37 +387,5 @@ fn server_config(config: &Config, workers: usize) -> server::Config {
             max_connection_age: config.max_connection_age.unwrap_or_default(),
             ..Timings::default()
         },
-    }
-}
-
-/// Tells one RPC that is over: a line in the log, and the end of its span.
-fn write_access(access: &Access, record: &Record<'_>, timeout: Duration) {
-    let outcome = record.call.outcome();
-    let span = record.call.span.as_deref();
-    let callers = match (span, record.traceparent) {
-        (None, Some(value)) => telemetry::Context::of_traceparent(value),
-        _ => None,
-    };
-    let line = AccessLine {
-        request_id: &record.call.request_id,
-        trace: span.map(ServerSpan::context).or(callers.as_ref()),
-        grpc_method: record.method.name(),
-        grpc_code: record.code,
-        reason: outcome.reason,
-        duration: record.took,
-        deadline: record
-            .caller_timeout
-            .map_or(timeout, |caller| caller.min(timeout)),
-        attempts: outcome.facts.attempts,
-        upstream_status: outcome.facts.http_status,
-        upstream_code: outcome.facts.upstream_code.as_deref(),
-        upstream_request_id: outcome.facts.upstream_request_id.as_deref(),
-        peer: Some(record.peer),
-        user_agent: record.user_agent.map(|value| value.as_bytes()),
-        bytes: record.bytes as u64,
-    };
-    access.write(&line);
-    if let Some(span) = span {
-        span.end(&line);
     }
 }

@@ -13,13 +13,14 @@ use tonic_types::ErrorDetails;
 use super::lines;
 use crate::{
     credentials::Owner,
-    rpc,
+    error::{Error, FailedLookup},
     status::{
-        self,
+        Failure,
         sound::{CODES_OF_ANSWERS, assert_sound},
     },
+    telemetry::Facts,
     upstream::{
-        self, ErrorKind, Facts, Rejection, TaskQuery, rejection,
+        self, Rejection, TaskQuery, rejection,
         wire::{NotATask, parse_task_detail},
     },
 };
@@ -98,20 +99,18 @@ fn rejected(http_status: u16, headers: &HeaderMap, body: &[u8]) -> Option<(Rejec
 }
 
 fn told(rejection: &Rejection, facts: &Facts, owner: Owner) -> Status {
-    let error = rpc::Error::Upstream {
-        error: upstream::Error {
-            kind: ErrorKind::Rejected(Box::new(rejection.clone())),
-            facts: facts.clone(),
-        },
+    let error = Error::Upstream(Box::new(FailedLookup {
+        error: upstream::Error::Rejected(Box::new(rejection.clone())),
+        facts: facts.clone(),
         owner,
-        query: Box::new(TaskQuery {
+        query: TaskQuery {
             project_id: "project-1".to_owned(),
             instance_id: "instance-1".to_owned(),
             workflow_id: "workflow-1".to_owned(),
             workflow_name: None,
-        }),
-    };
-    status::of_error(&error, "r-1")
+        },
+    }));
+    Failure::from_error(&error).to_status("r-1")
 }
 
 /// The digits of a status; other bytes are one, too.

@@ -6,14 +6,14 @@ use tonic::Code;
 use crate::{
     pb::GetTaskDetailRequest,
     rpc::get_task_detail::validate,
-    status::{self, sound::assert_sound},
+    status::{Failure, sound::assert_sound},
 };
 
 pub(super) fn check(input: &[u8]) {
     let request = match GetTaskDetailRequest::decode(input) {
         Ok(request) => request,
         Err(error) => {
-            let status = status::complete(Code::Internal, &error.to_string(), "r-1");
+            let status = Failure::from_library(Code::Internal, &error.to_string()).to_status("r-1");
             assert_sound(&status);
             return;
         }
@@ -29,7 +29,7 @@ pub(super) fn check(input: &[u8]) {
             assert_eq!(query.workflow_name, request.workflow_name);
         }
         Err(error) => {
-            let status = status::of_error(&error, "r-1");
+            let status = Failure::from_error(&error).to_status("r-1");
             assert_eq!(status.code(), Code::InvalidArgument);
             let details = assert_sound(&status);
             let bad = details.bad_request().expect("a BadRequest");

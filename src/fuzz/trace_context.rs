@@ -23,7 +23,7 @@ pub(super) fn check(input: &[u8]) {
             headers.append(name, value);
         }
     }
-    let accepted = |w3c, b3| Context::of_headers(&headers, Propagators { w3c, b3 });
+    let accepted = |w3c, b3| Context::from_headers(&headers, Propagators { w3c, b3 });
     assert_eq!(accepted(false, false), None);
 
     let w3c = accepted(true, false);
@@ -50,7 +50,7 @@ pub(super) fn check(input: &[u8]) {
         context.write(&mut sent);
         assert!(traceparent(sent["traceparent"].as_bytes()).is_some());
         assert_eq!(
-            Context::of_headers(
+            Context::from_headers(
                 &sent,
                 Propagators {
                     w3c: true,

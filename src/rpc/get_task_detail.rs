@@ -4,52 +4,59 @@ use std::sync::Arc;
 
 use http::HeaderMap;
 
-use super::{Call, Error, Facade, Violation};
+use super::Facade;
 use crate::{
+    call::Call,
+    error::{Error, FailedLookup, Violation},
     pb::{GetTaskDetailRequest, GetTaskDetailResponse, SubTask},
-    upstream::{Found, TaskQuery, wire},
+    upstream::{TaskQuery, wire},
 };
 
 const MAX_ID: usize = 64;
 const MAX_WORKFLOW_ID: usize = 128;
 const MAX_WORKFLOW_NAME: usize = 256;
 
-/// validate -> allowed project -> credentials -> quota -> upstream. Every `?` leaves as an [`Error`].
+/// validate -> allowed project -> credentials -> coalescer -> upstream -> reply.
 pub(super) async fn handle(
     facade: &Facade,
-    call: &Call,
+    call: &mut Call,
     metadata: &HeaderMap,
     request: GetTaskDetailRequest,
-) -> Result<Arc<Found>, Error> {
+) -> Result<GetTaskDetailResponse, Error> {
     let query = validate(request)?;
-    facade.allow(&query.project_id)?;
+    facade.check_allowed(&query.project_id)?;
     let auth = facade
         .credentials
         .resolve(metadata, call.deadline)
         .await
         .map_err(Error::Credentials)?;
-    let question = facade.quota.question(auth.identity(), query);
-    let answer = facade.quota.ask(
-        &question,
+    let key = facade.coalescer.key(auth.identity(), query);
+    let span = call.record.span().cloned();
+    let lookup = facade.coalescer.look_up(
+        &key,
         call.deadline,
-        |progress| call.watch(progress),
-        |limit, progress| {
-            // Equal calls share the work, so it owns what it needs. Its attempts belong to the span of the call that started
-            // it, also when others go on waiting after that call has ended.
-            let (upstream, question) = (facade.upstream.clone(), Arc::clone(&question));
-            let (mut auth, span) = (auth.clone(), call.span.clone());
+        |progress| call.record.follow(Arc::clone(progress)),
+        |deadline, progress| {
+            // Identical calls share the work, so it owns what it needs. Its attempts belong to the span of the leader, even if
+            // followers still wait when that call has ended.
+            let (upstream, key) = (facade.upstream.clone(), Arc::clone(&key));
+            let (mut auth, span) = (auth.clone(), span.clone());
             async move {
                 let span = span.as_ref();
                 upstream
-                    .show_task_detail(&question.query, &mut auth, &limit, &progress, span)
+                    .show_task_detail(&key.query, &mut auth, &deadline, &progress, span)
                     .await
             }
         },
     );
-    answer.await.map_err(|error| Error::Upstream {
-        error,
-        owner: auth.owner(),
-        query: Box::new(question.query.clone()),
+    let lookup = Arc::unwrap_or_clone(lookup.await);
+    lookup.result.map(reply).map_err(|error| {
+        Error::Upstream(Box::new(FailedLookup {
+            error,
+            facts: lookup.progress.facts(),
+            owner: auth.owner(),
+            query: key.query.clone(),
+        }))
     })
 }
 

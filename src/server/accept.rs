@@ -5,12 +5,13 @@ use std::{convert::Infallible, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::{
     net::TcpListener,
+    sync::Semaphore,
     time::{Instant, sleep},
 };
 use tokio_util::task::TaskTracker;
 
-use super::{limit::Limit, worker::Worker};
-use crate::{pb::task_service_server::TaskService, telemetry::metrics::Metrics};
+use super::worker::Worker;
+use crate::{rpc::Service, telemetry::metrics::Metrics};
 
 /// The pause after the first failed accept; it doubles to [`MAX_PAUSE`] while they go on failing.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
@@ -22,12 +23,12 @@ const LOG_INTERVAL: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub(super) struct Door<S> {
     pub(super) workers: Vec<Worker<S>>,
-    pub(super) connections: Arc<Limit>,
+    pub(super) connections: Arc<Semaphore>,
     pub(super) metrics: Arc<Metrics>,
     pub(super) tracker: TaskTracker,
 }
 
-impl<S: TaskService> Door<S> {
+impl<S: Service> Door<S> {
     /// Lets the listener's connections in until it is dropped.
     pub(super) async fn open(&self, listener: &TcpListener) -> Infallible {
         let mut pause = FIRST_PAUSE;
@@ -71,7 +72,7 @@ impl<S: TaskService> Door<S> {
     }
 
     fn admit(&self, socket: std::net::TcpStream, peer: SocketAddr) {
-        let Some(place) = self.connections.try_take() else {
+        let Ok(permit) = Arc::clone(&self.connections).try_acquire_owned() else {
             self.metrics.connections_refused.inc();
             return;
         };
@@ -85,7 +86,7 @@ impl<S: TaskService> Door<S> {
             .and_then(|()| socket.set_nodelay(true));
         match (prepared, worker) {
             (Ok(()), Some(worker)) => {
-                worker.take(socket, peer, place, &self.metrics, &self.tracker);
+                worker.take(socket, peer, permit, &self.metrics, &self.tracker);
             }
             _ => {
                 self.metrics.connections_refused.inc();

@@ -7,19 +7,18 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpStream,
-    sync::watch,
+    sync::{Semaphore, watch},
     time::{Instant, sleep, timeout},
 };
 
 use super::{
     Timings,
     edge::Edge,
-    limit::Limit,
     preface::{self, Greeted},
     stream::Streams,
     tls::Tls,
 };
-use crate::{pb::task_service_server::TaskService, telemetry::Peer};
+use crate::{rpc::Service, telemetry::Peer};
 
 /// Streams of one connection at once; the excess gets `REFUSED_STREAM`, which a client may repeat.
 const MAX_STREAMS: u32 = 100;
@@ -56,7 +55,7 @@ pub(super) struct Shared<S> {
 }
 
 /// Serves one connection to its end. `false` when it never became one: handshake or preface failed or took too long.
-pub(super) async fn serve<S: TaskService>(
+pub(super) async fn serve<S: Service>(
     socket: std::net::TcpStream,
     peer: SocketAddr,
     shared: Arc<Shared<S>>,
@@ -81,7 +80,7 @@ pub(super) async fn serve<S: TaskService>(
     }
 }
 
-async fn greet_and_serve<S: TaskService, I>(
+async fn greet_and_serve<S: Service, I>(
     io: I,
     peer: SocketAddr,
     shared: &Arc<Shared<S>>,
@@ -114,7 +113,7 @@ async fn go_away(phase: &mut watch::Receiver<Phase>) {
     let _ = phase.wait_for(|phase| *phase == Phase::GoAway).await;
 }
 
-async fn http2<S: TaskService, I>(
+async fn http2<S: Service, I>(
     io: Greeted<I>,
     peer: SocketAddr,
     shared: &Arc<Shared<S>>,
@@ -123,7 +122,7 @@ async fn http2<S: TaskService, I>(
     I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let timings = &shared.timings;
-    let own = Limit::new(OWN_STREAMS);
+    let own = Arc::new(Semaphore::new(OWN_STREAMS));
     let peer = Arc::new(Peer::new(peer));
     let service = service_fn(|request| {
         let (shared, own, peer) = (Arc::clone(shared), Arc::clone(&own), Arc::clone(&peer));

@@ -1,233 +1,217 @@
-//! An RPC's way in: every check and limit that it passes before its service sees it, in order, and nothing twice.
+//! The way in of a call: every check and limit that it passes before its handler sees it, in order, and none twice.
 //!
 //! ```text
-//! started -> request id -> method, content type -> deadline -> place in flight -> whole message -> service -> reply
+//! record -> method, content type -> deadline -> permit -> message -> handler -> reply
 //! ```
 
 use std::{convert::Infallible, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
 use futures_util::FutureExt as _;
 use http::{HeaderMap, Method as HttpMethod, Request, Response, StatusCode, header};
-use http_body_util::{BodyExt as _, Full, Limited};
+use http_body_util::{BodyExt as _, Limited};
 use hyper::body::Incoming;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
-use tonic::{Code, codec::CompressionEncoding, service::Routes};
+use tonic::{Code, service::Routes};
 use tower_service::Service as _;
 
 use super::{
-    limit::{Limit, Place},
     message,
-    record::{Rpc, Sinks},
     reply::{self, REQUEST_ID, Reply},
 };
 use crate::{
+    call::Call,
     deadline::{Deadline, parse_grpc_timeout},
-    pb::task_service_server::{TaskService, TaskServiceServer},
-    rpc::{Call, Error},
-    telemetry::{Peer, method::Method},
+    error::Error,
+    method::Method,
+    pb::GetTaskDetailResponse,
+    rpc::Service,
+    telemetry::{Peer, Record, Sinks},
 };
 
-/// The longest message of a reply, in bytes: what gRPC clients accept by default.
-const MAX_REPLY_BYTES: usize = 4 * 1024 * 1024;
-
-/// What all workers share.
+/// The permits that all workers share.
 #[derive(Debug, Clone)]
 pub(super) struct Limits {
-    /// RPCs of the task service.
-    pub(super) in_flight: Arc<Limit>,
-    /// Streams beside the task service, beyond those that each connection has of its own.
-    pub(super) beside: Arc<Limit>,
+    /// Unary calls of the task service.
+    pub(super) in_flight: Arc<Semaphore>,
+    /// Auxiliary streams (health, reflection, requests that are not gRPC), beyond those that each connection has for itself.
+    pub(super) auxiliary: Arc<Semaphore>,
 }
 
-/// What all RPCs of one worker share.
+/// What all calls of one worker share.
 #[derive(Clone)]
 pub(super) struct Edge<S> {
-    task: TaskServiceServer<S>,
+    pub(super) tasks: S,
     /// Health and, unless it is off, reflection.
-    support: Routes,
-    reflection: bool,
-    timeout: Duration,
-    limits: Limits,
-    /// Cancelled shortly before the end of the shutdown grace.
-    cut: CancellationToken,
-    sinks: Arc<Sinks>,
+    pub(super) auxiliary: Routes,
+    pub(super) reflection: bool,
+    /// Upper bound of one unary call.
+    pub(super) timeout: Duration,
+    pub(super) limits: Limits,
+    /// Cancelled shortly before the end of the shutdown grace period.
+    pub(super) cut: CancellationToken,
+    pub(super) sinks: Arc<Sinks>,
 }
 
-impl<S: TaskService> Edge<S> {
-    /// The way to `service`.
-    pub(super) fn new(
-        service: S,
-        support: Routes,
-        reflection: bool,
-        timeout: Duration,
-        limits: Limits,
-        cut: CancellationToken,
-        sinks: Sinks,
-    ) -> Self {
-        Self {
-            task: TaskServiceServer::new(service)
-                .accept_compressed(CompressionEncoding::Gzip)
-                .max_decoding_message_size(message::MAX_BYTES)
-                .max_encoding_message_size(MAX_REPLY_BYTES),
-            support,
-            reflection,
-            timeout,
-            limits,
-            cut,
-            sinks: Arc::new(sinks),
-        }
-    }
-
-    /// Answers one RPC, whatever it is. `own` are the places that its connection has beside the task service.
+impl<S: Service> Edge<S> {
+    /// Answers one request, whatever it is. `own` are the permits for auxiliary streams of its connection.
     pub(super) async fn answer(
         &self,
         peer: Arc<Peer>,
-        own: &Arc<Limit>,
+        own: &Arc<Semaphore>,
         request: Box<Request<Incoming>>,
     ) -> Response<Reply> {
         let headers = request.headers();
-        let method = Method::of_path(request.uri().path());
+        let method = Method::from_path(request.uri().path());
         let caller_timeout = caller_timeout(headers);
-        let timeout = caller_timeout.as_ref().ok().copied().flatten();
-        let deadline =
-            Deadline::after(timeout.map_or(self.timeout, |timeout| timeout.min(self.timeout)));
-        let tracer = self.sinks.tracer.as_ref();
-        let span = tracer.map(|tracer| tracer.server_span(headers));
-        let call = Call::new(deadline, request_id(headers), span);
-        let rpc = Box::new(Rpc::start(
+        let timeout = match caller_timeout {
+            Ok(Some(timeout)) => timeout.min(self.timeout),
+            _ => self.timeout,
+        };
+        let record = Record::start(
             &self.sinks,
             method,
-            call,
+            request_id(headers),
             timeout,
             peer,
             headers,
-        ));
+        );
+        let call = Box::new(Call::new(Deadline::after(timeout), record));
 
         if request.method() != HttpMethod::POST {
             let text = "gRPC calls use POST\n";
-            let place = self.place_beside(own);
-            return not_grpc(rpc, place, request, StatusCode::METHOD_NOT_ALLOWED, text).await;
+            let status = StatusCode::METHOD_NOT_ALLOWED;
+            return self.not_grpc(call, own, request, status, text).await;
         }
         if !is_grpc(headers) {
             let text = "the content type must be application/grpc or application/grpc+proto\n";
-            let place = self.place_beside(own);
-            return not_grpc(
-                rpc,
-                place,
-                request,
-                StatusCode::UNSUPPORTED_MEDIA_TYPE,
-                text,
-            )
-            .await;
+            let status = StatusCode::UNSUPPORTED_MEDIA_TYPE;
+            return self.not_grpc(call, own, request, status, text).await;
         }
-        if let Err(text) = caller_timeout {
-            return reply::failure(rpc, &Error::Protocol(Code::InvalidArgument, text));
-        }
-        match method {
-            Method::GetTaskDetail => self.task(rpc, request).await,
-            Method::HealthCheck | Method::HealthWatch => {
-                self.support(rpc, method, own, request).await
+        let caller_timeout = match caller_timeout {
+            Ok(timeout) => timeout,
+            Err(text) => {
+                return reply::failure(call, &Error::Protocol(Code::InvalidArgument, text));
             }
-            Method::Reflection if self.reflection => self.support(rpc, method, own, request).await,
+        };
+        match method {
+            Method::GetTaskDetail => self.unary(call, request).await,
+            Method::HealthCheck => {
+                let until = Some(call.deadline);
+                self.auxiliary(call, own, until, request).await
+            }
+            // A stream ends with the caller's deadline, not with the server's maximum.
+            Method::HealthWatch => {
+                let until = caller_timeout.map(Deadline::after);
+                self.auxiliary(call, own, until, request).await
+            }
+            Method::Reflection if self.reflection => {
+                let until = caller_timeout.map(Deadline::after);
+                self.auxiliary(call, own, until, request).await
+            }
             Method::Reflection | Method::Other => {
                 let error = Error::Protocol(Code::Unimplemented, "unknown service or method");
-                reply::failure(rpc, &error)
+                reply::failure(call, &error)
             }
         }
     }
 
-    /// A place beside the task service: one of the connection's own, so that nobody can take health from others, or one
-    /// of those that all share.
-    fn place_beside(&self, own: &Arc<Limit>) -> Option<Place> {
-        own.try_take().or_else(|| self.limits.beside.try_take())
+    /// A unary call of the task service.
+    async fn unary(&self, mut call: Box<Call>, request: Box<Request<Incoming>>) -> Response<Reply> {
+        let Ok(permit) = Arc::clone(&self.limits.in_flight).try_acquire_owned() else {
+            return reply::failure(call, &Error::Overloaded);
+        };
+        call.hold(permit);
+        let result = self.get_task_detail(&mut call, request).await;
+        match result.and_then(|message| message::encode(&message)) {
+            Ok(message) => reply::unary(call, message),
+            Err(error) => reply::failure(call, &error),
+        }
     }
 
-    /// The task service: with a place in flight, within the deadline.
-    async fn task(
+    /// Reads the message and runs the handler, within the deadline.
+    async fn get_task_detail(
         &self,
-        mut rpc: Box<Rpc>,
+        call: &mut Call,
         mut request: Box<Request<Incoming>>,
-    ) -> Response<Reply> {
-        let Some(place) = self.limits.in_flight.try_take() else {
-            return reply::failure(rpc, &Error::Overloaded);
-        };
-        rpc.hold(place);
-        let deadline = rpc.call.deadline;
-        let message = match deadline.bound(message::read(request.body_mut())).await {
-            Ok(Ok(message)) => message,
-            Ok(Err(error)) => return reply::failure(rpc, &error),
-            Err(_) => return reply::failure(rpc, &Error::DeadlineExceeded),
-        };
+    ) -> Result<GetTaskDetailResponse, Error> {
+        let deadline = call.deadline;
+        let message = deadline
+            .bound(message::read(request.body_mut()))
+            .await
+            .map_err(|_| Error::DeadlineExceeded)??;
         if deadline.remaining().is_zero() {
-            return reply::failure(rpc, &Error::DeadlineExceeded);
+            return Err(Error::DeadlineExceeded);
         }
-        request.extensions_mut().insert(Arc::clone(&rpc.call));
-        let request = request.map(|_| Full::new(message));
-        let answer = AssertUnwindSafe(self.task.clone().call(request)).catch_unwind();
-        let Some(answered) = self.cut.run_until_cancelled(deadline.bound(answer)).await else {
-            return reply::failure(rpc, &Error::ShuttingDown);
-        };
-        match answered {
-            Ok(Ok(Ok::<_, Infallible>(response))) => reply::unary(rpc, response),
-            Ok(Err(_)) => {
-                rpc.panicked();
-                reply::failure(rpc, &Error::Internal)
+        let metadata = request.headers();
+        let message = message::decode(metadata, &message)?;
+        let work = self.tasks.get_task_detail(call, metadata, message);
+        let work = deadline.bound(AssertUnwindSafe(work).catch_unwind());
+        match self.cut.run_until_cancelled(work).await {
+            Some(Ok(Ok(result))) => result,
+            Some(Ok(Err(_))) => {
+                self.sinks.metrics.panics.inc();
+                Err(Error::Internal)
             }
-            Err(_) => reply::failure(rpc, &Error::DeadlineExceeded),
+            Some(Err(_)) => Err(Error::DeadlineExceeded),
+            None => Err(Error::ShuttingDown),
         }
     }
 
-    /// Health and reflection: outside the limit of calls in flight. Their streams end with the caller's deadline, not with
-    /// ours.
-    async fn support(
+    /// Health and reflection: outside the limit of calls in flight. `until` ends their streams.
+    async fn auxiliary(
         &self,
-        mut rpc: Box<Rpc>,
-        method: Method,
-        own: &Arc<Limit>,
+        mut call: Box<Call>,
+        own: &Arc<Semaphore>,
+        until: Option<Deadline>,
         request: Box<Request<Incoming>>,
     ) -> Response<Reply> {
-        let Some(place) = self.place_beside(own) else {
-            return reply::failure(rpc, &Error::Overloaded);
+        let Some(permit) = self.auxiliary_permit(own) else {
+            return reply::failure(call, &Error::Overloaded);
         };
-        rpc.hold(place);
-        let deadline = rpc.call.deadline;
-        let until = match method {
-            Method::HealthCheck => Some(deadline),
-            _ => rpc.caller_timeout.map(Deadline::after),
-        };
-        let answer = AssertUnwindSafe(self.support.clone().call(*request)).catch_unwind();
-        // In a box, because it is larger than all that a call of the task service needs.
-        match Box::pin(deadline.bound(answer)).await {
-            Ok(Ok(Ok::<_, Infallible>(response))) => reply::streaming(rpc, response, until),
+        call.hold(permit);
+        let answer = AssertUnwindSafe(self.auxiliary.clone().call(*request)).catch_unwind();
+        // In a box, because it is larger than everything that a call of the task service needs.
+        match Box::pin(call.deadline.bound(answer)).await {
+            Ok(Ok(Ok::<_, Infallible>(response))) => reply::auxiliary(call, response, until),
             Ok(Err(_)) => {
-                rpc.panicked();
-                reply::failure(rpc, &Error::Internal)
+                self.sinks.metrics.panics.inc();
+                reply::failure(call, &Error::Internal)
             }
-            Err(_) => reply::failure(rpc, &Error::DeadlineExceeded),
+            Err(_) => reply::failure(call, &Error::DeadlineExceeded),
         }
     }
-}
 
-/// Says what is wrong with something that is no gRPC call, after its end where there is a place for that: many clients
-/// read no answer before.
-async fn not_grpc(
-    mut rpc: Box<Rpc>,
-    place: Option<Place>,
-    request: Box<Request<Incoming>>,
-    status: StatusCode,
-    text: &'static str,
-) -> Response<Reply> {
-    if let Some(place) = place {
-        rpc.hold(place);
-        let mut rest = Limited::new(request.into_body(), message::MAX_BYTES);
-        let end = async { while let Some(Ok(_)) = rest.frame().await {} };
-        // Too much of it, or too slow: the answer comes nevertheless.
-        let _ = rpc.call.deadline.bound(end).await;
+    /// Answers a request that is not gRPC. Reads its body first if a permit is free, because many HTTP clients ignore a response
+    /// until they have sent everything.
+    async fn not_grpc(
+        &self,
+        mut call: Box<Call>,
+        own: &Arc<Semaphore>,
+        request: Box<Request<Incoming>>,
+        status: StatusCode,
+        text: &'static str,
+    ) -> Response<Reply> {
+        if let Some(permit) = self.auxiliary_permit(own) {
+            call.hold(permit);
+            let mut rest = Limited::new(request.into_body(), message::MAX_BYTES);
+            let end = async { while let Some(Ok(_)) = rest.frame().await {} };
+            // A body that is too long or too slow is answered before its end.
+            let _ = call.deadline.bound(end).await;
+        }
+        reply::not_grpc(call, status, text)
     }
-    reply::not_grpc(rpc, status, text)
+
+    /// A permit for an auxiliary stream: one of the connection's own, so that no other connection can take health away from it, or
+    /// one of those that all connections share.
+    fn auxiliary_permit(&self, own: &Arc<Semaphore>) -> Option<OwnedSemaphorePermit> {
+        [own, &self.limits.auxiliary]
+            .into_iter()
+            .find_map(|permits| Arc::clone(permits).try_acquire_owned().ok())
+    }
 }
 
-/// The caller's `grpc-timeout`, if there is one; what is wrong with it where it is malformed.
+/// The caller's `grpc-timeout`, if any, or what is wrong with it.
 fn caller_timeout(headers: &HeaderMap) -> Result<Option<Duration>, &'static str> {
     let mut values = headers.get_all("grpc-timeout").iter();
     let Some(value) = values.next() else {
@@ -241,8 +225,8 @@ fn caller_timeout(headers: &HeaderMap) -> Result<Option<Duration>, &'static str>
         .ok_or("grpc-timeout: must be 1 to 8 digits and one of H, M, S, m, u, n")
 }
 
-/// Whether the content type is gRPC with protobuf: gRPC over HTTP/2, section "Requests". gRPC-Web has a type of its own,
-/// and other encodings of the message are not spoken here.
+/// Whether the content type is gRPC with protobuf: gRPC over HTTP/2, section "Requests". gRPC-Web has a type of its own
+/// and is not supported, nor are other encodings of the message.
 fn is_grpc(headers: &HeaderMap) -> bool {
     let Some(value) = headers.get(header::CONTENT_TYPE) else {
         return false;

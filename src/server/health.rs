@@ -10,10 +10,10 @@ use tonic_health::{
     server::{HealthReporter, HealthService},
 };
 
-use crate::pb::{DESCRIPTORS, task_service_server::SERVICE_NAME};
+use crate::{method::TASK_SERVICE, pb::DESCRIPTORS};
 
 /// The names that health answers for: the whole server, and the service.
-const NAMES: [&str; 2] = ["", SERVICE_NAME];
+const NAMES: [&str; 2] = ["", TASK_SERVICE];
 
 /// The longest request, in bytes: a name of a service, file or symbol.
 const MAX_REQUEST_BYTES: usize = 4 * 1024;

@@ -9,8 +9,8 @@
 //!   | one socket to the worker with the fewest
 //! worker thread, one runtime each                            worker.rs
 //!   connection: TLS -> preface -> HTTP/2 -> age, GOAWAY       connection.rs preface.rs stream.rs
-//!     RPC: checks, deadline, limit, message -> service        edge.rs message.rs
-//!          <- status, body, counted once                      reply.rs record.rs
+//!     call: checks, deadline, permit, message -> handler      edge.rs message.rs
+//!           <- status, body, record                           reply.rs
 //! ```
 
 mod accept;
@@ -18,10 +18,8 @@ mod certificate;
 mod connection;
 mod edge;
 mod health;
-mod limit;
 mod message;
 mod preface;
-mod record;
 mod reply;
 mod stream;
 #[cfg(test)]
@@ -34,17 +32,12 @@ use std::{fmt, io, sync::Arc, time::Duration};
 use futures_util::future::join_all;
 use tokio::{
     net::TcpListener,
-    sync::watch,
+    sync::{Semaphore, watch},
     time::{Instant, sleep, timeout_at},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-pub use record::{Access, Record};
-
-use crate::{
-    pb::task_service_server::TaskService,
-    telemetry::{Tracer, metrics::Metrics},
-};
+use crate::{rpc::Service, telemetry::Sinks};
 
 /// How much of the shutdown grace is kept for telling calls that they are cut off, and for ending.
 const MAX_FAREWELL: Duration = Duration::from_millis(500);
@@ -126,14 +119,10 @@ pub struct Parts<F> {
     pub ready: watch::Receiver<bool>,
     /// Kept at whether we are SERVING, for `/readyz`.
     pub serving: watch::Sender<bool>,
-    /// Where RPCs and connections are counted.
-    pub metrics: Arc<Metrics>,
-    /// Takes the record of every RPC.
-    pub access: Access,
+    /// Where calls and connections are reported.
+    pub sinks: Arc<Sinks>,
     /// Called once, when nothing can fail any more and connections are let in.
     pub started: Box<dyn FnOnce() + Send>,
-    /// Makes the span of every RPC, where traces are exported.
-    pub tracer: Option<Arc<Tracer>>,
 }
 
 impl<F> fmt::Debug for Parts<F> {
@@ -168,18 +157,17 @@ pub async fn serve<S, F>(
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), Error>
 where
-    S: TaskService,
+    S: Service,
     F: Fn() -> S + Send + Sync + 'static,
 {
     let Parts {
         facade,
         mut ready,
         serving,
-        metrics,
-        access,
+        sinks,
         started,
-        tracer,
     } = parts;
+    let metrics = Arc::clone(&sinks.metrics);
     let tls = match &config.tls {
         Some(files) => Some(Arc::new(tls::Tls::load(files.clone(), &metrics)?)),
         None => None,
@@ -187,8 +175,8 @@ where
     let health = health::Health::new(serving).await;
     let routes = health.routes(config.reflection);
     let limits = edge::Limits {
-        in_flight: limit::Limit::new(config.max_in_flight),
-        beside: limit::Limit::new(config.max_connections),
+        in_flight: Arc::new(Semaphore::new(config.max_in_flight)),
+        auxiliary: Arc::new(Semaphore::new(config.max_connections)),
     };
     let cut = CancellationToken::new();
     let facade = Arc::new(facade);
@@ -202,14 +190,17 @@ where
         );
         let (timeout, reflection, timings) =
             (config.timeout, config.reflection, config.timings.clone());
-        let sinks = record::Sinks {
-            metrics: Arc::clone(&metrics),
-            access: Arc::clone(&access),
-            tracer: tracer.clone(),
-        };
-        let cut = cut.child_token();
+        let (cut, sinks) = (cut.child_token(), Arc::clone(&sinks));
         let shared = move || connection::Shared {
-            edge: edge::Edge::new(facade(), routes, reflection, timeout, limits, cut, sinks),
+            edge: edge::Edge {
+                tasks: facade(),
+                auxiliary: routes,
+                reflection,
+                timeout,
+                limits,
+                cut,
+                sinks,
+            },
             tls,
             timings,
         };
@@ -224,7 +215,7 @@ where
     let tracker = TaskTracker::new();
     let door = accept::Door {
         workers,
-        connections: limit::Limit::new(config.max_connections),
+        connections: Arc::new(Semaphore::new(config.max_connections)),
         metrics,
         tracker: tracker.clone(),
     };
@@ -255,8 +246,8 @@ where
     tracker.close();
     if timeout_at(end - farewell, tracker.wait()).await.is_err() {
         tracing::warn!(
-            connections = connections.taken(),
-            calls = limits.in_flight.taken(),
+            connections = config.max_connections - connections.available_permits(),
+            calls = config.max_in_flight - limits.in_flight.available_permits(),
             "cut off at the end of the shutdown grace"
         );
         cut.cancel();

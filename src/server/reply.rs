@@ -1,4 +1,7 @@
-//! The way out of an RPC: its status on the wire, and the body that counts the RPC when its last byte is handed over.
+//! The way out of a call: its status on the wire, and the body that ends the call's record when its last byte is handed over.
+//!
+//! Health and reflection are services of the gRPC library, whose statuses arrive encoded: only theirs are decoded here, to add
+//! details.
 
 use std::{
     convert::Infallible,
@@ -8,68 +11,71 @@ use std::{
 };
 
 use bytes::Bytes;
-use futures_util::FutureExt as _;
 use http::{
     HeaderMap, HeaderName, HeaderValue, Response, StatusCode,
     header::{ALLOW, CONTENT_TYPE},
 };
 use http_body::Frame;
-use http_body_util::BodyExt as _;
 use tokio::time::{Sleep, sleep_until};
 use tonic::{Code, Status};
 
-use super::{record::Rpc, stream};
-use crate::{deadline::Deadline, reason::Reason, rpc::Error, status};
+use super::{message, stream};
+use crate::{
+    call::Call,
+    deadline::Deadline,
+    error::Error,
+    reason::Reason,
+    status::{self, Failure},
+};
 
 /// The reply's id header, on success and failure alike.
 pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const GRPC_STATUS: &str = "grpc-status";
-/// A stopped reader keeps at most one such piece of a reply in memory after its stream is over, in bytes.
+const GRPC_CONTENT_TYPE: HeaderValue = HeaderValue::from_static("application/grpc");
+/// The longest DATA frame, in bytes: what a reader that has stopped can keep in memory after its stream is over.
 const PIECE: usize = 16 * 1024;
-/// How long after its deadline an answer may still be read.
+/// How long after its deadline a reply may still be read.
 const READ_SLACK: Duration = Duration::from_secs(1);
 
 /// The body of every response.
 #[derive(Debug, Default)]
 pub(super) enum Reply {
-    /// Nothing: the headers say it all.
+    /// Nothing: the headers are the whole response.
     #[default]
     Empty,
-    /// A line for a person who has sent something that is no gRPC call.
+    /// A line for a person whose request is not gRPC.
     Text(&'static str),
     /// The message and the trailers of a unary success.
     Message {
         /// What is left of the message, prefix included.
         data: Bytes,
-        /// Sent after the message.
-        trailers: HeaderMap,
         /// Ends with the trailers.
-        rpc: Box<Rpc>,
+        call: Box<Call>,
     },
     /// Health and reflection.
-    Stream {
+    Auxiliary {
         /// What the library's service sends.
         body: tonic::body::Body,
-        /// The point in time at which the stream ends, where there is one.
+        /// When the stream ends, if its caller set a deadline.
         until: Option<Pin<Box<Sleep>>>,
         /// Ends with the trailers.
-        rpc: Box<Rpc>,
+        call: Box<Call>,
     },
 }
 
-/// A plain HTTP answer to something that is no gRPC call.
+/// A plain HTTP response to a request that is not gRPC.
 pub(super) fn not_grpc(
-    mut rpc: Box<Rpc>,
+    mut call: Box<Call>,
     status: StatusCode,
     text: &'static str,
 ) -> Response<Reply> {
-    rpc.call.failed(Reason::InvalidRequest);
-    rpc.end(Code::Unknown);
-    stream::read_by(rpc.call.deadline.at() + READ_SLACK);
+    call.record.fail(Reason::InvalidRequest);
+    call.record.finish(Code::Unknown);
+    stream::read_by(call.deadline.at() + READ_SLACK);
     let mut response = Response::new(Reply::Text(text));
     *response.status_mut() = status;
     let headers = response.headers_mut();
-    headers.insert(REQUEST_ID, id_value(&rpc));
+    headers.insert(REQUEST_ID, id_value(&call));
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/plain"));
     if status == StatusCode::METHOD_NOT_ALLOWED {
         headers.insert(ALLOW, HeaderValue::from_static("POST"));
@@ -77,94 +83,84 @@ pub(super) fn not_grpc(
     response
 }
 
-/// The answer to a failed RPC: headers only.
-pub(super) fn failure(mut rpc: Box<Rpc>, error: &Error) -> Response<Reply> {
-    rpc.call.failed(status::reason(error));
-    let status = status::of_error(error, &rpc.call.request_id);
-    rpc.end(status.code());
-    let mut response: Response<Reply> = status.into_http();
-    response.headers_mut().insert(REQUEST_ID, id_value(&rpc));
+/// The response to a failed call: headers only.
+pub(super) fn failure(mut call: Box<Call>, error: &Error) -> Response<Reply> {
+    let failure = Failure::from_error(error);
+    call.record.fail(failure.reason);
+    call.record.finish(failure.code);
+    let mut response: Response<Reply> = failure.to_status(call.record.request_id()).into_http();
+    let headers = response.headers_mut();
+    headers.insert(REQUEST_ID, id_value(&call));
+    if failure.code == Code::Unimplemented {
+        let accepted = HeaderValue::from_static(message::ACCEPTED_ENCODINGS);
+        headers.insert("grpc-accept-encoding", accepted);
+    }
     response
 }
 
-/// The answer of the generated task service.
-pub(super) fn unary(mut rpc: Box<Rpc>, response: Response<tonic::body::Body>) -> Response<Reply> {
-    let (mut head, mut body) = response.into_parts();
-    head.headers.insert(REQUEST_ID, id_value(&rpc));
-    if head.headers.contains_key(GRPC_STATUS) {
-        rpc.end(completed(&mut head.headers, &rpc));
-        return Response::from_parts(head, Reply::Empty);
+/// The response to a successful unary call, its message with the prefix.
+pub(super) fn unary(call: Box<Call>, message: Bytes) -> Response<Reply> {
+    let mut headers = HeaderMap::with_capacity(4);
+    headers.insert(CONTENT_TYPE, GRPC_CONTENT_TYPE);
+    headers.insert(REQUEST_ID, id_value(&call));
+    if let Some(id) = status::upstream_id_value(&call.record.facts()) {
+        headers.insert("x-upstream-request-id", id);
     }
-    let mut data = Bytes::new();
-    let mut trailers = HeaderMap::new();
-    // Ready at once: the reply is encoded from memory.
-    while let Some(Some(Ok(frame))) = body.frame().now_or_never() {
-        match frame.into_data() {
-            Ok(piece) => data = piece,
-            Err(frame) => {
-                // The end, also where the library would go on to hand out half of a failed encoding.
-                trailers = frame.into_trailers().unwrap_or_default();
-                break;
-            }
-        }
-    }
-    if data.is_empty() {
-        // The reply is over the size limit or cannot be encoded; the library says so in the trailers.
-        head.headers.extend(trailers);
-        rpc.end(completed(&mut head.headers, &rpc));
-        return Response::from_parts(head, Reply::Empty);
-    }
-    stream::read_by(rpc.call.deadline.at() + READ_SLACK);
-    Response::from_parts(
-        head,
-        Reply::Message {
-            data,
-            trailers,
-            rpc,
-        },
-    )
+    stream::read_by(call.deadline.at() + READ_SLACK);
+    let mut response = Response::new(Reply::Message {
+        data: message,
+        call,
+    });
+    *response.headers_mut() = headers;
+    response
 }
 
-/// The answer of health or reflection; `until` ends its stream.
-pub(super) fn streaming(
-    mut rpc: Box<Rpc>,
+/// The response of health or reflection; `until` ends its stream.
+pub(super) fn auxiliary(
+    mut call: Box<Call>,
     response: Response<tonic::body::Body>,
     until: Option<Deadline>,
 ) -> Response<Reply> {
     let (mut head, body) = response.into_parts();
-    head.headers.insert(REQUEST_ID, id_value(&rpc));
+    head.headers.insert(REQUEST_ID, id_value(&call));
     if head.headers.contains_key(GRPC_STATUS) {
-        rpc.end(completed(&mut head.headers, &rpc));
+        complete(&mut head.headers, &mut call);
         return Response::from_parts(head, Reply::Empty);
     }
     if let Some(deadline) = until {
         stream::read_by(deadline.at() + READ_SLACK);
     }
     let until = until.map(|deadline| Box::pin(sleep_until(deadline.at())));
-    Response::from_parts(head, Reply::Stream { body, until, rpc })
+    Response::from_parts(head, Reply::Auxiliary { body, until, call })
 }
 
-/// Gives a failed status in `headers` its details where it has none, as the library's own, and returns its code.
-fn completed(headers: &mut HeaderMap, rpc: &Rpc) -> Code {
+/// Ends a call with the status in `headers`, which the library has encoded already. A failed one gets its details here.
+fn complete(headers: &mut HeaderMap, call: &mut Call) {
     let Some(status) = Status::from_header_map(headers) else {
-        return Code::Unknown;
+        return call.record.finish(Code::Unknown);
     };
-    if status.code() == Code::Ok || !status.details().is_empty() {
-        return status.code();
+    if status.code() == Code::Ok {
+        return call.record.finish(Code::Ok);
     }
-    let status = status::complete(status.code(), status.message(), &rpc.call.request_id);
-    rpc.call.failed(Reason::InvalidRequest);
-    status
-        .add_header(headers)
-        .expect("code, sentence and details of ours are header values");
-    status.code()
+    let failure = Failure::from_library(status.code(), status.message());
+    write_trailers(&failure, headers, call);
 }
 
-fn id_value(rpc: &Rpc) -> HeaderValue {
-    let mut id = HeaderValue::from_str(&rpc.call.request_id)
+/// Ends a call with this failure.
+fn write_trailers(failure: &Failure<'_>, headers: &mut HeaderMap, call: &mut Call) {
+    call.record.fail(failure.reason);
+    call.record.finish(failure.code);
+    failure
+        .to_status(call.record.request_id())
+        .add_header(headers)
+        .expect("code, message and details are valid header values");
+}
+
+fn id_value(call: &Call) -> HeaderValue {
+    let mut id = HeaderValue::from_str(call.record.request_id())
         .expect("request ids hold letters, digits, . _ -");
-    // Not secret, but no two are alike: each would take a place in both sides' tables of known headers and push out those
-    // that do come again (RFC 7541, section 6.2.3).
+    // Not secret, but never repeated: each would take an entry of both sides' HPACK tables and evict headers that do repeat
+    // (RFC 7541, section 6.2.3).
     id.set_sensitive(true);
     id
 }
@@ -180,44 +176,45 @@ impl http_body::Body for Reply {
         let frame = match &mut *self {
             Self::Empty => return Poll::Ready(None),
             Self::Text(text) => Frame::data(Bytes::from_static(text.as_bytes())),
-            Self::Message { data, rpc, .. } if !data.is_empty() => {
+            Self::Message { data, call } if !data.is_empty() => {
                 let piece = data.split_to(data.len().min(PIECE));
-                rpc.sent(piece.len());
+                call.record.sent(piece.len());
                 return Poll::Ready(Some(Ok(Frame::data(piece))));
             }
-            Self::Message { trailers, rpc, .. } => {
-                rpc.end(Code::Ok);
-                Frame::trailers(std::mem::take(trailers))
+            Self::Message { call, .. } => {
+                call.record.finish(Code::Ok);
+                let mut trailers = HeaderMap::with_capacity(1);
+                trailers.insert(GRPC_STATUS, HeaderValue::from_static("0"));
+                Frame::trailers(trailers)
             }
-            Self::Stream { body, until, rpc } => {
-                let passed = until
+            Self::Auxiliary { body, until, call } => {
+                let mut trailers = HeaderMap::new();
+                if until
                     .as_mut()
-                    .is_some_and(|timer| timer.as_mut().poll(context).is_ready());
-                let next = if passed {
-                    Some(Err(status::of_error(
-                        &Error::DeadlineExceeded,
-                        &rpc.call.request_id,
-                    )))
+                    .is_some_and(|timer| timer.as_mut().poll(context).is_ready())
+                {
+                    let failure = Failure::from_error(&Error::DeadlineExceeded);
+                    write_trailers(&failure, &mut trailers, call);
                 } else {
-                    std::task::ready!(Pin::new(body).poll_frame(context))
-                };
-                match next {
-                    Some(Ok(frame)) => match frame.into_data() {
-                        Ok(data) => {
-                            rpc.sent(data.len());
-                            return Poll::Ready(Some(Ok(Frame::data(data))));
+                    match std::task::ready!(Pin::new(body).poll_frame(context)) {
+                        Some(Ok(frame)) => match frame.into_data() {
+                            Ok(data) => {
+                                call.record.sent(data.len());
+                                return Poll::Ready(Some(Ok(Frame::data(data))));
+                            }
+                            Err(frame) => {
+                                trailers = frame.into_trailers().unwrap_or_default();
+                                complete(&mut trailers, call);
+                            }
+                        },
+                        Some(Err(status)) => {
+                            let failure = Failure::from_library(status.code(), status.message());
+                            write_trailers(&failure, &mut trailers, call);
                         }
-                        Err(frame) => last(frame.into_trailers().unwrap_or_default(), rpc),
-                    },
-                    Some(Err(status)) => {
-                        let mut trailers = HeaderMap::new();
-                        status
-                            .add_header(&mut trailers)
-                            .expect("a status of ours is made of valid header values");
-                        last(trailers, rpc)
+                        None => complete(&mut trailers, call),
                     }
-                    None => last(HeaderMap::new(), rpc),
                 }
+                Frame::trailers(trailers)
             }
         };
         *self = Self::Empty;
@@ -227,11 +224,4 @@ impl http_body::Body for Reply {
     fn is_end_stream(&self) -> bool {
         matches!(self, Self::Empty)
     }
-}
-
-/// The trailers that end a stream.
-fn last(mut trailers: HeaderMap, rpc: &mut Rpc) -> Frame<Bytes> {
-    let code = completed(&mut trailers, rpc);
-    rpc.end(code);
-    Frame::trailers(trailers)
 }

@@ -16,16 +16,13 @@ use std::{
 use prometheus_client::metrics::gauge::Gauge;
 use tokio::{
     runtime::{Builder, Handle},
-    sync::{oneshot, watch},
+    sync::{OwnedSemaphorePermit, oneshot, watch},
     time::timeout,
 };
 use tokio_util::task::TaskTracker;
 
-use super::{
-    connection::{self, Phase, Shared},
-    limit::Place,
-};
-use crate::{pb::task_service_server::TaskService, telemetry::metrics::Metrics};
+use super::connection::{self, Phase, Shared};
+use crate::{rpc::Service, telemetry::metrics::Metrics};
 
 /// A timer of the worker that is nearer than a call's own usually are. The nearest timer of all costs its maker more: the
 /// runtime is told to wait less, by a system call that wakes it.
@@ -51,7 +48,7 @@ impl<S> fmt::Debug for Worker<S> {
     }
 }
 
-impl<S: TaskService> Worker<S> {
+impl<S: Service> Worker<S> {
     /// Starts a thread, and makes what its connections share on it, inside its runtime.
     pub(super) async fn start(
         index: usize,
@@ -100,11 +97,11 @@ impl<S: TaskService> Worker<S> {
         &self,
         socket: std::net::TcpStream,
         peer: SocketAddr,
-        place: Place,
+        permit: OwnedSemaphorePermit,
         metrics: &Arc<Metrics>,
         tracker: &TaskTracker,
     ) {
-        let open = Open::new(&self.connections, place, metrics.connections.clone());
+        let open = Open::new(&self.connections, permit, metrics.connections.clone());
         let shared = Arc::clone(&self.shared);
         let phase = self.phase.subscribe();
         let refused = metrics.connections_refused.clone();
@@ -133,17 +130,17 @@ impl<S: TaskService> Worker<S> {
 
 /// One open connection, counted as long as it lives.
 struct Open {
-    _place: Place,
+    _permit: OwnedSemaphorePermit,
     of_worker: Arc<AtomicUsize>,
     of_process: Gauge,
 }
 
 impl Open {
-    fn new(of_worker: &Arc<AtomicUsize>, place: Place, of_process: Gauge) -> Self {
+    fn new(of_worker: &Arc<AtomicUsize>, permit: OwnedSemaphorePermit, of_process: Gauge) -> Self {
         of_worker.fetch_add(1, Ordering::Relaxed);
         of_process.inc();
         Self {
-            _place: place,
+            _permit: permit,
             of_worker: Arc::clone(of_worker),
             of_process,
         }

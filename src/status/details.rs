@@ -2,16 +2,15 @@
 
 use std::{collections::HashMap, time::Duration};
 
-use tonic::{
-    Code, Status,
-    metadata::{Ascii, MetadataMap, MetadataValue},
-};
+use http::{HeaderMap, HeaderValue};
+use tonic::{Code, Status, metadata::MetadataMap};
 use tonic_types::{ErrorDetails, FieldViolation, StatusExt};
 
 use super::failure::Failure;
 use crate::{
     credentials::{Issuer, Owner},
     reason::Reason,
+    telemetry::Facts,
     upstream::{known_codes, verdict::Resource},
 };
 
@@ -45,7 +44,7 @@ fn build(
     failure: &Failure<'_>,
     request_id: &str,
     authorization: &str,
-    violations: &[crate::rpc::Violation],
+    violations: &[crate::error::Violation],
 ) -> Status {
     let mut details = ErrorDetails::with_error_info(
         failure.reason.as_str(),
@@ -53,7 +52,7 @@ fn build(
         error_metadata(failure, authorization),
     );
     details.set_request_info(request_id, "");
-    let mut metadata = MetadataMap::new();
+    let mut metadata = HeaderMap::new();
 
     if !violations.is_empty() {
         let fields: Vec<_> = violations
@@ -76,9 +75,10 @@ fn build(
         let (kind, description) = describe(resource);
         details.set_resource_info(kind, name, "", description);
     }
-    if let Some(id) = upstream_request_id(failure) {
+    if let Some(id) = failure.facts.and_then(upstream_id_value) {
         metadata.insert("x-upstream-request-id", id);
     }
+    let metadata = MetadataMap::from_headers(metadata);
     Status::with_error_details_and_metadata(failure.code, &failure.message, details, metadata)
 }
 
@@ -115,14 +115,9 @@ fn error_metadata(failure: &Failure<'_>, authorization: &str) -> HashMap<String,
         .collect()
 }
 
-fn upstream_request_id(failure: &Failure<'_>) -> Option<MetadataValue<Ascii>> {
-    upstream_id_value(failure.facts?.upstream_request_id.as_deref()?)
-}
-
-/// The value of `x-upstream-request-id`. Not secret, but it seldom comes again, so like our own id it takes no place in the
-/// tables of headers that both sides know.
-pub(crate) fn upstream_id_value(id: &str) -> Option<MetadataValue<Ascii>> {
-    let mut value: MetadataValue<Ascii> = id.parse().ok()?;
+/// The value of `x-upstream-request-id`. Not secret, but rarely repeated: marked sensitive so that it takes no entry of HPACK's tables.
+pub(crate) fn upstream_id_value(facts: &Facts) -> Option<HeaderValue> {
+    let mut value = HeaderValue::from_str(facts.upstream_request_id.as_deref()?).ok()?;
     value.set_sensitive(true);
     Some(value)
 }

@@ -1,25 +1,28 @@
-//! What each failure means: code, reason, and which facts go with it.
+//! What each error means to the caller: code, reason, and which facts go with it.
 
 use std::time::Duration;
 
-use tonic::Code;
+use tonic::{Code, Status};
 
-use super::sentence;
+use super::{details, sentence};
 use crate::{
     credentials::{self, Issuer, Owner},
+    error::{Error, FailedLookup, Violation},
     reason::Reason,
-    rpc::{self, Violation},
-    upstream::{self, ErrorKind, Facts, Rejection, TaskQuery, verdict::Resource},
+    telemetry::Facts,
+    upstream::{self, Rejection, verdict::Resource},
 };
 
 /// An overloaded server is worth another try this soon: calls end within seconds.
 const OVERLOADED_WAIT: Duration = Duration::from_secs(1);
 
-/// A failure, understood, before it is written down.
+/// An error in the caller's terms.
 #[derive(Debug)]
-pub(super) struct Failure<'a> {
-    pub(super) code: Code,
-    pub(super) reason: Reason,
+pub struct Failure<'a> {
+    /// The gRPC code.
+    pub code: Code,
+    /// The reason, for `ErrorInfo` and for the access line.
+    pub reason: Reason,
     /// For a person; clean and short.
     pub(super) message: String,
     /// The wait of `RetryInfo`.
@@ -43,7 +46,7 @@ impl<'a> Failure<'a> {
         Self {
             code,
             reason,
-            message: sentence::of_reason(reason).to_owned(),
+            message: sentence::for_reason(reason).to_owned(),
             retry_after: None,
             owner: None,
             refused_by: None,
@@ -65,47 +68,47 @@ impl<'a> Failure<'a> {
     /// About a credential, so the sentence depends on whose it is.
     fn owned(self, owner: Owner) -> Self {
         Self {
-            message: sentence::of_credential(self.reason, owner).to_owned(),
+            message: sentence::for_credential(self.reason, owner).to_owned(),
             owner: Some(owner),
             ..self
         }
     }
 
-    pub(super) fn of(error: &'a rpc::Error) -> Self {
+    /// What `error` means to the caller.
+    pub fn from_error(error: &'a Error) -> Self {
         match error {
-            rpc::Error::InvalidRequest(violations) => Self {
-                message: sentence::of_violations(violations),
+            Error::InvalidRequest(violations) => Self {
+                message: sentence::for_violations(violations),
                 violations,
                 ..Self::new(Code::InvalidArgument, Reason::InvalidRequest)
             },
-            rpc::Error::Protocol(code, text) => Self {
+            Error::Protocol(code, text) => Self {
                 message: sentence::clean(text),
                 ..Self::new(*code, Reason::InvalidRequest)
             },
-            rpc::Error::ProjectNotAllowed => {
+            Error::ProjectNotAllowed => {
                 Self::new(Code::PermissionDenied, Reason::ProjectNotAllowed)
             }
-            rpc::Error::Credentials(error) => Self::of_credentials(error),
-            rpc::Error::Upstream {
-                error,
-                owner,
-                query,
-            } => Self {
-                facts: Some(&error.facts),
-                ..Self::of_upstream(error, *owner, query)
+            Error::Credentials(error) => Self::from_credentials(error),
+            Error::Upstream(lookup) => Self {
+                facts: Some(&lookup.facts),
+                ..Self::from_lookup(lookup)
             },
-            rpc::Error::DeadlineExceeded => {
-                Self::new(Code::DeadlineExceeded, Reason::DeadlineExceeded)
-            }
-            rpc::Error::Overloaded => {
+            Error::DeadlineExceeded => Self::new(Code::DeadlineExceeded, Reason::DeadlineExceeded),
+            Error::Overloaded => {
                 Self::new(Code::ResourceExhausted, Reason::Overloaded).after(OVERLOADED_WAIT)
             }
-            rpc::Error::ShuttingDown => Self::new(Code::Unavailable, Reason::ShuttingDown),
-            rpc::Error::Internal => Self::new(Code::Internal, Reason::Internal),
+            Error::ShuttingDown => Self::new(Code::Unavailable, Reason::ShuttingDown),
+            Error::Internal => Self::new(Code::Internal, Reason::Internal),
         }
     }
 
-    fn of_credentials(error: &credentials::Error) -> Self {
+    /// The status, with all its details.
+    pub fn to_status(&self, request_id: &str) -> Status {
+        details::write(self, request_id)
+    }
+
+    fn from_credentials(error: &credentials::Error) -> Self {
         match error {
             credentials::Error::Missing => {
                 Self::new(Code::Unauthenticated, Reason::CredentialMissing).owned(Owner::Caller)
@@ -137,51 +140,56 @@ impl<'a> Failure<'a> {
         }
     }
 
-    fn of_upstream(error: &'a upstream::Error, owner: Owner, query: &'a TaskQuery) -> Self {
-        match &error.kind {
-            ErrorKind::Rejected(rejection) => {
-                Self::of_rejection(rejection, &error.facts, owner, query)
+    fn from_lookup(lookup: &'a FailedLookup) -> Self {
+        match &lookup.error {
+            upstream::Error::Rejected(rejection) => Self::from_rejection(rejection, lookup),
+            upstream::Error::Transport(reason) => Self::new(Code::Unavailable, *reason),
+            upstream::Error::AttemptTimeout => {
+                Self::new(Code::DeadlineExceeded, Reason::UpstreamTimeout)
             }
-            ErrorKind::Transport(reason) => Self::new(Code::Unavailable, *reason),
-            ErrorKind::AttemptTimeout => Self::new(Code::DeadlineExceeded, Reason::UpstreamTimeout),
-            ErrorKind::Malformed => Self::new(Code::Internal, Reason::UpstreamMalformedResponse),
-            ErrorKind::TooLarge => Self::new(Code::Internal, Reason::UpstreamResponseTooLarge),
-            ErrorKind::DeadlineExceeded => {
+            upstream::Error::Malformed => {
+                Self::new(Code::Internal, Reason::UpstreamMalformedResponse)
+            }
+            upstream::Error::TooLarge => {
+                Self::new(Code::Internal, Reason::UpstreamResponseTooLarge)
+            }
+            upstream::Error::DeadlineExceeded => {
                 Self::new(Code::DeadlineExceeded, Reason::DeadlineExceeded)
             }
-            ErrorKind::CircuitOpen { retry_after } => {
+            upstream::Error::CircuitOpen { retry_after } => {
                 Self::new(Code::Unavailable, Reason::CircuitOpen).after(*retry_after)
             }
-            ErrorKind::ClockSkew => {
-                Self::new(Code::Unauthenticated, Reason::ClockSkew).owned(owner)
+            upstream::Error::ClockSkew => {
+                Self::new(Code::Unauthenticated, Reason::ClockSkew).owned(lookup.owner)
             }
-            ErrorKind::Throttled { retry_after } => {
+            upstream::Error::Throttled { retry_after } => {
                 Self::new(Code::ResourceExhausted, Reason::Throttled).after(*retry_after)
             }
-            ErrorKind::Credentials(error) => Self::of_credentials(error),
-            ErrorKind::Panicked => Self::new(Code::Internal, Reason::Internal),
+            upstream::Error::Credentials(error) => Self::from_credentials(error),
+            upstream::Error::Panicked => Self::new(Code::Internal, Reason::Internal),
         }
     }
 
-    fn of_rejection(
-        rejection: &'a Rejection,
-        facts: &'a Facts,
-        owner: Owner,
-        query: &'a TaskQuery,
-    ) -> Self {
+    fn from_rejection(rejection: &'a Rejection, lookup: &'a FailedLookup) -> Self {
+        let FailedLookup {
+            facts,
+            owner,
+            query,
+            ..
+        } = lookup;
         let verdict = &rejection.verdict;
         let ours = Self::new(verdict.code, verdict.reason);
         let ours = match verdict.code {
-            Code::Unauthenticated | Code::PermissionDenied => ours.owned(owner),
+            Code::Unauthenticated | Code::PermissionDenied => ours.owned(*owner),
             _ => ours,
         };
-        let message = match sentence::of_upstream(rejection, facts) {
+        let message = match sentence::for_rejection(rejection, facts) {
             Some(theirs) => theirs,
             None => ours.message,
         };
         let resource = verdict.resource.map(|resource| {
             let name = match resource {
-                Resource::Task => &query.workflow_id,
+                Resource::Task => query.workflow_id.as_str(),
                 Resource::Instance => &query.instance_id,
                 Resource::Project => &query.project_id,
                 Resource::Other => facts.upstream_code.as_deref().unwrap_or_default(),
@@ -195,13 +203,15 @@ impl<'a> Failure<'a> {
             resource,
             encoded_authorization_message: rejection.encoded_authorization_message.as_deref(),
             // Quotas, rights and what can be seen all depend on whose credential asked.
-            owner: Some(owner),
+            owner: Some(*owner),
             ..ours
         }
     }
 
-    /// What the gRPC library said about a call that it could not decode or route.
-    pub(super) fn of_library(code: Code, message: &str) -> Self {
+    /// What a status of the gRPC library means, which it makes for a call that it cannot decode or route. A message over the limit
+    /// becomes `RESOURCE_EXHAUSTED`, as gRPC demands. The library's text can repeat parts of the payload, so a message of this
+    /// module replaces it.
+    pub fn from_library(code: Code, message: &str) -> Self {
         let (code, sentence) = match code {
             // gRPC over HTTP/2 demands RESOURCE_EXHAUSTED for a message over the limit.
             Code::OutOfRange | Code::ResourceExhausted => {

@@ -1,7 +1,7 @@
-//! The only place where a failure becomes a `tonic::Status`: its code, reason, sentence and `google.rpc` details.
+//! The only place where an error becomes a gRPC status: its code, reason, message and `google.rpc` details.
 //!
-//! [`failure`] says what a failure means, [`sentence`] what a person is told, [`details`] how both are written down within
-//! the size that clients accept.
+//! [`failure`] decides what an error means, [`sentence`] has the messages, [`details`] encodes both within the size that clients
+//! accept.
 
 mod details;
 mod failure;
@@ -11,27 +11,6 @@ pub(crate) mod sound;
 #[cfg(test)]
 mod tests;
 
-use tonic::{Code, Status};
+pub use failure::Failure;
 
 pub(crate) use details::upstream_id_value;
-use failure::Failure;
-
-use crate::{reason::Reason, rpc};
-
-/// The status of a failed RPC, with all its details.
-pub fn of_error(error: &rpc::Error, request_id: &str) -> Status {
-    details::write(&Failure::of(error), request_id)
-}
-
-/// Why an RPC failed, for the access line and the metrics.
-pub fn reason(error: &rpc::Error) -> Reason {
-    Failure::of(error).reason
-}
-
-/// The full status for one that the gRPC library made itself, when a request could not be decoded or routed.
-///
-/// A message over the limit becomes `RESOURCE_EXHAUSTED`, as gRPC demands. The library's text can repeat parts of the
-/// payload, so a sentence of ours takes its place.
-pub fn complete(code: Code, message: &str, request_id: &str) -> Status {
-    details::write(&Failure::of_library(code, message), request_id)
-}

@@ -1,10 +1,7 @@
 //! What a person is told: a sentence of ours, or upstream's own text where it is safe and helps.
 
 use crate::{
-    credentials::Owner,
-    reason::Reason,
-    rpc::Violation,
-    upstream::{Facts, Rejection},
+    credentials::Owner, error::Violation, reason::Reason, telemetry::Facts, upstream::Rejection,
 };
 use tonic::Code;
 
@@ -26,7 +23,7 @@ pub(super) const UNREADABLE_REQUEST: &str =
     "the request cannot be decoded: send one protobuf message as the proto defines it";
 
 /// Our sentence for a reason, with the next step in it.
-pub(super) fn of_reason(reason: Reason) -> &'static str {
+pub(super) fn for_reason(reason: Reason) -> &'static str {
     match reason {
         Reason::TaskNotFound => {
             "rds knows no such task: check workflow_id; a task started seconds ago may not be registered yet"
@@ -121,8 +118,8 @@ pub(super) fn of_reason(reason: Reason) -> &'static str {
     }
 }
 
-/// As [`of_reason`], where it matters whose credential it was.
-pub(super) fn of_credential(reason: Reason, owner: Owner) -> &'static str {
+/// As [`for_reason`], where it matters whose credential it was.
+pub(super) fn for_credential(reason: Reason, owner: Owner) -> &'static str {
     match (reason, owner) {
         (Reason::CredentialRejected, Owner::Caller) => {
             "the token in x-auth-token was refused: get a new one for this project and region"
@@ -133,12 +130,12 @@ pub(super) fn of_credential(reason: Reason, owner: Owner) -> &'static str {
         (Reason::PermissionDenied, Owner::Server) => {
             "rds denies the call to the server's own identity: its operator has to grant rds:task:listAll"
         }
-        _ => of_reason(reason),
+        _ => for_reason(reason),
     }
 }
 
 /// All violations in one line, as far as there is room; `BadRequest` has them all.
-pub(super) fn of_violations(violations: &[Violation]) -> String {
+pub(super) fn for_violations(violations: &[Violation]) -> String {
     let parts: Vec<String> = violations
         .iter()
         .map(|violation| format!("{}: {}", violation.field, violation.description))
@@ -147,7 +144,7 @@ pub(super) fn of_violations(violations: &[Violation]) -> String {
 }
 
 /// Upstream's own text, cleaned; `None` where it is missing, no text for people, or may repeat a credential.
-pub(super) fn of_upstream(rejection: &Rejection, facts: &Facts) -> Option<String> {
+pub(super) fn for_rejection(rejection: &Rejection, facts: &Facts) -> Option<String> {
     let message = clean(&rejection.message);
     // Asked of both: the cut may hide a name that makes the rest suspect, and what is taken out may have parted one.
     if about_a_credential(rejection, facts)

@@ -1,6 +1,6 @@
-//! The access line: one per RPC. It does not pass through `tracing`, because every call pays for it.
+//! The access line: one per call. It does not pass through `tracing`, because every call pays for it.
 
-use std::{net::SocketAddr, time::Duration};
+use std::time::Duration;
 
 use jiff::Timestamp;
 use tonic::Code;
@@ -9,69 +9,17 @@ use tracing::Level;
 use super::{
     context::Context,
     line::{Line, Style},
+    record::{Facts, Record},
+    trace::ServerSpan,
     writer::Writer,
 };
-use crate::{code, reason::Reason};
+use crate::{code, config::LogFormat, reason::Reason};
 
 /// The target of access lines, for `RUST_LOG`: `access=off` hides them all, `access=error` those of callers' faults.
 pub(super) const TARGET: &str = "access";
 
 /// Longest text of a peer's choice in the line.
 const MAX_PEER_TEXT: usize = 128;
-
-/// What one RPC looked like from outside.
-#[derive(Debug, Clone, Copy)]
-pub struct AccessLine<'a> {
-    /// Our `x-request-id`.
-    pub request_id: &'a str,
-    /// Our own span where traces are exported, else the caller's.
-    pub trace: Option<&'a Context>,
-    /// `Method::name` of the RPC.
-    pub grpc_method: &'static str,
-    /// The final code.
-    pub grpc_code: Code,
-    /// `ErrorInfo.reason` of a failure.
-    pub reason: Option<Reason>,
-    /// From headers to the end.
-    pub duration: Duration,
-    /// The time the RPC was given: the caller's timeout or our own, whichever was shorter.
-    pub deadline: Duration,
-    /// Upstream attempts.
-    pub attempts: u32,
-    /// HTTP status of the last upstream answer.
-    pub upstream_status: Option<u16>,
-    /// The vendor's error code in it.
-    pub upstream_code: Option<&'a str>,
-    /// The vendor's request id in it.
-    pub upstream_request_id: Option<&'a str>,
-    /// The other end of the connection.
-    pub peer: Option<&'a Peer>,
-    /// The caller's `user-agent`, as it came.
-    pub user_agent: Option<&'a [u8]>,
-    /// Bytes of the reply's body.
-    pub bytes: u64,
-}
-
-/// The other end of a connection. Its text is made once, not for each line.
-#[derive(Debug)]
-pub struct Peer {
-    address: SocketAddr,
-    text: String,
-}
-
-impl Peer {
-    /// The peer at `address`.
-    pub fn new(address: SocketAddr) -> Self {
-        Self {
-            address,
-            text: address.to_string(),
-        }
-    }
-
-    pub(super) fn address(&self) -> SocketAddr {
-        self.address
-    }
-}
 
 /// Writes access lines. Clones write to the same log.
 #[derive(Debug, Clone)]
@@ -81,22 +29,32 @@ pub struct Access {
 }
 
 impl Access {
+    /// Writes no line: for tests and benchmarks, which have no log.
+    pub fn off() -> Self {
+        let style = Style {
+            format: LogFormat::Text,
+            colour: false,
+        };
+        Self::new(style, Writer::closed())
+    }
+
     /// Access lines that look like `style`.
     pub(super) fn new(style: Style, writer: Writer) -> Self {
         Self { style, writer }
     }
 
     /// Writes one line, unless the filter hides it. Never waits.
-    pub fn write(&self, line: &AccessLine<'_>) {
-        let level = level(line.grpc_code, line.reason);
-        // Each of the two remembers the filter's verdict, so asking is one load.
+    pub(super) fn write(&self, record: &Record, code: Code, took: Duration, facts: &Facts) {
+        let level = level(code, record.reason);
+        // Each of the two call sites caches the filter's decision, so that asking costs one load.
         let shown = match level {
             Level::ERROR => tracing::enabled!(target: TARGET, Level::ERROR),
             _ => tracing::enabled!(target: TARGET, Level::INFO),
         };
         if shown {
+            let now = Timestamp::now();
             self.writer
-                .write(&render(self.style, Timestamp::now(), level, line));
+                .write(&render(self.style, now, level, record, code, took, facts));
         }
     }
 }
@@ -117,38 +75,50 @@ fn level(code: Code, reason: Option<Reason>) -> Level {
     }
 }
 
-fn render(style: Style, now: Timestamp, level: Level, rpc: &AccessLine<'_>) -> String {
+fn render(
+    style: Style,
+    now: Timestamp,
+    level: Level,
+    record: &Record,
+    code: Code,
+    took: Duration,
+    facts: &Facts,
+) -> String {
     let mut line = Line::new(style, now, level, TARGET, "rpc");
-    line.text("request_id", &limited(rpc.request_id.as_bytes()));
-    if let Some(trace) = rpc.trace {
+    line.text("request_id", &limited(record.request_id.as_bytes()));
+    // Our own span if traces are exported, else the caller's.
+    let caller = match (&record.span, &record.traceparent) {
+        (None, Some(value)) => Context::from_traceparent(value),
+        _ => None,
+    };
+    let span = record.span.as_deref().map(ServerSpan::context);
+    if let Some(trace) = span.or(caller.as_ref()) {
         line.text("trace_id", &format!("{:032x}", trace.trace_id));
         line.text("span_id", &format!("{:016x}", trace.span_id));
     }
-    line.text("grpc_method", rpc.grpc_method);
-    line.text("grpc_code", code::go_name(rpc.grpc_code));
-    if let Some(reason) = rpc.reason {
+    line.text("grpc_method", record.method.full_name());
+    line.text("grpc_code", code::go_name(code));
+    if let Some(reason) = record.reason {
         line.text("reason", reason.as_str());
     }
-    line.plain("duration_ms", Milliseconds(rpc.duration));
-    // Dividing and printing 128 bits costs several times as much.
-    line.plain("deadline_ms", rpc.deadline.as_millis() as u64);
-    line.plain("attempts", rpc.attempts);
-    if let Some(status) = rpc.upstream_status {
+    line.plain("duration_ms", Milliseconds(took));
+    // As u64: dividing and printing 128 bits costs several times as much.
+    line.plain("deadline_ms", record.timeout.as_millis() as u64);
+    line.plain("attempts", facts.attempts);
+    if let Some(status) = facts.http_status {
         line.plain("upstream_status", status);
     }
-    if let Some(code) = rpc.upstream_code {
+    if let Some(code) = &facts.upstream_code {
         line.text("upstream_code", &limited(code.as_bytes()));
     }
-    if let Some(id) = rpc.upstream_request_id {
+    if let Some(id) = &facts.upstream_request_id {
         line.text("upstream_request_id", &limited(id.as_bytes()));
     }
-    if let Some(peer) = rpc.peer {
-        line.text("peer", &peer.text);
+    line.text("peer", &record.peer.text);
+    if let Some(agent) = &record.user_agent {
+        line.text("user_agent", &limited(agent.as_bytes()));
     }
-    if let Some(agent) = rpc.user_agent {
-        line.text("user_agent", &limited(agent));
-    }
-    line.plain("bytes", rpc.bytes);
+    line.plain("bytes", record.bytes);
     line.finish()
 }
 
@@ -177,15 +147,22 @@ pub(super) fn limited(text: &[u8]) -> std::borrow::Cow<'_, str> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::LazyLock;
+    use std::sync::Arc;
 
+    use http::HeaderValue;
     use prometheus_client::metrics::counter::Counter;
     use tracing::subscriber::with_default;
 
     use super::*;
     use crate::{
-        config::LogFormat,
-        telemetry::{log, repeats::Repeats, writer::tests::Kept},
+        method::Method,
+        telemetry::{
+            log,
+            metrics::Metrics,
+            record::{Peer, Sinks},
+            repeats::Repeats,
+            writer::tests::Kept,
+        },
     };
 
     const JSON: Style = Style {
@@ -197,48 +174,27 @@ mod tests {
         colour: false,
     };
 
-    static TRACE: Context = Context {
-        trace_id: 0x4bf9_2f35_77b3_4da6_a3ce_929d_0e0e_4736,
-        span_id: 0x00f0_67aa_0ba9_02b7,
-        sampled: true,
-        trace_state: String::new(),
-    };
+    const METHOD: Method = Method::GetTaskDetail;
+    const TOOK: Duration = Duration::from_micros(12_345);
 
-    static PEER: LazyLock<Peer> = LazyLock::new(|| Peer::new("127.0.0.1:4711".parse().unwrap()));
-
-    fn full() -> AccessLine<'static> {
-        AccessLine {
-            request_id: "request-1",
-            trace: Some(&TRACE),
-            grpc_method: "huaweicloud.rds.task.v1.TaskService/GetTaskDetail",
-            grpc_code: Code::NotFound,
-            reason: Some(Reason::TaskNotFound),
-            duration: Duration::from_micros(12_345),
-            deadline: Duration::from_secs(30),
-            attempts: 2,
-            upstream_status: Some(404),
-            upstream_code: Some("DBS.200543"),
-            upstream_request_id: Some("abc123"),
-            peer: Some(&PEER),
-            user_agent: Some(b"grpc-go/1.80"),
-            bytes: 0,
-        }
-    }
-
-    fn empty() -> AccessLine<'static> {
-        AccessLine {
-            trace: None,
-            grpc_code: Code::Ok,
-            reason: None,
-            attempts: 0,
-            upstream_status: None,
-            upstream_code: None,
-            upstream_request_id: None,
-            peer: None,
-            user_agent: None,
-            bytes: 87,
-            ..full()
-        }
+    fn record(access: &Access, headers: &[(&'static str, &[u8])]) -> Record {
+        let sinks = Arc::new(Sinks {
+            metrics: Metrics::new(),
+            access: access.clone(),
+            tracer: None,
+        });
+        let headers = headers
+            .iter()
+            .map(|(name, value)| {
+                (
+                    name.parse().unwrap(),
+                    HeaderValue::from_bytes(value).unwrap(),
+                )
+            })
+            .collect();
+        let peer = Arc::new(Peer::new("127.0.0.1:4711".parse().unwrap()));
+        let id = "request-1".to_owned();
+        Record::start(&sinks, METHOD, id, Duration::from_secs(30), peer, &headers)
     }
 
     fn now() -> Timestamp {
@@ -247,7 +203,29 @@ mod tests {
 
     #[test]
     fn the_json_line_carries_every_field_under_its_name() {
-        let text = render(JSON, now(), Level::INFO, &full());
+        let traceparent = b"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+        let headers: [(_, &[u8]); 2] = [
+            ("traceparent", traceparent),
+            ("user-agent", b"grpc-go/1.80"),
+        ];
+        let mut record = record(&Access::off(), &headers);
+        record.fail(Reason::TaskNotFound);
+        let facts = Facts {
+            attempts: 2,
+            http_status: Some(404),
+            upstream_code: Some("DBS.200543".to_owned()),
+            upstream_request_id: Some("abc123".to_owned()),
+        };
+
+        let text = render(
+            JSON,
+            now(),
+            Level::INFO,
+            &record,
+            Code::NotFound,
+            TOOK,
+            &facts,
+        );
 
         let object: serde_json::Value = serde_json::from_str(&text).unwrap();
         let expected = serde_json::json!({
@@ -264,29 +242,45 @@ mod tests {
     }
 
     #[test]
-    fn the_text_line_leaves_out_what_there_was_not() {
+    fn the_text_line_leaves_out_what_is_unknown() {
+        let mut record = record(&Access::off(), &[]);
+        record.sent(87);
+
         assert_eq!(
-            render(TEXT, now(), Level::INFO, &empty()),
+            render(
+                TEXT,
+                now(),
+                Level::INFO,
+                &record,
+                Code::Ok,
+                TOOK,
+                &Facts::default()
+            ),
             "2026-02-03T03:04:05.678Z INFO access: rpc request_id=request-1 \
              grpc_method=huaweicloud.rds.task.v1.TaskService/GetTaskDetail grpc_code=OK duration_ms=12.345 \
-             deadline_ms=30000 attempts=0 bytes=87\n"
+             deadline_ms=30000 attempts=0 peer=127.0.0.1:4711 bytes=87\n"
         );
     }
 
     #[test]
-    fn what_a_peer_sends_is_short_and_plain() {
-        let mut agent = b"a\n\"\x1b[31m\xff".to_vec();
+    fn text_of_the_peer_is_cut_and_made_plain() {
+        let mut agent = b"a\t\"[31m\xff".to_vec();
         agent.extend([b'x'; 1000]);
-        let line = AccessLine {
-            user_agent: Some(&agent),
-            ..empty()
-        };
+        let record = record(&Access::off(), &[("user-agent", &agent)]);
 
-        let object: serde_json::Value =
-            serde_json::from_str(&render(JSON, now(), Level::INFO, &line)).unwrap();
+        let line = render(
+            JSON,
+            now(),
+            Level::INFO,
+            &record,
+            Code::Ok,
+            TOOK,
+            &Facts::default(),
+        );
 
+        let object: serde_json::Value = serde_json::from_str(&line).unwrap();
         let shown = object["user_agent"].as_str().unwrap();
-        assert!(shown.starts_with("a?\"?[31m?xxx"), "{shown}");
+        assert!(shown.starts_with("a?\"[31m?xxx"), "{shown}");
         assert_eq!(shown.len(), MAX_PEER_TEXT);
     }
 
@@ -341,11 +335,8 @@ mod tests {
             let subscriber = log::subscriber(TEXT, filter_set, writer.clone(), repeats);
             let access = Access::new(TEXT, writer);
             with_default(subscriber, || {
-                access.write(&full());
-                access.write(&AccessLine {
-                    grpc_code: Code::Internal,
-                    ..full()
-                });
+                record(&access, &[]).finish(Code::NotFound);
+                record(&access, &[]).finish(Code::Internal);
             });
             drop(flush);
             assert_eq!(kept.text().lines().count(), expected, "{filter}");

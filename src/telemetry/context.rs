@@ -24,14 +24,14 @@ pub struct Context {
 
 impl Context {
     /// The caller's span, in the first accepted form that is there and sound.
-    pub(crate) fn of_headers(headers: &HeaderMap, accepted: Propagators) -> Option<Self> {
+    pub(crate) fn from_headers(headers: &HeaderMap, accepted: Propagators) -> Option<Self> {
         let w3c = || {
             let mut parents = headers.get_all("traceparent").iter();
             // It is no list, so two of them are one that is malformed.
             let (Some(parent), None) = (parents.next(), parents.next()) else {
                 return None;
             };
-            let mut context = Self::of_traceparent(parent)?;
+            let mut context = Self::from_traceparent(parent)?;
             context.trace_state = trace_state(headers);
             Some(context)
         };
@@ -43,7 +43,7 @@ impl Context {
     }
 
     /// The span of a `traceparent`; `None` when it is malformed (W3C Trace Context, section 3.2).
-    pub fn of_traceparent(value: &HeaderValue) -> Option<Self> {
+    pub fn from_traceparent(value: &HeaderValue) -> Option<Self> {
         let mut parts = value.to_str().ok()?.split('-');
         let (version, trace_id, span_id, flags) =
             (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
@@ -53,10 +53,10 @@ impl Context {
             // Later versions may add parts.
             && (version != "00" || parts.next().is_none());
         let sampled = u8::from_str_radix(flags, 16).ok()? & 1 == 1;
-        Self::of_ids(trace_id, span_id, sampled).filter(|_| sound && trace_id.len() == 32)
+        Self::from_ids(trace_id, span_id, sampled).filter(|_| sound && trace_id.len() == 32)
     }
 
-    fn of_ids(trace_id: &str, span_id: &str, sampled: bool) -> Option<Self> {
+    fn from_ids(trace_id: &str, span_id: &str, sampled: bool) -> Option<Self> {
         // B3 knows trace ids of 64 bits too.
         let sound = (lower_hex(trace_id, 32) || lower_hex(trace_id, 16)) && lower_hex(span_id, 16);
         let context = Self {
@@ -117,11 +117,11 @@ fn b3(headers: &HeaderMap) -> Option<Context> {
     if let Some(single) = text("b3") {
         let mut parts = single.split('-');
         let (trace_id, span_id) = (parts.next()?, parts.next()?);
-        return Context::of_ids(trace_id, span_id, parts.next() != Some("0"));
+        return Context::from_ids(trace_id, span_id, parts.next() != Some("0"));
     }
     let sampled =
         !matches!(text("x-b3-sampled"), Some("0" | "false")) || text("x-b3-flags") == Some("1");
-    Context::of_ids(text("x-b3-traceid")?, text("x-b3-spanid")?, sampled)
+    Context::from_ids(text("x-b3-traceid")?, text("x-b3-spanid")?, sampled)
 }
 
 #[cfg(test)]
@@ -162,13 +162,13 @@ mod tests {
         for (text, expected) in cases {
             let value = HeaderValue::from_str(&text).unwrap();
             assert_eq!(
-                Context::of_traceparent(&value).is_some(),
+                Context::from_traceparent(&value).is_some(),
                 expected,
                 "{text}"
             );
         }
         assert_eq!(
-            Context::of_traceparent(&HeaderValue::from_bytes(b"\xff").unwrap()),
+            Context::from_traceparent(&HeaderValue::from_bytes(b"\xff").unwrap()),
             None
         );
     }
@@ -226,7 +226,7 @@ mod tests {
         ];
 
         for (pairs, flags, state) in cases {
-            let context = Context::of_headers(&headers(&pairs), ALL).unwrap();
+            let context = Context::from_headers(&headers(&pairs), ALL).unwrap();
             let mut written = HeaderMap::new();
             context.write(&mut written);
             assert_eq!(
@@ -248,7 +248,10 @@ mod tests {
             "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
         );
 
-        assert_eq!(Context::of_headers(&headers(&[parent, parent]), ALL), None);
+        assert_eq!(
+            Context::from_headers(&headers(&[parent, parent]), ALL),
+            None
+        );
     }
 
     #[test]
@@ -263,8 +266,8 @@ mod tests {
             b3: false,
         };
 
-        let both = Context::of_headers(&headers(&[zipkin, w3c]), ALL).unwrap();
-        let refused = Context::of_headers(&headers(&[zipkin, w3c]), none);
+        let both = Context::from_headers(&headers(&[zipkin, w3c]), ALL).unwrap();
+        let refused = Context::from_headers(&headers(&[zipkin, w3c]), none);
 
         assert_eq!(format!("{:032x}", both.trace_id), TRACE);
         assert_eq!(refused, None);
@@ -275,7 +278,7 @@ mod tests {
         let long = format!("a={}", "x".repeat(600));
         let parent = format!("00-{TRACE}-{SPAN}-01");
 
-        let context = Context::of_headers(
+        let context = Context::from_headers(
             &headers(&[("traceparent", &parent), ("tracestate", &long)]),
             ALL,
         )

@@ -14,8 +14,7 @@ use prometheus_client::{
 };
 use tonic::Code;
 
-use super::method::Method;
-use crate::{code, reason::Reason};
+use crate::{code, method::Method, reason::Reason};
 
 /// How one upstream attempt ended, as the label `outcome`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,7 +53,7 @@ const RETRY_REASONS: [Reason; 10] = [
 ];
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct RpcLabels {
+struct MethodLabels {
     grpc_type: &'static str,
     grpc_service: &'static str,
     grpc_method: &'static str,
@@ -84,9 +83,9 @@ struct OutcomeLabel {
     outcome: &'static str,
 }
 
-/// Handles of one RPC's series, resolved once.
+/// The series of one method, looked up once.
 #[derive(Debug)]
-struct RpcSeries {
+struct MethodSeries {
     started: Counter,
     handled: [Counter; 17],
     seconds: Histogram,
@@ -95,7 +94,7 @@ struct RpcSeries {
 /// All metrics of one process, and the registry that prints them.
 pub struct Metrics {
     registry: Registry,
-    rpcs: [RpcSeries; 5],
+    calls: Vec<MethodSeries>,
     attempts: Vec<[Counter; 6]>,
     attempt_seconds: Histogram,
     retries: Vec<(Reason, Counter)>,
@@ -138,9 +137,9 @@ impl Metrics {
     /// Registers every metric and makes every series.
     pub fn new() -> Arc<Self> {
         let mut registry = Registry::default();
-        let started = Family::<RpcLabels, Counter>::default();
+        let started = Family::<MethodLabels, Counter>::default();
         let handled = Family::<HandledLabels, Counter>::default();
-        let seconds = Family::<RpcLabels, Histogram>::new_with_constructor(|| {
+        let seconds = Family::<MethodLabels, Histogram>::new_with_constructor(|| {
             Histogram::new(LATENCY_BUCKETS)
         });
         let attempts = Family::<AttemptLabels, Counter>::default();
@@ -188,14 +187,15 @@ impl Metrics {
         registry.register("build", "The running program", info);
         registry.register_collector(Box::new(super::process::Process));
 
-        let rpcs = Method::ALL.map(|method| {
-            let (grpc_type, grpc_service, grpc_method) = method.labels();
-            let labels = RpcLabels {
+        let calls = Method::all().map(|method| {
+            let (grpc_type, grpc_service, grpc_method) =
+                (method.kind().as_str(), method.service(), method.name());
+            let labels = MethodLabels {
                 grpc_type,
                 grpc_service,
                 grpc_method,
             };
-            RpcSeries {
+            MethodSeries {
                 started: started.get_or_create_owned(&labels),
                 handled: std::array::from_fn(|index| {
                     let grpc_code = code::go_name(Code::from(index as i32));
@@ -239,7 +239,7 @@ impl Metrics {
 
         let mut metrics = Self {
             registry,
-            rpcs,
+            calls: calls.into(),
             attempts,
             attempt_seconds,
             retries,
@@ -328,14 +328,14 @@ impl Metrics {
         );
     }
 
-    /// Counts the start of an RPC.
-    pub fn rpc_started(&self, method: Method) {
-        self.rpcs[method as usize].started.inc();
+    /// Counts the start of a call.
+    pub fn call_started(&self, method: Method) {
+        self.calls[method as usize].started.inc();
     }
 
-    /// Counts the end of an RPC, exactly once for each start.
-    pub fn rpc_handled(&self, method: Method, code: Code, took: Duration) {
-        let series = &self.rpcs[method as usize];
+    /// Counts the end of a call, exactly once for each start.
+    pub fn call_handled(&self, method: Method, code: Code, took: Duration) {
+        let series = &self.calls[method as usize];
         series.handled[code as usize].inc();
         series.seconds.observe(took.as_secs_f64());
     }

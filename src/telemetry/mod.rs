@@ -1,15 +1,16 @@
 //! What an operator sees from outside: log, access line, metrics, traces.
 
 mod access;
+mod attempt;
 pub(crate) mod context;
 mod conventions;
 mod export;
 mod line;
 pub(crate) mod log;
-pub mod method;
 pub mod metrics;
 mod otlp;
 mod process;
+mod record;
 mod repeats;
 mod trace;
 mod writer;
@@ -25,10 +26,11 @@ use jiff::Timestamp;
 use tracing::Level;
 
 pub use self::{
-    access::{Access, AccessLine, Peer},
-    context::Context,
+    access::Access,
+    attempt::AttemptRecord,
     export::Error as TracingError,
-    trace::{AttemptEnd, AttemptSpan, ServerSpan, Tracer},
+    record::{Facts, Peer, Progress, Record, Sinks},
+    trace::{ServerSpan, Tracer},
 };
 use self::{
     line::{Line, Style},

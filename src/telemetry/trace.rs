@@ -1,5 +1,5 @@
-//! Spans: one for each RPC, and below it one for each upstream attempt. Where nothing is exported there is no [`Tracer`],
-//! and an RPC pays one look at an `Option`.
+//! Spans: one for each call, and below it one for each upstream attempt. Without an export there is no [`Tracer`], and a call pays
+//! for one look at an `Option`.
 
 use std::{sync::Arc, time::Duration};
 
@@ -8,16 +8,19 @@ use jiff::Timestamp;
 use tonic::Code;
 
 use super::{
-    access::{AccessLine, Peer, limited},
+    access::limited,
+    attempt::AttemptRecord,
     context::Context,
     conventions as names,
     export::Queue,
     metrics::AttemptOutcome,
     otlp::{KeyValue, Span, SpanKind, Status, StatusCode},
+    record::{Facts, Record},
 };
 use crate::{
     code,
     config::{self, Propagators, Sampler},
+    method::Method,
     reason::Reason,
 };
 
@@ -30,7 +33,7 @@ pub struct Tracer {
     queue: Queue,
 }
 
-/// The span of one RPC, from its headers on.
+/// The span of one call, from its headers on.
 #[derive(Debug)]
 pub struct ServerSpan {
     tracer: Arc<Tracer>,
@@ -42,28 +45,11 @@ pub struct ServerSpan {
 
 /// The span of one upstream attempt.
 #[derive(Debug)]
-pub struct AttemptSpan {
+pub(super) struct AttemptSpan {
     parent: Arc<ServerSpan>,
     span_id: u64,
     started: Timestamp,
     resend_count: u32,
-}
-
-/// How an attempt ended, for its span.
-#[derive(Debug)]
-pub struct AttemptEnd<'a> {
-    /// Where the request went.
-    pub url: &'a reqwest::Url,
-    /// How it ended.
-    pub outcome: AttemptOutcome,
-    /// The answer's status, where its head came.
-    pub http_status: Option<u16>,
-    /// Why no whole answer came.
-    pub reason: Option<Reason>,
-    /// The vendor's request id.
-    pub upstream_request_id: Option<String>,
-    /// From sending to the end.
-    pub took: Duration,
 }
 
 impl Tracer {
@@ -86,9 +72,9 @@ impl Tracer {
         self.queue.finish(limit)
     }
 
-    /// The span of an RPC whose headers have come.
+    /// The span of a call whose headers have arrived.
     pub fn server_span(self: &Arc<Self>, headers: &HeaderMap) -> Arc<ServerSpan> {
-        let parent = Context::of_headers(headers, self.accepted);
+        let parent = Context::from_headers(headers, self.accepted);
         let trace_id = parent
             .as_ref()
             .map_or_else(|| fastrand::u128(1..), |parent| parent.trace_id);
@@ -116,49 +102,44 @@ impl ServerSpan {
         &self.context
     }
 
-    /// Ends the span with what the access line says. Called once.
-    pub fn end(&self, line: &AccessLine<'_>) {
+    /// Exports the span of a call that is over. Called once.
+    pub(super) fn end(&self, record: &Record, code: Code, took: Duration, facts: &Facts) {
         if !self.context.sampled {
             return;
         }
-        let method = match line.grpc_method {
-            "other" => names::OTHER,
-            name => name,
+        let method = match record.method {
+            Method::Other => names::OTHER,
+            known => known.full_name(),
         };
-        let code = code::name(line.grpc_code);
+        let failed = is_server_error(code);
+        let code = code::name(code);
         let mut attributes = vec![
             KeyValue::text(names::RPC_SYSTEM_NAME, "grpc"),
             KeyValue::text(names::RPC_METHOD, method),
             KeyValue::text(names::RPC_RESPONSE_STATUS_CODE, code),
-            KeyValue::text(names::REQUEST_ID, line.request_id),
-            KeyValue::number(names::ATTEMPTS, line.attempts),
-        ];
-        if let Some(peer) = line.peer.map(Peer::address) {
-            attributes.push(KeyValue::text(
+            KeyValue::text(names::REQUEST_ID, record.request_id.as_str()),
+            KeyValue::number(names::ATTEMPTS, facts.attempts),
+            KeyValue::text(
                 names::NETWORK_PEER_ADDRESS,
-                peer.ip().to_string(),
-            ));
-            attributes.push(KeyValue::number(names::NETWORK_PEER_PORT, peer.port()));
+                record.peer.address.ip().to_string(),
+            ),
+            KeyValue::number(names::NETWORK_PEER_PORT, record.peer.address.port()),
+        ];
+        if let Some(agent) = &record.user_agent {
+            let agent = limited(agent.as_bytes());
+            attributes.push(KeyValue::text(names::USER_AGENT_ORIGINAL, agent));
         }
-        if let Some(agent) = line.user_agent {
-            attributes.push(KeyValue::text(names::USER_AGENT_ORIGINAL, limited(agent)));
-        }
-        if let Some(reason) = line.reason {
+        if let Some(reason) = record.reason {
             attributes.push(KeyValue::text(names::REASON, reason.as_str()));
         }
-        if let Some(code) = line.upstream_code {
-            attributes.push(KeyValue::text(
-                names::UPSTREAM_CODE,
-                limited(code.as_bytes()),
-            ));
+        if let Some(code) = &facts.upstream_code {
+            let code = limited(code.as_bytes());
+            attributes.push(KeyValue::text(names::UPSTREAM_CODE, code));
         }
-        if let Some(id) = line.upstream_request_id {
-            attributes.push(KeyValue::text(
-                names::UPSTREAM_REQUEST_ID,
-                limited(id.as_bytes()),
-            ));
+        if let Some(id) = &facts.upstream_request_id {
+            let id = limited(id.as_bytes());
+            attributes.push(KeyValue::text(names::UPSTREAM_REQUEST_ID, id));
         }
-        let failed = is_server_error(line.grpc_code);
         if failed {
             attributes.push(KeyValue::text(names::ERROR_TYPE, code));
         }
@@ -171,12 +152,12 @@ impl ServerSpan {
             kind: SpanKind::Server.into(),
             attributes,
             status: status(failed),
-            ..self.span(self.context.span_id, self.started, line.duration)
+            ..self.span(self.context.span_id, self.started, took)
         });
     }
 
     /// The span of an attempt that starts now, `resend_count` others of the same call before it.
-    pub fn attempt(self: &Arc<Self>, resend_count: u32) -> AttemptSpan {
+    pub(super) fn attempt(self: &Arc<Self>, resend_count: u32) -> AttemptSpan {
         AttemptSpan {
             parent: Arc::clone(self),
             span_id: fastrand::u64(1..),
@@ -201,7 +182,7 @@ impl ServerSpan {
 
 impl AttemptSpan {
     /// Writes the trace context into the attempt's request, where the operator wants that.
-    pub fn propagate(&self, headers: &mut HeaderMap) {
+    pub(super) fn propagate(&self, headers: &mut HeaderMap) {
         if self.parent.tracer.propagate_upstream {
             let context = Context {
                 span_id: self.span_id,
@@ -211,8 +192,8 @@ impl AttemptSpan {
         }
     }
 
-    /// Ends the span. Called once.
-    pub fn end(&self, end: AttemptEnd<'_>) {
+    /// Exports the span of an attempt that is over. Called once.
+    pub(super) fn end(&self, end: &AttemptRecord<'_>, took: Duration) {
         if !self.parent.context.sampled {
             return;
         }
@@ -239,8 +220,8 @@ impl AttemptSpan {
         if let Some(status) = end.http_status {
             attributes.push(KeyValue::number(names::HTTP_RESPONSE_STATUS_CODE, status));
         }
-        if let Some(id) = end.upstream_request_id {
-            attributes.push(KeyValue::text(names::UPSTREAM_REQUEST_ID, id));
+        if let Some(id) = &end.upstream_request_id {
+            attributes.push(KeyValue::text(names::UPSTREAM_REQUEST_ID, id.as_str()));
         }
         let error = match (end.outcome, end.http_status, end.reason) {
             (AttemptOutcome::Answer, Some(status), _) if status >= 400 => Some(status.to_string()),
@@ -259,7 +240,7 @@ impl AttemptSpan {
             kind: SpanKind::Client.into(),
             attributes,
             status: status(failed),
-            ..self.parent.span(self.span_id, self.started, end.took)
+            ..self.parent.span(self.span_id, self.started, took)
         });
     }
 }

@@ -83,6 +83,16 @@ impl Writer {
         (Self { queue, dropped }, flush)
     }
 
+    /// A writer that drops every line.
+    pub(super) fn closed() -> Self {
+        let queue = Arc::<Queue>::default();
+        queue.lock().over = true;
+        Self {
+            queue,
+            dropped: Counter::default(),
+        }
+    }
+
     /// Hands one line over. Never waits.
     pub(super) fn write(&self, line: &str) {
         let mut waiting = self.queue.lock();

@@ -10,7 +10,7 @@ use http::{HeaderMap, header::CONTENT_ENCODING};
 use tokio::time::Instant;
 
 use super::{
-    Client, ErrorKind, Facts, Progress, Rejection, breaker,
+    Client, Error, Rejection, breaker,
     rejection::{self, KEY_LOCK},
     request::TaskRequest,
     retry,
@@ -19,13 +19,10 @@ use super::{
 };
 use crate::{
     credentials::{self, Auth, Identity, key_guard},
-    deadline::Limit,
+    deadline::SharedDeadline,
     http::{Answer, Failure},
     reason::Reason,
-    telemetry::{
-        AttemptEnd, AttemptSpan, ServerSpan,
-        metrics::{AttemptOutcome, Metrics},
-    },
+    telemetry::{AttemptRecord, Facts, Progress, ServerSpan, metrics::AttemptOutcome},
     wait,
 };
 
@@ -35,20 +32,20 @@ const FLOOR: Duration = Duration::from_millis(2);
 /// Stands for a body that says nothing: no JSON, so that only the status counts.
 const UNREADABLE: &[u8] = b"?";
 
-/// How an attempt failed, and what can be done about it.
-pub(super) struct Failed {
-    pub(super) kind: ErrorKind,
+/// Why an attempt failed, and what can be done about it.
+pub(super) struct FailedAttempt {
+    pub(super) error: Error,
     pub(super) reason: Reason,
-    pub(super) policy: retry::Failed,
+    pub(super) advice: retry::Advice,
     pub(super) remedy: Remedy,
 }
 
-/// What would make a repeated attempt succeed, beside luck.
+/// What has to change for another attempt to succeed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Remedy {
     None,
     /// Another credential.
-    Renew,
+    RefreshCredential,
     /// A signature of the corrected time.
     SignAgain,
 }
@@ -57,83 +54,65 @@ pub(super) enum Remedy {
 #[derive(Debug, Clone, Copy)]
 struct Signed {
     at: SystemTime,
-    /// The call learnt the gateway's time before.
+    /// An earlier attempt of this lookup has corrected the clock.
     clock_corrected: bool,
 }
 
-impl Failed {
-    fn lasting(kind: ErrorKind, reason: Reason) -> Self {
-        let policy = retry::Failed {
-            repeat: Repeat::Never,
-            at_once: false,
-            retry_after: None,
-        };
+impl FailedAttempt {
+    fn permanent(error: Error, reason: Reason) -> Self {
         Self {
-            kind,
+            error,
             reason,
-            policy,
+            advice: retry::Advice::repeat(Repeat::Never),
             remedy: Remedy::None,
         }
     }
 
     fn transport(failure: Failure) -> Self {
-        let kind = match failure.reason {
-            Reason::UpstreamResponseTooLarge => ErrorKind::TooLarge,
-            reason => ErrorKind::Transport(reason),
+        let error = match failure.reason {
+            Reason::UpstreamResponseTooLarge => Error::TooLarge,
+            reason => Error::Transport(reason),
         };
-        let repeat = if failure.repeatable {
-            Repeat::Backoff
-        } else {
-            Repeat::Never
-        };
-        // A stale pooled connection, most often: a fresh one is the whole remedy.
-        let at_once = matches!(
-            failure.reason,
-            Reason::UpstreamReset | Reason::UpstreamTruncated
-        );
-        let policy = retry::Failed {
-            repeat,
-            at_once,
-            retry_after: None,
+        let advice = retry::Advice {
+            // A stale pooled connection, most often: a fresh one is the whole remedy.
+            at_once: matches!(
+                failure.reason,
+                Reason::UpstreamReset | Reason::UpstreamTruncated
+            ),
+            ..backoff_if(failure.repeatable)
         };
         Self {
-            kind,
-            reason: failure.reason,
-            policy,
-            remedy: Remedy::None,
+            advice,
+            ..Self::permanent(error, failure.reason)
         }
     }
 
     fn timeout(before_head: bool) -> Self {
-        let repeat = if before_head {
-            Repeat::Backoff
-        } else {
-            Repeat::Never
-        };
-        let policy = retry::Failed {
-            repeat,
-            at_once: false,
-            retry_after: None,
-        };
         Self {
-            policy,
-            ..Self::lasting(ErrorKind::AttemptTimeout, Reason::UpstreamTimeout)
+            advice: backoff_if(before_head),
+            ..Self::permanent(Error::AttemptTimeout, Reason::UpstreamTimeout)
         }
     }
 
     fn rejected(rejection: Rejection) -> Self {
-        let policy = retry::Failed {
-            repeat: rejection.verdict.repeat,
-            at_once: false,
+        let advice = retry::Advice {
             retry_after: rejection.retry_after,
+            ..retry::Advice::repeat(rejection.verdict.repeat)
         };
+        let reason = rejection.verdict.reason;
         Self {
-            reason: rejection.verdict.reason,
-            kind: ErrorKind::Rejected(Box::new(rejection)),
-            policy,
-            remedy: Remedy::None,
+            advice,
+            ..Self::permanent(Error::Rejected(Box::new(rejection)), reason)
         }
     }
+}
+
+fn backoff_if(repeatable: bool) -> retry::Advice {
+    retry::Advice::repeat(if repeatable {
+        Repeat::Backoff
+    } else {
+        Repeat::Never
+    })
 }
 
 impl Client {
@@ -142,21 +121,26 @@ impl Client {
         request: &TaskRequest<'_>,
         auth: &Auth,
         clock_corrected: bool,
-        limit: &Limit,
+        deadline: &SharedDeadline,
         progress: &Progress,
         span: Option<&Arc<ServerSpan>>,
-    ) -> Result<TaskDetail, Failed> {
+    ) -> Result<TaskDetail, FailedAttempt> {
         let endpoint = &*self.endpoint;
-        if limit.deadline().remaining() < FLOOR {
-            return Err(Failed::lasting(
-                ErrorKind::DeadlineExceeded,
+        if deadline.deadline().remaining() < FLOOR {
+            return Err(FailedAttempt::permanent(
+                Error::DeadlineExceeded,
                 Reason::DeadlineExceeded,
             ));
         }
-        self.admit(auth.identity(), limit).await?;
+        self.admit(auth.identity(), deadline).await?;
         let key = match auth {
             Auth::Token(_) => None,
-            Auth::Key(key) => Some(key.guard.admit(limit.deadline()).await.map_err(refused)?),
+            Auth::Key(key) => Some(
+                key.guard
+                    .admit(deadline.deadline())
+                    .await
+                    .map_err(refused)?,
+            ),
         };
         let admission = endpoint.breaker.admit().map_err(circuit_open)?;
 
@@ -169,26 +153,22 @@ impl Client {
             resend_count = facts.attempts;
             facts.attempts += 1;
         });
-        let span = span.map(|span| span.attempt(resend_count));
-        let mut record = Record::start(&endpoint.metrics, request, span);
+        let mut record = AttemptRecord::start(&endpoint.metrics, request.url(), span, resend_count);
         let until = Instant::now() + endpoint.config.attempt_timeout;
-        let message = request.with(auth, signed.at, record.span.as_ref());
+        let message = request.with(auth, signed.at, &record);
         let mut answer = match tokio::time::timeout_at(until, self.http.send(message)).await {
             Ok(Ok(answer)) => answer,
             Ok(Err(failure)) => return Err(end_without_answer(record, admission, failure)),
             Err(_) => {
-                record.end(AttemptOutcome::Timeout);
-                return Err(Failed::timeout(true));
+                record.finish(AttemptOutcome::Timeout);
+                return Err(FailedAttempt::timeout(true));
             }
         };
-        record.http_status = Some(answer.status());
         progress.update(|facts| {
-            facts.http_status = record.http_status;
+            facts.http_status = Some(answer.status());
             facts.upstream_request_id = rejection::request_id(answer.headers());
-            if record.span.is_some() {
-                record.upstream_request_id = facts.upstream_request_id.clone();
-            }
             facts.upstream_code = None;
+            record.replied(answer.status(), facts.upstream_request_id.as_ref());
         });
         let body = match tokio::time::timeout_at(until, answer.body()).await {
             Ok(Ok(body)) => body,
@@ -196,14 +176,14 @@ impl Client {
             Ok(Err(_)) | Err(_) if answer.status() != 200 => Bytes::from_static(UNREADABLE),
             Ok(Err(failure)) => return Err(end_without_answer(record, admission, failure)),
             Err(_) => {
-                record.end(AttemptOutcome::Timeout);
-                return Err(Failed::timeout(false));
+                record.finish(AttemptOutcome::Timeout);
+                return Err(FailedAttempt::timeout(false));
             }
         };
-        record.end(AttemptOutcome::Answer);
+        record.finish(AttemptOutcome::Answer);
         let understood = self.understand(&answer, &body, signed, admission, key, progress);
-        if let Err(Failed {
-            kind: ErrorKind::Rejected(rejection),
+        if let Err(FailedAttempt {
+            error: Error::Rejected(rejection),
             ..
         }) = &understood
         {
@@ -213,13 +193,17 @@ impl Client {
     }
 
     /// Waits until neither the vendor's rate nor our own holds the identity back.
-    async fn admit(&self, identity: Identity, limit: &Limit) -> Result<(), Failed> {
+    async fn admit(
+        &self,
+        identity: Identity,
+        deadline: &SharedDeadline,
+    ) -> Result<(), FailedAttempt> {
         let endpoint = &*self.endpoint;
         endpoint.throttle.check(identity).map_err(held_back)?;
         if let Some(rate) = &endpoint.rate {
             // An attempt that the breaker stops takes no turn. The place of a probe is free again at once.
             endpoint.breaker.admit().map_err(circuit_open)?;
-            let turn = rate.turn(identity, limit.deadline());
+            let turn = rate.turn(identity, deadline.deadline());
             turn.await.map_err(held_back)?;
             // The vendor may have throttled another call in the meantime.
             endpoint.throttle.check(identity).map_err(held_back)?;
@@ -235,7 +219,7 @@ impl Client {
         admission: breaker::Admission<'_>,
         key: Option<key_guard::Admission<'_>>,
         progress: &Progress,
-    ) -> Result<TaskDetail, Failed> {
+    ) -> Result<TaskDetail, FailedAttempt> {
         let (headers, now) = (answer.headers(), self.endpoint.clock.now());
         let (rejection, facts) = match (answer.status(), is_encoded(headers)) {
             (200, true) => return Err(malformed(admission)),
@@ -280,7 +264,7 @@ impl Client {
         headers: &HeaderMap,
         signed: Signed,
         key: key_guard::Admission<'_>,
-    ) -> Failed {
+    ) -> FailedAttempt {
         if rejection.lock_announced {
             key.signature_refused(true);
             return refused(credentials::Error::Locked {
@@ -296,7 +280,7 @@ impl Client {
             {
                 key.accepted();
             }
-            return Failed::rejected(rejection);
+            return FailedAttempt::rejected(rejection);
         }
         let learn = |date| self.endpoint.clock.learn(date, signed.at);
         let skewed = wait::date(headers).is_some_and(learn);
@@ -305,61 +289,60 @@ impl Client {
             key.signature_refused(false);
         }
         if skewed || signed.clock_corrected {
-            return Failed {
+            return FailedAttempt {
                 remedy: Remedy::SignAgain,
-                ..Failed::lasting(ErrorKind::ClockSkew, Reason::ClockSkew)
+                ..FailedAttempt::permanent(Error::ClockSkew, Reason::ClockSkew)
             };
         }
         // A temporary key may have been withdrawn. This call is not repeated all the same: keys never are.
-        Failed {
-            remedy: Remedy::Renew,
-            ..Failed::rejected(rejection)
+        FailedAttempt {
+            remedy: Remedy::RefreshCredential,
+            ..FailedAttempt::rejected(rejection)
         }
     }
 }
 
-fn held_back(retry_after: Duration) -> Failed {
-    Failed::lasting(ErrorKind::Throttled { retry_after }, Reason::Throttled)
+fn held_back(retry_after: Duration) -> FailedAttempt {
+    FailedAttempt::permanent(Error::Throttled { retry_after }, Reason::Throttled)
 }
 
-fn circuit_open(retry_after: Duration) -> Failed {
-    Failed::lasting(ErrorKind::CircuitOpen { retry_after }, Reason::CircuitOpen)
+fn circuit_open(retry_after: Duration) -> FailedAttempt {
+    FailedAttempt::permanent(Error::CircuitOpen { retry_after }, Reason::CircuitOpen)
 }
 
-fn malformed(admission: breaker::Admission<'_>) -> Failed {
+fn malformed(admission: breaker::Admission<'_>) -> FailedAttempt {
     admission.answered();
-    Failed::lasting(ErrorKind::Malformed, Reason::UpstreamMalformedResponse)
+    FailedAttempt::permanent(Error::Malformed, Reason::UpstreamMalformedResponse)
 }
 
-fn with_token(rejection: Rejection) -> Failed {
+fn with_token(rejection: Rejection) -> FailedAttempt {
     let renewable = rejection.verdict.credential == Credential::Renewable;
-    Failed {
+    FailedAttempt {
         remedy: if renewable {
-            Remedy::Renew
+            Remedy::RefreshCredential
         } else {
             Remedy::None
         },
-        ..Failed::rejected(rejection)
+        ..FailedAttempt::rejected(rejection)
     }
 }
 
-fn refused(error: credentials::Error) -> Failed {
-    Failed::lasting(ErrorKind::Credentials(error), Reason::CredentialLocked)
+fn refused(error: credentials::Error) -> FailedAttempt {
+    FailedAttempt::permanent(Error::Credentials(error), Reason::CredentialLocked)
 }
 
 fn end_without_answer(
-    mut record: Record<'_>,
+    record: AttemptRecord<'_>,
     admission: breaker::Admission<'_>,
     failure: Failure,
-) -> Failed {
-    record.reason = Some(failure.reason);
-    record.end(AttemptOutcome::TransportError);
+) -> FailedAttempt {
+    record.fail(failure.reason);
     if failure.reason == Reason::UpstreamResponseTooLarge {
         admission.answered();
     } else {
         admission.failed();
     }
-    Failed::transport(failure)
+    FailedAttempt::transport(failure)
 }
 
 /// No encoding was asked for, so none can be undone.
@@ -367,60 +350,4 @@ fn is_encoded(headers: &HeaderMap) -> bool {
     headers
         .get(CONTENT_ENCODING)
         .is_some_and(|encoding| !encoding.as_bytes().eq_ignore_ascii_case(b"identity"))
-}
-
-/// Counts an attempt and ends its span once, as cancelled when it is dropped before its end.
-struct Record<'a> {
-    metrics: &'a Metrics,
-    request: &'a TaskRequest<'a>,
-    span: Option<AttemptSpan>,
-    started: Instant,
-    outcome: AttemptOutcome,
-    http_status: Option<u16>,
-    /// Why there is no whole answer.
-    reason: Option<Reason>,
-    upstream_request_id: Option<String>,
-}
-
-impl<'a> Record<'a> {
-    fn start(
-        metrics: &'a Metrics,
-        request: &'a TaskRequest<'a>,
-        span: Option<AttemptSpan>,
-    ) -> Self {
-        metrics.upstream_in_flight.inc();
-        Self {
-            metrics,
-            request,
-            span,
-            started: Instant::now(),
-            outcome: AttemptOutcome::Cancelled,
-            http_status: None,
-            reason: None,
-            upstream_request_id: None,
-        }
-    }
-
-    fn end(mut self, outcome: AttemptOutcome) {
-        self.outcome = outcome;
-    }
-}
-
-impl Drop for Record<'_> {
-    fn drop(&mut self) {
-        let took = self.started.elapsed();
-        self.metrics.upstream_in_flight.dec();
-        self.metrics
-            .upstream_attempt(self.outcome, self.http_status, took);
-        if let Some(span) = &self.span {
-            span.end(AttemptEnd {
-                url: self.request.url(),
-                outcome: self.outcome,
-                http_status: self.http_status,
-                reason: self.reason,
-                upstream_request_id: self.upstream_request_id.take(),
-                took,
-            });
-        }
-    }
 }

@@ -1,28 +1,26 @@
 //! The send loop: as many attempts as answer, deadline, budget and breaker allow, each with a credential that is valid now.
 
-use std::{
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use reqwest::Url;
 
 use super::{
-    Error, ErrorKind, Facts, Found, TaskQuery,
-    attempt::{Failed, Remedy},
+    Error, TaskQuery,
+    attempt::Remedy,
     breaker::Breaker,
     clock::Clock,
     rate::{self, Rate},
     request::TaskRequest,
     retry::{Attempts, Budget},
     throttle::Throttle,
+    wire::TaskDetail,
 };
 use crate::{
     credentials::{Auth, Credentials},
-    deadline::Limit,
+    deadline::SharedDeadline,
     http,
     reason::Reason,
-    telemetry::{ServerSpan, metrics::Metrics},
+    telemetry::{Progress, ServerSpan, metrics::Metrics},
 };
 
 /// How calls are made.
@@ -67,24 +65,6 @@ impl Endpoint {
     }
 }
 
-/// What the attempts of a call have shown so far, readable while they go on.
-#[derive(Debug, Default)]
-pub struct Progress(Mutex<Facts>);
-
-impl Progress {
-    /// The facts until now.
-    pub fn facts(&self) -> Facts {
-        self.0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
-    }
-
-    pub(super) fn update(&self, change: impl FnOnce(&mut Facts)) {
-        change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner));
-    }
-}
-
 /// Makes calls. Each worker has its own, with its own connections.
 #[derive(Debug, Clone)]
 pub struct Client {
@@ -103,54 +83,45 @@ impl Client {
         }
     }
 
-    /// Looks up one task. At most `max_attempts` attempts, and one more after a renewed token or a corrected clock.
+    /// Looks up one task. At most `max_attempts` attempts, and one more after a refreshed token or a corrected clock.
     ///
-    /// Each attempt is a child of `span`. A renewed token takes the place of the one in `auth`.
+    /// Each attempt is a child of `span`, and `progress` shows what it brought. A refreshed token replaces the one in `auth`.
     ///
-    /// The call only reads, so repeating it after a lost answer costs quota and nothing else.
+    /// The operation only reads, so that repeating it after a lost reply costs quota and nothing else.
     ///
     /// # Errors
-    /// [`Error`], with what the attempts showed.
+    /// [`Error`]: what upstream did in the last attempt that reached it.
     pub async fn show_task_detail(
         &self,
         query: &TaskQuery,
         auth: &mut Auth,
-        limit: &Limit,
+        deadline: &SharedDeadline,
         progress: &Progress,
         span: Option<&Arc<ServerSpan>>,
-    ) -> Result<Found, Error> {
+    ) -> Result<TaskDetail, Error> {
         let request = TaskRequest::new(&self.endpoint.config.endpoint, query);
         let mut attempts = Attempts::new(self.endpoint.config.max_attempts);
-        let mut renewed = false;
+        let mut refreshed = false;
         let mut clock_corrected = false;
         let mut last = None;
         self.endpoint.budget.call();
         loop {
             let failed = match self
-                .attempt(&request, auth, clock_corrected, limit, progress, span)
+                .attempt(&request, auth, clock_corrected, deadline, progress, span)
                 .await
             {
-                Ok(task) => {
-                    return Ok(Found {
-                        task,
-                        facts: progress.facts(),
-                    });
-                }
+                Ok(task) => return Ok(task),
                 Err(failed) => failed,
             };
             match failed.remedy {
-                Remedy::Renew if !renewed => {
-                    renewed = true;
-                    match self.credentials.renew(auth, limit.deadline()).await {
-                        Ok(Some(newer)) => {
-                            *auth = newer;
-                            self.endpoint
-                                .metrics
-                                .upstream_retry(Reason::CredentialRejected);
-                            continue;
-                        }
-                        Ok(None) => {}
-                        Err(error) => return Err(fail(ErrorKind::Credentials(error), progress)),
+                Remedy::RefreshCredential if !refreshed => {
+                    refreshed = true;
+                    let newer = self.credentials.renew(auth, deadline.deadline()).await;
+                    if let Some(newer) = newer.map_err(Error::Credentials)? {
+                        *auth = newer;
+                        let metrics = &self.endpoint.metrics;
+                        metrics.upstream_retry(Reason::CredentialRejected);
+                        continue;
                     }
                 }
                 Remedy::SignAgain if !clock_corrected => {
@@ -160,28 +131,17 @@ impl Client {
                 }
                 _ => {}
             }
-            let remaining = limit.deadline().remaining();
-            let Some(wait) = attempts.next(failed.policy, remaining, &self.endpoint.budget) else {
-                return Err(fail(told(last, failed), progress));
+            let remaining = deadline.deadline().remaining();
+            let Some(wait) = attempts.next(failed.advice, remaining, &self.endpoint.budget) else {
+                // The caller learns what upstream did, not that the breaker opened between two attempts.
+                return Err(match (last, failed.error) {
+                    (Some(last), Error::CircuitOpen { .. }) => last,
+                    (_, error) => error,
+                });
             };
             self.endpoint.metrics.upstream_retry(failed.reason);
-            last = Some(failed.kind);
+            last = Some(failed.error);
             tokio::time::sleep(wait).await;
         }
-    }
-}
-
-/// What the caller is told: what upstream did, not that the breaker opened in between.
-fn told(last: Option<ErrorKind>, failed: Failed) -> ErrorKind {
-    match (last, failed.kind) {
-        (Some(last), ErrorKind::CircuitOpen { .. }) => last,
-        (_, kind) => kind,
-    }
-}
-
-fn fail(kind: ErrorKind, progress: &Progress) -> Error {
-    Error {
-        kind,
-        facts: progress.facts(),
     }
 }

@@ -20,7 +20,7 @@ pub mod wire;
 use std::time::Duration;
 
 pub use self::{
-    client::{Client, Config, Endpoint, Progress},
+    client::{Client, Config, Endpoint},
     rate::Config as RateConfig,
 };
 use crate::{credentials, reason::Reason};
@@ -38,51 +38,10 @@ pub struct TaskQuery {
     pub workflow_name: Option<String>,
 }
 
-/// A task, and what it took to get it.
+/// Why a lookup failed.
 #[derive(Debug, Clone)]
-pub struct Found {
-    /// The task as upstream writes it.
-    pub task: wire::TaskDetail,
-    /// What the attempts showed.
-    pub facts: Facts,
-}
-
-/// What the attempts of one call showed, for the access line and the details of a failure.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Facts {
-    /// Attempts that were put on the wire.
-    pub attempts: u32,
-    /// HTTP status of the last answer.
-    pub http_status: Option<u16>,
-    /// The vendor's error code in the last answer, for example `DBS.200543`. At most 64 printable ASCII characters.
-    pub upstream_code: Option<String>,
-    /// Request id that the vendor gave the last attempt. At most 128 printable ASCII characters.
-    pub upstream_request_id: Option<String>,
-}
-
-/// Why a lookup brought no task.
-#[derive(Debug, Clone)]
-pub struct Error {
-    /// What happened.
-    pub kind: ErrorKind,
-    /// What the attempts showed.
-    pub facts: Facts,
-}
-
-impl From<ErrorKind> for Error {
-    /// One that no attempt has shown anything about.
-    fn from(kind: ErrorKind) -> Self {
-        Self {
-            kind,
-            facts: Facts::default(),
-        }
-    }
-}
-
-/// What happened to a lookup that brought no task.
-#[derive(Debug, Clone)]
-pub enum ErrorKind {
-    /// The vendor answered with an error, or with a status that this call never has.
+pub enum Error {
+    /// The vendor replied with an error, or with a status that this operation never has.
     Rejected(Box<Rejection>),
     /// No complete answer: one of `UPSTREAM_DNS`, `_CONNECT`, `_TLS`, `_RESET`, `_TRUNCATED`, `_PROTOCOL`.
     Transport(Reason),

@@ -6,13 +6,13 @@ use http::HeaderMap;
 use tonic::Code;
 
 use super::{
-    Facts, Rejection,
+    Rejection,
     envelope::{self, Envelope, is_printable},
     throttling_text::{self, Throttling},
     verdict::{self, Credential, Verdict},
 };
 pub use crate::credentials::key_guard::KEY_LOCK;
-use crate::{reason::Reason, wait::retry_after};
+use crate::{reason::Reason, telemetry::Facts, wait::retry_after};
 
 const REQUEST_ID_HEADER: &str = "x-request-id";
 const SIGNATURE_REFUSED: &str = "APIGW.0301";

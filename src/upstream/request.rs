@@ -17,7 +17,7 @@ use crate::{
         Auth,
         signer::{self, SigningRequest},
     },
-    telemetry::AttemptSpan,
+    telemetry::AttemptRecord,
 };
 
 const APPLICATION_JSON: &str = "application/json";
@@ -79,13 +79,13 @@ impl<'a> TaskRequest<'a> {
             .map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"))
     }
 
-    /// The request of one attempt, with its credential: a token as it is, or a signature of this moment. The context of
-    /// `span` goes along where the configuration sends it upstream.
+    /// The request of one attempt, with its credential: a token as it is, or a signature of this moment. The trace
+    /// context of `record` goes along if the operator wants it sent upstream.
     pub(super) fn with(
         &self,
         auth: &Auth,
         signed_at: SystemTime,
-        span: Option<&AttemptSpan>,
+        record: &AttemptRecord<'_>,
     ) -> reqwest::Request {
         let mut request = reqwest::Request::new(Method::POST, self.url.clone());
         let headers = request.headers_mut();
@@ -118,9 +118,7 @@ impl<'a> TaskRequest<'a> {
                 }
             }
         }
-        if let Some(span) = span {
-            span.propagate(headers);
-        }
+        record.propagate(headers);
         *request.body_mut() = Some(self.body.clone().into());
         request
     }

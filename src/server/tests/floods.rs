@@ -91,7 +91,7 @@ async fn streams_beyond_the_advertised_limit_are_refused_for_another_try() {
 
     running.script.entered(100).await;
     running.script.released.send_replace(true);
-    eventually(|| running.ended.lock().unwrap().len() == 100).await;
+    eventually(|| ended(&running.metrics).len() == 100).await;
     // The drain closes the connection, which ends the reading.
     let reading = tokio::spawn(async move { until_closed(&mut socket).await });
     running.stop().await;

@@ -35,7 +35,7 @@ async fn a_call_in_flight_completes_and_then_the_drain_is_over() {
     let (client, connection) = connect(running.address).await;
     let answer = hanging(&running, &client).await;
     let script = running.script.clone();
-    let ended = Arc::clone(&running.ended);
+    let metrics = Arc::clone(&running.metrics);
 
     let stopping = tokio::spawn(running.stop());
     // The GOAWAY is there once the client takes no new call.
@@ -51,7 +51,7 @@ async fn a_call_in_flight_completes_and_then_the_drain_is_over() {
     assert_eq!(receive(answer).await.unwrap().code(), Code::Ok);
     assert!(within(stopping).await.unwrap() < config().shutdown_grace);
     within(connection).await.unwrap().unwrap();
-    assert_eq!(*ended.lock().unwrap(), [Code::Ok]);
+    assert_eq!(ended(&metrics), [Code::Ok]);
 }
 
 #[tokio::test]
@@ -69,13 +69,13 @@ async fn what_peers_do_cannot_hold_the_drain_beyond_the_grace() {
     let (client, _) = connect(running.address).await;
     let held = hanging(&running, &client).await;
     eventually(|| running.metric("grpc_server_connections ") == 4).await;
-    let ended = Arc::clone(&running.ended);
+    let metrics = Arc::clone(&running.metrics);
 
     let took = running.stop().await;
 
     assert!(took >= grace / 2 && took < grace + AT_ONCE, "{took:?}");
     assert_eq!(receive(held).await.unwrap().code(), Code::Unavailable);
-    assert_eq!(*ended.lock().unwrap(), [Code::Unavailable]);
+    assert_eq!(ended(&metrics), [Code::Unavailable]);
 }
 
 #[tokio::test]
@@ -170,13 +170,13 @@ async fn a_rolling_restart_under_load_loses_no_call() {
             }
             answered
         });
-        let ended = Arc::clone(&now.ended);
-        eventually(|| ended.lock().unwrap().len() > 20).await;
+        let metrics = Arc::clone(&now.metrics);
+        eventually(|| ended(&metrics).len() > 20).await;
 
         within(now.stop()).await;
 
         let answered = within(load).await.unwrap();
-        assert_eq!(*ended.lock().unwrap(), vec![Code::Ok; answered]);
+        assert_eq!(ended(&metrics), vec![Code::Ok; answered]);
         now = next;
     }
 }

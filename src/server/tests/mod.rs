@@ -29,9 +29,11 @@ use tonic_types::StatusExt as _;
 
 use super::{Config, Error, Parts, Timings, serve};
 use crate::{
-    pb::{GetTaskDetailRequest, GetTaskDetailResponse, task_service_server::TaskService},
-    rpc::Call,
-    telemetry::metrics::Metrics,
+    call::Call,
+    code, error,
+    pb::{GetTaskDetailRequest, GetTaskDetailResponse},
+    rpc::Service,
+    telemetry::{Access, Sinks, metrics::Metrics},
 };
 
 const GET_TASK_DETAIL: &str = "/huaweicloud.rds.task.v1.TaskService/GetTaskDetail";
@@ -76,18 +78,17 @@ impl Drop for Leaving {
     }
 }
 
-#[tonic::async_trait]
-impl TaskService for Script {
+impl Service for Script {
     async fn get_task_detail(
         &self,
-        request: tonic::Request<GetTaskDetailRequest>,
-    ) -> Result<tonic::Response<GetTaskDetailResponse>, Status> {
-        assert!(request.extensions().get::<Arc<Call>>().is_some());
+        _call: &mut Call,
+        _metadata: &HeaderMap,
+        request: GetTaskDetailRequest,
+    ) -> Result<GetTaskDetailResponse, error::Error> {
         let thread = std::thread::current().name().unwrap().to_owned();
         *self.threads.lock().unwrap().entry(thread).or_default() += 1;
         self.entered.send_modify(|count| *count += 1);
         let _leaving = Leaving(self.left.clone());
-        let request = request.into_inner();
         let mut reply = GetTaskDetailResponse {
             job_id: request.workflow_id,
             ..GetTaskDetailResponse::default()
@@ -104,7 +105,7 @@ impl TaskService for Script {
                 }
             }
         }
-        Ok(tonic::Response::new(reply))
+        Ok(reply)
     }
 }
 
@@ -113,7 +114,6 @@ struct Running {
     address: SocketAddr,
     script: Script,
     metrics: Arc<Metrics>,
-    ended: Arc<Mutex<Vec<Code>>>,
     ready: watch::Sender<bool>,
     serving: watch::Receiver<bool>,
     stop: oneshot::Sender<()>,
@@ -133,19 +133,20 @@ fn start_on(listener: std::net::TcpListener, config: Config, is_ready: bool) -> 
     let address = listener.local_addr().unwrap();
     let script = Script::default();
     let metrics = Metrics::new();
-    let ended = Arc::new(Mutex::new(Vec::new()));
     let (ready, is_ready) = watch::channel(is_ready);
     let (set_serving, serving) = watch::channel(false);
     let (stop, stopped) = oneshot::channel::<()>();
-    let (facade, told) = (script.clone(), Arc::clone(&ended));
+    let facade = script.clone();
     let parts = Parts {
         facade: move || facade.clone(),
         ready: is_ready,
         serving: set_serving,
-        metrics: Arc::clone(&metrics),
-        access: Arc::new(move |record| told.lock().unwrap().push(record.code)),
+        sinks: Arc::new(Sinks {
+            metrics: Arc::clone(&metrics),
+            access: Access::off(),
+            tracer: None,
+        }),
         started: Box::new(|| {}),
-        tracer: None,
     };
     let done = tokio::spawn(async move {
         serve(listener, config, parts, async {
@@ -157,7 +158,6 @@ fn start_on(listener: std::net::TcpListener, config: Config, is_ready: bool) -> 
         address,
         script,
         metrics,
-        ended,
         ready,
         serving,
         stop,
@@ -189,20 +189,10 @@ impl Running {
         value.map_or(0, |value| value.trim().parse::<f64>().unwrap() as u64)
     }
 
-    /// The codes of all RPCs that are over, once there are `count`; they must agree with the metrics.
+    /// The codes of all calls that are over, sorted, once there are `count`.
     async fn ended(&self, count: usize) -> Vec<Code> {
-        let all = || self.ended.lock().unwrap().clone();
-        eventually(|| all().len() >= count).await;
-        let codes = all();
-        let handled: u64 = self
-            .metrics
-            .encode()
-            .lines()
-            .filter(|line| line.starts_with("grpc_server_handled_total"))
-            .map(|line| line.rsplit_once(' ').unwrap().1.parse::<u64>().unwrap())
-            .sum();
-        assert_eq!(handled, codes.len() as u64, "metrics and access lines");
-        codes
+        eventually(|| ended(&self.metrics).len() >= count).await;
+        ended(&self.metrics)
     }
 
     async fn stop(self) -> Duration {
@@ -211,6 +201,26 @@ impl Running {
         within(self.done).await.unwrap().unwrap();
         started.elapsed()
     }
+}
+
+/// The codes of all calls that are over, sorted.
+fn ended(metrics: &Metrics) -> Vec<Code> {
+    let text = metrics.encode();
+    let handled = text
+        .lines()
+        .filter(|line| line.starts_with("grpc_server_handled_total"));
+    let mut codes: Vec<Code> = handled
+        .flat_map(|line| {
+            let (labels, number) = line.rsplit_once(' ').unwrap();
+            let named = |code: &Code| {
+                labels.ends_with(&format!("grpc_code=\"{}\"}}", code::go_name(*code)))
+            };
+            let code = (0..17).map(Code::from).find(named).unwrap();
+            std::iter::repeat_n(code, number.parse().unwrap())
+        })
+        .collect();
+    codes.sort_by_key(|code| *code as i32);
+    codes
 }
 
 /// Awaits `event` for as long as anybody should.

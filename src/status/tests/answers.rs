@@ -42,7 +42,7 @@ fn an_answer_in_full_carries_all_that_is_known() {
     headers.insert("x-request-id", HeaderValue::from_static("u-1"));
     let body = br#"{"error_code":"IAM.0002","error_msg":"no right","encoded_authorization_message":"opaque"}"#;
 
-    let status = of_error(&answered_to(Owner::Server, 403, &headers, body), "r-1");
+    let status = status_of(&answered_to(Owner::Server, 403, &headers, body));
 
     check(&status);
     let expected = [
@@ -121,14 +121,8 @@ fn a_throttled_call_names_the_subject_when_upstream_does() {
 fn a_credential_failure_says_whose_credential_it_was() {
     let body = br#"{"error_code":"APIGW.0301","error_msg":"verify aksk signature fail"}"#;
 
-    let caller = of_error(
-        &answered_to(Owner::Caller, 401, &HeaderMap::new(), body),
-        "r-1",
-    );
-    let server = of_error(
-        &answered_to(Owner::Server, 401, &HeaderMap::new(), body),
-        "r-1",
-    );
+    let caller = status_of(&answered_to(Owner::Caller, 401, &HeaderMap::new(), body));
+    let server = status_of(&answered_to(Owner::Server, 401, &HeaderMap::new(), body));
 
     assert_eq!(
         metadata(&caller, "credentialOwner").as_deref(),

@@ -32,7 +32,7 @@ proptest! {
         headers.insert(RETRY_AFTER, HeaderValue::from_str(&retry_after).unwrap());
         headers.insert("x-request-id", HeaderValue::from_str(&request_id).unwrap());
 
-        let status = of_error(&answered_to(Owner::Caller, http_status, &headers, &body), "r-1");
+        let status = status_of(&answered_to(Owner::Caller, http_status, &headers, &body));
 
         check(&status);
         prop_assert!(CODES_OF_ANSWERS.contains(&status.code()));
@@ -53,7 +53,7 @@ proptest! {
         let mut headers = HeaderMap::new();
         headers.insert(RETRY_AFTER, HeaderValue::from_str(&retry_after).unwrap());
 
-        let status = of_error(&answered_to(Owner::Caller, http_status, &headers, b""), "r-1");
+        let status = status_of(&answered_to(Owner::Caller, http_status, &headers, b""));
 
         let wait = status.get_details_retry_info().and_then(|info| info.retry_delay);
         prop_assert!(wait.unwrap_or_default() <= Duration::from_secs(300));

@@ -17,39 +17,47 @@ use std::{
 };
 
 use http::HeaderMap;
+use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
 use super::{sound::assert_sound, *};
 use crate::{
     credentials::{self, Issuer, Owner},
-    rpc::Violation,
-    upstream::{self, ErrorKind, Facts, TaskQuery, rejection},
+    error::{Error, FailedLookup, Violation},
+    reason::Reason,
+    telemetry::Facts,
+    upstream::{self, TaskQuery, rejection},
 };
 
 const WAIT: Duration = Duration::from_secs(7);
 
-fn query() -> Box<TaskQuery> {
-    Box::new(TaskQuery {
+fn query() -> TaskQuery {
+    TaskQuery {
         project_id: "project-1".to_owned(),
         instance_id: "instance-1".to_owned(),
         workflow_id: "workflow-1".to_owned(),
         workflow_name: None,
-    })
-}
-
-fn upstream(kind: ErrorKind, facts: Facts, owner: Owner) -> rpc::Error {
-    rpc::Error::Upstream {
-        error: upstream::Error { kind, facts },
-        owner,
-        query: query(),
     }
 }
 
+fn status_of(error: &Error) -> Status {
+    Failure::from_error(error).to_status("r-1")
+}
+
+fn upstream(error: upstream::Error, facts: Facts, owner: Owner) -> Error {
+    Error::Upstream(Box::new(FailedLookup {
+        error,
+        facts,
+        owner,
+        query: query(),
+    }))
+}
+
 /// The failure that an answer of the vendor becomes.
-fn answered_to(owner: Owner, http_status: u16, headers: &HeaderMap, body: &[u8]) -> rpc::Error {
+fn answered_to(owner: Owner, http_status: u16, headers: &HeaderMap, body: &[u8]) -> Error {
     let (rejection, facts) =
         rejection::of_answer(http_status, headers, body, SystemTime::UNIX_EPOCH);
-    upstream(ErrorKind::Rejected(Box::new(rejection)), facts, owner)
+    upstream(upstream::Error::Rejected(Box::new(rejection)), facts, owner)
 }
 
 fn answered(http_status: u16, body: &str) -> Status {
@@ -59,7 +67,7 @@ fn answered(http_status: u16, body: &str) -> Status {
         &HeaderMap::new(),
         body.as_bytes(),
     );
-    of_error(&error, "r-1")
+    status_of(&error)
 }
 
 fn info(status: &Status) -> (String, HashMap<String, String>) {

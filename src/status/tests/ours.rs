@@ -11,7 +11,7 @@ fn every_failure_of_our_own_has_its_code_reason_wait_and_owner() {
     };
     let unavailable = credentials::Error::Unavailable { retry_after };
     let locked = credentials::Error::Locked { retry_after };
-    let invalid = rpc::Error::InvalidRequest(vec![Violation {
+    let invalid = Error::InvalidRequest(vec![Violation {
         field: "project_id",
         description: "is empty".to_owned(),
     }]);
@@ -24,197 +24,197 @@ fn every_failure_of_our_own_has_its_code_reason_wait_and_owner() {
             None,
         ),
         (
-            rpc::Error::Protocol(Code::Internal, "two messages"),
+            Error::Protocol(Code::Internal, "two messages"),
             Code::Internal,
             "INVALID_REQUEST",
             None,
             None,
         ),
         (
-            rpc::Error::ProjectNotAllowed,
+            Error::ProjectNotAllowed,
             Code::PermissionDenied,
             "PROJECT_NOT_ALLOWED",
             None,
             None,
         ),
         (
-            rpc::Error::DeadlineExceeded,
+            Error::DeadlineExceeded,
             Code::DeadlineExceeded,
             "DEADLINE_EXCEEDED",
             None,
             None,
         ),
         (
-            rpc::Error::Overloaded,
+            Error::Overloaded,
             Code::ResourceExhausted,
             "OVERLOADED",
             Some(1),
             None,
         ),
         (
-            rpc::Error::ShuttingDown,
+            Error::ShuttingDown,
             Code::Unavailable,
             "SHUTTING_DOWN",
             None,
             None,
         ),
-        (rpc::Error::Internal, Code::Internal, "INTERNAL", None, None),
+        (Error::Internal, Code::Internal, "INTERNAL", None, None),
         (
-            rpc::Error::Credentials(credentials::Error::Missing),
+            Error::Credentials(credentials::Error::Missing),
             Code::Unauthenticated,
             "CREDENTIAL_MISSING",
             None,
             Some("caller"),
         ),
         (
-            rpc::Error::Credentials(credentials::Error::Malformed),
+            Error::Credentials(credentials::Error::Malformed),
             Code::Unauthenticated,
             "CREDENTIAL_REJECTED",
             None,
             Some("caller"),
         ),
         (
-            rpc::Error::Credentials(rejected.clone()),
+            Error::Credentials(rejected.clone()),
             Code::Unauthenticated,
             "CREDENTIAL_REJECTED",
             None,
             Some("server"),
         ),
         (
-            rpc::Error::Credentials(unavailable.clone()),
+            Error::Credentials(unavailable.clone()),
             Code::Unavailable,
             "CREDENTIAL_UNAVAILABLE",
             Some(7),
             Some("server"),
         ),
         (
-            rpc::Error::Credentials(locked.clone()),
+            Error::Credentials(locked.clone()),
             Code::Unauthenticated,
             "CREDENTIAL_LOCKED",
             Some(7),
             Some("server"),
         ),
         (
-            rpc::Error::Credentials(credentials::Error::DeadlineExceeded),
+            Error::Credentials(credentials::Error::DeadlineExceeded),
             Code::DeadlineExceeded,
             "DEADLINE_EXCEEDED",
             None,
             None,
         ),
         (
-            ours(ErrorKind::Transport(Reason::UpstreamDns)),
+            ours(upstream::Error::Transport(Reason::UpstreamDns)),
             Code::Unavailable,
             "UPSTREAM_DNS",
             None,
             None,
         ),
         (
-            ours(ErrorKind::Transport(Reason::UpstreamConnect)),
+            ours(upstream::Error::Transport(Reason::UpstreamConnect)),
             Code::Unavailable,
             "UPSTREAM_CONNECT",
             None,
             None,
         ),
         (
-            ours(ErrorKind::Transport(Reason::UpstreamTls)),
+            ours(upstream::Error::Transport(Reason::UpstreamTls)),
             Code::Unavailable,
             "UPSTREAM_TLS",
             None,
             None,
         ),
         (
-            ours(ErrorKind::Transport(Reason::UpstreamReset)),
+            ours(upstream::Error::Transport(Reason::UpstreamReset)),
             Code::Unavailable,
             "UPSTREAM_RESET",
             None,
             None,
         ),
         (
-            ours(ErrorKind::Transport(Reason::UpstreamTruncated)),
+            ours(upstream::Error::Transport(Reason::UpstreamTruncated)),
             Code::Unavailable,
             "UPSTREAM_TRUNCATED",
             None,
             None,
         ),
         (
-            ours(ErrorKind::Transport(Reason::UpstreamProtocol)),
+            ours(upstream::Error::Transport(Reason::UpstreamProtocol)),
             Code::Unavailable,
             "UPSTREAM_PROTOCOL",
             None,
             None,
         ),
         (
-            ours(ErrorKind::AttemptTimeout),
+            ours(upstream::Error::AttemptTimeout),
             Code::DeadlineExceeded,
             "UPSTREAM_TIMEOUT",
             None,
             None,
         ),
         (
-            ours(ErrorKind::Malformed),
+            ours(upstream::Error::Malformed),
             Code::Internal,
             "UPSTREAM_MALFORMED_RESPONSE",
             None,
             None,
         ),
         (
-            ours(ErrorKind::TooLarge),
+            ours(upstream::Error::TooLarge),
             Code::Internal,
             "UPSTREAM_RESPONSE_TOO_LARGE",
             None,
             None,
         ),
         (
-            ours(ErrorKind::DeadlineExceeded),
+            ours(upstream::Error::DeadlineExceeded),
             Code::DeadlineExceeded,
             "DEADLINE_EXCEEDED",
             None,
             None,
         ),
         (
-            ours(ErrorKind::CircuitOpen { retry_after }),
+            ours(upstream::Error::CircuitOpen { retry_after }),
             Code::Unavailable,
             "CIRCUIT_OPEN",
             Some(7),
             None,
         ),
         (
-            ours(ErrorKind::ClockSkew),
+            ours(upstream::Error::ClockSkew),
             Code::Unauthenticated,
             "CLOCK_SKEW",
             None,
             Some("server"),
         ),
         (
-            ours(ErrorKind::Panicked),
+            ours(upstream::Error::Panicked),
             Code::Internal,
             "INTERNAL",
             None,
             None,
         ),
         (
-            ours(ErrorKind::Throttled { retry_after }),
+            ours(upstream::Error::Throttled { retry_after }),
             Code::ResourceExhausted,
             "THROTTLED",
             Some(7),
             None,
         ),
         (
-            ours(ErrorKind::Credentials(rejected)),
+            ours(upstream::Error::Credentials(rejected)),
             Code::Unauthenticated,
             "CREDENTIAL_REJECTED",
             None,
             Some("server"),
         ),
         (
-            ours(ErrorKind::Credentials(unavailable)),
+            ours(upstream::Error::Credentials(unavailable)),
             Code::Unavailable,
             "CREDENTIAL_UNAVAILABLE",
             Some(7),
             Some("server"),
         ),
         (
-            ours(ErrorKind::Credentials(locked)),
+            ours(upstream::Error::Credentials(locked)),
             Code::Unauthenticated,
             "CREDENTIAL_LOCKED",
             Some(7),
@@ -223,12 +223,16 @@ fn every_failure_of_our_own_has_its_code_reason_wait_and_owner() {
     ];
 
     for (error, code, expected_reason, wait, owner) in cases {
-        let status = of_error(&error, "r-1");
+        let status = status_of(&error);
 
         let details = check(&status);
         assert_eq!(status.code(), code, "{error:?}");
         assert_eq!(info(&status).0, expected_reason, "{error:?}");
-        assert_eq!(reason(&error).as_str(), expected_reason, "{error:?}");
+        assert_eq!(
+            Failure::from_error(&error).reason.as_str(),
+            expected_reason,
+            "{error:?}"
+        );
         assert_eq!(
             details.retry_info().and_then(|info| info.retry_delay),
             wait.map(Duration::from_secs),
@@ -244,7 +248,7 @@ fn every_failure_of_our_own_has_its_code_reason_wait_and_owner() {
 
 #[test]
 fn what_is_not_known_is_not_there() {
-    let status = of_error(&rpc::Error::Internal, "r-1");
+    let status = status_of(&Error::Internal);
 
     assert_eq!(info(&status).1, HashMap::new());
     assert_eq!(status.metadata().len(), 0);
@@ -256,12 +260,12 @@ fn every_violation_is_in_bad_request_and_the_message_names_the_first() {
         field,
         description: description.to_owned(),
     };
-    let error = rpc::Error::InvalidRequest(vec![
+    let error = Error::InvalidRequest(vec![
         violation("project_id", "is empty: give 1 to 64 characters"),
         violation("workflow_id", "is empty: give 1 to 128 characters"),
     ]);
 
-    let status = of_error(&error, "r-1");
+    let status = status_of(&error);
 
     check(&status);
     let fields: Vec<_> = status
@@ -294,12 +298,12 @@ fn every_violation_is_in_bad_request_and_the_message_names_the_first() {
 #[test]
 fn a_refusal_of_our_own_login_names_who_refused() {
     for (issuer, service) in [(Issuer::Identity, "IAM"), (Issuer::Metadata, "METADATA")] {
-        let error = rpc::Error::Credentials(credentials::Error::Rejected {
+        let error = Error::Credentials(credentials::Error::Rejected {
             issuer,
             http_status: 403,
         });
 
-        let status = of_error(&error, "r-1");
+        let status = status_of(&error);
 
         assert_eq!(status.code(), Code::Unauthenticated);
         assert_eq!(metadata(&status, "httpStatus").as_deref(), Some("403"));
@@ -312,11 +316,11 @@ fn a_refusal_of_our_own_login_names_who_refused() {
 
 #[test]
 fn a_wait_in_pushback_is_rounded_up_to_milliseconds() {
-    let error = rpc::Error::Credentials(credentials::Error::Unavailable {
+    let error = Error::Credentials(credentials::Error::Unavailable {
         retry_after: Duration::from_micros(1_500_001),
     });
 
-    let status = of_error(&error, "r-1");
+    let status = status_of(&error);
 
     assert_eq!(
         status.metadata().get("grpc-retry-pushback-ms").unwrap(),
@@ -368,7 +372,7 @@ fn a_status_of_the_grpc_library_is_completed_without_its_text() {
     ];
 
     for (code, text, expected_code, expected_reason) in cases {
-        let status = complete(code, text, "r-1");
+        let status = Failure::from_library(code, text).to_status("r-1");
 
         check(&status);
         assert_eq!(status.code(), expected_code, "{code:?}");
@@ -376,7 +380,11 @@ fn a_status_of_the_grpc_library_is_completed_without_its_text() {
         assert!(!status.message().contains("canary"), "{code:?}");
     }
     assert_ne!(
-        complete(Code::Unimplemented, "", "r-1").message(),
-        complete(Code::Unimplemented, "compressed", "r-1").message()
+        Failure::from_library(Code::Unimplemented, "")
+            .to_status("r-1")
+            .message(),
+        Failure::from_library(Code::Unimplemented, "compressed")
+            .to_status("r-1")
+            .message()
     );
 }

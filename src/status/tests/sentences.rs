@@ -1,19 +1,19 @@
 use super::*;
 
-fn message(error: &rpc::Error) -> String {
-    of_error(error, "r-1").message().to_owned()
+fn message(error: &Error) -> String {
+    status_of(error).message().to_owned()
 }
 
 #[test]
 fn each_failure_of_our_own_has_a_sentence_of_its_own_with_the_next_step() {
     let errors = [
-        rpc::Error::ProjectNotAllowed,
-        rpc::Error::Credentials(credentials::Error::Missing),
-        rpc::Error::Credentials(credentials::Error::Malformed),
-        rpc::Error::DeadlineExceeded,
-        rpc::Error::Overloaded,
-        rpc::Error::ShuttingDown,
-        rpc::Error::Internal,
+        Error::ProjectNotAllowed,
+        Error::Credentials(credentials::Error::Missing),
+        Error::Credentials(credentials::Error::Malformed),
+        Error::DeadlineExceeded,
+        Error::Overloaded,
+        Error::ShuttingDown,
+        Error::Internal,
     ];
 
     let mut sentences: Vec<_> = errors.iter().map(message).collect();
@@ -29,14 +29,14 @@ fn each_failure_of_our_own_has_a_sentence_of_its_own_with_the_next_step() {
 
 #[test]
 fn a_broken_rule_of_grpc_is_told_in_its_own_words() {
-    let error = rpc::Error::Protocol(Code::Internal, "te is missing: send te: trailers");
+    let error = Error::Protocol(Code::Internal, "te is missing: send te: trailers");
 
     assert_eq!(message(&error), "te is missing: send te: trailers");
 }
 
 #[test]
 fn a_malformed_token_is_told_as_that_and_not_as_a_refused_one() {
-    let malformed = message(&rpc::Error::Credentials(credentials::Error::Malformed));
+    let malformed = message(&Error::Credentials(credentials::Error::Malformed));
 
     assert!(malformed.contains("malformed"), "{malformed}");
 }
@@ -73,7 +73,7 @@ fn every_answer_of_the_vendor_tells_whose_credential_asked() {
         for http_status in [400, 401, 403, 404, 429, 500, 503] {
             let error = answered_to(owner, http_status, &HeaderMap::new(), b"");
 
-            let status = of_error(&error, "r-1");
+            let status = status_of(&error);
 
             let told = metadata(&status, "credentialOwner");
             assert_eq!(told.as_deref(), Some(expected), "{http_status}");

@@ -77,7 +77,7 @@ fn the_text_of_a_credential_failure_never_comes_out() {
             let body = format!(r#"{{"error_code":"{code}","error_msg":"{text}"}}"#);
 
             let error = answered_to(owner, http_status, &HeaderMap::new(), body.as_bytes());
-            let status = of_error(&error, "r-1");
+            let status = status_of(&error);
 
             check(&status);
             assert!(!status.message().contains("canary"), "{http_status} {code}");
@@ -151,7 +151,7 @@ fn details_stay_within_4_kib_by_cutting_the_policy_explanation_and_then_violatio
         field: "project_id",
         description: "x".repeat(1500),
     };
-    let status = of_error(&rpc::Error::InvalidRequest(vec![violation; 4]), "r-1");
+    let status = status_of(&Error::InvalidRequest(vec![violation; 4]));
 
     let details = check(&status);
     assert_eq!(details.bad_request().unwrap().field_violations.len(), 2);

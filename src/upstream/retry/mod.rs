@@ -1,4 +1,4 @@
-//! Decides whether a failed attempt is repeated, and when. Knows nothing of HTTP clients or gRPC: facts in, decision out.
+//! Decides whether a failed attempt is retried, and when. Independent of HTTP clients and gRPC: facts in, decision out.
 //! The send loop in [`super`] is the only caller.
 
 #[cfg(test)]
@@ -53,15 +53,26 @@ impl Budget {
     }
 }
 
-/// What a failed attempt tells about repeating it.
+/// What a failed attempt implies for the next one.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Failed {
-    /// Whether this kind of failure is repeated.
+pub(super) struct Advice {
+    /// Whether this kind of failure is retried.
     pub(super) repeat: Repeat,
     /// Whether the next attempt may go out at once, because a fresh connection is the whole remedy.
     pub(super) at_once: bool,
     /// The wait that upstream asked for.
     pub(super) retry_after: Option<Duration>,
+}
+
+impl Advice {
+    /// Retries this kind of failure after the usual backoff.
+    pub(super) fn repeat(repeat: Repeat) -> Self {
+        Self {
+            repeat,
+            at_once: false,
+            retry_after: None,
+        }
+    }
 }
 
 /// Counts the attempts of one call against the policy.
@@ -84,11 +95,11 @@ impl Attempts {
     /// The wait before the next attempt; `None` when there is to be none. `remaining` is the time to the deadline.
     pub(super) fn next(
         &mut self,
-        failed: Failed,
+        advice: Advice,
         remaining: Duration,
         budget: &Budget,
     ) -> Option<Duration> {
-        let repeatable = match failed.repeat {
+        let repeatable = match advice.repeat {
             Repeat::Never => false,
             Repeat::Once => !self.repeated_once,
             Repeat::Backoff => true,
@@ -96,10 +107,10 @@ impl Attempts {
         if !repeatable || self.left == 0 {
             return None;
         }
-        let wait = match failed.retry_after {
+        let wait = match advice.retry_after {
             // Jitter on top: callers that were told the same do not come back together.
             Some(asked) => asked + full_jitter(self.made),
-            None if failed.at_once && self.made == 1 => Duration::ZERO,
+            None if advice.at_once && self.made == 1 => Duration::ZERO,
             None => full_jitter(self.made),
         };
         if wait + FLOOR >= remaining || !budget.pay() {
@@ -107,7 +118,7 @@ impl Attempts {
         }
         self.left -= 1;
         self.made += 1;
-        self.repeated_once |= failed.repeat == Repeat::Once;
+        self.repeated_once |= advice.repeat == Repeat::Once;
         Some(wait)
     }
 }

@@ -32,14 +32,14 @@ fn millis(most: u64) -> impl Strategy<Value = Duration> {
     (0..=most).prop_map(Duration::from_millis)
 }
 
-fn failed() -> impl Strategy<Value = Failed> {
+fn failed() -> impl Strategy<Value = Advice> {
     let repeat = prop_oneof![
         1 => Just(Repeat::Never),
         2 => Just(Repeat::Once),
         8 => Just(Repeat::Backoff),
     ];
     (repeat, any::<bool>(), prop::option::of(millis(40_000))).prop_map(
-        |(repeat, at_once, retry_after)| Failed {
+        |(repeat, at_once, retry_after)| Advice {
             repeat,
             at_once,
             retry_after,
@@ -81,7 +81,7 @@ proptest! {
                 let ceiling = Duration::from_millis(50 << (made - 1)).min(Duration::from_secs(2));
                 let least = failed.retry_after.unwrap_or_default();
                 let most = match failed {
-                    Failed { retry_after: None, at_once: true, .. } if made == 1 => Duration::ZERO,
+                    Advice { retry_after: None, at_once: true, .. } if made == 1 => Duration::ZERO,
                     _ => least + ceiling,
                 };
                 let forbidden = match failed.repeat {
@@ -157,7 +157,7 @@ proptest! {
                     let deadline = Deadline::after(timeout);
                     let mut attempts = Attempts::new(max);
                     let mut retries = 0;
-                    let failed = Failed { repeat: Repeat::Backoff, at_once: true, retry_after: None };
+                    let failed = Advice { repeat: Repeat::Backoff, at_once: true, retry_after: None };
                     while let Some(wait) = attempts.next(failed, deadline.remaining(), &budget) {
                         sleep(wait).await;
                         assert!(!deadline.remaining().is_zero());

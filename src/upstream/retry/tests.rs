@@ -1,7 +1,7 @@
 use super::*;
 
 const LONG: Duration = Duration::from_secs(30);
-const BACKOFF: Failed = Failed {
+const BACKOFF: Advice = Advice {
     repeat: Repeat::Backoff,
     at_once: false,
     retry_after: None,
@@ -21,11 +21,11 @@ async fn attempts_end_at_the_maximum() {
 #[tokio::test(start_paused = true)]
 async fn once_is_once_and_never_is_never() {
     let budget = Budget::new(100);
-    let once = Failed {
+    let once = Advice {
         repeat: Repeat::Once,
         ..BACKOFF
     };
-    let never = Failed {
+    let never = Advice {
         repeat: Repeat::Never,
         ..BACKOFF
     };
@@ -62,7 +62,7 @@ async fn only_a_first_retry_goes_out_at_once_and_each_later_one_may_wait_twice_a
         let mut attempts = Attempts::new(4);
         [(); 3].map(|()| attempts.next(failed, LONG, &budget).unwrap())
     };
-    let at_once = Failed {
+    let at_once = Advice {
         at_once: true,
         ..BACKOFF
     };
@@ -81,7 +81,7 @@ async fn only_a_first_retry_goes_out_at_once_and_each_later_one_may_wait_twice_a
 #[tokio::test(start_paused = true)]
 async fn retry_after_is_obeyed_within_the_deadline_only() {
     let budget = Budget::new(100);
-    let asked = Failed {
+    let asked = Advice {
         retry_after: Some(Duration::from_secs(2)),
         ..BACKOFF
     };
@@ -102,7 +102,7 @@ async fn retry_after_is_obeyed_within_the_deadline_only() {
 #[tokio::test(start_paused = true)]
 async fn no_retry_starts_below_the_floor() {
     let budget = Budget::new(100);
-    let at_once = Failed {
+    let at_once = Advice {
         at_once: true,
         ..BACKOFF
     };

@@ -24,36 +24,36 @@ async fn tasks_and_missing_tasks_of_at_most_64_kib_are_kept_and_nothing_else() {
         ("409", false, Err(rejected(409, ""))),
         ("429", false, Err(rejected(429, ""))),
         ("503", false, Err(rejected(503, ""))),
-        ("malformed", false, Err(ErrorKind::Malformed.into())),
-        ("timeout", false, Err(ErrorKind::AttemptTimeout.into())),
+        ("malformed", false, Err(Error::Malformed)),
+        ("timeout", false, Err(Error::AttemptTimeout)),
     ];
 
     for (case, kept, outcome) in cases {
-        let quota = with_cache();
+        let coalescer = with_cache();
         let asked = AtomicUsize::new(0);
         for _ in 0..3 {
-            let answer = ask(&quota, ANN, "w", || {
+            let answer = ask(&coalescer, ANN, "w", || {
                 asked.fetch_add(1, Ordering::Relaxed);
                 outcome.clone()
             });
-            assert_eq!(answer.await.is_ok(), outcome.is_ok(), "{case}");
+            assert_eq!(answer.await.result.is_ok(), outcome.is_ok(), "{case}");
         }
 
         let (calls, hits) = if kept { (1, 2) } else { (3, 0) };
         assert_eq!(asked.into_inner(), calls, "{case}");
-        assert_eq!(quota.metrics.cache_hits.get(), hits, "{case}");
+        assert_eq!(coalescer.metrics.cache_hits.get(), hits, "{case}");
     }
 }
 
 #[tokio::test]
 async fn an_answer_is_kept_for_its_credential_only_and_for_no_longer_than_the_ttl() {
     let kept = with_cache();
-    ask(&kept, ANN, "w", || Ok(task("ann's"))).await.unwrap();
+    ask(&kept, ANN, "w", || Ok(task("ann's"))).await;
     let bobs = ask(&kept, BOB, "w", || Ok(task("bob's"))).await;
     assert_eq!(job_id(&bobs), "bob's");
 
-    let brief = quota(Duration::from_millis(1), 100);
-    ask(&brief, ANN, "w", || Ok(task("first"))).await.unwrap();
+    let brief = coalescer(Duration::from_millis(1), 100);
+    ask(&brief, ANN, "w", || Ok(task("first"))).await;
     sleep(Duration::from_millis(5)).await;
     let later = ask(&brief, ANN, "w", || Ok(task("second"))).await;
     assert_eq!(job_id(&later), "second");
@@ -61,15 +61,13 @@ async fn an_answer_is_kept_for_its_credential_only_and_for_no_longer_than_the_tt
 
 #[tokio::test]
 async fn no_more_answers_are_kept_than_configured_and_none_when_off() {
-    let quota = quota(Duration::from_secs(3600), 100);
+    let coalescer = coalescer(Duration::from_secs(3600), 100);
 
     for number in 0..1000 {
-        ask(&quota, ANN, &number.to_string(), || Ok(task("t")))
-            .await
-            .unwrap();
+        ask(&coalescer, ANN, &number.to_string(), || Ok(task("t"))).await;
     }
 
-    let cache = quota.cache.as_ref().expect("the cache is on");
+    let cache = coalescer.cache.as_ref().expect("the cache is on");
     cache.run_pending_tasks();
     assert!(cache.entry_count() <= 100, "{}", cache.entry_count());
     assert!(without_cache().cache.is_none());

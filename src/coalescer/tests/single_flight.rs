@@ -19,7 +19,7 @@ use super::*;
 struct Upstream {
     begun: AtomicUsize,
     dropped: AtomicUsize,
-    limits: Mutex<Vec<Limit>>,
+    deadlines: Mutex<Vec<SharedDeadline>>,
     goes_on: Notify,
     outcome: Box<dyn Fn() -> Result<TaskDetail, Error> + Send + Sync>,
 }
@@ -29,7 +29,7 @@ impl Upstream {
         Arc::new(Self {
             begun: AtomicUsize::new(0),
             dropped: AtomicUsize::new(0),
-            limits: Mutex::default(),
+            deadlines: Mutex::default(),
             goes_on: Notify::new(),
             outcome: Box::new(outcome),
         })
@@ -39,14 +39,13 @@ impl Upstream {
         Self::that(|| Ok(task("found")))
     }
 
-    async fn work(self: Arc<Self>, limit: Limit) -> Result<Found, Error> {
+    async fn work(self: Arc<Self>, deadline: SharedDeadline) -> Result<TaskDetail, Error> {
         let unless_dropped = Dropped(Arc::clone(&self));
         self.begun.fetch_add(1, Ordering::Relaxed);
-        self.limits.lock().unwrap().push(limit);
+        self.deadlines.lock().unwrap().push(deadline);
         self.goes_on.notified().await;
         std::mem::forget(unless_dropped);
-        let facts = Facts::default();
-        (self.outcome)().map(|task| Found { task, facts })
+        (self.outcome)()
     }
 
     fn begun(&self) -> usize {
@@ -68,26 +67,26 @@ impl Drop for Dropped {
 
 /// A call of `identity` for one task; it has been polled when this returns.
 async fn call(
-    quota: &Arc<Quota>,
+    coalescer: &Arc<Coalescer>,
     upstream: &Arc<Upstream>,
     identity: Identity,
     deadline: Deadline,
-) -> JoinHandle<Answer> {
-    let (quota, upstream) = (Arc::clone(quota), Arc::clone(upstream));
+) -> JoinHandle<Arc<Lookup>> {
+    let (coalescer, upstream) = (Arc::clone(coalescer), Arc::clone(upstream));
     let call = tokio::spawn(async move {
-        let question = quota.question(identity, query("w"));
+        let key = coalescer.key(identity, query("w"));
         let work = |limit, _| Arc::clone(&upstream).work(limit);
-        quota.ask(&question, deadline, |_| {}, work).await
+        coalescer.look_up(&key, deadline, |_| {}, work).await
     });
     yield_now().await;
     call
 }
 #[tokio::test(start_paused = true)]
 async fn equal_questions_in_flight_share_one_answer_and_each_that_joined_counts_once() {
-    let (quota, upstream) = (without_cache(), Upstream::finds());
+    let (coalescer, upstream) = (without_cache(), Upstream::finds());
     let mut calls = Vec::new();
     for _ in 0..5 {
-        calls.push(call(&quota, &upstream, ANN, in_seconds(9)).await);
+        calls.push(call(&coalescer, &upstream, ANN, in_seconds(9)).await);
     }
 
     upstream.goes_on.notify_one();
@@ -96,18 +95,18 @@ async fn equal_questions_in_flight_share_one_answer_and_each_that_joined_counts_
         assert_eq!(job_id(&call.await.unwrap()), "found");
     }
     assert_eq!(upstream.begun(), 1);
-    assert_eq!(quota.metrics.coalesced.get(), 4);
-    assert_eq!(quota.flights.count(), 0);
+    assert_eq!(coalescer.metrics.coalesced.get(), 4);
+    assert_eq!(coalescer.in_flight.count(), 0);
 }
 
 #[test]
 fn questions_that_differ_have_hashes_that_differ() {
-    let quota = without_cache();
+    let coalescer = without_cache();
     let hasher = RandomState::new();
 
     let hashes: HashSet<u64> = (0..100)
         .flat_map(|task| {
-            [ANN, BOB].map(|identity| quota.question(identity, query(task.to_string())))
+            [ANN, BOB].map(|identity| coalescer.key(identity, query(task.to_string())))
         })
         .map(|question| hasher.hash_one(question))
         .collect();
@@ -117,37 +116,37 @@ fn questions_that_differ_have_hashes_that_differ() {
 
 #[tokio::test(start_paused = true)]
 async fn questions_of_different_identities_are_not_merged() {
-    let (quota, upstream) = (without_cache(), Upstream::finds());
+    let (coalescer, upstream) = (without_cache(), Upstream::finds());
 
-    let _ann = call(&quota, &upstream, ANN, in_seconds(9)).await;
-    let _bob = call(&quota, &upstream, BOB, in_seconds(9)).await;
+    let _ann = call(&coalescer, &upstream, ANN, in_seconds(9)).await;
+    let _bob = call(&coalescer, &upstream, BOB, in_seconds(9)).await;
 
     assert_eq!(upstream.begun(), 2);
-    assert_eq!(quota.metrics.coalesced.get(), 0);
+    assert_eq!(coalescer.metrics.coalesced.get(), 0);
 }
 
 #[tokio::test(start_paused = true)]
 async fn the_work_goes_on_while_anyone_waits_and_is_dropped_with_the_last() {
     for leaves_first in [0, 1] {
-        let (quota, upstream) = (without_cache(), Upstream::finds());
+        let (coalescer, upstream) = (without_cache(), Upstream::finds());
         let mut calls = vec![
-            call(&quota, &upstream, ANN, in_seconds(9)).await,
-            call(&quota, &upstream, ANN, in_seconds(9)).await,
+            call(&coalescer, &upstream, ANN, in_seconds(9)).await,
+            call(&coalescer, &upstream, ANN, in_seconds(9)).await,
         ];
 
         let leaving = calls.remove(leaves_first);
         leaving.abort();
         let _ = leaving.await;
-        assert_eq!((upstream.dropped(), quota.flights.count()), (0, 1));
-        let third = call(&quota, &upstream, ANN, in_seconds(9)).await;
+        assert_eq!((upstream.dropped(), coalescer.in_flight.count()), (0, 1));
+        let third = call(&coalescer, &upstream, ANN, in_seconds(9)).await;
         for leaving in [calls.remove(0), third] {
             leaving.abort();
             let _ = leaving.await;
         }
 
-        assert_eq!((upstream.dropped(), quota.flights.count()), (1, 0));
+        assert_eq!((upstream.dropped(), coalescer.in_flight.count()), (1, 0));
         assert_eq!(upstream.begun(), 1);
-        let anew = call(&quota, &upstream, ANN, in_seconds(9)).await;
+        let anew = call(&coalescer, &upstream, ANN, in_seconds(9)).await;
         upstream.goes_on.notify_one();
         assert_eq!(job_id(&anew.await.unwrap()), "found");
         assert_eq!(upstream.begun(), 2);
@@ -156,9 +155,9 @@ async fn the_work_goes_on_while_anyone_waits_and_is_dropped_with_the_last() {
 
 #[tokio::test(start_paused = true)]
 async fn who_stays_gets_the_answer_after_the_first_has_left() {
-    let (quota, upstream) = (without_cache(), Upstream::finds());
-    let first = call(&quota, &upstream, ANN, in_seconds(9)).await;
-    let second = call(&quota, &upstream, ANN, in_seconds(9)).await;
+    let (coalescer, upstream) = (without_cache(), Upstream::finds());
+    let first = call(&coalescer, &upstream, ANN, in_seconds(9)).await;
+    let second = call(&coalescer, &upstream, ANN, in_seconds(9)).await;
 
     first.abort();
     let _ = first.await;
@@ -170,122 +169,116 @@ async fn who_stays_gets_the_answer_after_the_first_has_left() {
 
 #[tokio::test(start_paused = true)]
 async fn the_limit_of_the_work_is_that_of_the_call_with_the_longest_deadline() {
-    let (quota, upstream) = (without_cache(), Upstream::finds());
+    let (coalescer, upstream) = (without_cache(), Upstream::finds());
     let longest = in_seconds(30);
 
     let _calls = [
-        call(&quota, &upstream, ANN, in_seconds(1)).await,
-        call(&quota, &upstream, ANN, longest).await,
-        call(&quota, &upstream, ANN, in_seconds(2)).await,
+        call(&coalescer, &upstream, ANN, in_seconds(1)).await,
+        call(&coalescer, &upstream, ANN, longest).await,
+        call(&coalescer, &upstream, ANN, in_seconds(2)).await,
     ];
 
-    assert_eq!(upstream.limits.lock().unwrap()[0].deadline(), longest);
+    assert_eq!(upstream.deadlines.lock().unwrap()[0].deadline(), longest);
 }
 
 #[tokio::test(start_paused = true)]
 async fn an_error_is_shared_unless_it_is_about_time_that_a_joined_call_still_has() {
     let retry_after = Duration::from_secs(5);
-    let cases: [(&str, ErrorKind, u64, bool); 6] = [
-        ("the deadline", ErrorKind::DeadlineExceeded, 9, true),
-        ("the deadline of all", ErrorKind::DeadlineExceeded, 0, false),
+    let cases: [(&str, Error, u64, bool); 6] = [
+        ("the deadline", Error::DeadlineExceeded, 9, true),
+        ("the deadline of all", Error::DeadlineExceeded, 0, false),
         (
             "the deadline, at the credential",
-            ErrorKind::Credentials(credentials::Error::DeadlineExceeded),
+            Error::Credentials(credentials::Error::DeadlineExceeded),
             9,
             true,
         ),
         (
             "a turn that fits",
-            ErrorKind::Throttled { retry_after },
+            Error::Throttled { retry_after },
             9,
             true,
         ),
         (
             "a turn that does not fit",
-            ErrorKind::Throttled { retry_after },
+            Error::Throttled { retry_after },
             5,
             false,
         ),
-        ("any other", ErrorKind::AttemptTimeout, 9, false),
+        ("any other", Error::AttemptTimeout, 9, false),
     ];
 
-    for (case, kind, seconds, asks_again) in cases {
-        let quota = without_cache();
-        let upstream = Upstream::that(move || Err(kind.clone().into()));
-        let first = call(&quota, &upstream, ANN, in_seconds(0)).await;
-        let joined = call(&quota, &upstream, ANN, in_seconds(seconds)).await;
+    for (case, error, seconds, asks_again) in cases {
+        let coalescer = without_cache();
+        let upstream = Upstream::that(move || Err(error.clone()));
+        let first = call(&coalescer, &upstream, ANN, in_seconds(0)).await;
+        let joined = call(&coalescer, &upstream, ANN, in_seconds(seconds)).await;
 
         upstream.goes_on.notify_one();
-        first.await.unwrap().expect_err(case);
+        first.await.unwrap().result.clone().expect_err(case);
         upstream.goes_on.notify_one();
-        joined.await.unwrap().expect_err(case);
+        joined.await.unwrap().result.clone().expect_err(case);
 
         assert_eq!(upstream.begun(), 1 + usize::from(asks_again), "{case}");
-        assert_eq!(quota.metrics.coalesced.get(), 1, "{case}");
+        assert_eq!(coalescer.metrics.coalesced.get(), 1, "{case}");
         let throttled = if case.contains("turn") { 2 } else { 0 };
-        assert_eq!(quota.metrics.throttled.get(), throttled, "{case}");
+        assert_eq!(coalescer.metrics.throttled.get(), throttled, "{case}");
     }
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_panic_of_the_work_is_an_answer_for_each_and_does_not_outlive_it() {
-    let quota = with_cache();
+    let coalescer = with_cache();
     let upstream = Upstream::that(|| panic!("on purpose"));
     let mut calls = Vec::new();
     for _ in 0..3 {
-        calls.push(call(&quota, &upstream, ANN, in_seconds(9)).await);
+        calls.push(call(&coalescer, &upstream, ANN, in_seconds(9)).await);
     }
 
     upstream.goes_on.notify_one();
 
     for call in calls {
-        let answer = call.await.expect("the call itself does not panic");
-        assert!(matches!(
-            answer,
-            Err(Error {
-                kind: ErrorKind::Panicked,
-                ..
-            })
-        ));
+        let lookup = call.await.expect("the call itself does not panic");
+        assert!(matches!(lookup.result, Err(Error::Panicked)));
     }
-    assert_eq!(quota.metrics.panics.get(), 1);
-    assert_eq!(quota.flights.count(), 0);
-    let answer = ask(&quota, ANN, "w", || Ok(task("found"))).await;
+    assert_eq!(coalescer.metrics.panics.get(), 1);
+    assert_eq!(coalescer.in_flight.count(), 0);
+    let answer = ask(&coalescer, ANN, "w", || Ok(task("found"))).await;
     assert_eq!(job_id(&answer), "found");
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_flight_that_ends_late_leaves_the_next_one_alone() {
     /// Asks the same question again while the work is being dropped: its flight is over, and still on the list.
-    struct AsksAgain(Arc<Quota>, Arc<Question>, Arc<Mutex<Option<Seat>>>);
+    struct AsksAgain(Arc<Coalescer>, Arc<Key>, Arc<Mutex<Option<Joined>>>);
     impl Drop for AsksAgain {
         fn drop(&mut self) {
             let start = |_, _| pending();
-            let seat = self.0.flights.join(&self.1, in_seconds(9), start);
-            *self.2.lock().unwrap() = Some(seat);
+            let joined = self.0.in_flight.join(&self.1, in_seconds(9), start);
+            *self.2.lock().unwrap() = Some(joined);
         }
     }
-    let quota = without_cache();
-    let question = quota.question(ANN, query("w"));
+    let coalescer = without_cache();
+    let key = coalescer.key(ANN, query("w"));
     let next = Arc::new(Mutex::new(None));
-    let guard = AsksAgain(Arc::clone(&quota), Arc::clone(&question), Arc::clone(&next));
-    let mut seat = quota
-        .flights
-        .join(&question, in_seconds(9), |_, _| async move {
+    let guard = AsksAgain(Arc::clone(&coalescer), Arc::clone(&key), Arc::clone(&next));
+    let mut joined = coalescer
+        .in_flight
+        .join(&key, in_seconds(9), |_, _| async move {
             let _guard = guard;
             pending().await
         });
-    assert!(poll!(&mut seat.work).is_pending());
+    assert!(poll!(&mut joined.lookup).is_pending());
 
-    drop(seat);
+    drop(joined);
 
     let next = next.lock().unwrap().take().expect("it asked again");
-    assert!(!next.joined);
-    assert_eq!(quota.flights.count(), 1);
-    let third = quota
-        .flights
-        .join(&question, in_seconds(9), |_, _| pending());
-    assert!(third.joined);
+    assert!(!next.is_follower);
+    assert_eq!(coalescer.in_flight.count(), 1);
+    let third = coalescer
+        .in_flight
+        .join(&key, in_seconds(9), |_, _| pending());
+    assert!(third.is_follower);
     drop((next, third));
-    assert_eq!(quota.flights.count(), 0);
+    assert_eq!(coalescer.in_flight.count(), 0);
 }

@@ -36,10 +36,10 @@ fn asker() -> impl Strategy<Value = Asker> {
 }
 
 /// Asks, and leaves when out of patience. A task that comes names whose credential found it, and what was asked.
-async fn run(quota: Arc<Quota>, asker: Asker) -> Option<String> {
+async fn run(coalescer: Arc<Coalescer>, asker: Asker) -> Option<String> {
     sleep(asker.begins).await;
     let name = format!("{}/{}", asker.identity, asker.task);
-    let question = quota.question(
+    let key = coalescer.key(
         Identity::Caller([asker.identity; 16]),
         query(asker.task.to_string()),
     );
@@ -47,21 +47,18 @@ async fn run(quota: Arc<Quota>, asker: Asker) -> Option<String> {
         let (name, asker) = (name.clone(), asker.clone());
         async move {
             sleep(asker.work).await;
-            let facts = Facts::default();
             match asker.outcome {
                 0 => panic!("on purpose"),
-                1 => Err(ErrorKind::DeadlineExceeded.into()),
+                1 => Err(Error::DeadlineExceeded),
                 2 => Err(rejected(404, "")),
-                _ => Ok(Found {
-                    task: task(name),
-                    facts,
-                }),
+                _ => Ok(task(name)),
             }
         }
     };
-    let answer = quota.ask(&question, in_seconds(1), |_| {}, work);
-    let found = timeout(asker.patience, answer).await.ok()?.ok()?;
-    assert_eq!(found.task.job_id, name);
+    let answer = coalescer.look_up(&key, in_seconds(1), |_| {}, work);
+    let lookup = timeout(asker.patience, answer).await.ok()?;
+    let task = lookup.result.as_ref().ok()?;
+    assert_eq!(task.job_id, name);
     Some(name)
 }
 
@@ -77,20 +74,20 @@ proptest! {
             .build()
             .unwrap();
         runtime.block_on(async {
-            let quota = if cached { with_cache() } else { without_cache() };
-            let runs = askers.into_iter().map(|asker| run(Arc::clone(&quota), asker));
+            let coalescer = if cached { with_cache() } else { without_cache() };
+            let runs = askers.into_iter().map(|asker| run(Arc::clone(&coalescer), asker));
             runs.collect::<JoinSet<_>>().join_all().await;
-            assert_eq!(quota.flights.count(), 0);
+            assert_eq!(coalescer.in_flight.count(), 0);
         });
     }
 }
 
 #[test]
 fn calls_of_several_workers_share_work_and_leave_no_entry_behind() {
-    let quota = without_cache();
+    let coalescer = without_cache();
 
     let workers = [1, 2, 3, 4].map(|seed| {
-        let quota = Arc::clone(&quota);
+        let coalescer = Arc::clone(&coalescer);
         thread::spawn(move || {
             let mut random = fastrand::Rng::with_seed(seed);
             let mut asker = || Asker {
@@ -105,7 +102,7 @@ fn calls_of_several_workers_share_work_and_leave_no_entry_behind() {
                 .enable_time()
                 .build()
                 .unwrap();
-            let runs = (0..2000).map(|_| run(Arc::clone(&quota), asker()));
+            let runs = (0..2000).map(|_| run(Arc::clone(&coalescer), asker()));
             let seen = runtime.block_on(async { runs.collect::<JoinSet<_>>().join_all().await });
             seen.into_iter().flatten().collect::<HashSet<_>>()
         })
@@ -116,8 +113,8 @@ fn calls_of_several_workers_share_work_and_leave_no_entry_behind() {
         .collect();
 
     assert_eq!(seen.len(), 4);
-    assert!(quota.metrics.coalesced.get() > 0);
-    assert_eq!(quota.flights.count(), 0);
+    assert!(coalescer.metrics.coalesced.get() > 0);
+    assert_eq!(coalescer.in_flight.count(), 0);
 }
 
 /// `cargo test --release --lib cost_of_a_question -- --ignored --nocapture`
@@ -125,14 +122,17 @@ fn calls_of_several_workers_share_work_and_leave_no_entry_behind() {
 #[ignore = "measures, and decides nothing"]
 async fn cost_of_a_question_that_nobody_shares() {
     const QUESTIONS: u32 = 1_000_000;
-    let quota = without_cache();
+    let coalescer = without_cache();
 
     let begun = std::time::Instant::now();
     for number in 0..QUESTIONS {
-        let answer = ask(&quota, ANN, "102772a9-31fa-4129-b9f8-7638e2792f3b", || {
-            Ok(TaskDetail::default())
-        });
-        assert!(answer.await.is_ok(), "{number}");
+        let answer = ask(
+            &coalescer,
+            ANN,
+            "102772a9-31fa-4129-b9f8-7638e2792f3b",
+            || Ok(TaskDetail::default()),
+        );
+        assert!(answer.await.result.is_ok(), "{number}");
     }
 
     println!("{:?} a question", begun.elapsed() / QUESTIONS);

@@ -1,34 +1,34 @@
 /// What is kept, for whom, and for how long.
 mod cache;
-/// Equal questions in flight.
-mod flights;
 /// Random calls that come and leave in any order.
 mod random;
+/// Equal questions in flight.
+mod single_flight;
 
 use std::time::SystemTime;
 
 use http::HeaderMap;
 
 use super::*;
-use crate::upstream::{Facts, rejection, wire::TaskDetail};
+use crate::upstream::rejection;
 
 const ANN: Identity = Identity::Caller([1; 16]);
 const BOB: Identity = Identity::Caller([2; 16]);
 
-fn quota(cache_ttl: Duration, cache_entries: u64) -> Arc<Quota> {
+fn coalescer(cache_ttl: Duration, cache_entries: u64) -> Arc<Coalescer> {
     let config = Config {
         cache_ttl,
         cache_entries,
     };
-    Quota::new(config, Metrics::new())
+    Coalescer::new(config, Metrics::new())
 }
 
-fn without_cache() -> Arc<Quota> {
-    quota(Duration::ZERO, 100)
+fn without_cache() -> Arc<Coalescer> {
+    coalescer(Duration::ZERO, 100)
 }
 
-fn with_cache() -> Arc<Quota> {
-    quota(Duration::from_secs(3600), 100)
+fn with_cache() -> Arc<Coalescer> {
+    coalescer(Duration::from_secs(3600), 100)
 }
 
 fn query(task: impl Into<String>) -> TaskQuery {
@@ -49,12 +49,8 @@ fn task(job_id: impl Into<String>) -> TaskDetail {
 
 fn rejected(http_status: u16, body: &str) -> Error {
     let now = SystemTime::UNIX_EPOCH;
-    let (rejection, facts) =
-        rejection::of_answer(http_status, &HeaderMap::new(), body.as_bytes(), now);
-    Error {
-        kind: ErrorKind::Rejected(Box::new(rejection)),
-        facts,
-    }
+    let (rejection, _) = rejection::of_answer(http_status, &HeaderMap::new(), body.as_bytes(), now);
+    Error::Rejected(Box::new(rejection))
 }
 
 fn in_seconds(seconds: u64) -> Deadline {
@@ -62,20 +58,19 @@ fn in_seconds(seconds: u64) -> Deadline {
 }
 /// One call whose work ends at once with `outcome`.
 async fn ask(
-    quota: &Arc<Quota>,
+    coalescer: &Arc<Coalescer>,
     identity: Identity,
     task: &str,
     outcome: impl Fn() -> Result<TaskDetail, Error>,
-) -> Answer {
-    let question = quota.question(identity, query(task));
+) -> Arc<Lookup> {
+    let key = coalescer.key(identity, query(task));
     let work = |_, _| {
-        let facts = Facts::default();
-        let answer = outcome().map(|task| Found { task, facts });
-        async move { answer }
+        let result = outcome();
+        async move { result }
     };
-    quota.ask(&question, in_seconds(9), |_| {}, work).await
+    coalescer.look_up(&key, in_seconds(9), |_| {}, work).await
 }
 
-fn job_id(answer: &Answer) -> &str {
-    &answer.as_ref().expect("a task").task.job_id
+fn job_id(lookup: &Lookup) -> &str {
+    &lookup.result.as_ref().expect("a task").job_id
 }

@@ -1,0 +1,195 @@
+//! Makes the number of upstream requests follow the number of distinct lookups, not the number of callers, because the vendor
+//! allows few requests (60 a minute and user): identical lookups in flight share one upstream request, and results are cached for a
+//! short time if the operator wants that.
+//!
+//! Nothing is shared between identities: the identity is a part of the key. Throttle windows and pacing belong to each attempt, and
+//! so to [`crate::upstream`].
+
+mod single_flight;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    future::Future,
+    hash::{BuildHasher as _, Hash, Hasher, RandomState},
+    panic::AssertUnwindSafe,
+    sync::Arc,
+    time::Duration,
+};
+
+use futures_util::FutureExt as _;
+use moka::sync::Cache;
+use tonic::Code;
+
+use self::single_flight::{Joined, SingleFlight};
+use crate::{
+    credentials::{self, Identity},
+    deadline::{Deadline, SharedDeadline},
+    telemetry::{Progress, metrics::Metrics},
+    upstream::{Error, TaskQuery, wire::TaskDetail},
+};
+
+/// Larger results are not cached: a few of them would outweigh all others.
+const MAX_CACHED_BYTES: usize = 64 << 10;
+
+/// What is looked up, and by whom. Made by [`Coalescer::key`].
+#[derive(Debug, PartialEq, Eq)]
+pub struct Key {
+    /// Hash of the other fields, computed once for all maps that use the key. The hash function is keyed with random bits of this
+    /// process, so that callers cannot make keys that collide.
+    hash: u64,
+    /// Whose credential is used.
+    pub identity: Identity,
+    /// The task.
+    pub query: TaskQuery,
+}
+
+impl Hash for Key {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        state.write_u64(self.hash);
+    }
+}
+
+/// A lookup that is over, shared by all calls that waited for it.
+#[derive(Debug, Clone)]
+pub struct Lookup {
+    /// The task, or why there is none.
+    pub result: Result<TaskDetail, Error>,
+    /// What the attempts showed.
+    pub progress: Arc<Progress>,
+}
+
+/// How long results are cached, and how many.
+#[derive(Debug, Clone, Copy)]
+pub struct Config {
+    /// Zero caches nothing.
+    pub cache_ttl: Duration,
+    /// Cache entries of all identities together.
+    pub cache_entries: u64,
+}
+
+/// The lookups in flight and the cache. One per process: all workers share it.
+#[derive(Debug)]
+pub struct Coalescer {
+    hasher: RandomState,
+    in_flight: Arc<SingleFlight>,
+    cache: Option<Cache<Arc<Key>, Arc<Lookup>>>,
+    metrics: Arc<Metrics>,
+}
+
+impl Coalescer {
+    /// A coalescer with an empty cache.
+    pub fn new(config: Config, metrics: Arc<Metrics>) -> Arc<Self> {
+        let cache = (!config.cache_ttl.is_zero()).then(|| {
+            Cache::builder()
+                .max_capacity(config.cache_entries)
+                .time_to_live(config.cache_ttl)
+                .build()
+        });
+        Arc::new(Self {
+            hasher: RandomState::new(),
+            in_flight: SingleFlight::new(),
+            cache,
+            metrics,
+        })
+    }
+
+    /// The key of a lookup of `query` by `identity`.
+    pub fn key(&self, identity: Identity, query: TaskQuery) -> Arc<Key> {
+        Arc::new(Key {
+            hash: self.hasher.hash_one((&identity, &query)),
+            identity,
+            query,
+        })
+    }
+
+    /// Returns a cached result, or joins an identical lookup in flight, or starts `work`. `follow` is given the progress of the
+    /// lookup that the caller waits for. The caller stops waiting by dropping the future.
+    pub async fn look_up<F>(
+        self: &Arc<Self>,
+        key: &Arc<Key>,
+        deadline: Deadline,
+        mut follow: impl FnMut(&Arc<Progress>),
+        work: impl Fn(SharedDeadline, Arc<Progress>) -> F,
+    ) -> Arc<Lookup>
+    where
+        F: Future<Output = Result<TaskDetail, Error>> + Send + 'static,
+    {
+        let mut counted = false;
+        let lookup = loop {
+            if let Some(lookup) = self.cache.as_ref().and_then(|cache| cache.get(key)) {
+                self.metrics.cache_hits.inc();
+                follow(&lookup.progress);
+                break lookup;
+            }
+            let joined = self.in_flight.join(key, deadline, |deadline, progress| {
+                let work = work(deadline, Arc::clone(&progress));
+                Arc::clone(self).run(Arc::clone(key), progress, work)
+            });
+            let Joined {
+                lookup,
+                progress,
+                is_follower,
+            } = joined;
+            if is_follower && !counted {
+                counted = true;
+                self.metrics.coalesced.inc();
+            }
+            follow(&progress);
+            let lookup = lookup.await;
+            if !(is_follower && ran_out_of_others_time(&lookup, deadline)) {
+                break lookup;
+            }
+        };
+        if let Err(Error::Throttled { .. }) = lookup.result {
+            self.metrics.throttled.inc();
+        }
+        lookup
+    }
+
+    /// The leader's work. A panic becomes a result: otherwise it would reach only the waiter that happens to poll, and the others
+    /// would wait on.
+    fn run(
+        self: Arc<Self>,
+        key: Arc<Key>,
+        progress: Arc<Progress>,
+        work: impl Future<Output = Result<TaskDetail, Error>>,
+    ) -> impl Future<Output = Arc<Lookup>> {
+        // Not an `async` block, which would hold the work twice: every call would pay for moving it.
+        AssertUnwindSafe(work).catch_unwind().map(move |result| {
+            let result = result.unwrap_or_else(|_| {
+                self.metrics.panics.inc();
+                Err(Error::Panicked)
+            });
+            let lookup = Arc::new(Lookup { result, progress });
+            if let Some(cache) = &self.cache
+                && is_cacheable(&lookup)
+            {
+                cache.insert(key, Arc::clone(&lookup));
+            }
+            lookup
+        })
+    }
+}
+
+/// Whether the lookup failed for lack of time while the follower, who joined at its end, has more of it.
+fn ran_out_of_others_time(lookup: &Lookup, deadline: Deadline) -> bool {
+    let remaining = deadline.remaining();
+    match &lookup.result {
+        Err(Error::DeadlineExceeded)
+        | Err(Error::Credentials(credentials::Error::DeadlineExceeded)) => !remaining.is_zero(),
+        // Pacing refuses what does not fit before the deadline that it was given.
+        Err(Error::Throttled { retry_after }) => *retry_after < remaining,
+        _ => false,
+    }
+}
+
+fn is_cacheable(lookup: &Lookup) -> bool {
+    match &lookup.result {
+        Ok(task) => task.heap_bytes() <= MAX_CACHED_BYTES,
+        Err(Error::Rejected(rejection)) => {
+            rejection.verdict.code == Code::NotFound && rejection.message.len() <= MAX_CACHED_BYTES
+        }
+        Err(_) => false,
+    }
+}

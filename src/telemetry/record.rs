@@ -1,0 +1,190 @@
+//! What metrics, access log and trace report about one call, gathered while the call runs and written exactly once.
+
+use std::{
+    fmt,
+    net::SocketAddr,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use http::{HeaderMap, HeaderValue, header};
+use tokio::time::Instant;
+use tonic::Code;
+
+use super::{
+    access::Access,
+    metrics::Metrics,
+    trace::{ServerSpan, Tracer},
+};
+use crate::{method::Method, reason::Reason};
+
+/// Where all calls of a process are reported.
+pub struct Sinks {
+    /// Counters and histograms.
+    pub metrics: Arc<Metrics>,
+    /// The access log.
+    pub access: Access,
+    /// The export of traces, if it is on.
+    pub tracer: Option<Arc<Tracer>>,
+}
+
+impl fmt::Debug for Sinks {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Sinks").finish_non_exhaustive()
+    }
+}
+
+/// Metrics, access line and span of one call. Written on drop; the code is CANCELLED unless [`Record::finish`] was called.
+#[derive(Debug)]
+pub struct Record {
+    sinks: Arc<Sinks>,
+    pub(super) method: Method,
+    pub(super) request_id: String,
+    pub(super) span: Option<Arc<ServerSpan>>,
+    /// The caller's `traceparent` as sent.
+    pub(super) traceparent: Option<HeaderValue>,
+    pub(super) peer: Arc<Peer>,
+    /// The caller's `user-agent` as sent: any bytes that a header may hold.
+    pub(super) user_agent: Option<HeaderValue>,
+    started: Instant,
+    /// The time that the call was given: the caller's timeout or the server's, whichever was shorter.
+    pub(super) timeout: Duration,
+    /// The upstream work that the call waits for or was answered by.
+    progress: Option<Arc<Progress>>,
+    pub(super) reason: Option<Reason>,
+    code: Option<Code>,
+    /// Bytes of reply messages handed to HTTP/2, their prefixes included.
+    pub(super) bytes: u64,
+}
+
+impl Record {
+    /// Counts the start of a call whose headers have arrived.
+    pub fn start(
+        sinks: &Arc<Sinks>,
+        method: Method,
+        request_id: String,
+        timeout: Duration,
+        peer: Arc<Peer>,
+        headers: &HeaderMap,
+    ) -> Self {
+        sinks.metrics.call_started(method);
+        Self {
+            method,
+            request_id,
+            span: sinks
+                .tracer
+                .as_ref()
+                .map(|tracer| tracer.server_span(headers)),
+            traceparent: headers.get("traceparent").cloned(),
+            peer,
+            user_agent: headers.get(header::USER_AGENT).cloned(),
+            started: Instant::now(),
+            timeout,
+            progress: None,
+            reason: None,
+            code: None,
+            bytes: 0,
+            sinks: Arc::clone(sinks),
+        }
+    }
+
+    /// The call's `x-request-id`: 1 to 128 of `[A-Za-z0-9._-]`.
+    pub fn request_id(&self) -> &str {
+        &self.request_id
+    }
+
+    /// The call's span, if traces are exported.
+    pub fn span(&self) -> Option<&Arc<ServerSpan>> {
+        self.span.as_ref()
+    }
+
+    /// The call waits for this upstream work, or was answered by it.
+    pub fn follow(&mut self, progress: Arc<Progress>) {
+        self.progress = Some(progress);
+    }
+
+    /// What the upstream work has shown so far.
+    pub fn facts(&self) -> Facts {
+        self.progress
+            .as_ref()
+            .map(|progress| progress.facts())
+            .unwrap_or_default()
+    }
+
+    /// Counts bytes of the reply that were handed to HTTP/2.
+    pub fn sent(&mut self, bytes: usize) {
+        self.bytes += bytes as u64;
+    }
+
+    /// The call failed for this reason.
+    pub fn fail(&mut self, reason: Reason) {
+        self.reason = Some(reason);
+    }
+
+    /// The code was handed to HTTP/2: nothing that happens to the connection afterwards changes it.
+    pub fn finish(&mut self, code: Code) {
+        self.code = Some(code);
+    }
+}
+
+impl Drop for Record {
+    fn drop(&mut self) {
+        let code = self.code.unwrap_or(Code::Cancelled);
+        let took = self.started.elapsed();
+        let facts = self.facts();
+        self.sinks.metrics.call_handled(self.method, code, took);
+        self.sinks.access.write(self, code, took, &facts);
+        if let Some(span) = &self.span {
+            span.end(self, code, took, &facts);
+        }
+    }
+}
+
+/// The other end of a connection. Its text is made once, not for each line.
+#[derive(Debug)]
+pub struct Peer {
+    pub(super) address: SocketAddr,
+    pub(super) text: String,
+}
+
+impl Peer {
+    /// The peer at `address`.
+    pub fn new(address: SocketAddr) -> Self {
+        Self {
+            address,
+            text: address.to_string(),
+        }
+    }
+}
+
+/// What the attempts of one lookup showed.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Facts {
+    /// Attempts that were put on the wire.
+    pub attempts: u32,
+    /// HTTP status of the last reply.
+    pub http_status: Option<u16>,
+    /// The vendor's error code in the last reply, for example `DBS.200543`. At most 64 printable ASCII characters.
+    pub upstream_code: Option<String>,
+    /// Request id that the vendor gave the last attempt. At most 128 printable ASCII characters.
+    pub upstream_request_id: Option<String>,
+}
+
+/// The [`Facts`] of a lookup, readable while its attempts go on.
+#[derive(Debug, Default)]
+pub struct Progress(Mutex<Facts>);
+
+impl Progress {
+    /// The facts so far.
+    pub fn facts(&self) -> Facts {
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// Changes the facts.
+    pub fn update(&self, change: impl FnOnce(&mut Facts)) {
+        change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+}
