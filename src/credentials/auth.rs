@@ -2,8 +2,8 @@
 
 use std::{fmt, sync::Arc};
 
-use ::http::HeaderValue;
 use aws_lc_rs::hmac;
+use http::HeaderValue;
 
 use super::{
     Owner,

@@ -2,12 +2,12 @@
 
 use std::{error::Error as _, fmt, time::Duration};
 
-use ::http::{HeaderMap, StatusCode};
 use bytes::Bytes;
+use http::{HeaderMap, StatusCode};
 use reqwest::RequestBuilder;
 
 use crate::{
-    http::{self, BuildError, SystemRoots},
+    http_client::{self, BuildError, SystemRoots},
     wait,
 };
 
@@ -84,30 +84,30 @@ pub(super) struct Answer {
 }
 
 /// The client for the identity service.
-pub(super) fn identity_client(config: &http::Config) -> Result<reqwest::Client, BuildError> {
-    http::build(without_pool(config)?)
+pub(super) fn identity_client(config: &http_client::Config) -> Result<reqwest::Client, BuildError> {
+    http_client::build(without_pool(config)?)
 }
 
 /// The client for the metadata service: never through a proxy.
 pub(super) fn metadata_client() -> Result<reqwest::Client, BuildError> {
-    let direct = http::Config {
-        tls: http::tls_config(SystemRoots::Ignored, None)?,
+    let direct = http_client::Config {
+        tls: http_client::tls_config(SystemRoots::Ignored, None)?,
         https_only: false,
         proxy: None,
         connect_timeout: METADATA_TIMEOUT,
     };
-    http::build(without_pool(&direct)?.read_timeout(METADATA_TIMEOUT))
+    http_client::build(without_pool(&direct)?.read_timeout(METADATA_TIMEOUT))
 }
 
 /// Fetches are hours apart: an idle connection would only be found dead.
-fn without_pool(config: &http::Config) -> Result<reqwest::ClientBuilder, BuildError> {
-    Ok(http::client_builder(config)?.pool_max_idle_per_host(0))
+fn without_pool(config: &http_client::Config) -> Result<reqwest::ClientBuilder, BuildError> {
+    Ok(http_client::client_builder(config)?.pool_max_idle_per_host(0))
 }
 
 /// Sends a request and reads the answer, up to 64 KiB.
 pub(super) async fn send(request: RequestBuilder) -> Result<Answer, FetchError> {
     let mut response = request.send().await.map_err(|error| no_answer(&error))?;
-    let body = http::small_body(&mut response, MAX_BODY_BYTES)
+    let body = http_client::small_body(&mut response, MAX_BODY_BYTES)
         .await
         .map_err(|error| no_answer(&error))?
         .ok_or_else(|| FetchError::unavailable("its answer is longer than 64 KiB"))?;

@@ -8,8 +8,8 @@ use std::{
     time::Duration,
 };
 
-use ::http::{HeaderValue, header};
 use aws_lc_rs::digest;
+use http::{HeaderValue, header};
 use serde::Deserialize;
 use serde_json::json;
 use zeroize::Zeroizing;
@@ -176,12 +176,12 @@ mod tests {
     use super::*;
     use crate::{
         credentials::fake_issuer::{FakeIssuer, answer},
-        http,
+        http_client,
     };
 
-    fn http_config() -> http::Config {
-        http::Config {
-            tls: http::tls_config(http::SystemRoots::Ignored, None).unwrap(),
+    fn http_config() -> http_client::Config {
+        http_client::Config {
+            tls: http_client::tls_config(http_client::SystemRoots::Ignored, None).unwrap(),
             https_only: false,
             proxy: None,
             connect_timeout: Duration::from_secs(3),
@@ -375,7 +375,7 @@ mod tests {
         let proxy =
             FakeIssuer::start(|_, _| answer("201 Created", "X-Subject-Token: t\r\n", "{}")).await;
         let url = proxy.endpoint.replace("http://", "http://user:canary@");
-        let through = http::Config {
+        let through = http_client::Config {
             proxy: Some(url.parse().unwrap()),
             ..http_config()
         };

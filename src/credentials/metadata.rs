@@ -4,7 +4,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use ::http::{HeaderValue, StatusCode};
+use http::{HeaderValue, StatusCode};
 use serde::Deserialize;
 use tokio::time::Instant;
 

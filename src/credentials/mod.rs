@@ -24,15 +24,15 @@ mod tests;
 
 use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
 
-use ::http::{HeaderMap, HeaderValue};
 use aws_lc_rs::{hmac, rand::SystemRandom};
+use http::{HeaderMap, HeaderValue};
 use tokio::sync::watch;
 
 pub use self::auth::{AccessKey, Auth, Identity, Token};
 use self::cache::{Cache, OnRefusal};
 use crate::{
     deadline::Deadline,
-    http::{self, BuildError},
+    http_client::{self, BuildError},
     telemetry::metrics::Metrics,
 };
 
@@ -55,7 +55,7 @@ pub struct Config {
     /// The source.
     pub source: Source,
     /// How the identity service is reached. The metadata service is always reached directly.
-    pub http: http::Config,
+    pub http: http_client::Config,
 }
 
 /// The source of credentials, chosen at start.
@@ -132,7 +132,7 @@ impl Credentials {
             )),
             Source::Profile(path) => Running::Profile(profile(&path)),
             Source::Iam(iam) => {
-                let http = http::Config {
+                let http = http_client::Config {
                     https_only: iam.endpoint.starts_with("https:"),
                     ..config.http
                 };

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use ::http::HeaderValue;
+use http::HeaderValue;
 use zeroize::Zeroizing;
 
 use super::file;

@@ -8,8 +8,8 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use ::http::HeaderValue;
 use aws_lc_rs::{digest, hmac};
+use http::HeaderValue;
 use jiff::{Timestamp, tz::Offset};
 
 use super::auth::AccessKey;

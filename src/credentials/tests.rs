@@ -18,8 +18,8 @@ fn start_directly(source: Source) -> Credentials {
 }
 
 fn start_with(source: Source, proxy: Option<reqwest::Url>) -> Credentials {
-    let http = http::Config {
-        tls: http::tls_config(http::SystemRoots::Ignored, None).unwrap(),
+    let http = http_client::Config {
+        tls: http_client::tls_config(http_client::SystemRoots::Ignored, None).unwrap(),
         // The address of the source decides.
         https_only: true,
         proxy,
@@ -39,7 +39,7 @@ fn with_tokens(tokens: &[&[u8]]) -> HeaderMap {
     tokens
         .iter()
         .map(|token| {
-            let name = ::http::HeaderName::from_static("x-auth-token");
+            let name = http::HeaderName::from_static("x-auth-token");
             (name, HeaderValue::from_bytes(token).unwrap())
         })
         .fold(HeaderMap::new(), |mut map, (name, value)| {

@@ -20,7 +20,7 @@ use super::{
 use crate::{
     credentials::{self, Auth, Identity, key_guard},
     deadline::Limit,
-    http::{Answer, Failure},
+    http_client::{Answer, Failure},
     reason::Reason,
     telemetry::{
         AttemptEnd, AttemptSpan, ServerSpan,

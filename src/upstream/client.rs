@@ -20,7 +20,7 @@ use super::{
 use crate::{
     credentials::{Auth, Credentials},
     deadline::Limit,
-    http,
+    http_client,
     reason::Reason,
     telemetry::{ServerSpan, metrics::Metrics},
 };
@@ -88,14 +88,18 @@ impl Progress {
 /// Makes calls. Each worker has its own, with its own connections.
 #[derive(Debug, Clone)]
 pub struct Client {
-    pub(super) http: http::Client,
+    pub(super) http: http_client::Client,
     pub(super) endpoint: Arc<Endpoint>,
     credentials: Credentials,
 }
 
 impl Client {
     /// A client that shares what is known of the endpoint with its siblings.
-    pub fn new(http: http::Client, endpoint: Arc<Endpoint>, credentials: Credentials) -> Self {
+    pub fn new(
+        http: http_client::Client,
+        endpoint: Arc<Endpoint>,
+        credentials: Credentials,
+    ) -> Self {
         Self {
             http,
             endpoint,

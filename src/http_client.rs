@@ -5,9 +5,9 @@
 
 use std::{error::Error as StdError, io, sync::Arc, time::Duration};
 
-use ::http::HeaderMap;
 use bytes::{Bytes, BytesMut};
 use futures_util::TryFutureExt as _;
+use http::HeaderMap;
 use reqwest::{ClientBuilder, Proxy, Url, redirect};
 use rustls::{
     ClientConfig, DEFAULT_VERSIONS, RootCertStore,
