@@ -21,6 +21,7 @@
 //! - [`upstream`]: the vendor's operation: request, throttling, pace, attempts, retry, breaker, wire format, meaning of errors
 //! - [`http_client`]: one bounded HTTP exchange; the HTTP client of the request's path, and what every HTTP client has in common
 //! - [`wait`]: how long to wait before something is tried again
+//! - [`error_chain`]: walks an error and its sources
 //! - [`deadline`], [`reason`], [`code`], [`status`]: the RPC's deadline, the closed list of reasons, names of codes, the
 //!   only maker of statuses
 //! - [`telemetry`]: log, access line, metrics, traces
@@ -35,6 +36,7 @@ pub mod code;
 pub mod config;
 pub mod credentials;
 pub mod deadline;
+pub mod error_chain;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 pub mod http_client;

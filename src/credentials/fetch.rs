@@ -7,7 +7,8 @@ use http::{HeaderMap, StatusCode};
 use reqwest::RequestBuilder;
 
 use crate::{
-    http_client::{self, BuildError, SystemRoots},
+    error_chain::root_cause,
+    http_client::{self, BodyError, BuildError, SystemRoots},
     wait,
 };
 
@@ -107,10 +108,12 @@ fn without_pool(config: &http_client::Config) -> Result<reqwest::ClientBuilder, 
 /// Sends a request and reads the answer, up to 64 KiB.
 pub(super) async fn send(request: RequestBuilder) -> Result<Answer, FetchError> {
     let mut response = request.send().await.map_err(|error| no_answer(&error))?;
-    let body = http_client::small_body(&mut response, MAX_BODY_BYTES)
+    let body = http_client::read_body(&mut response, MAX_BODY_BYTES)
         .await
-        .map_err(|error| no_answer(&error))?
-        .ok_or_else(|| FetchError::unavailable("its answer is longer than 64 KiB"))?;
+        .map_err(|error| match error {
+            BodyError::TooLarge => FetchError::unavailable("its answer is longer than 64 KiB"),
+            BodyError::Broken(error) => no_answer(&error),
+        })?;
     Ok(Answer {
         status: response.status(),
         headers: std::mem::take(response.headers_mut()),
@@ -126,16 +129,9 @@ fn no_answer(error: &reqwest::Error) -> FetchError {
     } else {
         "its answer is broken"
     };
-    FetchError::unavailable(format!("{what}: {}", root_cause(error)))
-}
-
-/// The innermost cause, which is the operating system's or the TLS library's own sentence; the outer ones hold the URL.
-fn root_cause(error: &reqwest::Error) -> String {
-    let mut cause = error.source();
-    let mut text = String::from("no details");
-    while let Some(inner) = cause {
-        text = inner.to_string();
-        cause = inner.source();
-    }
-    text
+    // The message of the outermost error holds the URL, so only its sources are shown.
+    let cause = error
+        .source()
+        .map_or_else(|| "no details".to_owned(), |e| root_cause(e).to_string());
+    FetchError::unavailable(format!("{what}: {cause}"))
 }

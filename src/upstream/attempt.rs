@@ -20,7 +20,7 @@ use super::{
 use crate::{
     credentials::{self, Auth, Identity, key_guard},
     deadline::Limit,
-    http_client::{Answer, Failure},
+    http_client::{Error as HttpError, Response},
     reason::Reason,
     telemetry::{
         AttemptEnd, AttemptSpan, ServerSpan,
@@ -76,12 +76,12 @@ impl Failed {
         }
     }
 
-    fn transport(failure: Failure) -> Self {
+    fn transport(failure: HttpError) -> Self {
         let kind = match failure.reason {
             Reason::UpstreamResponseTooLarge => ErrorKind::TooLarge,
             reason => ErrorKind::Transport(reason),
         };
-        let repeat = if failure.repeatable {
+        let repeat = if failure.retryable {
             Repeat::Backoff
         } else {
             Repeat::Never
@@ -229,7 +229,7 @@ impl Client {
 
     fn understand(
         &self,
-        answer: &Answer,
+        answer: &Response,
         body: &[u8],
         signed: Signed,
         admission: breaker::Admission<'_>,
@@ -350,7 +350,7 @@ fn refused(error: credentials::Error) -> Failed {
 fn end_without_answer(
     mut record: Record<'_>,
     admission: breaker::Admission<'_>,
-    failure: Failure,
+    failure: HttpError,
 ) -> Failed {
     record.reason = Some(failure.reason);
     record.end(AttemptOutcome::TransportError);
