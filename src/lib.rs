@@ -22,6 +22,7 @@
 //! - [`http_client`]: one bounded HTTP exchange; the HTTP client of the request's path, and what every HTTP client has in common
 //! - [`wait`]: how long to wait before something is tried again
 //! - [`error_chain`]: walks an error and its sources
+//! - [`files`]: reads and watches small files: certificates, tokens, passwords
 //! - [`deadline`], [`reason`], [`code`], [`status`]: the RPC's deadline, the closed list of reasons, names of codes, the
 //!   only maker of statuses
 //! - [`telemetry`]: log, access line, metrics, traces
@@ -37,6 +38,7 @@ pub mod config;
 pub mod credentials;
 pub mod deadline;
 pub mod error_chain;
+pub mod files;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 pub mod http_client;
