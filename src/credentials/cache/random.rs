@@ -6,7 +6,7 @@ use std::{
 };
 
 use proptest::prelude::*;
-use tokio::{task::JoinSet, time::sleep};
+use tokio::task::JoinSet;
 
 use super::*;
 
@@ -25,7 +25,7 @@ struct Call {
     begins: Duration,
     /// It is dropped after this time, whatever it waits for.
     patience: Duration,
-    /// What it tells of the value it got.
+    /// What it reports about the value it got.
     report: Report,
 }
 
@@ -78,8 +78,6 @@ impl Drop for Fetching {
 impl Refresh for Issuer {
     type Value = usize;
 
-    const ISSUER: crate::credentials::Issuer = crate::credentials::Issuer::Identity;
-
     async fn refresh(&mut self) -> Result<Fetched<usize>, FetchError> {
         let began = Instant::now();
         let number = {
@@ -94,10 +92,10 @@ impl Refresh for Issuer {
         sleep(fetch.takes).await;
         let Some(lifetime) = fetch.lifetime else {
             return Err(if fetch.rejects {
-                FetchError::Rejected {
-                    http_status: 401,
+                FetchError {
+                    rejected_by: Some((crate::credentials::Issuer::Identity, 401)),
                     wait: Duration::from_secs(30),
-                    fault: "401".to_owned(),
+                    cause: "401".to_owned(),
                 }
             } else {
                 FetchError::unavailable("down")
@@ -113,7 +111,7 @@ impl Refresh for Issuer {
         self.seen().issued.insert(number, issued);
         Ok(Fetched {
             value: number,
-            lifetime,
+            lifetime: Some(lifetime),
         })
     }
 }
@@ -136,34 +134,34 @@ impl Seen {
         );
     }
 
-    /// A failure is told only where the last value has ended, or has been refused and is not kept.
-    fn got_none(&self, keep: bool) {
+    /// A failure is returned only if the last value has ended, or has been refused and is not kept.
+    fn got_none(&self, on_refusal: OnRefusal) {
         let now = Instant::now();
         let Some((number, issued)) = self.issued.last_key_value() else {
             return;
         };
-        // A fetch during which something was refused may have brought nothing.
+        // The cache may have discarded a value if another was refused during its fetch.
         let during = |at: &Instant| (issued.began..=issued.given_out).contains(at);
         let discarded = self.refusals.iter().any(|(at, _)| during(at));
         let refused = self.refusals.iter().any(|(_, value)| value == number);
+        let replaces = matches!(on_refusal, OnRefusal::Replace { .. });
         assert!(
             now >= issued.usable_until
                 || now <= issued.given_out
-                || discarded
-                || (refused && !keep),
+                || (replaces && (discarded || refused)),
             "a failure although {number} is good"
         );
     }
 }
 
-async fn run(cache: Arc<Cache<usize>>, issuer: Issuer, call: Call, keep: bool) {
+async fn run(cache: Arc<Cache<usize>>, issuer: Issuer, call: Call, on_refusal: OnRefusal) {
     sleep(call.begins).await;
     let soon = Deadline::after(Duration::from_secs(60));
     let newest = || issuer.seen().generations.keys().next_back().copied();
     let newest_before = newest();
     let (value, used) = match timeout(call.patience, cache.current(soon)).await {
         Err(_) | Ok(Err(Error::DeadlineExceeded)) => return,
-        Ok(Err(_)) => return issuer.seen().got_none(keep),
+        Ok(Err(_)) => return issuer.seen().got_none(on_refusal),
         Ok(Ok(found)) => found,
     };
     issuer.seen().got(value, used, newest_before);
@@ -184,7 +182,7 @@ async fn run(cache: Arc<Cache<usize>>, issuer: Issuer, call: Call, keep: bool) {
                     issuer.seen().got(newer, generation, newest_before);
                 }
                 Ok(Err(Error::Unavailable { .. } | Error::Rejected { .. })) => {
-                    issuer.seen().got_none(keep);
+                    issuer.seen().got_none(on_refusal);
                 }
                 _ => {}
             }
@@ -223,12 +221,21 @@ fn call() -> impl Strategy<Value = Call> {
     })
 }
 
+fn on_refusal() -> impl Strategy<Value = OnRefusal> {
+    let spacing = Duration::from_secs(2);
+    prop_oneof![
+        Just(OnRefusal::Replace { spacing }),
+        Just(OnRefusal::Keep { spacing }),
+        Just(OnRefusal::Recheck),
+    ]
+}
+
 proptest! {
     #[test]
     fn one_fetch_at_a_time_no_older_value_after_a_newer_and_no_failure_while_one_is_good(
         script in prop::collection::vec(fetch(), 1..12),
         calls in prop::collection::vec(call(), 1..60),
-        keep: bool,
+        on_refusal in on_refusal(),
     ) {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_time()
@@ -237,12 +244,13 @@ proptest! {
             .unwrap();
         runtime.block_on(async {
             let issuer = Issuer { script: Arc::new(script), seen: Arc::default() };
-            let on_refusal = OnRefusal { keep, spacing: Duration::from_secs(2) };
             let ready = Arc::new(watch::Sender::new(false));
             let cache = Cache::start("test", issuer.clone(), on_refusal, ready, Metrics::new());
             let cache = Arc::new(cache);
 
-            let runs = calls.into_iter().map(|call| run(cache.clone(), issuer.clone(), call, keep));
+            let runs = calls
+                .into_iter()
+                .map(|call| run(cache.clone(), issuer.clone(), call, on_refusal));
             runs.collect::<JoinSet<_>>().join_all().await;
 
             let seen = issuer.seen();
