@@ -84,7 +84,7 @@ impl Error {
 /// Whether a client trusts the system's certificates.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SystemRoots {
-    /// Trusted beside those in a file. Reading them takes about five milliseconds.
+    /// Trusted, together with those in a file. Reading them takes about five milliseconds.
     Trusted,
     /// Not read: the peer is plain HTTP, or only a file counts.
     Ignored,

@@ -133,7 +133,7 @@ mod tests {
     use crate::{
         credentials::{
             self,
-            cache::{Cache, OnRefusal},
+            cache::{Cache, OnRejection},
             profile_key,
             secret::parse_token,
         },
@@ -164,9 +164,9 @@ mod tests {
             };
             let (ready, is_ready) = watch::channel(false);
             let metrics = Metrics::new();
-            let (on_refusal, ready) = (OnRefusal::Recheck, Arc::new(ready));
+            let (on_rejection, ready) = (OnRejection::Recheck, Arc::new(ready));
             Self {
-                cache: Cache::start("test", source, on_refusal, ready, metrics.clone()),
+                cache: Cache::start("test", source, on_rejection, ready, metrics.clone()),
                 ready: is_ready,
                 metrics,
             }
@@ -176,8 +176,8 @@ mod tests {
             self.cache.current(Deadline::after(PATIENCE)).await
         }
 
-        async fn renew(&self, used: u64) -> Option<(String, u64)> {
-            let renewed = self.cache.renew(used, Deadline::after(PATIENCE)).await;
+        async fn refresh(&self, used: u64) -> Option<(String, u64)> {
+            let renewed = self.cache.refresh(used, Deadline::after(PATIENCE)).await;
             renewed.unwrap()
         }
 
@@ -252,25 +252,25 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_refused_token_is_read_again_at_once_and_renewed_only_if_it_has_changed() {
+    async fn a_rejected_token_is_read_again_at_once_and_renewed_only_if_it_has_changed() {
         let file = NamedTempFile::new().unwrap();
         fs::write(&file, "one").unwrap();
         let hour = Duration::from_secs(3600);
         let running = Running::start(file.path(), hour);
         running.token().await.unwrap();
 
-        assert_eq!(running.renew(1).await, None);
+        assert_eq!(running.refresh(1).await, None);
 
         fs::write(&file, "one\n").unwrap();
-        assert_eq!(running.renew(1).await, None, "the same token");
+        assert_eq!(running.refresh(1).await, None, "the same token");
 
         fs::write(&file, "").unwrap();
-        assert_eq!(running.renew(1).await, None, "a bad file");
+        assert_eq!(running.refresh(1).await, None, "a bad file");
 
         fs::write(&file, "two").unwrap();
         let two = Some(("two".to_owned(), 2));
-        assert_eq!(running.renew(1).await, two, "soon after the failure");
-        assert_eq!(running.renew(1).await, two, "a straggler");
+        assert_eq!(running.refresh(1).await, two, "soon after the failure");
+        assert_eq!(running.refresh(1).await, two, "a straggler");
     }
 
     #[tokio::test]

@@ -253,7 +253,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_refused_metadata_token_is_replaced_once() {
+    async fn a_rejected_metadata_token_is_replaced_once() {
         let issuer = FakeIssuer::start(|nth, request| match (nth, request.starts_with("PUT")) {
             (_, true) => answer("200 OK", "", &format!("token-{nth}")),
             (_, false) if request.contains("token-3") => key(),

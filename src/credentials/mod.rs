@@ -1,6 +1,6 @@
 //! Where the credential of an upstream request comes from, how it is kept fresh, and how a request is signed.
 //!
-//! - [`Credentials`]: the configured source; [`Credentials::resolve`] for each call, [`Credentials::renew`] after a 401
+//! - [`Credentials`]: the configured source; [`Credentials::resolve`] for each call, [`Credentials::refresh`] after a 401
 //! - [`auth`]: the credential of one request; [`secret`]: the form of tokens and keys
 //! - [`signer`], [`key_guard`]: signing with a key, and keeping it from being locked
 //! - [`iam`], [`metadata`], [`chain`], [`profile`], [`file`](mod@file): the sources; [`cache`]: keeps their credential fresh
@@ -29,20 +29,20 @@ use http::{HeaderMap, HeaderValue};
 use tokio::sync::watch;
 
 pub use self::auth::{AccessKey, Auth, Identity, Token};
-use self::cache::{Cache, OnRefusal};
+use self::cache::{Cache, OnRejection};
 use crate::{
     deadline::Deadline,
     http_client::{self, BuildError},
     telemetry::metrics::Metrics,
 };
 
-/// For tokens of the identity service: a refused token is dead.
-const TOKEN_REFUSED: OnRefusal = OnRefusal::Replace {
+/// For tokens of the identity service: a rejected token is dead.
+const ON_TOKEN_REJECTED: OnRejection = OnRejection::Replace {
     spacing: Duration::from_secs(2),
 };
 
-/// For temporary keys: the gateway may have refused the clock and not the key.
-const KEY_REFUSED: OnRefusal = OnRefusal::Keep {
+/// For temporary keys: the gateway may have rejected the clock and not the key.
+const ON_KEY_REJECTED: OnRejection = OnRejection::Keep {
     spacing: Duration::from_secs(5 * 60),
 };
 
@@ -104,7 +104,7 @@ impl Credentials {
             let name = format!("profile {}", path.display());
             let source = file::Source::new(path, profile_key);
             let (ready, metrics) = (ready.clone(), metrics.clone());
-            Cache::start(name, source, OnRefusal::Recheck, ready, metrics)
+            Cache::start(name, source, OnRejection::Recheck, ready, metrics)
         };
         let source = match config.source {
             Source::Caller => Running::Caller(Box::new(
@@ -116,7 +116,8 @@ impl Credentials {
             Source::TokenFile(path) => {
                 let name = format!("token file {}", path.display());
                 let source = file::Source::new(path, |text, _| Ok(secret::parse_token(text)?));
-                let cache = Cache::start(name, source, OnRefusal::Recheck, ready.clone(), metrics);
+                let cache =
+                    Cache::start(name, source, OnRejection::Recheck, ready.clone(), metrics);
                 Running::CachedToken(cache)
             }
             Source::Profile(path) => Running::CachedKey(profile(path)),
@@ -126,12 +127,13 @@ impl Credentials {
                     ..config.http
                 };
                 let source = iam::Source::new(fetch::identity_client(&http)?, iam);
-                let cache = Cache::start("iam", source, TOKEN_REFUSED, ready.clone(), metrics);
+                let cache = Cache::start("iam", source, ON_TOKEN_REJECTED, ready.clone(), metrics);
                 Running::CachedToken(cache)
             }
             Source::Metadata(endpoint) => {
                 let source = metadata::Source::new(fetch::metadata_client()?, &endpoint);
-                let cache = Cache::start("metadata", source, KEY_REFUSED, ready.clone(), metrics);
+                let cache =
+                    Cache::start("metadata", source, ON_KEY_REJECTED, ready.clone(), metrics);
                 Running::CachedKey(cache)
             }
             Source::Chain(chain) => match chain::choose(&chain) {
@@ -141,7 +143,8 @@ impl Credentials {
                     let client = fetch::metadata_client()?;
                     let metadata = metadata::Source::new(client, &chain.metadata_endpoint);
                     let source = chain::LastLink { metadata, before };
-                    let cache = Cache::start("chain", source, KEY_REFUSED, ready.clone(), metrics);
+                    let cache =
+                        Cache::start("chain", source, ON_KEY_REJECTED, ready.clone(), metrics);
                     Running::CachedKey(cache)
                 }
             },
@@ -189,19 +192,19 @@ impl Credentials {
         }
     }
 
-    /// Upstream refused `used`: returns a newer credential for one retry of the call, or `None` if the source has no newer
-    /// one, or never has one: a caller's or a fixed token, and keys. A refused key only makes its source look for another,
+    /// Upstream rejected `used`: returns a newer credential for one retry of the call, or `None` if the source has no newer
+    /// one, or never has one: a caller's or a fixed token, and keys. A rejected key only makes its source refresh,
     /// because trying keys in turn would lock them.
     ///
     /// # Errors
     /// As [`Credentials::resolve`].
-    pub async fn renew(&self, used: &Auth, deadline: Deadline) -> Result<Option<Auth>, Error> {
+    pub async fn refresh(&self, used: &Auth, deadline: Deadline) -> Result<Option<Auth>, Error> {
         let newer = match (&*self.source, used) {
             (Running::CachedToken(cache), Auth::Token(used)) => {
-                cache.renew(used.generation, deadline).await?
+                cache.refresh(used.generation, deadline).await?
             }
             (Running::CachedKey(cache), Auth::Key(used)) => {
-                cache.refused(|current| Arc::ptr_eq(current, used));
+                cache.rejected(|current| Arc::ptr_eq(current, used));
                 None
             }
             _ => None,
@@ -262,7 +265,7 @@ pub enum Error {
     /// The caller's `x-auth-token` is repeated or malformed.
     #[error("x-auth-token is repeated or malformed")]
     Malformed,
-    /// The issuer rejected the facade's own credential. Waiting does not help, so there is no time to come back.
+    /// The issuer rejected the facade's own credential. Waiting does not help, so it carries no retry time.
     #[error("the issuer rejects the configured credential")]
     Rejected {
         /// Who rejected it.

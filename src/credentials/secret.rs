@@ -99,7 +99,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_final_line_break_is_trimmed_and_everything_else_outside_visible_ascii_is_refused() {
+    fn one_final_line_break_is_trimmed_and_everything_else_outside_visible_ascii_is_rejected() {
         let longest = "t".repeat(MAX_BYTES);
         let too_long = "t".repeat(MAX_BYTES + 1);
         let cases = [

@@ -145,7 +145,7 @@ impl Client {
             match failed.remedy {
                 Remedy::Renew if !renewed => {
                     renewed = true;
-                    match self.credentials.renew(auth, limit.deadline()).await {
+                    match self.credentials.refresh(auth, limit.deadline()).await {
                         Ok(Some(newer)) => {
                             *auth = newer;
                             self.endpoint

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! calls ---- read / wait for ---------------> State <---- publishes ---- refresher ---- refresh ----> source
-//!       ---- "upstream refused this one" --->       ----- wakes ------->
+//!       ---- "upstream rejected this one" --->       ----- wakes ------->
 //! ```
 //!
 //! Only the refresher task fetches, so there is one fetch at a time whatever the calls do, and none ends with its caller. A value
@@ -35,7 +35,7 @@ const FETCH_TIMEOUT: Duration = Duration::from_secs(10);
 const FIRST_BACKOFF: Duration = Duration::from_secs(1);
 
 /// The shortest pause between two refreshes, whatever lifetime and jitter give. Only the refresh that replaces a result
-/// overtaken by a refusal follows at once.
+/// overtaken by a rejection follows at once.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(100);
 
 /// A value is given out until this long before its end, or until the last tenth of its life: longer than a call takes, so
@@ -67,15 +67,15 @@ pub(super) struct Fetched<V> {
     pub(super) lifetime: Option<Duration>,
 }
 
-/// What the cache does when upstream refuses the current value.
+/// What the cache does when upstream rejects the current value.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum OnRefusal {
-    /// Drops the value and fetches another one. Refusals within `spacing` of the previous one are ignored: an upstream that
-    /// refuses every value must not cause a fetch for each call.
+pub(super) enum OnRejection {
+    /// Drops the value and fetches another one. Rejections within `spacing` of the previous one are ignored: an upstream that
+    /// rejects every value must not cause a fetch for each call.
     Replace { spacing: Duration },
     /// Fetches another value, spaced in the same way, and gives out the current one until then.
     Keep { spacing: Duration },
-    /// Refreshes at once, even during backoff, and makes the refused call wait for the outcome; gives out the current value
+    /// Refreshes at once, even during backoff, and makes the rejected call wait for the outcome; gives out the current value
     /// until another one is there. For sources that cost nothing to ask.
     Recheck,
 }
@@ -83,7 +83,7 @@ pub(super) enum OnRefusal {
 /// The cache of one source. Dropping it ends its refresher.
 pub(super) struct Cache<V> {
     state: Arc<watch::Sender<State<V>>>,
-    on_refusal: OnRefusal,
+    on_rejection: OnRejection,
     _refresher: AbortOnDropHandle<()>,
 }
 
@@ -94,10 +94,10 @@ struct State<V> {
     failed: Option<FailedFetch>,
     /// The generation of the last value; grows with each new value.
     generation: u64,
-    /// Counts the refusals that require a refresh.
-    refusals: u64,
-    refused_at: Option<Instant>,
-    /// The refusals that preceded the last finished refresh.
+    /// Counts the rejections that require a refresh.
+    rejections: u64,
+    rejected_at: Option<Instant>,
+    /// The rejections that preceded the last finished refresh.
     refreshed_after: u64,
 }
 
@@ -113,7 +113,7 @@ struct FailedFetch {
 }
 
 impl<V: Clone> State<V> {
-    /// The value with its generation, or why there is none; `None` until the first refresh has ended, and while a refused
+    /// The value with its generation, or why there is none; `None` until the first refresh has ended, and while a rejected
     /// value is being replaced.
     fn current(&self) -> Option<Result<(V, u64), Error>> {
         let now = Instant::now();
@@ -136,20 +136,20 @@ impl<V: Clone> State<V> {
         }))
     }
 
-    /// Notes that upstream refused the current value. Returns whether that requires a refresh.
-    fn refuse(&mut self, on_refusal: OnRefusal) -> bool {
+    /// Notes that upstream rejected the current value. Returns whether that requires a refresh.
+    fn reject(&mut self, on_rejection: OnRejection) -> bool {
         let now = Instant::now();
-        let spacing = match on_refusal {
-            OnRefusal::Replace { spacing } | OnRefusal::Keep { spacing } => spacing,
-            OnRefusal::Recheck => Duration::ZERO,
+        let spacing = match on_rejection {
+            OnRejection::Replace { spacing } | OnRejection::Keep { spacing } => spacing,
+            OnRejection::Recheck => Duration::ZERO,
         };
-        let too_soon = self.refused_at.is_some_and(|at| now < at + spacing);
+        let too_soon = self.rejected_at.is_some_and(|at| now < at + spacing);
         if self.lease.is_none() || too_soon {
             return false;
         }
-        self.refused_at = Some(now);
-        self.refusals += 1;
-        if matches!(on_refusal, OnRefusal::Replace { .. }) {
+        self.rejected_at = Some(now);
+        self.rejections += 1;
+        if matches!(on_rejection, OnRejection::Replace { .. }) {
             self.lease = None;
         }
         true
@@ -161,7 +161,7 @@ impl<V: Clone + PartialEq + Send + Sync + 'static> Cache<V> {
     pub(super) fn start<R: Refresh<Value = V>>(
         name: impl Into<String>,
         source: R,
-        on_refusal: OnRefusal,
+        on_rejection: OnRejection,
         ready: Arc<watch::Sender<bool>>,
         metrics: Arc<Metrics>,
     ) -> Self {
@@ -169,42 +169,42 @@ impl<V: Clone + PartialEq + Send + Sync + 'static> Cache<V> {
             lease: None,
             failed: None,
             generation: 0,
-            refusals: 0,
-            refused_at: None,
+            rejections: 0,
+            rejected_at: None,
             refreshed_after: 0,
         }));
         let refresher = Refresher {
             name: name.into(),
             source,
-            on_refusal,
+            on_rejection,
             state: state.clone(),
             ready,
             metrics,
         };
         Self {
             state,
-            on_refusal,
+            on_rejection,
             _refresher: AbortOnDropHandle::new(tokio::spawn(refresher.run())),
         }
     }
 
-    /// The value with its generation. Waits only for the first refresh, and while a refused value is being replaced.
+    /// The value with its generation. Waits only for the first refresh, and while a rejected value is being replaced.
     pub(super) async fn current(&self, deadline: Deadline) -> Result<(V, u64), Error> {
         self.wait_for(State::current, deadline).await
     }
 
-    /// Upstream refused the value of generation `used`: returns a newer one, fetched for all who ask at the same time.
+    /// Upstream rejected the value of generation `used`: returns a newer one, fetched for all who ask at the same time.
     /// `None` if the source has no newer value, or is not asked again so soon.
-    pub(super) async fn renew(
+    pub(super) async fn refresh(
         &self,
         used: u64,
         deadline: Deadline,
     ) -> Result<Option<(V, u64)>, Error> {
         let mut awaited = 0;
         self.state.send_if_modified(|state| {
-            let refresh = state.generation == used && state.refuse(self.on_refusal);
-            if refresh && matches!(self.on_refusal, OnRefusal::Recheck) {
-                awaited = state.refusals;
+            let refresh = state.generation == used && state.reject(self.on_rejection);
+            if refresh && matches!(self.on_rejection, OnRejection::Recheck) {
+                awaited = state.rejections;
             }
             refresh
         });
@@ -216,14 +216,14 @@ impl<V: Clone + PartialEq + Send + Sync + 'static> Cache<V> {
         Ok((generation > used).then_some((value, generation)))
     }
 
-    /// Upstream refused a value, which may be the current one; the caller does not wait for another.
-    pub(super) fn refused(&self, is_refused: impl Fn(&V) -> bool) {
+    /// Upstream rejected a value, which may be the current one; the caller does not wait for another.
+    pub(super) fn rejected(&self, is_rejected: impl Fn(&V) -> bool) {
         self.state.send_if_modified(|state| {
             state
                 .lease
                 .as_ref()
-                .is_some_and(|lease| is_refused(&lease.value))
-                && state.refuse(self.on_refusal)
+                .is_some_and(|lease| is_rejected(&lease.value))
+                && state.reject(self.on_rejection)
         });
     }
 
@@ -245,7 +245,7 @@ impl<V: Clone + PartialEq + Send + Sync + 'static> Cache<V> {
                 changes.changed().await.expect("the cache holds the sender");
             }
         };
-        // Boxed, because few calls wait and the future of each call would have to hold its state.
+        // Boxed, because few calls wait, and the future of every call would have to hold its state.
         Box::pin(deadline.bound(found))
             .await
             .map_err(|_| Error::DeadlineExceeded)?
@@ -256,7 +256,7 @@ impl<V: Clone + PartialEq + Send + Sync + 'static> Cache<V> {
 struct Refresher<R: Refresh> {
     name: String,
     source: R,
-    on_refusal: OnRefusal,
+    on_rejection: OnRejection,
     state: Arc<watch::Sender<State<R::Value>>>,
     ready: Arc<watch::Sender<bool>>,
     metrics: Arc<Metrics>,
@@ -268,18 +268,18 @@ impl<R: Refresh> Refresher<R> {
         let mut failures = 0;
         let mut last_error = None;
         loop {
-            let refusals = self.state.borrow().refusals;
+            let rejections = self.state.borrow().rejections;
             let outcome = timeout(FETCH_TIMEOUT, self.source.refresh())
                 .await
                 .unwrap_or_else(|_| {
                     Err(FetchError::unavailable("no credential within ten seconds"))
                 });
-            let (pause, refusal_ends_pause) = match outcome {
+            let (pause, rejection_ends_pause) = match outcome {
                 Ok(fetched) => {
                     failures = 0;
                     last_error = None;
                     let lifetime = fetched.lifetime;
-                    if !self.publish(fetched, refusals) {
+                    if !self.publish(fetched, rejections) {
                         continue;
                     }
                     (lifetime.map_or(THIRTY_YEARS, refresh_delay), true)
@@ -287,33 +287,33 @@ impl<R: Refresh> Refresher<R> {
                 Err(error) => {
                     let pause = backoff(failures, R::MAX_BACKOFF).max(error.wait);
                     failures = failures.saturating_add(1);
-                    self.note_failure(&error, pause, refusals);
+                    self.note_failure(&error, pause, rejections);
                     if last_error.as_ref() != Some(&error) {
                         self.log_failure(&error, pause);
                     }
                     last_error = Some(error);
-                    // A refused value does not shorten the wait of an issuer that fails or rejects.
-                    (pause, matches!(self.on_refusal, OnRefusal::Recheck))
+                    // A rejected value does not shorten the wait of an issuer that fails or rejects.
+                    (pause, matches!(self.on_rejection, OnRejection::Recheck))
                 }
             };
             tokio::select! {
                 () = sleep(pause) => {}
                 () = self.source.changed() => {}
-                _ = changes.wait_for(|state| state.refusals != refusals), if refusal_ends_pause => {}
+                _ = changes.wait_for(|state| state.rejections != rejections), if rejection_ends_pause => {}
             }
         }
     }
 
-    /// Makes a value the current one. Not if the value before it was replaced because of a refusal during this fetch: the
+    /// Makes a value the current one. Not if the value before it was replaced because of a rejection during this fetch: the
     /// fetched value may have been revoked with it, so false asks for another fetch.
-    fn publish(&self, fetched: Fetched<R::Value>, refusals: u64) -> bool {
+    fn publish(&self, fetched: Fetched<R::Value>, rejections: u64) -> bool {
         let Fetched { value, lifetime } = fetched;
         let usable = lifetime.map(|lifetime| lifetime - LAST_USE_BEFORE_END.min(lifetime / 10));
         let mut unchanged = false;
         let mut generation = 0;
         let published = self.state.send_if_modified(|state| {
-            let overtaken = state.refusals != refusals;
-            if overtaken && matches!(self.on_refusal, OnRefusal::Replace { .. }) {
+            let overtaken = state.rejections != rejections;
+            if overtaken && matches!(self.on_rejection, OnRejection::Replace { .. }) {
                 return false;
             }
             let value = match state.lease.take() {
@@ -328,7 +328,7 @@ impl<R: Refresh> Refresher<R> {
             };
             generation = state.generation;
             state.failed = None;
-            state.refreshed_after = refusals;
+            state.refreshed_after = rejections;
             state.lease = Some(Lease {
                 value,
                 usable_until: usable.map(|usable| Instant::now() + usable),
@@ -344,7 +344,7 @@ impl<R: Refresh> Refresher<R> {
             self.metrics
                 .credential_expires(server_time::our_clock() + lifetime);
         }
-        // An unchanged file is no event: each call that upstream refuses causes one.
+        // A file read again without a change is not reported: every rejected call causes such a read.
         if lifetime.is_some() || !unchanged {
             self.metrics.credential_refreshed(true);
             tracing::info!(
@@ -357,10 +357,10 @@ impl<R: Refresh> Refresher<R> {
         true
     }
 
-    fn note_failure(&self, error: &FetchError, pause: Duration, refusals: u64) {
+    fn note_failure(&self, error: &FetchError, pause: Duration, rejections: u64) {
         self.metrics.credential_refreshed(false);
         self.state.send_modify(|state| {
-            state.refreshed_after = refusals;
+            state.refreshed_after = rejections;
             state.failed = Some(FailedFetch {
                 rejected_by: error.rejected_by,
                 next_fetch_at: Instant::now() + pause,
