@@ -92,26 +92,28 @@ pub struct Watcher {
     interval: Duration,
     /// Of the contents that were read last; `None` before the first read, and when it failed.
     last_read: Option<Digest>,
-    /// The reading thread, once it is started.
+    /// The reading thread; `None` while it could not be started.
     reader: Option<mpsc::Sender<Reply>>,
 }
 
 type Reply = oneshot::Sender<Result<Contents, Error>>;
 
 impl Watcher {
-    /// A watcher that reads nothing yet. `last_read` is the digest of contents that are already in use, if any.
+    /// A watcher, with its thread, that has read nothing yet. `last_read` is the digest of contents already in use, if any.
     pub fn new(
         paths: Vec<PathBuf>,
         max_bytes: usize,
         interval: Duration,
         last_read: Option<Digest>,
     ) -> Self {
+        let paths: Arc<[PathBuf]> = paths.into();
         Self {
-            paths: paths.into(),
+            // The first read tries again, and returns the error if that fails too.
+            reader: start_reader(paths.clone(), max_bytes).ok(),
+            paths,
             max_bytes,
             interval,
             last_read,
-            reader: None,
         }
     }
 
@@ -141,7 +143,6 @@ impl Watcher {
         }
     }
 
-    /// Fails also when the thread cannot be started; the next call tries again.
     async fn read_on_thread(&mut self) -> Result<Contents, Error> {
         let error = |source| Error {
             path: self.paths[0].clone(),
@@ -168,7 +169,7 @@ fn start_reader(paths: Arc<[PathBuf]>, max_bytes: usize) -> io::Result<mpsc::Sen
         .name("files".to_owned())
         .spawn(move || {
             while let Some(reply) = requests.blocking_recv() {
-                // The receiver is gone if the reader gave up waiting.
+                // The receiver is dropped if the caller has given up waiting.
                 let _ = reply.send(read_all(&paths, max_bytes));
             }
         })?;
