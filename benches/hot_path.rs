@@ -17,7 +17,7 @@ use rds_task_facade::{
         signer::{self, SigningRequest},
     },
     error::{Error, FailedLookup},
-    http as upstream_http,
+    http_client,
     pb::{GetTaskDetailRequest, task_service_client::TaskServiceClient},
     rpc::Facade,
     sandbox::Sandbox,
@@ -170,8 +170,8 @@ fn start_facade(sandbox: SocketAddr) -> SocketAddr {
     thread::spawn(move || {
         current_thread().block_on(async {
             let metrics = Metrics::new();
-            let http = upstream_http::Config {
-                tls: upstream_http::tls_config(upstream_http::SystemRoots::Ignored, None)
+            let http = http_client::Config {
+                tls: http_client::tls_config(http_client::SystemRoots::Ignored, None)
                     .expect("no file, no error"),
                 https_only: false,
                 proxy: None,
@@ -201,7 +201,7 @@ fn start_facade(sandbox: SocketAddr) -> SocketAddr {
                 Arc::clone(&metrics),
             );
             let client = upstream::Client::new(
-                upstream_http::Client::new(&http).expect("a client of plain HTTP"),
+                http_client::Client::new(&http).expect("a client of plain HTTP"),
                 endpoint,
                 credentials.clone(),
             );

@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! caller -> server (connection, deadline, limits) -> rpc (validate) -> credentials (token or key)
-//!        -> quota (cache, merge) -> upstream (throttle, pace, attempts) -> http (one exchange) -> RDS
+//!        -> quota (cache, merge) -> upstream (throttle, pace, attempts) -> http_client (one exchange) -> RDS
 //! ```
 //!
 //! and back: [`upstream`] says what an answer means, [`rpc`] turns it into the reply, [`status`] turns every failure into
@@ -19,8 +19,10 @@
 //! - [`credentials`]: where tokens and keys come from, how they are renewed, how a request is signed
 //! - [`quota`]: merges equal calls, keeps answers for a moment
 //! - [`upstream`]: the vendor's operation: request, throttling, pace, attempts, retry, breaker, wire format, meaning of errors
-//! - [`http`]: one bounded HTTP exchange; the HTTP client of the request's path, and what every HTTP client has in common
+//! - [`http_client`]: one bounded HTTP exchange; the HTTP client of the request's path, and what every HTTP client has in common
 //! - [`wait`]: how long to wait before something is tried again
+//! - [`error_chain`]: walks an error and its sources
+//! - [`files`]: reads and watches small files: certificates, tokens, passwords
 //! - [`deadline`], [`reason`], [`code`], [`status`]: the RPC's deadline, the closed list of reasons, names of codes, the
 //!   only maker of statuses
 //! - [`telemetry`]: log, access line, metrics, traces
@@ -38,9 +40,11 @@ pub mod config;
 pub mod credentials;
 pub mod deadline;
 pub mod error;
+pub mod error_chain;
+pub mod files;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
-pub mod http;
+pub mod http_client;
 pub mod method;
 pub mod reason;
 pub mod rpc;

@@ -21,7 +21,7 @@ use crate::{
     coalescer::{self, Coalescer},
     config::{self, Config, Endpoint},
     credentials::{self, Credentials, chain, iam},
-    http,
+    http_client,
     rpc::Facade,
     sandbox::Sandbox,
     server::{self, Timings, tls},
@@ -45,7 +45,7 @@ enum Error {
     #[error("--upstream-ca: {0}")]
     UpstreamCa(#[source] io::Error),
     #[error(transparent)]
-    Http(#[from] http::BuildError),
+    Http(#[from] http_client::BuildError),
     #[error(transparent)]
     Server(#[from] server::Error),
     #[error(transparent)]
@@ -286,7 +286,7 @@ fn http_config(
     upstream: &config::Upstream,
     endpoint: &config::BaseUrl,
     credentials: &credentials::Source,
-) -> Result<http::Config, Error> {
+) -> Result<http_client::Config, Error> {
     let extra_roots = match &upstream.ca {
         Some(path) => Some(std::fs::read(path).map_err(Error::UpstreamCa)?),
         None => None,
@@ -297,13 +297,13 @@ fn http_config(
         _ => None,
     };
     let system = if is_https(endpoint.as_str()) || identity_service.is_some_and(is_https) {
-        http::SystemRoots::Trusted
+        http_client::SystemRoots::Trusted
     } else {
-        http::SystemRoots::Ignored
+        http_client::SystemRoots::Ignored
     };
     let proxy = upstream.proxy.as_ref();
-    Ok(http::Config {
-        tls: http::tls_config(system, extra_roots.as_deref())?,
+    Ok(http_client::Config {
+        tls: http_client::tls_config(system, extra_roots.as_deref())?,
         https_only: is_https(endpoint.as_str()),
         proxy: proxy.map(|proxy| url(proxy.url.expose_secret())),
         connect_timeout: upstream.connect_timeout,
@@ -319,7 +319,7 @@ fn facades(
     config: &Config,
     workers: usize,
     endpoint: reqwest::Url,
-    http: &http::Config,
+    http: &http_client::Config,
     credentials: &Credentials,
     metrics: &Arc<Metrics>,
 ) -> Result<Mutex<Vec<Facade>>, Error> {
@@ -348,7 +348,7 @@ fn facades(
     let allowed = (!allowed.is_empty()).then(|| Arc::new(allowed));
     let facade = |_| {
         let client = upstream::Client::new(
-            http::Client::new(http)?,
+            http_client::Client::new(http)?,
             Arc::clone(&shared),
             credentials.clone(),
         );

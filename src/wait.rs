@@ -1,4 +1,4 @@
-//! How long to wait before something is tried again: what an answer asks for, and backoff where it asks for nothing.
+//! How long to wait before a retry: the wait that a response asks for, and backoff if it asks for none.
 
 use std::time::{Duration, SystemTime};
 
@@ -7,13 +7,13 @@ use http::{
     header::{DATE, RETRY_AFTER},
 };
 
-/// No wait that a peer asks for is longer for us: throttling windows of the gateway are at most this long.
-pub const LONGEST_ASKED: Duration = Duration::from_secs(5 * 60);
+/// Cap of every wait that a peer asks for: the longest throttle window of the gateway.
+pub const MAX_RETRY_AFTER: Duration = Duration::from_secs(5 * 60);
 
-/// The wait that `Retry-After` names, in seconds or as an HTTP date, at most [`LONGEST_ASKED`]; a date in the past is zero.
+/// Parses `Retry-After`, in seconds or as an HTTP date. At most [`MAX_RETRY_AFTER`]; zero for a date in the past.
 ///
-/// `None` when no value can be read; a date cannot without the peer's time of day. Of several values the longest counts,
-/// being the safe one.
+/// `None` if there is no valid value; a date is valid only with `now`, the peer's time of day. The longest of several values
+/// counts, because it is the safe one.
 pub fn retry_after(headers: &HeaderMap, now: Option<SystemTime>) -> Option<Duration> {
     let waits = headers.get_all(RETRY_AFTER).iter().filter_map(|value| {
         let until = match seconds(value.to_str().ok()?.trim()) {
@@ -22,15 +22,15 @@ pub fn retry_after(headers: &HeaderMap, now: Option<SystemTime>) -> Option<Durat
         };
         Some(until.duration_since(now?).unwrap_or_default())
     });
-    waits.max().map(|wait| wait.min(LONGEST_ASKED))
+    waits.max().map(|wait| wait.min(MAX_RETRY_AFTER))
 }
 
-/// The peer's time of day as of its answer: the `Date` header.
+/// The peer's time of day when it sent the response: the `Date` header.
 pub fn date(headers: &HeaderMap) -> Option<SystemTime> {
     http_date(headers.get(DATE)?)
 }
 
-/// Backoff with full jitter: a random part of `first`, which doubles `doublings` times but not beyond `longest`.
+/// Backoff with full jitter: a random part of `first` doubled `doublings` times, capped at `longest`.
 pub fn backoff(first: Duration, longest: Duration, doublings: u32) -> Duration {
     first
         .saturating_mul(2u32.saturating_pow(doublings))
@@ -38,7 +38,7 @@ pub fn backoff(first: Duration, longest: Duration, doublings: u32) -> Duration {
         .mul_f64(fastrand::f64())
 }
 
-/// Digits and nothing else; more of them than a number can hold are a very long time.
+/// Parses digits and nothing else; a number beyond `u64` counts as its maximum.
 fn seconds(text: &str) -> Option<Duration> {
     let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
     digits.then(|| Duration::from_secs(text.parse().unwrap_or(u64::MAX)))
@@ -52,7 +52,7 @@ fn http_date(value: &HeaderValue) -> Option<SystemTime> {
 mod tests {
     use super::*;
 
-    fn asking<const N: usize>(values: [&str; N]) -> HeaderMap {
+    fn retry_after_headers<const N: usize>(values: [&str; N]) -> HeaderMap {
         let value = |text: &str| HeaderValue::from_bytes(text.as_bytes()).unwrap();
         values.iter().map(|text| (RETRY_AFTER, value(text))).fold(
             HeaderMap::new(),
@@ -69,7 +69,7 @@ mod tests {
     }
 
     #[test]
-    fn retry_after_is_read_as_seconds_or_date_and_never_exceeds_five_minutes() {
+    fn retry_after_is_parsed_as_seconds_or_date_and_never_exceeds_five_minutes() {
         let cases = [
             ("seconds", "7", Some(7)),
             ("zero", "0", Some(0)),
@@ -102,7 +102,7 @@ mod tests {
 
         for (name, text, expected) in cases {
             assert_eq!(
-                retry_after(&asking([text]), Some(noon())),
+                retry_after(&retry_after_headers([text]), Some(noon())),
                 expected.map(Duration::from_secs),
                 "{name}"
             );
@@ -110,8 +110,8 @@ mod tests {
     }
 
     #[test]
-    fn the_longest_of_several_readable_values_counts() {
-        let several = asking(["3", "garbage", "9", "5"]);
+    fn the_longest_of_several_valid_values_counts() {
+        let several = retry_after_headers(["3", "garbage", "9", "5"]);
 
         assert_eq!(
             retry_after(&several, Some(noon())),
@@ -121,8 +121,8 @@ mod tests {
     }
 
     #[test]
-    fn a_date_counts_from_the_peers_own_time_and_says_nothing_without_it() {
-        let mut headers = asking(["Mon, 05 Jan 2026 12:00:30 GMT"]);
+    fn a_date_counts_from_the_peers_own_time_and_is_invalid_without_it() {
+        let mut headers = retry_after_headers(["Mon, 05 Jan 2026 12:00:30 GMT"]);
         assert_eq!(retry_after(&headers, date(&headers)), None);
 
         headers.insert(

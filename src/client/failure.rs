@@ -1,16 +1,16 @@
-//! A failed call in words: code, message and every `google.rpc` detail, one fact per line.
+//! Prints the status of a failed call: code, message and every `google.rpc` detail, one fact per line.
 
-use std::{error::Error, fmt};
+use std::fmt;
 
 use tonic::Status;
 use tonic_types::{ErrorDetail, StatusExt as _};
 
 use crate::code;
 
-/// Code and message in the first line, then one indented line per fact of the details.
+/// Writes code and message on the first line, then one indented line per detail.
 pub(super) fn describe(f: &mut fmt::Formatter<'_>, status: &Status) -> fmt::Result {
     let code = code::name(status.code());
-    write!(f, "{code}: {}", Plain(status.message()))?;
+    write!(f, "{code}: {}", Escaped(status.message()))?;
     let Ok(details) = status.check_error_details_vec() else {
         return write!(f, "\n  details: cannot be read");
     };
@@ -21,7 +21,7 @@ pub(super) fn describe(f: &mut fmt::Formatter<'_>, status: &Status) -> fmt::Resu
 }
 
 fn describe_detail(f: &mut fmt::Formatter<'_>, detail: &ErrorDetail) -> fmt::Result {
-    let mut line = |name: &str, value: &str| write!(f, "\n  {name}: {}", Plain(value));
+    let mut line = |name: &str, value: &str| write!(f, "\n  {name}: {}", Escaped(value));
     match detail {
         ErrorDetail::ErrorInfo(info) => {
             line("reason", &info.reason)?;
@@ -30,7 +30,7 @@ fn describe_detail(f: &mut fmt::Formatter<'_>, detail: &ErrorDetail) -> fmt::Res
             metadata.sort();
             metadata
                 .into_iter()
-                .try_for_each(|(key, value)| line(&Plain(key).to_string(), value))
+                .try_for_each(|(key, value)| line(&Escaped(key).to_string(), value))
         }
         ErrorDetail::RequestInfo(info) => {
             line("request id", &info.request_id)?;
@@ -65,7 +65,7 @@ fn describe_detail(f: &mut fmt::Formatter<'_>, detail: &ErrorDetail) -> fmt::Res
             .iter()
             .try_for_each(|link| line("help", &format!("{} {}", link.description, link.url))),
         ErrorDetail::LocalizedMessage(message) => {
-            line(&Plain(&message.locale).to_string(), &message.message)
+            line(&Escaped(&message.locale).to_string(), &message.message)
         }
         ErrorDetail::DebugInfo(info) => line("debug", &info.detail),
         _ => Ok(()),
@@ -83,10 +83,10 @@ fn optional(
     }
 }
 
-/// Text of a server for a terminal: control characters are shown, not obeyed.
-struct Plain<'a>(&'a str);
+/// Text from the server, safe for a terminal: control characters are escaped.
+struct Escaped<'a>(&'a str);
 
-impl fmt::Display for Plain<'_> {
+impl fmt::Display for Escaped<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         use fmt::Write as _;
         self.0.chars().try_for_each(|c| match c.is_control() {
@@ -94,21 +94,6 @@ impl fmt::Display for Plain<'_> {
             false => f.write_char(c),
         })
     }
-}
-
-/// An error, and what caused it, and so on.
-pub(super) fn causes<'a>(
-    error: &'a (dyn Error + 'static),
-) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
-    std::iter::successors(Some(error), |&error| error.source())
-}
-
-/// The innermost cause, which says what the operating system or the peer said.
-pub(super) fn root_cause(error: &(dyn Error + 'static)) -> String {
-    let innermost = causes(error).last();
-    innermost
-        .expect("the error itself is the first")
-        .to_string()
 }
 
 #[cfg(test)]
@@ -176,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn details_that_are_no_details_are_said_so() {
+    fn details_that_cannot_be_decoded_are_reported() {
         let status = Status::with_details(Code::NotFound, "gone", vec![0xff, 0xff].into());
 
         let text = Described(status).to_string();

@@ -23,7 +23,7 @@ use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
 
-use crate::{config::BaseUrl, deadline::Deadline, pb};
+use crate::{config::BaseUrl, deadline::Deadline, error_chain, pb};
 
 /// The server to call, and how.
 #[derive(Debug)]
@@ -114,7 +114,7 @@ impl fmt::Display for Error {
         match self {
             Self::File(flag, problem) => write!(f, "{flag}: {problem}"),
             Self::Connect(target, error) => {
-                let cause = failure::root_cause(error);
+                let cause = error_chain::root_cause(error);
                 write!(f, "cannot connect to {target}: {cause}; {advice}")
             }
             Self::ConnectTimeout(target, timeout) => {
@@ -200,12 +200,15 @@ fn failed(status: Status, server: &Server) -> Error {
     let Some(cause) = std::error::Error::source(&status) else {
         return Error::Status(Box::new(status));
     };
-    if failure::causes(cause).any(|error| error.is::<tonic::TimeoutExpired>()) {
+    if error_chain::chain(cause).any(|error| error.is::<tonic::TimeoutExpired>()) {
         // The library ends a call at its deadline as CANCELLED.
         let message = format!("no answer within {:?}", server.timeout);
         return Error::Status(Box::new(Status::new(Code::DeadlineExceeded, message)));
     }
-    Error::NoAnswer(server.target.clone(), failure::root_cause(cause))
+    Error::NoAnswer(
+        server.target.clone(),
+        error_chain::root_cause(cause).to_string(),
+    )
 }
 
 async fn connect(server: &Server, deadline: Deadline) -> Result<Channel, Error> {

@@ -15,7 +15,7 @@ use super::{
     urls::{self, PlainHttp},
     values::{self, Parsed},
 };
-use crate::credentials::{AccessKey, file::Fault, profile, secret};
+use crate::credentials::{AccessKey, file::Error as FileError, profile, secret};
 
 /// What the sandbox accepts where nothing else is configured.
 const SANDBOX_TOKEN: &str = "sandbox-token";
@@ -232,7 +232,7 @@ fn profile_path(reader: &mut Reader<'_>) -> Option<(&'static str, PathBuf)> {
 }
 
 /// A file that `load` finds a secret in.
-fn secret_file<T>(text: &str, load: impl Fn(&Path) -> Result<T, Fault>) -> Parsed<PathBuf> {
+fn secret_file<T>(text: &str, load: impl Fn(&Path) -> Result<T, FileError>) -> Parsed<PathBuf> {
     let path = values::file(text)?;
     // A pipe (process substitution of a shell) gives its content once, to the source at work.
     if path.is_file() {

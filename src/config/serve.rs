@@ -12,7 +12,7 @@ use super::{
     urls::{self, PlainHttp},
     values::{self, Parsed},
 };
-use crate::{http, server, telemetry::log};
+use crate::{http_client, server, telemetry::log};
 
 const LOG_FORMATS: [(&str, LogFormat); 2] = [("text", LogFormat::Text), ("json", LogFormat::Json)];
 
@@ -170,7 +170,7 @@ fn known_region(id: &str) -> Parsed<Region> {
 fn roots(text: &str) -> Parsed<PathBuf> {
     let path = values::file(text)?;
     let pem = std::fs::read(&path).map_err(|error| format!("cannot be read: {error}"))?;
-    match http::check_roots(&pem) {
+    match http_client::check_roots(&pem) {
         Ok(()) => Ok(path),
         Err(error) => Err(error.to_string()),
     }

@@ -1,9 +1,9 @@
-//! What one upstream request carries to prove in whose name it is made.
+//! The credential of one upstream request.
 
 use std::{fmt, sync::Arc};
 
-use ::http::HeaderValue;
 use aws_lc_rs::hmac;
+use http::HeaderValue;
 
 use super::{
     Owner,
@@ -29,7 +29,7 @@ impl Auth {
         }
     }
 
-    /// Who makes the request, as far as the facade can tell callers apart.
+    /// In whose name the request is made. The facade distinguishes callers by their tokens.
     pub fn identity(&self) -> Identity {
         match self {
             Self::Token(token) => token.identity,
@@ -38,12 +38,12 @@ impl Auth {
     }
 }
 
-/// Who makes a request. Equal identities may share answers and throttling.
+/// In whose name a request is made. Equal identities may share responses and throttle windows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Identity {
     /// The facade itself.
     Server,
-    /// The caller with the token of this hash; its key is random for each process, so the hash says nothing elsewhere.
+    /// The caller with the token of this hash. The hash key is random for each process, so the hash is useless elsewhere.
     Caller([u8; 16]),
 }
 
@@ -52,9 +52,9 @@ pub enum Identity {
 pub struct Token {
     /// Marked sensitive, so that no `Debug` prints it.
     pub value: HeaderValue,
-    /// Grows with each renewal; 0 for tokens that are not renewed.
+    /// Grows with each refresh; 0 for tokens that are not refreshed.
     pub generation: u64,
-    /// Who makes the request.
+    /// In whose name the request is made.
     pub identity: Identity,
 }
 
@@ -80,7 +80,7 @@ impl AccessKey {
         secret_access_key: &str,
         security_token: Option<&str>,
     ) -> Result<Self, MalformedKey> {
-        let part = |part| move |fault| MalformedKey { part, fault };
+        let part = |part| move |problem| MalformedKey { part, problem };
         let access_key_id = visible(access_key_id).map_err(part("access key id (AK)"))?;
         let secret = visible(secret_access_key).map_err(part("secret access key (SK)"))?;
         let security_token = security_token
@@ -96,22 +96,33 @@ impl AccessKey {
         })
     }
 
-    /// Takes over what the guard of the key before this one knows, where it is the same AK: the gateway counts bad
-    /// signatures by AK, whatever the secret.
+    /// Takes over the state of the previous key's guard if both have the same AK: the gateway counts bad signatures by AK,
+    /// whatever the secret.
     pub(super) fn following(mut self, previous: Option<&Self>) -> Self {
         if let Some(previous) =
             previous.filter(|previous| previous.access_key_id == self.access_key_id)
         {
-            let tag = |key| hmac::sign(key, b"same secret?");
-            let same_secret =
-                tag(&self.signing_key).as_ref() == tag(&previous.signing_key).as_ref();
-            self.guard = if same_secret {
+            self.guard = if self.same_secret(previous) {
                 previous.guard.clone()
             } else {
                 Arc::new(previous.guard.for_another_secret())
             };
         }
         self
+    }
+
+    fn same_secret(&self, other: &Self) -> bool {
+        let tag = |key| hmac::sign(key, b"same secret?");
+        tag(&self.signing_key).as_ref() == tag(&other.signing_key).as_ref()
+    }
+}
+
+/// Equal keys make the same signatures, whatever their guards have seen.
+impl PartialEq for AccessKey {
+    fn eq(&self, other: &Self) -> bool {
+        self.access_key_id == other.access_key_id
+            && self.security_token == other.security_token
+            && self.same_secret(other)
     }
 }
 
@@ -123,10 +134,10 @@ impl fmt::Debug for AccessKey {
 
 /// A part of a key is malformed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("the {part} {fault}")]
+#[error("the {part} {problem}")]
 pub struct MalformedKey {
     part: &'static str,
-    fault: Malformed,
+    problem: Malformed,
 }
 
 #[cfg(test)]
@@ -166,6 +177,21 @@ mod tests {
 
         for (parsed, expected) in cases {
             assert_eq!(parsed.unwrap_err().to_string(), expected);
+        }
+    }
+
+    #[test]
+    fn keys_are_equal_when_each_part_is() {
+        let key = |ak, sk, st| AccessKey::parse(ak, sk, st).unwrap();
+
+        assert_eq!(key("ak", "sk", Some("st")), key("ak", "sk", Some("st")));
+        for other in [
+            key("other", "sk", Some("st")),
+            key("ak", "other", Some("st")),
+            key("ak", "sk", Some("other")),
+            key("ak", "sk", None),
+        ] {
+            assert_ne!(key("ak", "sk", Some("st")), other);
         }
     }
 

@@ -1,17 +1,16 @@
-//! The chain of the vendor's SDKs: the key in the environment, else the profile file, else the metadata service. The first
-//! that is there is taken when the program starts, and stays.
+//! The chain of the vendor's SDKs: the key in the environment, else the profile file, else the metadata service. The choice is
+//! made when the program starts, and stays.
 
 use std::{path::PathBuf, sync::Arc};
 
 use super::{
-    Issuer,
     auth::AccessKey,
     cache::{Fetched, Refresh},
     fetch::FetchError,
     metadata, profile,
 };
 
-/// What the chain looks at.
+/// The links of the chain.
 #[derive(Debug, Clone)]
 pub struct Config {
     /// The key in the environment.
@@ -22,15 +21,15 @@ pub struct Config {
     pub metadata_endpoint: String,
 }
 
-/// The link of the chain that is taken.
+/// The chosen link.
 pub(super) enum Choice {
     Environment(Arc<AccessKey>),
     Profile(PathBuf),
-    /// The metadata service, with the reasons against the two before it.
+    /// The metadata service, with the reasons why the two before it were not chosen.
     Metadata(String),
 }
 
-/// Chooses. Reads the profile file.
+/// Chooses a link. Reads the profile file; blocks.
 pub(super) fn choose(config: &Config) -> Choice {
     if let Some(key) = &config.environment {
         return Choice::Environment(key.clone());
@@ -39,7 +38,7 @@ pub(super) fn choose(config: &Config) -> Choice {
         None => "profile: no home directory and no path given".to_owned(),
         Some(path) => match profile::load(path) {
             Ok(_) => return Choice::Profile(path.clone()),
-            Err(fault) => format!("profile {}: {fault}", path.display()),
+            Err(error) => format!("profile {}: {error}", path.display()),
         },
     };
     tracing::warn!(reason = %profile, "the chain takes the metadata service");
@@ -48,7 +47,7 @@ pub(super) fn choose(config: &Config) -> Choice {
     ))
 }
 
-/// The last link: when it fails, all three reasons are told.
+/// The metadata service as the last link: its errors name the reasons of all three links.
 pub(super) struct LastLink {
     pub(super) metadata: metadata::Source,
     pub(super) before: String,
@@ -56,14 +55,12 @@ pub(super) struct LastLink {
 
 impl Refresh for LastLink {
     type Value = Arc<AccessKey>;
-    const ISSUER: Issuer = Issuer::Metadata;
 
     async fn refresh(&mut self) -> Result<Fetched<Arc<AccessKey>>, FetchError> {
-        self.metadata.refresh().await.map_err(|mut error| {
-            let (FetchError::Rejected { fault, .. } | FetchError::Unavailable { fault, .. }) =
-                &mut error;
-            fault.insert_str(0, &self.before);
-            error
+        let refreshed = self.metadata.refresh().await;
+        refreshed.map_err(|error| FetchError {
+            cause: format!("{}{error}", self.before),
+            ..error
         })
     }
 }

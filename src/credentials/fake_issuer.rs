@@ -8,7 +8,7 @@ use tokio::{
 };
 use tokio_util::task::AbortOnDropHandle;
 
-/// Answers until it is dropped.
+/// Answers requests until it is dropped.
 pub(super) struct FakeIssuer {
     /// Its base URL.
     pub(super) endpoint: String,
@@ -17,7 +17,7 @@ pub(super) struct FakeIssuer {
 }
 
 impl FakeIssuer {
-    /// `answer` gets the number of the request, from 1, and its text, and returns the whole answer.
+    /// `answer` takes the number of the request, from 1, and its text, and returns the complete response.
     pub(super) async fn start(
         answer: impl Fn(usize, &str) -> String + Send + Sync + 'static,
     ) -> Self {
@@ -59,7 +59,7 @@ impl FakeIssuer {
     }
 }
 
-/// An answer with this status line, these header lines and this body.
+/// A response with this status line, these header lines and this body.
 pub(super) fn answer(status: &str, headers: &str, body: &str) -> String {
     format!(
         "HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\n{headers}\r\n{body}",

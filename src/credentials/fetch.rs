@@ -1,141 +1,130 @@
-//! One bounded HTTP exchange with an issuer of credentials. Its bodies hold secrets, so no fault ever quotes one.
+//! One bounded HTTP exchange with an issuer of credentials. Response bodies hold secrets, so no error quotes them.
 
 use std::{error::Error as _, fmt, time::Duration};
 
-use ::http::{HeaderMap, StatusCode};
 use bytes::Bytes;
+use http::{HeaderMap, StatusCode};
 use reqwest::RequestBuilder;
 
+use super::Issuer;
 use crate::{
-    http::{self, BuildError, SystemRoots},
+    error_chain::root_cause,
+    http_client::{self, BodyError, BuildError, SystemRoots},
     wait,
 };
 
-/// Far more than any answer of an issuer without its service catalog.
+/// Far more than any response of an issuer without its service catalog.
 const MAX_BODY_BYTES: usize = 64 * 1024;
 
 /// Connect and read timeout of the metadata service, as in the vendor's SDK. It answers from the same host.
 const METADATA_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// Why there is no new credential. Holds no secret and no part of a body.
+/// Why a refresh brought no credential. Holds no secret and no part of a body.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum FetchError {
-    /// The issuer refuses us: 401 or 403.
-    Rejected {
-        http_status: u16,
-        /// Not to be tried again before.
-        wait: Duration,
-        fault: String,
-    },
-    /// Anything else.
-    Unavailable {
-        /// Not to be tried again before.
-        wait: Duration,
-        fault: String,
-    },
+pub(super) struct FetchError {
+    /// Who rejected our own credential, and with which HTTP status: 401 or 403.
+    pub(super) rejected_by: Option<(Issuer, u16)>,
+    /// The shortest wait before the next attempt.
+    pub(super) wait: Duration,
+    /// For the log.
+    pub(super) cause: String,
 }
 
 impl FetchError {
-    /// A failure that ordinary backoff may follow.
-    pub(super) fn unavailable(fault: impl Into<String>) -> Self {
-        Self::Unavailable {
+    /// A failure without a rejection, after which ordinary backoff is enough.
+    pub(super) fn unavailable(cause: impl Into<String>) -> Self {
+        Self {
+            rejected_by: None,
             wait: Duration::ZERO,
-            fault: fault.into(),
+            cause: cause.into(),
         }
     }
 
-    /// What an answer other than the hoped-for one means. `wait_if_rejected` follows 401 and 403.
-    pub(super) fn from_answer(answer: &Answer, wait_if_rejected: Duration) -> Self {
-        let http_status = answer.status.as_u16();
-        let fault = format!("it answers {http_status}");
-        let asked =
-            wait::retry_after(&answer.headers, wait::date(&answer.headers)).unwrap_or_default();
-        match http_status {
-            401 | 403 => Self::Rejected {
-                http_status,
-                wait: asked.max(wait_if_rejected),
-                fault,
+    /// The error of a response with an unexpected status. A 401 or 403 is a rejection, followed by at least
+    /// `wait_if_rejected`.
+    pub(super) fn from_response(
+        issuer: Issuer,
+        response: &Response,
+        wait_if_rejected: Duration,
+    ) -> Self {
+        let status = response.status.as_u16();
+        let headers = &response.headers;
+        let requested = wait::retry_after(headers, wait::date(headers)).unwrap_or_default();
+        let rejected = matches!(status, 401 | 403);
+        Self {
+            rejected_by: rejected.then_some((issuer, status)),
+            wait: if rejected {
+                requested.max(wait_if_rejected)
+            } else {
+                requested
             },
-            _ => Self::Unavailable { wait: asked, fault },
+            cause: format!("it answers {status}"),
         }
     }
 
-    /// The shortest wait before the next try.
-    pub(super) fn wait(&self) -> Duration {
-        match self {
-            Self::Rejected { wait, .. } | Self::Unavailable { wait, .. } => *wait,
-        }
+    fn from_transport(error: &reqwest::Error) -> Self {
+        let what = if error.is_timeout() {
+            "it does not answer in time"
+        } else if error.is_connect() {
+            "it cannot be reached"
+        } else {
+            "its answer is broken"
+        };
+        // The message of the outermost error holds the URL, so only its sources are shown.
+        let cause = error
+            .source()
+            .map_or_else(|| "no details".to_owned(), |e| root_cause(e).to_string());
+        Self::unavailable(format!("{what}: {cause}"))
     }
 }
 
 impl fmt::Display for FetchError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Rejected { fault, .. } | Self::Unavailable { fault, .. } => f.write_str(fault),
-        }
+        f.write_str(&self.cause)
     }
 }
 
-/// A whole answer.
-pub(super) struct Answer {
+/// A complete response.
+pub(super) struct Response {
     pub(super) status: StatusCode,
     pub(super) headers: HeaderMap,
     pub(super) body: Bytes,
 }
 
 /// The client for the identity service.
-pub(super) fn identity_client(config: &http::Config) -> Result<reqwest::Client, BuildError> {
-    http::build(without_pool(config)?)
+pub(super) fn identity_client(config: &http_client::Config) -> Result<reqwest::Client, BuildError> {
+    http_client::build(without_pool(config)?)
 }
 
 /// The client for the metadata service: never through a proxy.
 pub(super) fn metadata_client() -> Result<reqwest::Client, BuildError> {
-    let direct = http::Config {
-        tls: http::tls_config(SystemRoots::Ignored, None)?,
+    let direct = http_client::Config {
+        tls: http_client::tls_config(SystemRoots::Ignored, None)?,
         https_only: false,
         proxy: None,
         connect_timeout: METADATA_TIMEOUT,
     };
-    http::build(without_pool(&direct)?.read_timeout(METADATA_TIMEOUT))
+    http_client::build(without_pool(&direct)?.read_timeout(METADATA_TIMEOUT))
 }
 
-/// Fetches are hours apart: an idle connection would only be found dead.
-fn without_pool(config: &http::Config) -> Result<reqwest::ClientBuilder, BuildError> {
-    Ok(http::client_builder(config)?.pool_max_idle_per_host(0))
+/// Fetches are hours apart: an idle connection would be dead by the next one.
+fn without_pool(config: &http_client::Config) -> Result<reqwest::ClientBuilder, BuildError> {
+    Ok(http_client::client_builder(config)?.pool_max_idle_per_host(0))
 }
 
-/// Sends a request and reads the answer, up to 64 KiB.
-pub(super) async fn send(request: RequestBuilder) -> Result<Answer, FetchError> {
-    let mut response = request.send().await.map_err(|error| no_answer(&error))?;
-    let body = http::small_body(&mut response, MAX_BODY_BYTES)
+/// Sends a request and reads the response, up to 64 KiB.
+pub(super) async fn send(request: RequestBuilder) -> Result<Response, FetchError> {
+    let sent = request.send().await;
+    let mut response = sent.map_err(|error| FetchError::from_transport(&error))?;
+    let body = http_client::read_body(&mut response, MAX_BODY_BYTES)
         .await
-        .map_err(|error| no_answer(&error))?
-        .ok_or_else(|| FetchError::unavailable("its answer is longer than 64 KiB"))?;
-    Ok(Answer {
+        .map_err(|error| match error {
+            BodyError::TooLarge => FetchError::unavailable("its answer is longer than 64 KiB"),
+            BodyError::Broken(error) => FetchError::from_transport(&error),
+        })?;
+    Ok(Response {
         status: response.status(),
         headers: std::mem::take(response.headers_mut()),
         body,
     })
-}
-
-fn no_answer(error: &reqwest::Error) -> FetchError {
-    let what = if error.is_timeout() {
-        "it does not answer in time"
-    } else if error.is_connect() {
-        "it cannot be reached"
-    } else {
-        "its answer is broken"
-    };
-    FetchError::unavailable(format!("{what}: {}", root_cause(error)))
-}
-
-/// The innermost cause, which is the operating system's or the TLS library's own sentence; the outer ones hold the URL.
-fn root_cause(error: &reqwest::Error) -> String {
-    let mut cause = error.source();
-    let mut text = String::from("no details");
-    while let Some(inner) = cause {
-        text = inner.to_string();
-        cause = inner.source();
-    }
-    text
 }

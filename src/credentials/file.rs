@@ -1,27 +1,31 @@
-//! Small files that somebody else may replace while the program runs: read whole, checked, and read again.
+//! Tokens, keys and passwords in files: how the text of a file is read, and a file as a source of the [cache](super::cache).
 
-use std::{fs::File, io, io::Read as _, path::Path, sync::Arc, time::Duration};
-
-use aws_lc_rs::digest;
-use tokio::{
-    sync::{Mutex, watch},
-    time::Instant,
+use std::{
+    io,
+    path::{Path, PathBuf},
+    time::Duration,
 };
-use tokio_util::task::AbortOnDropHandle;
+
 use zeroize::Zeroizing;
 
-use super::{Error, auth::MalformedKey, profile, secret::Malformed};
-use crate::{deadline::Deadline, telemetry::metrics::Metrics};
+use super::{
+    auth::MalformedKey,
+    cache::{Fetched, Refresh},
+    fetch::FetchError,
+    profile,
+    secret::Malformed,
+};
+use crate::files::{self, Watcher};
 
-/// How often a file is read again. A rotated secret has to be in use within a minute; reading costs next to nothing.
-pub(super) const REREAD_INTERVAL: Duration = Duration::from_secs(5);
+/// How often a file is read. A rotated secret has to be in use within a minute; reading costs next to nothing.
+pub(super) const INTERVAL: Duration = Duration::from_secs(5);
 
-/// Larger than any token or profile; whatever is longer is some other file.
-const MAX_BYTES: u64 = 64 * 1024;
+/// Larger than any token or profile.
+pub(super) const MAX_BYTES: usize = 64 * 1024;
 
-/// Why a file gives no credential. Says nothing of its content.
+/// Why a file holds no credential. Quotes nothing of its content.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Fault {
+pub enum Error {
     /// It cannot be opened or read.
     #[error("the file cannot be read: {0}")]
     Unreadable(io::ErrorKind),
@@ -37,321 +41,270 @@ pub enum Fault {
     /// The key in it is malformed.
     #[error(transparent)]
     MalformedKey(#[from] MalformedKey),
-    /// It is no usable profile file.
+    /// The profile file in it cannot be used.
     #[error(transparent)]
-    Profile(#[from] profile::Fault),
+    Profile(#[from] profile::Error),
 }
 
-/// Reads a file whole. Blocks.
-pub(super) fn read(path: &Path) -> Result<Zeroizing<String>, Fault> {
-    let unreadable = |error: io::Error| Fault::Unreadable(error.kind());
-    let file = File::open(path).map_err(unreadable)?;
-    let mut content = Zeroizing::new(Vec::new());
-    file.take(MAX_BYTES + 1)
-        .read_to_end(&mut content)
-        .map_err(unreadable)?;
-    if content.len() as u64 > MAX_BYTES {
-        return Err(Fault::TooLong);
+impl From<files::Error> for Error {
+    fn from(error: files::Error) -> Self {
+        match error.source.kind() {
+            io::ErrorKind::FileTooLarge => Self::TooLong,
+            kind => Self::Unreadable(kind),
+        }
     }
-    let text = str::from_utf8(&content).map_err(|_| Fault::NotText)?;
-    Ok(Zeroizing::new(text.to_owned()))
 }
 
-/// [`read`] off the runtime's own threads.
-pub(super) async fn read_off_thread(path: Arc<Path>) -> Result<Zeroizing<String>, Fault> {
-    tokio::task::spawn_blocking(move || read(&path))
-        .await
-        .unwrap_or(Err(Fault::Unreadable(io::ErrorKind::Interrupted)))
+/// Reads a file. Blocks.
+pub(super) fn read(path: &Path) -> Result<Zeroizing<Vec<u8>>, Error> {
+    Ok(files::read(path, MAX_BYTES)?)
 }
 
-/// How the text of a file becomes a credential; the second argument is the one it replaces.
-pub(super) type Parse<V> = fn(&str, Option<&V>) -> Result<V, Fault>;
-
-/// The credential in a file, read again every five seconds, and a token also when upstream refuses it. A file that went bad changes
-/// nothing but the log.
-pub(super) struct Watched<V> {
-    reader: Arc<Reader<V>>,
-    _polling: AbortOnDropHandle<()>,
+/// The content of a file as text.
+pub(super) fn text(content: &[u8]) -> Result<&str, Error> {
+    str::from_utf8(content).map_err(|_| Error::NotText)
 }
 
-struct Reader<V> {
-    path: Arc<Path>,
+/// A watcher of one file.
+pub(super) fn watch(path: PathBuf, interval: Duration) -> Watcher {
+    Watcher::new(vec![path], MAX_BYTES, interval, None)
+}
+
+/// Reads the file of [`watch`] now.
+pub(super) async fn read_watched(watcher: &mut Watcher) -> Result<Zeroizing<Vec<u8>>, Error> {
+    Ok(watcher.read().await?.remove(0))
+}
+
+/// Turns the text of a file into a credential; the second argument is the credential that it replaces.
+pub(super) type Parse<V> = fn(&str, Option<&V>) -> Result<V, Error>;
+
+/// A file as a source of the cache: its credential has no end, and is read again when the file changes.
+pub(super) struct Source<V> {
+    watcher: Watcher,
     parse: Parse<V>,
-    /// Held while the file is read, so that it is read by one at a time.
-    reading: Mutex<()>,
-    view: watch::Sender<View<V>>,
-    ready: Arc<watch::Sender<bool>>,
-    metrics: Arc<Metrics>,
+    previous: Option<V>,
 }
 
-/// What is known of the file.
-struct View<V> {
-    value: Option<V>,
-    /// Grows with each value.
-    generation: u64,
-    /// Of the content that gave the value.
-    digest: Option<digest::Digest>,
-    /// What was wrong with the file at the last look.
-    fault: Option<Fault>,
-    /// When the last look began.
-    looked_at: Option<Instant>,
-}
-
-impl<V: Clone + Send + Sync + 'static> Watched<V> {
-    /// Reads the file now and from then on.
-    pub(super) fn start(
-        path: &Path,
-        parse: Parse<V>,
-        ready: Arc<watch::Sender<bool>>,
-        metrics: Arc<Metrics>,
-    ) -> Self {
-        let reader = Arc::new(Reader {
-            path: path.into(),
-            parse,
-            reading: Mutex::new(()),
-            view: watch::Sender::new(View {
-                value: None,
-                generation: 0,
-                digest: None,
-                fault: None,
-                looked_at: None,
-            }),
-            ready,
-            metrics,
-        });
-        let polling = tokio::spawn({
-            let reader = reader.clone();
-            async move {
-                loop {
-                    reader.look().await;
-                    tokio::time::sleep(REREAD_INTERVAL).await;
-                }
-            }
-        });
+impl<V> Source<V> {
+    pub(super) fn new(path: PathBuf, parse: Parse<V>) -> Self {
         Self {
-            reader,
-            _polling: AbortOnDropHandle::new(polling),
+            watcher: watch(path, INTERVAL),
+            parse,
+            previous: None,
         }
     }
 
-    /// The value and its generation. Waits for the first look only.
-    pub(super) async fn current(&self, deadline: Deadline) -> Result<(V, u64), Error> {
-        let mut changes = self.reader.view.subscribe();
-        let view = deadline
-            .bound(changes.wait_for(|view| view.looked_at.is_some()))
-            .await
-            .map_err(|_| Error::DeadlineExceeded)?
-            .expect("the reader holds the sender");
-        match &view.value {
-            Some(value) => Ok((value.clone(), view.generation)),
-            None => Err(Error::Unavailable {
-                retry_after: REREAD_INTERVAL,
-            }),
-        }
-    }
-
-    /// Looks at the file at once, and returns its value if that is newer than generation `used`.
-    pub(super) async fn renew(
-        &self,
-        used: u64,
-        deadline: Deadline,
-    ) -> Result<Option<(V, u64)>, Error> {
-        if self.reader.view.borrow().generation == used {
-            deadline
-                .bound(self.reader.look())
-                .await
-                .map_err(|_| Error::DeadlineExceeded)?;
-        }
-        let (value, generation) = self.current(deadline).await?;
-        Ok((generation > used).then_some((value, generation)))
+    async fn read(&mut self) -> Result<V, Error> {
+        let content = read_watched(&mut self.watcher).await?;
+        (self.parse)(text(&content)?, self.previous.as_ref())
     }
 }
 
-impl<V: Clone + Send + Sync + 'static> Reader<V> {
-    /// Reads the file, unless a look that began after this call was made has been taken by somebody else.
-    async fn look(&self) {
-        let asked_at = Instant::now();
-        let _one_at_a_time = self.reading.lock().await;
-        if self
-            .view
-            .borrow()
-            .looked_at
-            .is_some_and(|looked_at| looked_at > asked_at)
-        {
-            return;
-        }
-        let looked_at = Instant::now();
-        let content = read_off_thread(self.path.clone()).await;
-        self.view
-            .send_modify(|view| self.note(view, content, looked_at));
-        if self.view.borrow().value.is_some() {
-            self.ready.send_replace(true);
-        }
+impl<V: Clone + PartialEq + Send + Sync + 'static> Refresh for Source<V> {
+    type Value = V;
+
+    /// An unusable file is read as often as a usable one.
+    const MAX_BACKOFF: Duration = INTERVAL;
+
+    async fn refresh(&mut self) -> Result<Fetched<V>, FetchError> {
+        let read = self.read().await;
+        let value = read.map_err(|error| FetchError::unavailable(error.to_string()))?;
+        self.previous = Some(value.clone());
+        Ok(Fetched {
+            value,
+            lifetime: None,
+        })
     }
 
-    fn note(
-        &self,
-        view: &mut View<V>,
-        content: Result<Zeroizing<String>, Fault>,
-        looked_at: Instant,
-    ) {
-        view.looked_at = Some(looked_at);
-        let path = self.path.display();
-        let parsed = content.and_then(|text| {
-            let digest = digest::digest(&digest::SHA256, text.as_bytes());
-            if view
-                .digest
-                .is_some_and(|known| known.as_ref() == digest.as_ref())
-            {
-                return Ok(None);
-            }
-            (self.parse)(&text, view.value.as_ref()).map(|value| Some((value, digest)))
-        });
-        match parsed {
-            Ok(found) => {
-                view.fault = None;
-                if let Some((value, digest)) = found {
-                    view.value = Some(value);
-                    view.digest = Some(digest);
-                    view.generation += 1;
-                    self.metrics.credential_refreshed(true);
-                    tracing::info!(%path, generation = view.generation, "credential read from file");
-                }
-            }
-            Err(fault) if view.fault.as_ref() != Some(&fault) => {
-                self.metrics.credential_refreshed(false);
-                let kept = view.value.is_some();
-                tracing::warn!(%path, %fault, kept, "credential file is not usable");
-                view.fault = Some(fault);
-            }
-            Err(_) => {}
-        }
+    async fn changed(&mut self) {
+        // The refresh that follows reads the file again, and reports what is wrong with it.
+        let _ = self.watcher.changed().await;
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
+    use std::{fs, sync::Arc, time::Instant};
+
+    use tempfile::NamedTempFile;
+    use tokio::{sync::watch, time::sleep};
 
     use super::*;
-    use crate::credentials::secret::parse_token;
+    use crate::{
+        credentials::{
+            self,
+            cache::{Cache, OnRejection},
+            profile_key,
+            secret::parse_token,
+        },
+        deadline::Deadline,
+        telemetry::metrics::Metrics,
+    };
 
-    fn token(text: &str, _: Option<&String>) -> Result<String, Fault> {
-        Ok(parse_token(text)?.to_str().unwrap().to_owned())
+    const SHORT: Duration = Duration::from_millis(5);
+    /// Longer than anything here takes.
+    const PATIENCE: Duration = Duration::from_secs(20);
+
+    /// A cache of the token in a file.
+    struct Running {
+        cache: Cache<String>,
+        ready: watch::Receiver<bool>,
+        metrics: Arc<Metrics>,
     }
 
-    fn watched(path: &Path) -> (Watched<String>, watch::Receiver<bool>) {
-        let (ready, is_ready) = watch::channel(false);
-        let watched = Watched::start(path, token, Arc::new(ready), Metrics::new());
-        (watched, is_ready)
+    impl Running {
+        fn start(path: &Path, interval: Duration) -> Self {
+            let parse = |text: &str, _: Option<&String>| {
+                Ok(parse_token(text)?.to_str().unwrap().to_owned())
+            };
+            let source = Source {
+                watcher: watch(path.to_owned(), interval),
+                parse,
+                previous: None,
+            };
+            let (ready, is_ready) = watch::channel(false);
+            let metrics = Metrics::new();
+            let (on_rejection, ready) = (OnRejection::Recheck, Arc::new(ready));
+            Self {
+                cache: Cache::start("test", source, on_rejection, ready, metrics.clone()),
+                ready: is_ready,
+                metrics,
+            }
+        }
+
+        async fn token(&self) -> Result<(String, u64), credentials::Error> {
+            self.cache.current(Deadline::after(PATIENCE)).await
+        }
+
+        async fn refresh(&self, used: u64) -> Option<(String, u64)> {
+            let renewed = self.cache.refresh(used, Deadline::after(PATIENCE)).await;
+            renewed.unwrap()
+        }
+
+        async fn until_token_is(&self, expected: &str, generation: u64) {
+            let expected = Ok((expected.to_owned(), generation));
+            let end = Instant::now() + PATIENCE;
+            loop {
+                let token = self.token().await;
+                if token == expected {
+                    return;
+                }
+                assert!(Instant::now() < end, "{token:?} instead of {expected:?}");
+                sleep(SHORT).await;
+            }
+        }
+
+        fn failures(&self) -> u64 {
+            let text = self.metrics.encode();
+            let name = "rds_credential_refresh_total{outcome=\"failure\"} ";
+            let value = text.lines().find_map(|line| line.strip_prefix(name));
+            value.expect("a counter").parse().unwrap()
+        }
+
+        async fn until_refresh_fails(&self, write: impl FnOnce()) {
+            let before = self.failures();
+            write();
+            let end = Instant::now() + PATIENCE;
+            while self.failures() == before {
+                assert!(Instant::now() < end, "the bad file goes unnoticed");
+                sleep(SHORT).await;
+            }
+        }
     }
 
-    fn soon() -> Deadline {
-        Deadline::after(Duration::from_secs(60))
-    }
-
-    async fn next_look() {
-        tokio::time::sleep(REREAD_INTERVAL + Duration::from_millis(1)).await;
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_changed_file_is_in_use_after_the_next_look_and_a_bad_one_changes_nothing() {
-        let file = tempfile::NamedTempFile::new().unwrap();
+    #[tokio::test]
+    async fn a_changed_file_is_used_and_one_that_goes_bad_keeps_the_token() {
+        let file = NamedTempFile::new().unwrap();
         fs::write(&file, "one\n").unwrap();
-        let (watched, is_ready) = watched(file.path());
+        let running = Running::start(file.path(), SHORT);
+        assert_eq!(running.token().await, Ok(("one".to_owned(), 1)));
+        assert!(*running.ready.borrow());
 
-        assert_eq!(
-            watched.current(soon()).await.unwrap(),
-            ("one".to_owned(), 1)
-        );
-        assert!(*is_ready.borrow());
+        let write = |text| fs::write(&file, text).unwrap();
+        running
+            .until_refresh_fails(|| write("one\r\nX-Evil: 1"))
+            .await;
+        assert_eq!(running.token().await, Ok(("one".to_owned(), 1)));
 
-        fs::write(&file, "one\r\nX-Evil: 1").unwrap();
-        next_look().await;
-        assert_eq!(
-            watched.current(soon()).await.unwrap(),
-            ("one".to_owned(), 1)
-        );
+        let remove = || fs::remove_file(&file).unwrap();
+        running.until_refresh_fails(remove).await;
+        assert_eq!(running.token().await, Ok(("one".to_owned(), 1)));
 
-        fs::remove_file(&file).unwrap();
-        next_look().await;
-        assert_eq!(
-            watched.current(soon()).await.unwrap(),
-            ("one".to_owned(), 1)
-        );
-
-        fs::write(&file, "two\n").unwrap();
-        next_look().await;
-        assert_eq!(
-            watched.current(soon()).await.unwrap(),
-            ("two".to_owned(), 2)
-        );
-
-        fs::write(&file, "two\n").unwrap();
-        next_look().await;
-        assert_eq!(
-            watched.current(soon()).await.unwrap(),
-            ("two".to_owned(), 2)
-        );
+        write("two\n");
+        running.until_token_is("two", 2).await;
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn without_a_usable_file_a_call_fails_at_once_and_the_file_is_awaited() {
+    #[tokio::test]
+    async fn without_a_usable_file_a_call_fails_at_once_and_the_file_is_used_once_it_is_there() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("token");
-        let (watched, is_ready) = watched(&path);
+        let running = Running::start(&path, SHORT);
 
-        assert_eq!(
-            watched.current(soon()).await,
-            Err(Error::Unavailable {
-                retry_after: REREAD_INTERVAL
-            })
-        );
-        assert!(!*is_ready.borrow());
+        let Err(credentials::Error::Unavailable { retry_after }) = running.token().await else {
+            panic!("there is no token");
+        };
+        assert!(retry_after <= INTERVAL, "{retry_after:?}");
+        assert!(!*running.ready.borrow());
 
         fs::write(&path, "late").unwrap();
-        next_look().await;
-        assert_eq!(
-            watched.current(soon()).await.unwrap(),
-            ("late".to_owned(), 1)
-        );
-        assert!(*is_ready.borrow());
+        running.until_token_is("late", 1).await;
+        assert!(*running.ready.borrow());
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn a_refused_value_is_renewed_at_once_when_the_file_has_changed_and_never_otherwise() {
-        let file = tempfile::NamedTempFile::new().unwrap();
+    #[tokio::test]
+    async fn a_rejected_token_is_read_again_at_once_and_renewed_only_if_it_has_changed() {
+        let file = NamedTempFile::new().unwrap();
         fs::write(&file, "one").unwrap();
-        let (watched, _) = watched(file.path());
-        watched.current(soon()).await.unwrap();
+        let hour = Duration::from_secs(3600);
+        let running = Running::start(file.path(), hour);
+        running.token().await.unwrap();
 
-        assert_eq!(watched.renew(1, soon()).await.unwrap(), None);
+        assert_eq!(running.refresh(1).await, None);
+
+        fs::write(&file, "one\n").unwrap();
+        assert_eq!(running.refresh(1).await, None, "the same token");
+
+        fs::write(&file, "").unwrap();
+        assert_eq!(running.refresh(1).await, None, "a bad file");
 
         fs::write(&file, "two").unwrap();
-        assert_eq!(
-            watched.renew(1, soon()).await.unwrap(),
-            Some(("two".to_owned(), 2))
-        );
-        assert_eq!(
-            watched.renew(1, soon()).await.unwrap(),
-            Some(("two".to_owned(), 2)),
-            "a straggler gets what is there"
-        );
+        let two = Some(("two".to_owned(), 2));
+        assert_eq!(running.refresh(1).await, two, "soon after the failure");
+        assert_eq!(running.refresh(1).await, two, "a straggler");
+    }
+
+    #[tokio::test]
+    async fn a_key_that_a_profile_file_repeats_keeps_its_guard() {
+        let file = NamedTempFile::new().unwrap();
+        let mut source = Source::new(file.path().to_owned(), profile_key);
+        let mut read = async |text| {
+            fs::write(&file, text).unwrap();
+            source.refresh().await.unwrap().value
+        };
+
+        let first = read("[basic]\nak = AK\nsk = one\n").await;
+        let repeated = read("; comment\n[basic]\nak = AK\nsk = one\n").await;
+        let another = read("[basic]\nak = AK\nsk = two\n").await;
+
+        assert_eq!(first, repeated);
+        assert!(Arc::ptr_eq(&first.guard, &repeated.guard));
+        assert_ne!(first, another);
+        assert!(!Arc::ptr_eq(&first.guard, &another.guard));
     }
 
     #[test]
-    fn files_that_are_no_text_or_far_too_long_are_refused() {
-        let file = tempfile::NamedTempFile::new().unwrap();
+    fn files_that_are_not_text_or_too_long_are_rejected() {
+        let file = NamedTempFile::new().unwrap();
 
-        fs::write(&file, vec![b'a'; 64 * 1024 + 1]).unwrap();
-        assert_eq!(read(file.path()), Err(Fault::TooLong));
+        fs::write(&file, vec![b'a'; MAX_BYTES + 1]).unwrap();
+        assert_eq!(read(file.path()), Err(Error::TooLong));
 
         fs::write(&file, [0xff, 0xfe]).unwrap();
-        assert_eq!(read(file.path()), Err(Fault::NotText));
+        assert_eq!(text(&read(file.path()).unwrap()), Err(Error::NotText));
 
         assert_eq!(
             read(Path::new("/nonexistent/file")),
-            Err(Fault::Unreadable(io::ErrorKind::NotFound))
+            Err(Error::Unreadable(io::ErrorKind::NotFound))
         );
     }
 }

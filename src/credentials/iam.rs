@@ -1,15 +1,10 @@
-//! A token from the identity service, for user and password.
+//! Tokens from the identity service, for user and password.
 //!
 //! Source: IAM API reference, "Obtaining a User Token Through Password Authentication" (`POST /v3/auth/tokens`).
 
-use std::{
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+use std::{path::PathBuf, time::Duration};
 
-use ::http::{HeaderValue, header};
-use aws_lc_rs::digest;
+use http::{HeaderValue, header};
 use serde::Deserialize;
 use serde_json::json;
 use zeroize::Zeroizing;
@@ -17,15 +12,19 @@ use zeroize::Zeroizing;
 use super::{
     Issuer,
     cache::{Fetched, Refresh},
-    fetch::{self, Answer, FetchError},
+    fetch::{self, FetchError, Response},
     file, secret, server_time,
 };
-use crate::wait;
+use crate::{
+    files::{self, Digest, Watcher},
+    wait,
+};
 
-/// After a 401 or 403 the same user and password rest for this long: the vendor locks an account after few failures.
+/// After a 401 or 403 the same user and password are not sent again for this long: the vendor locks an account after few
+/// failures.
 const REST_AFTER_REJECTION: Duration = Duration::from_secs(15 * 60);
 
-/// Who asks for a token, and where.
+/// The identity service and the user.
 #[derive(Debug, Clone)]
 pub struct Config {
     /// The identity service with its scheme, for example `https://iam.cn-north-4.myhuaweicloud.com`.
@@ -41,41 +40,43 @@ pub struct Config {
     pub project: String,
 }
 
-/// The source behind the cache.
+/// The identity service as a source of the cache.
 pub(super) struct Source {
     client: reqwest::Client,
     config: Config,
-    password_file: Arc<Path>,
-    /// Of the password that was sent last.
-    tried: Option<[u8; 32]>,
+    password_file: Watcher,
+    /// Of the password, if the identity service rejected it.
+    rejected: Option<Digest>,
 }
 
 impl Source {
     pub(super) fn new(client: reqwest::Client, config: Config) -> Self {
         Self {
             client,
-            password_file: config.password_file.as_path().into(),
+            password_file: file::watch(config.password_file.clone(), file::INTERVAL),
             config,
-            tried: None,
+            rejected: None,
         }
     }
 
-    async fn password(&self) -> Result<Zeroizing<String>, file::Fault> {
-        let text = file::read_off_thread(self.password_file.clone()).await?;
-        Ok(secret::parse_password(&text)?)
+    async fn password(&mut self) -> Result<Zeroizing<String>, file::Error> {
+        let content = file::read_watched(&mut self.password_file).await?;
+        parse_password(&content)
     }
+}
+
+fn parse_password(content: &[u8]) -> Result<Zeroizing<String>, file::Error> {
+    Ok(secret::parse_password(file::text(content)?)?)
 }
 
 impl Refresh for Source {
     type Value = HeaderValue;
-    const ISSUER: Issuer = Issuer::Identity;
 
     async fn refresh(&mut self) -> Result<Fetched<HeaderValue>, FetchError> {
-        let password = self.password().await.map_err(|fault| {
-            let path = self.password_file.display();
-            FetchError::unavailable(format!("password file {path}: {fault}"))
+        let password = self.password().await.map_err(|error| {
+            let path = self.config.password_file.display();
+            FetchError::unavailable(format!("password file {path}: {error}"))
         })?;
-        self.tried = Some(fingerprint(&password));
         let url = format!(
             "{}/v3/auth/tokens?nocatalog=true",
             self.config.endpoint.trim_end_matches('/')
@@ -85,28 +86,33 @@ impl Refresh for Source {
             .post(url)
             .header(header::CONTENT_TYPE, "application/json;charset=utf8")
             .body(body(&self.config, &password));
-        let answer = fetch::send(request).await?;
-        if !answer.status.is_success() {
-            return Err(FetchError::from_answer(&answer, REST_AFTER_REJECTION));
+        let response = fetch::send(request).await?;
+        if !response.status.is_success() {
+            let error =
+                FetchError::from_response(Issuer::Identity, &response, REST_AFTER_REJECTION);
+            if error.rejected_by.is_some() {
+                self.rejected = Some(files::digest(&[password.as_bytes()]));
+            }
+            return Err(error);
         }
-        token(&answer)
+        self.rejected = None;
+        token(&response)
     }
 
+    /// Resolves when the password file holds another password than the rejected one.
     async fn changed(&mut self) {
+        let Some(rejected) = self.rejected else {
+            return std::future::pending().await;
+        };
         loop {
-            tokio::time::sleep(file::REREAD_INTERVAL).await;
-            if let Ok(password) = self.password().await
-                && self.tried != Some(fingerprint(&password))
+            if let Ok(contents) = self.password_file.changed().await
+                && let Ok(password) = parse_password(&contents[0])
+                && files::digest(&[password.as_bytes()]) != rejected
             {
                 return;
             }
         }
     }
-}
-
-fn fingerprint(password: &str) -> [u8; 32] {
-    let digest = digest::digest(&digest::SHA256, password.as_bytes());
-    digest.as_ref().try_into().expect("SHA-256 has 32 bytes")
 }
 
 fn body(config: &Config, password: &str) -> Vec<u8> {
@@ -138,9 +144,8 @@ struct Description {
     issued_at: Option<String>,
 }
 
-/// The token is in a header; the body only says how long it lives, so one that cannot be read is as good as one without
-/// an end.
-fn token(answer: &Answer) -> Result<Fetched<HeaderValue>, FetchError> {
+/// The token is in a header. The body names only its end, so a body that cannot be read counts as one without an end.
+fn token(answer: &Response) -> Result<Fetched<HeaderValue>, FetchError> {
     let value = answer
         .headers
         .get("x-subject-token")
@@ -163,7 +168,10 @@ fn token(answer: &Answer) -> Result<Fetched<HeaderValue>, FetchError> {
         .unwrap_or_else(server_time::our_clock);
     let lifetime = server_time::lifetime(expires_at, now)
         .ok_or_else(|| FetchError::unavailable("the token it gives has expired already"))?;
-    Ok(Fetched { value, lifetime })
+    Ok(Fetched {
+        value,
+        lifetime: Some(lifetime),
+    })
 }
 
 #[cfg(test)]
@@ -176,12 +184,12 @@ mod tests {
     use super::*;
     use crate::{
         credentials::fake_issuer::{FakeIssuer, answer},
-        http,
+        http_client,
     };
 
-    fn http_config() -> http::Config {
-        http::Config {
-            tls: http::tls_config(http::SystemRoots::Ignored, None).unwrap(),
+    fn http_config() -> http_client::Config {
+        http_client::Config {
+            tls: http_client::tls_config(http_client::SystemRoots::Ignored, None).unwrap(),
             https_only: false,
             proxy: None,
             connect_timeout: Duration::from_secs(3),
@@ -228,7 +236,11 @@ mod tests {
 
         assert_eq!(fetched.value, "MIIcanary");
         assert!(fetched.value.is_sensitive());
-        assert_eq!(fetched.lifetime, Duration::from_secs(12 * 3600), "by Date");
+        assert_eq!(
+            fetched.lifetime,
+            Some(Duration::from_secs(12 * 3600)),
+            "by Date"
+        );
         assert_eq!(
             issuer.request_lines(),
             ["POST /v3/auth/tokens?nocatalog=true"]
@@ -298,14 +310,14 @@ mod tests {
             let lifetime = outcome_of(answer)
                 .await
                 .ok()
-                .map(|fetched| fetched.lifetime);
+                .and_then(|fetched| fetched.lifetime);
 
             assert_eq!(lifetime, expected, "{name}");
         }
     }
 
     #[tokio::test]
-    async fn every_other_answer_is_a_fault_that_quotes_nothing_of_it() {
+    async fn every_other_response_is_an_error_that_quotes_nothing_of_it() {
         let rest = Duration::from_secs(900);
         let none = Duration::ZERO;
         let cases = [
@@ -345,17 +357,14 @@ mod tests {
             let error = outcome_of(answer).await.unwrap_err();
 
             assert!(!format!("{error} {error:?}").contains("can"), "{error:?}");
-            assert_eq!(error.wait(), wait, "{answer}");
-            let status = match error {
-                FetchError::Rejected { http_status, .. } => Some(http_status),
-                FetchError::Unavailable { .. } => None,
-            };
-            assert_eq!(status, rejected, "{answer}");
+            assert_eq!(error.wait, wait, "{answer}");
+            let rejected = rejected.map(|status| (Issuer::Identity, status));
+            assert_eq!(error.rejected_by, rejected, "{answer}");
         }
     }
 
     #[tokio::test]
-    async fn an_answer_without_end_is_cut_off() {
+    async fn a_response_that_is_too_long_is_cut_off() {
         let issuer = FakeIssuer::start(|_, _| {
             let body = "x".repeat(1024 * 1024);
             answer("201 Created", "X-Subject-Token: t\r\n", &body)
@@ -375,7 +384,7 @@ mod tests {
         let proxy =
             FakeIssuer::start(|_, _| answer("201 Created", "X-Subject-Token: t\r\n", "{}")).await;
         let url = proxy.endpoint.replace("http://", "http://user:canary@");
-        let through = http::Config {
+        let through = http_client::Config {
             proxy: Some(url.parse().unwrap()),
             ..http_config()
         };
@@ -392,21 +401,41 @@ mod tests {
         assert!(!format!("{through:?}").contains("canary"));
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn only_another_password_counts_as_a_change() {
+    #[tokio::test]
+    async fn after_a_rejection_only_another_password_counts_as_a_change() {
+        let issuer = FakeIssuer::start(|_, _| answer("401 Unauthorized", "", "")).await;
         let file = password_file();
-        let mut source = source("", &file);
-        source.tried = Some(fingerprint("canary \"passwörd\""));
-        let mut changed_within = async |seconds| {
-            tokio::time::timeout(Duration::from_secs(seconds), source.changed())
-                .await
-                .is_ok()
-        };
+        let mut source = source(&issuer.endpoint, &file);
+        let interval = Duration::from_millis(5);
+        source.password_file = file::watch(file.path().to_owned(), interval);
+        source.refresh().await.unwrap_err();
 
-        assert!(!changed_within(3600).await);
-        fs::write(&file, "").unwrap();
-        assert!(!changed_within(3600).await, "half-written");
+        {
+            let mut changed = std::pin::pin!(source.changed());
+            for unchanged in ["canary \"passwörd\"\r\n", "", "canary \"passwörd\""] {
+                fs::write(&file, unchanged).unwrap();
+                let within = tokio::time::timeout(20 * interval, &mut changed).await;
+                assert!(within.is_err(), "{unchanged:?}");
+            }
+            fs::write(&file, "another").unwrap();
+            let patience = Duration::from_secs(20);
+            assert!(tokio::time::timeout(patience, changed).await.is_ok());
+        }
+        assert_eq!(*source.password().await.unwrap(), "another");
+    }
+
+    #[tokio::test]
+    async fn without_a_rejection_nothing_counts_as_a_change() {
+        let issuer = FakeIssuer::start(|_, _| answer("503 Unavailable", "", "")).await;
+        let file = password_file();
+        let mut source = source(&issuer.endpoint, &file);
+        let interval = Duration::from_millis(5);
+        source.password_file = file::watch(file.path().to_owned(), interval);
+        source.refresh().await.unwrap_err();
+
         fs::write(&file, "another").unwrap();
-        assert!(changed_within(6).await);
+
+        let changed = tokio::time::timeout(20 * interval, source.changed()).await;
+        assert!(changed.is_err());
     }
 }

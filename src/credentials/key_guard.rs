@@ -1,8 +1,8 @@
-//! Keeps a wrong key from being locked by the gateway, and keeps calls away from a key that is.
+//! Keeps the gateway from locking a wrong key, and fails calls at once while a key is locked.
 //!
-//! The gateway locks a key for five minutes after more than five bad signatures in a row ("API request signing guide").
-//! So a key has to prove itself: until its first accepted answer, and again after a refusal or a lock, one request is out
-//! at a time. Once proven, an admission costs one atomic load.
+//! The gateway locks a key for five minutes after more than five bad signatures in a row ("API request signing guide"). So a
+//! key is unproven until the gateway accepts its first signature, and again after a rejected signature or a lock: an unproven
+//! key signs one request at a time. Once proven, an admission costs one atomic load.
 
 use std::{
     sync::{
@@ -17,45 +17,45 @@ use tokio::{sync::Notify, time::Instant};
 use super::Error;
 use crate::deadline::Deadline;
 
-/// How long the gateway locks a key after too many bad signatures. Source: API request signing guide, FAQ.
+/// How long the gateway locks a key after too many bad signatures. Source: "API request signing guide", FAQ.
 pub const KEY_LOCK: Duration = Duration::from_secs(5 * 60);
 
-/// Refused signatures in a row after which we stop by ourselves. The gateway counts to five; the rest is for other
-/// programs that use the same key.
-const REFUSALS_BEFORE_LOCK: u32 = 3;
+/// Rejected signatures in a row after which the guard locks the key. The gateway counts to five; the rest is for other programs
+/// that use the same key.
+const REJECTIONS_BEFORE_LOCK: u32 = 3;
 
 /// The guard of one key.
 #[derive(Debug)]
 pub struct KeyGuard {
-    /// The last word on this key was an accepted signature, and no lock is on.
+    /// The gateway accepted the last judged signature, and the key is not locked.
     proven: AtomicBool,
     state: Mutex<State>,
-    /// Wakes those who wait for the one admission.
+    /// Wakes the calls that wait for an admission.
     changed: Notify,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    /// An admission is out that others wait for.
+    /// The one request of an unproven key is in flight.
     probing: bool,
-    /// Refusals since the last accepted signature.
-    refusals: u32,
-    /// Another refusal locks at once: the key was locked, or had another, refused secret.
+    /// Rejected signatures since the last accepted one.
+    rejections: u32,
+    /// The next rejected signature locks at once: the key was locked before, or its previous secret was rejected.
     wary: bool,
     locked_until: Option<Instant>,
 }
 
 impl KeyGuard {
-    /// The guard of a key that nothing is known of.
+    /// The guard of a key without a history.
     pub fn new() -> Self {
         Self::with(State::default())
     }
 
-    /// The guard of a key with the same AK and another secret. The gateway may still count the refusals of the old one.
+    /// The guard of a key with the same AK and another secret. The gateway may still count the old secret's bad signatures.
     pub(super) fn for_another_secret(&self) -> Self {
         let old = self.state();
         Self::with(State {
-            wary: old.wary || old.refusals > 0,
+            wary: old.wary || old.rejections > 0,
             ..State::default()
         })
     }
@@ -71,8 +71,8 @@ impl KeyGuard {
     /// Waits until a request may be signed with the key.
     ///
     /// # Errors
-    /// - [`Error::Locked`]: the key is locked; nobody waits for that.
-    /// - [`Error::DeadlineExceeded`]: others were trying the key out all the time.
+    /// - [`Error::Locked`]: the key is locked; calls do not wait for the end of a lock.
+    /// - [`Error::DeadlineExceeded`]: requests of other calls were probing the key until the deadline.
     pub async fn admit(&self, deadline: Deadline) -> Result<Admission<'_>, Error> {
         loop {
             if self.proven.load(Ordering::Acquire) {
@@ -81,7 +81,7 @@ impl KeyGuard {
                     probe: false,
                 });
             }
-            // Listen first, look then: a probe that ends in between is not missed.
+            // Subscribe before the check, so that the end of a probe in between is not missed.
             let mut changed = std::pin::pin!(self.changed.notified());
             changed.as_mut().enable();
             if let Some(admitted) = self.try_probe() {
@@ -94,7 +94,7 @@ impl KeyGuard {
         }
     }
 
-    /// `None` while somebody else's probe is out.
+    /// `None` while the probe of another call is in flight.
     fn try_probe(&self) -> Option<Result<Admission<'_>, Error>> {
         let mut state = self.state();
         if let Some(until) = state.locked_until {
@@ -104,7 +104,7 @@ impl KeyGuard {
             }
             state.locked_until = None;
         }
-        // Proven between the first look and the lock.
+        // The key may have been proven before this call took the mutex.
         if self.proven.load(Ordering::Acquire) {
             return Some(Ok(Admission {
                 guard: self,
@@ -132,22 +132,22 @@ impl Default for KeyGuard {
     }
 }
 
-/// Leave to sign one request. Dropped without a verdict (a timeout, a cut connection) it says nothing about the key.
+/// Permission to sign one request. Dropped without a verdict (a timeout, a cut connection), it leaves the key's state as it was.
 #[derive(Debug)]
-#[must_use = "hold it until the answer is there"]
+#[must_use = "hold it until the response is there"]
 pub struct Admission<'a> {
     guard: &'a KeyGuard,
     probe: bool,
 }
 
 impl Admission<'_> {
-    /// The gateway took the signature, whatever else it answered.
+    /// The gateway accepted the signature, whatever else it answered.
     pub fn accepted(self) {
-        // Only a probe proves a key: after a refusal, an answer to an older request is no news.
+        // Only a probe proves a key: the response to a request from before a rejection does not.
         if self.probe {
             let mut state = self.guard.state();
             if state.locked_until.is_none() {
-                state.refusals = 0;
+                state.rejections = 0;
                 state.wary = false;
                 self.guard.proven.store(true, Ordering::Release);
             }
@@ -156,12 +156,12 @@ impl Admission<'_> {
         }
     }
 
-    /// The gateway refused the signature; `lock_announced` when it said that the key is locked.
+    /// The gateway rejected the signature; `lock_announced` if its message says that the key is locked.
     pub fn signature_refused(self, lock_announced: bool) {
         let mut state = self.guard.state();
         self.guard.proven.store(false, Ordering::Release);
-        state.refusals = state.refusals.saturating_add(1);
-        if lock_announced || state.wary || state.refusals >= REFUSALS_BEFORE_LOCK {
+        state.rejections = state.rejections.saturating_add(1);
+        if lock_announced || state.wary || state.rejections >= REJECTIONS_BEFORE_LOCK {
             state.wary = true;
             state.locked_until = Some(Instant::now() + KEY_LOCK);
             drop(state);
@@ -193,7 +193,7 @@ mod tests {
         guard.admit(in_seconds(1)).await.unwrap()
     }
 
-    async fn refused_times(guard: &KeyGuard, times: u32) {
+    async fn reject_times(guard: &KeyGuard, times: u32) {
         for _ in 0..times {
             admit(guard).await.signature_refused(false);
         }
@@ -207,7 +207,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn until_the_first_accepted_answer_one_request_is_out_at_a_time() {
+    async fn until_the_first_accepted_signature_one_request_is_in_flight_at_a_time() {
         let guard = KeyGuard::new();
         let first = admit(&guard).await;
 
@@ -220,11 +220,11 @@ mod tests {
         let second = admit(&guard).await;
         let (third, ()) = tokio::join!(guard.admit(in_seconds(1)), async { second.accepted() });
         let fourth = guard.admit(in_seconds(1)).await;
-        assert!(third.is_ok() && fourth.is_ok(), "both out at once");
+        assert!(third.is_ok() && fourth.is_ok(), "both in flight at once");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_burst_with_a_wrong_key_sends_three_requests_and_all_waiters_learn_of_the_lock() {
+    async fn a_burst_with_a_wrong_key_sends_three_requests_and_fails_all_waiters_with_the_lock() {
         let guard = Arc::new(KeyGuard::new());
         let calls: Vec<_> = (0..100)
             .map(|_| {
@@ -255,9 +255,9 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn after_a_lock_one_probe_goes_out_and_its_refusal_locks_again_at_once() {
+    async fn after_a_lock_one_probe_is_sent_and_its_rejection_locks_again_at_once() {
         let guard = KeyGuard::new();
-        refused_times(&guard, 3).await;
+        reject_times(&guard, 3).await;
         tokio::time::sleep(Duration::from_secs(60)).await;
         assert_eq!(remaining_lock(&guard).await, Duration::from_secs(240));
 
@@ -272,12 +272,12 @@ mod tests {
 
         tokio::time::sleep(KEY_LOCK).await;
         admit(&guard).await.accepted();
-        refused_times(&guard, 2).await;
+        reject_times(&guard, 2).await;
         admit(&guard).await.accepted();
     }
 
     #[tokio::test(start_paused = true)]
-    async fn an_announced_lock_holds_at_once_even_for_a_proven_key_and_a_refusal_renews_it() {
+    async fn an_announced_lock_holds_at_once_even_for_a_proven_key_and_a_rejection_repeats_it() {
         let guard = KeyGuard::new();
         admit(&guard).await.accepted();
 
@@ -290,7 +290,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn answers_to_older_requests_neither_lift_a_lock_nor_prove_a_refused_key() {
+    async fn responses_to_older_requests_neither_lift_a_lock_nor_prove_a_rejected_key() {
         let guard = KeyGuard::new();
         admit(&guard).await.accepted();
         let (older, another) = (admit(&guard).await, admit(&guard).await);
@@ -309,12 +309,12 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn an_accepted_signature_starts_the_count_of_refusals_anew() {
+    async fn an_accepted_signature_resets_the_count_of_rejections() {
         let guard = KeyGuard::new();
-        refused_times(&guard, 2).await;
+        reject_times(&guard, 2).await;
         admit(&guard).await.accepted();
 
-        refused_times(&guard, 2).await;
+        reject_times(&guard, 2).await;
 
         assert!(guard.admit(in_seconds(1)).await.is_ok());
     }
@@ -343,9 +343,9 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn another_secret_for_a_refused_key_may_fail_only_once() {
+    async fn another_secret_for_a_rejected_key_may_fail_only_once() {
         let guard = KeyGuard::new();
-        refused_times(&guard, 2).await;
+        reject_times(&guard, 2).await;
 
         let changed = guard.for_another_secret();
         admit(&changed).await.signature_refused(false);

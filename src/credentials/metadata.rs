@@ -1,10 +1,10 @@
-//! Temporary keys from the metadata service of an ECS machine, whose agency stands for a user.
+//! Temporary keys from the metadata service of an ECS machine with an agency.
 //!
 //! Source: ECS user guide, "Obtaining Metadata" (`securitykey`), and the vendor's Python SDK 3.1.219 for the hardened mode.
 
 use std::{sync::Arc, time::Duration};
 
-use ::http::{HeaderValue, StatusCode};
+use http::{HeaderValue, StatusCode};
 use serde::Deserialize;
 use tokio::time::Instant;
 
@@ -12,34 +12,34 @@ use super::{
     Issuer,
     auth::AccessKey,
     cache::{Fetched, Refresh},
-    fetch::{self, Answer, FetchError},
+    fetch::{self, FetchError, Response},
     secret, server_time,
 };
 use crate::wait;
 
-/// Life that we ask for a token of the hardened mode, in seconds, as the vendor's SDK does.
+/// The requested lifetime of a token of the hardened mode, in seconds, as in the vendor's SDK.
 const TOKEN_TTL: &str = "21600";
 
-/// When such a token is replaced: well before its six hours are over.
+/// Such a token is replaced after this time, well before its six hours are over.
 const TOKEN_LIFE: Duration = Duration::from_secs(5 * 60 * 60);
 
-/// How long a machine without the hardened mode is taken to stay so.
+/// A machine without the hardened mode is probed for it again after this time.
 const UNHARDENED_FOR: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// What a 401 says on a machine that no agency is bound to. A new token would not help.
+/// In the body of a 401 on a machine without an agency. A new token would not help.
 const NO_AGENCY: &[u8] = b"Please configure Cloud Service Agency first";
 
-/// The source behind the cache. The keys live 24 hours and are replaced 6 hours before their end, so the cache's look at
-/// 80 % of what is left always finds new ones.
+/// The metadata service as a source of the cache. Its keys live 24 hours and are replaced 6 hours before their end, so a refresh
+/// at 80 % of the remaining lifetime always finds new ones.
 pub(super) struct Source {
     client: reqwest::Client,
     endpoint: String,
     hardened: Hardened,
-    /// The key before, so that its guard is kept where the service repeats it.
+    /// The previous key, whose guard is kept if the service returns it again.
     previous: Option<Arc<AccessKey>>,
 }
 
-/// What is known of the hardened mode.
+/// Whether the machine requires tokens, the hardened mode.
 enum Hardened {
     Unknown,
     Token { value: HeaderValue, until: Instant },
@@ -56,7 +56,7 @@ impl Source {
         }
     }
 
-    /// The token to send now, if the machine knows such tokens.
+    /// The token to send, if the machine supports them.
     async fn token(&mut self) -> Result<Option<HeaderValue>, FetchError> {
         match &self.hardened {
             Hardened::Token { value, until } if Instant::now() < *until => {
@@ -65,7 +65,7 @@ impl Source {
             Hardened::Absent { until } if Instant::now() < *until => return Ok(None),
             _ => {}
         }
-        let answer = self.ask_for_token().await?;
+        let answer = self.request_token().await?;
         if matches!(answer.status.as_u16(), 404 | 405 | 503) {
             self.hardened = Hardened::Absent {
                 until: Instant::now() + UNHARDENED_FOR,
@@ -75,7 +75,7 @@ impl Source {
         self.keep_token(&answer).map(Some)
     }
 
-    async fn ask_for_token(&self) -> Result<Answer, FetchError> {
+    async fn request_token(&self) -> Result<Response, FetchError> {
         let url = format!("{}/meta-data/latest/api/token", self.endpoint);
         let request = self
             .client
@@ -84,9 +84,9 @@ impl Source {
         fetch::send(request).await
     }
 
-    fn keep_token(&mut self, answer: &Answer) -> Result<HeaderValue, FetchError> {
+    fn keep_token(&mut self, answer: &Response) -> Result<HeaderValue, FetchError> {
         if answer.status != StatusCode::OK {
-            return Err(FetchError::from_answer(answer, Duration::ZERO));
+            return Err(unexpected(answer));
         }
         let value = str::from_utf8(&answer.body)
             .ok()
@@ -99,7 +99,7 @@ impl Source {
         Ok(value)
     }
 
-    async fn ask_for_key(&self, token: Option<HeaderValue>) -> Result<Answer, FetchError> {
+    async fn request_key(&self, token: Option<HeaderValue>) -> Result<Response, FetchError> {
         let url = format!("{}/openstack/latest/securitykey", self.endpoint);
         let mut request = self.client.get(url);
         if let Some(token) = token {
@@ -111,36 +111,39 @@ impl Source {
 
 impl Refresh for Source {
     type Value = Arc<AccessKey>;
-    const ISSUER: Issuer = Issuer::Metadata;
 
     async fn refresh(&mut self) -> Result<Fetched<Arc<AccessKey>>, FetchError> {
         let token = self.token().await?;
-        let mut answer = self.ask_for_key(token).await?;
+        let mut answer = self.request_key(token).await?;
         if answer.status == StatusCode::UNAUTHORIZED {
             if answer
                 .body
                 .windows(NO_AGENCY.len())
                 .any(|window| window == NO_AGENCY)
             {
-                return Err(FetchError::Rejected {
-                    http_status: 401,
-                    wait: Duration::ZERO,
-                    fault: "no agency is configured for this machine".to_owned(),
+                return Err(FetchError {
+                    cause: "no agency is configured for this machine".to_owned(),
+                    ..unexpected(&answer)
                 });
             }
-            // The token was not taken, or the hardened mode has just been switched on.
+            // The token was rejected, or the hardened mode has just been switched on.
             self.hardened = Hardened::Unknown;
-            let token = self.ask_for_token().await?;
+            let token = self.request_token().await?;
             let token = self.keep_token(&token)?;
-            answer = self.ask_for_key(Some(token)).await?;
+            answer = self.request_key(Some(token)).await?;
         }
         if answer.status != StatusCode::OK {
-            return Err(FetchError::from_answer(&answer, Duration::ZERO));
+            return Err(unexpected(&answer));
         }
         let fetched = temporary_key(&answer, self.previous.as_deref())?;
         self.previous = Some(fetched.value.clone());
         Ok(fetched)
     }
+}
+
+/// The error of a response with an unexpected status.
+fn unexpected(response: &Response) -> FetchError {
+    FetchError::from_response(Issuer::Metadata, response, Duration::ZERO)
 }
 
 #[derive(Deserialize)]
@@ -157,7 +160,7 @@ struct Temporary {
 }
 
 fn temporary_key(
-    answer: &Answer,
+    answer: &Response,
     previous: Option<&AccessKey>,
 ) -> Result<Fetched<Arc<AccessKey>>, FetchError> {
     // The parser's own message could quote the secret.
@@ -168,7 +171,7 @@ fn temporary_key(
         &credential.secret,
         Some(&credential.securitytoken),
     )
-    .map_err(|fault| FetchError::unavailable(fault.to_string()))?;
+    .map_err(|error| FetchError::unavailable(error.to_string()))?;
     let expires_at = credential
         .expires_at
         .as_deref()
@@ -178,7 +181,7 @@ fn temporary_key(
         .ok_or_else(|| FetchError::unavailable("the keys it gives have expired already"))?;
     Ok(Fetched {
         value: Arc::new(key.following(previous)),
-        lifetime,
+        lifetime: Some(lifetime),
     })
 }
 
@@ -222,7 +225,7 @@ mod tests {
 
             assert_eq!(fetched.value.access_key_id, "AK");
             assert_eq!(fetched.value.security_token.as_ref().unwrap(), "canary-st");
-            assert_eq!(fetched.lifetime, Duration::from_secs(12 * 3600));
+            assert_eq!(fetched.lifetime, Some(Duration::from_secs(12 * 3600)));
             assert_eq!(issuer.request_lines(), [PUT, GET, GET], "{absent}");
             assert!(!issuer.requests()[1].contains("x-metadata-token"));
         }
@@ -250,7 +253,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_refused_metadata_token_is_replaced_once() {
+    async fn a_rejected_metadata_token_is_replaced_once() {
         let issuer = FakeIssuer::start(|nth, request| match (nth, request.starts_with("PUT")) {
             (_, true) => answer("200 OK", "", &format!("token-{nth}")),
             (_, false) if request.contains("token-3") => key(),
@@ -294,13 +297,7 @@ mod tests {
 
         let error = source(&issuer).refresh().await.unwrap_err();
 
-        assert!(matches!(
-            error,
-            FetchError::Rejected {
-                http_status: 401,
-                ..
-            }
-        ));
+        assert_eq!(error.rejected_by, Some((Issuer::Metadata, 401)));
         assert_eq!(
             error.to_string(),
             "no agency is configured for this machine"
@@ -309,7 +306,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn every_other_answer_is_a_fault_that_quotes_nothing_of_it() {
+    async fn every_other_response_is_an_error_that_quotes_nothing_of_it() {
         let expired = KEY.replace("2026-10-30T20", "2026-10-30T07");
         let cases = [
             ("no JSON", answer("200 OK", DATE, "canary")),

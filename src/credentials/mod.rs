@@ -1,9 +1,9 @@
 //! Where the credential of an upstream request comes from, how it is kept fresh, and how a request is signed.
 //!
-//! - [`Credentials`]: the configured source; [`Credentials::resolve`] for each call, [`Credentials::renew`] after a 401
-//! - [`auth`]: what one request carries; [`secret`]: the form of tokens and keys
+//! - [`Credentials`]: the configured source; [`Credentials::resolve`] for each call, [`Credentials::refresh`] after a 401
+//! - [`auth`]: the credential of one request; [`secret`]: the form of tokens and keys
 //! - [`signer`], [`key_guard`]: signing with a key, and keeping it from being locked
-//! - [`iam`], [`metadata`], [`chain`], [`profile`], [`file`](mod@file): the sources; [`cache`] keeps what is fetched fresh
+//! - [`iam`], [`metadata`], [`chain`], [`profile`], [`file`](mod@file): the sources; [`cache`]: keeps their credential fresh
 
 pub mod auth;
 mod cache;
@@ -24,28 +24,25 @@ mod tests;
 
 use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
 
-use ::http::{HeaderMap, HeaderValue};
 use aws_lc_rs::{hmac, rand::SystemRandom};
+use http::{HeaderMap, HeaderValue};
 use tokio::sync::watch;
 
 pub use self::auth::{AccessKey, Auth, Identity, Token};
-use self::cache::{Cache, OnRefusal};
+use self::cache::{Cache, OnRejection};
 use crate::{
     deadline::Deadline,
-    http::{self, BuildError},
+    http_client::{self, BuildError},
     telemetry::metrics::Metrics,
 };
 
-/// A refused token is replaced at once; another refusal in the next two seconds costs no further token request.
-const TOKEN_REFUSED: OnRefusal = OnRefusal {
-    keep: false,
+/// For tokens of the identity service: a rejected token is dead.
+const ON_TOKEN_REJECTED: OnRejection = OnRejection::Replace {
     spacing: Duration::from_secs(2),
 };
 
-/// A refused temporary key makes the cache look for a new one, at most every five minutes, and serves on: the gateway
-/// may have refused the clock and not the key.
-const KEY_REFUSED: OnRefusal = OnRefusal {
-    keep: true,
+/// For temporary keys: the gateway may have rejected the clock and not the key.
+const ON_KEY_REJECTED: OnRejection = OnRejection::Keep {
     spacing: Duration::from_secs(5 * 60),
 };
 
@@ -55,7 +52,7 @@ pub struct Config {
     /// The source.
     pub source: Source,
     /// How the identity service is reached. The metadata service is always reached directly.
-    pub http: http::Config,
+    pub http: http_client::Config,
 }
 
 /// The source of credentials, chosen at start.
@@ -65,7 +62,7 @@ pub enum Source {
     Caller,
     /// One token for good.
     Token(HeaderValue),
-    /// A token in a file that somebody else renews.
+    /// A token in a file that another program renews.
     TokenFile(PathBuf),
     /// Tokens from the identity service, for user and password.
     Iam(iam::Config),
@@ -75,7 +72,7 @@ pub enum Source {
     Profile(PathBuf),
     /// Temporary keys from the metadata service at this address, for example `http://169.254.169.254`.
     Metadata(String),
-    /// Environment, profile file, metadata service: the first that is there.
+    /// Environment, profile file, metadata service: the first that holds a key.
     Chain(chain::Config),
 }
 
@@ -88,34 +85,26 @@ pub struct Credentials {
 
 /// A source at work.
 enum Running {
-    /// The key makes the hashes that tell callers apart.
+    /// The key makes the hashes that distinguish callers.
     Caller(Box<hmac::Key>),
     Token(Token),
     Key(Arc<AccessKey>),
-    TokenFile(file::Watched<HeaderValue>),
-    Profile(file::Watched<Arc<AccessKey>>),
-    FetchedToken(Cache<HeaderValue>),
-    FetchedKey(Cache<Arc<AccessKey>>),
+    CachedToken(Cache<HeaderValue>),
+    CachedKey(Cache<Arc<AccessKey>>),
 }
 
 impl Credentials {
-    /// Starts the source, with a task on the current runtime where it fetches or reads files.
+    /// Starts the source. One that fetches or reads files gets a task on the current runtime.
     ///
     /// # Errors
     /// [`BuildError`] when the identity service's proxy or certificates cannot be used.
     pub fn start(config: Config, metrics: Arc<Metrics>) -> Result<Self, BuildError> {
         let ready = Arc::new(watch::Sender::new(false));
-        let fetched_key = |source: metadata::Source| {
-            Cache::start(
-                "metadata",
-                source,
-                KEY_REFUSED,
-                ready.clone(),
-                metrics.clone(),
-            )
-        };
-        let profile = |path: &PathBuf| {
-            file::Watched::start(path, profile_key, ready.clone(), metrics.clone())
+        let profile = |path: PathBuf| {
+            let name = format!("profile {}", path.display());
+            let source = file::Source::new(path, profile_key);
+            let (ready, metrics) = (ready.clone(), metrics.clone());
+            Cache::start(name, source, OnRejection::Recheck, ready, metrics)
         };
         let source = match config.source {
             Source::Caller => Running::Caller(Box::new(
@@ -124,45 +113,39 @@ impl Credentials {
             )),
             Source::Token(value) => Running::Token(server_token((value, 0))),
             Source::Key(key) => Running::Key(key),
-            Source::TokenFile(path) => Running::TokenFile(file::Watched::start(
-                &path,
-                |text, _| Ok(secret::parse_token(text)?),
-                ready.clone(),
-                metrics,
-            )),
-            Source::Profile(path) => Running::Profile(profile(&path)),
+            Source::TokenFile(path) => {
+                let name = format!("token file {}", path.display());
+                let source = file::Source::new(path, |text, _| Ok(secret::parse_token(text)?));
+                let cache =
+                    Cache::start(name, source, OnRejection::Recheck, ready.clone(), metrics);
+                Running::CachedToken(cache)
+            }
+            Source::Profile(path) => Running::CachedKey(profile(path)),
             Source::Iam(iam) => {
-                let http = http::Config {
+                let http = http_client::Config {
                     https_only: iam.endpoint.starts_with("https:"),
                     ..config.http
                 };
-                let client = fetch::identity_client(&http)?;
-                let source = iam::Source::new(client, iam);
-                Running::FetchedToken(Cache::start(
-                    "iam",
-                    source,
-                    TOKEN_REFUSED,
-                    ready.clone(),
-                    metrics,
-                ))
+                let source = iam::Source::new(fetch::identity_client(&http)?, iam);
+                let cache = Cache::start("iam", source, ON_TOKEN_REJECTED, ready.clone(), metrics);
+                Running::CachedToken(cache)
             }
-            Source::Metadata(endpoint) => Running::FetchedKey(fetched_key(metadata::Source::new(
-                fetch::metadata_client()?,
-                &endpoint,
-            ))),
+            Source::Metadata(endpoint) => {
+                let source = metadata::Source::new(fetch::metadata_client()?, &endpoint);
+                let cache =
+                    Cache::start("metadata", source, ON_KEY_REJECTED, ready.clone(), metrics);
+                Running::CachedKey(cache)
+            }
             Source::Chain(chain) => match chain::choose(&chain) {
                 chain::Choice::Environment(key) => Running::Key(key),
-                chain::Choice::Profile(path) => Running::Profile(profile(&path)),
+                chain::Choice::Profile(path) => Running::CachedKey(profile(path)),
                 chain::Choice::Metadata(before) => {
                     let client = fetch::metadata_client()?;
                     let metadata = metadata::Source::new(client, &chain.metadata_endpoint);
-                    Running::FetchedKey(Cache::start(
-                        "chain",
-                        chain::LastLink { metadata, before },
-                        KEY_REFUSED,
-                        ready.clone(),
-                        metrics,
-                    ))
+                    let source = chain::LastLink { metadata, before };
+                    let cache =
+                        Cache::start("chain", source, ON_KEY_REJECTED, ready.clone(), metrics);
+                    Running::CachedKey(cache)
                 }
             },
         };
@@ -186,7 +169,7 @@ impl Credentials {
         }
     }
 
-    /// True once there is a credential, and from then on. From the start where callers bring theirs.
+    /// Turns true with the first credential, and stays so. True from the start if callers bring theirs.
     pub fn ready(&self) -> watch::Receiver<bool> {
         self.ready.subscribe()
     }
@@ -195,39 +178,33 @@ impl Credentials {
     ///
     /// # Errors
     /// - [`Error::Missing`], [`Error::Malformed`]: the caller's token, where callers bring theirs.
-    /// - [`Error::Rejected`], [`Error::Unavailable`]: the facade has none.
-    /// - [`Error::DeadlineExceeded`]: the first fetch took too long for this call.
+    /// - [`Error::Rejected`], [`Error::Unavailable`]: the facade has no credential.
+    /// - [`Error::DeadlineExceeded`]: the first refresh took too long for this call.
     pub async fn resolve(&self, metadata: &HeaderMap, deadline: Deadline) -> Result<Auth, Error> {
         match &*self.source {
             Running::Caller(key) => caller_token(metadata, key).map(Auth::Token),
             Running::Token(token) => Ok(Auth::Token(token.clone())),
             Running::Key(key) => Ok(Auth::Key(key.clone())),
-            Running::TokenFile(file) => {
-                Ok(Auth::Token(server_token(file.current(deadline).await?)))
-            }
-            Running::Profile(file) => Ok(Auth::Key(file.current(deadline).await?.0)),
-            Running::FetchedToken(cache) => {
+            Running::CachedToken(cache) => {
                 Ok(Auth::Token(server_token(cache.current(deadline).await?)))
             }
-            Running::FetchedKey(cache) => Ok(Auth::Key(cache.current(deadline).await?.0)),
+            Running::CachedKey(cache) => Ok(Auth::Key(cache.current(deadline).await?.0)),
         }
     }
 
-    /// A newer credential than `used`, which upstream refused, to repeat the call once. `None` where there is none: a
-    /// caller's or a fixed token, and keys, which are never tried in turn.
+    /// Upstream rejected `used`: returns a newer credential for one retry of the call, or `None` if the source has no newer
+    /// one, or never has one: a caller's or a fixed token, and keys. A rejected key only makes its source refresh,
+    /// because trying keys in turn would lock them.
     ///
     /// # Errors
     /// As [`Credentials::resolve`].
-    pub async fn renew(&self, used: &Auth, deadline: Deadline) -> Result<Option<Auth>, Error> {
+    pub async fn refresh(&self, used: &Auth, deadline: Deadline) -> Result<Option<Auth>, Error> {
         let newer = match (&*self.source, used) {
-            (Running::TokenFile(file), Auth::Token(used)) => {
-                file.renew(used.generation, deadline).await?
+            (Running::CachedToken(cache), Auth::Token(used)) => {
+                cache.refresh(used.generation, deadline).await?
             }
-            (Running::FetchedToken(cache), Auth::Token(used)) => {
-                cache.renew(used.generation, deadline).await?
-            }
-            (Running::FetchedKey(cache), Auth::Key(used)) => {
-                cache.refused(|current| Arc::ptr_eq(current, used));
+            (Running::CachedKey(cache), Auth::Key(used)) => {
+                cache.rejected(|current| Arc::ptr_eq(current, used));
                 None
             }
             _ => None,
@@ -253,11 +230,11 @@ fn server_token((value, generation): (HeaderValue, u64)) -> Token {
 fn profile_key(
     text: &str,
     previous: Option<&Arc<AccessKey>>,
-) -> Result<Arc<AccessKey>, file::Fault> {
+) -> Result<Arc<AccessKey>, file::Error> {
     profile::parse(text, previous.map(|key| &**key)).map(Arc::new)
 }
 
-/// The token that the caller brought. It is used for this one call and kept nowhere.
+/// The token that the caller brought. It is used for this one call and not stored.
 fn caller_token(metadata: &HeaderMap, key: &hmac::Key) -> Result<Token, Error> {
     let mut given = metadata.get_all("x-auth-token").iter();
     let value = given.next().ok_or(Error::Missing)?;
@@ -288,24 +265,24 @@ pub enum Error {
     /// The caller's `x-auth-token` is repeated or malformed.
     #[error("x-auth-token is repeated or malformed")]
     Malformed,
-    /// The issuer refused our own credential. Waiting does not help, so no time is named.
-    #[error("the issuer refuses the configured credential")]
+    /// The issuer rejected the facade's own credential. Waiting does not help, so it carries no retry time.
+    #[error("the issuer rejects the configured credential")]
     Rejected {
-        /// Who refused.
+        /// Who rejected it.
         issuer: Issuer,
-        /// HTTP status of the refusal: 401 or 403.
+        /// HTTP status of the rejection: 401 or 403.
         http_status: u16,
     },
-    /// Our own credential cannot be fetched now.
+    /// The facade's own credential cannot be fetched now.
     #[error("the configured credential cannot be fetched")]
     Unavailable {
         /// When the next fetch is due.
         retry_after: Duration,
     },
-    /// The key is locked, by the gateway or by our guard.
+    /// The key is locked, by the gateway or by the key guard.
     #[error("the key is locked after failed signatures")]
     Locked {
-        /// When the lock is over.
+        /// When the lock ends.
         retry_after: Duration,
     },
     /// The deadline passed while waiting.
@@ -313,7 +290,7 @@ pub enum Error {
     DeadlineExceeded,
 }
 
-/// Who gives the facade the credentials that it fetches.
+/// Who issues the credentials that the facade fetches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Issuer {
     /// The identity service, IAM.

@@ -1,14 +1,14 @@
 //! The profile file of the vendor's SDKs: an INI file whose section `basic` holds the key for regional services.
 //!
-//! A `%` means nothing special, as in the Go SDK; the Python SDK reads `%%` as one.
+//! A `%` stands for itself, as in the Go SDK; the Python SDK reads `%%` as one `%`.
 
 use std::path::Path;
 
 use super::{auth::AccessKey, file};
 
-/// Why a profile file gives no key.
+/// Why a profile file holds no usable key.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Fault {
+pub enum Error {
     /// Not an INI file.
     #[error("line {line} is neither a section, nor a comment, nor `key = value`")]
     Syntax {
@@ -21,15 +21,15 @@ pub enum Fault {
     /// `ak` or `sk` is missing.
     #[error("the section [basic] needs both ak and sk")]
     NoKey,
-    /// Only the way by an identity provider's token is configured.
+    /// Only an identity provider's token is configured.
     #[error(
         "the section [basic] names idp_id or id_token_file, which is not supported; give ak and sk"
     )]
     IdToken,
 }
 
-/// Reads the key out of the text of a profile file.
-pub(crate) fn parse(text: &str, previous: Option<&AccessKey>) -> Result<AccessKey, file::Fault> {
+/// Parses the text of a profile file. `previous` is the key that the new one replaces.
+pub(crate) fn parse(text: &str, previous: Option<&AccessKey>) -> Result<AccessKey, file::Error> {
     let basic = section_basic(text)?;
     let given = |name: &str| {
         let (_, value) = basic
@@ -42,15 +42,15 @@ pub(crate) fn parse(text: &str, previous: Option<&AccessKey>) -> Result<AccessKe
             Ok(AccessKey::parse(ak, sk, given("security_token"))?.following(previous))
         }
         _ if given("idp_id").is_some() || given("id_token_file").is_some() => {
-            Err(Fault::IdToken.into())
+            Err(Error::IdToken.into())
         }
-        _ => Err(Fault::NoKey.into()),
+        _ => Err(Error::NoKey.into()),
     }
 }
 
-/// Names and values of the section, as they are written: no quotes, escapes, continued lines or comments after a value,
-/// any of which could turn a secret into another one.
-fn section_basic(text: &str) -> Result<Vec<(&str, &str)>, Fault> {
+/// Names and values of the section, as written: quotes, escapes, continued lines and comments after a value mean nothing,
+/// because reading them could change a secret.
+fn section_basic(text: &str) -> Result<Vec<(&str, &str)>, Error> {
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let mut basic = None;
     let mut section = "";
@@ -71,22 +71,22 @@ fn section_basic(text: &str) -> Result<Vec<(&str, &str)>, Fault> {
         }
         let (key, value) = line
             .split_once(['=', ':'])
-            .ok_or(Fault::Syntax { line: index + 1 })?;
+            .ok_or(Error::Syntax { line: index + 1 })?;
         if section == "basic"
             && let Some(pairs) = &mut basic
         {
             pairs.push((key.trim(), value.trim()));
         }
     }
-    basic.ok_or(Fault::NoSection)
+    basic.ok_or(Error::NoSection)
 }
 
 /// Reads a profile file. Blocks.
 ///
 /// # Errors
-/// [`file::Fault`] says what is wrong with the file, and nothing of its content.
-pub fn load(path: &Path) -> Result<AccessKey, file::Fault> {
-    parse(&file::read(path)?, None)
+/// [`file::Error`] names what is wrong and quotes nothing of the content.
+pub fn load(path: &Path) -> Result<AccessKey, file::Error> {
+    parse(file::text(&file::read(path)?)?, None)
 }
 
 #[cfg(test)]
@@ -139,9 +139,9 @@ mod tests {
         ];
 
         for (text, expected) in cases {
-            let fault = parse(text, None).unwrap_err();
+            let error = parse(text, None).unwrap_err();
 
-            assert_eq!(fault.to_string(), expected);
+            assert_eq!(error.to_string(), expected);
         }
     }
 }

@@ -1,13 +1,13 @@
-//! The form that tokens and keys must have. A fault names what is wrong and never repeats the value.
+//! The form that tokens, keys and passwords must have. Errors name what is wrong and never repeat the value.
 
 use std::path::Path;
 
-use ::http::HeaderValue;
+use http::HeaderValue;
 use zeroize::Zeroizing;
 
 use super::file;
 
-/// Longest token taken from anyone. The vendor's are several KiB; a header of 32 KB is refused by its gateway.
+/// The longest accepted token or key. The vendor's tokens take several KiB; its gateway rejects a header of 32 KB.
 const MAX_BYTES: usize = 16 * 1024;
 
 /// What is wrong with the text of a token or key.
@@ -30,7 +30,7 @@ pub enum Malformed {
     TooLong,
 }
 
-/// Reads a token for `X-Auth-Token`. One line break at the end is taken off, as files of mounted secrets often have one.
+/// Reads a token for `X-Auth-Token`. A final line break is removed, because files often end with one.
 ///
 /// # Errors
 /// [`Malformed`] when it is empty, over 16 KiB, or holds anything but visible ASCII.
@@ -56,17 +56,17 @@ pub(super) fn parse_password(text: &str) -> Result<Zeroizing<String>, Malformed>
 /// Reads a token file as [`parse_token`] does. Blocks.
 ///
 /// # Errors
-/// [`file::Fault`] says what is wrong with the file, and nothing of its content.
-pub fn load_token(path: &Path) -> Result<HeaderValue, file::Fault> {
-    Ok(parse_token(&file::read(path)?)?)
+/// [`file::Error`] names what is wrong and quotes nothing of the content.
+pub fn load_token(path: &Path) -> Result<HeaderValue, file::Error> {
+    Ok(parse_token(file::text(&file::read(path)?)?)?)
 }
 
 /// Reads a password file. Blocks.
 ///
 /// # Errors
-/// [`file::Fault`] says what is wrong with the file, and nothing of its content.
-pub fn load_password(path: &Path) -> Result<Zeroizing<String>, file::Fault> {
-    Ok(parse_password(&file::read(path)?)?)
+/// [`file::Error`] names what is wrong and quotes nothing of the content.
+pub fn load_password(path: &Path) -> Result<Zeroizing<String>, file::Error> {
+    Ok(parse_password(file::text(&file::read(path)?)?)?)
 }
 
 /// The text without one final line break, if it is 1 to 16 KiB of visible ASCII.
@@ -99,7 +99,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_final_line_break_is_trimmed_and_everything_else_outside_visible_ascii_is_refused() {
+    fn one_final_line_break_is_trimmed_and_everything_else_outside_visible_ascii_is_rejected() {
         let longest = "t".repeat(MAX_BYTES);
         let too_long = "t".repeat(MAX_BYTES + 1);
         let cases = [
@@ -136,15 +136,15 @@ mod tests {
                 parsed
                     .as_ref()
                     .map(|value| value.to_str().unwrap())
-                    .map_err(|fault| *fault),
+                    .map_err(|error| *error),
                 expected,
                 "{name}"
             );
             if let Ok(value) = &parsed {
                 assert!(value.is_sensitive(), "{name}");
             }
-            if let Err(fault) = parsed {
-                assert!(!fault.to_string().contains("canary"), "{name}");
+            if let Err(error) = parsed {
+                assert!(!error.to_string().contains("canary"), "{name}");
             }
         }
     }

@@ -1,28 +1,29 @@
-//! How long a fetched credential lives, by the issuer's own clock: ours may be wrong, and often is when it matters.
+//! How long a fetched credential lives, by the issuer's clock. The facade's own clock may be wrong.
 
 use std::time::{Duration, SystemTime};
 
-/// The vendor's longest life of a token and of temporary keys. Whatever claims more is wrong.
-const LONGEST: Duration = Duration::from_secs(24 * 60 * 60);
+/// The vendor's longest lifetime of tokens and temporary keys; a longer one is wrong.
+const MAX: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// Taken when the answer names no end: short against the 24 hours that both kinds live, long against our fetches.
-const UNNAMED: Duration = Duration::from_secs(60 * 60);
+/// The assumed lifetime if the response names no end: short compared with the 24 hours that both kinds live, long compared
+/// with a fetch.
+const DEFAULT: Duration = Duration::from_secs(60 * 60);
 
-/// What is left of a life that ends at `expires_at`, at most 24 hours; `None` when it is over.
+/// The remaining lifetime, at most 24 hours; `None` if it is over.
 pub(super) fn lifetime(expires_at: Option<SystemTime>, now: SystemTime) -> Option<Duration> {
     let Some(expires_at) = expires_at else {
-        return Some(UNNAMED);
+        return Some(DEFAULT);
     };
     let left = expires_at.duration_since(now).ok()?;
-    (!left.is_zero()).then(|| left.min(LONGEST))
+    (!left.is_zero()).then(|| left.min(MAX))
 }
 
-/// Reads a time such as `2026-02-03T04:05:06.789000Z`, with or without decimals.
+/// Parses a time such as `2026-02-03T04:05:06.789000Z`, with or without decimals.
 pub(super) fn parse(text: &str) -> Option<SystemTime> {
     SystemTime::try_from(text.parse::<jiff::Timestamp>().ok()?).ok()
 }
 
-/// Our own clock: the last resort where the issuer names no time, and what the metric of the expiry is told in.
+/// The facade's own clock: for the metric of the expiry, and for a lifetime if the issuer names no time.
 #[expect(
     clippy::disallowed_methods,
     reason = "credentials come with points in time; everything else here is monotonic"
@@ -38,13 +39,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_life_is_clamped_to_a_day_and_one_that_is_over_is_none() {
+    fn a_lifetime_is_clamped_to_a_day_and_none_if_it_is_over() {
         let now = UNIX_EPOCH + Duration::from_secs(1_000_000);
         let hour = Duration::from_secs(3600);
         let cases = [
             ("an hour", Some(now + hour), Some(hour)),
-            ("a century", Some(now + hour * 24 * 36_500), Some(LONGEST)),
-            ("no end named", None, Some(UNNAMED)),
+            ("a century", Some(now + hour * 24 * 36_500), Some(MAX)),
+            ("no end named", None, Some(DEFAULT)),
             ("just over", Some(now), None),
             ("long over", Some(now - hour), None),
         ];
@@ -55,7 +56,7 @@ mod tests {
     }
 
     #[test]
-    fn end_times_are_read_with_and_without_decimals() {
+    fn times_are_parsed_with_and_without_decimals() {
         let second = parse("2026-02-03T04:05:06Z").unwrap();
 
         assert_eq!(

@@ -8,31 +8,31 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use ::http::HeaderValue;
 use aws_lc_rs::{digest, hmac};
+use http::HeaderValue;
 use jiff::{Timestamp, tz::Offset};
 
 use super::auth::AccessKey;
 
 const ALGORITHM: &str = "SDK-HMAC-SHA256";
 
-/// A request, as far as its signature covers it.
+/// The parts of a request that its signature covers.
 #[derive(Debug, Clone, Copy)]
 pub struct SigningRequest<'a> {
     /// In capitals.
     pub method: &'a str,
-    /// The path as it is sent, without the query.
+    /// The path as sent, without the query.
     pub path: &'a str,
     /// Names and values of the query before percent-encoding. It must be sent encoded as [`canonical_request`] does.
     pub query: &'a [(&'a str, &'a str)],
     /// The headers to sign besides the signer's own: lower-case names, in any order. `host` must be among them, with the
     /// port where the URL has one.
     pub headers: &'a [(&'a str, &'a str)],
-    /// The very bytes that are sent.
+    /// The bytes that are sent.
     pub body: &'a [u8],
 }
 
-/// The headers that make a request signed. None of them prints in `Debug`.
+/// The headers that sign a request. All are marked sensitive, so that no `Debug` prints them.
 #[derive(Debug, Clone)]
 pub struct Signed {
     /// `X-Sdk-Date`.
@@ -43,7 +43,7 @@ pub struct Signed {
     pub authorization: HeaderValue,
 }
 
-/// Signs a request as of `at`. The gateway takes it for 15 minutes around that time, so sign each attempt anew.
+/// Signs a request at the time `at`. The gateway accepts it up to 15 minutes before and after, so each attempt is signed anew.
 pub fn sign(request: &SigningRequest<'_>, key: &AccessKey, at: SystemTime) -> Signed {
     let date = x_sdk_date(at);
     let headers = signed_headers(request, key, &date);
@@ -113,7 +113,7 @@ pub fn canonical_request(request: &SigningRequest<'_>, headers: &[(&str, &str)])
     text
 }
 
-/// What the key signs.
+/// The text that the key signs.
 pub fn string_to_sign(x_sdk_date: &str, canonical_request: &str) -> String {
     let mut text = String::with_capacity(128);
     text.push_str(ALGORITHM);
@@ -185,7 +185,7 @@ fn push_names(text: &mut String, headers: &[(&str, &str)]) {
     }
 }
 
-/// Percent-encodes all but letters, digits, `-`, `_`, `.` and `~`.
+/// Percent-encodes everything except letters, digits, `-`, `_`, `.` and `~`.
 fn push_encoded(text: &mut String, part: &str) {
     for byte in part.bytes() {
         if byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.' | b'~') {
@@ -196,7 +196,7 @@ fn push_encoded(text: &mut String, part: &str) {
     }
 }
 
-/// Decodes `%` with two hex digits; any other `%` stays, and bytes that are no UTF-8 become U+FFFD.
+/// Decodes `%` with two hex digits; any other `%` stays, and bytes that are not UTF-8 become U+FFFD.
 fn percent_decoded(path: &str) -> Cow<'_, str> {
     if !path.contains('%') {
         return Cow::Borrowed(path);
@@ -234,7 +234,7 @@ mod tests {
 
     const VECTORS: &str = include_str!("../../tests/fixtures/signing/vectors.json");
 
-    /// What cannot occur for us, and why; the README of the fixtures says more.
+    /// Cases that cannot occur here, with the reason; the README of the fixtures has the details.
     const NOT_OURS: [&str; 6] = [
         "client-security-token-empty",
         "signer-underscore-header",

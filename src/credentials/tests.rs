@@ -18,8 +18,8 @@ fn start_directly(source: Source) -> Credentials {
 }
 
 fn start_with(source: Source, proxy: Option<reqwest::Url>) -> Credentials {
-    let http = http::Config {
-        tls: http::tls_config(http::SystemRoots::Ignored, None).unwrap(),
+    let http = http_client::Config {
+        tls: http_client::tls_config(http_client::SystemRoots::Ignored, None).unwrap(),
         // The address of the source decides.
         https_only: true,
         proxy,
@@ -39,7 +39,7 @@ fn with_tokens(tokens: &[&[u8]]) -> HeaderMap {
     tokens
         .iter()
         .map(|token| {
-            let name = ::http::HeaderName::from_static("x-auth-token");
+            let name = http::HeaderName::from_static("x-auth-token");
             (name, HeaderValue::from_bytes(token).unwrap())
         })
         .fold(HeaderMap::new(), |mut map, (name, value)| {
@@ -91,7 +91,7 @@ async fn callers_bring_exactly_one_well_formed_token() {
         );
         if let Ok(auth) = resolved {
             assert_eq!(auth.owner(), Owner::Caller);
-            assert!(credentials.renew(&auth, soon()).await.unwrap().is_none());
+            assert!(credentials.refresh(&auth, soon()).await.unwrap().is_none());
         }
     }
 }
@@ -125,7 +125,7 @@ async fn a_token_of_the_facade_is_used_whatever_the_caller_brings() {
 
     assert!(matches!(&auth, Auth::Token(token) if token.value == "ours"));
     assert_eq!(auth.owner(), Owner::Server);
-    assert!(credentials.renew(&auth, soon()).await.unwrap().is_none());
+    assert!(credentials.refresh(&auth, soon()).await.unwrap().is_none());
 }
 
 #[tokio::test]
@@ -186,7 +186,7 @@ async fn a_thousand_cold_calls_cause_one_token_request_and_a_killed_token_one_mo
                 generation: 1,
                 identity: Identity::Server,
             });
-            match credentials.renew(&used, soon()).await {
+            match credentials.refresh(&used, soon()).await {
                 Ok(Some(Auth::Token(token))) => token,
                 other => panic!("{other:?}"),
             }
@@ -325,7 +325,7 @@ async fn no_source_shows_a_secret_in_log_debug_or_error() {
             let metadata = with_tokens(&[b"canary-caller"]);
             let resolved = credentials.resolve(&metadata, soon()).await;
             if let Ok(auth) = &resolved {
-                let renewed = credentials.renew(auth, soon()).await;
+                let renewed = credentials.refresh(auth, soon()).await;
                 tracing::trace!(?renewed);
             }
             tracing::trace!(?resolved, ?credentials, name);

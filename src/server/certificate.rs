@@ -1,4 +1,4 @@
-//! When a certificate expires. Nothing else is read out of it here; the TLS library checks the rest.
+//! Parses when a certificate expires; the TLS library checks everything else.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -10,14 +10,14 @@ const GENERALIZED_TIME: u8 = 0x18;
 const SEQUENCE: u8 = 0x30;
 const VERSION: u8 = 0xa0;
 
-/// The `notAfter` of a certificate in DER (RFC 5280, section 4.1); `None` when it is not in that form.
+/// The `notAfter` of a certificate in DER (RFC 5280, section 4.1); `None` if it does not have that form.
 pub(super) fn expires_at(certificate: &[u8]) -> Option<SystemTime> {
     let (_, certificate, _) = element(certificate)?;
     let (_, mut fields, _) = element(certificate)?;
     if fields.first() == Some(&VERSION) {
         fields = element(fields)?.2;
     }
-    // Serial number, signature algorithm, issuer; then the validity.
+    // Serial number, signature algorithm and issuer precede the validity.
     for expected in [INTEGER, SEQUENCE, SEQUENCE] {
         let (tag, _, rest) = element(fields)?;
         if tag != expected {
@@ -30,7 +30,7 @@ pub(super) fn expires_at(certificate: &[u8]) -> Option<SystemTime> {
     let (tag, not_after, _) = element(rest)?;
     let text = std::str::from_utf8(not_after).ok()?;
     let text = match tag {
-        // RFC 5280, section 4.1.2.5.1: two digits of the year, 50 and above are of the twentieth century.
+        // RFC 5280, section 4.1.2.5.1: a two-digit year of 50 or above is in the twentieth century.
         UTC_TIME => {
             let century = if text.get(..2)? < "50" { "20" } else { "19" };
             format!("{century}{text}")
@@ -43,13 +43,13 @@ pub(super) fn expires_at(certificate: &[u8]) -> Option<SystemTime> {
     Some(UNIX_EPOCH + Duration::from_secs(seconds.try_into().ok()?))
 }
 
-/// Splits off the first element of `bytes`: its tag, its content, and what follows it.
+/// Splits off the first element of `bytes`: its tag, its content, and the rest.
 fn element(bytes: &[u8]) -> Option<(u8, &[u8], &[u8])> {
     let (&[tag, length], rest) = bytes.split_first_chunk()?;
     let (length, rest) = if length < 0x80 {
         (usize::from(length), rest)
     } else {
-        // The long form: that many bytes of length follow. No certificate needs more than four.
+        // The long form: the low bits count the bytes of the length. No certificate needs more than four.
         let count = usize::from(length & 0x7f);
         if !(1..=4).contains(&count) {
             return None;

@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     config,
-    http::{BuildError, SystemRoots, build, client_builder, small_body, tls_config},
+    http_client::{BuildError, SystemRoots, build, client_builder, read_body, tls_config},
     wait::{date, retry_after},
 };
 
@@ -138,7 +138,7 @@ fn client(config: &config::Tracing) -> Result<reqwest::Client, Error> {
     } else {
         SystemRoots::Ignored
     };
-    let builder = client_builder(&crate::http::Config {
+    let builder = client_builder(&crate::http_client::Config {
         tls: tls_config(system, config.certificate_pem.as_deref())?,
         https_only: https,
         proxy: None,
@@ -225,8 +225,8 @@ impl Exporter {
                 .await;
             let wait = match sent {
                 Ok(mut answer) if answer.status().is_success() => {
-                    let body = small_body(&mut answer, MAX_ANSWER_BYTES).await;
-                    return Ok(rejected(&body.ok().flatten().unwrap_or_default()));
+                    let body = read_body(&mut answer, MAX_ANSWER_BYTES).await;
+                    return Ok(rejected(&body.unwrap_or_default()));
                 }
                 Ok(answer) if is_passing(answer.status()) => {
                     retry_after(answer.headers(), date(answer.headers()))

@@ -20,7 +20,7 @@ use super::{
 use crate::{
     credentials::{self, Auth, Identity, key_guard},
     deadline::SharedDeadline,
-    http::{Answer, Failure},
+    http_client::{Error as HttpError, Response},
     reason::Reason,
     telemetry::{AttemptRecord, Facts, Progress, ServerSpan, metrics::AttemptOutcome},
     wait,
@@ -68,7 +68,7 @@ impl FailedAttempt {
         }
     }
 
-    fn transport(failure: Failure) -> Self {
+    fn transport(failure: HttpError) -> Self {
         let error = match failure.reason {
             Reason::UpstreamResponseTooLarge => Error::TooLarge,
             reason => Error::Transport(reason),
@@ -79,7 +79,7 @@ impl FailedAttempt {
                 failure.reason,
                 Reason::UpstreamReset | Reason::UpstreamTruncated
             ),
-            ..backoff_if(failure.repeatable)
+            ..backoff_if(failure.retryable)
         };
         Self {
             advice,
@@ -213,7 +213,7 @@ impl Client {
 
     fn understand(
         &self,
-        answer: &Answer,
+        answer: &Response,
         body: &[u8],
         signed: Signed,
         admission: breaker::Admission<'_>,
@@ -334,7 +334,7 @@ fn refused(error: credentials::Error) -> FailedAttempt {
 fn end_without_answer(
     record: AttemptRecord<'_>,
     admission: breaker::Admission<'_>,
-    failure: Failure,
+    failure: HttpError,
 ) -> FailedAttempt {
     record.fail(failure.reason);
     if failure.reason == Reason::UpstreamResponseTooLarge {

@@ -18,7 +18,7 @@ use super::{
 use crate::{
     credentials::{Auth, Credentials},
     deadline::SharedDeadline,
-    http,
+    http_client,
     reason::Reason,
     telemetry::{Progress, ServerSpan, metrics::Metrics},
 };
@@ -68,14 +68,18 @@ impl Endpoint {
 /// Makes calls. Each worker has its own, with its own connections.
 #[derive(Debug, Clone)]
 pub struct Client {
-    pub(super) http: http::Client,
+    pub(super) http: http_client::Client,
     pub(super) endpoint: Arc<Endpoint>,
     credentials: Credentials,
 }
 
 impl Client {
     /// A client that shares what is known of the endpoint with its siblings.
-    pub fn new(http: http::Client, endpoint: Arc<Endpoint>, credentials: Credentials) -> Self {
+    pub fn new(
+        http: http_client::Client,
+        endpoint: Arc<Endpoint>,
+        credentials: Credentials,
+    ) -> Self {
         Self {
             http,
             endpoint,
@@ -116,7 +120,7 @@ impl Client {
             match failed.remedy {
                 Remedy::RefreshCredential if !refreshed => {
                     refreshed = true;
-                    let newer = self.credentials.renew(auth, deadline.deadline()).await;
+                    let newer = self.credentials.refresh(auth, deadline.deadline()).await;
                     if let Some(newer) = newer.map_err(Error::Credentials)? {
                         *auth = newer;
                         let metrics = &self.endpoint.metrics;

@@ -9,7 +9,7 @@ use moka::sync::Cache;
 use tokio::time::Instant;
 
 use super::Rejection;
-use crate::{credentials::Identity, reason::Reason, wait::LONGEST_ASKED};
+use crate::{credentials::Identity, reason::Reason, wait::MAX_RETRY_AFTER};
 
 /// Identities that are remembered at once; beyond it the least used are forgotten and ask upstream again.
 const MAX_IDENTITIES: u64 = 10_000;
@@ -31,7 +31,7 @@ impl Throttle {
             base: Instant::now(),
             windows: Cache::builder()
                 .max_capacity(MAX_IDENTITIES)
-                .time_to_live(LONGEST_ASKED)
+                .time_to_live(MAX_RETRY_AFTER)
                 .build(),
             latest: AtomicU64::new(0),
             everyone: AtomicU64::new(0),
@@ -73,7 +73,7 @@ impl Throttle {
     /// Upstream throttles `identity`, or with `by_address` everyone who calls from here. Of two windows the longer counts:
     /// the answers of calls that were out together come in any order.
     fn remember(&self, identity: Identity, wait: Duration, by_address: bool) {
-        let until = Instant::now() + wait.min(LONGEST_ASKED);
+        let until = Instant::now() + wait.min(MAX_RETRY_AFTER);
         let since_base = nanos(until - self.base);
         if by_address {
             self.everyone.fetch_max(since_base, Ordering::Relaxed);

@@ -2,12 +2,12 @@
 
 use std::time::Duration;
 
-use crate::wait::LONGEST_ASKED;
+use crate::wait::MAX_RETRY_AFTER;
 
 /// What a throttling message says.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Throttling {
-    /// The length of the window in which calls are counted, at most [`LONGEST_ASKED`]. Where in the window we are is unknown,
+    /// The length of the window in which calls are counted, at most [`MAX_RETRY_AFTER`]. Where in the window we are is unknown,
     /// so the whole of it is the wait that is safe.
     pub window: Option<Duration>,
     /// Whose calls are counted: `user` or `ip`.
@@ -46,7 +46,7 @@ fn window(text: &str) -> Option<Duration> {
     .find_map(|(name, length)| unit.starts_with(name).then_some(length))?;
     // More digits than a number can hold are a very long time.
     let count = (digits > 0).then(|| count.parse().unwrap_or(u64::MAX))?;
-    let window = Duration::from_secs(count.saturating_mul(unit)).min(LONGEST_ASKED);
+    let window = Duration::from_secs(count.saturating_mul(unit)).min(MAX_RETRY_AFTER);
     (!window.is_zero()).then_some(window)
 }
 

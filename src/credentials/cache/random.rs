@@ -1,4 +1,4 @@
-//! Calls that come, wait, leave and report refusals at random, while an issuer answers, fails, stalls and expires at random.
+//! Calls that come, wait, leave and report rejections at random, while an issuer answers, fails, stalls and expires at random.
 
 use std::{
     collections::BTreeMap,
@@ -6,7 +6,7 @@ use std::{
 };
 
 use proptest::prelude::*;
-use tokio::{task::JoinSet, time::sleep};
+use tokio::task::JoinSet;
 
 use super::*;
 
@@ -25,15 +25,15 @@ struct Call {
     begins: Duration,
     /// It is dropped after this time, whatever it waits for.
     patience: Duration,
-    /// What it tells of the value it got.
+    /// What it reports about the value it got.
     report: Report,
 }
 
 #[derive(Debug, Clone, Copy)]
 enum Report {
     Nothing,
-    Renew,
-    Refused,
+    Refresh,
+    Rejected,
 }
 
 /// A value as the issuer gave it out.
@@ -51,7 +51,7 @@ struct Seen {
     issued: BTreeMap<usize, Issued>,
     /// The value of each generation that a call got.
     generations: BTreeMap<u64, usize>,
-    refusals: Vec<(Instant, usize)>,
+    rejections: Vec<(Instant, usize)>,
 }
 
 #[derive(Clone)]
@@ -78,8 +78,6 @@ impl Drop for Fetching {
 impl Refresh for Issuer {
     type Value = usize;
 
-    const ISSUER: crate::credentials::Issuer = crate::credentials::Issuer::Identity;
-
     async fn refresh(&mut self) -> Result<Fetched<usize>, FetchError> {
         let began = Instant::now();
         let number = {
@@ -94,10 +92,10 @@ impl Refresh for Issuer {
         sleep(fetch.takes).await;
         let Some(lifetime) = fetch.lifetime else {
             return Err(if fetch.rejects {
-                FetchError::Rejected {
-                    http_status: 401,
+                FetchError {
+                    rejected_by: Some((crate::credentials::Issuer::Identity, 401)),
                     wait: Duration::from_secs(30),
-                    fault: "401".to_owned(),
+                    cause: "401".to_owned(),
                 }
             } else {
                 FetchError::unavailable("down")
@@ -113,7 +111,7 @@ impl Refresh for Issuer {
         self.seen().issued.insert(number, issued);
         Ok(Fetched {
             value: number,
-            lifetime,
+            lifetime: Some(lifetime),
         })
     }
 }
@@ -136,55 +134,55 @@ impl Seen {
         );
     }
 
-    /// A failure is told only where the last value has ended, or has been refused and is not kept.
-    fn got_none(&self, keep: bool) {
+    /// A failure is returned only if the last value has ended, or has been rejected and is not kept.
+    fn got_none(&self, on_rejection: OnRejection) {
         let now = Instant::now();
         let Some((number, issued)) = self.issued.last_key_value() else {
             return;
         };
-        // A fetch during which something was refused may have brought nothing.
+        // The cache may have discarded a value if another was rejected during its fetch.
         let during = |at: &Instant| (issued.began..=issued.given_out).contains(at);
-        let discarded = self.refusals.iter().any(|(at, _)| during(at));
-        let refused = self.refusals.iter().any(|(_, value)| value == number);
+        let discarded = self.rejections.iter().any(|(at, _)| during(at));
+        let rejected = self.rejections.iter().any(|(_, value)| value == number);
+        let replaces = matches!(on_rejection, OnRejection::Replace { .. });
         assert!(
             now >= issued.usable_until
                 || now <= issued.given_out
-                || discarded
-                || (refused && !keep),
+                || (replaces && (discarded || rejected)),
             "a failure although {number} is good"
         );
     }
 }
 
-async fn run(cache: Arc<Cache<usize>>, issuer: Issuer, call: Call, keep: bool) {
+async fn run(cache: Arc<Cache<usize>>, issuer: Issuer, call: Call, on_rejection: OnRejection) {
     sleep(call.begins).await;
     let soon = Deadline::after(Duration::from_secs(60));
     let newest = || issuer.seen().generations.keys().next_back().copied();
     let newest_before = newest();
     let (value, used) = match timeout(call.patience, cache.current(soon)).await {
         Err(_) | Ok(Err(Error::DeadlineExceeded)) => return,
-        Ok(Err(_)) => return issuer.seen().got_none(keep),
+        Ok(Err(_)) => return issuer.seen().got_none(on_rejection),
         Ok(Ok(found)) => found,
     };
     issuer.seen().got(value, used, newest_before);
     sleep(call.patience / 2).await;
-    let refuse = || issuer.seen().refusals.push((Instant::now(), value));
+    let reject = || issuer.seen().rejections.push((Instant::now(), value));
     match call.report {
         Report::Nothing => {}
-        Report::Refused => {
-            refuse();
-            cache.refused(|known| *known == value);
+        Report::Rejected => {
+            reject();
+            cache.rejected(|known| *known == value);
         }
-        Report::Renew => {
+        Report::Refresh => {
             let newest_before = newest();
-            refuse();
-            match timeout(call.patience, cache.renew(used, soon)).await {
+            reject();
+            match timeout(call.patience, cache.refresh(used, soon)).await {
                 Ok(Ok(Some((newer, generation)))) => {
                     assert!(generation > used);
                     issuer.seen().got(newer, generation, newest_before);
                 }
                 Ok(Err(Error::Unavailable { .. } | Error::Rejected { .. })) => {
-                    issuer.seen().got_none(keep);
+                    issuer.seen().got_none(on_rejection);
                 }
                 _ => {}
             }
@@ -213,8 +211,8 @@ fn fetch() -> impl Strategy<Value = Fetch> {
 fn call() -> impl Strategy<Value = Call> {
     let report = prop_oneof![
         3 => Just(Report::Nothing),
-        1 => Just(Report::Renew),
-        1 => Just(Report::Refused),
+        1 => Just(Report::Refresh),
+        1 => Just(Report::Rejected),
     ];
     (millis(120_000), millis(12_000), report).prop_map(|(begins, patience, report)| Call {
         begins,
@@ -223,12 +221,21 @@ fn call() -> impl Strategy<Value = Call> {
     })
 }
 
+fn on_rejection() -> impl Strategy<Value = OnRejection> {
+    let spacing = Duration::from_secs(2);
+    prop_oneof![
+        Just(OnRejection::Replace { spacing }),
+        Just(OnRejection::Keep { spacing }),
+        Just(OnRejection::Recheck),
+    ]
+}
+
 proptest! {
     #[test]
     fn one_fetch_at_a_time_no_older_value_after_a_newer_and_no_failure_while_one_is_good(
         script in prop::collection::vec(fetch(), 1..12),
         calls in prop::collection::vec(call(), 1..60),
-        keep: bool,
+        on_rejection in on_rejection(),
     ) {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_time()
@@ -237,18 +244,19 @@ proptest! {
             .unwrap();
         runtime.block_on(async {
             let issuer = Issuer { script: Arc::new(script), seen: Arc::default() };
-            let on_refusal = OnRefusal { keep, spacing: Duration::from_secs(2) };
             let ready = Arc::new(watch::Sender::new(false));
-            let cache = Cache::start("test", issuer.clone(), on_refusal, ready, Metrics::new());
+            let cache = Cache::start("test", issuer.clone(), on_rejection, ready, Metrics::new());
             let cache = Arc::new(cache);
 
-            let runs = calls.into_iter().map(|call| run(cache.clone(), issuer.clone(), call, keep));
+            let runs = calls
+                .into_iter()
+                .map(|call| run(cache.clone(), issuer.clone(), call, on_rejection));
             runs.collect::<JoinSet<_>>().join_all().await;
 
             let seen = issuer.seen();
             for pair in seen.fetches.windows(2) {
-                let refused = seen.refusals.iter().any(|(at, _)| (pair[0]..=pair[1]).contains(at));
-                assert!(refused || pair[1] - pair[0] >= SHORTEST_PAUSE, "fetches on each other's heels");
+                let rejected = seen.rejections.iter().any(|(at, _)| (pair[0]..=pair[1]).contains(at));
+                assert!(rejected || pair[1] - pair[0] >= SHORTEST_PAUSE, "fetches on each other's heels");
             }
         });
     }

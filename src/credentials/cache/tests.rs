@@ -3,7 +3,7 @@ use std::sync::{
     atomic::{AtomicUsize, Ordering::SeqCst},
 };
 
-use tokio::{sync::Notify, time::sleep};
+use tokio::{sync::Notify, time::sleep_until};
 
 use super::*;
 
@@ -25,7 +25,6 @@ struct Issuer {
 
 impl Refresh for Issuer {
     type Value = usize;
-    const ISSUER: super::Issuer = super::Issuer::Identity;
 
     async fn refresh(&mut self) -> Outcome {
         let nth = self.fetches.fetch_add(1, SeqCst) + 1;
@@ -51,18 +50,17 @@ fn issuer(answer: fn(usize) -> Outcome) -> Issuer {
 
 impl Issuer {
     fn start(&self) -> Arc<Cache<usize>> {
-        self.start_with(OnRefusal {
-            keep: false,
+        self.start_with(OnRejection::Replace {
             spacing: 10 * SECOND,
         })
     }
 
-    fn start_with(&self, on_refusal: OnRefusal) -> Arc<Cache<usize>> {
+    fn start_with(&self, on_rejection: OnRejection) -> Arc<Cache<usize>> {
         let ready = Arc::new(watch::Sender::new(false));
         Arc::new(Cache::start(
             "test",
             self.clone(),
-            on_refusal,
+            on_rejection,
             ready,
             Metrics::new(),
         ))
@@ -77,7 +75,7 @@ impl Issuer {
 fn good(value: usize) -> Outcome {
     Ok(Fetched {
         value,
-        lifetime: 24 * HOUR,
+        lifetime: Some(24 * HOUR),
     })
 }
 
@@ -86,10 +84,10 @@ fn down() -> Outcome {
 }
 
 fn rejected() -> Outcome {
-    Err(FetchError::Rejected {
-        http_status: 401,
+    Err(FetchError {
+        rejected_by: Some((super::Issuer::Identity, 401)),
         wait: 900 * SECOND,
-        fault: "401".to_owned(),
+        cause: "401".to_owned(),
     })
 }
 
@@ -139,7 +137,7 @@ async fn the_fetch_survives_the_call_that_waited_for_it() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_hundred_refusals_of_one_value_cause_one_fetch_and_all_get_the_new_value() {
+async fn a_hundred_rejections_of_one_value_cause_one_fetch_and_all_get_the_new_value() {
     let issuer = issuer(good);
     let cache = issuer.start();
     let (_, used) = cache.current(soon()).await.unwrap();
@@ -147,7 +145,7 @@ async fn a_hundred_refusals_of_one_value_cause_one_fetch_and_all_get_the_new_val
     let calls: Vec<_> = (0..100)
         .map(|_| {
             let cache = cache.clone();
-            tokio::spawn(async move { cache.renew(used, soon()).await })
+            tokio::spawn(async move { cache.refresh(used, soon()).await })
         })
         .collect();
     for call in calls {
@@ -162,28 +160,32 @@ async fn a_straggler_gets_the_newer_value_without_a_fetch() {
     let issuer = issuer(good);
     let cache = issuer.start();
     let (_, used) = cache.current(soon()).await.unwrap();
-    cache.renew(used, soon()).await.unwrap();
+    cache.refresh(used, soon()).await.unwrap();
     sleep(HOUR).await;
 
-    let straggler = cache.renew(used, soon()).await;
+    let straggler = cache.refresh(used, soon()).await;
 
     assert_eq!(straggler, Ok(Some((2, 2))));
     assert_eq!(issuer.fetches(), 2);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_fetch_that_began_before_a_refusal_is_discarded_and_repeated() {
+async fn a_fetch_that_began_before_a_rejection_is_discarded_and_repeated() {
     let issuer = Issuer {
         delay: 8 * SECOND,
         ..issuer(good)
     };
     let cache = issuer.start();
     let (_, used) = cache.current(soon()).await.unwrap();
-    while issuer.fetches() < 2 {
-        sleep(SECOND).await;
-    }
+    timeout(24 * HOUR, async {
+        while issuer.fetches() < 2 {
+            sleep(SECOND).await;
+        }
+    })
+    .await
+    .expect("the value is replaced before its end");
 
-    let renewed = cache.renew(used, soon()).await;
+    let renewed = cache.refresh(used, soon()).await;
 
     assert_eq!(
         renewed,
@@ -194,14 +196,14 @@ async fn a_fetch_that_began_before_a_refusal_is_discarded_and_repeated() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_upstream_that_refuses_every_value_does_not_cause_a_fetch_for_each_call() {
+async fn an_upstream_that_rejects_every_value_does_not_cause_a_fetch_for_each_call() {
     let issuer = issuer(good);
     let cache = issuer.start();
     let mut nothing_newer = 0;
 
     let (_, mut used) = cache.current(soon()).await.unwrap();
     for _ in 0..100 {
-        match cache.renew(used, soon()).await.unwrap() {
+        match cache.refresh(used, soon()).await.unwrap() {
             Some((_, newer)) => used = newer,
             None => nothing_newer += 1,
         }
@@ -213,25 +215,24 @@ async fn an_upstream_that_refuses_every_value_does_not_cause_a_fetch_for_each_ca
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_refused_value_that_is_kept_serves_on_while_one_fetch_looks_for_another() {
+async fn a_rejected_value_that_is_kept_serves_on_while_one_fetch_looks_for_another() {
     let issuer = issuer(good);
-    let cache = issuer.start_with(OnRefusal {
-        keep: true,
+    let cache = issuer.start_with(OnRejection::Keep {
         spacing: 300 * SECOND,
     });
     cache.current(soon()).await.unwrap();
 
     for _ in 0..10 {
-        cache.refused(|value| *value == 1);
+        cache.rejected(|value| *value == 1);
         assert_eq!(cache.current(soon()).await, Ok((1, 1)));
     }
     sleep(2 * SECOND).await;
     assert_eq!(cache.current(soon()).await, Ok((2, 2)));
 
-    cache.refused(|value| *value == 1);
-    cache.refused(|value| *value == 2);
+    cache.rejected(|value| *value == 1);
+    cache.rejected(|value| *value == 2);
     sleep(2 * SECOND).await;
-    assert_eq!(issuer.fetches(), 2, "a straggler, and a refusal too soon");
+    assert_eq!(issuer.fetches(), 2, "a straggler, and a rejection too soon");
 }
 
 #[tokio::test(start_paused = true)]
@@ -286,18 +287,17 @@ async fn a_value_is_given_out_until_a_minute_before_its_end_and_not_at_that_mome
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_refusal_after_the_spacing_causes_a_fetch_and_one_within_it_does_not() {
+async fn a_rejection_after_the_spacing_causes_a_fetch_and_one_within_it_does_not() {
     for (wait, fetches) in [(10 * SECOND - SECOND / 1000, 2), (10 * SECOND, 3)] {
         let issuer = issuer(good);
-        let cache = issuer.start_with(OnRefusal {
-            keep: true,
+        let cache = issuer.start_with(OnRejection::Keep {
             spacing: 10 * SECOND,
         });
         cache.current(soon()).await.unwrap();
 
-        cache.refused(|_| true);
+        cache.rejected(|_| true);
         sleep(wait).await;
-        cache.refused(|_| true);
+        cache.rejected(|_| true);
         sleep(SECOND).await;
 
         assert_eq!(issuer.fetches(), fetches, "{wait:?}");
@@ -305,11 +305,11 @@ async fn a_refusal_after_the_spacing_causes_a_fetch_and_one_within_it_does_not()
 }
 
 #[tokio::test(start_paused = true)]
-async fn without_a_value_a_failure_is_told_at_once_with_the_time_of_the_next_fetch() {
+async fn without_a_value_a_failure_is_returned_at_once_with_the_time_of_the_next_fetch() {
     let issuer = issuer(|_| {
-        Err(FetchError::Unavailable {
+        Err(FetchError {
             wait: 120 * SECOND,
-            fault: "429".to_owned(),
+            ..FetchError::unavailable("429")
         })
     });
     let cache = issuer.start();
@@ -344,14 +344,14 @@ async fn a_fetch_without_an_answer_ends_after_ten_seconds() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_rejection_rests_for_fifteen_minutes_whatever_is_refused_meanwhile() {
+async fn a_rejection_rests_for_fifteen_minutes_whatever_is_rejected_meanwhile() {
     let issuer = issuer(|nth| if nth == 1 { good(1) } else { rejected() });
     let cache = issuer.start();
     let (_, used) = cache.current(soon()).await.unwrap();
 
-    let error = cache.renew(used, soon()).await.unwrap_err();
+    let error = cache.refresh(used, soon()).await.unwrap_err();
     for _ in 0..10 {
-        cache.renew(used, soon()).await.unwrap_err();
+        cache.refresh(used, soon()).await.unwrap_err();
         sleep(30 * SECOND).await;
     }
 
@@ -368,7 +368,7 @@ async fn a_rejection_rests_for_fifteen_minutes_whatever_is_refused_meanwhile() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_replaces_the_rejected_is_tried_at_once() {
+async fn a_changed_source_is_asked_again_at_once_after_a_rejection() {
     let issuer = issuer(|nth| if nth == 1 { rejected() } else { good(nth) });
     let cache = issuer.start();
     cache.current(soon()).await.unwrap_err();
@@ -384,11 +384,8 @@ async fn readiness_comes_with_the_first_value_and_stays() {
     let issuer = issuer(|nth| if nth < 3 { down() } else { good(nth) });
     let ready = Arc::new(watch::Sender::new(false));
     let mut is_ready = ready.subscribe();
-    let on_refusal = OnRefusal {
-        keep: false,
-        spacing: SECOND,
-    };
-    let cache = Cache::start("test", issuer.clone(), on_refusal, ready, Metrics::new());
+    let on_rejection = OnRejection::Replace { spacing: SECOND };
+    let cache = Cache::start("test", issuer.clone(), on_rejection, ready, Metrics::new());
     cache.current(soon()).await.unwrap_err();
     assert!(!*is_ready.borrow());
 
@@ -398,15 +395,126 @@ async fn readiness_comes_with_the_first_value_and_stays() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_changed_source_is_asked_again_while_its_value_is_good() {
+    let issuer = issuer(good);
+    let cache = issuer.start();
+    cache.current(soon()).await.unwrap();
+
+    issuer.replaced.notify_one();
+    sleep(2 * SECOND).await;
+
+    assert_eq!(cache.current(soon()).await, Ok((2, 2)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_same_value_fetched_again_is_no_new_generation() {
+    let issuer = issuer(|_| good(7));
+    let cache = issuer.start();
+    cache.current(soon()).await.unwrap();
+
+    sleep(24 * HOUR).await;
+
+    assert_eq!(issuer.fetches(), 2);
+    assert_eq!(cache.current(soon()).await, Ok((7, 1)));
+}
+
+#[expect(clippy::unnecessary_wraps, reason = "the shape of an issuer's answer")]
+fn endless(value: usize) -> Outcome {
+    Ok(Fetched {
+        value,
+        lifetime: None,
+    })
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_value_without_an_end_is_neither_replaced_nor_withheld() {
+    let issuer = issuer(endless);
+    let cache = issuer.start();
+    cache.current(soon()).await.unwrap();
+
+    sleep(10 * 365 * 24 * HOUR).await;
+
+    assert_eq!(
+        cache.current(Deadline::after(Duration::ZERO)).await,
+        Ok((1, 1))
+    );
+    assert_eq!(issuer.fetches(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn with_recheck_rejected_calls_wait_for_the_source_and_all_others_use_the_value() {
+    let issuer = issuer(endless);
+    let cache = issuer.start_with(OnRejection::Recheck);
+    cache.current(soon()).await.unwrap();
+
+    let calls: Vec<_> = (0..100)
+        .map(|_| {
+            let cache = cache.clone();
+            tokio::spawn(async move { cache.refresh(1, soon()).await })
+        })
+        .collect();
+    sleep(SECOND / 2).await;
+    let meanwhile = cache.current(Deadline::after(Duration::ZERO)).await;
+
+    assert_eq!(meanwhile, Ok((1, 1)));
+    for call in calls {
+        assert_eq!(call.await.unwrap(), Ok(Some((2, 2))));
+    }
+    assert_eq!(
+        cache.refresh(1, soon()).await,
+        Ok(Some((2, 2))),
+        "a straggler"
+    );
+    assert_eq!(issuer.fetches(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn with_recheck_each_rejection_asks_the_source_and_a_failure_keeps_the_value() {
+    let issuer = issuer(|nth| match nth {
+        1 | 2 => endless(1),
+        3 | 4 => down(),
+        _ => endless(nth),
+    });
+    let cache = issuer.start_with(OnRejection::Recheck);
+    cache.current(soon()).await.unwrap();
+
+    assert_eq!(cache.refresh(1, soon()).await, Ok(None), "nothing newer");
+    assert_eq!(
+        cache.refresh(1, soon()).await,
+        Ok(None),
+        "the source is down"
+    );
+    assert_eq!(cache.current(soon()).await, Ok((1, 1)));
+    assert_eq!(cache.refresh(1, soon()).await, Ok(None), "down once more");
+    let begun = Instant::now();
+    assert_eq!(cache.refresh(1, soon()).await, Ok(Some((5, 2))));
+
+    assert_eq!(begun.elapsed(), SECOND, "a rejection ends the backoff");
+    assert_eq!(issuer.fetches(), 5);
+}
+
+#[tokio::test(start_paused = true)]
+async fn with_recheck_a_new_value_is_published_whatever_is_rejected_meanwhile() {
+    let issuer = issuer(endless);
+    let cache = issuer.start_with(OnRejection::Recheck);
+    cache.current(soon()).await.unwrap();
+
+    for _ in 0..10 {
+        cache.rejected(|_| true);
+        sleep(SECOND / 4).await;
+    }
+
+    let (value, generation) = cache.current(soon()).await.unwrap();
+    assert!(generation >= 2, "{value} {generation}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn the_metric_of_the_expiry_is_the_end_of_the_life_by_our_clock() {
     let metrics = Metrics::new();
     let ready = Arc::new(watch::Sender::new(false));
-    let on_refusal = OnRefusal {
-        keep: false,
-        spacing: SECOND,
-    };
+    let on_rejection = OnRejection::Replace { spacing: SECOND };
     let now = server_time::our_clock();
-    let cache = Cache::start("test", issuer(good), on_refusal, ready, metrics.clone());
+    let cache = Cache::start("test", issuer(good), on_rejection, ready, metrics.clone());
 
     cache.current(soon()).await.unwrap();
 
@@ -422,7 +530,7 @@ async fn the_metric_of_the_expiry_is_the_end_of_the_life_by_our_clock() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn dropping_the_cache_ends_its_keeper() {
+async fn dropping_the_cache_ends_its_refresher() {
     let issuer = issuer(|_| down());
     drop(issuer.start());
 
@@ -436,7 +544,9 @@ fn backoff_is_a_random_part_of_a_time_that_doubles_up_to_a_minute() {
     let bounds = [(0, 1), (1, 2), (2, 4), (5, 32), (6, 60), (40, 60)];
 
     for (failures, seconds) in bounds {
-        let waits: Vec<_> = (0..1000).map(|_| backoff(failures)).collect();
+        let waits: Vec<_> = (0..1000)
+            .map(|_| backoff(failures, Issuer::MAX_BACKOFF))
+            .collect();
         let (shortest, longest) = (waits.iter().min().unwrap(), waits.iter().max().unwrap());
 
         assert!(*shortest >= SHORTEST_PAUSE, "{failures}");

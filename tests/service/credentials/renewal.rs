@@ -316,7 +316,8 @@ async fn a_rotated_token_file_is_used_without_a_restart_and_a_bad_one_changes_no
 
     let before = sent().await;
     folder.file("token", "two words\n");
-    program.wait_for_log(|line| line["level"] == "WARN" && line["path"] == file.as_str());
+    let source = format!("token file {file}");
+    program.wait_for_log(|line| line["level"] == "WARN" && line["source"] == source.as_str());
     let with_bad_file = sent().await;
     folder.file("token", "second\n");
     program.wait_for_log(|line| line["generation"] == 2);

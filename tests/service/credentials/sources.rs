@@ -219,13 +219,13 @@ async fn a_chain_whose_links_all_fail_is_not_ready_and_its_log_names_all_three()
     );
     assert_eq!(program.admin("/readyz").await.0, 503);
     let told = program.wait_for_log(|line| line["source"] == "chain");
-    let fault = told["fault"].as_str().expect("a text");
+    let error = told["error"].as_str().expect("a text");
     for link in [
         "environment: ",
         "profile: ",
         "metadata service: it answers 500",
     ] {
-        assert!(fault.contains(link), "{fault}");
+        assert!(error.contains(link), "{error}");
     }
 }
 

@@ -1,13 +1,13 @@
-//! One bounded HTTP exchange with the vendor's endpoint. The only room of the request's path that knows the HTTP client
-//! library: it sets every limit once, and turns the library's errors into a [`Failure`].
+//! HTTP clients for the vendor's endpoints, with every limit set in one place, and one bounded exchange over them.
 //!
-//! The clients for credentials and traces begin with the same settings: [`client_builder`].
+//! [`Client`] serves the request path: it turns the library's errors into an [`Error`]. The clients for credentials and
+//! traces start from the same settings ([`client_builder`]) and read bodies with the same reader ([`read_body`]).
 
 use std::{error::Error as StdError, io, sync::Arc, time::Duration};
 
-use ::http::HeaderMap;
 use bytes::{Bytes, BytesMut};
 use futures_util::TryFutureExt as _;
+use http::HeaderMap;
 use reqwest::{ClientBuilder, Proxy, Url, redirect};
 use rustls::{
     ClientConfig, DEFAULT_VERSIONS, RootCertStore,
@@ -15,28 +15,28 @@ use rustls::{
     pki_types::{CertificateDer, pem::PemObject as _},
 };
 
-use crate::reason::Reason;
+use crate::{error_chain::chain, reason::Reason};
 
-/// The largest answer that is read. A task is a few hundred bytes; its parts make it a few thousand.
+/// Size limit for a response of RDS. A task takes a few hundred bytes; its parts make it a few thousand.
 pub const MAX_BODY_BYTES: usize = 1 << 20;
 
-/// Shorter than the keep-alive of common gateways (60 s and more), so that we, not they, close an idle connection.
+/// Shorter than the keep-alive of common gateways (60 s and more), so that the client closes idle connections before they do.
 const POOL_IDLE_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Idle connections kept per worker: as many as there are calls in flight at most, by default. With fewer, a thousand calls
-/// at a time would close and open connections all the while; those that stay idle are closed anyway.
+/// Idle connections kept per worker, equal to the default of `--max-in-flight`: with fewer, a thousand concurrent calls would
+/// keep closing and opening connections. Unused ones are closed after [`POOL_IDLE_TIMEOUT`].
 const POOL_MAX_IDLE: usize = 2048;
 
-/// What a client needs to know besides the request.
+/// The settings of a client.
 #[derive(Clone)]
 pub struct Config {
-    /// Made once by [`tls_config`] and cloned: clones share the roots and the sessions that can be resumed.
+    /// Made once by [`tls_config`] and cloned: clones share the roots and the sessions for resumption.
     pub tls: ClientConfig,
-    /// Whether a URL without TLS is refused, as the credentials that go there need.
+    /// Rejects URLs without TLS, for requests that carry credentials.
     pub https_only: bool,
-    /// The only proxy that is ever used; the environment's are not read.
+    /// The proxy, if any. Proxy variables of the environment are not read.
     pub proxy: Option<Url>,
-    /// For name, TCP and TLS together.
+    /// For name lookup, TCP and TLS together.
     pub connect_timeout: Duration,
 }
 
@@ -46,55 +46,55 @@ pub enum BuildError {
     /// The extra roots are not PEM certificates.
     #[error("the CA file holds no readable PEM certificate")]
     Roots,
-    /// The proxy's URL is not one.
+    /// The client library rejects the proxy's URL.
     #[error("the proxy's URL cannot be used")]
     Proxy,
-    /// No system roots, most often.
+    /// TLS cannot be set up, most often because the system has no roots.
     #[error(
         "the TLS client cannot be set up; most often the system has no CA certificates (install ca-certificates or set --upstream-ca)"
     )]
     Tls,
 }
 
-/// Why there is no whole answer.
+/// Why an exchange brought no complete response.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Failure {
+pub struct Error {
     /// One of the transport reasons, or `UpstreamResponseTooLarge`.
     pub reason: Reason,
-    /// Whether the same exchange may go better on another connection.
-    pub repeatable: bool,
+    /// Whether the same request may succeed on another connection.
+    pub retryable: bool,
 }
 
-impl Failure {
-    const fn passing(reason: Reason) -> Self {
+impl Error {
+    const fn transient(reason: Reason) -> Self {
         Self {
             reason,
-            repeatable: true,
+            retryable: true,
         }
     }
 
-    const fn lasting(reason: Reason) -> Self {
+    const fn permanent(reason: Reason) -> Self {
         Self {
             reason,
-            repeatable: false,
+            retryable: false,
         }
     }
 }
 
-/// Which certificates a client trusts, apart from those in a file.
+/// Whether a client trusts the system's certificates.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SystemRoots {
-    /// The system's too. Reading them takes some five milliseconds.
+    /// Trusted, together with those in a file. Reading them takes about five milliseconds.
     Trusted,
-    /// None: the peer is plain HTTP, or a file is all that counts.
+    /// Not read: the peer is plain HTTP, or only a file counts.
     Ignored,
 }
 
 /// TLS 1.2 and newer for HTTP/1.1, with the system's certificates and those in `extra_pem`.
 ///
 /// # Errors
-/// [`BuildError::Roots`] when `extra_pem` cannot be used, [`BuildError::Tls`] when the system has no certificates and there
-/// are no others.
+/// [`BuildError::Roots`] when `extra_pem` cannot be used, [`BuildError::Tls`] when the system has no certificates and
+/// `extra_pem` is absent.
 pub fn tls_config(
     system: SystemRoots,
     extra_pem: Option<&[u8]>,
@@ -123,8 +123,8 @@ pub fn tls_config(
     Ok(config)
 }
 
-/// What every HTTP client of the program starts from: no redirect is followed and nothing is repeated behind our back, the
-/// environment's proxies do not count, and TLS is as configured.
+/// The settings common to every HTTP client of the program: no redirects, no retries inside the library, no proxies from the
+/// environment, TLS as configured.
 ///
 /// # Errors
 /// [`BuildError`] for a setting that cannot be used.
@@ -132,7 +132,7 @@ pub fn client_builder(config: &Config) -> Result<ClientBuilder, BuildError> {
     let mut builder = reqwest::Client::builder()
         .https_only(config.https_only)
         .redirect(redirect::Policy::none())
-        // No copy of a request is kept for a second time, which `never` alone would do.
+        // A limit of 0 also keeps the library from copying each request for a retry; `never` alone does not.
         .retry(reqwest::retry::never().max_retries_per_request(0))
         .referer(false)
         .no_proxy()
@@ -146,7 +146,7 @@ pub fn client_builder(config: &Config) -> Result<ClientBuilder, BuildError> {
     Ok(builder)
 }
 
-/// Builds what [`client_builder`] began.
+/// Builds the client of a [`client_builder`].
 ///
 /// # Errors
 /// [`BuildError::Tls`] when TLS cannot be set up.
@@ -154,22 +154,53 @@ pub fn build(builder: ClientBuilder) -> Result<reqwest::Client, BuildError> {
     builder.build().map_err(|_| BuildError::Tls)
 }
 
-/// Reads a body that is expected to be small; `None` when it is longer than `max_bytes`.
+/// Why a body was not read to its end.
+#[derive(Debug)]
+pub enum BodyError {
+    /// It is longer than allowed.
+    TooLarge,
+    /// It is cut off, or its framing is broken.
+    Broken(reqwest::Error),
+}
+
+/// Reads a body of up to `max_bytes`.
 ///
 /// # Errors
-/// The library's, when the body breaks off.
-pub async fn small_body(
+/// [`BodyError`] when it is longer or broken.
+pub async fn read_body(
     response: &mut reqwest::Response,
     max_bytes: usize,
-) -> Result<Option<Bytes>, reqwest::Error> {
-    let mut body = BytesMut::new();
-    while let Some(chunk) = response.chunk().await? {
+) -> Result<Bytes, BodyError> {
+    let length = response.content_length().unwrap_or(0);
+    if length > max_bytes as u64 {
+        return Err(BodyError::TooLarge);
+    }
+    let Some(first) = next_chunk(response).await? else {
+        return Ok(Bytes::new());
+    };
+    if first.len() > max_bytes {
+        return Err(BodyError::TooLarge);
+    }
+    let mut next = next_chunk(response).await?;
+    if next.is_none() {
+        // Most bodies are one chunk, which needs no copy.
+        return Ok(first);
+    }
+    let mut body = BytesMut::from(first);
+    // Allocate the rest at once: growing step by step copies, and leaves every smaller buffer behind.
+    body.reserve((length as usize).saturating_sub(body.len()));
+    while let Some(chunk) = next {
         if body.len() + chunk.len() > max_bytes {
-            return Ok(None);
+            return Err(BodyError::TooLarge);
         }
         body.extend_from_slice(&chunk);
+        next = next_chunk(response).await?;
     }
-    Ok(Some(body.freeze()))
+    Ok(body.freeze())
+}
+
+async fn next_chunk(response: &mut reqwest::Response) -> Result<Option<Bytes>, BodyError> {
+    response.chunk().await.map_err(BodyError::Broken)
 }
 
 /// A pool of connections. Each worker has its own, because a connection is driven by the runtime that opened it.
@@ -186,28 +217,28 @@ impl Client {
         build(builder).map(Self)
     }
 
-    /// Sends a request and awaits the head of the answer. Dropping the future closes the connection.
+    /// Sends a request and waits for the response head. Dropping the future closes the connection.
     ///
     /// # Errors
-    /// [`Failure`] when no head came.
+    /// [`Error`] when no head arrived.
     pub fn send(
         &self,
         request: reqwest::Request,
-    ) -> impl Future<Output = Result<Answer, Failure>> + use<> {
-        // No `async`: it would hold the request as long as the answer is awaited, and the library keeps one already.
+    ) -> impl Future<Output = Result<Response, Error>> + use<> {
+        // Not an `async fn`: that would hold the request until the response arrives, and the library holds one already.
         self.0
             .execute(request)
-            .map_ok(Answer)
-            .map_err(|error| before_head(&error))
+            .map_ok(Response)
+            .map_err(|error| head_error(&error))
     }
 }
 
-/// An answer whose head is there.
+/// A response whose head has arrived.
 #[derive(Debug)]
-pub struct Answer(reqwest::Response);
+pub struct Response(reqwest::Response);
 
-impl Answer {
-    /// The status, from 100 to 999: the client library passes on what is no HTTP status class.
+impl Response {
+    /// The status, from 100 to 999: the client library passes on numbers outside the HTTP status classes.
     pub fn status(&self) -> u16 {
         self.0.status().as_u16()
     }
@@ -220,39 +251,14 @@ impl Answer {
     /// Reads the body, up to [`MAX_BODY_BYTES`].
     ///
     /// # Errors
-    /// [`Failure`] when it breaks off or is longer.
-    pub async fn body(&mut self) -> Result<Bytes, Failure> {
-        let too_large = Failure::lasting(Reason::UpstreamResponseTooLarge);
-        let length = self.0.content_length().unwrap_or(0);
-        if length > MAX_BODY_BYTES as u64 {
-            return Err(too_large);
-        }
-        let Some(first) = self.chunk().await? else {
-            return Ok(Bytes::new());
-        };
-        let Some(second) = self.chunk().await? else {
-            return if first.len() > MAX_BODY_BYTES {
-                Err(too_large)
-            } else {
-                Ok(first)
-            };
-        };
-        let mut body = BytesMut::from(first);
-        // At once, where it is told: growing step by step copies, and leaves every smaller buffer behind.
-        body.reserve((length as usize).saturating_sub(body.len()));
-        let mut next = Some(second);
-        while let Some(chunk) = next {
-            if body.len() + chunk.len() > MAX_BODY_BYTES {
-                return Err(too_large);
-            }
-            body.extend_from_slice(&chunk);
-            next = self.chunk().await?;
-        }
-        Ok(body.freeze())
-    }
-
-    async fn chunk(&mut self) -> Result<Option<Bytes>, Failure> {
-        self.0.chunk().await.map_err(|error| in_body(&error))
+    /// [`Error`] when it breaks off or is longer.
+    pub async fn body(&mut self) -> Result<Bytes, Error> {
+        read_body(&mut self.0, MAX_BODY_BYTES)
+            .await
+            .map_err(|error| match error {
+                BodyError::TooLarge => Error::permanent(Reason::UpstreamResponseTooLarge),
+                BodyError::Broken(error) => body_error(&error),
+            })
     }
 }
 
@@ -276,43 +282,40 @@ fn roots(pem: &[u8]) -> Result<RootCertStore, BuildError> {
     Ok(roots)
 }
 
-fn before_head(error: &reqwest::Error) -> Failure {
+/// The error of a request that got no response head.
+fn head_error(error: &reqwest::Error) -> Error {
     if error.is_dns() {
-        return Failure::passing(Reason::UpstreamDns);
+        return Error::transient(Reason::UpstreamDns);
     }
-    if causes(error).any(is_tls) {
-        return Failure::lasting(Reason::UpstreamTls);
+    if chain(error).any(is_tls) {
+        return Error::permanent(Reason::UpstreamTls);
     }
     if error.is_connect() {
-        return Failure::passing(Reason::UpstreamConnect);
+        return Error::transient(Reason::UpstreamConnect);
     }
-    match causes(error).find_map(|cause| cause.downcast_ref::<hyper::Error>()) {
-        Some(error) if error.is_parse_too_large() => Failure::lasting(Reason::UpstreamProtocol),
-        Some(error) if error.is_parse() => Failure::passing(Reason::UpstreamProtocol),
-        _ => Failure::passing(Reason::UpstreamReset),
+    match chain(error).find_map(|cause| cause.downcast_ref::<hyper::Error>()) {
+        Some(error) if error.is_parse_too_large() => Error::permanent(Reason::UpstreamProtocol),
+        Some(error) if error.is_parse() => Error::transient(Reason::UpstreamProtocol),
+        _ => Error::transient(Reason::UpstreamReset),
     }
 }
 
-fn in_body(error: &reqwest::Error) -> Failure {
-    let io_kind = causes(error)
+/// The error of a body that broke off.
+fn body_error(error: &reqwest::Error) -> Error {
+    let io_kind = chain(error)
         .find_map(|cause| cause.downcast_ref::<io::Error>())
         .map(io::Error::kind);
     match io_kind {
-        // hyper's words for a chunk size or an extension that cannot be read.
+        // hyper reports a chunk size or extension that it cannot parse with these kinds.
         Some(io::ErrorKind::InvalidInput | io::ErrorKind::InvalidData) => {
-            Failure::passing(Reason::UpstreamProtocol)
+            Error::transient(Reason::UpstreamProtocol)
         }
-        _ => Failure::passing(Reason::UpstreamTruncated),
+        _ => Error::transient(Reason::UpstreamTruncated),
     }
 }
 
-fn causes<'a>(
-    error: &'a (dyn StdError + 'static),
-) -> impl Iterator<Item = &'a (dyn StdError + 'static)> {
-    std::iter::successors(Some(error), |&error| error.source())
-}
-
-/// An `io::Error` names the source of what it wraps, not the wrapped error itself, so this looks inside; they nest.
+/// Whether this is a TLS error, or an `io::Error` around one. The source of an `io::Error` is the source of the error that it
+/// wraps, not that error itself, so the chain alone would skip it; they nest.
 fn is_tls(error: &(dyn StdError + 'static)) -> bool {
     let wrapped = error
         .downcast_ref::<io::Error>()
@@ -342,7 +345,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_client_for_https_sends_nothing_without_tls() {
+    async fn an_https_only_client_opens_no_plain_connection() {
         let plain = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", plain.local_addr().unwrap());
         let client = |https_only| {
@@ -359,7 +362,7 @@ mod tests {
             ended = client(true).get(&url).send() => assert!(ended.unwrap_err().is_builder()),
             _ = plain.accept() => panic!("a connection"),
         }
-        // The same with the other client does connect.
+        // Without `https_only` the same request connects.
         tokio::select! {
             accepted = plain.accept() => assert!(accepted.is_ok()),
             ended = client(false).get(&url).send() => panic!("{ended:?}"),
@@ -367,7 +370,7 @@ mod tests {
     }
 
     #[test]
-    fn extra_roots_that_are_no_certificates_are_a_mistake() {
+    fn extra_roots_without_a_readable_certificate_are_rejected() {
         let pem = pem();
         let damaged = pem.replacen("MII", "MIX", 1);
         let cut = &pem[..pem.len() / 2];
