@@ -1,4 +1,5 @@
-//! Compiles the proto into code and into the descriptor set that reflection serves. Needs no system protoc.
+//! Compiles the protos without a system protoc: our service, with the descriptor set that reflection serves, and the messages of
+//! OTLP that the trace export sends.
 
 use std::{env, error::Error, fs, path::PathBuf};
 
@@ -6,11 +7,24 @@ use prost::Message as _;
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=proto");
-    let descriptors = protox::compile(["huaweicloud/rds/task/v1/task_service.proto"], ["proto"])?;
+    println!("cargo::rerun-if-changed=third_party");
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("cargo sets OUT_DIR")?);
-    fs::write(out.join("descriptors.bin"), descriptors.encode_to_vec())?;
+
+    let service = protox::compile(["huaweicloud/rds/task/v1/task_service.proto"], ["proto"])?;
+    fs::write(out.join("descriptors.bin"), service.encode_to_vec())?;
     tonic_prost_build::configure()
         .codec_path("crate::rpc::Codec")
-        .compile_fds(descriptors)?;
+        .compile_fds(service)?;
+
+    let otlp = protox::compile(
+        ["opentelemetry/proto/collector/trace/v1/trace_service.proto"],
+        ["third_party/opentelemetry-proto"],
+    )?;
+    tonic_prost_build::configure()
+        .build_client(false)
+        .build_server(false)
+        .disable_comments(["."])
+        .include_file("otlp.rs")
+        .compile_fds(otlp)?;
     Ok(())
 }

@@ -18,8 +18,8 @@ use super::{
     conventions as names,
     metrics::Metrics,
     otlp::{
-        ExportTraceServiceRequest, ExportTraceServiceResponse, KeyValue, Resource, ResourceSpans,
-        Scope, ScopeSpans, Span,
+        ExportTraceServiceRequest, ExportTraceServiceResponse, InstrumentationScope, KeyValue,
+        Resource, ResourceSpans, ScopeSpans, Span,
     },
 };
 use crate::{
@@ -267,11 +267,13 @@ impl Exporter {
                             env!("CARGO_PKG_VERSION"),
                         )])
                         .collect(),
+                    ..Resource::default()
                 }),
                 scope_spans: vec![ScopeSpans {
-                    scope: Some(Scope {
+                    scope: Some(InstrumentationScope {
                         name: env!("CARGO_PKG_NAME").to_owned(),
                         version: env!("CARGO_PKG_VERSION").to_owned(),
+                        ..InstrumentationScope::default()
                     }),
                     spans,
                     schema_url: names::SCHEMA_URL.to_owned(),
@@ -300,13 +302,16 @@ fn is_passing(status: StatusCode) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::telemetry::otlp::PartialSuccess;
+    use crate::telemetry::otlp::ExportTracePartialSuccess;
 
     #[test]
     fn what_a_collector_rejects_of_a_batch_is_read_from_its_answer() {
         let partial = |rejected_spans| {
             ExportTraceServiceResponse {
-                partial_success: Some(PartialSuccess { rejected_spans }),
+                partial_success: Some(ExportTracePartialSuccess {
+                    rejected_spans,
+                    ..ExportTracePartialSuccess::default()
+                }),
             }
             .encode_to_vec()
         };

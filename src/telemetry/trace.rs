@@ -267,6 +267,7 @@ impl AttemptSpan {
 fn status(failed: bool) -> Option<Status> {
     failed.then(|| Status {
         code: StatusCode::Error.into(),
+        ..Status::default()
     })
 }
 
