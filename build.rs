@@ -12,9 +12,23 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     let service = protox::compile(["huaweicloud/rds/task/v1/task_service.proto"], ["proto"])?;
     fs::write(out.join("descriptors.bin"), service.encode_to_vec())?;
-    tonic_prost_build::configure()
+    // `call` prints the reply as JSON: proto names, without unset optional fields and empty lists.
+    let mut builder = tonic_prost_build::configure()
         .codec_path("crate::rpc::Codec")
-        .compile_fds(service)?;
+        .message_attribute(".", "#[derive(serde::Serialize)]")
+        .field_attribute(
+            "sub_task_list",
+            r#"#[serde(skip_serializing_if = "Vec::is_empty")]"#,
+        );
+    for message in service.file.iter().flat_map(|file| &file.message_type) {
+        for field in message.field.iter().filter(|field| field.proto3_optional()) {
+            builder = builder.field_attribute(
+                format!("{}.{}", message.name(), field.name()),
+                r#"#[serde(skip_serializing_if = "Option::is_none")]"#,
+            );
+        }
+    }
+    builder.compile_fds(service)?;
 
     let otlp = protox::compile(
         ["opentelemetry/proto/collector/trace/v1/trace_service.proto"],
