@@ -11,7 +11,7 @@ use super::{
     access::{AccessLine, Peer, limited},
     context::Context,
     conventions as names,
-    export::Queue,
+    export::SpanQueue,
     metrics::AttemptOutcome,
     otlp::{KeyValue, Span, SpanKind, Status, StatusCode},
 };
@@ -27,7 +27,7 @@ pub struct Tracer {
     sampler: Sampler,
     accepted: Propagators,
     propagate_upstream: bool,
-    queue: Queue,
+    queue: SpanQueue,
 }
 
 /// The span of one RPC, from its headers on.
@@ -71,7 +71,7 @@ impl Tracer {
     pub(super) fn new(
         config: &config::Tracing,
         propagate_upstream: bool,
-        queue: Queue,
+        queue: SpanQueue,
     ) -> Arc<Self> {
         Arc::new(Self {
             sampler: config.sampler,
@@ -81,9 +81,9 @@ impl Tracer {
         })
     }
 
-    /// Waits until every ended span is exported, for at most `limit`. Whether all were.
-    pub fn finish(&self, limit: Duration) -> bool {
-        self.queue.finish(limit)
+    /// Exports the spans that have ended, for at most `limit`. Returns whether that was long enough.
+    pub async fn finish(&self, limit: Duration) -> bool {
+        self.queue.finish(limit).await
     }
 
     /// The span of an RPC whose headers have come.
