@@ -37,7 +37,6 @@ fn main() -> Result<(), Box<dyn Error>> {
     tonic_prost_build::configure()
         .build_client(false)
         .build_server(false)
-        .disable_comments(["."])
         .include_file("otlp.rs")
         .compile_fds(otlp)?;
     Ok(())

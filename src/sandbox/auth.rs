@@ -1,11 +1,13 @@
 //! Checks the credential of a request like the gateway: a known token, or a signature that it computes itself.
 
 use bytes::Bytes;
-use http::{HeaderMap, Request, header};
+use http::{HeaderMap, Request, StatusCode, header};
 use jiff::{SignedDuration, Timestamp, civil, tz::TimeZone};
 
 use super::{
-    TOKEN, signature,
+    TOKEN,
+    response::Rejection,
+    signature,
     state::{Key, State},
 };
 
@@ -15,13 +17,6 @@ const WINDOW: SignedDuration = SignedDuration::from_mins(15);
 /// Consecutive bad signatures that lock a key, and for how long (API request signing guide).
 const BAD_SIGNATURES_TO_LOCK: u32 = 5;
 const LOCK: SignedDuration = SignedDuration::from_mins(5);
-
-/// The error for a credential that is rejected; its status is always 401.
-#[derive(Debug)]
-pub(super) struct Rejection {
-    pub(super) code: &'static str,
-    pub(super) message: String,
-}
 
 /// Checks the credential of a request.
 pub(super) fn authenticate(request: &Request<Bytes>, state: &mut State) -> Result<(), Rejection> {
@@ -46,6 +41,7 @@ fn check_token(headers: &HeaderMap, state: &State) -> Result<(), Rejection> {
     let token = token.ok_or_else(|| rejection("decrypt token fail"))?;
     if token.revoked || token.expires_at <= state.now() {
         return Err(Rejection {
+            status: StatusCode::UNAUTHORIZED,
             code: "APIGW.0307",
             message: "The token must be updated.".to_owned(),
         });
@@ -164,6 +160,7 @@ fn single<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
 
 fn rejection(reason: &str) -> Rejection {
     Rejection {
+        status: StatusCode::UNAUTHORIZED,
         code: "APIGW.0301",
         message: format!("Incorrect IAM authentication information: {reason}"),
     }

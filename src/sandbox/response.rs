@@ -7,6 +7,13 @@ use serde_json::json;
 /// A whole response, to which [`super`] adds `X-Request-Id` and `Date`.
 pub(super) type Response = http::Response<Bytes>;
 
+/// Why the gateway or RDS rejects a request.
+pub(super) struct Rejection {
+    pub(super) status: StatusCode,
+    pub(super) code: &'static str,
+    pub(super) message: String,
+}
+
 /// A response with a body of the given type.
 pub(super) fn response(
     status: StatusCode,

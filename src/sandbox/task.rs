@@ -9,9 +9,8 @@ use serde_json::{Value, json};
 use tokio::time::sleep;
 
 use super::{
-    EXAMPLE_INSTANCE_ID, EXAMPLE_WORKFLOW_ID, RUNNING_TASK, RUNNING_TASK_SECONDS, Shared,
-    auth::{self, Rejection},
-    response::{self, Response, gateway_error, rds_error},
+    EXAMPLE_INSTANCE_ID, EXAMPLE_WORKFLOW_ID, RUNNING_TASK, RUNNING_TASK_SECONDS, Shared, auth,
+    response::{self, Rejection, Response, gateway_error, rds_error},
     scenarios::{Act, NORMAL},
     state::State,
     transport::Script,
@@ -68,10 +67,8 @@ pub(super) async fn show_task(
     let response = {
         let state = &mut *shared.state();
         match (auth::authenticate(request, state), workflow_id, scenario) {
-            (Err(Rejection { code, message }), ..) => {
-                gateway_error(StatusCode::UNAUTHORIZED, code, &message, request_id)
-            }
-            (_, Err(response), _) => response,
+            (Err(error), ..) => gateway_error(error.status, error.code, &error.message, request_id),
+            (_, Err(error), _) => rds_error(error.status, error.code, &error.message),
             (_, Ok(workflow_id), None) => known_task(state, instance_id, &workflow_id),
             (_, Ok(workflow_id), Some((act, message))) => {
                 let task = TaskRequest {
@@ -92,30 +89,36 @@ pub(super) async fn show_task(
     Ok(response)
 }
 
-/// The workflow id in the request, or the error of RDS for an invalid request.
-fn read(request: &Request<Bytes>) -> Result<String, Response> {
+/// The workflow id in the request.
+fn read(request: &Request<Bytes>) -> Result<String, Rejection> {
     let content_type = request.headers().get(header::CONTENT_TYPE);
     let is_json = content_type
         .and_then(|value| value.to_str().ok()?.split(';').next())
         .is_some_and(|value| value.trim() == "application/json");
     if !is_json {
-        return Err(rds_error(
-            StatusCode::UNSUPPORTED_MEDIA_TYPE,
-            "DBS.000415",
-            "Content-Type must be application/json.",
-        ));
+        return Err(Rejection {
+            status: StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            code: "DBS.000415",
+            message: "Content-Type must be application/json.".to_owned(),
+        });
     }
-    let invalid = |message| Err(rds_error(StatusCode::BAD_REQUEST, "DBS.200001", message));
+    let invalid = |problem| {
+        Err(Rejection {
+            status: StatusCode::BAD_REQUEST,
+            code: "DBS.200001",
+            message: format!("Parameter error: {problem}"),
+        })
+    };
     let Ok(Value::Object(body)) = serde_json::from_slice(request.body()) else {
-        return invalid("Parameter error: the body is not a JSON object.");
+        return invalid("the body is not a JSON object.");
     };
     match body.get("workflow_name") {
         None | Some(Value::String(_) | Value::Number(_)) => {}
-        Some(_) => return invalid("Parameter error: workflow_name is not text."),
+        Some(_) => return invalid("workflow_name is not text."),
     }
     match body.get("workflow_id").and_then(Value::as_str) {
         Some(id) if !id.is_empty() => Ok(id.to_owned()),
-        _ => invalid("Parameter error: workflow_id is missing or empty."),
+        _ => invalid("workflow_id is missing or empty."),
     }
 }
 

@@ -13,7 +13,13 @@ pub(super) use generated::opentelemetry::proto::{
 pub(super) use generated::opentelemetry::proto::collector::trace::v1::ExportTracePartialSuccess;
 
 // The protos define more than this program uses.
-#[allow(dead_code, missing_docs, unreachable_pub, clippy::all)]
+#[allow(
+    dead_code,
+    missing_docs,
+    unreachable_pub,
+    clippy::all,
+    clippy::doc_markdown
+)]
 mod generated {
     include!(concat!(env!("OUT_DIR"), "/otlp.rs"));
 }
