@@ -9,6 +9,7 @@ RUN cargo install cargo-auditable --version 0.7.7 --locked
 COPY Cargo.toml Cargo.lock build.rs ./
 COPY .cargo .cargo
 COPY proto proto
+COPY third_party third_party
 # cargo wants the benchmark that the manifest names, too, but does not compile it.
 RUN mkdir src benches \
     && echo 'fn main() {}' > src/main.rs \

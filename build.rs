@@ -1,4 +1,5 @@
-//! Compiles the proto into code and into the descriptor set that reflection serves. Needs no system protoc.
+//! Compiles the protos without a system protoc: our service, with the descriptor set that reflection serves, and the messages of
+//! OTLP that the trace export sends.
 
 use std::{env, error::Error, fs, path::PathBuf};
 
@@ -6,11 +7,38 @@ use prost::Message as _;
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=proto");
-    let descriptors = protox::compile(["huaweicloud/rds/task/v1/task_service.proto"], ["proto"])?;
+    println!("cargo::rerun-if-changed=third_party");
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("cargo sets OUT_DIR")?);
-    fs::write(out.join("descriptors.bin"), descriptors.encode_to_vec())?;
-    // The client is for `call` and `health`, the server for the tests of the client: the program's own server decodes and encodes
-    // messages itself (src/server/message.rs).
-    tonic_prost_build::configure().compile_fds(descriptors)?;
+
+    let service = protox::compile(["huaweicloud/rds/task/v1/task_service.proto"], ["proto"])?;
+    fs::write(out.join("descriptors.bin"), service.encode_to_vec())?;
+    // `call` prints the reply as JSON: proto names, without unset optional fields and empty lists.
+    // The generated client is for `call` and `health`, the generated server for the tests of that client: the program's own server
+    // decodes and encodes messages itself (src/server/message.rs).
+    let mut builder = tonic_prost_build::configure()
+        .message_attribute(".", "#[derive(serde::Serialize)]")
+        .field_attribute(
+            "sub_task_list",
+            r#"#[serde(skip_serializing_if = "Vec::is_empty")]"#,
+        );
+    for message in service.file.iter().flat_map(|file| &file.message_type) {
+        for field in message.field.iter().filter(|field| field.proto3_optional()) {
+            builder = builder.field_attribute(
+                format!("{}.{}", message.name(), field.name()),
+                r#"#[serde(skip_serializing_if = "Option::is_none")]"#,
+            );
+        }
+    }
+    builder.compile_fds(service)?;
+
+    let otlp = protox::compile(
+        ["opentelemetry/proto/collector/trace/v1/trace_service.proto"],
+        ["third_party/opentelemetry-proto"],
+    )?;
+    // Messages without services. Indented lines of their comments would become doctests.
+    tonic_prost_build::Config::new()
+        .disable_comments(["."])
+        .include_file("otlp.rs")
+        .compile_fds(otlp)?;
     Ok(())
 }

@@ -25,7 +25,7 @@ use crate::{
     rpc::Facade,
     sandbox::Sandbox,
     server::{self, Timings, tls},
-    telemetry::{self, Access, Sinks, Tracer, metrics::Metrics},
+    telemetry::{self, Access, Sinks, metrics::Metrics},
     upstream,
 };
 
@@ -184,17 +184,12 @@ async fn run(config: Config, metrics: Arc<Metrics>, access: Access) -> Result<()
     if let Some(tracer) = tracer {
         let spent = stopping.get().map(Instant::elapsed).unwrap_or_default();
         let left = shutdown_takes.saturating_sub(spent);
-        // Beside this thread, which still listens for the second signal.
-        let _ = tokio::task::spawn_blocking(move || export_the_rest(&tracer, left)).await;
+        // Within what calls in flight have left of the shutdown.
+        if !tracer.finish(left.min(MAX_EXPORT)).await {
+            tracing::warn!("the last spans did not reach the collector in time");
+        }
     }
     Ok(())
-}
-
-/// The spans that still wait, within what calls in flight have left of the shutdown.
-fn export_the_rest(tracer: &Tracer, left: Duration) {
-    if !tracer.finish(left.min(MAX_EXPORT)) {
-        tracing::warn!("the last spans did not reach the collector in time");
-    }
 }
 
 async fn run_sandbox(listen: SocketAddr) -> Result<(), Error> {

@@ -13,7 +13,6 @@ use std::{
 };
 
 use secrecy::{ExposeSecret as _, SecretString};
-use serde::Serialize;
 use tonic::{
     Code, Request, Status,
     metadata::{Ascii, MetadataValue},
@@ -138,7 +137,7 @@ impl fmt::Display for Error {
 pub async fn call(call: Call) -> ExitCode {
     match ask_for_task(call).await {
         Ok(reply) => {
-            let json = serde_json::to_string_pretty(&Reply::of(&reply));
+            let json = serde_json::to_string_pretty(&reply);
             print(&json.expect("text and flags always make JSON"));
             ExitCode::SUCCESS
         }
@@ -256,65 +255,6 @@ impl Token {
             })?;
         value.set_sensitive(true);
         Ok(value)
-    }
-}
-
-/// The reply with the proto's field names, in the proto's order; what is unset is left out.
-#[derive(Serialize)]
-struct Reply<'a> {
-    instance_id: &'a str,
-    instance_name: &'a str,
-    job_id: &'a str,
-    job_name: &'a str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    created_at: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    update_at: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    process: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    status: Option<&'a str>,
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    sub_task_list: Vec<SubTask<'a>>,
-}
-
-#[derive(Serialize)]
-struct SubTask<'a> {
-    #[serde(skip_serializing_if = "Option::is_none")]
-    sub_task_name: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    percent: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    executed_time: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    status: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    remaining_time: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    show_detail: Option<bool>,
-}
-
-impl<'a> Reply<'a> {
-    fn of(reply: &'a pb::GetTaskDetailResponse) -> Self {
-        let sub_tasks = reply.sub_task_list.iter().map(|task| SubTask {
-            sub_task_name: task.sub_task_name.as_deref(),
-            percent: task.percent.as_deref(),
-            executed_time: task.executed_time.as_deref(),
-            status: task.status.as_deref(),
-            remaining_time: task.remaining_time.as_deref(),
-            show_detail: task.show_detail,
-        });
-        Self {
-            instance_id: &reply.instance_id,
-            instance_name: &reply.instance_name,
-            job_id: &reply.job_id,
-            job_name: &reply.job_name,
-            created_at: reply.created_at.as_deref(),
-            update_at: reply.update_at.as_deref(),
-            process: reply.process.as_deref(),
-            status: reply.status.as_deref(),
-            sub_task_list: sub_tasks.collect(),
-        }
     }
 }
 

@@ -100,19 +100,48 @@ async fn a_call_carries_ids_token_and_timeout() {
     );
 }
 
-#[tokio::test]
-async fn the_reply_is_json_with_the_names_of_the_proto_and_nothing_unset() {
-    let (address, _asked) = serve().await;
+#[test]
+fn the_reply_is_json_with_proto_names_and_without_unset_fields() {
+    let text = |value: &str| Some(value.to_owned());
+    let full = pb::GetTaskDetailResponse {
+        instance_id: "1".to_owned(),
+        instance_name: "2".to_owned(),
+        job_id: "3".to_owned(),
+        job_name: "4".to_owned(),
+        created_at: text("5"),
+        update_at: text("6"),
+        process: text(""),
+        status: text("8"),
+        sub_task_list: vec![
+            pb::SubTask {
+                sub_task_name: text("9"),
+                percent: text("10"),
+                executed_time: text("11"),
+                status: text("12"),
+                remaining_time: text("13"),
+                show_detail: Some(false),
+            },
+            pb::SubTask::default(),
+        ],
+    };
+    let cases = [
+        (
+            pb::GetTaskDetailResponse::default(),
+            r#"{"instance_id":"","instance_name":"","job_id":"","job_name":""}"#,
+        ),
+        (
+            full,
+            concat!(
+                r#"{"instance_id":"1","instance_name":"2","job_id":"3","job_name":"4","created_at":"5","update_at":"6","#,
+                r#""process":"","status":"8","sub_task_list":[{"sub_task_name":"9","percent":"10","executed_time":"11","#,
+                r#""status":"12","remaining_time":"13","show_detail":false},{}]}"#,
+            ),
+        ),
+    ];
 
-    let reply = ask_for_task(call_for("p", server(address, PATIENT)))
-        .await
-        .unwrap();
-
-    let json = serde_json::to_string(&Reply::of(&reply)).unwrap();
-    assert_eq!(
-        json,
-        r#"{"instance_id":"i","instance_name":"","job_id":"w","job_name":"","status":"Running","sub_task_list":[{"percent":"60"}]}"#
-    );
+    for (reply, expected) in cases {
+        assert_eq!(serde_json::to_string(&reply).unwrap(), expected);
+    }
 }
 
 #[tokio::test]

@@ -1,88 +1,84 @@
-//! What the gateway asks of a request's credential: a token it knows, or a signature that it computes again.
+//! Checks the credential of a request like the gateway: a known token, or a signature that it computes itself.
 
 use bytes::Bytes;
-use http::{HeaderMap, Request, header};
+use http::{HeaderMap, Request, StatusCode, header};
 use jiff::{SignedDuration, Timestamp, civil, tz::TimeZone};
 
 use super::{
-    TOKEN, signature,
+    TOKEN,
+    response::Rejection,
+    signature,
     state::{Key, State},
 };
 
-/// How far `X-Sdk-Date` may be off the gateway's clock (API request signing guide).
+/// Largest difference between `X-Sdk-Date` and the gateway's clock (API request signing guide).
 const WINDOW: SignedDuration = SignedDuration::from_mins(15);
 
-/// Bad signatures in a row that lock a key, and for how long (API request signing guide).
+/// Consecutive bad signatures that lock a key, and for how long (API request signing guide).
 const BAD_SIGNATURES_TO_LOCK: u32 = 5;
 const LOCK: SignedDuration = SignedDuration::from_mins(5);
 
-/// Why a credential is refused; always a 401.
-#[derive(Debug)]
-pub(super) struct Refusal {
-    pub(super) code: &'static str,
-    pub(super) message: String,
-}
-
-/// Accepts or refuses the credential of a request.
-pub(super) fn authenticate(request: &Request<Bytes>, state: &mut State) -> Result<(), Refusal> {
+/// Checks the credential of a request.
+pub(super) fn authenticate(request: &Request<Bytes>, state: &mut State) -> Result<(), Rejection> {
     let headers = request.headers();
     match (
         headers.contains_key("x-auth-token"),
         headers.contains_key(header::AUTHORIZATION),
     ) {
-        (true, true) => Err(refusal("both x-auth-token and authorization are there")),
-        (false, false) => Err(refusal("x-auth-token not found")),
+        (true, true) => Err(rejection("both x-auth-token and authorization are present")),
+        (false, false) => Err(rejection("x-auth-token not found")),
         (true, false) => check_token(headers, state),
         (false, true) => check_signature(request, state),
     }
 }
 
-fn check_token(headers: &HeaderMap, state: &State) -> Result<(), Refusal> {
-    let value = single(headers, "x-auth-token").ok_or_else(|| refusal("decrypt token fail"))?;
+fn check_token(headers: &HeaderMap, state: &State) -> Result<(), Rejection> {
+    let value = single(headers, "x-auth-token").ok_or_else(|| rejection("decrypt token fail"))?;
     if value == TOKEN {
         return Ok(());
     }
     let token = state.tokens.iter().find(|token| token.value == value);
-    let token = token.ok_or_else(|| refusal("decrypt token fail"))?;
+    let token = token.ok_or_else(|| rejection("decrypt token fail"))?;
     if token.revoked || token.expires_at <= state.now() {
-        return Err(Refusal {
+        return Err(Rejection {
+            status: StatusCode::UNAUTHORIZED,
             code: "APIGW.0307",
             message: "The token must be updated.".to_owned(),
         });
     }
     if !token.has_project {
-        return Err(refusal("the token is not scoped to a project"));
+        return Err(rejection("the token is not scoped to a project"));
     }
     Ok(())
 }
 
-fn check_signature(request: &Request<Bytes>, state: &mut State) -> Result<(), Refusal> {
+fn check_signature(request: &Request<Bytes>, state: &mut State) -> Result<(), Rejection> {
     let headers = request.headers();
     let now = state.now();
     let authorization = single(headers, "authorization").and_then(Authorization::parse);
     let authorization =
-        authorization.ok_or_else(|| refusal("authorization is not properly formatted"))?;
+        authorization.ok_or_else(|| rejection("authorization is not properly formatted"))?;
     let access = authorization.access;
     let key = state.keys.iter_mut().find(|key| key.access == access);
     let key = key.ok_or_else(|| {
-        refusal(&format!(
+        rejection(&format!(
             "Get secretKey failed,ak:{access},err:ak not exist"
         ))
     })?;
     if key.locked_until.is_some_and(|until| now < until) {
-        return Err(refusal("AK access failed to reach the limit"));
+        return Err(rejection("AK access failed to reach the limit"));
     }
     if key.expires_at.is_some_and(|end| end <= now) {
-        return Err(refusal("the security token has expired"));
+        return Err(rejection("the security token has expired"));
     }
-    if !security_token_fits(headers, key) {
-        return Err(refusal("the security token does not belong to the ak"));
+    if !is_security_token_valid(headers, key) {
+        return Err(rejection("the security token does not belong to the ak"));
     }
 
-    let date = single(headers, "x-sdk-date").ok_or_else(|| refusal("x-sdk-date not found"))?;
-    let signed_at = parse_date(date).ok_or_else(|| refusal("x-sdk-date is malformed"))?;
+    let date = single(headers, "x-sdk-date").ok_or_else(|| rejection("x-sdk-date not found"))?;
+    let signed_at = parse_date(date).ok_or_else(|| rejection("x-sdk-date is malformed"))?;
     if now.duration_since(signed_at).abs() > WINDOW {
-        return Err(refusal("x-sdk-date is more than 15 minutes off"));
+        return Err(rejection("x-sdk-date is more than 15 minutes off"));
     }
     for name in ["host", "x-sdk-date"] {
         if !authorization
@@ -90,7 +86,9 @@ fn check_signature(request: &Request<Bytes>, state: &mut State) -> Result<(), Re
             .split(';')
             .any(|signed| signed == name)
         {
-            return Err(refusal(&format!("{name} is not among the signed headers")));
+            return Err(rejection(&format!(
+                "{name} is not among the signed headers"
+            )));
         }
     }
 
@@ -108,15 +106,15 @@ fn check_signature(request: &Request<Bytes>, state: &mut State) -> Result<(), Re
         key.locked_until = Some(now + LOCK);
     }
     state.counts.bad_signatures += 1;
-    // The gateway really does repeat the canonical request, signed headers included, with | for line ends.
+    // Like the gateway, which includes the canonical request with its signed headers, and | for line feeds.
     let canonical = String::from_utf8_lossy(&canonical.unwrap_or_default()).replace('\n', "|");
-    Err(refusal(&format!(
+    Err(rejection(&format!(
         "verify aksk signature fail, canonicalRequest:{canonical}"
     )))
 }
 
-/// A temporary key needs its token; the documented key takes its own or none.
-fn security_token_fits(headers: &HeaderMap, key: &Key) -> bool {
+/// A temporary key requires its security token; for the documented key it is optional.
+fn is_security_token_valid(headers: &HeaderMap, key: &Key) -> bool {
     match single(headers, "x-security-token") {
         Some(token) => token == key.security_token,
         None => !key.security_token_required && !headers.contains_key("x-security-token"),
@@ -153,16 +151,17 @@ fn parse_date(text: &str) -> Option<Timestamp> {
     TimeZone::UTC.to_timestamp(date).ok()
 }
 
-/// The value of a header that is there exactly once.
+/// The value of a header that is present exactly once.
 fn single<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
     let mut values = headers.get_all(name).iter();
     let value = values.next().filter(|_| values.next().is_none())?;
     value.to_str().ok()
 }
 
-fn refusal(what: &str) -> Refusal {
-    Refusal {
+fn rejection(reason: &str) -> Rejection {
+    Rejection {
+        status: StatusCode::UNAUTHORIZED,
         code: "APIGW.0301",
-        message: format!("Incorrect IAM authentication information: {what}"),
+        message: format!("Incorrect IAM authentication information: {reason}"),
     }
 }

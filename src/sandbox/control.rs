@@ -1,4 +1,4 @@
-//! The sandbox's own paths, with which a test looks at it and makes it fail. The vendor has nothing of the kind.
+//! The sandbox's own paths under `/sandbox/`, with which tests inspect it and make it fail. The vendor has no such paths.
 
 use std::time::Duration;
 
@@ -8,20 +8,21 @@ use jiff::SignedDuration;
 use serde_json::{Value, json};
 
 use super::{
-    answer::{self, Answer},
-    state::{Failure, State},
+    response::{self, Response},
+    state::{InjectedFailure, State},
 };
 
-/// Bound of what can be set in seconds, either way: 150 years, within the years that the clock can hold.
-const MOST_SECONDS: i64 = 150 * 365 * 24 * 60 * 60;
+/// Largest number of seconds, positive or negative: 150 years, which keeps the clock within its range.
+const MAX_SECONDS: i64 = 150 * 365 * 24 * 60 * 60;
 
-/// Bound of what can be set in milliseconds.
-const MOST_MILLISECONDS: u64 = 60_000;
+/// Largest number of milliseconds.
+const MAX_MILLISECONDS: u64 = 60_000;
 
-/// Answers a request under `/sandbox/`; `None` when there is no such path.
-pub(super) fn answer(request: &Request<Bytes>, state: &mut State) -> Option<Answer> {
-    let name = request.uri().path().strip_prefix("/sandbox/")?;
-    let done = match (request.method(), name) {
+/// Responds to a request under `/sandbox/`; `None` for an unknown path.
+pub(super) fn respond(request: &Request<Bytes>, state: &mut State) -> Option<Response> {
+    let uri = request.uri();
+    let name = uri.path().strip_prefix("/sandbox/")?;
+    let valid = match (request.method(), name) {
         (&Method::GET, "counts") => return Some(ok(counts(state))),
         (&Method::GET, "requests") => return Some(ok(requests(state))),
         (&Method::POST, "revoke-tokens") => {
@@ -29,38 +30,41 @@ pub(super) fn answer(request: &Request<Bytes>, state: &mut State) -> Option<Answ
                 .tokens
                 .iter_mut()
                 .for_each(|token| token.revoked = true);
-            Some(())
+            true
         }
-        (&Method::POST, _) => set(name, request.uri(), state)?,
+        (&Method::POST, "clock") => set(&mut state.clock_offset, seconds(uri, "offset-seconds")),
+        (&Method::POST, "token-life") => set(&mut state.token_life, seconds(uri, "seconds")),
+        (&Method::POST, "key-life") => set(&mut state.key_life, seconds(uri, "seconds")),
+        (&Method::POST, "hardened") => set(&mut state.hardened, number(uri, "on")),
+        (&Method::POST, "fail-iam") => set(&mut state.iam_failure, failure(uri)),
+        (&Method::POST, "fail-metadata") => set(&mut state.metadata_failure, failure(uri)),
+        (&Method::POST, "slow-credentials") => {
+            let delay = number(uri, "ms").filter(|delay| *delay <= MAX_MILLISECONDS);
+            set(
+                &mut state.credential_delay,
+                delay.map(Duration::from_millis),
+            )
+        }
         _ => return None,
     };
-    Some(match done {
-        Some(()) => ok(json!({})),
-        None => answer::json(
-            StatusCode::BAD_REQUEST,
-            json!({"error": "a parameter is missing or out of range, see docs/sandbox.md"})
-                .to_string(),
-        ),
-    })
+    if !valid {
+        let error = "a parameter is missing or out of range, see docs/sandbox.md";
+        let body = json!({"error": error}).to_string();
+        return Some(response::json(StatusCode::BAD_REQUEST, body));
+    }
+    Some(ok(json!({})))
 }
 
-/// Changes one setting. The outer `None`: no such setting; the inner one: a bad parameter.
-fn set(name: &str, uri: &Uri, state: &mut State) -> Option<Option<()>> {
-    Some(match name {
-        "clock" => seconds(uri, "offset-seconds").map(|offset| state.clock_offset = offset),
-        "token-life" => seconds(uri, "seconds").map(|life| state.token_life = life),
-        "key-life" => seconds(uri, "seconds").map(|life| state.key_life = life),
-        "hardened" => number(uri, "on").map(|on: bool| state.hardened = on),
-        "fail-iam" => failure(uri).map(|failure| state.iam_failure = failure),
-        "fail-metadata" => failure(uri).map(|failure| state.metadata_failure = failure),
-        "slow-credentials" => number(uri, "ms")
-            .filter(|delay| *delay <= MOST_MILLISECONDS)
-            .map(|delay| state.credential_delay = Duration::from_millis(delay)),
-        _ => return None,
-    })
+/// Changes a setting, if the value is valid, and returns whether it was.
+fn set<T>(setting: &mut T, value: Option<T>) -> bool {
+    let valid = value.is_some();
+    if let Some(value) = value {
+        *setting = value;
+    }
+    valid
 }
 
-/// The value of a query parameter, as it stands.
+/// The value of a query parameter, without decoding.
 pub(super) fn parameter<'a>(uri: &'a Uri, name: &str) -> Option<&'a str> {
     uri.query()?.split('&').find_map(|pair| {
         let (key, value) = pair.split_once('=')?;
@@ -74,21 +78,21 @@ fn number<T: std::str::FromStr>(uri: &Uri, name: &str) -> Option<T> {
 
 fn seconds(uri: &Uri, name: &str) -> Option<SignedDuration> {
     let seconds = number(uri, name)?;
-    (-MOST_SECONDS..=MOST_SECONDS)
+    (-MAX_SECONDS..=MAX_SECONDS)
         .contains(&seconds)
         .then(|| SignedDuration::from_secs(seconds))
 }
 
-fn failure(uri: &Uri) -> Option<Failure> {
+fn failure(uri: &Uri) -> Option<InjectedFailure> {
     let status = number(uri, "status").filter(|status| (400..=599).contains(status))?;
-    Some(Failure {
+    Some(InjectedFailure {
         status: StatusCode::from_u16(status).ok()?,
         times: number(uri, "times")?,
     })
 }
 
-fn ok(body: Value) -> Answer {
-    answer::json(StatusCode::OK, body.to_string())
+fn ok(body: Value) -> Response {
+    response::json(StatusCode::OK, body.to_string())
 }
 
 fn counts(state: &State) -> Value {
@@ -104,7 +108,7 @@ fn counts(state: &State) -> Value {
     })
 }
 
-/// The last task requests, newest first, with their credentials: this is a sandbox, and tests look for them here.
+/// The last task requests, newest first. Credentials included, because tests check them.
 fn requests(state: &State) -> Value {
     let requests = state.requests.iter().map(|request| {
         let headers: Vec<_> = request

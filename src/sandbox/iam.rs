@@ -3,20 +3,19 @@
 use bytes::Bytes;
 use http::{HeaderValue, Request, StatusCode};
 use jiff::Timestamp;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{
-    DOMAIN, EXAMPLE_PROJECT_ID, PASSWORD, USER,
-    answer::{Answer, json, keystone_error, quoted},
-    control,
-    state::{State, Token},
+    DOMAIN, EXAMPLE_PROJECT_ID, PASSWORD, USER, control,
+    response::{self, Response, keystone_error},
+    state::{State, Token, remember},
 };
 
-/// Real tokens are several KB of base64 text.
+/// Real tokens are several KB of base64.
 const TOKEN_LENGTH: usize = 4096;
 
-/// Answers `POST /v3/auth/tokens`.
-pub(super) fn issue_token(request: &Request<Bytes>, state: &mut State) -> Answer {
+/// Responds to `POST /v3/auth/tokens`.
+pub(super) fn issue_token(request: &Request<Bytes>, state: &mut State) -> Response {
     state.counts.token_requests += 1;
     if let Some(status) = state.iam_failure.take() {
         return failure(status);
@@ -27,12 +26,7 @@ pub(super) fn issue_token(request: &Request<Bytes>, state: &mut State) -> Answer
             "The request body is invalid: password authentication of user, password and domain is expected.",
         );
     };
-    if (
-        asked.user.as_str(),
-        asked.password.as_str(),
-        asked.domain.as_str(),
-    ) != (USER, PASSWORD, DOMAIN)
-    {
+    if asked.user != USER || asked.password != PASSWORD || asked.domain != DOMAIN {
         return keystone_error(
             StatusCode::UNAUTHORIZED,
             "The username or password is wrong.",
@@ -42,29 +36,27 @@ pub(super) fn issue_token(request: &Request<Bytes>, state: &mut State) -> Answer
     let issued_at = state.now();
     let expires_at = issued_at + state.token_life;
     let token = format!("MII{}", random_text(TOKEN_LENGTH - 3));
-    let mut answer = json(
-        StatusCode::CREATED,
-        description(
-            &asked,
-            issued_at,
-            expires_at,
-            control::parameter(request.uri(), "nocatalog").is_none_or(str::is_empty),
-        ),
-    );
-    answer.headers_mut().insert(
+    let with_catalog = control::parameter(request.uri(), "nocatalog").is_none_or(str::is_empty);
+    let body = description(&asked, issued_at, expires_at, with_catalog);
+    let mut response = response::json(StatusCode::CREATED, body.to_string());
+    response.headers_mut().insert(
         "x-subject-token",
-        HeaderValue::from_str(&token).expect("letters and digits make a header value"),
+        HeaderValue::from_str(&token).expect("letters and digits are a header value"),
     );
-    state.remember_token(Token {
-        value: token,
-        expires_at,
-        has_project: asked.project.is_some(),
-        revoked: false,
-    });
-    answer
+    remember(
+        &mut state.tokens,
+        0,
+        Token {
+            value: token,
+            expires_at,
+            has_project: asked.project.is_some(),
+            revoked: false,
+        },
+    );
+    response
 }
 
-/// What a request for a token says.
+/// A request for a token.
 struct Asked {
     user: String,
     password: String,
@@ -78,7 +70,7 @@ struct Project {
 }
 
 impl Asked {
-    /// `None` when it is not a request of the documented form.
+    /// `None` if the body does not have the documented form.
     fn read(body: &[u8]) -> Option<Self> {
         let body: Value = serde_json::from_slice(body).ok()?;
         let identity = body.pointer("/auth/identity")?;
@@ -117,47 +109,51 @@ fn text(value: &Value, pointer: &str) -> Option<String> {
     (!text.is_empty()).then(|| text.to_owned())
 }
 
-/// The body that goes with a new token.
+/// The body of the response with a new token.
 fn description(
     asked: &Asked,
     issued_at: Timestamp,
     expires_at: Timestamp,
     with_catalog: bool,
-) -> String {
-    let domain = format!(
-        r#"{{"id":"d78cbac186b744899480f25bd022f468","name":{}}}"#,
-        quoted(&asked.domain)
-    );
-    let scope = match &asked.project {
-        Some(project) => format!(
-            r#""project":{{"id":{},"name":{},"domain":{domain}}}"#,
-            quoted(&project.id),
-            quoted(&project.name)
-        ),
-        None => format!(r#""domain":{domain}"#),
+) -> Value {
+    let domain = json!({"id": "d78cbac186b744899480f25bd022f468", "name": asked.domain});
+    let catalog = match with_catalog {
+        true => {
+            json!([{"id": "f3db3c3ee2c14d1a9e1b2a1e1f0a7d11", "name": "rds", "type": "rds", "endpoints": []}])
+        }
+        false => json!([]),
     };
-    let catalog = if with_catalog {
-        r#"[{"id":"f3db3c3ee2c14d1a9e1b2a1e1f0a7d11","name":"rds","type":"rds","endpoints":[]}]"#
-    } else {
-        "[]"
-    };
-    format!(
-        r#"{{"token":{{"expires_at":"{}","issued_at":"{}","methods":["password"],{scope},"roles":[{{"id":"0","name":"rds_adm"}}],"user":{{"id":"7116d09f88fa41908676fdd4b039e95b","name":{},"domain":{domain},"password_expires_at":""}},"catalog":{catalog}}}}}"#,
-        time(expires_at),
-        time(issued_at),
-        quoted(&asked.user),
-    )
+    let mut token = json!({
+        "expires_at": time(expires_at),
+        "issued_at": time(issued_at),
+        "methods": ["password"],
+        "roles": [{"id": "0", "name": "rds_adm"}],
+        "user": {
+            "id": "7116d09f88fa41908676fdd4b039e95b",
+            "name": asked.user,
+            "domain": domain,
+            "password_expires_at": "",
+        },
+        "catalog": catalog,
+    });
+    match &asked.project {
+        Some(Project { id, name }) => {
+            token["project"] = json!({"id": id, "name": name, "domain": domain});
+        }
+        None => token["domain"] = domain,
+    }
+    json!({"token": token})
 }
 
-/// A failure that the control surface asked for, in the shape that fits its status.
-fn failure(status: StatusCode) -> Answer {
+/// A failure that `fail-iam` of [`control`] has set, in the shape of its status.
+fn failure(status: StatusCode) -> Response {
     if status == StatusCode::TOO_MANY_REQUESTS {
-        return json(
+        return response::json(
             status,
             r#"{"error_msg":"The throttling threshold has been reached. Threshold: 10 times per 60 seconds","error_code":"IAM.0012"}"#,
         );
     }
-    keystone_error(status, "The sandbox was told to fail.")
+    keystone_error(status, "The sandbox is set to fail.")
 }
 
 /// A point in time as IAM writes it: UTC with six decimals.
@@ -165,7 +161,7 @@ pub(super) fn time(at: Timestamp) -> String {
     at.strftime("%Y-%m-%dT%H:%M:%S%.6fZ").to_string()
 }
 
-/// Letters and digits that nobody guesses by accident.
+/// Random letters and digits.
 pub(super) fn random_text(length: usize) -> String {
     std::iter::repeat_with(fastrand::alphanumeric)
         .take(length)

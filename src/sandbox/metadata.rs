@@ -1,23 +1,24 @@
-//! The metadata service of a cloud machine: temporary keys, and the tokens of its hardened mode.
+//! The metadata service of a virtual machine: temporary keys, and the tokens of its hardened mode.
 
 use bytes::Bytes;
 use http::{Request, StatusCode};
 use jiff::SignedDuration;
+use serde_json::json;
 
 use super::{
-    answer::{Answer, answer, json},
     iam::{random_text, time},
-    state::{Key, State},
+    response::{self, Response},
+    state::{Key, State, remember},
 };
 
-/// Longest life of a metadata token, in seconds: the six hours that the SDK asks for.
+/// Longest life of a metadata token, in seconds: six hours, which the SDK requests.
 const LONGEST_TOKEN_LIFE: i64 = 21_600;
 
-/// Answers `PUT /meta-data/latest/api/token`: the token of the hardened mode, as text.
-pub(super) fn issue_metadata_token(request: &Request<Bytes>, state: &mut State) -> Answer {
+/// Responds to `PUT /meta-data/latest/api/token`: the token of the hardened mode, as text.
+pub(super) fn issue_metadata_token(request: &Request<Bytes>, state: &mut State) -> Response {
     state.counts.metadata_token_requests += 1;
     if let Some(status) = state.metadata_failure.take() {
-        return plain(status, "The sandbox was told to fail.");
+        return plain(status, "The sandbox is set to fail.");
     }
     let life = request
         .headers()
@@ -32,15 +33,15 @@ pub(super) fn issue_metadata_token(request: &Request<Bytes>, state: &mut State) 
     };
     let token = random_text(56);
     let expires_at = state.now() + SignedDuration::from_secs(life);
-    state.remember_metadata_token(token.clone(), expires_at);
+    remember(&mut state.metadata_tokens, 0, (token.clone(), expires_at));
     plain(StatusCode::OK, token)
 }
 
-/// Answers `GET /openstack/latest/securitykey`: a new temporary key each time.
-pub(super) fn issue_key(request: &Request<Bytes>, state: &mut State) -> Answer {
+/// Responds to `GET /openstack/latest/securitykey`: a new temporary key each time.
+pub(super) fn issue_key(request: &Request<Bytes>, state: &mut State) -> Response {
     state.counts.key_requests += 1;
     if let Some(status) = state.metadata_failure.take() {
-        return plain(status, "The sandbox was told to fail.");
+        return plain(status, "The sandbox is set to fail.");
     }
     let now = state.now();
     let given = request.headers().get("x-metadata-token");
@@ -61,20 +62,19 @@ pub(super) fn issue_key(request: &Request<Bytes>, state: &mut State) -> Answer {
         bad_signatures_in_a_row: 0,
         locked_until: None,
     };
-    let answer = json(
+    let credential = json!({
+        "access": key.access,
+        "secret": key.secret,
+        "securitytoken": key.security_token,
+        "expires_at": time(now + state.key_life),
+    });
+    remember(&mut state.keys, 1, key);
+    response::json(
         StatusCode::OK,
-        format!(
-            r#"{{"credential":{{"access":"{}","secret":"{}","securitytoken":"{}","expires_at":"{}"}}}}"#,
-            key.access,
-            key.secret,
-            key.security_token,
-            time(now + state.key_life),
-        ),
-    );
-    state.remember_key(key);
-    answer
+        json!({"credential": credential}).to_string(),
+    )
 }
 
-fn plain(status: StatusCode, text: impl Into<Bytes>) -> Answer {
-    answer(status, "text/plain", text)
+fn plain(status: StatusCode, text: impl Into<Bytes>) -> Response {
+    response::response(status, "text/plain", text)
 }

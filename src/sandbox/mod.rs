@@ -1,21 +1,22 @@
-//! An embedded stand-in for RDS, IAM and the metadata service, so that the facade can be tried and tested without a cloud
-//! account. Plain HTTP/1.1, on loopback only.
+//! A fake of RDS, IAM and the metadata service, to try and test the facade without a cloud account. Plain HTTP/1.1, on loopback
+//! only. `docs/sandbox.md` is its manual.
 //!
-//! It is written by hand from the vendor's pages and shares no wire types and no signing code with the rest of the crate, so
-//! that a misspelt field or a wrong signature cannot agree with itself. `docs/sandbox.md` is its manual.
+//! It follows the vendor's documentation and shares no wire types and no signing code with the rest of the crate, so that a misspelt
+//! field or a wrong signature is not in both.
 //!
-//! - [`task`]: the RDS call, its two tasks and what the magic instance ids of [`scenarios`] make of it
-//! - [`auth`], [`signature`]: what the gateway asks of a credential
-//! - [`iam`], [`metadata`]: where credentials come from
+//! - [`task`]: the RDS call with its two tasks; [`scenarios`]: the magic instance ids
+//! - [`auth`], [`signature`]: the gateway's check of credentials
+//! - [`iam`], [`metadata`]: the issuers of credentials
 //! - [`control`]: the sandbox's own paths under `/sandbox/`
-//! - [`transport`]: connections, and the answers that are no HTTP
-//! - [`state`]: everything that is remembered, bounded
+//! - [`transport`]: connections, and responses that are not valid HTTP
+//! - [`response`]: the shapes of responses
+//! - [`state`]: the bounded state
 
-mod answer;
 mod auth;
 mod control;
 mod iam;
 mod metadata;
+mod response;
 mod scenarios;
 mod signature;
 mod state;
@@ -35,7 +36,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use http::{HeaderValue, Method, Request, StatusCode, header};
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::Incoming;
 use tokio::{
@@ -44,52 +45,52 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use answer::{Answer, gateway_error, no_such_api};
+use response::{Response, gateway_error, no_such_api};
 pub use scenarios::{SCENARIOS, Scenario};
 use state::State;
 use transport::Script;
 
-/// The token that is always good.
+/// A token that is always valid.
 pub const TOKEN: &str = "sandbox-token";
-/// The key that is always good: AK.
+/// The access key id (AK) of a key that is always valid.
 pub const ACCESS_KEY_ID: &str = "SANDBOXACCESSKEY";
-/// The key that is always good: SK.
+/// The secret access key (SK) of that key.
 pub const SECRET_ACCESS_KEY: &str = "sandbox-secret-key";
-/// The security token that may go with the key that is always good.
+/// The optional security token of that key.
 pub const SECURITY_TOKEN: &str = "sandbox-security-token";
-/// The user that gets tokens.
+/// The user that can get tokens.
 pub const USER: &str = "sandbox-user";
 /// The password of [`USER`].
 pub const PASSWORD: &str = "sandbox-password";
 /// The account (domain) of [`USER`].
 pub const DOMAIN: &str = "sandbox-domain";
-/// Project of the example on the vendor's page. Any other project id does as well.
+/// Project of the example in the vendor's documentation. Any project id is accepted.
 pub const EXAMPLE_PROJECT_ID: &str = "0483b6b16e954cb88930a360d2c4e663";
-/// Instance of the example on the vendor's page.
+/// Instance of the example.
 pub const EXAMPLE_INSTANCE_ID: &str = "1ffc4167903840cb93a3da56d28c14fdin01";
-/// Task of the example on the vendor's page.
+/// Task of the example.
 pub const EXAMPLE_WORKFLOW_ID: &str = "102772a9-31fa-4129-b9f8-7638e2792f3b";
-/// Name of the task of the example on the vendor's page.
+/// Name of the task of the example.
 pub const EXAMPLE_WORKFLOW_NAME: &str = "CreateMysqlSingleHAInstance";
-/// A task of [`EXAMPLE_INSTANCE_ID`] that begins with the sandbox and is over after two minutes.
+/// A task of [`EXAMPLE_INSTANCE_ID`] that starts with the sandbox and takes two minutes.
 pub const RUNNING_TASK: &str = "running-task";
 
-/// How long [`RUNNING_TASK`] runs.
+/// How long [`RUNNING_TASK`] takes.
 const RUNNING_TASK_SECONDS: i64 = 120;
 
-/// Connections at once; further ones wait in the kernel's queue. More than the facade's default of RPCs in flight.
+/// Concurrent connections; more wait in the kernel's queue. Above the facade's default limit of calls in flight.
 const MAX_CONNECTIONS: usize = 4096;
 
-/// Longest request body. The gateway takes 12 MB; no request of this API comes near either.
+/// Longest request body. The gateway accepts 12 MB, but requests of this API are far shorter than either.
 const MAX_BODY_BYTES: usize = 64 * 1024;
 
-/// For the body of a request.
+/// Longest time for the body of a request.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Pause after a failed accept, so that running out of file descriptors does not keep a core busy.
+/// Pause after a failed accept, so that a lack of file descriptors does not keep a core busy.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// The stand-in, bound to its address.
+/// The sandbox, bound to its address.
 #[derive(Debug)]
 pub struct Sandbox {
     listener: TcpListener,
@@ -97,14 +98,14 @@ pub struct Sandbox {
     shared: Arc<Shared>,
 }
 
-/// What all connections share.
+/// The state that all connections share.
 #[derive(Debug)]
 struct Shared(Mutex<State>);
 
 impl Shared {
-    /// The state; never held over an await.
+    /// Locks the state; never held across an await.
     fn state(&self) -> MutexGuard<'_, State> {
-        // A request that panicked half-way leaves counters, nothing that could mislead the next one.
+        // A panic in the middle of a request leaves no state that the next request could not use.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -113,13 +114,13 @@ impl Sandbox {
     /// Binds the sandbox to a loopback address.
     ///
     /// # Errors
-    /// `InvalidInput` for an address beyond loopback, since everybody knows the sandbox's passwords; else what the system
-    /// says.
+    /// `InvalidInput` for an address that is not loopback, because the sandbox's passwords are public; otherwise the error of
+    /// the system.
     pub async fn bind(address: SocketAddr) -> io::Result<Self> {
         if !address.ip().is_loopback() {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
-                format!("the sandbox listens on loopback addresses only, and {address} is none"),
+                format!("the sandbox listens on loopback addresses only, not on {address}"),
             ));
         }
         let listener = TcpListener::bind(address).await?;
@@ -135,7 +136,7 @@ impl Sandbox {
         self.address
     }
 
-    /// Serves until `shutdown` is done; then every connection is dropped.
+    /// Serves until `shutdown` completes; then drops every connection.
     pub async fn serve(self, shutdown: impl Future<Output = ()>) {
         let mut shutdown = pin!(shutdown);
         let mut connections = JoinSet::new();
@@ -158,15 +159,15 @@ impl Sandbox {
     }
 }
 
-/// Answers one request, or hands the connection over to a script.
+/// Responds to one request, or hands the connection over to a script.
 async fn handle(
     shared: Arc<Shared>,
     request: Request<Incoming>,
-) -> Result<Response<Full<Bytes>>, Script> {
+) -> Result<http::Response<Full<Bytes>>, Script> {
     let request_id = format!("{:032x}", fastrand::u128(..));
     let (parts, body) = request.into_parts();
     let body = Limited::new(body, MAX_BODY_BYTES).collect();
-    let mut answer = match timeout(BODY_TIMEOUT, body).await {
+    let mut response = match timeout(BODY_TIMEOUT, body).await {
         Ok(Ok(body)) => {
             let request = Request::from_parts(parts, body.to_bytes());
             route(&shared, &request, &request_id).await?
@@ -179,20 +180,20 @@ async fn handle(
         ),
     };
 
-    let request_id = HeaderValue::try_from(request_id).expect("hex digits make a header value");
+    let request_id = HeaderValue::try_from(request_id).expect("hex digits are a header value");
     let now = shared.state().now();
     let date = now.strftime("%a, %d %b %Y %H:%M:%S GMT").to_string();
-    let date = HeaderValue::try_from(date).expect("a date makes a header value");
-    answer.headers_mut().insert("x-request-id", request_id);
-    answer.headers_mut().insert(header::DATE, date);
-    Ok(answer.map(Full::new))
+    let date = HeaderValue::try_from(date).expect("a date is a header value");
+    response.headers_mut().insert("x-request-id", request_id);
+    response.headers_mut().insert(header::DATE, date);
+    Ok(response.map(Full::new))
 }
 
 async fn route(
     shared: &Shared,
     request: &Request<Bytes>,
     request_id: &str,
-) -> Result<Answer, Script> {
+) -> Result<Response, Script> {
     let path = request.uri().path();
     let issue = match (request.method(), path) {
         (&Method::POST, "/v3/auth/tokens") => iam::issue_token,
@@ -203,7 +204,7 @@ async fn route(
             if let Some(task) = task {
                 return task::show_task(shared, request, task, request_id).await;
             }
-            let control = control::answer(request, &mut shared.state());
+            let control = control::respond(request, &mut shared.state());
             return Ok(control.unwrap_or_else(|| no_such_api(request_id)));
         }
     };

@@ -1,54 +1,54 @@
-//! The magic instance ids: like a payment provider's test cards, each makes the sandbox answer in one certain way.
+//! The magic instance ids: like the test cards of a payment provider, each selects one behaviour of the sandbox.
 
 use super::transport::Break;
 
-/// A magic instance id and what comes of it.
+/// A magic instance id and its effect.
 #[derive(Debug, Clone, Copy)]
 pub struct Scenario {
-    /// The `instance_id` that a request has to name.
+    /// The `instance_id` in the request.
     pub instance_id: &'static str,
-    /// What the sandbox does. An error's own text stands behind the first colon.
+    /// What the sandbox does. The part after the first colon is the message of the error.
     pub description: &'static str,
-    /// What the facade makes of it with its default limits: `OK`, or `CODE / REASON`.
+    /// The facade's status with default limits: `OK`, or `CODE / REASON`.
     pub grpc: &'static str,
     pub(super) act: Act,
 }
 
-/// What the sandbox does. Numbers are HTTP statuses unless something else is said.
+/// What the sandbox does. A number is an HTTP status unless stated otherwise.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Act {
-    /// The plainest answer with this status; an error has a code that RDS does not know.
+    /// The shortest response with this status; an error has a code that RDS does not use.
     Status(u16),
-    /// No body.
+    /// A response without a body.
     Empty(u16),
-    /// An HTML page, as a load balancer writes it.
+    /// An HTML page like that of a load balancer.
     Page(u16),
-    /// RDS's error shape; its text is the description's.
+    /// The error shape of RDS, with the message in the description.
     Rds(u16, &'static str),
-    /// The API gateway's error shape; its text is the description's.
+    /// The error shape of the API gateway, with the message in the description.
     Gateway(u16, &'static str),
-    /// The gateway's throttling, with this `Retry-After` unless it is empty.
+    /// The gateway's throttling error, with this `Retry-After` unless it is empty.
     Throttled(&'static str),
-    /// This body as JSON, `<instance>` and `<task>` filled in.
+    /// This JSON body, with the ids for `<instance>` and `<task>`.
     Json(u16, &'static str),
-    /// The normal answer with this content type.
+    /// The normal response with this content type.
     Typed(&'static str),
-    /// The normal answer after so many milliseconds.
+    /// The normal response after this number of milliseconds.
     Slow(u64),
-    /// So many times 503, then the normal answer; counted by workflow id.
+    /// 503 for this number of requests per workflow id, then the normal response.
     Flaky(u64),
-    /// A task whose one field is over 1 MiB long.
+    /// A task with a field over 1 MiB.
     Huge,
-    /// The normal answer in gzip, though nobody asked for it.
+    /// The normal response in gzip, which the request did not accept.
     Gzip,
-    /// Something that no HTTP library would send. Needs no credential.
+    /// A response that no HTTP library would send. Requires no credential.
     Broken(Break),
 }
 
-/// The longest wait that an instance id can ask for, in milliseconds.
-const LONGEST_WAIT: u64 = 60_000;
+/// Longest delay, in milliseconds.
+const MAX_DELAY: u64 = 60_000;
 
-/// The answer that RDS documents.
+/// The response in the documentation of RDS.
 pub(super) const NORMAL: &str = r#"{"instance_id":<instance>,"instance_name":"rds-mysql-2","job_id":<task>,"job_name":"CreateMysqlSingleHAInstance"}"#;
 
 const POLICY_DENIAL: &str = r#"{"error_code":"DBS.201003","error_msg":"Policy does not allow rds:task:listAll to be performed.","encoded_authorization_message":"AQAASANDBOXencodedauthorizationmessage"}"#;
@@ -75,7 +75,7 @@ const NO_ERROR_CODE: &str = r#"{"error_code":null,"error_msg":null,"instance_id"
 /// `flaky-<number>` work for any number.
 #[rustfmt::skip] // A table: one row, one line.
 pub const SCENARIOS: &[Scenario] = &[
-    // Good answers.
+    // Successes.
     row("every-field", "a task with every known field", "OK", Act::Json(200, EVERY_FIELD)),
     row("finished", "a finished task, whose `process` is empty", "OK", Act::Json(200, FINISHED)),
     row("null-fields", "fields that are null", "OK", Act::Json(200, NULLS)),
@@ -88,7 +88,7 @@ pub const SCENARIOS: &[Scenario] = &[
     row("slow-60000", "answers after 60 s; the attempts or the RPC's deadline run out first", "DEADLINE_EXCEEDED / DEADLINE_EXCEEDED", Act::Slow(60_000)),
     row("flaky-1", "the first request for a workflow id gets 503, the next ones a task", "OK", Act::Flaky(1)),
     row("flaky-2", "the first two requests for a workflow id get 503, the next ones a task", "OK", Act::Flaky(2)),
-    // Every HTTP status of the status table, with an error code that the table does not know.
+    // Every HTTP status of the status table, with an error code that is not in the table.
     row("status-201", "HTTP 201", "INTERNAL / UPSTREAM_UNEXPECTED_STATUS", Act::Status(201)),
     row("status-202", "HTTP 202", "INTERNAL / UPSTREAM_UNEXPECTED_STATUS", Act::Status(202)),
     row("status-204", "HTTP 204", "INTERNAL / UPSTREAM_UNEXPECTED_STATUS", Act::Status(204)),
@@ -135,7 +135,7 @@ pub const SCENARIOS: &[Scenario] = &[
     row("status-505", "HTTP 505", "INTERNAL / UPSTREAM_REJECTED_REQUEST", Act::Status(505)),
     row("status-520", "HTTP 520", "UNKNOWN / UPSTREAM_UNKNOWN", Act::Status(520)),
     row("status-999", "HTTP 999", "UNKNOWN / UPSTREAM_UNKNOWN", Act::Status(999)),
-    // Error codes that say more than their status.
+    // Error codes that decide, not their status.
     row("task-not-found", "HTTP 400, DBS.200543: The task does not exist.", "NOT_FOUND / TASK_NOT_FOUND", Act::Rds(400, "DBS.200543")),
     row("instance-not-found", "HTTP 404, DBS.200045: The DB instance does not exist.", "NOT_FOUND / INSTANCE_NOT_FOUND", Act::Rds(404, "DBS.200045")),
     row("invalid-parameter", "HTTP 400, DBS.280001: Parameter error.", "INVALID_ARGUMENT / UPSTREAM_INVALID_ARGUMENT", Act::Rds(400, "DBS.280001")),
@@ -165,7 +165,7 @@ pub const SCENARIOS: &[Scenario] = &[
     row("throttled", "HTTP 429, APIGW.0308: The throttling threshold has been reached: policy user over ratelimit,limit:200,time:5 minute", "RESOURCE_EXHAUSTED / THROTTLED", Act::Throttled("")),
     row("throttled-ip", "HTTP 429, APIGW.0308: The throttling threshold has been reached: policy ip over ratelimit,limit:60,time:1 minute", "RESOURCE_EXHAUSTED / THROTTLED", Act::Throttled("")),
     row("throttled-retry-after", "HTTP 429 with Retry-After of 2 s, APIGW.0308: The throttling threshold has been reached: policy user over ratelimit,limit:60,time:1 minute", "RESOURCE_EXHAUSTED / THROTTLED", Act::Throttled("2")),
-    // Bodies that cannot be read as a task.
+    // Bodies that are not a task.
     row("error-200", "HTTP 200 with the error object of DBS.200543", "NOT_FOUND / TASK_NOT_FOUND", Act::Json(200, NO_SUCH_TASK)),
     row("error-200-unknown", "HTTP 200, DBS.999999: Something unknown.", "UNKNOWN / UPSTREAM_UNKNOWN", Act::Rds(200, "DBS.999999")),
     row("html-200", "HTTP 200 with an HTML page", "INTERNAL / UPSTREAM_MALFORMED_RESPONSE", Act::Page(200)),
@@ -209,7 +209,7 @@ const fn row(
 }
 
 impl Act {
-    /// What an instance id asks for, and the text of the error that goes with it.
+    /// The behaviour for an instance id, and the message of its error.
     pub(super) fn find(instance_id: &str) -> Option<(Self, &'static str)> {
         let listed = SCENARIOS.iter().find(|row| row.instance_id == instance_id);
         if let Some(row) = listed {
@@ -222,7 +222,7 @@ impl Act {
         let (family, number) = instance_id.rsplit_once('-')?;
         let act = match (family, number.parse().ok()?) {
             ("status", status @ 200..=999) => Self::Status(u16::try_from(status).ok()?),
-            ("slow", wait @ 0..=LONGEST_WAIT) => Self::Slow(wait),
+            ("slow", wait @ 0..=MAX_DELAY) => Self::Slow(wait),
             ("flaky", failures) => Self::Flaky(failures),
             _ => return None,
         };

@@ -1,5 +1,5 @@
-//! The signature SDK-HMAC-SHA256, computed from a received request as the "API request signing guide" tells it. Shares no
-//! code with the crate's signer, so that a mistake there cannot agree with itself here.
+//! The signature SDK-HMAC-SHA256 of a received request, as the "API request signing guide" defines it. Shares no code with the
+//! crate's signer, so that both cannot make the same mistake.
 
 use std::fmt::Write as _;
 
@@ -10,9 +10,7 @@ use http::Request;
 /// Name of the algorithm: the first word of `Authorization` and the first line of the string to sign.
 pub(super) const ALGORITHM: &str = "SDK-HMAC-SHA256";
 
-/// The canonical request, as bytes because a header's value may be anything.
-///
-/// `None` when a signed header is absent or repeated.
+/// The canonical request, in bytes because header values need not be text; `None` if a signed header is absent or repeated.
 pub(super) fn canonical_request(request: &Request<Bytes>, signed_headers: &str) -> Option<Vec<u8>> {
     let mut canonical = format!(
         "{}\n{}\n{}\n",
@@ -45,7 +43,7 @@ pub(super) fn signature(canonical_request: &[u8], date: &str, secret_key: &str) 
     hex(hmac::sign(&key, string_to_sign.as_bytes()).as_ref())
 }
 
-/// Decodes the whole path, encodes each part anew and ends it with a slash, which the request itself lacks.
+/// Decodes the path, encodes each segment again and appends a slash, which the request itself does not have.
 fn canonical_path(path: &str) -> String {
     let parts: Vec<_> = decode(path).split('/').map(encode).collect();
     let mut path = parts.join("/");
@@ -55,7 +53,7 @@ fn canonical_path(path: &str) -> String {
     path
 }
 
-/// Sorts the pairs by key, equal keys by value, before they are encoded again.
+/// Decodes the pairs, sorts them by key and value, and encodes them again.
 fn canonical_query(query: &str) -> String {
     let mut pairs: Vec<_> = query
         .split('&')
@@ -71,7 +69,7 @@ fn canonical_query(query: &str) -> String {
     pairs.join("&")
 }
 
-/// Percent-decodes; a `%` without two hex digits stays, bytes that are no UTF-8 become U+FFFD.
+/// Percent-decodes; a `%` without two hex digits stays, invalid UTF-8 becomes U+FFFD.
 fn decode(text: &str) -> String {
     let mut decoded = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();

@@ -1,4 +1,4 @@
-//! What the sandbox remembers, all of it behind one lock and all of it bounded.
+//! The state of the sandbox: bounded, and behind one lock.
 
 use std::{collections::VecDeque, time::SystemTime};
 
@@ -8,7 +8,7 @@ use jiff::{SignedDuration, Timestamp};
 
 use super::{ACCESS_KEY_ID, SECRET_ACCESS_KEY, SECURITY_TOKEN};
 
-/// Issued tokens, temporary keys, metadata tokens and flaky tasks that are remembered; the oldest is forgotten first.
+/// Most issued tokens, temporary keys, metadata tokens and flaky tasks, each; the oldest is dropped first.
 const REMEMBERED: usize = 1024;
 
 /// Task requests that `GET /sandbox/requests` shows.
@@ -17,10 +17,10 @@ const RECORDED_REQUESTS: usize = 32;
 /// Life of tokens and temporary keys, as IAM and the metadata service document it.
 const DAY: SignedDuration = SignedDuration::from_hours(24);
 
-/// Everything the sandbox remembers.
+/// Everything that requests read or change.
 #[derive(Debug)]
 pub(super) struct State {
-    /// How far the sandbox's clock is ahead of the machine's.
+    /// Offset of the sandbox's clock from the system's.
     pub(super) clock_offset: SignedDuration,
     /// When the task in progress began.
     pub(super) started_at: Timestamp,
@@ -29,21 +29,21 @@ pub(super) struct State {
     pub(super) tokens: VecDeque<Token>,
     /// The documented key first, then the temporary ones.
     pub(super) keys: VecDeque<Key>,
-    /// Tokens of the metadata service's hardened mode, and their ends.
+    /// Tokens of the metadata service's hardened mode, and when they expire.
     pub(super) metadata_tokens: VecDeque<(String, Timestamp)>,
-    /// Answers that the flaky tasks have still to spoil: instance id, workflow id, number.
+    /// Requests for flaky tasks that are still to fail: instance id, workflow id, number.
     flaky: VecDeque<(String, String, u64)>,
     pub(super) token_life: SignedDuration,
     pub(super) key_life: SignedDuration,
-    /// Whether temporary keys are given out only against a metadata token.
+    /// Whether a temporary key requires a metadata token.
     pub(super) hardened: bool,
-    pub(super) iam_failure: Failure,
-    pub(super) metadata_failure: Failure,
-    /// How long token and key requests take.
+    pub(super) iam_failure: InjectedFailure,
+    pub(super) metadata_failure: InjectedFailure,
+    /// Delay of the responses to requests for tokens and keys.
     pub(super) credential_delay: std::time::Duration,
 }
 
-/// What happened so far.
+/// Counters since the start.
 #[derive(Debug, Default, Clone, Copy)]
 pub(super) struct Counts {
     pub(super) connections: u64,
@@ -55,7 +55,7 @@ pub(super) struct Counts {
     pub(super) bad_signatures: u64,
 }
 
-/// A task request as it came, credentials included.
+/// A task request as received, credentials included.
 #[derive(Debug)]
 pub(super) struct Recorded {
     pub(super) method: Method,
@@ -69,20 +69,20 @@ pub(super) struct Recorded {
 pub(super) struct Token {
     pub(super) value: String,
     pub(super) expires_at: Timestamp,
-    /// Whether it is scoped to a project; without that it is no good for RDS.
+    /// Whether it is scoped to a project, as RDS requires.
     pub(super) has_project: bool,
     pub(super) revoked: bool,
 }
 
-/// A key that may sign.
+/// A signing key.
 #[derive(Debug)]
 pub(super) struct Key {
     pub(super) access: String,
     pub(super) secret: String,
     pub(super) security_token: String,
-    /// Whether requests must carry the security token: so with temporary keys.
+    /// Whether requests must carry the security token, as with temporary keys.
     pub(super) security_token_required: bool,
-    /// `None`: never.
+    /// `None`: never expires.
     pub(super) expires_at: Option<Timestamp>,
     /// Bad signatures since the last good one.
     pub(super) bad_signatures_in_a_row: u32,
@@ -91,13 +91,13 @@ pub(super) struct Key {
 
 /// How the next requests to one service fail.
 #[derive(Debug, Default, Clone, Copy)]
-pub(super) struct Failure {
+pub(super) struct InjectedFailure {
     pub(super) status: StatusCode,
     pub(super) times: u64,
 }
 
-impl Failure {
-    /// The status with which the request at hand fails, if it does.
+impl InjectedFailure {
+    /// Uses up one failure, if any is left, and returns its status.
     pub(super) fn take(&mut self) -> Option<StatusCode> {
         self.times = self.times.checked_sub(1)?;
         Some(self.status)
@@ -108,7 +108,7 @@ impl State {
     pub(super) fn new() -> Self {
         Self {
             clock_offset: SignedDuration::ZERO,
-            started_at: machine_now(),
+            started_at: system_now(),
             counts: Counts::default(),
             requests: VecDeque::new(),
             tokens: VecDeque::new(),
@@ -126,18 +126,18 @@ impl State {
             token_life: DAY,
             key_life: DAY,
             hardened: false,
-            iam_failure: Failure::default(),
-            metadata_failure: Failure::default(),
+            iam_failure: InjectedFailure::default(),
+            metadata_failure: InjectedFailure::default(),
             credential_delay: std::time::Duration::ZERO,
         }
     }
 
     /// The sandbox's own time.
     pub(super) fn now(&self) -> Timestamp {
-        machine_now() + self.clock_offset
+        system_now() + self.clock_offset
     }
 
-    /// Counts and keeps a task request.
+    /// Counts and records a task request.
     pub(super) fn record(&mut self, request: &Request<Bytes>) {
         self.counts.task_requests += 1;
         self.requests.truncate(RECORDED_REQUESTS - 1);
@@ -149,51 +149,36 @@ impl State {
         });
     }
 
-    pub(super) fn remember_token(&mut self, token: Token) {
-        forget_oldest(&mut self.tokens, 0);
-        self.tokens.push_back(token);
-    }
-
-    pub(super) fn remember_key(&mut self, key: Key) {
-        forget_oldest(&mut self.keys, 1);
-        self.keys.push_back(key);
-    }
-
-    pub(super) fn remember_metadata_token(&mut self, token: String, expires_at: Timestamp) {
-        forget_oldest(&mut self.metadata_tokens, 0);
-        self.metadata_tokens.push_back((token, expires_at));
-    }
-
-    /// Whether this request for a flaky task is one of the first `failures` for it.
+    /// Whether this request for a flaky task is one of its first `failures`.
     pub(super) fn flakes(&mut self, instance_id: &str, workflow_id: &str, failures: u64) -> bool {
         let known = self
             .flaky
             .iter_mut()
             .find(|(instance, workflow, _)| instance == instance_id && workflow == workflow_id);
         if let Some((_, _, left)) = known {
-            let flakes = *left > 0;
+            let fails = *left > 0;
             *left = left.saturating_sub(1);
-            return flakes;
+            return fails;
         }
-        forget_oldest(&mut self.flaky, 0);
         let left = failures.saturating_sub(1);
-        self.flaky
-            .push_back((instance_id.to_owned(), workflow_id.to_owned(), left));
+        let task = (instance_id.to_owned(), workflow_id.to_owned(), left);
+        remember(&mut self.flaky, 0, task);
         failures > 0
     }
 }
 
-/// Makes room for one more behind the first `kept`, which stay.
-fn forget_oldest<T>(queue: &mut VecDeque<T>, kept: usize) {
+/// Appends to a bounded queue: a full one loses its oldest item after the first `kept`.
+pub(super) fn remember<T>(queue: &mut VecDeque<T>, kept: usize, item: T) {
     if queue.len() >= REMEMBERED + kept {
         queue.remove(kept);
     }
+    queue.push_back(item);
 }
 
 #[expect(
     clippy::disallowed_methods,
-    reason = "the sandbox is a world of its own, with its own clock"
+    reason = "the sandbox has its own clock, independent of the rest of the crate"
 )]
-fn machine_now() -> Timestamp {
-    Timestamp::try_from(SystemTime::now()).expect("the machine's clock is within the years of jiff")
+fn system_now() -> Timestamp {
+    Timestamp::try_from(SystemTime::now()).expect("the system clock is within the range of jiff")
 }

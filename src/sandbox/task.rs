@@ -3,15 +3,14 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{HeaderValue, Request, StatusCode, header};
+use http::{HeaderName, HeaderValue, Request, StatusCode, header};
 use jiff::Timestamp;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::time::sleep;
 
 use super::{
-    EXAMPLE_INSTANCE_ID, EXAMPLE_WORKFLOW_ID, RUNNING_TASK, RUNNING_TASK_SECONDS, Shared,
-    answer::{Answer, answer, gateway_error, json, quoted, rds_error},
-    auth,
+    EXAMPLE_INSTANCE_ID, EXAMPLE_WORKFLOW_ID, RUNNING_TASK, RUNNING_TASK_SECONDS, Shared, auth,
+    response::{self, Rejection, Response, gateway_error, rds_error},
     scenarios::{Act, NORMAL},
     state::State,
     transport::Script,
@@ -25,7 +24,7 @@ const GZIP: &[u8] = &[
     92, 109, 137, 206, 86, 0, 0, 0,
 ];
 
-/// The project and the instance that a path names; `None` when it is another path.
+/// The project and the instance in the path of a task request; `None` for another path.
 pub(super) fn parse_path(path: &str) -> Option<(&str, &str)> {
     let (project_id, rest) = path.strip_prefix("/v3/")?.split_once("/instances/")?;
     let instance_id = rest.strip_suffix("/task-center-detail")?;
@@ -33,7 +32,7 @@ pub(super) fn parse_path(path: &str) -> Option<(&str, &str)> {
     (valid(project_id) && valid(instance_id)).then_some((project_id, instance_id))
 }
 
-/// Counts a task request as in flight as long as it lives, also when the client hangs up.
+/// Counts a task request as in flight until it is dropped, which includes a client that disconnects.
 struct InFlight<'a>(&'a Shared);
 
 impl<'a> InFlight<'a> {
@@ -51,97 +50,87 @@ impl Drop for InFlight<'_> {
     }
 }
 
-/// Answers a request for a task, or takes over the connection.
+/// Responds to a request for a task, or takes over the connection.
 pub(super) async fn show_task(
     shared: &Shared,
     request: &Request<Bytes>,
     (project_id, instance_id): (&str, &str),
     request_id: &str,
-) -> Result<Answer, Script> {
+) -> Result<Response, Script> {
     let _in_flight = InFlight::begin(shared, request);
     let scenario = Act::find(instance_id);
-    let asked = read(request);
+    let workflow_id = read(request);
     if let Some((Act::Broken(kind), _)) = scenario {
-        let workflow_id = asked.as_deref().unwrap_or_default();
+        let workflow_id = workflow_id.as_deref().unwrap_or_default();
         return Err(kind.script(&fill(NORMAL, instance_id, workflow_id)));
     }
-    let answer = {
+    let response = {
         let state = &mut *shared.state();
-        match (auth::authenticate(request, state), asked, scenario) {
-            (Err(refusal), ..) => gateway_error(
-                StatusCode::UNAUTHORIZED,
-                refusal.code,
-                &refusal.message,
-                request_id,
-            ),
-            (_, Err(refusal), _) => rds_error(refusal.status, refusal.code, refusal.message),
-            (_, Ok(task), None) => known_task(state, instance_id, &task),
+        match (auth::authenticate(request, state), workflow_id, scenario) {
+            (Err(error), ..) => gateway_error(error.status, error.code, &error.message, request_id),
+            (_, Err(error), _) => rds_error(error.status, error.code, &error.message),
+            (_, Ok(workflow_id), None) => known_task(state, instance_id, &workflow_id),
             (_, Ok(workflow_id), Some((act, message))) => {
-                let scene = Scene {
+                let task = TaskRequest {
                     project_id,
                     instance_id,
                     workflow_id: &workflow_id,
                     message,
                     request_id,
                 };
-                scene.answer(act, state)
+                task.respond(act, state)
             }
         }
     };
-    // The credential is judged when the request comes, also where the answer comes late.
+    // A credential is checked when the request arrives, even if the response is delayed.
     if let Some((Act::Slow(milliseconds), _)) = scenario {
         sleep(Duration::from_millis(milliseconds)).await;
     }
-    Ok(answer)
+    Ok(response)
 }
 
-/// Why RDS refuses a request that carries a good credential.
-struct Refusal {
-    status: StatusCode,
-    code: &'static str,
-    message: &'static str,
-}
-
-/// The workflow id that a request names.
-fn read(request: &Request<Bytes>) -> Result<String, Refusal> {
+/// The workflow id in the request.
+fn read(request: &Request<Bytes>) -> Result<String, Rejection> {
     let content_type = request.headers().get(header::CONTENT_TYPE);
     let is_json = content_type
         .and_then(|value| value.to_str().ok()?.split(';').next())
         .is_some_and(|value| value.trim() == "application/json");
     if !is_json {
-        return Err(Refusal {
+        return Err(Rejection {
             status: StatusCode::UNSUPPORTED_MEDIA_TYPE,
             code: "DBS.000415",
-            message: "Content-Type must be application/json.",
+            message: "Content-Type must be application/json.".to_owned(),
         });
     }
-    let wrong = |message| Refusal {
-        status: StatusCode::BAD_REQUEST,
-        code: "DBS.200001",
-        message,
+    let invalid = |problem| {
+        Err(Rejection {
+            status: StatusCode::BAD_REQUEST,
+            code: "DBS.200001",
+            message: format!("Parameter error: {problem}"),
+        })
     };
-    let body = serde_json::from_slice(request.body());
-    let Ok(Value::Object(body)) = body else {
-        return Err(wrong("Parameter error: the body is no JSON object."));
+    let Ok(Value::Object(body)) = serde_json::from_slice(request.body()) else {
+        return invalid("the body is not a JSON object.");
     };
     match body.get("workflow_name") {
         None | Some(Value::String(_) | Value::Number(_)) => {}
-        Some(_) => return Err(wrong("Parameter error: workflow_name is no text.")),
+        Some(_) => return invalid("workflow_name is not text."),
     }
     match body.get("workflow_id").and_then(Value::as_str) {
         Some(id) if !id.is_empty() => Ok(id.to_owned()),
-        _ => Err(wrong("Parameter error: workflow_id is missing or empty.")),
+        _ => invalid("workflow_id is missing or empty."),
     }
 }
 
-/// The two tasks that exist; any other is the task centre's normal "no such task".
-fn known_task(state: &State, instance_id: &str, workflow_id: &str) -> Answer {
+/// The two tasks that exist; for any other task, the error of the task center.
+fn known_task(state: &State, instance_id: &str, workflow_id: &str) -> Response {
     match (instance_id, workflow_id) {
         (EXAMPLE_INSTANCE_ID, EXAMPLE_WORKFLOW_ID) => {
-            json(StatusCode::OK, fill(NORMAL, instance_id, workflow_id))
+            response::json(StatusCode::OK, fill(NORMAL, instance_id, workflow_id))
         }
         (EXAMPLE_INSTANCE_ID, RUNNING_TASK) => {
-            json(StatusCode::OK, running_task(state.started_at, state.now()))
+            let task = running_task(state.started_at, state.now());
+            response::json(StatusCode::OK, task.to_string())
         }
         _ => rds_error(
             StatusCode::BAD_REQUEST,
@@ -152,116 +141,110 @@ fn known_task(state: &State, instance_id: &str, workflow_id: &str) -> Answer {
 }
 
 /// The task in progress: three parts, one after the other, from `started_at` on.
-fn running_task(started_at: Timestamp, now: Timestamp) -> String {
+fn running_task(started_at: Timestamp, now: Timestamp) -> Value {
     const PARTS: [&str; 3] = ["Prepare resources", "Restore data", "Verify instance"];
     const PART_SECONDS: i64 = RUNNING_TASK_SECONDS / PARTS.len() as i64;
     let elapsed = now.duration_since(started_at).as_secs();
     let elapsed = elapsed.clamp(0, RUNNING_TASK_SECONDS);
-    let state_of = |elapsed, whole| match elapsed {
-        0 => "Pending",
-        _ if elapsed < whole => "Running",
-        _ => "Completed",
-    };
     let parts: Vec<_> = (0..)
         .zip(PARTS)
         .map(|(index, name)| {
             let executed = (elapsed - index * PART_SECONDS).clamp(0, PART_SECONDS);
-            format!(
-                r#"{{"sub_task_name":"{name}","percent":"{}","executed_time":"{executed}","status":"{}","remaining_time":"{}","show_detail":{}}}"#,
-                executed * 100 / PART_SECONDS,
-                state_of(executed, PART_SECONDS),
-                PART_SECONDS - executed,
-                index == 1,
-            )
+            let status = match executed {
+                0 => "Pending",
+                PART_SECONDS => "Completed",
+                _ => "Running",
+            };
+            json!({
+                "sub_task_name": name,
+                "percent": (executed * 100 / PART_SECONDS).to_string(),
+                "executed_time": executed.to_string(),
+                "status": status,
+                "remaining_time": (PART_SECONDS - executed).to_string(),
+                "show_detail": index == 1,
+            })
         })
         .collect();
-    // The offset without a colon is how the neighbouring calls of the task centre write a time.
-    let time = |at: Timestamp| at.strftime("%Y-%m-%dT%H:%M:%S+0000").to_string();
-    let status = if elapsed < RUNNING_TASK_SECONDS {
-        "Running"
-    } else {
-        "Completed"
+    let status = match elapsed {
+        RUNNING_TASK_SECONDS => "Completed",
+        _ => "Running",
     };
-    format!(
-        r#"{{"instance_id":"{EXAMPLE_INSTANCE_ID}","instance_name":"rds-mysql-2","job_id":"{RUNNING_TASK}","job_name":"RestoreMysqlInstance","created_at":"{}","update_at":"{}","process":"{}","status":"{status}","sub_task_list":[{}]}}"#,
-        time(started_at),
-        time(now),
-        elapsed * 100 / RUNNING_TASK_SECONDS,
-        parts.join(","),
-    )
+    // Like the neighbouring calls of the task center: an offset without a colon.
+    let time = |at: Timestamp| at.strftime("%Y-%m-%dT%H:%M:%S+0000").to_string();
+    json!({
+        "instance_id": EXAMPLE_INSTANCE_ID,
+        "instance_name": "rds-mysql-2",
+        "job_id": RUNNING_TASK,
+        "job_name": "RestoreMysqlInstance",
+        "created_at": time(started_at),
+        "update_at": time(now),
+        "process": (elapsed * 100 / RUNNING_TASK_SECONDS).to_string(),
+        "status": status,
+        "sub_task_list": parts,
+    })
 }
 
-/// What a scenario's answer may mention.
-struct Scene<'a> {
+/// A request whose response a scenario decides, with the parts that a response can contain.
+struct TaskRequest<'a> {
     project_id: &'a str,
     instance_id: &'a str,
     workflow_id: &'a str,
+    /// The scenario's error message.
     message: &'a str,
     request_id: &'a str,
 }
 
-impl Scene<'_> {
-    fn answer(&self, act: Act, state: &mut State) -> Answer {
-        let status = |number| StatusCode::from_u16(number).expect("scenarios name real statuses");
-        let normal = || json(StatusCode::OK, self.fill(NORMAL));
+impl TaskRequest<'_> {
+    fn respond(&self, act: Act, state: &mut State) -> Response {
+        let status = |number| StatusCode::from_u16(number).expect("scenarios have valid statuses");
+        let json = |number, body| response::json(status(number), self.fill(body));
+        let gateway =
+            |number, code| gateway_error(status(number), code, self.message, self.request_id);
         match act {
-            Act::Status(number) => self.plainest(status(number)),
-            Act::Empty(number) => json(status(number), ""),
+            Act::Status(number) => self.plain(status(number)),
+            Act::Empty(number) => response::json(status(number), ""),
             Act::Page(number) => page(status(number)),
             Act::Rds(number, code) => rds_error(status(number), code, self.message),
-            Act::Gateway(number, code) => {
-                gateway_error(status(number), code, self.message, self.request_id)
+            Act::Gateway(number, code) => gateway(number, code),
+            Act::Throttled("") => gateway(429, "APIGW.0308"),
+            Act::Throttled(retry_after) => with_header(
+                gateway(429, "APIGW.0308"),
+                header::RETRY_AFTER,
+                HeaderValue::from_static(retry_after),
+            ),
+            Act::Json(number, body) => json(number, body),
+            Act::Typed(content_type) => {
+                response::response(StatusCode::OK, content_type, self.fill(NORMAL))
             }
-            Act::Throttled(retry_after) => {
-                let mut answer = gateway_error(
-                    StatusCode::TOO_MANY_REQUESTS,
-                    "APIGW.0308",
-                    self.message,
-                    self.request_id,
-                );
-                if !retry_after.is_empty() {
-                    let value = HeaderValue::from_static(retry_after);
-                    answer.headers_mut().insert(header::RETRY_AFTER, value);
-                }
-                answer
-            }
-            Act::Json(number, body) => json(status(number), self.fill(body)),
-            Act::Typed(content_type) => answer(StatusCode::OK, content_type, self.fill(NORMAL)),
             Act::Flaky(failures) if state.flakes(self.instance_id, self.workflow_id, failures) => {
-                self.plainest(StatusCode::SERVICE_UNAVAILABLE)
+                self.plain(StatusCode::SERVICE_UNAVAILABLE)
             }
-            Act::Slow(_) | Act::Flaky(_) => normal(),
-            Act::Huge => json(
+            Act::Slow(_) | Act::Flaky(_) => json(200, NORMAL),
+            Act::Huge => response::json(
                 StatusCode::OK,
                 format!(r#"{{"instance_name":"{}"}}"#, "x".repeat(1024 * 1024)),
             ),
-            Act::Gzip => {
-                let mut answer = json(StatusCode::OK, GZIP);
-                answer
-                    .headers_mut()
-                    .insert(header::CONTENT_ENCODING, HeaderValue::from_static("gzip"));
-                answer
-            }
-            Act::Broken(_) => unreachable!("broken answers never get here"),
+            Act::Gzip => with_header(
+                response::json(StatusCode::OK, GZIP),
+                header::CONTENT_ENCODING,
+                HeaderValue::from_static("gzip"),
+            ),
+            Act::Broken(_) => unreachable!("show_task handles broken responses"),
         }
     }
 
-    /// The plainest answer with a status. The codes `DBS.000<status>` are none of RDS's, so that the status decides.
-    fn plainest(&self, status: StatusCode) -> Answer {
+    /// The shortest response with a status. RDS has no codes `DBS.000<status>`, so the status decides.
+    fn plain(&self, status: StatusCode) -> Response {
         match status.as_u16() {
-            204 | 304 => json(status, ""),
-            200..=299 => json(status, self.fill(NORMAL)),
+            204 | 304 => response::json(status, ""),
+            200..=299 => response::json(status, self.fill(NORMAL)),
             300..=399 => {
                 let location = format!(
                     "/v3/{}/instances/{EXAMPLE_INSTANCE_ID}/task-center-detail",
                     self.project_id
                 );
-                let mut answer = json(status, "");
-                answer.headers_mut().insert(
-                    header::LOCATION,
-                    HeaderValue::try_from(location).expect("a path makes a header value"),
-                );
-                answer
+                let location = HeaderValue::try_from(location).expect("a path is a header value");
+                with_header(response::json(status, ""), header::LOCATION, location)
             }
             number => rds_error(
                 status,
@@ -276,16 +259,22 @@ impl Scene<'_> {
     }
 }
 
+/// The body with both ids as JSON strings.
 fn fill(body: &str, instance_id: &str, workflow_id: &str) -> String {
-    body.replace("<instance>", &quoted(instance_id))
-        .replace("<task>", &quoted(workflow_id))
+    body.replace("<instance>", &Value::from(instance_id).to_string())
+        .replace("<task>", &Value::from(workflow_id).to_string())
 }
 
-/// A page as load balancers write it.
-fn page(status: StatusCode) -> Answer {
+fn with_header(mut response: Response, name: HeaderName, value: HeaderValue) -> Response {
+    response.headers_mut().insert(name, value);
+    response
+}
+
+/// An HTML page like that of a load balancer.
+fn page(status: StatusCode) -> Response {
     let number = status.as_u16();
     let title = status.canonical_reason().unwrap_or("Error");
-    answer(
+    response::response(
         status,
         "text/html",
         format!(

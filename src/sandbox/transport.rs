@@ -1,4 +1,4 @@
-//! One connection: hyper's HTTP/1.1 server as long as the answers are HTTP, the bare socket for everything else.
+//! Serves one connection: hyper's HTTP/1.1 server for valid responses, the bare socket for all others.
 
 use std::{error::Error as _, future::poll_fn, sync::Arc, time::Duration};
 
@@ -13,38 +13,38 @@ use tokio::{
 
 use super::Shared;
 
-/// For the head of a request, waiting for it on a kept connection included.
+/// Longest time to the end of a request's head, idle time of the connection included.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Between two dribbled bytes, and for all of them.
+/// Pause between two dribbled bytes, and the limit for all of them.
 const DRIBBLE: Duration = Duration::from_millis(250);
 const DRIBBLE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How long a client has to read what came before a reset: the reset itself may overtake it otherwise.
+/// Pause before a reset, in which the client reads the bytes before it: the reset may discard them.
 const BEFORE_RESET: Duration = Duration::from_millis(50);
 
-/// An answer that no HTTP library would send.
+/// A response that no HTTP library would send.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Break {
-    /// RST in place of an answer.
+    /// RST instead of a response.
     Reset,
-    /// FIN in place of an answer.
+    /// FIN instead of a response.
     Close,
-    /// FIN before the body's end, as `Content-Length` tells it.
+    /// FIN before `Content-Length` bytes of body.
     CutBody,
-    /// RST before the body's end.
+    /// RST before `Content-Length` bytes of body.
     ResetBody,
     /// FIN before the last chunk.
     CutChunked,
-    /// A chunk whose size is no number.
+    /// A chunk with an invalid size.
     BadChunk,
     /// Not HTTP.
     Garbage,
     /// Two different `Content-Length`.
     TwoLengths,
-    /// 103, then the normal answer.
+    /// 103, then the normal response.
     EarlyHints,
-    /// 101 as the final answer.
+    /// 101 as the final response.
     SwitchingProtocols,
     /// The head, byte by byte.
     DribbleHead,
@@ -54,8 +54,8 @@ pub(super) enum Break {
     HugeChunked,
 }
 
-/// What is written to the bare socket, and how it ends. Travels as the error of hyper's service, since that is how a
-/// service makes hyper let go of a connection without a word.
+/// What to write to the bare socket, and how to close it. An error of hyper's service, because an error makes hyper release the
+/// connection without a response.
 #[derive(Debug, thiserror::Error)]
 #[error("the scenario takes over the connection")]
 pub(super) struct Script {
@@ -65,10 +65,10 @@ pub(super) struct Script {
 }
 
 impl Break {
-    /// The bytes to write, where `body` is the body of the normal answer.
+    /// The script for a normal response with this body.
     pub(super) fn script(self, body: &str) -> Script {
         const OK: &str = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n";
-        // Up to the instance id, which is ASCII.
+        // Ends before the instance id, so within ASCII.
         let part = &body[..16];
         let at_once = match self {
             Self::Reset | Self::Close | Self::DribbleHead => String::new(),
@@ -129,7 +129,7 @@ pub(super) async fn serve(stream: TcpStream, shared: Arc<Shared>) {
         .serve_connection(TokioIo::new(stream), service);
     let outcome = poll_fn(|context| connection.poll_without_shutdown(context)).await;
     let mut stream = connection.into_parts().io.into_inner();
-    // The peer may be gone at any moment, which is its own business: what cannot be written is not written.
+    // Errors are ignored: the client may close the connection at any time.
     if let Some(script) = outcome
         .as_ref()
         .err()
@@ -155,7 +155,7 @@ async fn play(script: &Script, stream: &mut TcpStream) -> std::io::Result<()> {
             sleep(BEFORE_RESET).await;
         }
         stream.set_zero_linger()?;
-        // Without the FIN of a shutdown: dropping the socket now sends RST.
+        // The error skips the shutdown, so dropping the socket sends RST.
         return Err(std::io::ErrorKind::ConnectionReset.into());
     }
     Ok(())

@@ -1,7 +1,7 @@
-//! Every name of a span's attributes. The RPC names are of the OpenTelemetry semantic conventions for RPC, a release
-//! candidate that may still be renamed; the HTTP, network and service names are stable (semantic conventions 1.44).
+//! The names of span attributes, after the OpenTelemetry semantic conventions 1.44. The names for RPC are a release candidate and may
+//! change; those for HTTP, network and service are stable.
 
-/// What these names belong to, for backends that translate between versions.
+/// The version of these names, for backends that translate between versions.
 pub(super) const SCHEMA_URL: &str = "https://opentelemetry.io/schemas/1.44.0";
 
 pub(super) const SERVICE_NAME: &str = "service.name";
@@ -9,11 +9,11 @@ pub(super) const SERVICE_VERSION: &str = "service.version";
 
 /// Always `grpc`.
 pub(super) const RPC_SYSTEM_NAME: &str = "rpc.system.name";
-/// Service and method; [`OTHER`] for one that does not exist.
+/// Service and method; [`OTHER`] for a method that does not exist.
 pub(super) const RPC_METHOD: &str = "rpc.method";
-/// The code's name as gRPC writes it: `NOT_FOUND`.
+/// The code's name in gRPC, such as `NOT_FOUND`.
 pub(super) const RPC_RESPONSE_STATUS_CODE: &str = "rpc.response.status_code";
-/// Stands for any name that callers made up.
+/// Replaces a name that a caller invented, which keeps the number of different names bounded.
 pub(super) const OTHER: &str = "_OTHER";
 
 pub(super) const ERROR_TYPE: &str = "error.type";
@@ -22,16 +22,16 @@ pub(super) const NETWORK_PEER_PORT: &str = "network.peer.port";
 pub(super) const USER_AGENT_ORIGINAL: &str = "user_agent.original";
 
 pub(super) const HTTP_REQUEST_METHOD: &str = "http.request.method";
-/// Attempts of the same call before this one; absent on the first.
+/// Earlier attempts of the same call; absent from the first attempt.
 pub(super) const HTTP_REQUEST_RESEND_COUNT: &str = "http.request.resend_count";
 pub(super) const HTTP_RESPONSE_STATUS_CODE: &str = "http.response.status_code";
 pub(super) const SERVER_ADDRESS: &str = "server.address";
 pub(super) const SERVER_PORT: &str = "server.port";
 pub(super) const URL_FULL: &str = "url.full";
-/// The path with names in place of ids.
+/// The path with placeholders for ids.
 pub(super) const URL_TEMPLATE: &str = "url.template";
 
-/// Our `x-request-id`.
+/// The request id of the call, `x-request-id`.
 pub(super) const REQUEST_ID: &str = "rds_task_facade.request_id";
 /// `ErrorInfo.reason` of a failure.
 pub(super) const REASON: &str = "rds_task_facade.reason";

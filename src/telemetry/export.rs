@@ -1,25 +1,26 @@
-//! Takes finished spans to the collector, over OTLP with HTTP and protobuf, on a thread of its own. A collector that is
-//! dead, slow or full costs spans, which are counted, and never a waiting call.
+//! Exports ended spans to a collector, in OTLP over HTTP with protobuf, on a thread of its own. A collector that is down, slow
+//! or full costs spans, which are counted, and never delays a call.
+//!
+//! Written by hand because the exporter of the OpenTelemetry SDK reads the environment a second time, ignores invalid values in
+//! it silently and does not count the spans that its queue drops.
 
-use std::{
-    fmt,
-    sync::{
-        Arc,
-        mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel},
-    },
-    thread,
-    time::{Duration, Instant},
-};
+use std::{mem, sync::Arc, thread, time::Duration};
 
-use http::{HeaderMap, StatusCode, header};
+use bytes::Bytes;
+use http::{HeaderMap, HeaderValue, StatusCode, header::CONTENT_TYPE};
 use prost::Message as _;
+use tokio::{
+    sync::mpsc::{Receiver, Sender, channel},
+    time::{sleep, timeout},
+};
+use tokio_util::sync::CancellationToken;
 
 use super::{
     conventions as names,
     metrics::Metrics,
     otlp::{
-        ExportTraceServiceRequest, ExportTraceServiceResponse, KeyValue, Resource, ResourceSpans,
-        Scope, ScopeSpans, Span,
+        ExportTraceServiceRequest, ExportTraceServiceResponse, InstrumentationScope, KeyValue,
+        Resource, ResourceSpans, ScopeSpans, Span,
     },
 };
 use crate::{
@@ -28,12 +29,16 @@ use crate::{
     wait::{date, retry_after},
 };
 
-/// The pause before the first repeated export; it doubles to [`MAX_PAUSE`].
+/// The pause before the first retry; it doubles up to [`MAX_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 const MAX_PAUSE: Duration = Duration::from_secs(5);
 
-/// What is read of a collector's answer, which is empty or a few bytes.
-const MAX_ANSWER_BYTES: usize = 64 * 1024;
+/// Longest response body that is read; the body of a success is empty or a few bytes.
+const MAX_BODY_BYTES: usize = 64 * 1024;
+
+/// Indices of [`Metrics::spans_dropped`].
+const QUEUE_FULL: usize = 0;
+const EXPORT_FAILED: usize = 1;
 
 /// Why the export cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -57,27 +62,17 @@ impl From<BuildError> for Error {
     }
 }
 
-enum Order {
-    Span(Box<Span>),
-    /// Export everything before this, then answer.
-    Finish(SyncSender<()>),
-}
-
-/// Where finished spans go. Clones lead to the same collector.
-#[derive(Clone)]
-pub(super) struct Queue {
-    orders: SyncSender<Order>,
+/// The bounded queue of ended spans, which the exporter's thread empties.
+#[derive(Debug)]
+pub(super) struct SpanQueue {
+    spans: Sender<Span>,
+    /// Cancelled when the process ends: the exporter empties the queue and stops.
+    shutdown: CancellationToken,
     metrics: Arc<Metrics>,
 }
 
-impl fmt::Debug for Queue {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Queue").finish_non_exhaustive()
-    }
-}
-
-impl Queue {
-    /// Starts the thread that exports.
+impl SpanQueue {
+    /// Starts the exporter's thread.
     ///
     /// # Errors
     /// [`Error`] for a setting that cannot be used.
@@ -87,51 +82,44 @@ impl Queue {
     pub(super) fn start(config: &config::Tracing, metrics: Arc<Metrics>) -> Result<Self, Error> {
         let exporter = Exporter {
             client: client(config)?,
+            headers: headers(config),
             config: config.clone(),
             metrics: Arc::clone(&metrics),
         };
-        let (orders, waiting) = sync_channel(config.queue_spans);
+        let (spans, queue) = channel(config.queue_spans);
+        let shutdown = CancellationToken::new();
+        let exporting = exporter.run(queue, shutdown.clone());
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
             .expect("a runtime can be made while the program starts");
         thread::Builder::new()
             .name("spans".to_owned())
-            .spawn(move || exporter.run(&waiting, &runtime))
+            .spawn(move || runtime.block_on(exporting))
             .expect("a thread can be started while the program starts");
-        Ok(Self { orders, metrics })
+        Ok(Self {
+            spans,
+            shutdown,
+            metrics,
+        })
     }
 
-    /// Hands one span over. Never waits.
+    /// Queues a span, or drops and counts it. Never waits.
     pub(super) fn put(&self, span: Span) {
-        if self.orders.try_send(Order::Span(Box::new(span))).is_err() {
+        if self.spans.try_send(span).is_err() {
             self.metrics.spans_dropped[QUEUE_FULL].inc();
         }
     }
 
-    /// Waits until everything handed over is exported, for at most `limit`. Whether it was.
-    pub(super) fn finish(&self, limit: Duration) -> bool {
-        let until = Instant::now() + limit;
-        let (done, answer) = sync_channel(1);
-        let mut order = Order::Finish(done);
-        while let Err(TrySendError::Full(returned)) = self.orders.try_send(order) {
-            if Instant::now() >= until {
-                return false;
-            }
-            order = returned;
-            thread::sleep(Duration::from_millis(5));
-        }
-        let left = until.saturating_duration_since(Instant::now());
-        answer.recv_timeout(left).is_ok()
+    /// Stops the exporter once it has exported the queued spans. Returns whether it stopped within `limit`.
+    pub(super) async fn finish(&self, limit: Duration) -> bool {
+        self.shutdown.cancel();
+        timeout(limit, self.spans.closed()).await.is_ok()
     }
 }
 
-/// Indices of [`Metrics::spans_dropped`].
-const QUEUE_FULL: usize = 0;
-const EXPORT_FAILED: usize = 1;
-
 fn client(config: &config::Tracing) -> Result<reqwest::Client, Error> {
-    // As OpenTelemetry's own exporters do: a file of certificates replaces the system's.
+    // As in OpenTelemetry's own exporters, a file of certificates replaces the system's.
     let https = config.endpoint.starts_with("https:");
     let system = if https && config.certificate_pem.is_none() {
         SystemRoots::Trusted
@@ -147,131 +135,117 @@ fn client(config: &config::Tracing) -> Result<reqwest::Client, Error> {
     Ok(build(builder)?)
 }
 
+fn headers(config: &config::Tracing) -> HeaderMap {
+    let mut headers: HeaderMap = config.headers.iter().cloned().collect();
+    let protobuf = HeaderValue::from_static("application/x-protobuf");
+    headers.insert(CONTENT_TYPE, protobuf);
+    headers
+}
+
 struct Exporter {
     client: reqwest::Client,
+    headers: HeaderMap,
     config: config::Tracing,
     metrics: Arc<Metrics>,
 }
 
 impl Exporter {
-    /// Exports until every [`Queue`] is gone.
-    fn run(&self, waiting: &Receiver<Order>, runtime: &tokio::runtime::Runtime) {
+    /// Exports batches until `shutdown`, then the spans that are still queued.
+    async fn run(self, mut queue: Receiver<Span>, shutdown: CancellationToken) {
         let mut batch = Vec::new();
-        let mut until = None;
         loop {
-            let order = match until {
-                None => waiting.recv().map_err(RecvTimeoutError::from),
-                Some(until) => {
-                    waiting.recv_timeout(Instant::saturating_duration_since(&until, Instant::now()))
+            let filling = self.fill(&mut batch, &mut queue);
+            if shutdown.run_until_cancelled(filling).await.is_none() {
+                while batch.len() < self.config.batch_spans
+                    && let Ok(span) = queue.try_recv()
+                {
+                    batch.push(span);
                 }
-            };
-            match order {
-                Ok(Order::Span(span)) => {
-                    batch.push(*span);
-                    until.get_or_insert_with(|| Instant::now() + self.config.delay);
-                    if batch.len() < self.config.batch_spans {
-                        continue;
-                    }
-                }
-                Ok(Order::Finish(done)) => {
-                    self.export(std::mem::take(&mut batch), runtime);
-                    // Whoever asked may have stopped waiting.
-                    let _ = done.try_send(());
-                }
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => return,
             }
-            self.export(std::mem::take(&mut batch), runtime);
-            until = None;
+            if batch.is_empty() {
+                return;
+            }
+            self.export(mem::take(&mut batch)).await;
         }
     }
 
-    fn export(&self, spans: Vec<Span>, runtime: &tokio::runtime::Runtime) {
-        if spans.is_empty() {
-            return;
-        }
+    /// Waits for a span, then for the rest of a batch, but at most the configured delay.
+    async fn fill(&self, batch: &mut Vec<Span>, queue: &mut Receiver<Span>) {
+        batch.extend(queue.recv().await);
+        let rest = async {
+            while batch.len() < self.config.batch_spans
+                && let Some(span) = queue.recv().await
+            {
+                batch.push(span);
+            }
+        };
+        let _ = timeout(self.config.delay, rest).await;
+    }
+
+    async fn export(&self, spans: Vec<Span>) {
         let count = spans.len() as u64;
         let body = self.request(spans).encode_to_vec();
-        let delivered = runtime.block_on(async {
-            tokio::time::timeout(self.config.timeout, self.deliver(body)).await
-        });
-        match delivered {
-            Ok(Ok(rejected)) => {
-                let rejected = rejected.min(count);
-                self.metrics.spans_exported.inc_by(count - rejected);
-                self.metrics.spans_dropped[EXPORT_FAILED].inc_by(rejected);
+        let delivered = timeout(self.config.timeout, self.deliver(body.into())).await;
+        let dropped = match delivered.unwrap_or(Err("no success within the timeout".to_owned())) {
+            Ok(rejected) => rejected.min(count),
+            Err(error) => {
+                tracing::warn!(spans = count, error, "spans cannot be exported");
+                count
             }
-            Ok(Err(fault)) => self.lost(count, &fault),
-            Err(_) => self.lost(count, "no success within the timeout"),
-        }
+        };
+        self.metrics.spans_exported.inc_by(count - dropped);
+        self.metrics.spans_dropped[EXPORT_FAILED].inc_by(dropped);
     }
 
-    fn lost(&self, spans: u64, fault: &str) {
-        self.metrics.spans_dropped[EXPORT_FAILED].inc_by(spans);
-        tracing::warn!(spans, fault, "spans cannot be exported");
-    }
-
-    /// Sends one body until the collector takes it, counting what it rejects of it, or refuses it for good.
-    async fn deliver(&self, body: Vec<u8>) -> Result<u64, String> {
-        let body = bytes::Bytes::from(body);
+    /// Sends one body until the collector accepts it or fails permanently. Returns the number of spans that it rejected.
+    async fn deliver(&self, body: Bytes) -> Result<u64, String> {
         let mut pause = FIRST_PAUSE;
         loop {
-            let sent = self
-                .client
-                .post(&self.config.endpoint)
-                .headers(self.headers())
-                .body(body.clone())
-                .send()
-                .await;
-            let wait = match sent {
-                Ok(mut answer) if answer.status().is_success() => {
-                    let body = read_body(&mut answer, MAX_ANSWER_BYTES).await;
+            let request = self.client.post(&self.config.endpoint);
+            let request = request.headers(self.headers.clone()).body(body.clone());
+            let wait = match request.send().await {
+                Ok(mut response) if response.status().is_success() => {
+                    let body = read_body(&mut response, MAX_BODY_BYTES).await;
                     return Ok(rejected(&body.unwrap_or_default()));
                 }
-                Ok(answer) if is_passing(answer.status()) => {
-                    retry_after(answer.headers(), date(answer.headers()))
+                Ok(response) if is_transient(response.status()) => {
+                    retry_after(response.headers(), date(response.headers()))
                 }
-                Ok(answer) => {
-                    return Err(format!(
-                        "the collector answers {}",
-                        answer.status().as_u16()
-                    ));
+                Ok(response) => {
+                    let status = response.status().as_u16();
+                    return Err(format!("the collector answers {status}"));
                 }
                 Err(_) => None,
             };
-            tokio::time::sleep(wait.unwrap_or_default().max(pause)).await;
+            sleep(wait.unwrap_or_default().max(pause)).await;
             pause = (pause * 2).min(MAX_PAUSE);
         }
     }
 
-    fn headers(&self) -> HeaderMap {
-        let mut headers: HeaderMap = self.config.headers.iter().cloned().collect();
-        let protobuf = http::HeaderValue::from_static("application/x-protobuf");
-        headers.insert(header::CONTENT_TYPE, protobuf);
-        headers
-    }
-
     fn request(&self, spans: Vec<Span>) -> ExportTraceServiceRequest {
-        let attributes = self.config.resource.iter();
+        let (name, version) = (env!("CARGO_PKG_NAME"), env!("CARGO_PKG_VERSION"));
+        let mut attributes: Vec<_> = self
+            .config
+            .resource
+            .iter()
+            .map(|(key, value)| KeyValue::text(key, value))
+            .collect();
+        attributes.push(KeyValue::text(
+            names::SERVICE_NAME,
+            &self.config.service_name,
+        ));
+        attributes.push(KeyValue::text(names::SERVICE_VERSION, version));
         ExportTraceServiceRequest {
             resource_spans: vec![ResourceSpans {
                 resource: Some(Resource {
-                    attributes: attributes
-                        .map(|(key, value)| KeyValue::text(key, value))
-                        .chain([KeyValue::text(
-                            names::SERVICE_NAME,
-                            &self.config.service_name,
-                        )])
-                        .chain([KeyValue::text(
-                            names::SERVICE_VERSION,
-                            env!("CARGO_PKG_VERSION"),
-                        )])
-                        .collect(),
+                    attributes,
+                    ..Resource::default()
                 }),
                 scope_spans: vec![ScopeSpans {
-                    scope: Some(Scope {
-                        name: env!("CARGO_PKG_NAME").to_owned(),
-                        version: env!("CARGO_PKG_VERSION").to_owned(),
+                    scope: Some(InstrumentationScope {
+                        name: name.to_owned(),
+                        version: version.to_owned(),
+                        ..InstrumentationScope::default()
                     }),
                     spans,
                     schema_url: names::SCHEMA_URL.to_owned(),
@@ -282,31 +256,134 @@ impl Exporter {
     }
 }
 
-/// Spans that the collector did not take of a request that it accepted as a whole.
+/// Number of spans that the collector rejected of a request that it accepted.
 fn rejected(body: &[u8]) -> u64 {
-    ExportTraceServiceResponse::decode(body)
-        .ok()
-        .and_then(|answer| answer.partial_success)
-        .map_or(0, |partial| {
-            u64::try_from(partial.rejected_spans).unwrap_or_default()
-        })
+    let response = ExportTraceServiceResponse::decode(body).unwrap_or_default();
+    let rejected = response
+        .partial_success
+        .map(|partial| partial.rejected_spans);
+    rejected.unwrap_or_default().try_into().unwrap_or_default()
 }
 
-/// Statuses that a client may repeat (OTLP specification, "Failures" of OTLP/HTTP).
-fn is_passing(status: StatusCode) -> bool {
+/// Whether OTLP permits a retry after this status (OTLP specification, "Failures" of OTLP/HTTP).
+fn is_transient(status: StatusCode) -> bool {
     matches!(status.as_u16(), 429 | 502 | 503 | 504)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::{convert::Infallible, net::SocketAddr};
+
+    use http::{Request, Response};
+    use http_body_util::{BodyExt as _, Full};
+    use hyper::{body::Incoming, server::conn::http1, service::service_fn};
+    use hyper_util::rt::TokioIo;
+    use tokio::net::TcpListener;
+
     use super::*;
-    use crate::telemetry::otlp::PartialSuccess;
+    use crate::{
+        config::{Propagators, Sampler, Tracing},
+        telemetry::otlp::ExportTracePartialSuccess,
+    };
+
+    /// A collector that accepts everything. Returns its address and the names of the spans in each request.
+    async fn collector() -> (SocketAddr, Receiver<Vec<String>>) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (requests, received) = channel(100);
+        tokio::spawn(async move {
+            let (stream, _) = listener.accept().await.unwrap();
+            let service = service_fn(async |request: Request<Incoming>| {
+                let body = request.into_body().collect().await.unwrap().to_bytes();
+                let request = ExportTraceServiceRequest::decode(body).unwrap();
+                let spans = &request.resource_spans[0].scope_spans[0].spans;
+                let names = spans.iter().map(|span| span.name.clone()).collect();
+                requests.send(names).await.unwrap();
+                Ok::<_, Infallible>(Response::new(Full::new(Bytes::new())))
+            });
+            let connection = http1::Builder::new().serve_connection(TokioIo::new(stream), service);
+            // A client may close the connection at any time.
+            let _ = connection.await;
+        });
+        (address, received)
+    }
+
+    fn settings(address: SocketAddr, queue_spans: usize) -> Tracing {
+        Tracing {
+            endpoint: format!("http://{address}/v1/traces"),
+            headers: Vec::new(),
+            timeout: Duration::from_secs(30),
+            certificate_pem: None,
+            sampler: Sampler {
+                parent_based: false,
+                ratio: 1.0,
+            },
+            propagators: Propagators {
+                w3c: true,
+                b3: false,
+            },
+            service_name: "test".to_owned(),
+            resource: Vec::new(),
+            queue_spans,
+            batch_spans: 2,
+            delay: Duration::from_secs(3600),
+        }
+    }
+
+    fn span(name: &str) -> Span {
+        Span {
+            name: name.to_owned(),
+            ..Span::default()
+        }
+    }
+
+    #[tokio::test]
+    async fn a_full_batch_is_exported_at_once_and_the_rest_at_the_end() {
+        let (address, mut received) = collector().await;
+        let metrics = Metrics::new();
+        let queue = SpanQueue::start(&settings(address, 100), Arc::clone(&metrics)).unwrap();
+
+        for name in ["a", "b", "c"] {
+            queue.put(span(name));
+        }
+        let limit = Duration::from_secs(30);
+        let first = timeout(limit, received.recv()).await;
+        let finished = queue.finish(limit).await;
+
+        assert_eq!(
+            first.expect("a full batch does not wait").unwrap(),
+            ["a", "b"]
+        );
+        assert!(finished);
+        assert_eq!(received.recv().await.unwrap(), ["c"]);
+        assert_eq!(metrics.spans_exported.get(), 3);
+    }
+
+    #[tokio::test]
+    async fn a_collector_that_never_answers_costs_counted_spans_and_a_bounded_end() {
+        let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let metrics = Metrics::new();
+        let config = settings(silent.local_addr().unwrap(), 5);
+        let queue = SpanQueue::start(&config, Arc::clone(&metrics)).unwrap();
+
+        for _ in 0..100 {
+            queue.put(span("a"));
+        }
+
+        // The queue holds five spans, the exporter a batch of two at most.
+        let dropped = metrics.spans_dropped[QUEUE_FULL].get();
+        assert!((93..=95).contains(&dropped), "{dropped}");
+        assert!(!queue.finish(Duration::from_millis(50)).await);
+    }
 
     #[test]
     fn what_a_collector_rejects_of_a_batch_is_read_from_its_answer() {
         let partial = |rejected_spans| {
             ExportTraceServiceResponse {
-                partial_success: Some(PartialSuccess { rejected_spans }),
+                partial_success: Some(ExportTracePartialSuccess {
+                    rejected_spans,
+                    ..ExportTracePartialSuccess::default()
+                }),
             }
             .encode_to_vec()
         };

@@ -1,7 +1,11 @@
-//! One line of the log, put together by hand into one buffer: the same look for events and for the access line.
+//! Formats one line of the log, for events and for the access line.
 //!
 //! Text: `2026-02-03T03:04:05.678Z INFO target: message name=value other="two words"`. JSON: one object with `ts`,
-//! `level`, `target`, `msg` and the fields. In both, nothing a peer sends can end the line, move a cursor or open a field.
+//! `level`, `target`, `msg` and the fields. In both formats no value can end the line, move the cursor or add a field.
+//!
+//! Written by hand because the formatters of tracing-subscriber format events only, whereas the access line is no event (its
+//! fields vary from call to call and its cost counts on every call), and because they neither bound the length of a value nor
+//! escape line separators and marks of text direction.
 
 use std::fmt::{self, Write as _};
 
@@ -10,10 +14,10 @@ use tracing::Level;
 
 use crate::config::LogFormat;
 
-/// A field longer than this is cut, because memory of waiting lines is bounded. The configuration in the start line fits.
+/// A longer value is cut, which bounds the memory of queued lines. The start line's configuration is shorter.
 const MAX_FIELD_BYTES: usize = 8192;
 
-/// How lines look.
+/// The format of lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Style {
     pub(super) format: LogFormat,
@@ -39,31 +43,28 @@ impl Line {
             format: style.format,
             buffer: String::with_capacity(512),
         };
-        let out = &mut line.buffer;
-        let written = match style {
-            Style {
-                format: LogFormat::Json,
-                ..
-            } => {
-                let written = write!(out, "{{\"ts\":\"{now:.3}\",\"level\":\"{level}\"");
+        match style.format {
+            LogFormat::Json => {
+                line.write(format_args!(r#"{{"ts":"{now:.3}","level":"{level}""#));
                 line.text("target", target);
                 line.text("msg", message);
-                written
             }
-            Style { colour: true, .. } => {
-                let colour = colour_of(level);
-                write!(out, "{now:.3} \u{1b}[{colour}m{level}\u{1b}[0m {target}: ")
+            LogFormat::Text => {
+                line.write(format_args!("{now:.3} "));
+                if style.colour {
+                    let colour = ansi_colour(level);
+                    line.write(format_args!("\u{1b}[{colour}m{level}\u{1b}[0m"));
+                } else {
+                    line.write(format_args!("{level}"));
+                }
+                line.write(format_args!(" {target}: "));
+                line.escape(cut(message), false);
             }
-            Style { colour: false, .. } => write!(out, "{now:.3} {level} {target}: "),
-        };
-        written.expect("writing to a String does not fail");
-        if style.format == LogFormat::Text {
-            escape(&mut line.buffer, cut(message), Quotes::Kept);
         }
         line
     }
 
-    /// A field with text of any origin. Names are words of the program's own.
+    /// A field with text of any origin. Names are constants of the program.
     pub(super) fn text(&mut self, name: &'static str, value: &str) {
         self.name(name);
         let value = cut(value);
@@ -76,7 +77,7 @@ impl Line {
             self.buffer.push_str(value);
         } else {
             self.buffer.push('"');
-            escape(&mut self.buffer, value, Quotes::Escaped);
+            self.escape(value, true);
             self.buffer.push('"');
         }
     }
@@ -84,7 +85,7 @@ impl Line {
     /// A field whose [`fmt::Display`] is a JSON number or boolean.
     pub(super) fn plain(&mut self, name: &'static str, value: impl fmt::Display) {
         self.name(name);
-        write!(self.buffer, "{value}").expect("writing to a String does not fail");
+        self.write(format_args!("{value}"));
     }
 
     /// The finished line, with its line feed.
@@ -97,22 +98,40 @@ impl Line {
     }
 
     fn name(&mut self, name: &'static str) {
-        match self.format {
-            LogFormat::Json => {
-                self.buffer.push_str(",\"");
-                self.buffer.push_str(name);
-                self.buffer.push_str("\":");
-            }
-            LogFormat::Text => {
-                self.buffer.push(' ');
-                self.buffer.push_str(name);
-                self.buffer.push('=');
+        let (before, after) = match self.format {
+            LogFormat::Json => (",\"", "\":"),
+            LogFormat::Text => (" ", "="),
+        };
+        for part in [before, name, after] {
+            self.buffer.push_str(part);
+        }
+    }
+
+    fn write(&mut self, text: fmt::Arguments<'_>) {
+        let written = self.buffer.write_fmt(text);
+        written.expect("writing to a String does not fail");
+    }
+
+    fn escape(&mut self, text: &str, escape_quotes: bool) {
+        let plain = |b: u8| matches!(b, b' '..=b'~') && !matches!(b, b'"' | b'\\');
+        if text.bytes().all(plain) {
+            self.buffer.push_str(text);
+            return;
+        }
+        for c in text.chars() {
+            match c {
+                '"' | '\\' if escape_quotes => self.buffer.extend(['\\', c]),
+                '\n' => self.buffer.push_str("\\n"),
+                '\r' => self.buffer.push_str("\\r"),
+                '\t' => self.buffer.push_str("\\t"),
+                c if needs_escape(c) => self.write(format_args!("\\u{:04x}", u32::from(c))),
+                c => self.buffer.push(c),
             }
         }
     }
 }
 
-fn colour_of(level: Level) -> u8 {
+fn ansi_colour(level: Level) -> u8 {
     match level {
         Level::ERROR => 31,
         Level::WARN => 33,
@@ -123,48 +142,11 @@ fn colour_of(level: Level) -> u8 {
 }
 
 fn cut(text: &str) -> &str {
-    if text.len() <= MAX_FIELD_BYTES {
-        return text;
-    }
-    let end = (0..=MAX_FIELD_BYTES)
-        .rev()
-        .find(|end| text.is_char_boundary(*end))
-        .unwrap_or(0);
-    &text[..end]
+    &text[..text.floor_char_boundary(MAX_FIELD_BYTES)]
 }
 
-/// Whether quotes and backslashes have a meaning where the text goes.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Quotes {
-    Kept,
-    Escaped,
-}
-
-fn escape(out: &mut String, text: &str, quotes: Quotes) {
-    let harmless = |b: u8| (b' '..=b'~').contains(&b) && !matches!(b, b'"' | b'\\');
-    if text.bytes().all(harmless) {
-        out.push_str(text);
-        return;
-    }
-    for c in text.chars() {
-        match c {
-            '"' | '\\' if quotes == Quotes::Escaped => {
-                out.push('\\');
-                out.push(c);
-            }
-            '\n' => out.push_str("\\n"),
-            '\r' => out.push_str("\\r"),
-            '\t' => out.push_str("\\t"),
-            c if is_unruly(c) => {
-                write!(out, "\\u{:04x}", u32::from(c)).expect("writing to a String does not fail")
-            }
-            c => out.push(c),
-        }
-    }
-}
-
-/// Control characters, line separators, and marks that turn the direction of the text after them.
-fn is_unruly(c: char) -> bool {
+/// Control characters, line separators, and marks that change the direction of the text after them.
+fn needs_escape(c: char) -> bool {
     c.is_control()
         || matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
@@ -260,7 +242,7 @@ mod tests {
             prop_assert_eq!(object["user_agent"].as_str().unwrap(), cut(&value));
             for line in [json, text] {
                 let line = line.strip_suffix('\n').unwrap();
-                prop_assert!(!line.contains(is_unruly));
+                prop_assert!(!line.contains(needs_escape));
             }
         }
     }

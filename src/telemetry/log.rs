@@ -1,9 +1,7 @@
-//! Events of `tracing` as lines of the log.
+//! Writes the events of `tracing` as lines of the log. [`Repeats`] suppresses repeated warnings.
 //!
-//! A place in the code that writes WARN or ERROR over and over is held back (see [`Repeats`]); the access line never is.
-//!
-//! The filter is `RUST_LOG`; without it, `info`. Whatever it says, crates other than this one speak only from WARN up:
-//! below that they print URLs and header values, and a token must not depend on somebody's filter.
+//! The filter is `RUST_LOG`, by default `info`. Regardless of it, other crates log only WARN and ERROR: below that they log URLs
+//! and header values, and no filter may disclose a token.
 
 use std::{
     fmt::{self, Write as _},
@@ -27,15 +25,15 @@ use super::{
     writer::Writer,
 };
 
-/// What the targets of this crate begin with.
+/// The prefix of this crate's targets.
 const OWN_TARGET: &str = "rds_task_facade";
 
-/// The filter that the text of `RUST_LOG` describes; `None` when it describes none.
+/// Parses the value of `RUST_LOG`; `None` if it is invalid.
 pub(crate) fn filter(text: &str) -> Option<EnvFilter> {
     EnvFilter::try_new(text).ok()
 }
 
-/// The subscriber of the process: `RUST_LOG`, the cap on other crates, and lines to `writer`.
+/// The subscriber of the process: the filter, the limit for other crates, and lines to `writer`.
 pub(super) fn subscriber(
     style: Style,
     filter: EnvFilter,
@@ -49,10 +47,10 @@ pub(super) fn subscriber(
             repeats,
         })
         .with(filter)
-        .with(filter_fn(may_speak))
+        .with(filter_fn(may_log))
 }
 
-fn may_speak(metadata: &Metadata<'_>) -> bool {
+fn may_log(metadata: &Metadata<'_>) -> bool {
     let target = metadata.target();
     *metadata.level() <= Level::WARN
         || target == super::access::TARGET
@@ -61,7 +59,7 @@ fn may_speak(metadata: &Metadata<'_>) -> bool {
             .is_some_and(|rest| rest.is_empty() || rest.starts_with("::"))
 }
 
-/// Turns a panic into one ERROR line. The line tells where, not what: a panic's text can quote a secret.
+/// Logs a panic as one ERROR line with its location only, because its message can contain a secret.
 pub(super) fn set_panic_hook() {
     std::panic::set_hook(Box::new(|panic| match panic.location() {
         Some(at) => tracing::error!(file = at.file(), line = at.line(), "panic"),
@@ -79,7 +77,7 @@ struct Lines {
 impl<S: Subscriber> Layer<S> for Lines {
     fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
         let metadata = event.metadata();
-        let Some(held_back) = self.repeats.admit(metadata, Instant::now()) else {
+        let Some(suppressed) = self.repeats.admit(metadata, Instant::now()) else {
             return;
         };
         let mut message = Message(String::new());
@@ -93,8 +91,8 @@ impl<S: Subscriber> Layer<S> for Lines {
             &message.0,
         );
         event.record(&mut Fields(&mut line));
-        if held_back > 0 {
-            line.plain("suppressed", held_back);
+        if suppressed > 0 {
+            line.plain("suppressed", suppressed);
         }
         self.writer.write(&line.finish());
     }
@@ -129,7 +127,7 @@ impl Visit for Fields<'_> {
     fn record_str(&mut self, field: &Field, value: &str) {
         match field.name() {
             MESSAGE => {}
-            // The names of the line itself; twice in one JSON object would hide one of the two.
+            // Keys of the line itself, which would be in a JSON object twice.
             "ts" => self.0.text("field.ts", value),
             "level" => self.0.text("field.level", value),
             "target" => self.0.text("field.target", value),
@@ -197,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn other_crates_are_silent_below_warn_whatever_the_filter_says() {
+    fn other_crates_log_nothing_below_warn_with_any_filter() {
         let text = logged(JSON, "trace", || {
             tracing::trace!(target: "hyper::proto", "header-canary");
             tracing::debug!(target: "h2::codec", "header-canary");
@@ -213,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn the_filter_decides_what_of_this_crate_is_written() {
+    fn the_filter_selects_the_lines_of_this_crate() {
         let cases = [
             ("info", true, false),
             ("warn", false, false),
@@ -233,20 +231,20 @@ mod tests {
     }
 
     #[test]
-    fn a_warning_over_and_over_is_held_back_and_information_is_not() {
+    fn a_repeated_warning_is_suppressed_and_information_is_not() {
         let text = logged(JSON, "info", || {
             for _ in 0..50 {
                 tracing::warn!("flood");
-                tracing::info!("told");
+                tracing::info!("information");
             }
         });
 
         assert_eq!(text.matches("flood").count(), 5);
-        assert_eq!(text.matches("told").count(), 50);
+        assert_eq!(text.matches("information").count(), 50);
     }
 
     #[test]
-    fn a_filter_that_is_none_is_told_apart() {
+    fn an_invalid_filter_is_detected() {
         let cases = [
             ("info", true),
             ("info,rds_task_facade=debug,access=off", true),

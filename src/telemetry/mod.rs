@@ -81,7 +81,7 @@ pub fn start_tracing(
     propagate_upstream: bool,
     metrics: Arc<Metrics>,
 ) -> Result<Arc<Tracer>, TracingError> {
-    let queue = export::Queue::start(tracing, metrics)?;
+    let queue = export::SpanQueue::start(tracing, metrics)?;
     Ok(Tracer::new(tracing, propagate_upstream, queue))
 }
 

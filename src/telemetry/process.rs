@@ -1,5 +1,6 @@
-//! What the operating system says about this process, read when somebody asks for metrics. Linux only: elsewhere there
-//! is no `/proc`, and the metrics are left out.
+//! What Linux reports about this process, read from `/proc` for each scrape. On other systems the metrics are absent.
+//!
+//! Written by hand because prometheus-client has no such collector, and the crate procfs parses far more than the five values here.
 
 use std::{fmt, fs};
 
@@ -9,121 +10,86 @@ use prometheus_client::{
     metrics::{MetricType, counter::ConstCounter, gauge::ConstGauge},
 };
 
-/// Clock ticks per second in `/proc/*/stat`; 100 on every architecture Linux runs this program on.
+/// Clock ticks per second in `/proc/*/stat`: 100 on every architecture that Linux runs this program on.
 const TICKS_PER_SECOND: f64 = 100.0;
 
-/// The `process_*` metrics under the names that Prometheus client libraries share.
+/// The `process_*` metrics, named as in the Prometheus client libraries.
 #[derive(Debug)]
 pub(super) struct Process;
 
 impl Collector for Process {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-        if let Some(times) = fs::read_to_string("/proc/self/stat")
-            .ok()
-            .as_deref()
-            .and_then(times)
-        {
+        let stat = read("/proc/self/stat");
+        if let Some(seconds) = cpu_seconds(&stat) {
             let name = "process_cpu_seconds";
             let metric =
                 encoder.encode_descriptor(name, "CPU time used", None, MetricType::Counter)?;
-            ConstCounter::new(times.cpu_seconds).encode(metric)?;
-            if let Some(boot) = fs::read_to_string("/proc/stat")
-                .ok()
-                .as_deref()
-                .and_then(boot_time)
-            {
-                let name = "process_start_time_seconds";
-                gauge(
-                    &mut encoder,
-                    name,
-                    "When the process started",
-                    boot + times.started_seconds,
-                )?;
-            }
+            ConstCounter::new(seconds).encode(metric)?;
         }
-        let resident = fs::read_to_string("/proc/self/status")
-            .ok()
-            .as_deref()
-            .and_then(resident_bytes);
-        if let Some(bytes) = resident {
-            gauge(
-                &mut encoder,
+        let gauges = [
+            (
+                "process_start_time_seconds",
+                "When the process started",
+                start_time(&stat, &read("/proc/stat")),
+            ),
+            (
                 "process_resident_memory_bytes",
                 "Memory in use",
-                bytes,
-            )?;
-        }
-        if let Ok(files) = fs::read_dir("/proc/self/fd") {
-            // The folder itself is open while it is counted.
-            let open = files.count().saturating_sub(1) as f64;
-            gauge(
-                &mut encoder,
-                "process_open_fds",
-                "Open files and sockets",
-                open,
-            )?;
-        }
-        let limit = fs::read_to_string("/proc/self/limits")
-            .ok()
-            .as_deref()
-            .and_then(max_files);
-        if let Some(limit) = limit {
-            gauge(
-                &mut encoder,
+                number(&read("/proc/self/status"), "VmRSS:").map(|kilobytes| kilobytes * 1024.0),
+            ),
+            ("process_open_fds", "Open files and sockets", open_files()),
+            (
                 "process_max_fds",
                 "Open files and sockets allowed",
-                limit,
-            )?;
+                number(&read("/proc/self/limits"), "Max open files"),
+            ),
+        ];
+        for (name, help, value) in gauges {
+            if let Some(value) = value {
+                let metric = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+                ConstGauge::new(value).encode(metric)?;
+            }
         }
         Ok(())
     }
 }
 
-fn gauge(encoder: &mut DescriptorEncoder<'_>, name: &str, help: &str, value: f64) -> fmt::Result {
-    let metric = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
-    ConstGauge::new(value).encode(metric)
+/// The text of a file; empty if it cannot be read.
+fn read(path: &str) -> String {
+    fs::read_to_string(path).unwrap_or_default()
 }
 
-/// Times out of `/proc/self/stat`.
-#[derive(Debug, PartialEq)]
-struct Times {
-    cpu_seconds: f64,
-    /// Since the machine booted.
-    started_seconds: f64,
+/// User and system time, fields 14 and 15 of `/proc/self/stat`.
+fn cpu_seconds(stat: &str) -> Option<f64> {
+    Some(seconds(stat, 14)? + seconds(stat, 15)?)
 }
 
-/// See `proc_pid_stat(5)`: utime, stime and starttime are fields 14, 15 and 22; the name in field 2 may hold blanks.
-fn times(stat: &str) -> Option<Times> {
+/// Seconds since 1970: the boot time in `/proc/stat`, and field 22 of `/proc/self/stat`, the time from boot to start.
+fn start_time(self_stat: &str, stat: &str) -> Option<f64> {
+    Some(number(stat, "btime ")? + seconds(self_stat, 22)?)
+}
+
+/// A field in ticks, counted from 1 as in `proc_pid_stat(5)`. Field 2, the name, may contain blanks and parentheses.
+fn seconds(stat: &str, field: usize) -> Option<f64> {
     let (_, after_name) = stat.rsplit_once(')')?;
-    let fields: Vec<&str> = after_name.split_whitespace().collect();
-    let ticks = |field: usize| fields.get(field - 3)?.parse::<f64>().ok();
-    Some(Times {
-        cpu_seconds: (ticks(14)? + ticks(15)?) / TICKS_PER_SECOND,
-        started_seconds: ticks(22)? / TICKS_PER_SECOND,
-    })
+    let ticks: f64 = after_name.split_whitespace().nth(field - 3)?.parse().ok()?;
+    Some(ticks / TICKS_PER_SECOND)
 }
 
-/// The line `btime` of `/proc/stat`, in seconds since 1970.
-fn boot_time(stat: &str) -> Option<f64> {
-    let line = stat.lines().find_map(|line| line.strip_prefix("btime "))?;
-    line.trim().parse().ok()
+fn open_files() -> Option<f64> {
+    // The folder itself is open while it is counted.
+    Some(
+        fs::read_dir("/proc/self/fd")
+            .ok()?
+            .count()
+            .saturating_sub(1) as f64,
+    )
 }
 
-/// The line `VmRSS` of `/proc/self/status`, which is in kB.
-fn resident_bytes(status: &str) -> Option<f64> {
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmRSS:"))?;
-    let kilobytes: f64 = line.split_whitespace().next()?.parse().ok()?;
-    Some(kilobytes * 1024.0)
-}
-
-/// The soft limit in the line `Max open files` of `/proc/self/limits`.
-fn max_files(limits: &str) -> Option<f64> {
-    let line = limits
-        .lines()
-        .find_map(|line| line.strip_prefix("Max open files"))?;
-    line.split_whitespace().next()?.parse().ok()
+/// The first number of the line that begins with `name`.
+fn number(text: &str, name: &str) -> Option<f64> {
+    let values = text.lines().find_map(|line| line.strip_prefix(name))?;
+    values.split_whitespace().next()?.parse().ok()
 }
 
 #[cfg(test)]
@@ -131,36 +97,51 @@ mod tests {
     use super::*;
 
     #[test]
-    fn times_are_read_past_a_name_with_blanks_and_brackets() {
+    fn times_are_read_after_a_name_with_blanks_and_parentheses() {
         let stat = "42 (a ) b) S 1 42 42 0 -1 4194560 100 0 0 0 250 50 0 0 20 0 3 0 12345 1000 200";
 
-        assert_eq!(
-            times(stat),
-            Some(Times {
-                cpu_seconds: 3.0,
-                started_seconds: 123.45
-            })
-        );
-        assert_eq!(times("42"), None);
-        assert_eq!(times("42 (a) S 1"), None);
+        assert_eq!(cpu_seconds(stat), Some(3.0));
+        let boot = "cpu 1 2\nbtime 1700000000\n";
+        assert_eq!(start_time(stat, boot), Some(1_700_000_123.45));
+        for unreadable in ["", "42", "42 (a) S 1"] {
+            assert_eq!(cpu_seconds(unreadable), None);
+            assert_eq!(start_time(unreadable, boot), None);
+        }
     }
 
     #[test]
-    fn sizes_and_limits_are_found_by_their_lines() {
+    fn numbers_are_found_by_the_start_of_their_line() {
+        let limits = "Max open files            1024                 4096                 files\n";
+
+        assert_eq!(number(limits, "Max open files"), Some(1024.0));
         assert_eq!(
-            resident_bytes("VmPeak:\t9 kB\nVmRSS:\t  2048 kB\n"),
-            Some(2_097_152.0)
+            number("VmPeak:\t9 kB\nVmRSS:\t  2048 kB\n", "VmRSS:"),
+            Some(2048.0)
         );
         assert_eq!(
-            max_files(
-                "Max open files            1024                 4096                 files\n"
-            ),
-            Some(1024.0)
+            number("Max open files            unlimited", "Max open files"),
+            None
         );
-        assert_eq!(
-            boot_time("cpu 1 2\nbtime 1700000000\n"),
-            Some(1_700_000_000.0)
-        );
-        assert_eq!(max_files("Max open files            unlimited"), None);
+        assert_eq!(number("", "VmRSS:"), None);
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn every_metric_is_there_on_linux() {
+        let mut registry = prometheus_client::registry::Registry::default();
+        registry.register_collector(Box::new(Process));
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
+
+        for name in [
+            "process_cpu_seconds_total",
+            "process_start_time_seconds",
+            "process_resident_memory_bytes",
+            "process_open_fds",
+        ] {
+            let line = text.lines().find_map(|line| line.strip_prefix(name));
+            let value: f64 = line.expect(name).trim().parse().unwrap();
+            assert!(value >= 0.0, "{name}");
+        }
     }
 }

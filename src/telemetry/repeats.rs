@@ -1,5 +1,5 @@
-//! Keeps one place in the code from flooding the log: a few WARN and ERROR lines in a time, the rest counted. The access
-//! line does not pass here.
+//! Suppresses repeated warnings: of the WARN and ERROR lines of one call site, a few per period are written and the rest are
+//! counted. The access line is not subject to this.
 
 use std::{
     collections::HashMap,
@@ -10,56 +10,58 @@ use std::{
 use prometheus_client::metrics::counter::Counter;
 use tracing::{Level, Metadata, callsite::Identifier};
 
-/// Lines of one place in one [`PERIOD`]: enough to see that a fault has more than one face.
+/// Lines of one call site per [`PERIOD`]: enough to see different causes of the same warning.
 const LINES: u64 = 5;
 const PERIOD: Duration = Duration::from_secs(10);
 
-/// Counts lines by the place in the code that writes them. There are as many entries as places.
+/// Counts lines by call site. The number of call sites bounds its size.
 #[derive(Debug)]
 pub(super) struct Repeats {
-    places: Mutex<HashMap<Identifier, Place>>,
+    sites: Mutex<HashMap<Identifier, Period>>,
     suppressed: Counter,
 }
 
+/// The current period of one call site.
 #[derive(Debug)]
-struct Place {
+struct Period {
     began: Instant,
     lines: u64,
 }
 
 impl Repeats {
-    /// Counts the lines it holds back in `suppressed`.
+    /// `suppressed` counts the lines that are not written.
     pub(super) fn new(suppressed: Counter) -> Self {
         Self {
-            places: Mutex::default(),
+            sites: Mutex::default(),
             suppressed,
         }
     }
 
-    /// Whether a line may be written; with it comes how many of its place were held back since the last one.
+    /// Returns the number of lines that this call site has not written since its last one, or `None` to suppress this line.
     pub(super) fn admit(&self, metadata: &Metadata<'_>, now: Instant) -> Option<u64> {
         if *metadata.level() > Level::WARN {
             return Some(0);
         }
-        let mut places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
-        let place = places.entry(metadata.callsite()).or_insert(Place {
+        let new = Period {
             began: now,
             lines: 0,
-        });
-        let mut held_back = 0;
-        if now.saturating_duration_since(place.began) >= PERIOD {
-            held_back = place.lines.saturating_sub(LINES);
-            *place = Place {
+        };
+        let mut sites = self.sites.lock().unwrap_or_else(PoisonError::into_inner);
+        let period = sites.entry(metadata.callsite()).or_insert(new);
+        let mut suppressed = 0;
+        if now.saturating_duration_since(period.began) >= PERIOD {
+            suppressed = period.lines.saturating_sub(LINES);
+            *period = Period {
                 began: now,
                 lines: 0,
             };
         }
-        place.lines += 1;
-        if place.lines > LINES {
+        period.lines += 1;
+        if period.lines > LINES {
             self.suppressed.inc();
             return None;
         }
-        Some(held_back)
+        Some(suppressed)
     }
 }
 
@@ -69,8 +71,8 @@ mod tests {
 
     use super::*;
 
-    /// The metadata of one place in the code.
-    fn place(level: Level) -> &'static Metadata<'static> {
+    /// The metadata of one call site.
+    fn site(level: Level) -> &'static Metadata<'static> {
         match level {
             Level::ERROR => tracing::callsite!(name: "error", kind: tracing::metadata::Kind::EVENT, target: "a", level: Level::ERROR, fields:).metadata(),
             Level::WARN => tracing::callsite!(name: "warn", kind: tracing::metadata::Kind::EVENT, target: "a", level: Level::WARN, fields:).metadata(),
@@ -79,20 +81,20 @@ mod tests {
     }
 
     #[test]
-    fn the_rest_of_a_flood_is_counted_and_told_by_the_next_line() {
+    fn the_rest_of_a_flood_is_counted_and_the_next_line_has_the_count() {
         let suppressed = Counter::default();
         let repeats = Repeats::new(suppressed.clone());
         let now = Instant::now();
 
         let flood: Vec<_> = (0..100)
-            .map(|_| repeats.admit(place(Level::ERROR), now))
+            .map(|_| repeats.admit(site(Level::ERROR), now))
             .collect();
-        let other = repeats.admit(place(Level::WARN), now);
-        let next = repeats.admit(place(Level::ERROR), now + PERIOD);
+        let other = repeats.admit(site(Level::WARN), now);
+        let next = repeats.admit(site(Level::ERROR), now + PERIOD);
 
         assert_eq!(flood.iter().filter(|line| line.is_some()).count(), 5);
         assert_eq!(suppressed.get(), 95);
-        assert_eq!(other, Some(0), "another place has a count of its own");
+        assert_eq!(other, Some(0), "each call site has its own count");
         assert_eq!(next, Some(95));
     }
 
@@ -101,10 +103,10 @@ mod tests {
         let repeats = Repeats::new(Counter::default());
         let now = Instant::now();
 
-        let held_back = (0..100)
-            .filter(|_| repeats.admit(place(Level::INFO), now).is_none())
+        let suppressed = (0..100)
+            .filter(|_| repeats.admit(site(Level::INFO), now).is_none())
             .count();
 
-        assert_eq!(held_back, 0);
+        assert_eq!(suppressed, 0);
     }
 }

@@ -12,7 +12,7 @@ use super::{
     attempt::AttemptRecord,
     context::Context,
     conventions as names,
-    export::Queue,
+    export::SpanQueue,
     metrics::AttemptOutcome,
     otlp::{KeyValue, Span, SpanKind, Status, StatusCode},
     record::{Facts, Record},
@@ -30,7 +30,7 @@ pub struct Tracer {
     sampler: Sampler,
     accepted: Propagators,
     propagate_upstream: bool,
-    queue: Queue,
+    queue: SpanQueue,
 }
 
 /// The span of one call, from its headers on.
@@ -57,7 +57,7 @@ impl Tracer {
     pub(super) fn new(
         config: &config::Tracing,
         propagate_upstream: bool,
-        queue: Queue,
+        queue: SpanQueue,
     ) -> Arc<Self> {
         Arc::new(Self {
             sampler: config.sampler,
@@ -67,9 +67,9 @@ impl Tracer {
         })
     }
 
-    /// Waits until every ended span is exported, for at most `limit`. Whether all were.
-    pub fn finish(&self, limit: Duration) -> bool {
-        self.queue.finish(limit)
+    /// Exports the spans that have ended, for at most `limit`. Returns whether that was long enough.
+    pub async fn finish(&self, limit: Duration) -> bool {
+        self.queue.finish(limit).await
     }
 
     /// The span of a call whose headers have arrived.
@@ -248,6 +248,7 @@ impl AttemptSpan {
 fn status(failed: bool) -> Option<Status> {
     failed.then(|| Status {
         code: StatusCode::Error.into(),
+        ..Status::default()
     })
 }
 

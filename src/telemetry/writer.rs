@@ -1,8 +1,9 @@
-//! Takes finished lines off the threads that serve calls. A pipe that nobody reads costs lines, which are counted, and
-//! never a waiting call; stopping waits a bounded time for the rest.
+//! Writes log lines on a thread of its own. If nobody reads the pipe, lines are dropped and counted; a call never waits, and
+//! the end of the process waits a bounded time.
 //!
-//! Lines are copied into one buffer, which the writing thread swaps for the one it has written: a line that one thread
-//! allocates and another frees makes the two meet in the allocator.
+//! Written by hand because the guard of tracing-appender prints to standard output when its worker does not stop in time, so a
+//! blocked pipe blocks the end of the process. It also allocates and writes each line separately and wakes its thread for
+//! each; here lines are copied into one buffer, which the thread swaps for an empty one and writes as a whole.
 
 use std::{
     io::Write,
@@ -17,21 +18,20 @@ use std::{
 
 use prometheus_client::metrics::counter::Counter;
 
-/// Text that waits at most, in bytes: some tenths of a second of a very busy server.
+/// Most bytes that wait: what a very busy server logs in some tenths of a second.
 const MAX_WAITING: usize = 4 << 20;
 
-/// What is kept of a buffer that a blocked pipe made large, in bytes.
+/// Largest capacity that an empty buffer keeps, in bytes, after a blocked pipe has made it grow.
 const KEPT_BYTES: usize = 256 << 10;
 
-/// How long the first of some lines waits for more of them, because waking the thread for each line costs a call more than
-/// the line does.
+/// How long the thread waits for more lines before it writes: waking it for each line costs a call more than the line does.
 const GATHER: Duration = Duration::from_millis(10);
 
-/// How long [`Flush`] waits for a reader of the pipe.
+/// How long [`Flush`] waits for the reader of the pipe.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Default)]
-struct Queue {
+struct Buffer {
     waiting: Mutex<Waiting>,
     changed: Condvar,
 }
@@ -40,63 +40,63 @@ struct Queue {
 struct Waiting {
     text: Vec<u8>,
     lines: u64,
-    /// Nothing will be written after what is here.
-    over: bool,
+    /// Set once: no line is accepted any more.
+    closed: bool,
 }
 
-impl Queue {
+impl Buffer {
     fn lock(&self) -> MutexGuard<'_, Waiting> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Where lines go. Clones write to the same place.
+/// Accepts lines. Clones write to the same sink.
 #[derive(Debug, Clone)]
 pub(super) struct Writer {
-    queue: Arc<Queue>,
+    buffer: Arc<Buffer>,
     dropped: Counter,
 }
 
-/// Writes the waiting lines when it is dropped, for at most a second; those that come later are dropped.
+/// Dropping it writes the waiting lines, for at most a second, and closes the writer: later lines are dropped.
 #[derive(Debug)]
-#[must_use = "dropping it early loses the lines of the end"]
+#[must_use = "dropping it early loses the last lines"]
 pub(super) struct Flush {
-    queue: Arc<Queue>,
+    buffer: Arc<Buffer>,
     ended: Receiver<()>,
 }
 
 impl Writer {
-    /// A writer to `sink`, which only its own thread touches. Lines that find the queue full, or that `sink` refuses, are
-    /// counted in `dropped`.
+    /// A writer to `sink`, which only the new thread touches. `dropped` counts lines that find the buffer full or that `sink`
+    /// does not accept.
     pub(super) fn new(sink: impl Write + Send + 'static, dropped: Counter) -> (Self, Flush) {
-        let queue = Arc::<Queue>::default();
+        let buffer = Arc::<Buffer>::default();
         let (end, ended) = channel();
-        let (of_thread, counter) = (Arc::clone(&queue), dropped.clone());
+        let (lines, counter) = (Arc::clone(&buffer), dropped.clone());
         thread::Builder::new()
             .name("log".to_owned())
-            .spawn(move || write_lines(&of_thread, sink, &counter, end))
+            .spawn(move || write_lines(&lines, sink, &counter, end))
             .expect("a thread can be started while the program starts");
         let flush = Flush {
-            queue: Arc::clone(&queue),
+            buffer: Arc::clone(&buffer),
             ended,
         };
-        (Self { queue, dropped }, flush)
+        (Self { buffer, dropped }, flush)
     }
 
     /// A writer that drops every line.
     pub(super) fn closed() -> Self {
-        let queue = Arc::<Queue>::default();
-        queue.lock().over = true;
+        let buffer = Arc::<Buffer>::default();
+        buffer.lock().closed = true;
         Self {
-            queue,
+            buffer,
             dropped: Counter::default(),
         }
     }
 
-    /// Hands one line over. Never waits.
+    /// Takes one line. Never waits for the sink.
     pub(super) fn write(&self, line: &str) {
-        let mut waiting = self.queue.lock();
-        if waiting.over || waiting.text.len() + line.len() > MAX_WAITING {
+        let mut waiting = self.buffer.lock();
+        if waiting.closed || waiting.text.len() + line.len() > MAX_WAITING {
             self.dropped.inc();
             return;
         }
@@ -105,38 +105,38 @@ impl Writer {
         waiting.lines += 1;
         drop(waiting);
         if first {
-            self.queue.changed.notify_one();
+            self.buffer.changed.notify_one();
         }
     }
 }
 
 impl Drop for Flush {
     fn drop(&mut self) {
-        self.queue.lock().over = true;
-        self.queue.changed.notify_one();
-        // The thread never sends: its end closes the channel.
+        self.buffer.lock().closed = true;
+        self.buffer.changed.notify_one();
+        // The thread sends nothing; its end closes the channel.
         let _ = self.ended.recv_timeout(FLUSH_TIMEOUT);
     }
 }
 
-/// Writes until the end. One write per batch: few system calls, however many lines.
-fn write_lines(queue: &Queue, mut sink: impl Write, dropped: &Counter, _end: Sender<()>) {
+/// Writes lines, one batch at a time, until the writer is closed.
+fn write_lines(buffer: &Buffer, mut sink: impl Write, dropped: &Counter, _end: Sender<()>) {
     let mut batch = Vec::new();
-    let mut over = false;
-    while !over {
-        let idle = |waiting: &mut Waiting| waiting.text.is_empty() && !waiting.over;
-        let waiting = queue.changed.wait_while(queue.lock(), idle);
+    let mut closed = false;
+    while !closed {
+        let idle = |waiting: &mut Waiting| waiting.text.is_empty() && !waiting.closed;
+        let waiting = buffer.changed.wait_while(buffer.lock(), idle);
         let mut waiting = waiting.unwrap_or_else(PoisonError::into_inner);
-        if !waiting.over {
+        if !waiting.closed {
             drop(waiting);
             thread::sleep(GATHER);
-            waiting = queue.lock();
+            waiting = buffer.lock();
         }
         batch.clear();
         batch.shrink_to(KEPT_BYTES);
         mem::swap(&mut waiting.text, &mut batch);
         let lines = mem::take(&mut waiting.lines);
-        over = waiting.over;
+        closed = waiting.closed;
         drop(waiting);
         if sink.write_all(&batch).and_then(|()| sink.flush()).is_err() {
             dropped.inc_by(lines);
@@ -154,7 +154,7 @@ pub(super) mod tests {
 
     use super::*;
 
-    /// A sink that keeps what is written.
+    /// A sink that keeps the text.
     #[derive(Debug, Clone, Default)]
     pub(in crate::telemetry) struct Kept(Arc<Mutex<Vec<u8>>>);
 
@@ -209,10 +209,10 @@ pub(super) mod tests {
         let dropped = Counter::default();
         let (writer, flush) = Writer::new(Blocked(blocked), dropped.clone());
         let line = "x".repeat(MAX_WAITING / 64);
-        let took_by_the_thread = Instant::now();
+        let handed_over = Instant::now();
         writer.write(&line);
-        while !writer.queue.lock().text.is_empty() {
-            assert!(took_by_the_thread.elapsed() < Duration::from_secs(5));
+        while !writer.buffer.lock().text.is_empty() {
+            assert!(handed_over.elapsed() < Duration::from_secs(5));
             thread::yield_now();
         }
 

@@ -119,7 +119,7 @@ def compiler_files(rootfs):
         "for file in .cargo/config.toml Cargo.toml Cargo.lock build.rs src/main.rs src/lib.rs benches/hot_path.rs; do\n"
         '    test -f "$file" || { echo "$file is not there" >&2; exit 1; }\n'
         "done\n"
-        "test -d proto\n"
+        "test -d proto && test -d third_party || exit 1\n"
         "mkdir -p target/dist && cp /compiled target/dist/rds-task-facade\n"
     )
     cargo.chmod(0o755)
