@@ -16,8 +16,9 @@ use rds_task_facade::{
         signer::{self, SigningRequest},
     },
     http as upstream_http,
+    options::defaults,
     pb::{GetTaskDetailRequest, task_service_client::TaskServiceClient},
-    quota::{self, Quota},
+    quota::Quota,
     rpc::{self, Facade},
     sandbox::Sandbox,
     server::{self, Parts},
@@ -105,13 +106,7 @@ fn map_an_error_answer() -> tonic::Status {
 /// Decides whether every call can look for an equal one in flight, also where none ever is.
 #[divan::bench]
 fn make_a_coalescing_key(bencher: Bencher<'_, '_>) {
-    let quota = Quota::new(
-        quota::Config {
-            cache_ttl: Duration::ZERO,
-            cache_entries: 0,
-        },
-        Metrics::new(),
-    );
+    let quota = Quota::new(&defaults(), Metrics::new());
 
     bencher
         .with_inputs(query)
@@ -184,21 +179,10 @@ fn start_facade(sandbox: SocketAddr) -> SocketAddr {
             };
             let credentials = Credentials::start(credentials, Arc::clone(&metrics));
             let credentials = credentials.expect("a token needs nothing");
-            let quota = Quota::new(
-                quota::Config {
-                    cache_ttl: Duration::ZERO,
-                    cache_entries: 0,
-                },
-                Arc::clone(&metrics),
-            );
+            let quota = Quota::new(&defaults(), Arc::clone(&metrics));
             let endpoint = upstream::Endpoint::new(
-                upstream::Config {
-                    endpoint: format!("http://{sandbox}").parse().expect("a URL"),
-                    attempt_timeout: Duration::from_secs(10),
-                    max_attempts: 3,
-                    retry_budget_percent: 20,
-                    rate: None,
-                },
+                format!("http://{sandbox}").parse().expect("a URL"),
+                defaults(),
                 Arc::clone(&metrics),
             );
             let client = upstream::Client::new(
@@ -207,7 +191,7 @@ fn start_facade(sandbox: SocketAddr) -> SocketAddr {
                 credentials.clone(),
             );
             let ready = credentials.ready();
-            let facade = Facade::new(credentials, quota, client, None);
+            let facade = Facade::new(credentials, quota, client, &defaults());
             let parts = Parts {
                 facade: move || facade.clone(),
                 ready,
@@ -217,11 +201,11 @@ fn start_facade(sandbox: SocketAddr) -> SocketAddr {
                 started: Box::new(|| {}),
                 tracer: None,
             };
-            let config = server::Config {
+            let options = server::Options {
                 workers: 1,
-                ..server::Config::default()
+                ..defaults()
             };
-            let served = server::serve(listener, config, parts, std::future::pending());
+            let served = server::serve(listener, options, parts, std::future::pending());
             served.await.expect("the listener is served");
         });
     });

@@ -10,6 +10,7 @@ use std::{
 
 use ::http::{HeaderValue, header};
 use aws_lc_rs::digest;
+use reqwest::Url;
 use serde::Deserialize;
 use serde_json::json;
 use zeroize::Zeroizing;
@@ -29,7 +30,7 @@ const REST_AFTER_REJECTION: Duration = Duration::from_secs(15 * 60);
 #[derive(Debug, Clone)]
 pub struct Config {
     /// The identity service with its scheme, for example `https://iam.cn-north-4.myhuaweicloud.com`.
-    pub endpoint: String,
+    pub endpoint: Url,
     /// Name of the IAM user.
     pub user: String,
     /// Name of the account that the user belongs to.
@@ -78,7 +79,7 @@ impl Refresh for Source {
         self.tried = Some(fingerprint(&password));
         let url = format!(
             "{}/v3/auth/tokens?nocatalog=true",
-            self.config.endpoint.trim_end_matches('/')
+            self.config.endpoint.as_str().trim_end_matches('/')
         );
         let request = self
             .client
@@ -196,7 +197,7 @@ mod tests {
 
     fn source(endpoint: &str, password_file: &NamedTempFile) -> Source {
         let config = Config {
-            endpoint: endpoint.to_owned(),
+            endpoint: endpoint.parse().unwrap(),
             user: "user".to_owned(),
             domain: "domain".to_owned(),
             password_file: password_file.path().to_owned(),
@@ -255,7 +256,7 @@ mod tests {
     #[test]
     fn thirty_two_hexadecimal_digits_are_a_project_id_and_anything_else_is_a_name() {
         let file = password_file();
-        let mut config = source("", &file).config;
+        let mut config = source("http://127.0.0.1", &file).config;
         let scope = |config: &Config| {
             let body: Value = serde_json::from_slice(&body(config, "p")).unwrap();
             body["auth"]["scope"]["project"].clone()
@@ -395,7 +396,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn only_another_password_counts_as_a_change() {
         let file = password_file();
-        let mut source = source("", &file);
+        let mut source = source("http://127.0.0.1", &file);
         source.tried = Some(fingerprint("canary \"passwörd\""));
         let mut changed_within = async |seconds| {
             tokio::time::timeout(Duration::from_secs(seconds), source.changed())

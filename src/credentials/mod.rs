@@ -15,6 +15,7 @@ pub mod file;
 pub mod iam;
 pub mod key_guard;
 mod metadata;
+mod options;
 pub mod profile;
 pub mod secret;
 mod server_time;
@@ -26,10 +27,14 @@ use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
 
 use ::http::{HeaderMap, HeaderValue};
 use aws_lc_rs::{hmac, rand::SystemRandom};
+use reqwest::Url;
 use tokio::sync::watch;
 
-pub use self::auth::{AccessKey, Auth, Identity, Token};
 use self::cache::{Cache, OnRefusal};
+pub use self::{
+    auth::{AccessKey, Auth, Identity, Token},
+    options::{HEADING, Options, Place},
+};
 use crate::{
     deadline::Deadline,
     http::{self, BuildError},
@@ -59,9 +64,10 @@ pub struct Config {
 }
 
 /// The source of credentials, chosen at start.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub enum Source {
     /// Each caller brings a token, as `x-auth-token`.
+    #[default]
     Caller,
     /// One token for good.
     Token(HeaderValue),
@@ -74,7 +80,7 @@ pub enum Source {
     /// The key in a profile file of the vendor's SDKs.
     Profile(PathBuf),
     /// Temporary keys from the metadata service at this address, for example `http://169.254.169.254`.
-    Metadata(String),
+    Metadata(Url),
     /// Environment, profile file, metadata service: the first that is there.
     Chain(chain::Config),
 }
@@ -133,7 +139,7 @@ impl Credentials {
             Source::Profile(path) => Running::Profile(profile(&path)),
             Source::Iam(iam) => {
                 let http = http::Config {
-                    https_only: iam.endpoint.starts_with("https:"),
+                    https_only: iam.endpoint.scheme() == "https",
                     ..config.http
                 };
                 let client = fetch::identity_client(&http)?;
@@ -148,14 +154,14 @@ impl Credentials {
             }
             Source::Metadata(endpoint) => Running::FetchedKey(fetched_key(metadata::Source::new(
                 fetch::metadata_client()?,
-                &endpoint,
+                endpoint.as_str(),
             ))),
             Source::Chain(chain) => match chain::choose(&chain) {
                 chain::Choice::Environment(key) => Running::Key(key),
                 chain::Choice::Profile(path) => Running::Profile(profile(&path)),
                 chain::Choice::Metadata(before) => {
                     let client = fetch::metadata_client()?;
-                    let metadata = metadata::Source::new(client, &chain.metadata_endpoint);
+                    let metadata = metadata::Source::new(client, chain.metadata_endpoint.as_str());
                     Running::FetchedKey(Cache::start(
                         "chain",
                         chain::LastLink { metadata, before },

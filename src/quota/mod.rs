@@ -24,6 +24,7 @@ use self::flights::{Flights, Seat};
 use crate::{
     credentials::{self, Identity},
     deadline::{Deadline, Limit},
+    options,
     telemetry::metrics::Metrics,
     upstream::{Error, ErrorKind, Found, Progress, TaskQuery},
 };
@@ -52,13 +53,17 @@ impl Hash for Question {
 /// What a question brings, shared by all who asked it.
 pub type Answer = Result<Arc<Found>, Error>;
 
-/// How long answers are kept, and how many.
-#[derive(Debug, Clone, Copy)]
-pub struct Config {
-    /// Zero keeps nothing.
+/// The options of the cache.
+#[derive(Debug, Clone, clap::Args)]
+#[group(skip)]
+#[command(next_help_heading = "Cache")]
+pub struct Options {
+    /// How long a reply is cached; 0s coalesces equal calls in flight and caches nothing
+    #[arg(long, value_name = "DURATION", default_value = "0s", value_parser = options::duration_or_zero)]
     pub cache_ttl: Duration,
-    /// Kept answers of all identities together.
-    pub cache_entries: u64,
+    /// Cache entries at most
+    #[arg(long, value_name = "NUMBER", default_value = "10000", value_parser = options::limit)]
+    pub cache_entries: usize,
 }
 
 /// One per process: its state is shared by all workers.
@@ -72,11 +77,11 @@ pub struct Quota {
 
 impl Quota {
     /// An empty guard.
-    pub fn new(config: Config, metrics: Arc<Metrics>) -> Arc<Self> {
-        let cache = (!config.cache_ttl.is_zero()).then(|| {
+    pub fn new(options: &Options, metrics: Arc<Metrics>) -> Arc<Self> {
+        let cache = (!options.cache_ttl.is_zero()).then(|| {
             Cache::builder()
-                .max_capacity(config.cache_entries)
-                .time_to_live(config.cache_ttl)
+                .max_capacity(options.cache_entries as u64)
+                .time_to_live(options.cache_ttl)
                 .build()
         });
         Arc::new(Self {

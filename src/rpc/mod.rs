@@ -2,6 +2,7 @@
 
 mod codec;
 pub(crate) mod get_task_detail;
+mod options;
 
 use std::{
     borrow::Cow,
@@ -10,6 +11,7 @@ use std::{
 };
 
 pub use codec::Codec;
+pub use options::Options;
 use tonic::{Request, Response, Status};
 
 use crate::{
@@ -39,13 +41,14 @@ impl Facade {
         credentials: Credentials,
         quota: Arc<Quota>,
         upstream: upstream::Client,
-        allowed_projects: Option<Arc<HashSet<String>>>,
+        options: &Options,
     ) -> Self {
+        let allowed: HashSet<String> = options.allow_project.iter().cloned().collect();
         Self {
             credentials,
             quota,
             upstream,
-            allowed_projects,
+            allowed_projects: (!allowed.is_empty()).then(|| Arc::new(allowed)),
         }
     }
 

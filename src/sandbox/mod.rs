@@ -16,6 +16,7 @@ mod auth;
 mod control;
 mod iam;
 mod metadata;
+mod options;
 mod scenarios;
 mod signature;
 mod state;
@@ -45,6 +46,7 @@ use tokio::{
 };
 
 use answer::{Answer, gateway_error, no_such_api};
+pub use options::Options;
 pub use scenarios::{SCENARIOS, Scenario};
 use state::State;
 use transport::Script;

@@ -21,23 +21,28 @@ use tokio::{net::TcpStream, sync::Semaphore, time::sleep};
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
 use super::certificate;
-use crate::telemetry::metrics::Metrics;
+use crate::{options, telemetry::metrics::Metrics};
 
 /// The one protocol spoken inside TLS.
 const HTTP2: &[u8] = b"h2";
 /// Handshakes at once, over all workers: what they may cost in memory and CPU while ordinary calls go on.
 const MAX_HANDSHAKES: usize = 256;
 
-/// Where certificates come from.
-#[derive(Debug, Clone)]
+/// The files of certificates. The first two are set together.
+#[derive(Debug, Clone, clap::Args)]
+#[group(id = "tls")]
 pub struct Files {
-    /// PEM, the chain that is shown, our own certificate first.
+    /// PEM file of the listener's certificate chain; read again when it changes
+    #[arg(long = "tls-cert", value_name = "FILE", value_parser = options::file)]
     pub certificate: PathBuf,
-    /// PEM, the key of the first certificate.
+    /// PEM file of the certificate's key; read again when it changes
+    #[arg(long = "tls-key", value_name = "FILE", value_parser = options::file)]
     pub key: PathBuf,
-    /// PEM; when set, a client must show a certificate that one of these signed.
+    /// PEM file of the CAs of client certificates, which become mandatory; read again when it changes
+    #[arg(long = "tls-client-ca", value_name = "FILE", value_parser = options::file)]
     pub client_ca: Option<PathBuf>,
-    /// How often the files are looked at for a change. Their content counts, because Kubernetes swaps a directory.
+    /// How often the files are read to find a change. Their content counts, because Kubernetes swaps a directory.
+    #[arg(skip = Duration::from_secs(10))]
     pub reload_interval: Duration,
 }
 
@@ -78,18 +83,12 @@ pub enum Error {
     },
 }
 
-/// Whether these files can be served with.
+/// Checks that the listener can use these files.
 ///
 /// # Errors
-/// The first that cannot be used.
-pub fn check(certificate: &Path, key: &Path, client_ca: Option<&Path>) -> Result<(), Error> {
-    let files = Files {
-        certificate: certificate.to_owned(),
-        key: key.to_owned(),
-        client_ca: client_ca.map(Path::to_owned),
-        reload_interval: Duration::MAX,
-    };
-    Contents::read(&files)?.build(&files).map(drop)
+/// The first file that cannot be used.
+pub fn check(files: &Files) -> Result<(), Error> {
+    Contents::read(files)?.build(files).map(drop)
 }
 
 /// The certificates in use, and the handshakes under way.

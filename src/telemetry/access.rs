@@ -183,10 +183,7 @@ mod tests {
     use tracing::subscriber::with_default;
 
     use super::*;
-    use crate::{
-        config::LogFormat,
-        telemetry::{log, repeats::Repeats, writer::tests::Kept},
-    };
+    use crate::telemetry::{LogFormat, log, repeats::Repeats, writer::tests::Kept};
 
     const JSON: Style = Style {
         format: LogFormat::Json,

@@ -15,7 +15,7 @@ use http::{HeaderMap, StatusCode, header};
 use prost::Message as _;
 
 use super::{
-    conventions as names,
+    Tracing, conventions as names,
     metrics::Metrics,
     otlp::{
         ExportTraceServiceRequest, ExportTraceServiceResponse, KeyValue, Resource, ResourceSpans,
@@ -23,7 +23,6 @@ use super::{
     },
 };
 use crate::{
-    config,
     http::{BuildError, SystemRoots, build, client_builder, small_body, tls_config},
     wait::{date, retry_after},
 };
@@ -84,7 +83,7 @@ impl Queue {
     ///
     /// # Panics
     /// When the process is out of threads.
-    pub(super) fn start(config: &config::Tracing, metrics: Arc<Metrics>) -> Result<Self, Error> {
+    pub(super) fn start(config: &Tracing, metrics: Arc<Metrics>) -> Result<Self, Error> {
         let exporter = Exporter {
             client: client(config)?,
             config: config.clone(),
@@ -130,7 +129,7 @@ impl Queue {
 const QUEUE_FULL: usize = 0;
 const EXPORT_FAILED: usize = 1;
 
-fn client(config: &config::Tracing) -> Result<reqwest::Client, Error> {
+fn client(config: &Tracing) -> Result<reqwest::Client, Error> {
     // As OpenTelemetry's own exporters do: a file of certificates replaces the system's.
     let https = config.endpoint.starts_with("https:");
     let system = if https && config.certificate_pem.is_none() {
@@ -149,7 +148,7 @@ fn client(config: &config::Tracing) -> Result<reqwest::Client, Error> {
 
 struct Exporter {
     client: reqwest::Client,
-    config: config::Tracing,
+    config: Tracing,
     metrics: Arc<Metrics>,
 }
 

@@ -8,7 +8,7 @@ use std::fmt::{self, Write as _};
 use jiff::Timestamp;
 use tracing::Level;
 
-use crate::config::LogFormat;
+use super::LogFormat;
 
 /// A field longer than this is cut, because memory of waiting lines is bounded. The configuration in the start line fits.
 const MAX_FIELD_BYTES: usize = 8192;

@@ -8,6 +8,7 @@ use jiff::Timestamp;
 use tonic::Code;
 
 use super::{
+    Propagators, Sampler, Tracing,
     access::{AccessLine, Peer, limited},
     context::Context,
     conventions as names,
@@ -15,11 +16,7 @@ use super::{
     metrics::AttemptOutcome,
     otlp::{KeyValue, Span, SpanKind, Status, StatusCode},
 };
-use crate::{
-    code,
-    config::{self, Propagators, Sampler},
-    reason::Reason,
-};
+use crate::{code, reason::Reason};
 
 /// Makes spans and hands them to the export.
 #[derive(Debug)]
@@ -68,11 +65,7 @@ pub struct AttemptEnd<'a> {
 
 impl Tracer {
     /// A tracer that puts spans into `queue`.
-    pub(super) fn new(
-        config: &config::Tracing,
-        propagate_upstream: bool,
-        queue: Queue,
-    ) -> Arc<Self> {
+    pub(super) fn new(config: &Tracing, propagate_upstream: bool, queue: Queue) -> Arc<Self> {
         Arc::new(Self {
             sampler: config.sampler,
             accepted: config.propagators,

@@ -171,7 +171,7 @@ impl Client {
         });
         let span = span.map(|span| span.attempt(resend_count));
         let mut record = Record::start(&endpoint.metrics, request, span);
-        let until = Instant::now() + endpoint.config.attempt_timeout;
+        let until = Instant::now() + endpoint.options.attempt_timeout;
         let message = request.with(auth, signed.at, record.span.as_ref());
         let mut answer = match tokio::time::timeout_at(until, self.http.send(message)).await {
             Ok(Ok(answer)) => answer,

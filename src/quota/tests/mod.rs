@@ -15,12 +15,12 @@ use crate::upstream::{Facts, rejection, wire::TaskDetail};
 const ANN: Identity = Identity::Caller([1; 16]);
 const BOB: Identity = Identity::Caller([2; 16]);
 
-fn quota(cache_ttl: Duration, cache_entries: u64) -> Arc<Quota> {
-    let config = Config {
+fn quota(cache_ttl: Duration, cache_entries: usize) -> Arc<Quota> {
+    let options = Options {
         cache_ttl,
         cache_entries,
     };
-    Quota::new(config, Metrics::new())
+    Quota::new(&options, Metrics::new())
 }
 
 fn without_cache() -> Arc<Quota> {

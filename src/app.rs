@@ -1,7 +1,6 @@
-//! `serve` and `sandbox`: puts the rooms together, runs them until a signal, and says with which code the process ends.
+//! The composition root of `serve` and `sandbox`: starts the rooms, runs them until a signal, returns the exit code.
 
 use std::{
-    collections::HashSet,
     future, io,
     net::{Ipv4Addr, SocketAddr},
     process::ExitCode,
@@ -9,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use secrecy::ExposeSecret as _;
+use reqwest::Url;
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
@@ -18,13 +17,14 @@ use tokio::{
 
 use crate::{
     admin,
-    config::{self, Config, Endpoint},
-    credentials::{self, Credentials, chain, iam},
-    http,
-    quota::{self, Quota},
+    cli::Serve,
+    credentials::{self, Credentials, Source},
+    http::{self, SystemRoots},
+    options::url::without_slash,
+    quota::Quota,
     rpc::Facade,
     sandbox::Sandbox,
-    server::{self, Record, Timings, tls},
+    server::{self, Record},
     telemetry::{self, Access, AccessLine, ServerSpan, Tracer, metrics::Metrics},
     upstream,
 };
@@ -42,8 +42,6 @@ enum Error {
     Listen(SocketAddr, #[source] io::Error),
     #[error("cannot start the sandbox: {0}")]
     Sandbox(#[source] io::Error),
-    #[error("--upstream-ca: {0}")]
-    UpstreamCa(#[source] io::Error),
     #[error(transparent)]
     Http(#[from] http::BuildError),
     #[error(transparent)]
@@ -55,19 +53,15 @@ enum Error {
 }
 
 /// Serves until a signal, and drains.
-pub async fn serve(config: Config) -> ExitCode {
+pub async fn serve(options: Serve) -> ExitCode {
     let metrics = Metrics::new();
-    let telemetry = telemetry::start(&config.log, &metrics);
-    finish(run(config, metrics, telemetry.access.clone()).await)
+    let telemetry = telemetry::start(&options.telemetry, &metrics);
+    finish(run(options, metrics, telemetry.access.clone()).await)
 }
 
-/// Runs only the stand-in for the vendor's services, until a signal.
+/// Runs only the sandbox of the vendor's services, until a signal.
 pub async fn sandbox(listen: SocketAddr) -> ExitCode {
-    let log = config::Log {
-        format: config::LogFormat::Text,
-        filter: "info".to_owned(),
-    };
-    let _telemetry = telemetry::start(&log, &Metrics::new());
+    let _telemetry = telemetry::start(&telemetry::Options::default(), &Metrics::new());
     finish(run_sandbox(listen).await)
 }
 
@@ -81,30 +75,34 @@ fn finish(ended: Result<(), Error>) -> ExitCode {
     }
 }
 
-async fn run(config: Config, metrics: Arc<Metrics>, access: Access) -> Result<(), Error> {
+async fn run(options: Serve, metrics: Arc<Metrics>, access: Access) -> Result<(), Error> {
     let shutdown = shutdown_signal()?;
-    let listener =
-        std::net::TcpListener::bind(config.listen).map_err(|e| Error::Listen(config.listen, e))?;
-    let listen = listener
-        .local_addr()
-        .map_err(|e| Error::Listen(config.listen, e))?;
-    let admin = match config.metrics_listen {
+    let cannot_listen = |address| move |error| Error::Listen(address, error);
+    let address = options.server.listen;
+    let listener = std::net::TcpListener::bind(address).map_err(cannot_listen(address))?;
+    let listen = listener.local_addr().map_err(cannot_listen(address))?;
+    let admin = match options.admin.metrics_listen {
         Some(address) => Some(
             TcpListener::bind(address)
                 .await
-                .map_err(|e| Error::Listen(address, e))?,
+                .map_err(cannot_listen(address))?,
         ),
         None => None,
     };
     let metrics_listen = admin
         .as_ref()
         .and_then(|listener| listener.local_addr().ok());
-    let sandbox = start_sandbox(&config).await?;
-    let base_url = |endpoint: &Endpoint| base_url(endpoint, sandbox);
-
-    let endpoint = base_url(&config.upstream.endpoint);
-    let source = source(&config.credentials, base_url);
-    let http = http_config(&config.upstream, &endpoint, &source)?;
+    let (base_url, source, sandbox) = upstream_place(&options).await?;
+    let identity_service = match &source {
+        Source::Iam(iam) => Some(&iam.endpoint),
+        _ => None,
+    };
+    let needs_roots = |url: &Url| url.scheme() == "https";
+    let system_roots = match needs_roots(&base_url) || identity_service.is_some_and(needs_roots) {
+        true => SystemRoots::Trusted,
+        false => SystemRoots::Ignored,
+    };
+    let http = options.upstream.http_config(&base_url, system_roots)?;
     let credentials = Credentials::start(
         credentials::Config {
             source,
@@ -112,15 +110,7 @@ async fn run(config: Config, metrics: Arc<Metrics>, access: Access) -> Result<()
         },
         Arc::clone(&metrics),
     )?;
-    let workers = workers();
-    let facades = facades(
-        &config,
-        workers,
-        url(endpoint.as_str()),
-        &http,
-        &credentials,
-        &metrics,
-    )?;
+    let facades = facades(&options, &base_url, &http, &credentials, &metrics)?;
 
     let serving = watch::Sender::new(false);
     if let Some(listener) = admin {
@@ -132,13 +122,13 @@ async fn run(config: Config, metrics: Arc<Metrics>, access: Access) -> Result<()
             future::pending(),
         ));
     }
-    let server_config = server_config(&config, workers);
-    let timeout = config.timeout;
-    let shutdown_takes = config.drain_delay + config.shutdown_grace;
-    let tracer = match &config.tracing {
+    let server_options = options.server.clone();
+    let timeout = options.server.timeout;
+    let shutdown_takes = options.server.drain_delay + options.server.shutdown_grace;
+    let tracer = match &options.telemetry.tracing {
         Some(tracing) => Some(telemetry::start_tracing(
             tracing,
-            config.propagate_trace_upstream,
+            options.telemetry.propagate_trace_upstream,
             Arc::clone(&metrics),
         )?),
         None => None,
@@ -156,14 +146,14 @@ async fn run(config: Config, metrics: Arc<Metrics>, access: Access) -> Result<()
             version = env!("CARGO_PKG_VERSION"),
             listen = %listen,
             metrics_listen = %metrics_listen.map_or_else(|| "off".to_owned(), |address| address.to_string()),
-            upstream = endpoint.as_str(),
-            config = config.summary(),
+            upstream = without_slash(&base_url),
+            config = options.summary(),
             "serving"
         );
-        if sandbox.is_some() {
+        if sandbox {
             tracing::warn!("the upstream is the embedded sandbox: no answer is real");
         }
-        if let Some(warning) = config.exposure_warning() {
+        if let Some(warning) = options.exposure_warning() {
             tracing::warn!("{warning}");
         }
     };
@@ -179,7 +169,7 @@ async fn run(config: Config, metrics: Arc<Metrics>, access: Access) -> Result<()
         started: Box::new(started),
         tracer: tracer.clone(),
     };
-    server::serve(listener, server_config, parts, shutdown).await?;
+    server::serve(listener, server_options, parts, shutdown).await?;
     if let Some(tracer) = tracer {
         let spent = stopping.get().map(Instant::elapsed).unwrap_or_default();
         let left = shutdown_takes.saturating_sub(spent);
@@ -229,122 +219,35 @@ fn shutdown_signal() -> Result<impl Future<Output = ()>, Error> {
     })
 }
 
-async fn start_sandbox(config: &Config) -> Result<Option<SocketAddr>, Error> {
-    if config.upstream.endpoint != Endpoint::Sandbox {
-        return Ok(None);
+/// Where RDS is, the credential source, and whether both belong to the embedded sandbox, which is started then.
+async fn upstream_place(options: &Serve) -> Result<(Url, Source, bool), Error> {
+    let mut source = options.source.clone();
+    if let Some(url) = options.upstream.base_url() {
+        return Ok((url, source, false));
     }
     let any_port = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
     let sandbox = Sandbox::bind(any_port).await.map_err(Error::Sandbox)?;
     let address = sandbox.local_addr();
     tokio::spawn(sandbox.serve(future::pending()));
-    Ok(Some(address))
+    source.set_sandbox(address);
+    let url = Url::parse(&format!("http://{address}")).expect("an address makes a URL");
+    Ok((url, source, true))
 }
 
-fn base_url(endpoint: &Endpoint, sandbox: Option<SocketAddr>) -> config::BaseUrl {
-    match endpoint {
-        Endpoint::Url(url) => url.clone(),
-        Endpoint::Sandbox => config::BaseUrl::of_plain(
-            sandbox.expect("credentials use the sandbox only when upstream does"),
-        ),
-    }
-}
-
-fn source(
-    configured: &config::Credentials,
-    base_url: impl Fn(&Endpoint) -> config::BaseUrl,
-) -> credentials::Source {
-    let url = |endpoint| base_url(endpoint).as_str().to_owned();
-    match configured {
-        config::Credentials::Caller => credentials::Source::Caller,
-        config::Credentials::Token(token) => credentials::Source::Token(token.clone()),
-        config::Credentials::TokenFile(path) => credentials::Source::TokenFile(path.clone()),
-        config::Credentials::Iam(iam) => credentials::Source::Iam(iam::Config {
-            endpoint: url(&iam.endpoint),
-            user: iam.user.clone(),
-            domain: iam.domain.clone(),
-            password_file: iam.password_file.clone(),
-            project: iam.project.clone(),
-        }),
-        config::Credentials::Key(key) => credentials::Source::Key(Arc::clone(key)),
-        config::Credentials::Profile(path) => credentials::Source::Profile(path.clone()),
-        config::Credentials::Metadata(endpoint) => credentials::Source::Metadata(url(endpoint)),
-        config::Credentials::Chain {
-            key,
-            profile,
-            metadata,
-        } => credentials::Source::Chain(chain::Config {
-            environment: key.clone(),
-            profile: profile.clone(),
-            metadata_endpoint: url(metadata),
-        }),
-    }
-}
-
-/// How the vendor's endpoints are reached.
-fn http_config(
-    upstream: &config::Upstream,
-    endpoint: &config::BaseUrl,
-    credentials: &credentials::Source,
-) -> Result<http::Config, Error> {
-    let extra_roots = match &upstream.ca {
-        Some(path) => Some(std::fs::read(path).map_err(Error::UpstreamCa)?),
-        None => None,
-    };
-    let is_https = |base: &str| base.starts_with("https:");
-    let identity_service = match credentials {
-        credentials::Source::Iam(iam) => Some(iam.endpoint.as_str()),
-        _ => None,
-    };
-    let system = if is_https(endpoint.as_str()) || identity_service.is_some_and(is_https) {
-        http::SystemRoots::Trusted
-    } else {
-        http::SystemRoots::Ignored
-    };
-    let proxy = upstream.proxy.as_ref();
-    Ok(http::Config {
-        tls: http::tls_config(system, extra_roots.as_deref())?,
-        https_only: is_https(endpoint.as_str()),
-        proxy: proxy.map(|proxy| url(proxy.url.expose_secret())),
-        connect_timeout: upstream.connect_timeout,
-    })
-}
-
-fn url(text: &str) -> reqwest::Url {
-    reqwest::Url::parse(text).expect("the configuration holds only URLs that parse")
-}
-
-/// One facade for each worker, made before any thread starts, so that a setting that cannot be used ends the start.
+/// One facade for each worker, made before any thread starts, so that an option that cannot be used ends the start.
 fn facades(
-    config: &Config,
-    workers: usize,
-    endpoint: reqwest::Url,
+    options: &Serve,
+    base_url: &Url,
     http: &http::Config,
     credentials: &Credentials,
     metrics: &Arc<Metrics>,
 ) -> Result<Mutex<Vec<Facade>>, Error> {
-    let upstream = &config.upstream;
     let shared = upstream::Endpoint::new(
-        upstream::Config {
-            endpoint,
-            attempt_timeout: upstream.attempt_timeout,
-            max_attempts: upstream.max_attempts,
-            retry_budget_percent: upstream.retry_budget_percent,
-            rate: upstream.rate.map(|rate| upstream::RateConfig {
-                calls: rate.calls,
-                period: rate.per,
-            }),
-        },
+        base_url.clone(),
+        options.upstream.clone(),
         Arc::clone(metrics),
     );
-    let quota = Quota::new(
-        quota::Config {
-            cache_ttl: config.cache_ttl,
-            cache_entries: config.cache_entries,
-        },
-        Arc::clone(metrics),
-    );
-    let allowed: HashSet<_> = config.allowed_projects.iter().cloned().collect();
-    let allowed = (!allowed.is_empty()).then(|| Arc::new(allowed));
+    let quota = Quota::new(&options.quota, Arc::clone(metrics));
     let facade = |_| {
         let client = upstream::Client::new(
             http::Client::new(http)?,
@@ -355,38 +258,11 @@ fn facades(
             credentials.clone(),
             Arc::clone(&quota),
             client,
-            allowed.clone(),
+            &options.rpc,
         ))
     };
-    let facades: Result<Vec<_>, Error> = (0..workers).map(facade).collect();
+    let facades: Result<Vec<_>, Error> = (0..options.server.workers).map(facade).collect();
     Ok(Mutex::new(facades?))
-}
-
-/// One worker for each core that the process may use.
-fn workers() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
-}
-
-fn server_config(config: &Config, workers: usize) -> server::Config {
-    server::Config {
-        timeout: config.timeout,
-        max_in_flight: config.max_in_flight,
-        max_connections: config.max_connections,
-        drain_delay: config.drain_delay,
-        shutdown_grace: config.shutdown_grace,
-        tls: config.tls.as_ref().map(|files| tls::Files {
-            certificate: files.cert.clone(),
-            key: files.key.clone(),
-            client_ca: files.client_ca.clone(),
-            reload_interval: Duration::from_secs(10),
-        }),
-        reflection: config.reflection,
-        workers,
-        timings: Timings {
-            max_connection_age: config.max_connection_age.unwrap_or_default(),
-            ..Timings::default()
-        },
-    }
 }
 
 /// Tells one RPC that is over: a line in the log, and the end of its span.
