@@ -11,13 +11,14 @@ use std::{
 use divan::{Bencher, black_box};
 use http::{HeaderMap, HeaderValue};
 use rds_task_facade::{
-    coalescer::{self, Coalescer},
+    coalescer::Coalescer,
     credentials::{
         AccessKey, Config as CredentialsConfig, Credentials, Identity, Owner, Source,
         signer::{self, SigningRequest},
     },
     error::{Error, FailedLookup},
     http_client,
+    options::defaults,
     pb::{GetTaskDetailRequest, task_service_client::TaskServiceClient},
     rpc::Facade,
     sandbox::Sandbox,
@@ -104,13 +105,7 @@ fn map_an_error_answer() -> tonic::Status {
 /// Decides whether every call can look for an equal one in flight, also where none ever is.
 #[divan::bench]
 fn make_a_coalescing_key(bencher: Bencher<'_, '_>) {
-    let coalescer = Coalescer::new(
-        coalescer::Config {
-            cache_ttl: Duration::ZERO,
-            cache_entries: 0,
-        },
-        Metrics::new(),
-    );
+    let coalescer = Coalescer::new(&defaults(), Metrics::new());
 
     bencher
         .with_inputs(query)
@@ -183,21 +178,10 @@ fn start_facade(sandbox: SocketAddr) -> SocketAddr {
             };
             let credentials = Credentials::start(credentials, Arc::clone(&metrics));
             let credentials = credentials.expect("a token needs nothing");
-            let coalescer = Coalescer::new(
-                coalescer::Config {
-                    cache_ttl: Duration::ZERO,
-                    cache_entries: 0,
-                },
-                Arc::clone(&metrics),
-            );
+            let coalescer = Coalescer::new(&defaults(), Arc::clone(&metrics));
             let endpoint = upstream::Endpoint::new(
-                upstream::Config {
-                    endpoint: format!("http://{sandbox}").parse().expect("a URL"),
-                    attempt_timeout: Duration::from_secs(10),
-                    max_attempts: 3,
-                    retry_budget_percent: 20,
-                    rate: None,
-                },
+                format!("http://{sandbox}").parse().expect("a URL"),
+                defaults(),
                 Arc::clone(&metrics),
             );
             let client = upstream::Client::new(
@@ -206,7 +190,7 @@ fn start_facade(sandbox: SocketAddr) -> SocketAddr {
                 credentials.clone(),
             );
             let ready = credentials.ready();
-            let facade = Facade::new(credentials, coalescer, client, None);
+            let facade = Facade::new(credentials, coalescer, client, &defaults());
             let parts = Parts {
                 facade: move || facade.clone(),
                 ready,
@@ -218,11 +202,11 @@ fn start_facade(sandbox: SocketAddr) -> SocketAddr {
                 }),
                 started: Box::new(|| {}),
             };
-            let config = server::Config {
+            let options = server::Options {
                 workers: 1,
-                ..server::Config::default()
+                ..defaults()
             };
-            let served = server::serve(listener, config, parts, std::future::pending());
+            let served = server::serve(listener, options, parts, std::future::pending());
             served.await.expect("the listener is served");
         });
     });

@@ -1,6 +1,6 @@
 //! The listener for operators: `/metrics`, `/livez` and `/readyz` over plain HTTP/1.1. No secrets and no ids are there.
 
-use std::{convert::Infallible, future::Future, sync::Arc, time::Duration};
+use std::{convert::Infallible, future::Future, net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
@@ -13,7 +13,30 @@ use tokio::{
     task::JoinSet,
 };
 
-use crate::telemetry::metrics::Metrics;
+use crate::{
+    options::{self, Parsed},
+    telemetry::metrics::Metrics,
+};
+
+/// The options of the listener for operators.
+#[derive(Debug, Clone, clap::Args)]
+#[group(skip)]
+#[command(next_help_heading = "Metrics and probes")]
+pub struct Options {
+    // The full path keeps clap from reading the type as an optional flag.
+    /// Address for /metrics, /livez and /readyz over plain HTTP; off for none
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:9464", value_parser = address_or_off)]
+    pub metrics_listen: std::option::Option<SocketAddr>,
+}
+
+fn address_or_off(text: &str) -> Parsed<Option<SocketAddr>> {
+    match text {
+        "off" => Ok(None),
+        _ => options::address(text)
+            .map(Some)
+            .map_err(|problem| problem + ", or off"),
+    }
+}
 
 /// Some probes and scrapers; a peer that opens more waits in the listener's backlog.
 const MAX_CONNECTIONS: usize = 32;

@@ -12,8 +12,9 @@
 //!
 //! # Layout
 //!
-//! - [`serve`]: puts the rooms below together, runs them until a signal
-//! - [`config`]: command line and environment, validated; reports every mistake at once
+//! - [`app`]: the composition root of `serve` and `sandbox`: starts the rooms below, runs them until a signal
+//! - [`cli`]: the command line: merges flags and variables, validates, reports all problems together
+//! - [`options`], [`regions`]: what the options of all rooms share; the vendor's regions
 //! - [`server`]: the gRPC listener: accept loop, TLS, limits, drain, and what every RPC passes on its way in and out
 //! - [`rpc`]: one file per RPC: validation, the path through the rooms below, the reply
 //! - [`credentials`]: where tokens and keys come from, how they are renewed, how a request is signed
@@ -28,15 +29,16 @@
 //! - [`telemetry`]: log, access line, metrics, traces
 //! - [`admin`]: `/metrics`, `/livez`, `/readyz`
 //! - [`client`]: the subcommands `call` and `health`
-//! - [`sandbox`]: an embedded stand-in for RDS, IAM and the metadata service
+//! - [`sandbox`]: an embedded imitation of RDS, IAM and the metadata service
 //! - `fuzz`: what must hold of every reader of bytes from outside; compiled for tests and fuzzing only
 
 pub mod admin;
+pub mod app;
 pub mod call;
+pub mod cli;
 pub mod client;
 pub mod coalescer;
 pub mod code;
-pub mod config;
 pub mod credentials;
 pub mod deadline;
 pub mod error;
@@ -46,10 +48,11 @@ pub mod files;
 pub mod fuzz;
 pub mod http_client;
 pub mod method;
+pub mod options;
 pub mod reason;
+pub mod regions;
 pub mod rpc;
 pub mod sandbox;
-pub mod serve;
 pub mod server;
 pub mod status;
 pub mod telemetry;

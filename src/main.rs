@@ -1,4 +1,4 @@
-//! The program: reads what it is asked to do, and does it.
+//! The program: parses the command line and runs its subcommand.
 
 use std::{
     io::{self, Write as _},
@@ -6,26 +6,26 @@ use std::{
 };
 
 use rds_task_facade::{
-    client,
-    config::{self, Command},
-    serve, telemetry,
+    app,
+    cli::{self, Command},
+    client, telemetry,
 };
 
 #[cfg(feature = "jemalloc")]
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
-/// The exit code for mistakes on the command line or in the environment.
+/// The exit code for problems with the command line or the environment.
 const EXIT_USAGE: u8 = 2;
 
 fn main() -> ExitCode {
     rustls::crypto::aws_lc_rs::default_provider()
         .install_default()
         .expect("no other crypto provider was installed before");
-    match config::of_process() {
+    match cli::parse_process() {
         Ok(command) => run(command),
-        Err(refused) => {
-            telemetry::print_refused(&refused);
+        Err(invalid) => {
+            telemetry::print_problems(&invalid.problems, invalid.log_format);
             ExitCode::from(EXIT_USAGE)
         }
     }
@@ -38,14 +38,14 @@ fn run(command: Command) -> ExitCode {
         .expect("the runtime starts");
     let code = match command {
         Command::Print(text) => {
-            // A reader that went away is no failure.
+            // A closed standard output is not a failure.
             let _ = io::stdout().write_all(text.as_bytes());
             ExitCode::SUCCESS
         }
-        Command::Call(call) => runtime.block_on(client::call(*call)),
-        Command::Health(health) => runtime.block_on(client::health(*health)),
-        Command::Serve(config) => runtime.block_on(serve::serve(*config)),
-        Command::Sandbox(listen) => runtime.block_on(serve::sandbox(listen)),
+        Command::Call(call) => runtime.block_on(client::call(call)),
+        Command::Health(health) => runtime.block_on(client::health(health)),
+        Command::Serve(options) => runtime.block_on(app::serve(*options)),
+        Command::Sandbox(options) => runtime.block_on(app::sandbox(options.listen)),
     };
     // Without waiting for a name lookup or a file read that hangs in a helper thread.
     runtime.shutdown_background();

@@ -56,22 +56,23 @@ async fn serve() -> (SocketAddr, Asked) {
     (address, asked_seen)
 }
 
-fn server(address: SocketAddr, timeout: Duration) -> Server {
+fn server(address: SocketAddr) -> Server {
     Server {
-        target: BaseUrl::of_plain(address),
+        target: format!("http://{address}").parse().unwrap(),
         ca: None,
-        identity: None,
-        timeout,
+        pair: None,
     }
 }
 
-fn call_for(project: &str, server: Server) -> Call {
+fn call_for(project: &str, address: SocketAddr, timeout: Duration) -> Call {
     Call {
-        server,
-        task: Task {
+        server: server(address),
+        task: Some(Task {
             project_id: project.to_owned(),
             ..Task::example()
-        },
+        }),
+        timeout,
+        token_file: None,
         token: None,
     }
 }
@@ -83,8 +84,8 @@ async fn a_call_carries_ids_token_and_timeout() {
     let (address, mut asked) = serve().await;
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(b"from-a-file\n").unwrap();
-    let mut call = call_for("p", server(address, PATIENT));
-    call.token = Some(Token::File(file.path().to_owned()));
+    let mut call = call_for("p", address, PATIENT);
+    call.token_file = Some(file.path().to_owned());
 
     ask_for_task(call).await.unwrap();
 
@@ -154,17 +155,20 @@ async fn failures_are_told_in_one_clear_first_line() {
     let cases = [
         (
             "missing",
-            server(address, PATIENT),
+            address,
+            PATIENT,
             "NOT_FOUND: no such task".to_owned(),
         ),
         (
             "silent",
-            server(address, brief),
+            address,
+            brief,
             "DEADLINE_EXCEEDED: no answer within 50ms".to_owned(),
         ),
         (
             "p",
-            server(closed_address, PATIENT),
+            closed_address,
+            PATIENT,
             format!(
                 "cannot connect to http://{closed_address}: Connection refused (os error 111); check --target, and that \
                  `rds-task-facade serve` runs there"
@@ -172,8 +176,9 @@ async fn failures_are_told_in_one_clear_first_line() {
         ),
     ];
 
-    for (project, server, expected) in cases {
-        let error = ask_for_task(call_for(project, server)).await.unwrap_err();
+    for (project, address, timeout, expected) in cases {
+        let call = call_for(project, address, timeout);
+        let error = ask_for_task(call).await.unwrap_err();
         assert_eq!(error.to_string(), expected, "{project}");
     }
 }
@@ -182,8 +187,8 @@ async fn failures_are_told_in_one_clear_first_line() {
 async fn a_token_that_no_header_can_carry_is_refused_without_being_shown() {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(b"canary\r\nx-other: 1").unwrap();
-    let mut call = call_for("p", server("127.0.0.1:1".parse().unwrap(), PATIENT));
-    call.token = Some(Token::File(file.path().to_owned()));
+    let mut call = call_for("p", "127.0.0.1:1".parse().unwrap(), PATIENT);
+    call.token_file = Some(file.path().to_owned());
 
     let error = ask_for_task(call).await.unwrap_err().to_string();
 
@@ -196,7 +201,8 @@ async fn health_tells_serving_from_the_rest() {
     let (address, _asked) = serve().await;
     let ask = |service: &str| {
         ask_for_health(Health {
-            server: server(address, PATIENT),
+            server: server(address),
+            timeout: PATIENT,
             service: service.to_owned(),
         })
     };

@@ -25,6 +25,7 @@ use self::single_flight::{Joined, SingleFlight};
 use crate::{
     credentials::{self, Identity},
     deadline::{Deadline, SharedDeadline},
+    options,
     telemetry::{Progress, metrics::Metrics},
     upstream::{Error, TaskQuery, wire::TaskDetail},
 };
@@ -59,13 +60,17 @@ pub struct Lookup {
     pub progress: Arc<Progress>,
 }
 
-/// How long results are cached, and how many.
-#[derive(Debug, Clone, Copy)]
-pub struct Config {
-    /// Zero caches nothing.
+/// The options of the cache.
+#[derive(Debug, Clone, clap::Args)]
+#[group(skip)]
+#[command(next_help_heading = "Cache")]
+pub struct Options {
+    /// How long a reply is cached; 0s coalesces equal calls in flight and caches nothing
+    #[arg(long, value_name = "DURATION", default_value = "0s", value_parser = options::duration_or_zero)]
     pub cache_ttl: Duration,
-    /// Cache entries of all identities together.
-    pub cache_entries: u64,
+    /// Cache entries at most
+    #[arg(long, value_name = "NUMBER", default_value = "10000", value_parser = options::limit)]
+    pub cache_entries: usize,
 }
 
 /// The lookups in flight and the cache. One per process: all workers share it.
@@ -79,11 +84,11 @@ pub struct Coalescer {
 
 impl Coalescer {
     /// A coalescer with an empty cache.
-    pub fn new(config: Config, metrics: Arc<Metrics>) -> Arc<Self> {
-        let cache = (!config.cache_ttl.is_zero()).then(|| {
+    pub fn new(options: &Options, metrics: Arc<Metrics>) -> Arc<Self> {
+        let cache = (!options.cache_ttl.is_zero()).then(|| {
             Cache::builder()
-                .max_capacity(config.cache_entries)
-                .time_to_live(config.cache_ttl)
+                .max_capacity(options.cache_entries as u64)
+                .time_to_live(options.cache_ttl)
                 .build()
         });
         Arc::new(Self {

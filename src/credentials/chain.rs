@@ -3,6 +3,8 @@
 
 use std::{path::PathBuf, sync::Arc};
 
+use reqwest::Url;
+
 use super::{
     auth::AccessKey,
     cache::{Fetched, Refresh},
@@ -18,7 +20,7 @@ pub struct Config {
     /// The profile file, which need not exist.
     pub profile: Option<PathBuf>,
     /// The metadata service, for example `http://169.254.169.254`.
-    pub metadata_endpoint: String,
+    pub metadata_endpoint: Url,
 }
 
 /// The chosen link.

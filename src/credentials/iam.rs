@@ -5,6 +5,7 @@
 use std::{path::PathBuf, time::Duration};
 
 use http::{HeaderValue, header};
+use reqwest::Url;
 use serde::Deserialize;
 use serde_json::json;
 use zeroize::Zeroizing;
@@ -28,7 +29,7 @@ const REST_AFTER_REJECTION: Duration = Duration::from_secs(15 * 60);
 #[derive(Debug, Clone)]
 pub struct Config {
     /// The identity service with its scheme, for example `https://iam.cn-north-4.myhuaweicloud.com`.
-    pub endpoint: String,
+    pub endpoint: Url,
     /// Name of the IAM user.
     pub user: String,
     /// Name of the account that the user belongs to.
@@ -79,7 +80,7 @@ impl Refresh for Source {
         })?;
         let url = format!(
             "{}/v3/auth/tokens?nocatalog=true",
-            self.config.endpoint.trim_end_matches('/')
+            self.config.endpoint.as_str().trim_end_matches('/')
         );
         let request = self
             .client
@@ -204,7 +205,7 @@ mod tests {
 
     fn source(endpoint: &str, password_file: &NamedTempFile) -> Source {
         let config = Config {
-            endpoint: endpoint.to_owned(),
+            endpoint: endpoint.parse().unwrap(),
             user: "user".to_owned(),
             domain: "domain".to_owned(),
             password_file: password_file.path().to_owned(),
@@ -267,7 +268,7 @@ mod tests {
     #[test]
     fn thirty_two_hexadecimal_digits_are_a_project_id_and_anything_else_is_a_name() {
         let file = password_file();
-        let mut config = source("", &file).config;
+        let mut config = source("http://127.0.0.1", &file).config;
         let scope = |config: &Config| {
             let body: Value = serde_json::from_slice(&body(config, "p")).unwrap();
             body["auth"]["scope"]["project"].clone()

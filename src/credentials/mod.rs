@@ -15,6 +15,7 @@ pub mod file;
 pub mod iam;
 pub mod key_guard;
 mod metadata;
+mod options;
 pub mod profile;
 pub mod secret;
 mod server_time;
@@ -26,10 +27,14 @@ use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
 
 use aws_lc_rs::{hmac, rand::SystemRandom};
 use http::{HeaderMap, HeaderValue};
+use reqwest::Url;
 use tokio::sync::watch;
 
-pub use self::auth::{AccessKey, Auth, Identity, Token};
 use self::cache::{Cache, OnRejection};
+pub use self::{
+    auth::{AccessKey, Auth, Identity, Token},
+    options::{HEADING, Options, Place},
+};
 use crate::{
     deadline::Deadline,
     http_client::{self, BuildError},
@@ -56,9 +61,10 @@ pub struct Config {
 }
 
 /// The source of credentials, chosen at start.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub enum Source {
     /// Each caller brings a token, as `x-auth-token`.
+    #[default]
     Caller,
     /// One token for good.
     Token(HeaderValue),
@@ -71,7 +77,7 @@ pub enum Source {
     /// The key in a profile file of the vendor's SDKs.
     Profile(PathBuf),
     /// Temporary keys from the metadata service at this address, for example `http://169.254.169.254`.
-    Metadata(String),
+    Metadata(Url),
     /// Environment, profile file, metadata service: the first that holds a key.
     Chain(chain::Config),
 }
@@ -123,7 +129,7 @@ impl Credentials {
             Source::Profile(path) => Running::CachedKey(profile(path)),
             Source::Iam(iam) => {
                 let http = http_client::Config {
-                    https_only: iam.endpoint.starts_with("https:"),
+                    https_only: iam.endpoint.scheme() == "https",
                     ..config.http
                 };
                 let source = iam::Source::new(fetch::identity_client(&http)?, iam);
@@ -131,7 +137,7 @@ impl Credentials {
                 Running::CachedToken(cache)
             }
             Source::Metadata(endpoint) => {
-                let source = metadata::Source::new(fetch::metadata_client()?, &endpoint);
+                let source = metadata::Source::new(fetch::metadata_client()?, endpoint.as_str());
                 let cache =
                     Cache::start("metadata", source, ON_KEY_REJECTED, ready.clone(), metrics);
                 Running::CachedKey(cache)
@@ -141,7 +147,7 @@ impl Credentials {
                 chain::Choice::Profile(path) => Running::CachedKey(profile(path)),
                 chain::Choice::Metadata(before) => {
                     let client = fetch::metadata_client()?;
-                    let metadata = metadata::Source::new(client, &chain.metadata_endpoint);
+                    let metadata = metadata::Source::new(client, chain.metadata_endpoint.as_str());
                     let source = chain::LastLink { metadata, before };
                     let cache =
                         Cache::start("chain", source, ON_KEY_REJECTED, ready.clone(), metrics);

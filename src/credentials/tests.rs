@@ -138,7 +138,7 @@ async fn the_chain_takes_environment_then_profile_then_metadata() {
         Source::Chain(chain::Config {
             environment,
             profile,
-            metadata_endpoint: issuer.endpoint.clone(),
+            metadata_endpoint: issuer.endpoint.parse().unwrap(),
         })
     };
     let cases = [
@@ -221,7 +221,7 @@ fn iam_source(issuer: &FakeIssuer, folder: &TempDir) -> Source {
     let password_file = folder.path().join("password");
     fs::write(&password_file, "canary-password").unwrap();
     Source::Iam(iam::Config {
-        endpoint: issuer.endpoint.clone(),
+        endpoint: issuer.endpoint.parse().unwrap(),
         user: "user".to_owned(),
         domain: "domain".to_owned(),
         password_file,
@@ -304,17 +304,17 @@ async fn no_source_shows_a_secret_in_log_debug_or_error() {
             "iam with a bad token",
             iam_source(&malformed_token, &folder),
         ),
-        ("metadata", Source::Metadata(keys.endpoint.clone())),
+        ("metadata", Source::Metadata(keys.endpoint.parse().unwrap())),
         (
             "metadata that echoes",
-            Source::Metadata(echoing.endpoint.clone()),
+            Source::Metadata(echoing.endpoint.parse().unwrap()),
         ),
         (
             "chain",
             Source::Chain(chain::Config {
                 environment: None,
                 profile: Some(folder.path().join("p2")),
-                metadata_endpoint: echoing.endpoint.clone(),
+                metadata_endpoint: echoing.endpoint.parse().unwrap(),
             }),
         ),
     ];

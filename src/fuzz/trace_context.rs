@@ -5,7 +5,7 @@
 use http::{HeaderMap, HeaderValue};
 
 use super::lines;
-use crate::{config::Propagators, telemetry::context::Context};
+use crate::telemetry::{Propagators, context::Context};
 
 pub(super) fn check(input: &[u8]) {
     let [first, second, state, more_state, b3] = lines(input);

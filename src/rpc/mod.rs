@@ -1,10 +1,12 @@
 //! The methods of the task service: one file each, and what they share.
 
 pub(crate) mod get_task_detail;
+mod options;
 
 use std::{collections::HashSet, sync::Arc};
 
 use http::HeaderMap;
+pub use options::Options;
 
 use crate::{
     call::Call,
@@ -42,13 +44,14 @@ impl Facade {
         credentials: Credentials,
         coalescer: Arc<Coalescer>,
         upstream: upstream::Client,
-        allowed_projects: Option<Arc<HashSet<String>>>,
+        options: &Options,
     ) -> Self {
+        let allowed: HashSet<String> = options.allow_project.iter().cloned().collect();
         Self {
             credentials,
             coalescer,
             upstream,
-            allowed_projects,
+            allowed_projects: (!allowed.is_empty()).then(|| Arc::new(allowed)),
         }
     }
 

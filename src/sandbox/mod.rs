@@ -16,6 +16,7 @@ mod auth;
 mod control;
 mod iam;
 mod metadata;
+mod options;
 mod response;
 mod scenarios;
 mod signature;
@@ -45,6 +46,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
+pub use options::Options;
 use response::{Response, gateway_error, no_such_api};
 pub use scenarios::{SCENARIOS, Scenario};
 use state::State;

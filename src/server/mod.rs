@@ -19,6 +19,7 @@ mod connection;
 mod edge;
 mod health;
 mod message;
+mod options;
 mod preface;
 mod reply;
 mod stream;
@@ -37,79 +38,12 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
+pub use options::{Options, Timings};
+
 use crate::{rpc::Service, telemetry::Sinks};
 
 /// How much of the shutdown grace is kept for telling calls that they are cut off, and for ending.
 const MAX_FAREWELL: Duration = Duration::from_millis(500);
-
-/// How the listener behaves.
-#[derive(Debug, Clone)]
-pub struct Config {
-    /// Upper bound of one RPC.
-    pub timeout: Duration,
-    /// RPCs of the task service at once.
-    pub max_in_flight: usize,
-    /// Connections at once.
-    pub max_connections: usize,
-    /// Between `NOT_SERVING` and GOAWAY.
-    pub drain_delay: Duration,
-    /// For calls in flight, from GOAWAY on.
-    pub shutdown_grace: Duration,
-    /// Certificates; plain text without.
-    pub tls: Option<tls::Files>,
-    /// Whether reflection is served.
-    pub reflection: bool,
-    /// Worker threads, at least one.
-    pub workers: usize,
-    /// What has a fixed value outside of tests, but for the age.
-    pub timings: Timings,
-}
-
-/// The times of one connection.
-#[derive(Debug, Clone)]
-pub struct Timings {
-    /// From acceptance to the end of the TLS handshake.
-    pub handshake_timeout: Duration,
-    /// From then to the end of the HTTP/2 preface.
-    pub preface_timeout: Duration,
-    /// Between PINGs on a silent connection.
-    pub keepalive_interval: Duration,
-    /// For the answer to a PING.
-    pub keepalive_timeout: Duration,
-    /// GOAWAY is sent at this age, give or take a tenth; zero for never.
-    pub max_connection_age: Duration,
-    /// For calls in flight after that.
-    pub max_connection_age_grace: Duration,
-}
-
-impl Default for Timings {
-    fn default() -> Self {
-        Self {
-            handshake_timeout: Duration::from_secs(5),
-            preface_timeout: Duration::from_secs(10),
-            keepalive_interval: Duration::from_secs(30),
-            keepalive_timeout: Duration::from_secs(10),
-            max_connection_age: Duration::from_secs(30 * 60),
-            max_connection_age_grace: Duration::from_secs(30),
-        }
-    }
-}
-
-impl Default for Config {
-    fn default() -> Self {
-        Self {
-            timeout: Duration::from_secs(30),
-            max_in_flight: 2048,
-            max_connections: 1000,
-            drain_delay: Duration::ZERO,
-            shutdown_grace: Duration::from_secs(20),
-            tls: None,
-            reflection: true,
-            workers: std::thread::available_parallelism().map_or(1, usize::from),
-            timings: Timings::default(),
-        }
-    }
-}
 
 /// What the listener works with.
 pub struct Parts<F> {
@@ -152,7 +86,7 @@ pub enum Error {
 /// Only before the first connection: see [`Error`].
 pub async fn serve<S, F>(
     listener: std::net::TcpListener,
-    config: Config,
+    options: Options,
     parts: Parts<F>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), Error>
@@ -168,20 +102,20 @@ where
         started,
     } = parts;
     let metrics = Arc::clone(&sinks.metrics);
-    let tls = match &config.tls {
+    let tls = match &options.tls {
         Some(files) => Some(Arc::new(tls::Tls::load(files.clone(), &metrics)?)),
         None => None,
     };
     let health = health::Health::new(serving).await;
-    let routes = health.routes(config.reflection);
+    let routes = health.routes(options.reflection);
     let limits = edge::Limits {
-        in_flight: Arc::new(Semaphore::new(config.max_in_flight)),
-        auxiliary: Arc::new(Semaphore::new(config.max_connections)),
+        in_flight: Arc::new(Semaphore::new(options.max_in_flight)),
+        auxiliary: Arc::new(Semaphore::new(options.max_connections)),
     };
     let cut = CancellationToken::new();
     let facade = Arc::new(facade);
-    let mut workers = Vec::with_capacity(config.workers);
-    for index in 0..config.workers.max(1) {
+    let mut workers = Vec::with_capacity(options.workers);
+    for index in 0..options.workers.max(1) {
         let (facade, routes, limits, tls) = (
             Arc::clone(&facade),
             routes.clone(),
@@ -189,7 +123,7 @@ where
             tls.clone(),
         );
         let (timeout, reflection, timings) =
-            (config.timeout, config.reflection, config.timings.clone());
+            (options.timeout, options.reflection, options.timings.clone());
         let (cut, sinks) = (cut.child_token(), Arc::clone(&sinks));
         let shared = move || connection::Shared {
             edge: edge::Edge {
@@ -215,7 +149,7 @@ where
     let tracker = TaskTracker::new();
     let door = accept::Door {
         workers,
-        connections: Arc::new(Semaphore::new(config.max_connections)),
+        connections: Arc::new(Semaphore::new(options.max_connections)),
         metrics,
         tracker: tracker.clone(),
     };
@@ -234,20 +168,20 @@ where
     health.set(false).await;
     tokio::select! {
         never = door.open(&listener) => match never {},
-        () = sleep(config.drain_delay) => {}
+        () = sleep(options.drain_delay) => {}
     }
     let connections = Arc::clone(&door.connections);
     let workers = door.close(listener);
     workers.iter().for_each(worker::Worker::go_away);
-    let end = Instant::now() + config.shutdown_grace;
+    let end = Instant::now() + options.shutdown_grace;
     // Calls that outlive the grace are told so in its last moments, and the exit comes before its end.
-    let farewell = (config.shutdown_grace / 10).min(MAX_FAREWELL);
+    let farewell = (options.shutdown_grace / 10).min(MAX_FAREWELL);
     health.end_watches().await;
     tracker.close();
     if timeout_at(end - farewell, tracker.wait()).await.is_err() {
         tracing::warn!(
-            connections = config.max_connections - connections.available_permits(),
-            calls = config.max_in_flight - limits.in_flight.available_permits(),
+            connections = options.max_connections - connections.available_permits(),
+            calls = options.max_in_flight - limits.in_flight.available_permits(),
             "cut off at the end of the shutdown grace"
         );
         cut.cancel();

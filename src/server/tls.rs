@@ -21,6 +21,7 @@ use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use super::certificate;
 use crate::{
     files::{self, Contents, Digest, Watcher},
+    options,
     telemetry::metrics::Metrics,
 };
 
@@ -31,16 +32,21 @@ const MAX_HANDSHAKES: usize = 256;
 /// Far more than a bundle of all public CA certificates.
 const MAX_FILE_BYTES: usize = 4 << 20;
 
-/// Where certificates come from.
-#[derive(Debug, Clone)]
+/// The files of certificates. The first two are set together.
+#[derive(Debug, Clone, clap::Args)]
+#[group(id = "tls")]
 pub struct Files {
-    /// PEM, the server's certificate chain, the server's own certificate first.
+    /// PEM file of the listener's certificate chain; read again when it changes
+    #[arg(long = "tls-cert", value_name = "FILE", value_parser = options::file)]
     pub certificate: PathBuf,
-    /// PEM, the key of the first certificate.
+    /// PEM file of the certificate's key; read again when it changes
+    #[arg(long = "tls-key", value_name = "FILE", value_parser = options::file)]
     pub key: PathBuf,
-    /// PEM; when set, a client must present a certificate signed by one of these.
+    /// PEM file of the CAs of client certificates, which become mandatory; read again when it changes
+    #[arg(long = "tls-client-ca", value_name = "FILE", value_parser = options::file)]
     pub client_ca: Option<PathBuf>,
-    /// How often the files are read to find a change.
+    /// How often the files are read to find a change. Their content counts, because Kubernetes swaps a directory.
+    #[arg(skip = Duration::from_secs(10))]
     pub reload_interval: Duration,
 }
 
@@ -88,19 +94,13 @@ pub enum Error {
     },
 }
 
-/// Checks that a server could use these files.
+/// Checks that the listener can use these files.
 ///
 /// # Errors
 /// [`Error`] of the first file that cannot be used.
-pub fn check(certificate: &Path, key: &Path, client_ca: Option<&Path>) -> Result<(), Error> {
-    let files = Files {
-        certificate: certificate.to_owned(),
-        key: key.to_owned(),
-        client_ca: client_ca.map(Path::to_owned),
-        reload_interval: Duration::MAX,
-    };
+pub fn check(files: &Files) -> Result<(), Error> {
     let contents = files::read_all(&files.paths(), MAX_FILE_BYTES)?;
-    build(&contents, &files).map(drop)
+    build(&contents, files).map(drop)
 }
 
 /// The certificates in use, and the permits for handshakes.

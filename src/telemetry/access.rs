@@ -6,6 +6,7 @@ use jiff::Timestamp;
 use tonic::Code;
 use tracing::Level;
 
+use super::LogFormat;
 use super::{
     context::Context,
     line::{Line, Style},
@@ -13,7 +14,7 @@ use super::{
     trace::ServerSpan,
     writer::Writer,
 };
-use crate::{code, config::LogFormat, reason::Reason};
+use crate::{code, reason::Reason};
 
 /// The target of access lines, for `RUST_LOG`: `access=off` hides them all, `access=error` those of callers' faults.
 pub(super) const TARGET: &str = "access";
@@ -157,7 +158,7 @@ mod tests {
     use crate::{
         method::Method,
         telemetry::{
-            log,
+            LogFormat, log,
             metrics::Metrics,
             record::{Peer, Sinks},
             repeats::Repeats,

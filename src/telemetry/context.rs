@@ -4,7 +4,7 @@ use std::fmt;
 
 use http::{HeaderMap, HeaderValue};
 
-use crate::config::Propagators;
+use super::Propagators;
 
 /// The longest `tracestate` that is kept: what the standard asks a system to pass on at least (section 3.3.1.5).
 const MAX_TRACE_STATE: usize = 512;

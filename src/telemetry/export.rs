@@ -16,7 +16,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    conventions as names,
+    Tracing, conventions as names,
     metrics::Metrics,
     otlp::{
         ExportTraceServiceRequest, ExportTraceServiceResponse, InstrumentationScope, KeyValue,
@@ -24,7 +24,6 @@ use super::{
     },
 };
 use crate::{
-    config,
     http_client::{BuildError, SystemRoots, build, client_builder, read_body, tls_config},
     wait::{date, retry_after},
 };
@@ -79,7 +78,7 @@ impl SpanQueue {
     ///
     /// # Panics
     /// When the process is out of threads.
-    pub(super) fn start(config: &config::Tracing, metrics: Arc<Metrics>) -> Result<Self, Error> {
+    pub(super) fn start(config: &Tracing, metrics: Arc<Metrics>) -> Result<Self, Error> {
         let exporter = Exporter {
             client: client(config)?,
             headers: headers(config),
@@ -118,7 +117,7 @@ impl SpanQueue {
     }
 }
 
-fn client(config: &config::Tracing) -> Result<reqwest::Client, Error> {
+fn client(config: &Tracing) -> Result<reqwest::Client, Error> {
     // As in OpenTelemetry's own exporters, a file of certificates replaces the system's.
     let https = config.endpoint.starts_with("https:");
     let system = if https && config.certificate_pem.is_none() {
@@ -135,7 +134,7 @@ fn client(config: &config::Tracing) -> Result<reqwest::Client, Error> {
     Ok(build(builder)?)
 }
 
-fn headers(config: &config::Tracing) -> HeaderMap {
+fn headers(config: &Tracing) -> HeaderMap {
     let mut headers: HeaderMap = config.headers.iter().cloned().collect();
     let protobuf = HeaderValue::from_static("application/x-protobuf");
     headers.insert(CONTENT_TYPE, protobuf);
@@ -145,7 +144,7 @@ fn headers(config: &config::Tracing) -> HeaderMap {
 struct Exporter {
     client: reqwest::Client,
     headers: HeaderMap,
-    config: config::Tracing,
+    config: Tracing,
     metrics: Arc<Metrics>,
 }
 
@@ -282,8 +281,8 @@ mod tests {
 
     use super::*;
     use crate::{
-        config::{Propagators, Sampler, Tracing},
         telemetry::otlp::ExportTracePartialSuccess,
+        telemetry::{Propagators, Sampler, Tracing},
     };
 
     /// A collector that accepts everything. Returns its address and the names of the spans in each request.

@@ -12,7 +12,7 @@ use std::fmt::{self, Write as _};
 use jiff::Timestamp;
 use tracing::Level;
 
-use crate::config::LogFormat;
+use super::LogFormat;
 
 /// A longer value is cut, which bounds the memory of queued lines. The start line's configuration is shorter.
 const MAX_FIELD_BYTES: usize = 8192;

@@ -155,7 +155,7 @@ mod tests {
     use tracing::subscriber::with_default;
 
     use super::*;
-    use crate::{config::LogFormat, telemetry::writer::tests::Kept};
+    use crate::telemetry::{LogFormat, writer::tests::Kept};
 
     const JSON: Style = Style {
         format: LogFormat::Json,

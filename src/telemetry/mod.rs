@@ -8,6 +8,8 @@ mod export;
 mod line;
 pub(crate) mod log;
 pub mod metrics;
+mod options;
+mod otel;
 mod otlp;
 mod process;
 mod record;
@@ -29,6 +31,8 @@ pub use self::{
     access::Access,
     attempt::AttemptRecord,
     export::Error as TracingError,
+    options::{LogFormat, Options},
+    otel::{Propagators, Sampler, Tracing},
     record::{Facts, Peer, Progress, Record, Sinks},
     trace::{ServerSpan, Tracer},
 };
@@ -38,7 +42,6 @@ use self::{
     repeats::Repeats,
     writer::{Flush, Writer},
 };
-use crate::config::{self, LogFormat, Refused};
 
 /// The log of the process. Dropping it writes what still waits, so it lives until the end of `main`.
 #[derive(Debug)]
@@ -52,13 +55,14 @@ pub struct Telemetry {
 ///
 /// # Panics
 /// When the process has a log already, or is out of threads.
-pub fn start(log: &config::Log, metrics: &Metrics) -> Telemetry {
+pub fn start(options: &Options, metrics: &Metrics) -> Telemetry {
     let style = Style {
-        format: log.format,
-        colour: log.format == LogFormat::Text && io::stdout().is_terminal(),
+        format: options.log_format,
+        colour: options.log_format == LogFormat::Text && io::stdout().is_terminal(),
     };
     let (writer, flush) = Writer::new(standard_output(), metrics.log_lines_dropped.clone());
-    let filter = log::filter(&log.filter).expect("the configuration holds only filters that parse");
+    let filter =
+        log::filter(&options.filter).expect("validated options hold only filters that parse");
     let repeats = Repeats::new(metrics.log_lines_suppressed.clone());
     let subscriber = log::subscriber(style, filter, writer.clone(), repeats);
     tracing::subscriber::set_global_default(subscriber).expect("the log is started once");
@@ -77,7 +81,7 @@ pub fn start(log: &config::Log, metrics: &Metrics) -> Telemetry {
 /// # Panics
 /// When the process is out of threads.
 pub fn start_tracing(
-    tracing: &config::Tracing,
+    tracing: &Tracing,
     propagate_upstream: bool,
     metrics: Arc<Metrics>,
 ) -> Result<Arc<Tracer>, TracingError> {
@@ -85,34 +89,25 @@ pub fn start_tracing(
     Ok(Tracer::new(tracing, propagate_upstream, queue))
 }
 
-/// Prints the mistakes of the configuration on standard error, one line each: with `--log-format json` as objects, like
-/// every other line of the process.
-pub fn print_refused(refused: &Refused) {
-    let text = match refused.log_format {
-        LogFormat::Text => refused.to_string(),
-        LogFormat::Json => {
-            let style = Style {
-                format: LogFormat::Json,
-                colour: false,
-            };
-            let object = |mistake| {
-                Line::new(
-                    style,
-                    Timestamp::now(),
-                    Level::ERROR,
-                    "rds_task_facade::config",
-                    mistake,
-                )
-                .finish()
-            };
-            refused
-                .mistakes
-                .iter()
-                .map(|mistake| object(mistake))
-                .collect()
-        }
+/// Prints problems with the configuration on standard error, one line each: as JSON objects if the log is JSON.
+pub fn print_problems(problems: &[String], format: LogFormat) {
+    let style = Style {
+        format,
+        colour: false,
     };
-    // Without standard error there is nobody to tell.
+    let line = |problem: &String| match format {
+        LogFormat::Text => format!("{}: {problem}\n", env!("CARGO_PKG_NAME")),
+        LogFormat::Json => Line::new(
+            style,
+            Timestamp::now(),
+            Level::ERROR,
+            "rds_task_facade::cli",
+            problem,
+        )
+        .finish(),
+    };
+    let text: String = problems.iter().map(line).collect();
+    // A closed standard error is no reason to fail differently.
     let _ = io::stderr().write_all(text.as_bytes());
 }
 

@@ -8,6 +8,7 @@ use jiff::Timestamp;
 use tonic::Code;
 
 use super::{
+    Propagators, Sampler, Tracing,
     access::limited,
     attempt::AttemptRecord,
     context::Context,
@@ -17,12 +18,7 @@ use super::{
     otlp::{KeyValue, Span, SpanKind, Status, StatusCode},
     record::{Facts, Record},
 };
-use crate::{
-    code,
-    config::{self, Propagators, Sampler},
-    method::Method,
-    reason::Reason,
-};
+use crate::{code, method::Method, reason::Reason};
 
 /// Makes spans and hands them to the export.
 #[derive(Debug)]
@@ -54,11 +50,7 @@ pub(super) struct AttemptSpan {
 
 impl Tracer {
     /// A tracer that puts spans into `queue`.
-    pub(super) fn new(
-        config: &config::Tracing,
-        propagate_upstream: bool,
-        queue: SpanQueue,
-    ) -> Arc<Self> {
+    pub(super) fn new(config: &Tracing, propagate_upstream: bool, queue: SpanQueue) -> Arc<Self> {
         Arc::new(Self {
             sampler: config.sampler,
             accepted: config.propagators,

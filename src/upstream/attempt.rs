@@ -154,7 +154,7 @@ impl Client {
             facts.attempts += 1;
         });
         let mut record = AttemptRecord::start(&endpoint.metrics, request.url(), span, resend_count);
-        let until = Instant::now() + endpoint.config.attempt_timeout;
+        let until = Instant::now() + endpoint.options.attempt_timeout;
         let message = request.with(auth, signed.at, &record);
         let mut answer = match tokio::time::timeout_at(until, self.http.send(message)).await {
             Ok(Ok(answer)) => answer,

@@ -1,15 +1,15 @@
 //! The send loop: as many attempts as answer, deadline, budget and breaker allow, each with a credential that is valid now.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use reqwest::Url;
 
 use super::{
-    Error, TaskQuery,
+    Error, Options, TaskQuery,
     attempt::Remedy,
     breaker::Breaker,
     clock::Clock,
-    rate::{self, Rate},
+    rate::Rate,
     request::TaskRequest,
     retry::{Attempts, Budget},
     throttle::Throttle,
@@ -23,25 +23,11 @@ use crate::{
     telemetry::{Progress, ServerSpan, metrics::Metrics},
 };
 
-/// How calls are made.
-#[derive(Debug, Clone)]
-pub struct Config {
-    /// Base URL of the vendor's endpoint: scheme, host and port.
-    pub endpoint: Url,
-    /// Upper bound of one attempt.
-    pub attempt_timeout: Duration,
-    /// Attempts of one call, the first included; at least 1.
-    pub max_attempts: u32,
-    /// Retries as per cent of the calls of the last ten seconds.
-    pub retry_budget_percent: u32,
-    /// Pace per identity; `None` for as fast as asked.
-    pub rate: Option<rate::Config>,
-}
-
 /// What all workers share about the endpoint.
 #[derive(Debug)]
 pub struct Endpoint {
-    pub(super) config: Config,
+    base_url: Url,
+    pub(super) options: Options,
     pub(super) breaker: Breaker,
     pub(super) clock: Clock,
     pub(super) rate: Option<Rate>,
@@ -52,14 +38,15 @@ pub struct Endpoint {
 
 impl Endpoint {
     /// An endpoint of which nothing is known yet.
-    pub fn new(config: Config, metrics: Arc<Metrics>) -> Arc<Self> {
+    pub fn new(base_url: Url, options: Options, metrics: Arc<Metrics>) -> Arc<Self> {
         Arc::new(Self {
+            base_url,
             breaker: Breaker::new(metrics.circuit_open.clone()),
             clock: Clock::default(),
-            rate: config.rate.map(Rate::new),
+            rate: options.upstream_rate.map(Rate::new),
             throttle: Throttle::new(),
-            budget: Budget::new(config.retry_budget_percent),
-            config,
+            budget: Budget::new(options.retry_budget),
+            options,
             metrics,
         })
     }
@@ -103,8 +90,8 @@ impl Client {
         progress: &Progress,
         span: Option<&Arc<ServerSpan>>,
     ) -> Result<TaskDetail, Error> {
-        let request = TaskRequest::new(&self.endpoint.config.endpoint, query);
-        let mut attempts = Attempts::new(self.endpoint.config.max_attempts);
+        let request = TaskRequest::new(&self.endpoint.base_url, query);
+        let mut attempts = Attempts::new(self.endpoint.options.max_attempts);
         let mut refreshed = false;
         let mut clock_corrected = false;
         let mut last = None;

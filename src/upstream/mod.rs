@@ -6,6 +6,7 @@ mod client;
 mod clock;
 pub mod envelope;
 pub mod known_codes;
+mod options;
 mod overrides;
 mod rate;
 pub mod rejection;
@@ -20,7 +21,8 @@ pub mod wire;
 use std::time::Duration;
 
 pub use self::{
-    client::{Client, Config, Endpoint},
+    client::{Client, Endpoint},
+    options::Options,
     rate::Config as RateConfig,
 };
 use crate::{credentials, reason::Reason};

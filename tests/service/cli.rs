@@ -12,7 +12,8 @@ fn flags_of_help() -> BTreeMap<String, Option<String>> {
     assert_eq!(code, 0);
     let mut flags = BTreeMap::new();
     let mut current = String::new();
-    for line in help.lines().map(str::trim) {
+    let (table, _) = help.split_once("Every flag has a variable").expect("notes");
+    for line in table.lines().map(str::trim) {
         // A flag stands alone on its line, its text on the next.
         if let Some(name) = line.split([' ', ',']).find(|word| word.starts_with("--"))
             && line.starts_with('-')
@@ -54,7 +55,7 @@ fn the_readmes_table_and_help_name_the_same_flags_and_defaults() {
 }
 
 #[test]
-fn every_mistake_is_told_at_once_with_exit_code_2_and_no_secret() {
+fn problems_with_values_are_reported_together_with_exit_code_2_and_no_secret() {
     let args = [
         "serve",
         "--endpoint",
@@ -101,7 +102,7 @@ fn every_mistake_is_told_at_once_with_exit_code_2_and_no_secret() {
 }
 
 #[test]
-fn the_printed_configuration_tells_that_a_secret_is_set_and_not_which() {
+fn the_printed_configuration_shows_that_a_secret_is_set_and_not_its_value() {
     let args = [
         "serve",
         "--region",
@@ -124,6 +125,41 @@ fn the_printed_configuration_tells_that_a_secret_is_set_and_not_which() {
     assert!(out.contains("region = cn-north-4\n"), "{out}");
     assert!(out.contains("RDS_TASK_FACADE_TOKEN = set\n"), "{out}");
     assert!(!out.contains("canary"), "{out}");
+}
+
+#[test]
+fn an_unknown_flag_is_one_line_with_exit_code_2_that_suggests_a_flag_and_hides_the_value() {
+    for args in [
+        ["--tokn-file=canary", "--sandbox"],
+        ["--tokn-file", "canary"],
+    ] {
+        let (code, out, err) = run(&[&["serve"], &args[..]].concat(), &[]);
+
+        assert_eq!((code, out.as_str()), (2, ""));
+        assert_eq!(err.lines().count(), 1, "{err}");
+        assert!(err.contains("--tokn-file"), "{err}");
+        assert!(err.contains("--token-file"), "{err}");
+        assert!(!err.contains("canary"), "{err}");
+    }
+}
+
+#[test]
+fn problems_are_json_where_the_log_is_and_name_the_variable_that_holds_the_value() {
+    let env = [
+        ("RDS_TASK_FACADE_LOG_FORMAT", "json"),
+        ("RDS_TASK_FACADE_TIMEOUT", "soon"),
+    ];
+
+    let (code, _, err) = run(&["serve", "--sandbox"], &env);
+
+    assert_eq!(code, 2);
+    let line: serde_json::Value = serde_json::from_str(&err).expect("one JSON object");
+    assert_eq!(line["level"], "ERROR");
+    let problem = line["msg"].as_str().expect("a text");
+    assert!(
+        problem.starts_with("RDS_TASK_FACADE_TIMEOUT: "),
+        "{problem}"
+    );
 }
 
 #[cfg(feature = "jemalloc")]

@@ -72,6 +72,20 @@ async fn a_start_that_cannot_work_ends_at_once_with_one_line_that_says_why() {
             "--listen",
         ),
         (
+            "host that is no address",
+            [&free[..], &["--endpoint", "https://10.0.0.256"]].concat(),
+            &[],
+            2,
+            "--endpoint",
+        ),
+        (
+            "proxy that is no address",
+            [&free[..], &["--sandbox"]].concat(),
+            &[("RDS_TASK_FACADE_UPSTREAM_PROXY", "http://1.2.3.4.5:3128")],
+            2,
+            "RDS_TASK_FACADE_UPSTREAM_PROXY",
+        ),
+        (
             "certificate that is not there",
             [
                 &free[..],

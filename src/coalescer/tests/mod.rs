@@ -15,12 +15,12 @@ use crate::upstream::rejection;
 const ANN: Identity = Identity::Caller([1; 16]);
 const BOB: Identity = Identity::Caller([2; 16]);
 
-fn coalescer(cache_ttl: Duration, cache_entries: u64) -> Arc<Coalescer> {
-    let config = Config {
+fn coalescer(cache_ttl: Duration, cache_entries: usize) -> Arc<Coalescer> {
+    let options = Options {
         cache_ttl,
         cache_entries,
     };
-    Coalescer::new(config, Metrics::new())
+    Coalescer::new(&options, Metrics::new())
 }
 
 fn without_cache() -> Arc<Coalescer> {

@@ -71,7 +71,7 @@ async fn a_peer_that_answers_no_ping_is_closed() {
 
 #[tokio::test]
 async fn connections_beyond_the_limit_are_closed_at_once_and_the_others_work() {
-    let running = start(Config {
+    let running = start(Options {
         max_connections: 2,
         workers: 2,
         ..config()
@@ -97,7 +97,7 @@ async fn connections_beyond_the_limit_are_closed_at_once_and_the_others_work() {
 
 #[tokio::test]
 async fn connections_are_spread_evenly_over_the_workers() {
-    let running = start(Config {
+    let running = start(Options {
         workers: 2,
         ..config()
     });

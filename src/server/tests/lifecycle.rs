@@ -57,7 +57,7 @@ async fn a_call_in_flight_completes_and_then_the_drain_is_over() {
 #[tokio::test]
 async fn what_peers_do_cannot_hold_the_drain_beyond_the_grace() {
     let grace = Duration::from_millis(300);
-    let running = start(Config {
+    let running = start(Options {
         shutdown_grace: grace,
         ..config()
     });
@@ -106,7 +106,7 @@ async fn silent_peers_and_open_watches_do_not_hold_the_drain_at_all() {
 
 #[tokio::test]
 async fn until_goaway_new_connections_and_calls_are_served_and_health_says_not_serving() {
-    let running = start(Config {
+    let running = start(Options {
         drain_delay: Duration::from_millis(500),
         ..config()
     });

@@ -30,7 +30,7 @@ fn serving(answer: &Answer) -> ServingStatus {
 
 #[tokio::test]
 async fn a_cancelled_call_ends_its_work_and_is_counted_once() {
-    let running = start(Config {
+    let running = start(Options {
         max_in_flight: 1,
         ..config()
     });
@@ -151,7 +151,7 @@ async fn a_caller_that_stops_reading_half_way_loses_its_stream_too() {
 
 #[tokio::test]
 async fn calls_beyond_the_limit_are_refused_at_once_and_health_is_not() {
-    let running = start(Config {
+    let running = start(Options {
         max_in_flight: 1,
         ..config()
     });
@@ -176,7 +176,7 @@ async fn calls_beyond_the_limit_are_refused_at_once_and_health_is_not() {
 
 #[tokio::test]
 async fn a_call_whose_answer_is_not_read_keeps_its_place() {
-    let running = start(Config {
+    let running = start(Options {
         max_in_flight: 1,
         ..config()
     });
@@ -208,7 +208,7 @@ async fn watching(client: &Client) -> (Option<Code>, h2::RecvStream) {
 
 #[tokio::test]
 async fn streams_of_health_have_a_limit_and_each_connection_two_beyond_it() {
-    let running = start(Config {
+    let running = start(Options {
         max_connections: 3,
         ..config()
     });
@@ -236,7 +236,7 @@ async fn streams_of_health_have_a_limit_and_each_connection_two_beyond_it() {
 
 #[tokio::test]
 async fn what_is_no_grpc_waits_for_its_end_only_within_that_limit() {
-    let running = start(Config {
+    let running = start(Options {
         max_connections: 1,
         timeout: Duration::from_secs(2),
         ..config()
@@ -304,7 +304,7 @@ async fn health_follows_the_first_credential_under_both_names() {
 
 #[tokio::test]
 async fn a_watch_outlives_the_servers_maximum_but_not_the_callers_deadline() {
-    let running = start(Config {
+    let running = start(Options {
         timeout: Duration::from_millis(50),
         ..config()
     });
@@ -358,7 +358,7 @@ async fn reflection_lists_every_service_in_both_versions_and_can_be_off() {
         assert_eq!(found, names, "{path}");
     }
 
-    let running = start(Config {
+    let running = start(Options {
         reflection: false,
         ..config()
     });

@@ -27,7 +27,7 @@ use tokio::{
 use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
 
-use super::{Config, Error, Parts, Timings, serve};
+use super::{Error, Options, Parts, Timings, serve};
 use crate::{
     call::Call,
     code, error,
@@ -120,16 +120,16 @@ struct Running {
     done: JoinHandle<Result<(), Error>>,
 }
 
-fn start(config: Config) -> Running {
+fn start(config: Options) -> Running {
     start_with_ready(config, true)
 }
 
-fn start_with_ready(config: Config, is_ready: bool) -> Running {
+fn start_with_ready(config: Options, is_ready: bool) -> Running {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     start_on(listener, config, is_ready)
 }
 
-fn start_on(listener: std::net::TcpListener, config: Config, is_ready: bool) -> Running {
+fn start_on(listener: std::net::TcpListener, config: Options, is_ready: bool) -> Running {
     let address = listener.local_addr().unwrap();
     let script = Script::default();
     let metrics = Metrics::new();
@@ -166,16 +166,16 @@ fn start_on(listener: std::net::TcpListener, config: Config, is_ready: bool) -> 
 }
 
 /// One worker, so that a test sees every connection in one place.
-fn config() -> Config {
-    Config {
+fn config() -> Options {
+    Options {
         workers: 1,
         timeout: Duration::from_secs(5),
         shutdown_grace: Duration::from_secs(2),
-        ..Config::default()
+        ..Options::default()
     }
 }
 
-fn timings(change: impl FnOnce(&mut Timings)) -> Config {
+fn timings(change: impl FnOnce(&mut Timings)) -> Options {
     let mut config = config();
     change(&mut config.timings);
     config

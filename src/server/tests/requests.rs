@@ -416,7 +416,7 @@ async fn a_passed_deadline_is_answered_in_time() {
 
 #[tokio::test]
 async fn the_server_maximum_bounds_calls_without_a_deadline_or_with_a_longer_one() {
-    let running = start(Config {
+    let running = start(Options {
         timeout: Duration::from_millis(50),
         ..config()
     });

@@ -58,8 +58,8 @@ fn files(folder: &Path, client_ca: Option<&Authority>) -> tls::Files {
     }
 }
 
-fn with_tls(files: tls::Files) -> Config {
-    Config {
+fn with_tls(files: tls::Files) -> Options {
+    Options {
         tls: Some(files),
         ..timings(|timings| timings.handshake_timeout = Duration::from_millis(500))
     }

@@ -3,40 +3,62 @@
 mod command;
 mod credentials;
 
-use std::io::Write as _;
+use std::{io::Write as _, os::unix::ffi::OsStringExt as _, time::Duration};
+
+use clap::CommandFactory as _;
 
 use super::*;
+use crate::{
+    client::Task,
+    credentials::Source,
+    options::{defaults, url::without_slash},
+};
 
-/// Runs `rds-task-facade` with these arguments and variables.
-fn command(args: &[&str], env: &[(&str, &str)]) -> Result<Command, Refused> {
-    let env = env
+type Variables<'a> = &'a [(&'a str, &'a str)];
+
+/// Parses `rds-task-facade` with these arguments and variables.
+fn command(args: &[&str], variables: Variables<'_>) -> Result<Command, Invalid> {
+    let environment = variables
         .iter()
         .map(|(name, value)| (OsString::from(name), OsString::from(value)))
         .collect();
     let program = std::iter::once(&"rds-task-facade");
-    Command::read(program.chain(args).map(OsString::from), &env)
+    parse(
+        program.chain(args).map(OsString::from).collect(),
+        &environment,
+    )
 }
 
-/// Runs `rds-task-facade serve` with these arguments and variables.
-fn serve(args: &[&str], env: &[(&str, &str)]) -> Result<Config, Refused> {
-    let args: Vec<&str> = std::iter::once("serve")
-        .chain(args.iter().copied())
-        .collect();
-    match command(&args, env)? {
-        Command::Serve(config) => Ok(*config),
+/// Parses `rds-task-facade serve` with these arguments and variables.
+fn serve(args: &[&str], variables: Variables<'_>) -> Result<Serve, Invalid> {
+    match command(&[&["serve"], args].concat(), variables)? {
+        Command::Serve(options) => Ok(*options),
         other => panic!("not serve: {other:?}"),
     }
 }
 
-fn mistakes(args: &[&str], env: &[(&str, &str)]) -> Vec<String> {
-    serve(args, env).expect_err("must be refused").mistakes
+fn problems(args: &[&str], variables: Variables<'_>) -> Vec<String> {
+    let parsed = serve(args, variables);
+    parsed.expect_err("must be invalid").problems
 }
 
-fn text_of(args: &[&str], env: &[(&str, &str)]) -> String {
-    match command(args, env).unwrap() {
+fn text_of(args: &[&str], variables: Variables<'_>) -> String {
+    match command(args, variables).unwrap() {
         Command::Print(text) => text,
         other => panic!("prints nothing: {other:?}"),
     }
+}
+
+/// Name and default of every flag of a subcommand.
+fn flags(subcommand: &str) -> Vec<(String, String)> {
+    let command = Command::command();
+    let subcommand = command.find_subcommand(subcommand).unwrap();
+    let flag = |arg: &clap::Arg| {
+        let defaults = arg.get_default_values().iter();
+        let default = defaults.map(|value| value.to_string_lossy().into_owned());
+        (arg.get_long().unwrap().to_owned(), default.collect())
+    };
+    subcommand.get_arguments().map(flag).collect()
 }
 
 fn file_with(text: &str) -> tempfile::NamedTempFile {
@@ -57,7 +79,7 @@ fn the_flags_and_defaults_are_those_of_the_contract() {
         ("upstream-ca", ""),
         ("upstream-proxy", ""),
         ("upstream-rate", "off"),
-        ("credentials", "caller"),
+        ("credentials", ""),
         ("token-file", ""),
         ("iam-endpoint", ""),
         ("iam-user", ""),
@@ -87,36 +109,41 @@ fn the_flags_and_defaults_are_those_of_the_contract() {
         ("print-config", "false"),
     ];
 
-    let table: Vec<_> = flags::SERVE
-        .iter()
-        .map(|flag| (flag.name, flag.default))
-        .collect();
+    let mut contract: Vec<(String, String)> = contract
+        .map(|(flag, default)| (flag.to_owned(), default.to_owned()))
+        .to_vec();
+    contract.sort();
+    let mut declared = flags("serve");
+    declared.sort();
 
-    assert_eq!(table, contract);
-    flags::command().debug_assert();
+    assert_eq!(declared, contract);
+    Command::command().debug_assert();
 }
 
 #[test]
 fn without_settings_the_defaults_hold() {
     let config = serve(&["--region", "cn-north-4"], &[]).unwrap();
 
-    assert_eq!(config.listen, "127.0.0.1:50051".parse().unwrap());
+    assert_eq!(config.server.listen, "127.0.0.1:50051".parse().unwrap());
     assert_eq!(
-        config.metrics_listen,
+        config.admin.metrics_listen,
         Some("127.0.0.1:9464".parse().unwrap())
     );
     assert_eq!(
-        config.upstream.endpoint.to_string(),
+        without_slash(&config.upstream.base_url().unwrap()),
         "https://rds.cn-north-4.myhuaweicloud.com"
     );
-    assert!(matches!(config.credentials, Credentials::Caller));
-    assert_eq!(config.timeout, Duration::from_secs(30));
+    assert!(matches!(config.source, Source::Caller));
+    assert_eq!(config.server.timeout, Duration::from_secs(30));
     assert_eq!(config.upstream.max_attempts, 3);
-    assert_eq!(config.max_connection_age, Some(Duration::from_secs(1800)));
-    assert_eq!(config.upstream.rate, None);
-    assert!(config.tls.is_none());
-    assert!(config.reflection);
-    assert_eq!(config.log.filter, "info");
+    assert_eq!(
+        config.server.timings.max_connection_age,
+        Duration::from_secs(1800)
+    );
+    assert_eq!(config.upstream.upstream_rate, None);
+    assert!(config.server.tls.is_none());
+    assert!(config.server.reflection);
+    assert_eq!(config.telemetry.filter, "info");
 }
 
 #[test]
@@ -136,7 +163,7 @@ fn the_flag_wins_over_the_variable_and_the_variable_over_the_default() {
 
     for (args, env, seconds) in cases {
         let config = serve(&args, env).unwrap();
-        assert_eq!(config.timeout.as_secs(), seconds, "{args:?} {env:?}");
+        assert_eq!(config.server.timeout.as_secs(), seconds, "{args:?} {env:?}");
     }
 }
 
@@ -146,6 +173,7 @@ fn every_flag_of_serve_has_its_variable() {
     let path = file.path().to_str().unwrap();
     let odd_values = [
         ("region", "cn-north-4"),
+        ("credentials", "caller"),
         ("endpoint", "https://rds.example.com"),
         ("upstream-ca", path),
         ("upstream-proxy", "http://proxy:3128"),
@@ -161,24 +189,66 @@ fn every_flag_of_serve_has_its_variable() {
         ("tls-client-ca", path),
     ];
 
-    for flag in flags::SERVE {
+    for (flag, default) in flags("serve") {
         let value = odd_values
             .iter()
-            .find(|(name, _)| *name == flag.name)
-            .map_or(flag.default, |(_, value)| value);
-        let variable = flag.variable();
+            .find(|(name, _)| *name == flag)
+            .map_or(default.as_str(), |(_, value)| value);
+        let variable = variable_of(&flag);
         let env = [(variable.as_str(), value)];
         let found = match serve(&["--sandbox"], &env) {
             Ok(_) => Vec::new(),
-            Err(refused) => refused.mistakes,
+            Err(invalid) => invalid.problems,
         };
         assert!(
             !found
                 .iter()
-                .any(|mistake| mistake.contains("no such variable")),
+                .any(|problem| problem.contains("not a known variable")),
             "{variable}: {found:?}"
         );
     }
+}
+
+#[test]
+fn every_default_parses() {
+    let serve: Serve = defaults();
+    let call: client::Call = defaults();
+    let health: client::Health = defaults();
+    let sandbox: sandbox::Options = defaults();
+
+    assert!(serve.server.tls.is_none() && call.task.is_none());
+    assert!(call.server.pair.is_none() && health.server.pair.is_none());
+    assert!(sandbox.listen.ip().is_loopback());
+}
+
+#[test]
+fn text_that_is_not_utf_8_is_a_problem() {
+    let odd = OsString::from_vec(vec![b'1', 0xff]);
+    let environment = Environment::from([
+        ("RDS_TASK_FACADE_TIMEOUT".into(), odd.clone()),
+        ("HUAWEICLOUD_SDK_AK".into(), odd.clone()),
+        ("HUAWEICLOUD_SDK_SK".into(), "sk".into()),
+    ]);
+    let args = [
+        "rds-task-facade",
+        "serve",
+        "--sandbox",
+        "--credentials",
+        "env",
+    ];
+    let mut args: Vec<OsString> = args.map(OsString::from).to_vec();
+    args.extend(["--max-attempts".into(), odd]);
+
+    let found = parse(args, &environment).expect_err("must be invalid");
+
+    assert_eq!(
+        found.problems,
+        [
+            "RDS_TASK_FACADE_TIMEOUT: is not UTF-8",
+            "--max-attempts: is not UTF-8",
+            "HUAWEICLOUD_SDK_AK: is not UTF-8",
+        ]
+    );
 }
 
 #[test]
@@ -220,13 +290,15 @@ fn exactly_one_of_region_endpoint_and_sandbox_must_be_set() {
         assert_eq!(serve(&args, env).is_ok(), expected, "{args:?} {env:?}");
     }
     assert_eq!(
-        mistakes(&["--region", "cn-nroth-4"], &[]),
-        ["--region: no known region; did you mean cn-north-4?"]
+        problems(&["--region", "cn-nroth-4"], &[]),
+        [
+            "--region: \"cn-nroth-4\" is not a known region; did you mean cn-north-4? use --endpoint for others"
+        ]
     );
 }
 
 #[test]
-fn names_that_kubernetes_derives_from_our_service_are_no_mistake() {
+fn names_that_kubernetes_derives_from_our_service_are_no_problem() {
     let cases = [
         ("RDS_TASK_FACADE_SERVICE_HOST", true),
         ("RDS_TASK_FACADE_SERVICE_PORT", true),
@@ -291,7 +363,7 @@ fn tls_files_come_together_and_can_be_used() {
 }
 
 #[test]
-fn mistakes_are_json_where_json_was_asked_for_even_in_the_flag_that_asks() {
+fn problems_are_json_where_json_was_asked_for_even_in_the_flag_that_asks() {
     let by_variable = [("RDS_TASK_FACADE_LOG_FORMAT", "json")];
     let format = |args: &[&str], env| command(args, env).unwrap_err().log_format;
 
@@ -307,9 +379,9 @@ fn mistakes_are_json_where_json_was_asked_for_even_in_the_flag_that_asks() {
 }
 
 #[test]
-fn a_mistaken_boolean_is_one_mistake() {
+fn an_invalid_boolean_is_one_problem() {
     assert_eq!(
-        mistakes(&[], &[("RDS_TASK_FACADE_SANDBOX", "TRUE")]).len(),
+        problems(&[], &[("RDS_TASK_FACADE_SANDBOX", "TRUE")]).len(),
         1
     );
 }
@@ -326,13 +398,16 @@ fn projects_add_up_over_flags_and_commas() {
     let env = [("RDS_TASK_FACADE_ALLOW_PROJECT", "d")];
 
     assert_eq!(
-        serve(&args, &env).unwrap().allowed_projects,
+        serve(&args, &env).unwrap().rpc.allow_project,
         ["a", "b", "c"]
     );
-    assert_eq!(serve(&["--sandbox"], &env).unwrap().allowed_projects, ["d"]);
-    assert_eq!(mistakes(&["--sandbox", "--allow-project="], &[]).len(), 1);
     assert_eq!(
-        mistakes(&["--sandbox", "--allow-project", ","], &[]).len(),
+        serve(&["--sandbox"], &env).unwrap().rpc.allow_project,
+        ["d"]
+    );
+    assert_eq!(problems(&["--sandbox", "--allow-project="], &[]).len(), 1);
+    assert_eq!(
+        problems(&["--sandbox", "--allow-project", ","], &[]).len(),
         1
     );
 }

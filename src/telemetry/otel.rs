@@ -4,11 +4,9 @@
 use std::{fs, time::Duration};
 
 use http::{HeaderName, HeaderValue, Uri};
+use percent_encoding::percent_decode_str;
 
-use super::{
-    read::Reader,
-    values::{self, Parsed},
-};
+use crate::options::{self, Parsed, Validation, number};
 
 /// How spans are made and exported.
 #[derive(Debug, Clone)]
@@ -74,39 +72,48 @@ const ENDPOINT: &str = "OTEL_EXPORTER_OTLP_ENDPOINT";
 const TRACES_ENDPOINT: &str = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT";
 
 /// `None` where nothing is exported.
-pub(super) fn read(r: &mut Reader<'_>) -> Option<Tracing> {
-    let disabled = r.variable("OTEL_SDK_DISABLED");
-    let exporter = r.variable("OTEL_TRACES_EXPORTER");
+pub(super) fn read(validation: &mut Validation<'_>) -> Option<Tracing> {
+    let disabled = validation.variable("OTEL_SDK_DISABLED");
+    let exporter = validation.variable("OTEL_TRACES_EXPORTER");
     let off = disabled.is_some_and(|text| text.eq_ignore_ascii_case("true"))
         || exporter.is_some_and(|text| text == "none");
-    let (own, base) = (r.variable(TRACES_ENDPOINT), r.variable(ENDPOINT));
+    let (own, base) = (
+        validation.variable(TRACES_ENDPOINT),
+        validation.variable(ENDPOINT),
+    );
     let endpoint = match (own, base) {
         _ if off => return None,
-        (Some(text), _) => r.parsed(TRACES_ENDPOINT, url(&text)),
+        (Some(text), _) => validation.accept(TRACES_ENDPOINT, url(&text)),
         (None, Some(text)) => {
-            let base = r.parsed(ENDPOINT, url(&text));
+            let base = validation.accept(ENDPOINT, url(&text));
             base.map(|base| format!("{}/v1/traces", base.trim_end_matches('/')))
         }
         (None, None) => return None,
     };
-    of_traces(r, "PROTOCOL", protocol);
-    let headers = of_traces(r, "HEADERS", headers).unwrap_or_default();
-    let timeout = of_traces(r, "TIMEOUT", milliseconds).unwrap_or(Duration::from_secs(10));
-    let certificate_pem = of_traces(r, "CERTIFICATE", certificate);
-    let sampler = sampler(r);
-    let propagators = variable(r, "OTEL_PROPAGATORS", propagators);
-    let mut resource = variable(r, "OTEL_RESOURCE_ATTRIBUTES", pairs).unwrap_or_default();
+    of_traces(validation, "PROTOCOL", protocol);
+    let headers = of_traces(validation, "HEADERS", headers).unwrap_or_default();
+    let timeout = of_traces(validation, "TIMEOUT", milliseconds).unwrap_or(Duration::from_secs(10));
+    let certificate_pem = of_traces(validation, "CERTIFICATE", certificate);
+    let sampler = sampler(validation);
+    let propagators = validation.parsed_variable("OTEL_PROPAGATORS", propagators);
+    let mut resource = validation
+        .parsed_variable("OTEL_RESOURCE_ATTRIBUTES", pairs)
+        .unwrap_or_default();
     let named = resource.iter().position(|(key, _)| key == "service.name");
     let named = named.map(|at| resource.remove(at).1);
-    // Ours to say, and told twice it would count for nothing.
+    // The exporter sets this one itself.
     resource.retain(|(key, _)| key != "service.version");
-    let service_name = r
+    let service_name = validation
         .variable("OTEL_SERVICE_NAME")
         .or(named)
         .unwrap_or_else(|| env!("CARGO_PKG_NAME").to_owned());
-    let queue_spans = variable(r, "OTEL_BSP_MAX_QUEUE_SIZE", count).unwrap_or(2048);
-    let batch_spans = variable(r, "OTEL_BSP_MAX_EXPORT_BATCH_SIZE", count).unwrap_or(512);
-    let delay = variable(r, "OTEL_BSP_SCHEDULE_DELAY", milliseconds);
+    let queue_spans = validation
+        .parsed_variable("OTEL_BSP_MAX_QUEUE_SIZE", options::limit)
+        .unwrap_or(2048);
+    let batch_spans = validation
+        .parsed_variable("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", options::limit)
+        .unwrap_or(512);
+    let delay = validation.parsed_variable("OTEL_BSP_SCHEDULE_DELAY", milliseconds);
     Some(Tracing {
         endpoint: endpoint?,
         headers,
@@ -125,18 +132,17 @@ pub(super) fn read(r: &mut Reader<'_>) -> Option<Tracing> {
     })
 }
 
-fn variable<T>(r: &mut Reader<'_>, name: &str, parse: impl Fn(&str) -> Parsed<T>) -> Option<T> {
-    let text = r.variable(name)?;
-    r.parsed(name, parse(&text))
-}
-
 /// A setting of the exporter: the variable for traces wins over the one for every signal.
-fn of_traces<T>(r: &mut Reader<'_>, name: &str, parse: impl Fn(&str) -> Parsed<T>) -> Option<T> {
+fn of_traces<T>(
+    validation: &mut Validation<'_>,
+    name: &str,
+    parse: impl Fn(&str) -> Parsed<T>,
+) -> Option<T> {
     let own = format!("OTEL_EXPORTER_OTLP_TRACES_{name}");
-    if r.variable(&own).is_some() {
-        return variable(r, &own, parse);
+    if validation.variable(&own).is_some() {
+        return validation.parsed_variable(&own, parse);
     }
-    variable(r, &format!("OTEL_EXPORTER_OTLP_{name}"), parse)
+    validation.parsed_variable(&format!("OTEL_EXPORTER_OTLP_{name}"), parse)
 }
 
 /// A password in the URL would show in the start line; the variable for headers is the place for it.
@@ -188,44 +194,26 @@ fn pairs(text: &str) -> Parsed<Vec<(String, String)>> {
     parts
         .map(|part| {
             let (name, value) = part.split_once('=').ok_or_else(form)?;
-            let (name, value) = (name.trim(), decoded(value.trim()).ok_or_else(form)?);
+            let name = name.trim();
+            let value = percent_decode_str(value.trim()).decode_utf8();
+            let value = value.map_err(|_| form())?;
             (!name.is_empty())
-                .then(|| (name.to_owned(), value))
+                .then(|| (name.to_owned(), value.into_owned()))
                 .ok_or_else(form)
         })
         .collect()
 }
 
-fn decoded(text: &str) -> Option<String> {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let Some((first, tail)) = rest.split_first() {
-        rest = tail;
-        if *first == b'%' {
-            let digits = std::str::from_utf8(rest.get(..2)?).ok()?;
-            bytes.push(u8::from_str_radix(digits, 16).ok()?);
-            rest = &rest[2..];
-        } else {
-            bytes.push(*first);
-        }
-    }
-    String::from_utf8(bytes).ok()
-}
-
 fn milliseconds(text: &str) -> Parsed<Duration> {
-    values::number(text, 1..=3_600_000).map(|number| Duration::from_millis(number.into()))
-}
-
-fn count(text: &str) -> Parsed<usize> {
-    values::number(text, 1..=1_000_000).map(|number| number as usize)
+    number::<1, 3_600_000>(text).map(|number| Duration::from_millis(number.into()))
 }
 
 fn certificate(text: &str) -> Parsed<Vec<u8>> {
-    let path = values::file(text)?;
+    let path = options::file(text)?;
     fs::read(path).map_err(|error| format!("cannot be read: {error}"))
 }
 
-fn sampler(r: &mut Reader<'_>) -> Sampler {
+fn sampler(validation: &mut Validation<'_>) -> Sampler {
     // The part of traces; `None` where the argument says it.
     let known = [
         ("always_on", (false, Some(1.0))),
@@ -235,9 +223,10 @@ fn sampler(r: &mut Reader<'_>) -> Sampler {
         ("parentbased_always_off", (true, Some(0.0))),
         ("parentbased_traceidratio", (true, None)),
     ];
-    let chosen = variable(r, "OTEL_TRACES_SAMPLER", |text| values::word(text, &known));
+    let chosen =
+        validation.parsed_variable("OTEL_TRACES_SAMPLER", |text| options::word(text, &known));
     let (parent_based, fixed) = chosen.unwrap_or((true, Some(1.0)));
-    let ratio = fixed.or_else(|| variable(r, "OTEL_TRACES_SAMPLER_ARG", ratio));
+    let ratio = fixed.or_else(|| validation.parsed_variable("OTEL_TRACES_SAMPLER_ARG", ratio));
     Sampler {
         parent_based,
         ratio: ratio.unwrap_or(1.0),
@@ -261,7 +250,7 @@ fn propagators(text: &str) -> Parsed<Propagators> {
         match name.trim() {
             "tracecontext" => accepted.w3c = true,
             "b3" | "b3multi" => accepted.b3 = true,
-            // Baggage is nobody's business here, and goes nowhere.
+            // The facade neither reads nor forwards baggage.
             "baggage" | "none" => {}
             _ => return Err("knows tracecontext, b3, b3multi, baggage and none".to_owned()),
         }
@@ -272,14 +261,17 @@ fn propagators(text: &str) -> Parsed<Propagators> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Config, Environment, Refused};
+    use crate::options::Environment;
 
-    fn read(pairs: &[(&str, &str)]) -> Result<Option<Tracing>, Refused> {
-        let env: Environment = pairs
+    fn read(pairs: &[(&str, &str)]) -> Result<Option<Tracing>, Vec<String>> {
+        let environment: Environment = pairs
             .iter()
             .map(|(name, value)| (name.into(), value.into()))
             .collect();
-        Config::read(["--sandbox".into()], &env).map(|config| config.tracing)
+        let mut validation = Validation::new(&environment);
+        let tracing = super::read(&mut validation);
+        let problems = validation.into_problems();
+        problems.is_empty().then_some(tracing).ok_or(problems)
     }
 
     #[test]
@@ -320,8 +312,8 @@ mod tests {
     }
 
     #[test]
-    fn mistakes_are_reported_together_and_quote_no_secret() {
-        let mistakes = read(&[
+    fn problems_are_reported_together_and_echo_no_secret() {
+        let problems = read(&[
             (ENDPOINT, "http://user:canary@c"),
             ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc"),
             ("OTEL_EXPORTER_OTLP_HEADERS", "canary"),
@@ -330,10 +322,9 @@ mod tests {
             ("OTEL_TRACES_SAMPLER_ARG", "2"),
             ("OTEL_PROPAGATORS", "jaeger"),
         ])
-        .unwrap_err()
-        .mistakes;
+        .unwrap_err();
 
-        let names: Vec<&str> = mistakes
+        let names: Vec<&str> = problems
             .iter()
             .filter_map(|m| Some(m.split_once(':')?.0))
             .collect();
@@ -346,7 +337,7 @@ mod tests {
             "OTEL_PROPAGATORS",
         ];
         assert_eq!(names, expected);
-        assert!(!mistakes.concat().contains("canary"), "{mistakes:?}");
+        assert!(!problems.concat().contains("canary"), "{problems:?}");
     }
 
     #[test]

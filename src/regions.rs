@@ -1,21 +1,42 @@
 //! The regions of RDS and their hosts, as the vendor's SDK lists them.
 
+use reqwest::Url;
+
+use crate::options::{Parsed, closest, not};
+
 /// One row of the table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Region {
+pub struct Region {
     /// For example `cn-north-4`.
-    pub(super) id: &'static str,
+    pub id: &'static str,
     /// Host of RDS.
-    pub(super) rds_host: &'static str,
+    pub rds_host: &'static str,
     /// Host of IAM; `None` where the SDK knows none and its fallback belongs to another site (`eu-west-101`).
-    pub(super) iam_host: Option<&'static str>,
+    pub iam_host: Option<&'static str>,
+}
+
+impl Region {
+    /// The base URL of RDS.
+    pub fn rds_url(self) -> Url {
+        parse_host(self.rds_host)
+    }
+
+    /// The base URL of IAM, where it is known.
+    pub fn iam_url(self) -> Option<Url> {
+        self.iam_host.map(parse_host)
+    }
+}
+
+fn parse_host(host: &str) -> Url {
+    let url = Url::parse(&format!("https://{host}"));
+    url.expect("a test parses every host of the table")
 }
 
 /// Columns: region, RDS host, IAM host, where the IAM host comes from (`table`, or the global `fallback`), STS host.
 const TABLE: &str = include_str!("regions.tsv");
 
 /// Every region, in the order of its id.
-pub(super) fn all() -> impl Iterator<Item = Region> {
+pub fn all() -> impl Iterator<Item = Region> {
     TABLE.lines().skip(1).filter_map(|line| {
         let mut columns = line.split('\t');
         let id = columns.next()?;
@@ -30,8 +51,23 @@ pub(super) fn all() -> impl Iterator<Item = Region> {
 }
 
 /// The region with this id.
-pub(super) fn find(id: &str) -> Option<Region> {
-    all().find(|region| region.id == id)
+///
+/// # Errors
+/// The rest of the sentence.
+pub fn parse(id: &str) -> Parsed<Region> {
+    all().find(|region| region.id == id).ok_or_else(|| {
+        let hint = match closest(id, all().map(|region| region.id)) {
+            Some(close) => format!("did you mean {close}?"),
+            None => {
+                let ids: Vec<&str> = all().map(|region| region.id).collect();
+                format!("known are {};", ids.join(", "))
+            }
+        };
+        not(
+            id,
+            &format!("a known region; {hint} use --endpoint for others"),
+        )
+    })
 }
 
 fn top_domain(host: &str) -> &str {
@@ -41,6 +77,7 @@ fn top_domain(host: &str) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::options::url;
 
     #[test]
     fn every_region_has_hosts_that_make_a_url() {
@@ -51,22 +88,22 @@ mod tests {
                 .flatten()
             {
                 assert!(host.contains(".myhuaweicloud."), "{region:?}");
-                assert!(format!("https://{host}").parse::<http::Uri>().is_ok());
+                assert!(url::base(&format!("https://{host}")).is_ok(), "{host}");
             }
         }
     }
 
     #[test]
     fn known_regions_have_the_hosts_of_the_sdk() {
-        let north = find("cn-north-4").unwrap();
+        let north = parse("cn-north-4").unwrap();
 
         assert_eq!(north.rds_host, "rds.cn-north-4.myhuaweicloud.com");
         assert_eq!(north.iam_host, Some("iam.cn-north-4.myhuaweicloud.com"));
         assert_eq!(
-            find("af-north-1").unwrap().iam_host,
+            parse("af-north-1").unwrap().iam_host,
             Some("iam.myhuaweicloud.com")
         );
-        assert_eq!(find("eu-west-101").unwrap().iam_host, None);
-        assert_eq!(find("region_id"), None);
+        assert_eq!(parse("eu-west-101").unwrap().iam_host, None);
+        assert!(parse("region_id").is_err());
     }
 }

@@ -1,0 +1,262 @@
+//! The composition root of `serve` and `sandbox`: starts the rooms, runs them until a signal, returns the exit code.
+
+use std::{
+    future, io,
+    net::{Ipv4Addr, SocketAddr},
+    process::ExitCode,
+    sync::{Arc, Mutex, OnceLock, PoisonError},
+    time::{Duration, Instant},
+};
+
+use reqwest::Url;
+use tokio::{
+    net::TcpListener,
+    signal::unix::{SignalKind, signal},
+    sync::{oneshot, watch},
+};
+
+use crate::{
+    admin,
+    cli::Serve,
+    coalescer::Coalescer,
+    credentials::{self, Credentials, Source},
+    http_client::{self, SystemRoots},
+    options::url::without_slash,
+    rpc::Facade,
+    sandbox::Sandbox,
+    server,
+    telemetry::{self, Access, Sinks, metrics::Metrics},
+    upstream,
+};
+
+/// For the last spans, when calls in flight have used up the shutdown, and at most.
+const MAX_EXPORT: Duration = Duration::from_secs(5);
+
+/// For the thread of the log, when a second signal ends the process.
+const LAST_LINES: Duration = Duration::from_millis(30);
+
+/// Why the program ends before it serves, or cannot go on. One sentence for the operator.
+#[derive(Debug, thiserror::Error)]
+enum Error {
+    #[error("cannot listen on {0}: {1}")]
+    Listen(SocketAddr, #[source] io::Error),
+    #[error("cannot start the sandbox: {0}")]
+    Sandbox(#[source] io::Error),
+    #[error(transparent)]
+    Http(#[from] http_client::BuildError),
+    #[error(transparent)]
+    Server(#[from] server::Error),
+    #[error(transparent)]
+    Tracing(#[from] telemetry::TracingError),
+    #[error("cannot listen for signals: {0}")]
+    Signals(#[source] io::Error),
+}
+
+/// Serves until a signal, and drains.
+pub async fn serve(options: Serve) -> ExitCode {
+    let metrics = Metrics::new();
+    let telemetry = telemetry::start(&options.telemetry, &metrics);
+    finish(run(options, metrics, telemetry.access.clone()).await)
+}
+
+/// Runs only the sandbox of the vendor's services, until a signal.
+pub async fn sandbox(listen: SocketAddr) -> ExitCode {
+    let _telemetry = telemetry::start(&telemetry::Options::default(), &Metrics::new());
+    finish(run_sandbox(listen).await)
+}
+
+fn finish(ended: Result<(), Error>) -> ExitCode {
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(options: Serve, metrics: Arc<Metrics>, access: Access) -> Result<(), Error> {
+    let shutdown = shutdown_signal()?;
+    let cannot_listen = |address| move |error| Error::Listen(address, error);
+    let address = options.server.listen;
+    let listener = std::net::TcpListener::bind(address).map_err(cannot_listen(address))?;
+    let listen = listener.local_addr().map_err(cannot_listen(address))?;
+    let admin = match options.admin.metrics_listen {
+        Some(address) => Some(
+            TcpListener::bind(address)
+                .await
+                .map_err(cannot_listen(address))?,
+        ),
+        None => None,
+    };
+    let metrics_listen = admin
+        .as_ref()
+        .and_then(|listener| listener.local_addr().ok());
+    let (base_url, source, sandbox) = upstream_place(&options).await?;
+    let identity_service = match &source {
+        Source::Iam(iam) => Some(&iam.endpoint),
+        _ => None,
+    };
+    let needs_roots = |url: &Url| url.scheme() == "https";
+    let system_roots = match needs_roots(&base_url) || identity_service.is_some_and(needs_roots) {
+        true => SystemRoots::Trusted,
+        false => SystemRoots::Ignored,
+    };
+    let http = options.upstream.http_config(&base_url, system_roots)?;
+    let credentials = Credentials::start(
+        credentials::Config {
+            source,
+            http: http.clone(),
+        },
+        Arc::clone(&metrics),
+    )?;
+    let facades = facades(&options, &base_url, &http, &credentials, &metrics)?;
+
+    let serving = watch::Sender::new(false);
+    if let Some(listener) = admin {
+        let ready = serving.subscribe();
+        tokio::spawn(admin::serve(
+            listener,
+            Arc::clone(&metrics),
+            ready,
+            future::pending(),
+        ));
+    }
+    let server_options = options.server.clone();
+    let shutdown_takes = options.server.drain_delay + options.server.shutdown_grace;
+    let tracer = match &options.telemetry.tracing {
+        Some(tracing) => Some(telemetry::start_tracing(
+            tracing,
+            options.telemetry.propagate_trace_upstream,
+            Arc::clone(&metrics),
+        )?),
+        None => None,
+    };
+    let stopping = Arc::new(OnceLock::new());
+    let shutdown = {
+        let stopping = Arc::clone(&stopping);
+        async move {
+            shutdown.await;
+            let _ = stopping.set(Instant::now());
+        }
+    };
+    let started = move || {
+        tracing::info!(
+            version = env!("CARGO_PKG_VERSION"),
+            listen = %listen,
+            metrics_listen = %metrics_listen.map_or_else(|| "off".to_owned(), |address| address.to_string()),
+            upstream = without_slash(&base_url),
+            config = options.summary(),
+            "serving"
+        );
+        if sandbox {
+            tracing::warn!("the upstream is the embedded sandbox: no answer is real");
+        }
+        if let Some(warning) = options.exposure_warning() {
+            tracing::warn!("{warning}");
+        }
+    };
+    let parts = server::Parts {
+        facade: move || {
+            let mut facades = facades.lock().unwrap_or_else(PoisonError::into_inner);
+            facades.pop().expect("there is one for each worker")
+        },
+        ready: credentials.ready(),
+        serving,
+        sinks: Arc::new(Sinks {
+            metrics,
+            access,
+            tracer: tracer.clone(),
+        }),
+        started: Box::new(started),
+    };
+    server::serve(listener, server_options, parts, shutdown).await?;
+    if let Some(tracer) = tracer {
+        let spent = stopping.get().map(Instant::elapsed).unwrap_or_default();
+        let left = shutdown_takes.saturating_sub(spent);
+        // Within what calls in flight have left of the shutdown.
+        if !tracer.finish(left.min(MAX_EXPORT)).await {
+            tracing::warn!("the last spans did not reach the collector in time");
+        }
+    }
+    Ok(())
+}
+
+async fn run_sandbox(listen: SocketAddr) -> Result<(), Error> {
+    let shutdown = shutdown_signal()?;
+    let sandbox = Sandbox::bind(listen).await.map_err(Error::Sandbox)?;
+    tracing::info!(listen = %sandbox.local_addr(), "sandbox");
+    sandbox.serve(shutdown).await;
+    Ok(())
+}
+
+/// Resolves at the first SIGTERM or SIGINT. The second ends the process at once, whatever it is doing.
+fn shutdown_signal() -> Result<impl Future<Output = ()>, Error> {
+    let mut terminate = signal(SignalKind::terminate()).map_err(Error::Signals)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Signals)?;
+    let (first, begun) = oneshot::channel();
+    tokio::spawn(async move {
+        let mut next = async || {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+        };
+        next().await;
+        tracing::info!("signal: draining");
+        let _ = first.send(());
+        next().await;
+        // Blocks the drain too, which must not end well in the meantime.
+        std::thread::sleep(LAST_LINES);
+        std::process::exit(1);
+    });
+    Ok(async move {
+        let _ = begun.await;
+    })
+}
+
+/// Where RDS is, the credential source, and whether both belong to the embedded sandbox, which is started then.
+async fn upstream_place(options: &Serve) -> Result<(Url, Source, bool), Error> {
+    let mut source = options.source.clone();
+    if let Some(url) = options.upstream.base_url() {
+        return Ok((url, source, false));
+    }
+    let any_port = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    let sandbox = Sandbox::bind(any_port).await.map_err(Error::Sandbox)?;
+    let address = sandbox.local_addr();
+    tokio::spawn(sandbox.serve(future::pending()));
+    source.set_sandbox(address);
+    let url = Url::parse(&format!("http://{address}")).expect("an address makes a URL");
+    Ok((url, source, true))
+}
+
+/// One facade for each worker, made before any thread starts, so that an option that cannot be used ends the start.
+fn facades(
+    options: &Serve,
+    base_url: &Url,
+    http: &http_client::Config,
+    credentials: &Credentials,
+    metrics: &Arc<Metrics>,
+) -> Result<Mutex<Vec<Facade>>, Error> {
+    let shared = upstream::Endpoint::new(
+        base_url.clone(),
+        options.upstream.clone(),
+        Arc::clone(metrics),
+    );
+    let coalescer = Coalescer::new(&options.coalescer, Arc::clone(metrics));
+    let facade = |_| {
+        let client = upstream::Client::new(
+            http_client::Client::new(http)?,
+            Arc::clone(&shared),
+            credentials.clone(),
+        );
+        Ok(Facade::new(
+            credentials.clone(),
+            Arc::clone(&coalescer),
+            client,
+            &options.rpc,
+        ))
+    };
+    let facades: Result<Vec<_>, Error> = (0..options.server.workers).map(facade).collect();
+    Ok(Mutex::new(facades?))
+}

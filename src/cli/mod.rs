@@ -1,0 +1,288 @@
+//! The command line: one subcommand with its options, which each room declares for itself.
+//!
+//! ```text
+//! arguments -> variables merged in as arguments -> clap splits them into text -> each value is parsed by its option
+//!   -> typed options -> rules that span several options
+//! ```
+//!
+//! clap alone stops at the first invalid value; here the problems of all values, files and combinations are collected and
+//! reported together. Problems of the command line itself, such as an unknown flag, are clap's, the first one only.
+
+mod serve;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    collections::BTreeMap,
+    error::Error as _,
+    ffi::{OsStr, OsString},
+};
+
+use clap::{
+    Arg, ArgMatches, CommandFactory as _, FromArgMatches as _, Parser,
+    error::{ContextKind, ContextValue, ErrorKind},
+    parser::ValueSource,
+    value_parser,
+};
+use secrecy::SecretString;
+
+pub use self::serve::Serve;
+use crate::{
+    client,
+    credentials::secret::visible,
+    options::{Environment, PREFIX, Validation, closest, variable_of},
+    sandbox,
+    telemetry::LogFormat,
+};
+
+/// What the program is asked to do.
+#[derive(Debug, Parser)]
+#[command(name = env!("CARGO_PKG_NAME"), version, arg_required_else_help = false)]
+#[command(about = "gRPC facade over the RDS call \"Obtaining Task Information\"")]
+pub enum Command {
+    /// Run the gRPC server
+    #[command(after_help = serve::NOTES)]
+    Serve(Box<Serve>),
+    /// Make one call as a client and print the reply as JSON
+    Call(client::Call),
+    /// Check the health of a server; exit code 0 when it is SERVING
+    Health(client::Health),
+    /// Run only the sandbox of RDS, IAM and the metadata service
+    Sandbox(sandbox::Options),
+    /// Print a text on standard output: `--help`, `--version`, `--print-config`.
+    #[command(skip)]
+    Print(String),
+}
+
+/// The problems with the command line and the environment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Invalid {
+    /// One sentence per problem, each of which begins with the flag or variable it is about. No secrets.
+    pub problems: Vec<String>,
+    /// The form in which to print them.
+    pub log_format: LogFormat,
+}
+
+/// Parses the arguments and the environment of this process.
+///
+/// # Errors
+/// [`Invalid`] with every problem.
+pub fn parse_process() -> Result<Command, Invalid> {
+    parse(
+        std::env::args_os().collect(),
+        &std::env::vars_os().collect(),
+    )
+}
+
+/// Parses the whole command line, the program's name included, and with `serve` the variables of its flags.
+///
+/// # Errors
+/// [`Invalid`] with every problem.
+pub fn parse(mut args: Vec<OsString>, environment: &Environment) -> Result<Command, Invalid> {
+    let mut validation = Validation::new(environment);
+    if args.get(1).is_some_and(|subcommand| subcommand == "serve") {
+        merge_variables(&mut args, &mut validation);
+    }
+    let log_format = log_format(&args);
+    let command = parse_merged(&args, &mut validation);
+    let mut problems = validation.into_problems();
+    match command {
+        Ok(command) if problems.is_empty() => Ok(command),
+        Err(error) if !error.use_stderr() => Ok(Command::Print(error.render().to_string())),
+        command => {
+            problems.extend(command.err().map(|error| one_line(&error)));
+            Err(Invalid {
+                problems,
+                log_format,
+            })
+        }
+    }
+}
+
+/// Inserts `--flag=value` for every flag of `serve` that is not typed and has a variable, before the typed arguments. (With
+/// clap's own variables an empty one would not be unset.)
+fn merge_variables(args: &mut Vec<OsString>, validation: &mut Validation<'_>) {
+    let command = Command::command();
+    let serve = command.find_subcommand("serve").expect("it is declared");
+    let mut known = vec![format!("{PREFIX}TOKEN")];
+    for flag in serve.get_arguments().filter_map(Arg::get_long) {
+        known.push(variable_of(flag));
+        let typed = |arg: &OsString| {
+            let arg = arg.to_string_lossy();
+            arg.strip_prefix("--")
+                .is_some_and(|arg| arg.split('=').next() == Some(flag))
+        };
+        if args.iter().skip(2).any(typed) {
+            continue;
+        }
+        if let Some(value) = validation.take_variable_of(flag) {
+            args.insert(2, assignment(flag, value));
+        }
+    }
+    for (name, value) in validation.environment() {
+        let name = name.to_string_lossy();
+        let Some(rest) = name.strip_prefix(PREFIX) else {
+            continue;
+        };
+        if value.is_empty() || known.iter().any(|known| *known == name) || is_of_kubernetes(rest) {
+            continue;
+        }
+        match closest(&name, known.iter().map(String::as_str)) {
+            Some(close) => validation.problem(
+                &name,
+                format!("is not a known variable; did you mean {close}?"),
+            ),
+            None => validation.problem(&name, "is not a known variable; see serve --help"),
+        }
+    }
+}
+
+/// Whether Kubernetes derives this name from a Service called `rds-task-facade`, for every pod of its namespace.
+fn is_of_kubernetes(rest: &str) -> bool {
+    rest == "SERVICE_HOST"
+        || rest == "PORT"
+        || rest.starts_with("SERVICE_PORT")
+        || rest.starts_with("PORT_")
+}
+
+fn assignment(flag: &str, value: &OsStr) -> OsString {
+    let mut argument = OsString::from(format!("--{flag}="));
+    argument.push(value);
+    argument
+}
+
+/// The form of the log, which is also that of problems, including a problem with another value of `--log-format`.
+fn log_format(args: &[OsString]) -> LogFormat {
+    let serve = args.get(1).is_some_and(|subcommand| subcommand == "serve");
+    let json = args.windows(2).any(|pair| {
+        pair[1] == "--log-format=json" || (pair[0] == "--log-format" && pair[1] == "json")
+    });
+    match serve && json {
+        true => LogFormat::Json,
+        false => LogFormat::Text,
+    }
+}
+
+/// The declared command line, but without a required flag: `Option` of a struct makes clap's derive require its flags always
+/// and not only with each other, which [`accepted_arguments`] checks.
+fn command_line(change: impl Fn(Arg) -> Arg) -> clap::Command {
+    Command::command()
+        .mut_subcommands(|subcommand| subcommand.mut_args(|arg| change(arg.required(false))))
+}
+
+/// The typed options, which count only if no problem was added.
+fn parse_merged(
+    args: &[OsString],
+    validation: &mut Validation<'_>,
+) -> Result<Command, clap::Error> {
+    let as_text = command_line(|arg| arg.value_parser(value_parser!(OsString)));
+    let split = as_text.try_get_matches_from(args)?;
+    let (name, matches) = split.subcommand().expect("clap demands a subcommand");
+    let declared = Command::command();
+    let subcommand = declared.find_subcommand(name).expect("it is declared");
+    let accepted = accepted_arguments(subcommand, matches, validation);
+    let start = [env!("CARGO_PKG_NAME"), name].map(OsString::from);
+    let typed = command_line(|arg| arg).try_get_matches_from(start.into_iter().chain(accepted))?;
+    match Command::from_arg_matches(&typed)? {
+        Command::Serve(mut options) => {
+            options.validate(subcommand, matches, validation);
+            Ok(match options.print_config {
+                true => Command::Print(options.printed()),
+                false => Command::Serve(options),
+            })
+        }
+        Command::Call(mut call) => {
+            call.server.validate(validation);
+            if call.token_file.is_none() {
+                let token = |text: &str| visible(text).map(SecretString::from);
+                call.token = validation.parsed_variable(&format!("{PREFIX}TOKEN"), token);
+            }
+            Ok(Command::Call(call))
+        }
+        Command::Health(health) => {
+            health.server.validate(validation);
+            Ok(Command::Health(health))
+        }
+        command => Ok(command),
+    }
+}
+
+/// The given arguments without those that have a problem, which is added: an invalid value, or a group of flags, such as
+/// certificate and key, that is incomplete.
+fn accepted_arguments(
+    subcommand: &clap::Command,
+    matches: &ArgMatches,
+    validation: &mut Validation<'_>,
+) -> Vec<OsString> {
+    let mut accepted = BTreeMap::new();
+    let mut given = Vec::new();
+    for arg in subcommand.get_arguments() {
+        let flag = arg.get_long().expect("every argument is a flag");
+        let id = arg.get_id().as_str();
+        if matches.value_source(id) != Some(ValueSource::CommandLine) {
+            continue;
+        }
+        given.push(flag);
+        let values = matches.get_raw(id).into_iter().flatten();
+        let arguments: Vec<OsString> = values.map(|value| assignment(flag, value)).collect();
+        for argument in &arguments {
+            if let Err(sentence) = parse_alone(arg, argument) {
+                validation.reject(flag, sentence);
+            }
+        }
+        accepted.insert(flag, arguments);
+    }
+    for group in subcommand.get_groups() {
+        let is_member = |arg: &&Arg| group.get_args().any(|id| id == arg.get_id());
+        let members = || subcommand.get_arguments().filter(is_member);
+        let flags: Vec<&str> = members().filter_map(Arg::get_long).collect();
+        let Some(first) = flags.iter().find(|flag| given.contains(flag)) else {
+            continue;
+        };
+        let missing: Vec<String> = members()
+            .filter(|arg| arg.is_required_set())
+            .filter_map(Arg::get_long)
+            .filter(|flag| !given.contains(flag))
+            .map(|flag| format!("--{flag}"))
+            .collect();
+        if !missing.is_empty() {
+            validation.reject(first, format!("needs {} too", missing.join(" and ")));
+        }
+        if validation.is_rejected(&flags) {
+            accepted.retain(|flag, _| !flags.contains(flag));
+        }
+    }
+    accepted.retain(|flag, _| !validation.is_rejected(&[flag]));
+    accepted.into_values().flatten().collect()
+}
+
+/// Parses the value of one argument, with its own option as the whole command line.
+fn parse_alone(arg: &Arg, argument: &OsStr) -> Result<(), String> {
+    let alone = clap::Command::new("").no_binary_name(true).arg(arg.clone());
+    match alone.try_get_matches_from([argument]) {
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == ErrorKind::InvalidUtf8 => Err("is not UTF-8".to_owned()),
+        Err(error) => Err(match error.source() {
+            Some(sentence) => sentence.to_string(),
+            None => "needs a value".to_owned(),
+        }),
+    }
+}
+
+/// clap's message without the usage. It holds no value: of an argument that belongs to no flag nothing is shown, since it
+/// may be a secret.
+fn one_line(error: &clap::Error) -> String {
+    let stray = match error.get(ContextKind::InvalidArg) {
+        Some(ContextValue::String(text)) => !text.starts_with('-'),
+        _ => false,
+    };
+    if error.kind() == ErrorKind::UnknownArgument && stray {
+        return "an argument belongs to no flag; see --help".to_owned();
+    }
+    let text = error.render().to_string();
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+    let lines: Vec<&str> = lines
+        .take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more"))
+        .collect();
+    lines.join("; ").trim_start_matches("error: ").to_owned()
+}

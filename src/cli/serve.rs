@@ -1,0 +1,177 @@
+//! The options of `serve`: those of every room, and the list of effective values.
+
+use clap::ArgMatches;
+
+use crate::{
+    admin, coalescer,
+    credentials::{self, Place, Source},
+    options::{Validation, boolean},
+    rpc,
+    server::{self, tls},
+    telemetry, upstream,
+};
+
+/// The text below the flags in `serve --help`.
+pub(super) const NOTES: &str = "\
+Every flag has a variable: RDS_TASK_FACADE_ and the flag in capitals, for example RDS_TASK_FACADE_MAX_IN_FLIGHT. The flag
+wins; an empty variable is unset. Durations are written 250ms, 10s, 5m, 1h; booleans true, false, 1, 0; lists with commas.
+
+Other variables:
+  RDS_TASK_FACADE_TOKEN            for --credentials token
+  HUAWEICLOUD_SDK_AK, _SK, _SECURITY_TOKEN
+                                   for --credentials env and chain
+  HUAWEICLOUD_SDK_CREDENTIALS_FILE for --credentials profile and chain [default: ~/.huaweicloud/credentials]
+  HUAWEICLOUD_SDK_IAM_ENDPOINT     for --credentials iam
+  RUST_LOG                         filter of the log [default: info]
+  OTEL_EXPORTER_OTLP_ENDPOINT      export of traces over http/protobuf; enables the other OTEL_* variables";
+
+/// The options of `serve`.
+#[derive(Debug, clap::Args)]
+#[group(skip)]
+#[command(next_line_help = true)]
+pub struct Serve {
+    /// The gRPC listener.
+    #[command(flatten)]
+    pub server: server::Options,
+    /// The listener for metrics and probes.
+    #[command(flatten)]
+    pub admin: admin::Options,
+    /// Where RDS is, and how it is called.
+    #[command(flatten)]
+    pub upstream: upstream::Options,
+    #[command(flatten)]
+    credentials: credentials::Options,
+    /// Who may call.
+    #[command(flatten)]
+    pub rpc: rpc::Options,
+    /// The cache.
+    #[command(flatten)]
+    pub coalescer: coalescer::Options,
+    /// Log and traces.
+    #[command(flatten)]
+    pub telemetry: telemetry::Options,
+    /// Print the effective configuration without secrets, and exit
+    #[arg(
+        long,
+        value_name = "BOOL",
+        default_value = "false",
+        value_parser = boolean,
+        num_args = 0..=1,
+        default_missing_value = "true",
+        action = clap::ArgAction::Set,
+        help_heading = "Configuration"
+    )]
+    pub print_config: bool,
+    /// The credential source that `--credentials` and its flags describe.
+    #[arg(skip)]
+    pub source: Source,
+    /// Name and effective value of every option, secrets left out.
+    #[arg(skip)]
+    shown: Vec<(String, String)>,
+}
+
+impl Serve {
+    /// Checks the rules that span several options, and everything that depends on variables without a flag.
+    pub(super) fn validate(
+        &mut self,
+        subcommand: &clap::Command,
+        matches: &ArgMatches,
+        validation: &mut Validation<'_>,
+    ) {
+        self.upstream.validate(validation);
+        let place = Place {
+            region: self.upstream.region,
+            sandbox: self.upstream.sandbox,
+            allow_plain_http: self.upstream.allow_insecure_upstream,
+        };
+        if let Some(source) = self.credentials.source(place, validation) {
+            self.source = source;
+        }
+        if let Some(files) = &self.server.tls {
+            let flags = "--tls-cert, --tls-key, --tls-client-ca";
+            validation.accept(flags, tls::check(files));
+        }
+        self.telemetry.read_variables(validation);
+        self.shown = self.effective_values(subcommand, matches);
+    }
+
+    /// A flag of a credential source that is not in use shows as such: its value is not checked, so it may be anything.
+    fn effective_values(
+        &self,
+        subcommand: &clap::Command,
+        matches: &ArgMatches,
+    ) -> Vec<(String, String)> {
+        let mut other = vec![("credentials", self.source.name().to_owned())];
+        other.extend(self.source.shown());
+        if let Some(proxy) = &self.upstream.upstream_proxy {
+            other.push(("upstream-proxy", proxy.to_string()));
+        }
+        let mut shown = Vec::new();
+        for arg in subcommand.get_arguments() {
+            let flag = arg.get_long().unwrap_or_default();
+            let value = if let Some(at) = other.iter().position(|(name, _)| *name == flag) {
+                other.remove(at).1
+            } else if arg.get_help_heading() == Some(credentials::HEADING) {
+                "not in use".to_owned()
+            } else {
+                let values = matches.get_raw(arg.get_id().as_str());
+                let values: Vec<_> = values
+                    .into_iter()
+                    .flatten()
+                    .map(|value| value.to_string_lossy())
+                    .collect();
+                values.join(",")
+            };
+            shown.push((flag.to_owned(), value));
+        }
+        other.push(("RUST_LOG", self.telemetry.filter.clone()));
+        if let Some(tracing) = &self.telemetry.tracing {
+            other.push(("traces", tracing.endpoint.clone()));
+            if !tracing.headers.is_empty() {
+                other.push(("OTEL_EXPORTER_OTLP_HEADERS", "set".to_owned()));
+            }
+        }
+        shown.extend(
+            other
+                .into_iter()
+                .map(|(name, value)| (name.to_owned(), value)),
+        );
+        shown
+    }
+
+    /// The effective configuration, one `name = value` per line; a secret shows as `set`.
+    pub(super) fn printed(&self) -> String {
+        let line = |(name, value): &(String, String)| format!("{name} = {value}\n");
+        self.shown.iter().map(line).collect()
+    }
+
+    /// The effective configuration in one line, for the log; a secret shows as `set`. One text rather than one field per
+    /// option: log indices hold few fields, and nobody searches for the value of a flag there.
+    pub fn summary(&self) -> String {
+        let set = self.shown.iter().filter(|(_, value)| !value.is_empty());
+        let options: Vec<String> = set
+            .map(|(name, value)| match value.contains(' ') {
+                true => format!("{name}={value:?}"),
+                false => format!("{name}={value}"),
+            })
+            .collect();
+        options.join(" ")
+    }
+
+    /// The warning that is due if whoever reaches the port uses the facade's own cloud account.
+    pub fn exposure_warning(&self) -> Option<&'static str> {
+        let client_ca = self
+            .server
+            .tls
+            .as_ref()
+            .and_then(|tls| tls.client_ca.as_ref());
+        let exposed = !matches!(self.source, Source::Caller)
+            && !self.server.listen.ip().is_loopback()
+            && self.rpc.allow_project.is_empty()
+            && client_ca.is_none();
+        exposed.then_some(
+            "whoever reaches the gRPC port uses the configured cloud account: require client certificates with \
+             --tls-client-ca, or limit the projects with --allow-project",
+        )
+    }
+}

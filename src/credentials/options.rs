@@ -1,0 +1,388 @@
+//! The options of the credential source. Only those of the source in use are parsed, so all of them are declared as text.
+
+use std::{
+    fmt,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use reqwest::Url;
+use secrecy::{ExposeSecret, SecretString};
+
+use super::{
+    AccessKey, Source, chain, file, iam, profile,
+    secret::{self, visible},
+};
+use crate::{
+    options::{self, PREFIX, Parsed, Validation, url},
+    regions::Region,
+};
+
+/// What `--help` calls the options of this room.
+pub const HEADING: &str = "Credentials";
+
+/// The token that the sandbox accepts if none is configured.
+const SANDBOX_TOKEN: &str = "sandbox-token";
+
+/// The sandbox accepts any project; this is the one of the vendor's example.
+const SANDBOX_PROJECT: &str = "0483b6b16e954cb88930a360d2c4e663";
+
+/// Where the vendor's SDKs look for the path of the profile file.
+const PROFILE_VARIABLE: &str = "HUAWEICLOUD_SDK_CREDENTIALS_FILE";
+
+/// Where every machine of the vendor finds its metadata service.
+const METADATA_ENDPOINT: &str = "http://169.254.169.254";
+
+/// The options of the credential source.
+#[derive(Clone, clap::Args)]
+#[group(skip)]
+#[command(next_help_heading = HEADING)]
+pub struct Options {
+    /// caller (x-auth-token of each call), token, iam, env, profile, metadata or chain (env, profile, metadata); with
+    /// --sandbox the default is token [default: caller]
+    #[arg(long, value_name = "SOURCE", value_parser = Kind::parse)]
+    credentials: Option<Kind>,
+    /// For token: file with the token, read again when it changes; or the variable RDS_TASK_FACADE_TOKEN
+    #[arg(long, value_name = "FILE")]
+    token_file: Option<String>,
+    /// For iam: base URL of IAM; by default the region's, or HUAWEICLOUD_SDK_IAM_ENDPOINT
+    #[arg(long, value_name = "URL")]
+    iam_endpoint: Option<String>,
+    /// For iam: name of the IAM user
+    #[arg(long, value_name = "NAME")]
+    iam_user: Option<String>,
+    /// For iam: name of the account that the user belongs to
+    #[arg(long, value_name = "NAME")]
+    iam_domain: Option<String>,
+    /// For iam: file with the user's password, read again when it changes
+    #[arg(long, value_name = "FILE")]
+    iam_password_file: Option<String>,
+    /// For iam: id or name of the project that the token is for; by default the region's main project
+    #[arg(long, value_name = "PROJECT")]
+    iam_project: Option<String>,
+    /// For metadata and chain: base URL of the metadata service
+    #[arg(long, value_name = "URL", default_value = METADATA_ENDPOINT)]
+    metadata_endpoint: String,
+}
+
+impl fmt::Debug for Options {
+    /// Without the texts: those of a source not in use are not validated and may hold secrets.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Options").finish_non_exhaustive()
+    }
+}
+
+/// The credential source by its name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Caller,
+    Token,
+    Iam,
+    Env,
+    Profile,
+    Metadata,
+    Chain,
+}
+
+impl Kind {
+    fn parse(text: &str) -> Parsed<Self> {
+        let kinds = [
+            ("caller", Self::Caller),
+            ("token", Self::Token),
+            ("iam", Self::Iam),
+            ("env", Self::Env),
+            ("profile", Self::Profile),
+            ("metadata", Self::Metadata),
+            ("chain", Self::Chain),
+        ];
+        options::word(text, &kinds)
+    }
+}
+
+/// Where RDS is, as far as the credential source depends on it.
+#[derive(Debug, Clone, Copy)]
+pub struct Place {
+    /// The region, if one is configured.
+    pub region: Option<Region>,
+    /// Whether the embedded sandbox is called.
+    pub sandbox: bool,
+    /// Whether IAM may be reached over plain http beyond loopback.
+    pub allow_plain_http: bool,
+}
+
+impl Options {
+    /// The source in use; `None` if there are problems with it.
+    pub fn source(&self, place: Place, validation: &mut Validation<'_>) -> Option<Source> {
+        if validation.is_rejected(&["credentials"]) {
+            return None;
+        }
+        let default = match place.sandbox {
+            true => Kind::Token,
+            false => Kind::Caller,
+        };
+        match self.credentials.unwrap_or(default) {
+            Kind::Caller => Some(Source::Caller),
+            Kind::Token => self.token(place, validation),
+            Kind::Iam => self.iam(place, validation).map(Source::Iam),
+            Kind::Env => key(validation, true).map(Source::Key),
+            Kind::Profile => profile(validation).map(Source::Profile),
+            Kind::Metadata => self.metadata(place, validation).map(Source::Metadata),
+            Kind::Chain => {
+                let environment = key(validation, false);
+                let profile = profile_path(validation).map(|(_, path)| path);
+                self.metadata(place, validation).map(|metadata_endpoint| {
+                    Source::Chain(chain::Config {
+                        environment,
+                        profile,
+                        metadata_endpoint,
+                    })
+                })
+            }
+        }
+    }
+
+    fn token(&self, place: Place, validation: &mut Validation<'_>) -> Option<Source> {
+        if let Some(path) = &self.token_file {
+            let path = secret_file(path, secret::load_token);
+            return validation
+                .accept(&validation.name_of("token-file"), path)
+                .map(Source::TokenFile);
+        }
+        let variable = format!("{PREFIX}TOKEN");
+        if validation.raw_variable(&variable).is_some() {
+            return validation
+                .parsed_variable(&variable, secret::parse_token)
+                .map(Source::Token);
+        }
+        if place.sandbox {
+            return secret::parse_token(SANDBOX_TOKEN).ok().map(Source::Token);
+        }
+        let sentence = format!("must be set for --credentials token, or the variable {variable}");
+        validation.problem("--token-file", sentence);
+        None
+    }
+
+    fn iam(&self, place: Place, validation: &mut Validation<'_>) -> Option<iam::Config> {
+        let endpoint = self.iam_endpoint(place, validation);
+        let user = required("iam-user", &self.iam_user, name, validation);
+        let domain = required("iam-domain", &self.iam_domain, name, validation);
+        let password = |path: &str| secret_file(path, secret::load_password);
+        let password_file = required(
+            "iam-password-file",
+            &self.iam_password_file,
+            password,
+            validation,
+        );
+        let project = match (&self.iam_project, place.region) {
+            (Some(project), _) => {
+                validation.accept(&validation.name_of("iam-project"), name(project))
+            }
+            // The name of a region's main project is the region's id.
+            (None, Some(region)) => Some(region.id.to_owned()),
+            (None, None) if place.sandbox => Some(SANDBOX_PROJECT.to_owned()),
+            (None, None) => {
+                validation.problem(
+                    "--iam-project",
+                    "must be set for --credentials iam without --region",
+                );
+                None
+            }
+        };
+        Some(iam::Config {
+            endpoint: endpoint?,
+            user: user?,
+            domain: domain?,
+            password_file: password_file?,
+            project: project?,
+        })
+    }
+
+    fn iam_endpoint(&self, place: Place, validation: &mut Validation<'_>) -> Option<Url> {
+        const SDK_VARIABLE: &str = "HUAWEICLOUD_SDK_IAM_ENDPOINT";
+        let (name, text) = match &self.iam_endpoint {
+            Some(text) => (validation.name_of("iam-endpoint"), Some(text.clone())),
+            None => (SDK_VARIABLE.to_owned(), validation.variable(SDK_VARIABLE)),
+        };
+        if let Some(text) = text {
+            let url = validation.accept(&name, url::base(&text))?;
+            let checked = url::check_plain_http(&url, place.allow_plain_http);
+            return validation.accept(&name, checked).map(|()| url);
+        }
+        if place.sandbox {
+            return Some(sandbox_url());
+        }
+        let url = place.region.and_then(Region::iam_url);
+        if url.is_none() {
+            validation.problem(
+                "--iam-endpoint",
+                "must be set for --credentials iam: no region says where IAM is",
+            );
+        }
+        url
+    }
+
+    fn metadata(&self, place: Place, validation: &mut Validation<'_>) -> Option<Url> {
+        if place.sandbox && self.metadata_endpoint == METADATA_ENDPOINT {
+            return Some(sandbox_url());
+        }
+        // The metadata service speaks plain http, on a link-local address.
+        let url = url::base(&self.metadata_endpoint);
+        validation.accept(&validation.name_of("metadata-endpoint"), url)
+    }
+}
+
+/// The embedded sandbox before it listens. As in an address to listen on, port 0 stands for one that is known later.
+fn sandbox_url() -> Url {
+    Url::parse("http://127.0.0.1:0").expect("a URL")
+}
+
+impl Source {
+    /// Enters the sandbox's address wherever it is used.
+    pub fn set_sandbox(&mut self, address: SocketAddr) {
+        let url = match self {
+            Self::Iam(iam) => &mut iam.endpoint,
+            Self::Metadata(endpoint) => endpoint,
+            Self::Chain(chain) => &mut chain.metadata_endpoint,
+            _ => return,
+        };
+        if url.port() == Some(0) {
+            url.set_port(Some(address.port()))
+                .expect("an http URL has a port");
+        }
+    }
+
+    /// The value of `--credentials` that selects this source.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Caller => "caller",
+            Self::Token(_) | Self::TokenFile(_) => "token",
+            Self::Iam(_) => "iam",
+            Self::Key(_) => "env",
+            Self::Profile(_) => "profile",
+            Self::Metadata(_) => "metadata",
+            Self::Chain(_) => "chain",
+        }
+    }
+
+    /// The effective values of the options in use, and `set` for each variable with a secret.
+    pub fn shown(&self) -> Vec<(&'static str, String)> {
+        let set = |name| (name, "set".to_owned());
+        let key = |key: &AccessKey| {
+            let mut shown = vec![set("HUAWEICLOUD_SDK_AK"), set("HUAWEICLOUD_SDK_SK")];
+            shown.extend(
+                key.security_token
+                    .is_some()
+                    .then(|| set("HUAWEICLOUD_SDK_SECURITY_TOKEN")),
+            );
+            shown
+        };
+        match self {
+            Self::Caller | Self::Profile(_) => Vec::new(),
+            Self::Token(_) => vec![("token-file", String::new()), set("RDS_TASK_FACADE_TOKEN")],
+            Self::TokenFile(path) => vec![("token-file", path.display().to_string())],
+            Self::Iam(iam) => vec![
+                ("iam-endpoint", shown_url(&iam.endpoint)),
+                ("iam-user", iam.user.clone()),
+                ("iam-domain", iam.domain.clone()),
+                ("iam-password-file", iam.password_file.display().to_string()),
+                ("iam-project", iam.project.clone()),
+            ],
+            Self::Key(environment) => key(environment),
+            Self::Metadata(endpoint) => vec![("metadata-endpoint", shown_url(endpoint))],
+            Self::Chain(chain) => {
+                let mut shown = chain.environment.as_deref().map(key).unwrap_or_default();
+                shown.push(("metadata-endpoint", shown_url(&chain.metadata_endpoint)));
+                shown
+            }
+        }
+    }
+}
+
+fn shown_url(url: &Url) -> String {
+    match url.port() {
+        Some(0) => "sandbox".to_owned(),
+        _ => url::without_slash(url).to_owned(),
+    }
+}
+
+/// The key of the environment: AK and SK, or none.
+fn key(validation: &mut Validation<'_>, required: bool) -> Option<Arc<AccessKey>> {
+    let secret = |text: &str| visible(text).map(SecretString::from);
+    let mut part = |name: &str| {
+        if required && validation.raw_variable(name).is_none() {
+            validation.problem(name, "must be set for --credentials env");
+        }
+        validation.parsed_variable(name, secret)
+    };
+    let access_key_id = part("HUAWEICLOUD_SDK_AK");
+    let secret_access_key = part("HUAWEICLOUD_SDK_SK");
+    let security_token = validation.parsed_variable("HUAWEICLOUD_SDK_SECURITY_TOKEN", secret);
+    let key = AccessKey::parse(
+        access_key_id?.expose_secret(),
+        secret_access_key?.expose_secret(),
+        security_token.as_ref().map(ExposeSecret::expose_secret),
+    );
+    Some(Arc::new(key.expect("each part is visible ASCII")))
+}
+
+/// The profile file, which must hold a key.
+fn profile(validation: &mut Validation<'_>) -> Option<PathBuf> {
+    let Some((subject, path)) = profile_path(validation) else {
+        validation.problem(
+            PROFILE_VARIABLE,
+            "must be the path of the profile file, as there is no HOME to look in",
+        );
+        return None;
+    };
+    let path = match path.to_str() {
+        Some(path) => secret_file(path, profile::load),
+        None => Err("is not UTF-8".to_owned()),
+    };
+    validation.accept(subject, path)
+}
+
+/// The path of the profile file and where it comes from: the variable, else the home folder.
+fn profile_path(validation: &mut Validation<'_>) -> Option<(&'static str, PathBuf)> {
+    match validation.variable(PROFILE_VARIABLE) {
+        Some(path) => Some((PROFILE_VARIABLE, PathBuf::from(path))),
+        None => validation.variable("HOME").map(|home| {
+            (
+                "~/.huaweicloud/credentials",
+                PathBuf::from(home).join(".huaweicloud/credentials"),
+            )
+        }),
+    }
+}
+
+/// The value of a flag that `--credentials iam` needs.
+fn required<T>(
+    flag: &str,
+    text: &Option<String>,
+    parse: impl Fn(&str) -> Parsed<T>,
+    validation: &mut Validation<'_>,
+) -> Option<T> {
+    let Some(text) = text else {
+        validation.problem(&format!("--{flag}"), "must be set for --credentials iam");
+        return None;
+    };
+    validation.accept(&validation.name_of(flag), parse(text))
+}
+
+/// The name of a user, account or project.
+fn name(text: &str) -> Parsed<String> {
+    if text.is_empty() || text.chars().count() > 256 || text.chars().any(char::is_control) {
+        return Err("must hold 1 to 256 characters and no control characters".to_owned());
+    }
+    Ok(text.to_owned())
+}
+
+/// A file from which `load` gets a secret.
+fn secret_file<T>(text: &str, load: impl Fn(&Path) -> Result<T, file::Error>) -> Parsed<PathBuf> {
+    let path = options::file(text)?;
+    // A pipe (process substitution of a shell) gives its content once, to the source at work.
+    if path.is_file() {
+        load(&path).map_err(|fault| fault.to_string())?;
+    }
+    Ok(path)
+}

@@ -1,0 +1,244 @@
+//! URLs in options: scheme, host and port only. No sentence here echoes a URL with a user in it, since that carries a
+//! password.
+
+use std::{fmt, net::IpAddr};
+
+use reqwest::Url;
+
+use super::{Parsed, not};
+
+/// `http://host[:port]` or `https://host[:port]`: no user, path, query or fragment.
+///
+/// # Errors
+/// The rest of the sentence.
+pub fn base(text: &str) -> Parsed<Url> {
+    split(text)
+        .filter(|(_, authority)| !authority.contains('@'))
+        .and_then(|_| parse(text))
+        .ok_or_else(|| {
+            not(
+                text,
+                "a URL of scheme, host and port only, like https://rds.example.com",
+            )
+        })
+}
+
+/// The base URL without the slash that [`Url`] adds.
+pub fn without_slash(base: &Url) -> &str {
+    base.as_str().trim_end_matches('/')
+}
+
+/// Credentials must not travel in plain text beyond loopback, unless that is allowed.
+///
+/// # Errors
+/// The rest of the sentence.
+pub fn check_plain_http(base: &Url, allowed: bool) -> Parsed<()> {
+    if base.scheme() == "https" || allowed || is_loopback(base) {
+        return Ok(());
+    }
+    Err(
+        "plain http is for loopback only; use https, or allow it with --allow-insecure-upstream"
+            .to_owned(),
+    )
+}
+
+/// A forward proxy. [`fmt::Display`] and [`fmt::Debug`] leave user and password out.
+#[derive(Clone)]
+pub struct Proxy(Url);
+
+impl Proxy {
+    /// Parses `http://[user:password@]host:port`, user and password percent-encoded.
+    ///
+    /// # Errors
+    /// The rest of the sentence.
+    pub fn parse(text: &str) -> Parsed<Self> {
+        split(text)
+            .filter(|(scheme, authority)| {
+                let (_, host) = authority.split_once('@').unwrap_or(("", authority));
+                let port = host.rsplit_once(':').map(|(_, port)| port.parse::<u16>());
+                // A password with an unencoded '@' is ambiguous: parsers disagree on where it ends.
+                scheme.eq_ignore_ascii_case("http")
+                    && !host.contains('@')
+                    && matches!(port, Some(Ok(_)))
+            })
+            .and_then(|_| parse(text))
+            .map(Self)
+            .ok_or_else(|| "must be http://[user:password@]host:port".to_owned())
+    }
+
+    /// The URL with user and password.
+    pub fn url(&self) -> &Url {
+        &self.0
+    }
+}
+
+impl fmt::Display for Proxy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let user = match self.0.username().is_empty() && self.0.password().is_none() {
+            true => "",
+            false => "***@",
+        };
+        let host = self.0.host_str().unwrap_or_default();
+        let port = self.0.port_or_known_default().unwrap_or_default();
+        write!(f, "http://{user}{host}:{port}")
+    }
+}
+
+impl fmt::Debug for Proxy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// Scheme and authority, if nothing but a slash follows them. [`Url`] alone is lenient: it drops tabs and line breaks, and
+/// takes backslashes for slashes.
+fn split(text: &str) -> Option<(&str, &str)> {
+    let (scheme, rest) = text.split_once("://")?;
+    let authority = rest.strip_suffix('/').unwrap_or(rest);
+    let bare = text.bytes().all(|b| b.is_ascii_graphic())
+        && !authority.contains(['/', '\\', '?', '#'])
+        && !authority.ends_with(':');
+    bare.then_some((scheme, authority))
+}
+
+/// A URL that both libraries accept: reqwest's, which makes requests of it, and `http`, whose `Uri` they become.
+fn parse(text: &str) -> Option<Url> {
+    let url = Url::parse(text).ok()?;
+    let usable = matches!(url.scheme(), "http" | "https")
+        && url.port() != Some(0)
+        && url.as_str().parse::<http::Uri>().is_ok();
+    usable.then_some(url)
+}
+
+fn is_loopback(url: &Url) -> bool {
+    let host = url.host_str().unwrap_or_default();
+    let address = host.trim_start_matches('[').trim_end_matches(']');
+    host == "localhost"
+        || address
+            .parse::<IpAddr>()
+            .is_ok_and(|address| address.is_loopback())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn base_urls_hold_scheme_host_and_port_only() {
+        let cases = [
+            ("https://rds.example.com", true),
+            ("https://rds.example.com/", true),
+            ("https://rds.example.com:8443", true),
+            ("https://[::1]:8443", true),
+            ("HTTPS://rds.example.com", true),
+            ("http://rds.example.com", true),
+            ("https://xn--mnchen-3ya.example", true),
+            ("https://rds.example.com/v3", false),
+            ("https://rds.example.com//", false),
+            ("https://rds.example.com?a=b", false),
+            ("https://rds.example.com#a", false),
+            ("https://u:p@rds.example.com", false),
+            ("https://@rds.example.com", false),
+            ("https://rds.example.com:0", false),
+            ("https://rds.example.com:99999", false),
+            ("https://rds.example.com:", false),
+            ("https://rds.example.com:/", false),
+            ("https://rds .example.com", false),
+            ("https://rds.example\n.com", false),
+            ("https:\\\\rds.example.com", false),
+            ("https:rds.example.com", false),
+            ("https:///rds.example.com", false),
+            ("https://", false),
+            ("https://:443", false),
+            ("rds.example.com", false),
+            ("ftp://rds.example.com", false),
+            ("/v3", false),
+            ("", false),
+        ];
+
+        for (text, expected) in cases {
+            assert_eq!(base(text).is_ok(), expected, "{text:?}");
+        }
+        let url = base("HTTPS://rds.example.com/").unwrap();
+        assert_eq!(without_slash(&url), "https://rds.example.com");
+    }
+
+    #[test]
+    fn hosts_that_only_one_url_library_accepts_are_problems_and_not_panics() {
+        let hosts = [
+            "10.0.0.256",
+            "1.2.3.4.5",
+            "[::g]",
+            "[fe80::1%25eth0]",
+            "xn--a",
+            "a`b",
+            "a{b}",
+            "a%zz",
+            "a%00b",
+            "[::1",
+            "a]b",
+        ];
+
+        for host in hosts {
+            assert!(base(&format!("https://{host}")).is_err(), "{host}");
+            assert!(
+                Proxy::parse(&format!("http://{host}:3128")).is_err(),
+                "{host}"
+            );
+        }
+    }
+
+    #[test]
+    fn plain_http_is_for_loopback_unless_allowed() {
+        let cases = [
+            ("https://rds.example.com", true),
+            ("http://127.0.0.1:8080", true),
+            ("http://127.8.8.8", true),
+            ("http://[::1]:8080", true),
+            ("http://localhost:8080", true),
+            ("http://rds.example.com", false),
+            ("http://localhost.example.com", false),
+            ("http://127.0.0.1.example.com", false),
+            ("http://10.0.0.1:80", false),
+        ];
+
+        for (text, expected) in cases {
+            let url = base(text).unwrap();
+            assert_eq!(check_plain_http(&url, false).is_ok(), expected, "{text}");
+            assert!(check_plain_http(&url, true).is_ok(), "{text}");
+        }
+    }
+
+    #[test]
+    fn proxy_keeps_its_password_to_itself() {
+        let proxy = Proxy::parse("http://ann:hunter2@proxy.example.com:3128").unwrap();
+
+        assert_eq!(
+            proxy.url().as_str(),
+            "http://ann:hunter2@proxy.example.com:3128/"
+        );
+        assert_eq!(proxy.to_string(), "http://***@proxy.example.com:3128");
+        assert!(!format!("{proxy:?}").contains("hunter2"));
+        let open = Proxy::parse("http://proxy.example.com:80").unwrap();
+        assert_eq!(open.to_string(), "http://proxy.example.com:80");
+    }
+
+    #[test]
+    fn malformed_proxies_are_rejected_without_being_echoed() {
+        let cases = [
+            "http://ann:hunter2@proxy.example.com",
+            "https://ann:hunter2@proxy.example.com:3128",
+            "socks5://ann:hunter2@proxy.example.com:3128",
+            "http://ann:hunter2@proxy.example.com:3128/path",
+            "http://ann:hunter2@@proxy.example.com:3128",
+            "http://ann:hunter2@proxy.example.com:0",
+            "http://ann:hunter2@:3128",
+            "ann:hunter2@proxy.example.com:3128",
+        ];
+
+        for text in cases {
+            let problem = Proxy::parse(text).unwrap_err();
+            assert!(!problem.contains("hunter2"), "{text}: {problem}");
+        }
+    }
+}

@@ -1,0 +1,74 @@
+//! The options of log and traces.
+
+use clap::ArgAction;
+
+use super::{Tracing, log, otel};
+use crate::options::{self, Parsed, Validation, boolean};
+
+/// The options of log and traces.
+#[derive(Debug, Clone, clap::Args)]
+#[group(skip)]
+#[command(next_help_heading = "Log and traces")]
+pub struct Options {
+    /// text or json; the filter is the variable RUST_LOG
+    #[arg(long, value_name = "FORMAT", default_value = "text", value_parser = LogFormat::parse)]
+    pub log_format: LogFormat,
+    /// Send traceparent and tracestate of the attempt's span upstream; needs the export of traces
+    #[arg(
+        long,
+        value_name = "BOOL",
+        default_value = "false",
+        value_parser = boolean,
+        num_args = 0..=1,
+        default_missing_value = "true",
+        action = ArgAction::Set
+    )]
+    pub propagate_trace_upstream: bool,
+    /// The filter of the log, in the form of `RUST_LOG`.
+    #[arg(skip = "info")]
+    pub filter: String,
+    /// The export of traces; `None` for none.
+    #[arg(skip)]
+    pub tracing: Option<Tracing>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        options::defaults()
+    }
+}
+
+impl Options {
+    /// Reads `RUST_LOG` and the variables of OpenTelemetry.
+    pub fn read_variables(&mut self, validation: &mut Validation<'_>) {
+        if let Some(filter) = validation.parsed_variable("RUST_LOG", filter) {
+            self.filter = filter;
+        }
+        self.tracing = otel::read(validation);
+    }
+}
+
+/// The form of a log line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object per line.
+    Json,
+}
+
+impl LogFormat {
+    fn parse(text: &str) -> Parsed<Self> {
+        options::word(text, &[("text", Self::Text), ("json", Self::Json)])
+    }
+}
+
+fn filter(text: &str) -> Parsed<String> {
+    if text.trim().is_empty() {
+        return Ok("info".to_owned());
+    }
+    match log::filter(text) {
+        Some(_) => Ok(text.to_owned()),
+        None => Err("must be a level (error, warn, info, debug, trace, off) or target=level, separated by commas".to_owned()),
+    }
+}
