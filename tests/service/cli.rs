@@ -126,16 +126,6 @@ fn the_printed_configuration_tells_that_a_secret_is_set_and_not_which() {
     assert!(!out.contains("canary"), "{out}");
 }
 
-#[cfg(feature = "jemalloc")]
-#[test]
-fn memory_comes_from_jemalloc() {
-    // It reads its variable at the first allocation, and complains of what it does not know.
-    let (code, _, err) = run(&["--version"], &[("_RJEM_MALLOC_CONF", "no_such_option:1")]);
-
-    assert_eq!(code, 0);
-    assert!(err.starts_with("<jemalloc>: "), "{err}");
-}
-
 #[test]
 fn the_flag_wins_over_the_variable() {
     let args = ["serve", "--sandbox", "--timeout", "7s", "--print-config"];
