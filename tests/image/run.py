@@ -1,11 +1,11 @@
 """Builds the Dockerfile with buildah and runs the image as Kubernetes would: unprivileged, read-only, no shell.
 
-The registry's base images cannot be had everywhere, so images made of this machine's own files stand in for them, under the
-same names. The stand-in for the compiler's image has a `cargo` that lays down the release binary that is built already
-(target/dist, or the variable FACADE); with `--compile` it is a whole Debian with the toolchain, and the Dockerfile
-compiles for real. The Dockerfile is the same, unchanged, in both.
+Images made of this machine's files, under the names of the registry's base images, replace those, which are not available
+everywhere. In the fake compiler image, `cargo` copies the program that is already built (target/dist, or the variable FACADE).
+With `--compile` the compiler image is a Debian with the Rust toolchain, and the Dockerfile compiles the program. The Dockerfile
+is not changed in either case.
 
-Needs root, buildah, and with --compile debootstrap and a Debian mirror. Usage: run.py [--compile]
+Usage: run.py [--compile]. Requires root and buildah; with --compile, debootstrap and a Debian mirror, too.
 """
 
 import contextlib
@@ -25,16 +25,16 @@ from facade import EXAMPLE_TASK, PROGRAM, ROOT, Checks
 
 COMPILER, BASE = re.findall(r"^FROM (\S+)", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
 USER = 65532
-# What gcr.io/distroless/cc-debian12 holds of the libraries that Rust programs ask for.
+# The libraries that gcr.io/distroless/cc-debian12 contains and Rust programs may load.
 LIBRARIES = {"libc.so.6", "libm.so.6", "libgcc_s.so.1", "libdl.so.2", "libpthread.so.0", "librt.so.1", "libstdc++.so.6"}
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
-# The whole image stays below 40 MB; the base takes some 24 of them.
+# The image must stay below 40 MB, and the base takes about 24 MB.
 ADDED_LIMIT_MB = 12
 MB = 1_000_000
 
 
 class Buildah:
-    """buildah with a store of its own."""
+    """buildah with a separate store."""
 
     def __init__(self, folder):
         registries = folder / "registries.conf"
@@ -75,7 +75,7 @@ class Buildah:
 
 
 def libraries_of(program):
-    """Every shared library that it loads, the loader included."""
+    """The shared libraries that a program loads, and the loader."""
     output = subprocess.run(["ldd", program], capture_output=True, text=True, timeout=30, check=True).stdout
     return [Path(path) for path in re.findall(r"(/\S+) \(0x", output)]
 
@@ -88,7 +88,7 @@ def copy_with_libraries(rootfs, program, target=None):
 
 
 def base_files(rootfs):
-    """As much as the facade may expect of distroless/cc: C runtime, CA certificates, two users."""
+    """What the facade may rely on in distroless/cc: C runtime, CA certificates, two users."""
     for library in libraries_of(PROGRAM):
         destination = rootfs / str(library).lstrip("/")
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -104,18 +104,18 @@ def base_files(rootfs):
 
 
 def compiler_files(rootfs):
-    """A shell, and a cargo that has compiled already."""
+    """A shell, and a fake cargo that copies the built program."""
     for program in ("sh", "mkdir", "touch", "rm", "cp", "test"):
         copy_with_libraries(rootfs, shutil.which(program), f"/bin/{program}")
     shutil.copy(PROGRAM, rootfs / "compiled")
     cargo = rootfs / "bin/cargo"
     cargo.write_text(
         "#!/bin/sh\nset -e\n"
-        # `cargo install` brings nothing here.
+        # `cargo install` does nothing.
         'test "$1" != install || exit 0\n'
-        # A plain build would not name its dependencies in the program.
+        # A plain `cargo build` would not embed the list of dependencies.
         'test "$1 $2" = "auditable build"\n'
-        # Of a list of tests with && between them, `set -e` minds the last alone.
+        # `set -e` ignores every command of an && list but the last, so each file has its own test.
         "for file in .cargo/config.toml Cargo.toml Cargo.lock build.rs src/main.rs src/lib.rs benches/hot_path.rs; do\n"
         '    test -f "$file" || { echo "$file is not there" >&2; exit 1; }\n'
         "done\n"
@@ -126,22 +126,22 @@ def compiler_files(rootfs):
     (rootfs / "tmp").mkdir(mode=0o1777)
 
 
-def compiler_files_for_real(rootfs):
-    """Debian with a C compiler and `make`, as the registry's image is, and this machine's Rust."""
+def debian_compiler_files(rootfs):
+    """Debian with a C compiler and `make`, as in the registry's image, and this machine's Rust."""
     packages = "ca-certificates,gcc,libc6-dev,make"
     command = ["debootstrap", "--variant=minbase", f"--include={packages}", "bookworm", str(rootfs)]
     subprocess.run(command, check=True, timeout=1800, stdout=subprocess.DEVNULL)
     sysroot = subprocess.run(["rustc", "--print", "sysroot"], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     for part in ("bin", "lib"):
         shutil.copytree(Path(sysroot.strip()) / part, rootfs / "usr/local" / part, dirs_exist_ok=True, symlinks=True)
-    # Whom this machine trusts, should its registries be mirrors.
+    # The CA certificates of this machine, in case its registries are mirrors.
     shutil.copy(CERTIFICATES, rootfs / str(CERTIFICATES).lstrip("/"))
 
 
 class Container:
-    """The image's program in a root folder of its own: read-only, unprivileged, with the image's variables and nothing else.
+    """Runs the image's program unprivileged in a read-only root, with the image's variables only.
 
-    Runs inside the network namespace that `main` made, where there is only loopback."""
+    The network namespace that `main` creates has only loopback."""
 
     def __init__(self, root, config):
         self.root, self.config = str(root), config
@@ -188,16 +188,16 @@ def check_files(checks, image, base):
         return {path.relative_to(root) for path in root.rglob("*") if not path.is_dir()}
 
     added = listed(image) - listed(base)
-    checks.equal("the program is all that is added", added, {Path("rds-task-facade")})
+    checks.equal("the program is the only added file", added, {Path("rds-task-facade")})
     size = sum((image / path).stat().st_size for path in added)
     checks.that(f"size added to the base: {size / MB:.1f} MB, of {ADDED_LIMIT_MB}", size < ADDED_LIMIT_MB * MB)
-    checks.that("the program names what it was built from", section(image / "rds-task-facade"))
+    checks.that("the program contains a list of dependencies", section(image / "rds-task-facade"))
     output = subprocess.run(["readelf", "-d", image / "rds-task-facade"], capture_output=True, text=True, check=True).stdout
     needed = {name for name in re.findall(r"NEEDED.*\[(.*)\]", output) if not name.startswith("ld-linux")}
-    checks.that(f"the base has the libraries: {', '.join(sorted(needed))}", needed <= LIBRARIES, needed)
+    checks.that(f"the base contains the libraries: {', '.join(sorted(needed))}", needed <= LIBRARIES, needed)
     output = subprocess.run(["readelf", "-V", image / "rds-task-facade"], capture_output=True, text=True, check=True).stdout
     newest = max(tuple(map(int, version.split("."))) for version in re.findall(r"GLIBC_(\d+\.\d+)", output))
-    checks.that(f"Debian 12's glibc, 2.36, is new enough: {newest} is needed", newest <= (2, 36))
+    checks.that(f"Debian 12's glibc, 2.36, is new enough: the program needs {newest}", newest <= (2, 36))
 
 
 def check_run(checks, container):
@@ -222,10 +222,10 @@ def check_run(checks, container):
         checks.that("the root is read-only", os.statvfs(container.root).f_flag & os.ST_RDONLY)
         server.send_signal(signal.SIGTERM)
         output, errors = server.communicate(timeout=30)
-        checks.equal("SIGTERM ends it with 0", server.returncode, 0)
+        checks.equal("exits with 0 after SIGTERM", server.returncode, 0)
         lines = (output + errors).splitlines()
         checks.that("every line of the log is JSON", lines and all(is_json(line) for line in lines), lines)
-        checks.equal("not healthy any more", container.run(*health)[0], 1)
+        checks.equal("no longer healthy", container.run(*health)[0], 1)
     finally:
         if server.poll() is None:
             server.kill()
@@ -251,7 +251,7 @@ def build_and_check(compile_for_real):
         compiler, base = folder / "compiler", folder / "base"
         compiler.mkdir()
         base.mkdir()
-        (compiler_files_for_real if compile_for_real else compiler_files)(compiler)
+        (debian_compiler_files if compile_for_real else compiler_files)(compiler)
         base_files(base)
         buildah = Buildah(folder)
         buildah.image_of(compiler, f"docker.io/library/{COMPILER}", "--env", "PATH=/usr/local/bin:/usr/bin:/bin")
@@ -276,7 +276,7 @@ def build_and_check(compile_for_real):
 def main():
     arguments = sys.argv[1:]
     if "--inside" not in arguments:
-        # Namespaces of its own for the mounts and the network: the image's ports are free there.
+        # New namespaces for mounts and network, in which the image's ports are free.
         again = [sys.executable, __file__, *arguments, "--inside"]
         network = [] if "--compile" in arguments else ["--net"]
         raise SystemExit(subprocess.run(["unshare", "--mount", *network, *again]).returncode)

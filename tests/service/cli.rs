@@ -162,16 +162,6 @@ fn problems_are_json_where_the_log_is_and_name_the_variable_that_holds_the_value
     );
 }
 
-#[cfg(feature = "jemalloc")]
-#[test]
-fn memory_comes_from_jemalloc() {
-    // It reads its variable at the first allocation, and complains of what it does not know.
-    let (code, _, err) = run(&["--version"], &[("_RJEM_MALLOC_CONF", "no_such_option:1")]);
-
-    assert_eq!(code, 0);
-    assert!(err.starts_with("<jemalloc>: "), "{err}");
-}
-
 #[test]
 fn the_flag_wins_over_the_variable() {
     let args = ["serve", "--sandbox", "--timeout", "7s", "--print-config"];

@@ -1,7 +1,7 @@
-"""The clients of examples/clients, as examples/clients/build builds them: an answer, a failure's details, a retry, a deadline, TLS.
+"""Checks the clients of examples/clients against the sandbox: a reply, error details, a retry, a deadline, TLS, a token.
 
-The sandbox serves with one attempt, so that a 503 of the instance `flaky-1` is healed by the client's own retry or not at
-all; the server's count of UNAVAILABLE answers tells that there was one.
+examples/clients/build builds them first. The facade makes one attempt per call, so that only the client's own retry can
+recover from the 503 of the instance `flaky-1`. The server's UNAVAILABLE counter shows whether the client received that error.
 """
 
 import json
@@ -57,50 +57,50 @@ def check(checks, language, client, facade):
     for part in (r"^not_?found: The task does not exist", r"^reason: TASK_NOT_FOUND$", r"^request id: \w+$"):
         checks.that(f"{language} prints {part}", re.search(part, failed.stderr, re.I | re.M), failed)
 
-    refused_before = unavailable_answers(facade)
-    healed = client("--instance-id", "flaky-1", "--workflow-id", f"{language}-heals")
-    checks.that(f"{language} gets over one UNAVAILABLE", prints(healed, {"job_id": f"{language}-heals"}), healed)
-    refused = unavailable_answers(facade) - refused_before
-    checks.equal(f"{language} saw that UNAVAILABLE once", refused, 1)
+    unavailable_before = unavailable_replies(facade)
+    recovered = client("--instance-id", "flaky-1", "--workflow-id", f"{language}-recovers")
+    checks.that(f"{language} recovers from one UNAVAILABLE", prints(recovered, {"job_id": f"{language}-recovers"}), recovered)
+    received = unavailable_replies(facade) - unavailable_before
+    checks.equal(f"{language} received that UNAVAILABLE once", received, 1)
 
     lost = client("--instance-id", "flaky-2", "--workflow-id", f"{language}-gives-up")
-    checks.that(f"{language} does not try a third time", re.search(r"^unavailable: ", lost.stderr, re.I | re.M), lost)
+    checks.that(f"{language} makes no third attempt", re.search(r"^unavailable: ", lost.stderr, re.I | re.M), lost)
     checks.that(f"{language} prints UPSTREAM_UNAVAILABLE", "reason: UPSTREAM_UNAVAILABLE" in lost.stderr, lost)
 
     begun = time.monotonic()
     late = client("--instance-id", "slow-30000", "--timeout", "1")
     checks.that(f"{language} prints DEADLINE_EXCEEDED", re.search(r"^deadline_?exceeded: ", late.stderr, re.I | re.M), late)
-    checks.that(f"{language} does not wait longer than that", time.monotonic() - begun < 20, late)
+    checks.that(f"{language} returns soon after its deadline", time.monotonic() - begun < 20, late)
 
 
 def check_tls(checks, language, client, certificate, other_certificate):
     answered = client("--ca", certificate)
     checks.that(f"{language} gets the example task over TLS", prints(answered, EXAMPLE_TASK), answered)
-    refused = client("--ca", other_certificate, "--timeout", "5")
-    checks.equal(f"{language} refuses a certificate that it does not trust", refused.returncode, 1)
+    rejected = client("--ca", other_certificate, "--timeout", "5")
+    checks.equal(f"{language} rejects an untrusted certificate", rejected.returncode, 1)
 
 
 def check_token(checks, language, client):
     answered = client("--token", SANDBOX_TOKEN)
     checks.that(f"{language} sends its token", prints(answered, EXAMPLE_TASK), answered)
-    refused = client()
-    checks.that(f"{language} prints CREDENTIAL_MISSING", "reason: CREDENTIAL_MISSING" in refused.stderr, refused)
-    # The hold that this failure puts on a credential would meet the next client, so it comes with a token of its own.
+    rejected = client()
+    checks.that(f"{language} prints CREDENTIAL_MISSING", "reason: CREDENTIAL_MISSING" in rejected.stderr, rejected)
     throttled = client("--instance-id", "throttled-retry-after", "--token", SANDBOX_TOKEN)
     checks.that(
-        f"{language} prints how long to wait", re.search(r"^retry after: [12](\.\d+)? s$", throttled.stderr, re.M), throttled
+        f"{language} prints the retry delay", re.search(r"^retry after: [12](\.\d+)? s$", throttled.stderr, re.M), throttled
     )
+    # The facade holds back every call with this token until the delay is over.
     time.sleep(2.1)
 
 
 class Client:
-    """One client with its target; calling it runs it once."""
+    """One client program and its target. Calling it runs the program once."""
 
     def __init__(self, command, address):
         self.command = [*command, "--target", address]
 
     def __call__(self, *arguments):
-        # A cold start of a virtual machine on a busy computer takes seconds; the deadline is not what is checked here.
+        # A cold start of the JVM takes seconds on a busy machine.
         options = arguments if "--timeout" in arguments else (*arguments, "--timeout", "30")
         return subprocess.run(
             [*self.command, *options], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=90
@@ -108,16 +108,16 @@ class Client:
 
 
 def prints(result, fields):
-    """Whether each field stands in the output, as JSON or in the notation of the language.
+    """Whether the output contains each field, as JSON or as the language prints a message.
 
-    Go's JSON of a message has one or two spaces after a colon, by a hash of the binary: its bytes are nothing to rely on.
+    Go's protojson prints one or two spaces after a colon, depending on a hash of the binary.
     """
     return result.returncode == 0 and all(
         re.search(rf'"?{name}"?: {{1,2}}{re.escape(json.dumps(value))}', result.stdout) for name, value in fields.items()
     )
 
 
-def unavailable_answers(facade):
+def unavailable_replies(facade):
     with urllib.request.urlopen(f"http://{facade.metrics}/metrics", timeout=10) as answer:
         lines = answer.read().decode().splitlines()
     return sum(
@@ -128,7 +128,7 @@ def unavailable_answers(facade):
 
 
 def make_certificate(folder, name):
-    """Paths of a self-signed certificate for 127.0.0.1 and of its key."""
+    """Creates a self-signed certificate for 127.0.0.1. Returns its path and the path of its key."""
     certificate, key = folder / f"{name}.pem", folder / f"{name}-key.pem"
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]

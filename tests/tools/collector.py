@@ -1,4 +1,4 @@
-"""A collector for the checks: an HTTP server that takes OTLP traces, decoded with OpenTelemetry's published messages."""
+"""A collector of OTLP traces over HTTP for the checks. Decodes requests with OpenTelemetry's published messages."""
 
 import collections
 import http.server
@@ -26,7 +26,10 @@ class Span:
 
 
 class Collector:
-    """Listens on a free port of loopback. With `keep=False` it only counts: memory for a long run."""
+    """Listens on a free loopback port. `keep=False` counts spans without storing them, for long runs.
+
+    Waits `delay` seconds before each reply. The first requests get the status codes in `answers`, and their spans are dropped.
+    """
 
     def __init__(self, keep=True, delay=0.0, answers=()):
         self.spans, self.codes, self.methods = [], collections.Counter(), collections.Counter()
@@ -68,7 +71,7 @@ class Collector:
         return {"OTEL_EXPORTER_OTLP_ENDPOINT": self.url, "OTEL_BSP_SCHEDULE_DELAY": "100", **more}
 
     def wait_for(self, count, seconds=15):
-        """The spans, once there are so many or the time is over."""
+        """Returns the spans when there are `count` of them, or after `seconds`."""
         with self._more:
             self._more.wait_for(lambda: len(self.spans) >= count, seconds)
             return list(self.spans)

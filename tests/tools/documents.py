@@ -1,7 +1,7 @@
-"""Documents agree with the code: quoted regions, the list of reasons, the codes of reasons, the version of Rust.
+"""Checks that the documents agree with the code: quoted regions, reasons and their codes, the version of Rust.
 
-A quotation is a fenced block after a line `<!-- FILE#REGION -->`; the region stands in that file between a line that ends
-with `[REGION]` and one that ends with `[/REGION]`.
+A quotation is a fenced block after a line `<!-- FILE#REGION -->`. In FILE, the region is between a line that ends with
+`[REGION]` and one that ends with `[/REGION]`.
 """
 
 import re
@@ -42,14 +42,14 @@ def main():
 
 
 def region(path, name):
-    """The lines between the marks, without the indentation that they share."""
+    """The lines between the marks, without their common indentation."""
     lines = (ROOT / path).read_text().splitlines(keepends=True)
     begin, end = (next(i for i, line in enumerate(lines) if line.rstrip().endswith(f"[{mark}{name}]")) for mark in ("", "/"))
     return textwrap.dedent("".join(lines[begin + 1 : end])).strip("\n") + "\n"
 
 
 def table(text, title):
-    """Reason to code, out of the rows below a heading; an empty first cell repeats the code above it."""
+    """Maps each reason to its code, from the table below a heading. An empty first cell repeats the code above it."""
     section = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", text, re.M | re.S).group(1)
     codes, code = {}, None
     for row in section.splitlines():

@@ -1,7 +1,7 @@
-"""Starts and ends the program for the checks in this folder. The names of the log's fields stand here and nowhere else.
+"""Starts and stops the program for the checks in this folder.
 
-The program is target/dist/rds-task-facade, or what the variable FACADE names. Other binaries (grpcurl, h2spec) are
-looked up in the folders that the variable CI_TOOLS names, separated by colons, and then in PATH.
+The program is target/dist/rds-task-facade, or the one that the variable FACADE names. Other binaries (grpcurl, h2spec) are
+looked up in the folders of the variable CI_TOOLS, separated by colons, and then in PATH.
 """
 
 import json
@@ -19,10 +19,10 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = os.environ.get("FACADE", str(ROOT / "target/dist/rds-task-facade"))
 SERVICE = "huaweicloud.rds.task.v1.TaskService"
 
-# The first line of `serve` names the addresses that were bound.
+# Fields of the first log line of `serve`: the addresses that it listens on.
 LISTEN_FIELD, METRICS_FIELD = "listen", "metrics_listen"
 
-# The example of the RDS API reference, Obtaining Task Information.
+# The example task of the RDS API reference, "Obtaining Task Information".
 PROJECT_ID = "0483b6b16e954cb88930a360d2c4e663"
 INSTANCE_ID = "1ffc4167903840cb93a3da56d28c14fdin01"
 WORKFLOW_ID = "102772a9-31fa-4129-b9f8-7638e2792f3b"
@@ -34,7 +34,7 @@ EXAMPLE_TASK = {
     "job_name": WORKFLOW_NAME,
 }
 
-# What the sandbox accepts.
+# Credentials that the sandbox accepts.
 SANDBOX_TOKEN = "sandbox-token"
 SANDBOX_AK, SANDBOX_SK = "SANDBOXACCESSKEY", "sandbox-secret-key"
 SANDBOX_SECURITY_TOKEN = "sandbox-security-token"
@@ -42,12 +42,12 @@ SANDBOX_SECURITY_TOKEN = "sandbox-security-token"
 START_SECONDS = 15
 STOP_SECONDS = 30
 
-# CI ends a check that hangs with SIGTERM. As an exception it passes every `with`, so that no process is left behind.
-signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
+# CI stops a hanging check with SIGTERM. Raising an exception leaves every `with` block, which stops the processes it started.
+signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated by SIGTERM"))
 
 
 class Program:
-    """One run of any program; a context manager that ends exactly the process that it started."""
+    """One run of a program: a context manager that stops the process at its end."""
 
     def __init__(self, command, environment=None):
         inherited = {
@@ -76,7 +76,7 @@ class Program:
                 self._more.notify_all()
 
     def wait_for(self, what, found):
-        """The first thing that `found` makes of the output so far and that is not None."""
+        """Passes the output so far to `found` until it returns something else than None, and returns that."""
         deadline = time.monotonic() + START_SECONDS
         with self._more:
             while True:
@@ -88,21 +88,21 @@ class Program:
                 self._more.wait(0.05)
 
     def stop(self):
-        """SIGTERM, then the exit code."""
+        """Sends SIGTERM and returns the exit code."""
         self._process.terminate()
         return self._process.wait(STOP_SECONDS)
 
     def join(self):
-        """Waits for the last line of a process that has ended."""
+        """Waits until the output of a stopped process is read to its end."""
         self._reader.join(STOP_SECONDS)
 
     def kill(self):
-        """SIGKILL."""
+        """Sends SIGKILL and waits for the end."""
         self._process.kill()
         self._process.wait()
 
     def exit_code(self):
-        """None while it runs."""
+        """The exit code, or None while the process runs."""
         return self._process.poll()
 
     def __enter__(self):
@@ -117,7 +117,7 @@ class Program:
 
 
 class Process(Program):
-    """One run of our program, by itself or by the command `under` which it is."""
+    """One run of the facade's program, by the command `under` if there is one, such as valgrind."""
 
     def __init__(self, *arguments, environment=None, under=()):
         super().__init__([*under, PROGRAM, *arguments], environment)
@@ -144,11 +144,11 @@ class Facade(Process):
             raise
 
     def call(self, *arguments, environment=None):
-        """Runs `call` against this instance: exit code, reply or None, text on standard error."""
+        """Runs `call` against this instance. Returns the exit code, the reply or None, and standard error."""
         return call(f"http://{self.address}", *arguments, environment=environment)
 
     def wait_until_serving(self):
-        """Waits for the first credential."""
+        """Waits until health is SERVING: the facade then has its first credential."""
         deadline = time.monotonic() + START_SECONDS
         command = [PROGRAM, "health", "--target", f"http://{self.address}"]
         while subprocess.run(command, capture_output=True, timeout=10).returncode != 0:
@@ -216,12 +216,12 @@ def tool(name):
     path = os.environ.get("CI_TOOLS", "") + os.pathsep + os.environ.get("PATH", "")
     found = shutil.which(name, path=path.lstrip(os.pathsep))
     if found is None:
-        raise SystemExit(f"{name} is not installed; .ci/run installs it")
+        raise SystemExit(f"{name} is not installed; bash .ci/run tools installs it")
     return found
 
 
 class Checks:
-    """Counts checks, prints each, and decides the exit code."""
+    """Prints and counts checks. `finish` exits with 1 if one has failed or none was made."""
 
     def __init__(self):
         self.passed = self.failed = 0

@@ -1,7 +1,7 @@
-"""A gateway in the vendor's place: it checks each request with the official SDK's own Signer, and hands out tokens and keys.
+"""A fake of the vendor's services on loopback. Verifies signatures with the Signer of the vendor's SDK.
 
-One HTTP server on loopback plays RDS (token or signature), IAM (tokens for a password) and the metadata service (temporary
-keys, hardened mode included).
+One HTTP server stands for RDS (token or signature), IAM (tokens for a password) and the metadata service (temporary keys,
+hardened mode included).
 """
 
 import json
@@ -21,7 +21,7 @@ KNOWN_BODIES = ({"workflow_id": WORKFLOW_ID}, {"workflow_id": WORKFLOW_ID, "work
 
 
 class Gateway(ThreadingHTTPServer):
-    """Accepts `keys` ((AK, security token or None) to SK), `tokens`, and issues them to `user`."""
+    """Accepts signatures by `keys`, a map from (AK, security token or None) to SK, and `tokens`. Issues tokens to `user`."""
 
     daemon_threads = True
 
@@ -31,7 +31,7 @@ class Gateway(ThreadingHTTPServer):
         self.tokens = set(tokens)
         self.user = user
         self.metadata_key = metadata_key
-        # What each request to RDS looked like, and why it was refused (None: it was answered).
+        # Each request to RDS: path, headers, body, and the problem for which it was rejected, or None.
         self.requests = []
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
@@ -65,7 +65,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.path.partition("?")[0] == "/v3/auth/tokens":
             self.issue_token(json.loads(body))
             return
-        problem = refusal(self.server, self.command, self.path, self.headers, body)
+        problem = problem_of(self.server, self.command, self.path, self.headers, body)
         self.server.requests.append((self.path, self.headers, body, problem))
         if problem is None:
             self.answer(200, EXAMPLE_TASK)
@@ -114,8 +114,8 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
-def refusal(gateway, method, path, headers, body):
-    """Why the request is not what the RDS API reference and the request signing guide describe; None when it is."""
+def problem_of(gateway, method, path, headers, body):
+    """How the request differs from the RDS API reference and the request signing guide, or None."""
     if path != RDS_PATH:
         return f"path {path}"
     if headers.get_all("Content-Type") != ["application/json"]:
@@ -126,13 +126,13 @@ def refusal(gateway, method, path, headers, body):
         return "body"
     token, authorization = headers.get("X-Auth-Token"), headers.get("Authorization")
     if (token is None) == (authorization is None):
-        return "one of X-Auth-Token and Authorization is needed"
+        return "expected either X-Auth-Token or Authorization"
     if token is not None:
         return None if token in gateway.tokens else "decrypt token fail"
-    return signature_refusal(gateway, method, path, headers, body, authorization)
+    return signature_problem(gateway, method, path, headers, body, authorization)
 
 
-def signature_refusal(gateway, method, path, headers, body, authorization):
+def signature_problem(gateway, method, path, headers, body, authorization):
     algorithm, _, rest = authorization.partition(" ")
     parts = dict(part.partition("=")[::2] for part in rest.split(", "))
     if algorithm != "SDK-HMAC-SHA256" or set(parts) != {"Access", "SignedHeaders", "Signature"}:

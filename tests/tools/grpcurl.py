@@ -1,6 +1,6 @@
-"""An old and a new grpcurl understand the service: reflection (v1alpha and v1), a call, a failure's details, health.
+"""Checks the service with an old and a new grpcurl: reflection (v1alpha and v1), a call, error details, health.
 
-grpcurl 1.8.6 knows reflection v1alpha only; the current one asks for v1 first.
+grpcurl 1.8.6 supports reflection v1alpha only; the current version tries v1 first.
 """
 
 import json
@@ -21,13 +21,13 @@ def main():
     checks = Checks()
     with Facade("--sandbox") as facade:
         facade.wait_until_serving()
-        for generation in ("grpcurl-new", "grpcurl-old"):
-            check(checks, generation, facade.address)
+        for version in ("grpcurl-new", "grpcurl-old"):
+            check(checks, version, facade.address)
     checks.finish()
 
 
-def check(checks, generation, address):
-    binary = tool(generation)
+def check(checks, version, address):
+    binary = tool(version)
 
     def grpcurl(*arguments, data=None):
         options = ["-plaintext", "-max-time", "20"]
@@ -43,29 +43,29 @@ def check(checks, generation, address):
 
     listed = grpcurl("list")
     for service in (SERVICE, "grpc.health.v1.Health"):
-        checks.that(f"{generation} lists {service}", service in listed.stdout.split(), listed)
+        checks.that(f"{version} lists {service}", service in listed.stdout.split(), listed)
 
     described = grpcurl("describe", SERVICE)
-    checks.that(f"{generation} describes the method", "rpc GetTaskDetail" in described.stdout, described)
+    checks.that(f"{version} describes the method", "rpc GetTaskDetail" in described.stdout, described)
     described = grpcurl("describe", "huaweicloud.rds.task.v1.GetTaskDetailRequest")
-    checks.that(f"{generation} describes the request", "string workflow_id = 3" in described.stdout, described)
+    checks.that(f"{version} describes the request", "string workflow_id = 3" in described.stdout, described)
 
     answered = grpcurl(METHOD, data=EXAMPLE_REQUEST)
-    checks.that(f"{generation} gets the example task", answered.returncode == 0, answered)
+    checks.that(f"{version} gets the example task", answered.returncode == 0, answered)
     reply = json.loads(answered.stdout or "null") or {}
     proto_names = {name: reply.get(camel_case(name)) for name in EXAMPLE_TASK}
-    checks.equal(f"{generation} prints the vendor page's example reply", proto_names, EXAMPLE_TASK)
-    checks.equal(f"{generation} prints nothing else", len(reply), len(EXAMPLE_TASK))
+    checks.equal(f"{version} prints the example reply of the RDS API reference", proto_names, EXAMPLE_TASK)
+    checks.equal(f"{version} prints no other field", len(reply), len(EXAMPLE_TASK))
 
     failed = grpcurl(METHOD, data={**EXAMPLE_REQUEST, "workflow_id": "nope"})
     text = failed.stdout + failed.stderr
-    checks.that(f"{generation} fails for an unknown task", failed.returncode != 0, failed)
+    checks.that(f"{version} fails for an unknown task", failed.returncode != 0, failed)
     for part in ("NotFound", "google.rpc.ErrorInfo", "google.rpc.RequestInfo", "TASK_NOT_FOUND", "rds-task-facade"):
-        checks.that(f"{generation} shows {part} of the failure", part in text, failed)
+        checks.that(f"{version} shows {part} in the error", part in text, failed)
 
     for name in ("", SERVICE):
         health = grpcurl("grpc.health.v1.Health/Check", data={"service": name})
-        checks.that(f"{generation} sees {name or 'the server'} SERVING", '"SERVING"' in health.stdout, health)
+        checks.that(f"{version} reports {name or 'the server'} as SERVING", '"SERVING"' in health.stdout, health)
 
 
 def camel_case(name):

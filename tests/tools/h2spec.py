@@ -1,6 +1,6 @@
-"""h2spec's generic, http2 and hpack sections against the gRPC port.
+"""Runs the sections generic, http2 and hpack of h2spec against the gRPC port.
 
-Cases that may fail stand with their reasons in h2spec-exceptions.tsv. Any other failure fails the check; so does a listed
+h2spec-exceptions.tsv lists the cases that may fail, with reasons. Any other failed case fails the check, and so does a listed
 case that h2spec no longer has.
 """
 
@@ -21,7 +21,7 @@ def main():
     with Facade("--sandbox", "--max-connection-age=0s") as facade, tempfile.TemporaryDirectory() as folder:
         run_against(checks, facade.address, Path(folder) / "report.xml")
         code, _, error = facade.call()
-        checks.that("the server still answers afterwards", code == 0, error)
+        checks.that("the server still replies afterwards", code == 0, error)
     checks.finish()
 
 
@@ -32,24 +32,24 @@ def run_against(checks, address, report):
     checks.that("h2spec wrote its report", report.exists(), run)
     if not report.exists():
         return
-    excepted, met = exceptions(), set()
+    allowed, met = exceptions(), set()
     cases = list(xml.parse(report).getroot().iter("testcase"))
     for case in cases:
         section, title = case.get("package"), case.get("classname")
         seen = case.find("error") if case.find("error") is not None else case.find("failure")
-        known = next((key for key in excepted if section == key[0] and title.startswith(key[1])), None)
+        known = next((key for key in allowed if section == key[0] and title.startswith(key[1])), None)
         if seen is None:
-            outcome = "skipped by h2spec" if case.find("skipped") is not None else "holds"
+            outcome = "skipped by h2spec" if case.find("skipped") is not None else "passed"
             if known is not None:
-                print(f"note  {section} {title}: {outcome}, though it is excepted")
+                print(f"note  {section} {title}: {outcome}, although it is listed as an exception")
             checks.that(f"{section} {title}: {outcome}", True)
         elif known is not None:
-            checks.that(f"{section} {title}: excepted, {excepted[known]}", True)
+            checks.that(f"{section} {title}: may fail, {allowed[known]}", True)
         else:
             checks.that(f"{section} {title}", False, " ".join((seen.text or "").split()))
         if known is not None:
             met.add(known)
-    for key in excepted.keys() - met:
+    for key in allowed.keys() - met:
         checks.that(f"exception {key[0]} {key[1]} names a case of h2spec", False)
     checks.that("h2spec ran at least 140 cases", len(cases) >= 140, len(cases))
 

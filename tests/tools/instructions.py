@@ -1,8 +1,8 @@
-"""Instructions of the facade's process for one call, counted by callgrind: the difference of two loads, so that neither the
-start nor the end is in it. Unlike times they hardly depend on the machine, so each kind of call has a bound.
+"""Checks the CPU instructions of the facade per call. callgrind counts them under two loads of different length, and the
+difference excludes startup and shutdown. Unlike times, they hardly depend on the machine, so each kind of call has a bound.
 
-A figure over its bound is a change to look at: find what it buys, or raise the bound and say why. docs/performance.md
-tells what the instructions are spent on. Without the kernel's: of a lone call that is half of the time.
+When a count exceeds its bound, find the cause, or raise the bound and give the reason. docs/performance.md breaks the count
+down. Instructions in the kernel, half of the time of a call on its own, are not counted.
 """
 
 import json
@@ -28,15 +28,15 @@ FEW, MANY = 500, 2500
 TOKEN = {"RDS_TASK_FACADE_TOKEN": SANDBOX_TOKEN}
 KEY = {"HUAWEICLOUD_SDK_AK": SANDBOX_AK, "HUAWEICLOUD_SDK_SK": SANDBOX_SK}
 OK, NOT_FOUND = "OK", "NotFound"
-EACH_ITS_OWN = "task-{{.RequestNumber}}"
+DISTINCT = "task-{{.RequestNumber}}"
 
-# Name, options, environment, instance, workflow, outcome, bound. The bounds are a tenth above what was measured, for other
-# patch versions of the compiler and of libc.
+# Name, options, environment, instance, workflow, expected code, bound. The bounds are 10 % above the measured counts, to allow
+# for other patch versions of the compiler and of libc.
 CASES = [
-    ("a token", ["--credentials=token"], TOKEN, "finished", EACH_ITS_OWN, OK, 160_000),
-    ("a signature", ["--credentials=env"], KEY, "finished", EACH_ITS_OWN, OK, 200_000),
-    ("a failure", ["--credentials=token"], TOKEN, INSTANCE_ID, EACH_ITS_OWN, NOT_FOUND, 222_000),
-    ("a kept answer", ["--credentials=token", "--cache-ttl=1h"], TOKEN, "finished", "one", OK, 65_000),
+    ("token", ["--credentials=token"], TOKEN, "finished", DISTINCT, OK, 160_000),
+    ("signature", ["--credentials=env"], KEY, "finished", DISTINCT, OK, 200_000),
+    ("error", ["--credentials=token"], TOKEN, INSTANCE_ID, DISTINCT, NOT_FOUND, 222_000),
+    ("cached reply", ["--credentials=token", "--cache-ttl=1h"], TOKEN, "finished", "one", OK, 65_000),
 ]
 
 
@@ -49,7 +49,7 @@ def main():
                 for calls in (FEW, MANY)
             ]
             per_call = round((counts[1] - counts[0]) / (MANY - FEW))
-            checks.that(f"{name}: {per_call} instructions, at most {bound}", per_call <= bound, counts)
+            checks.that(f"{name}: {per_call} instructions per call, at most {bound}", per_call <= bound, counts)
     checks.finish()
 
 
@@ -59,11 +59,11 @@ def load(instance, workflow, calls):
     return [tool("ghz"), "--insecure", "--call", f"{SERVICE}/GetTaskDetail", *shape, "--data", json.dumps(request)]
 
 
-def count(options, environment, command, outcome, calls, told=("--callgrind-out-file=/dev/null",)):
-    """Instructions of one run of the facade with this load on it; `told` says what else callgrind tells, and where."""
-    # One processor, so one worker: calls that meet from two workers cost a little more, as they happen to meet.
+def count(options, environment, command, outcome, calls):
+    """Runs the facade under this load and returns the instructions of the whole run."""
+    # On one processor the facade starts one worker. Contention between workers would make the count vary.
     processor = str(min(os.sched_getaffinity(0)))
-    callgrind = ["taskset", "-c", processor, "valgrind", "--tool=callgrind", *told]
+    callgrind = ["taskset", "-c", processor, "valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null"]
     with Facade(*options, environment=environment, under=callgrind) as facade:
         facade.wait_until_serving()
         done = subprocess.run(
@@ -71,7 +71,7 @@ def count(options, environment, command, outcome, calls, told=("--callgrind-out-
         )
         report = json.loads(done.stdout or "{}")
         if report.get("statusCodeDistribution") != {outcome: calls}:
-            sys.exit(f"the load went wrong: {report.get('statusCodeDistribution')} {done.stderr}")
+            sys.exit(f"unexpected codes under load: {report.get('statusCodeDistribution')} {done.stderr}")
         facade.stop()
         facade.join()
     return int(re.search(r"Collected : (\d+)", "\n".join(facade.output)).group(1))

@@ -1,8 +1,8 @@
-"""Renders deploy/kubernetes with the real kustomize, base and components, and checks what comes out.
+"""Renders deploy/kubernetes with kustomize, in combinations of its components, and checks the resources.
 
-Everything of Kubernetes itself goes through the strict schemas of kubernetes-validate, oldest and newest supported version;
-custom resources go through the minimal schemas in crds/, which know only the fields that are used here. Then come the
-promises that no schema knows: names that have to agree, and times that have to add up.
+kubernetes-validate checks Kubernetes' own resources strictly, against the oldest and the newest supported version. The
+minimal schemas in crds/ check custom resources; they contain only the fields that are used here. Last come the rules that no
+schema expresses: names that must match, and times that must add up.
 """
 
 import json
@@ -37,7 +37,7 @@ COMBINATIONS = [
     ["gateway-api", "headless", "monitoring"],
 ]
 UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600}
-# To Envoy's outlier detection UNAVAILABLE is a 503 and DEADLINE_EXCEEDED a 504.
+# Envoy's outlier detection counts UNAVAILABLE as a 503 and DEADLINE_EXCEEDED as a 504.
 EJECTING = ("consecutive5xxErrors", "consecutiveGatewayErrors")
 
 
@@ -57,7 +57,7 @@ def render_combination(components):
 
 
 def problems(resource):
-    """What the schemas have against one resource."""
+    """The violations of its schema in one resource."""
     schema = CRDS / f"{resource['kind'].lower()}.json"
     if schema.exists():
         validator = jsonschema.Draft202012Validator(json.loads(schema.read_text()))
@@ -86,7 +86,7 @@ def settings_of(resources):
     return one(resources, "ConfigMap", container["envFrom"][0]["configMapRef"]["name"])["data"]
 
 
-def check_promises(checks, title, resources, components):
+def check_rules(checks, title, resources, components):
     pod = one(resources, "Deployment")["spec"]["template"]
     spec, labels = pod["spec"], pod["metadata"]["labels"]
     container = spec["containers"][0]
@@ -102,24 +102,24 @@ def check_promises(checks, title, resources, components):
     that("drain delay and shutdown grace fit into the pod's grace period", drain + grace < whole, (drain, grace, whole))
     readiness = container["readinessProbe"]
     noticed = readiness["periodSeconds"] * readiness.get("failureThreshold", 3)
-    that("readiness is noticed within the drain delay", noticed <= drain, (noticed, drain))
+    that("the kubelet notices a failed readiness probe within the drain delay", noticed <= drain, (noticed, drain))
     that(
-        "ports are the ones that the settings listen on",
+        "the container ports are those that the settings listen on",
         settings["RDS_TASK_FACADE_LISTEN"].endswith(f":{ports['grpc']}")
         and settings["RDS_TASK_FACADE_METRICS_LISTEN"].endswith(f":{ports['metrics']}"),
         (settings, ports),
     )
     plain = not {"tls", "linkerd"} & set(components)
     that(
-        "readiness is asked on a port that the kubelet can reach",
+        "the readiness probe uses a port that the kubelet can reach",
         readiness.get("grpc", {}).get("port") == ports["grpc"]
         if plain
         else readiness.get("httpGet") == {"path": "/readyz", "port": "metrics"} and "grpc" not in readiness,
         readiness,
     )
-    that("liveness follows the process, not its health", container["livenessProbe"]["httpGet"]["path"] == "/livez")
-    that("no token of the API server", spec["automountServiceAccountToken"] is False)
-    that("no variables of Services", spec["enableServiceLinks"] is False)
+    that("the liveness probe checks the process, not its health", container["livenessProbe"]["httpGet"]["path"] == "/livez")
+    that("no API server token is mounted", spec["automountServiceAccountToken"] is False)
+    that("Services set no environment variables", spec["enableServiceLinks"] is False)
     restricted = container["securityContext"]
     that(
         "the restricted pod security standard holds",
@@ -137,29 +137,29 @@ def check_promises(checks, title, resources, components):
     spread = spec["topologySpreadConstraints"]
     that("pods spread over zones and nodes", len(spread) == 2 and all(is_part(c["labelSelector"]["matchLabels"], labels) for c in spread))
     for volume in container["volumeMounts"]:
-        that(f"{volume['name']} is mounted as a folder, so that a change arrives", "subPath" not in volume)
+        that(f"{volume['name']} is mounted as a folder, so that updates arrive", "subPath" not in volume)
     mounted = {volume["mountPath"] for volume in container["volumeMounts"]}
     files = [value for value in settings.values() if value.startswith("/")]
-    that("every file that a setting names is mounted", all(os.path.dirname(file) in mounted for file in files), (files, mounted))
+    that("each file named by a setting is in a mounted folder", all(os.path.dirname(file) in mounted for file in files), (files, mounted))
 
     for service in (r for r in resources if r["kind"] == "Service"):
         port = service["spec"]["ports"][0]
         protocol = "https" if "tls" in components else "kubernetes.io/h2c"
-        that(f"Service {service['metadata']['name']} tells its protocol", (port["name"], port["appProtocol"]) == ("grpc", protocol), port)
+        that(f"Service {service['metadata']['name']} declares its protocol", (port["name"], port["appProtocol"]) == ("grpc", protocol), port)
         that(f"Service {service['metadata']['name']} selects the pods", is_part(service["spec"]["selector"], labels))
     budget = one(resources, "PodDisruptionBudget")["spec"]["selector"]["matchLabels"]
     that("the disruption budget selects the pods", is_part(budget, labels))
     for policy in (r for r in resources if r["kind"] == "NetworkPolicy"):
         that(f"NetworkPolicy {policy['metadata']['name']} selects the pods", is_part(policy["spec"]["podSelector"]["matchLabels"], labels))
     scaler = one(resources, "HorizontalPodAutoscaler")["spec"]
-    that("the autoscaler's Deployment is ours, with two pods at least", scaler["scaleTargetRef"]["name"] == "rds-task-facade" and scaler["minReplicas"] >= 2)
+    that("the autoscaler scales this Deployment, to at least two pods", scaler["scaleTargetRef"]["name"] == "rds-task-facade" and scaler["minReplicas"] >= 2)
 
     if "istio" in components:
         route = one(resources, "VirtualService")["spec"]["http"][0]
         limit = seconds(settings.get("RDS_TASK_FACADE_TIMEOUT", default_timeout()))
-        repeated = set(route["retries"]["retryOn"].split(","))
-        that("the mesh repeats no answer", repeated <= {"connect-failure", "refused-stream"}, repeated)
-        that("the mesh waits longer than the facade", seconds(route["timeout"]) > limit, (route["timeout"], limit))
+        retried = set(route["retries"]["retryOn"].split(","))
+        that("the mesh retries only calls that reached no pod", retried <= {"connect-failure", "refused-stream"}, retried)
+        that("the timeout of the mesh is longer than the facade's", seconds(route["timeout"]) > limit, (route["timeout"], limit))
         policy = one(resources, "PeerAuthentication")["spec"]
         that("mutual TLS is strict on the gRPC port", policy["mtls"]["mode"] == "STRICT" and str(ports["grpc"]) not in policy["portLevelMtls"])
         outliers = one(resources, "DestinationRule")["spec"]["trafficPolicy"]["outlierDetection"]
@@ -170,7 +170,7 @@ def check_promises(checks, title, resources, components):
         )
         hosts = {host for r in resources if r["kind"] == "ServiceEntry" for host in r["spec"]["hosts"]}
         region = settings["RDS_TASK_FACADE_REGION"]
-        that("the mesh knows the region's endpoints", hosts == {f"{name}.{region}.myhuaweicloud.com" for name in ("rds", "iam")}, hosts)
+        that("the mesh allows the region's endpoints", hosts == {f"{name}.{region}.myhuaweicloud.com" for name in ("rds", "iam")}, hosts)
         config = yaml.safe_load(pod["metadata"]["annotations"]["proxy.istio.io/config"])
         outlives = seconds(config["terminationDrainDuration"])
         that("the sidecar outlives the drain, within the pod's grace period", drain + grace < outlives < whole, outlives)
@@ -181,7 +181,7 @@ def check_promises(checks, title, resources, components):
 
 
 def check_settings(that, settings):
-    """The program itself must accept the settings. Files are not there, so those variables are left out."""
+    """Runs the program with the settings, except those that name files, which do not exist here."""
     environment = {name: value for name, value in settings.items() if not value.startswith("/")}
     result = subprocess.run(
         [PROGRAM, "serve", "--print-config"], capture_output=True, text=True, timeout=30, env=environment
@@ -195,11 +195,11 @@ def default_timeout():
 
 
 def check_runbook(checks):
-    """Each alert of deploy/monitoring has its section in docs/operations.md, and no section is of an alert that is gone."""
+    """Each alert of deploy/monitoring has a section in docs/operations.md, and each section has an alert."""
     rules = ROOT / "deploy/monitoring/rules.yaml"
     alerts = set(re.findall(r"- alert: (\w+)", rules.read_text()))
     headings = re.findall(r"^### (RdsTaskFacade.*)$", (ROOT / "docs/operations.md").read_text(), re.MULTILINE)
-    checks.equal("the runbook has every alert", {name for heading in headings for name in heading.split(", ")}, alerts)
+    checks.equal("alerts in the runbook", {name for heading in headings for name in heading.split(", ")}, alerts)
 
 
 def is_part(selector, labels):
@@ -217,7 +217,7 @@ def main():
             name = f"{title}: {resource['kind']} {resource['metadata']['name']} fits its schema"
             found = problems(resource)
             checks.that(name, not found, found)
-        check_promises(checks, title, resources, components)
+        check_rules(checks, title, resources, components)
     checks.equal("every component was rendered", used, {path.name for path in (KUBERNETES / "components").iterdir()})
 
     for overlay in sorted((KUBERNETES / "overlays").iterdir()):
@@ -230,7 +230,7 @@ def main():
 
     broken = one(render(KUBERNETES / "base"), "Deployment")
     broken["spec"]["template"]["spec"]["containers"][0]["livenesProbe"] = {}
-    checks.that("the check sees a misspelt field", problems(broken))
+    checks.that("a misspelt field violates its schema", problems(broken))
     checks.finish()
 
 

@@ -1,4 +1,4 @@
-"""A log that nobody reads costs lines, which are counted, and no call."""
+"""Checks that a blocked log pipe loses lines, which are counted, but blocks neither calls nor the exit."""
 
 import asyncio
 import os
@@ -12,7 +12,7 @@ from metrics import scrape
 
 
 class Unread:
-    """`serve` with a pipe on standard output that stays unread."""
+    """`serve` with standard output on a pipe that is never read."""
 
     def __init__(self):
         self.address, self.metrics = (f"127.0.0.1:{free_port()}" for _ in range(2))
@@ -26,7 +26,7 @@ class Unread:
 
 
 async def flood(address, calls):
-    """The codes of so many calls for a method that does not exist: nothing is cheaper, and each writes a line."""
+    """Calls an unknown method `calls` times, the cheapest way to log a line each. Returns the codes."""
     codes = set()
     async with grpc.aio.insecure_channel(address) as channel:
         await asyncio.wait_for(channel.channel_ready(), 15)
@@ -49,7 +49,7 @@ def main():
     try:
         codes = asyncio.run(flood(unread.address, 100))
         made = 100
-        # A pipe holds 64 KiB, and 8192 lines wait in memory.
+        # The pipe buffers 64 KiB, and the log writer queues 8192 lines.
         while unread.dropped() == 0 and made < 50_000:
             codes |= asyncio.run(flood(unread.address, 2000))
             made += 2000
@@ -58,7 +58,7 @@ def main():
         begun = time.monotonic()
         unread.process.send_signal(signal.SIGTERM)
         checks.equal("exit code", unread.process.wait(30), 0)
-        checks.that("the exit does not wait for a reader", time.monotonic() - begun < 8)
+        checks.that("the exit does not wait for the pipe", time.monotonic() - begun < 8)
     finally:
         unread.process.kill()
         unread.process.wait()

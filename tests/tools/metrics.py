@@ -1,4 +1,4 @@
-"""The names and labels of /metrics, line by line, read with the OpenMetrics parser of the Prometheus client library."""
+"""Checks the names, types and labels of /metrics with the OpenMetrics parser of the Prometheus client library."""
 
 import concurrent.futures
 import urllib.request
@@ -22,7 +22,7 @@ CLASSES = "1xx 2xx 3xx 4xx 5xx none".split()
 RETRIES = """UPSTREAM_DNS UPSTREAM_CONNECT UPSTREAM_RESET UPSTREAM_TRUNCATED UPSTREAM_PROTOCOL UPSTREAM_TIMEOUT
 UPSTREAM_UNAVAILABLE UPSTREAM_INTERNAL CREDENTIAL_REJECTED CLOCK_SKEW""".split()
 NONE = ((), {()})
-# Family: type, names of the labels, their values.
+# Family to type, label names and sets of label values.
 EXPECTED = {
     "grpc_server_started": ("counter", RPC, METHODS),
     "grpc_server_handled": (
@@ -84,33 +84,33 @@ def main():
     checks = Checks()
     with Facade("--sandbox") as facade:
         families = scrape(facade.metrics)
-        checks.equal("the families", sorted(families), sorted(EXPECTED))
+        checks.equal("metric families", sorted(families), sorted(EXPECTED))
         for name, (kind, labels, values) in EXPECTED.items():
             family = families[name]
             checks.equal(f"{name}: type", family.type, kind)
             own = [sample for sample in family.samples if not sample.name.endswith("_bucket")]
             seen = {tuple(sample.labels.get(label) for label in labels) for sample in own}
             names = {label for sample in own for label in sample.labels}
-            checks.equal(f"{name}: names of labels", names, set(labels))
+            checks.equal(f"{name}: label names", names, set(labels))
             if values is not None:
-                checks.equal(f"{name}: every series from the start", seen, values)
+                checks.equal(f"{name}: all series exist from the start", seen, values)
         before = series(families)
         paths = [f"/{'x' * (number % 200)}/{number}" for number in range(500)] + ["/" + SERVICE + "/gettaskdetail"]
-        with grpc.insecure_channel(facade.address, [("grpc.primary_user_agent", "unheard-of/1")]) as channel:
+        with grpc.insecure_channel(facade.address, [("grpc.primary_user_agent", "unknown-agent/1")]) as channel:
             with concurrent.futures.ThreadPoolExecutor(8) as pool:
                 codes = set(pool.map(lambda path: call(channel, path), paths))
-            refused = call(channel, f"/{SERVICE}/GetTaskDetail", [("x-request-id", "id-1")])
+            invalid = call(channel, f"/{SERVICE}/GetTaskDetail", [("x-request-id", "id-1")])
         checks.equal("unknown methods", codes, {grpc.StatusCode.UNIMPLEMENTED})
-        checks.equal("an empty request", refused, grpc.StatusCode.INVALID_ARGUMENT)
+        checks.equal("an empty request", invalid, grpc.StatusCode.INVALID_ARGUMENT)
         families = scrape(facade.metrics)
-        checks.equal("series that callers added", series(families) - before, set())
+        checks.equal("series added by calls", series(families) - before, set())
         handled = {
             (sample.labels["grpc_method"], sample.labels["grpc_code"]): sample.value
             for sample in families["grpc_server_handled"].samples
             if sample.name == "grpc_server_handled_total" and sample.value
         }
         checks.equal(
-            "what was counted",
+            "counted calls",
             handled,
             {("other", "Unimplemented"): len(paths), ("GetTaskDetail", "InvalidArgument"): 1},
         )

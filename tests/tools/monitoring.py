@@ -1,4 +1,4 @@
-"""The rules and the dashboard of deploy/monitoring: read and tried by promtool, every name in them found in a live /metrics."""
+"""Checks the rules and the dashboard of deploy/monitoring: with promtool, and each name in them against a live /metrics."""
 
 import json
 import re
@@ -11,8 +11,8 @@ from facade import ROOT, Checks, Facade, tool
 from metrics import scrape
 
 FOLDER = ROOT / "deploy/monitoring"
-# What the scrape adds to every series.
-OF_THE_SCRAPE = {"job", "instance"}
+# Labels that Prometheus adds to every series.
+SCRAPE_LABELS = {"job", "instance"}
 FUNCTIONS = {"sum", "max", "count", "rate", "increase", "histogram_quantile", "time"}
 WORDS = {"by", "without", "and", "or", "unless"}
 
@@ -55,7 +55,7 @@ def main():
         path = Path(folder) / "dashboard.yaml"
         path.write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": rules}]}))
         done = run("check", "rules", str(path))
-        checks.that("promtool reads every query of the dashboard", done.returncode == 0, done.stdout + done.stderr)
+        checks.that("promtool accepts each query of the dashboard", done.returncode == 0, done.stdout + done.stderr)
 
     with Facade("--sandbox") as facade:
         families = scrape(facade.metrics)
@@ -78,16 +78,16 @@ def main():
                 known.setdefault(label, set()).update(values)
         if names & own:
             continue
-        wrong = (labels | {label for label, _, _ in matchers}) - set(known) - OF_THE_SCRAPE
+        wrong = (labels | {label for label, _, _ in matchers}) - set(known) - SCRAPE_LABELS
         checks.that(f"{title}: labels", not wrong, wrong)
         for label, operator, text in matchers:
-            if label in OF_THE_SCRAPE:
+            if label in SCRAPE_LABELS:
                 continue
             values = text.split("|") if operator == "=~" else [text]
             checks.that(f"{title}: {label}", set(values) <= known[label], set(values) - known.get(label, set()))
-    # What nobody looks at need not be there: the buckets and counts of histograms aside, every metric is on the page.
+    # Each metric must have a use. The parts of histograms are exempt.
     bases = {name for name in live if not name.endswith(("_sum", "_count", "_bucket"))}
-    checks.equal("metrics that no panel and no rule shows", bases - used, set())
+    checks.equal("metrics that neither a panel nor a rule uses", bases - used, set())
     checks.finish()
 
 

@@ -1,7 +1,7 @@
-"""Every call is accounted for once, by every witness, with the same code: the caller, the metrics, the log, the traces.
+"""Checks that callers, metrics, log and traces count each call exactly once, and with the same code.
 
-`reconcile.py [CALLS]`, by default 5000: a mixture of successes, every class of failure that the sandbox knows, calls that
-the caller gives up, deadlines, sheds, throttling, unknown methods and health checks.
+`reconcile.py [CALLS]` makes 5000 calls by default: successes, every class of failure of the sandbox, cancelled calls,
+deadlines, overload, throttling, unknown methods and health checks.
 """
 
 import asyncio
@@ -18,11 +18,11 @@ from metrics import scrape
 from rpc import METHOD, request
 
 IN_FLIGHT = 64
-GIVEN_UP = {"CANCELLED", "DEADLINE_EXCEEDED"}
+ABANDONED = {"CANCELLED", "DEADLINE_EXCEEDED"}
 OTHER = "other"
 HEALTH = "grpc.health.v1.Health/Check"
 TASK = f"{SERVICE}/GetTaskDetail"
-# Instance ids of the sandbox, and how often each.
+# Instance ids of the sandbox, and their weights.
 MIXTURE = {
     "every-field": 600,
     "flaky-1": 10,
@@ -44,7 +44,7 @@ MIXTURE = {
 
 
 class Caller:
-    """Makes calls and counts what came back, by method and code."""
+    """Makes calls, and counts the results by method and code."""
 
     def __init__(self, address):
         options = [("grpc.use_local_subchannel_pool", 1)]
@@ -98,15 +98,15 @@ async def until(holds, what):
     deadline = time.monotonic() + 120
     while not await asyncio.to_thread(holds):
         if time.monotonic() > deadline:
-            raise AssertionError(f"not within two minutes: {what}")
+            raise AssertionError(f"not within 120 s: {what}")
         await asyncio.sleep(0.02)
 
 
-async def under_way(facade, caller, count):
-    """Starts calls that take long, and returns once the facade has begun with all of them."""
+async def start_slow(facade, caller, count):
+    """Starts slow calls, and returns when the facade has counted all of them as started."""
     calls = [caller.start("slow-30000") for _ in range(count)]
     made = sum(caller.made.values())
-    await until(lambda: total(facade, "grpc_server_started") >= made, "calls started")
+    await until(lambda: total(facade, "grpc_server_started") >= made, "all calls started")
     return calls
 
 
@@ -117,31 +117,31 @@ async def make_calls(facade, calls):
     mixed += [OTHER] * part(0.02) + [HEALTH] * part(0.02)
     random.shuffle(mixed)
     await caller.all(mixed)
-    given_up = shed = 0
-    while given_up < part(0.03):
-        started = await under_way(facade, caller, IN_FLIGHT - 8)
+    cancelled = overloaded = 0
+    while cancelled < part(0.03):
+        started = await start_slow(facade, caller, IN_FLIGHT - 8)
         for _, call in started:
             call.cancel()
         await asyncio.gather(*map(caller.finish, started))
-        given_up += len(started)
-    while shed < part(0.04):
-        # What was cancelled before may still hold its place, and a slow call that finds none is a shed as well.
-        started = await under_way(facade, caller, IN_FLIGHT)
+        cancelled += len(started)
+    while overloaded < part(0.04):
+        # Cancelled calls may still hold permits; then a slow call is rejected as overload, too.
+        started = await start_slow(facade, caller, IN_FLIGHT)
         more = min(500, part(0.04))
         await caller.all(["every-field"] * more)
         for _, call in started:
             call.cancel()
         await asyncio.gather(*map(caller.finish, started))
-        shed += more
+        overloaded += more
     await caller.all(["slow-5000"] * part(0.01))
-    # Last: from here on the facade holds every call back.
+    # Last, because throttling makes the facade hold back all later calls.
     await caller.all(["throttled-retry-after"] + ["every-field"] * part(0.02))
     await caller.close()
     return caller
 
 
 def code_name(go_name):
-    """DeadlineExceeded -> DEADLINE_EXCEEDED; gRPC's own lists spell one code in two ways."""
+    """DeadlineExceeded -> DEADLINE_EXCEEDED. Go spells CANCELLED with one L."""
     special = {"OK": "OK", "Canceled": "CANCELLED"}
     return special.get(go_name) or "".join("_" + c if c.isupper() else c for c in go_name).strip("_").upper()
 
@@ -160,37 +160,37 @@ def main():
             caller = asyncio.run(make_calls(facade, calls))
             made = sum(caller.made.values())
             print(f"{made} calls in {time.monotonic() - begun:.0f} s")
-            asyncio.run(until(lambda: total(facade, "grpc_server_handled") >= made, "calls handled"))
+            asyncio.run(until(lambda: total(facade, "grpc_server_handled") >= made, "all calls handled"))
             attempts = total(facade, "rds_upstream_requests")
-            asyncio.run(until(lambda: total(facade, "trace_spans_exported") >= made + attempts, "spans exported"))
+            asyncio.run(until(lambda: total(facade, "trace_spans_exported") >= made + attempts, "all spans exported"))
             families = scrape(facade.metrics)
             facade.stop()
             facade.join()
     rows = lambda name: [sample for sample in families[name].samples if sample.name.endswith("_total")]
     method = lambda labels: OTHER if labels["grpc_method"] == OTHER else f"{labels['grpc_service']}/{labels['grpc_method']}"
-    started, handled, told, traced = (collections.Counter() for _ in range(4))
+    started, handled, logged, traced = (collections.Counter() for _ in range(4))
     for sample in rows("grpc_server_started"):
         started[method(sample.labels)] += sample.value
     for sample in rows("grpc_server_handled"):
         handled[method(sample.labels), code_name(sample.labels["grpc_code"])] += sample.value
     for line in map(json.loads, facade.output):
         if line["target"] == "access":
-            told[line["grpc_method"], code_name(line["grpc_code"])] += 1
+            logged[line["grpc_method"], code_name(line["grpc_code"])] += 1
     for (name, code), count in collector.codes.items():
         traced[OTHER if name == "_OTHER" else name, code] += count
 
     for what in ["log_lines_dropped", "trace_spans_dropped", "panics"]:
         checks.equal(what, sum(sample.value for sample in rows(what)), 0)
     checks.equal("started, by method", +started, caller.made)
-    checks.equal("handled = access lines, by method and code", told, +handled)
+    checks.equal("handled = access lines, by method and code", logged, +handled)
     checks.equal("handled = server spans, by method and code", traced, +handled)
     checks.equal("attempts = client spans", collector.attempts, attempts)
     checks.equal("handled = calls made", sum(handled.values()), made)
-    # A caller that gives up and a server that answers may each believe that they were first.
-    settled = lambda counts: {key: count for key, count in counts.items() if count and key[1] not in GIVEN_UP}
+    # If a caller cancels while the facade replies, the two may count different codes.
+    settled = lambda counts: {key: count for key, count in counts.items() if count and key[1] not in ABANDONED}
     checks.equal("codes at the caller = handled", settled(caller.seen), settled(handled))
-    ended = lambda counts: sum(count for (_, code), count in counts.items() if code in GIVEN_UP)
-    checks.equal("given up at the caller = handled", ended(caller.seen), ended(handled))
+    ended = lambda counts: sum(count for (_, code), count in counts.items() if code in ABANDONED)
+    checks.equal("abandoned at the caller = handled", ended(caller.seen), ended(handled))
     seen = {code for name, code in handled if handled[name, code] and name == TASK}
     everything = set(map(code_name, "Canceled DeadlineExceeded OK NotFound Unavailable ResourceExhausted".split()))
     checks.that(f"the mixture reached {len(seen)} codes", everything <= seen and len(seen) >= 13, seen)

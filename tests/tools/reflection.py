@@ -1,6 +1,6 @@
-"""Tools that know the service by reflection alone: buf curl, grpc_health_probe, ghz; and grpcurl by the descriptor set.
+"""Checks tools that use reflection (buf curl, ghz), grpc_health_probe, and grpcurl with the descriptor set.
 
-The two generations of grpcurl have a check of their own, grpcurl.py.
+grpcurl.py checks reflection with two versions of grpcurl.
 """
 
 import json
@@ -43,38 +43,38 @@ def check_buf_curl(checks, address):
     failed = buf_curl(f"/{METHOD}", "--data", json.dumps(UNKNOWN_TASK))
     checks.that("buf curl fails for an unknown task", failed.returncode != 0, failed)
     for part in ('"not_found"', "google.rpc.ErrorInfo", "google.rpc.RequestInfo"):
-        checks.that(f"buf curl shows {part} of the failure", part in failed.stderr, failed)
+        checks.that(f"buf curl shows {part} in the error", part in failed.stderr, failed)
 
     health = buf_curl("/grpc.health.v1.Health/Check", "--data", "{}")
-    checks.that("buf curl sees the server SERVING", "SERVING" in health.stdout, health)
+    checks.that("buf curl reports the server as SERVING", "SERVING" in health.stdout, health)
 
 
 def check_health_probe(checks, address):
     for name in ("", SERVICE):
         probed = run("grpc-health-probe", "-addr", address, "-service", name)
-        checks.that(f"grpc_health_probe sees {name or 'the server'} SERVING", "SERVING" in probed.stderr, probed)
-        checks.equal("and exits 0", probed.returncode, 0)
-    probed = run("grpc-health-probe", "-addr", address, "-service", "nobody.knows.it")
-    checks.that("grpc_health_probe fails for a service that is not there", probed.returncode != 0, probed)
+        checks.that(f"grpc_health_probe reports {name or 'the server'} as SERVING", "SERVING" in probed.stderr, probed)
+        checks.equal("grpc_health_probe exits 0", probed.returncode, 0)
+    probed = run("grpc-health-probe", "-addr", address, "-service", "unknown.Service")
+    checks.that("grpc_health_probe fails for an unknown service", probed.returncode != 0, probed)
 
 
 def check_ghz(checks, address):
     options = ["--insecure", "--call", METHOD, "--total", str(CALLS), "--concurrency", "8", "--format", "json"]
     measured = run("ghz", *options, "--data", json.dumps(EXAMPLE_REQUEST), address)
     report = json.loads(measured.stdout or "{}")
-    checks.equal("ghz gets an OK for every call", report.get("statusCodeDistribution"), {"OK": CALLS})
+    checks.equal("ghz gets OK for each call", report.get("statusCodeDistribution"), {"OK": CALLS})
 
     measured = run("ghz", *options, "--data", json.dumps(UNKNOWN_TASK), address)
     report = json.loads(measured.stdout or "{}")
-    checks.equal("ghz gets the code of a failure", report.get("statusCodeDistribution"), {"NotFound": CALLS})
+    checks.equal("ghz gets NotFound for each call for an unknown task", report.get("statusCodeDistribution"), {"NotFound": CALLS})
 
 
 def check_descriptors(checks, address):
     options = ["-plaintext", "-max-time", "20", "-d", json.dumps(EXAMPLE_REQUEST)]
     answered = run("grpcurl-new", *options, address, METHOD)
-    checks.that("without reflection grpcurl does not know the service", answered.returncode != 0, answered)
+    checks.that("without reflection and descriptor set, grpcurl fails", answered.returncode != 0, answered)
     answered = run("grpcurl-new", "-protoset", str(DESCRIPTORS), *options, address, METHOD)
-    checks.that("with the descriptor set it does", EXAMPLE_TASK["job_name"] in answered.stdout, answered)
+    checks.that("with the descriptor set, grpcurl gets the example task", EXAMPLE_TASK["job_name"] in answered.stdout, answered)
 
 
 def run(name, *arguments):

@@ -1,4 +1,4 @@
-"""GetTaskDetail over grpcio without generated code: the request is three or four strings."""
+"""Calls GetTaskDetail with grpcio and without generated code: the request is four strings."""
 
 import grpc
 from facade import INSTANCE_ID, PROJECT_ID, SERVICE, WORKFLOW_ID, WORKFLOW_NAME
@@ -13,7 +13,7 @@ def request(instance_id=INSTANCE_ID, workflow_id=WORKFLOW_ID, project_id=PROJECT
 
 
 def call(channel, message=None, timeout=30, metadata=()):
-    """The code, by name, and the metadata of the answer."""
+    """Returns the name of the status code and the metadata of the reply."""
     method = channel.unary_unary(METHOD)
     try:
         _, done = method.with_call(message or request(), timeout=timeout, metadata=metadata)

@@ -1,4 +1,4 @@
-"""The vendor's own client, huaweicloudsdkrds, gets the example task out of `sandbox`, and its failures look real to it."""
+"""Checks that the vendor's client, huaweicloudsdkrds, gets the example task from `sandbox` and parses its errors."""
 
 from huaweicloudsdkcore.auth.credentials import BasicCredentials
 from huaweicloudsdkcore.exceptions.exceptions import ClientRequestException
@@ -30,11 +30,11 @@ def main():
             ("an unknown workflow", {"workflow_id": "nope"}, None, "DBS.200543"),
         )
         for name, changed, status, code in cases:
-            failure = refusal(sandbox.url, **{"secret": SANDBOX_SK, **changed})
-            checks.equal(f"{name} is refused with {code}", failure and failure.error_code, code)
+            failure = rejection(sandbox.url, **{"secret": SANDBOX_SK, **changed})
+            checks.equal(f"{name} is rejected with {code}", failure and failure.error_code, code)
             checks.that(f"{name} has a request id", failure is not None and failure.request_id, failure)
             if status is not None:
-                checks.equal(f"{name} is refused with {status}", failure and failure.status_code, status)
+                checks.equal(f"{name} is rejected with {status}", failure and failure.status_code, status)
     checks.finish()
 
 
@@ -47,7 +47,7 @@ def show_task_detail(endpoint, secret, workflow_id=WORKFLOW_ID, security_token=N
     return client.show_task_detail(ShowTaskDetailRequest(instance_id=INSTANCE_ID, body=body))
 
 
-def refusal(endpoint, **arguments):
+def rejection(endpoint, **arguments):
     """The exception that the client raises, or None."""
     try:
         show_task_detail(endpoint, **arguments)

@@ -1,6 +1,6 @@
-"""Every credential source makes calls that an upstream accepts which checks with the official SDK's own Signer.
+"""Checks each credential source against a fake RDS that verifies signatures with the Signer of the vendor's SDK.
 
-First the vendor's own client has to pass the same upstream, so that a fault of the upstream cannot hide one of ours.
+The vendor's client must pass the fake first, so that an error in the fake cannot hide one in the facade.
 """
 
 import tempfile
@@ -18,7 +18,7 @@ USER = ("an-user", "a-pass/word", "an-account")
 
 def main():
     checks = Checks()
-    official_client_passes(checks)
+    vendor_client_passes(checks)
     keys_of_the_environment(checks)
     with tempfile.TemporaryDirectory() as folder:
         keys_of_the_profile(checks, Path(folder))
@@ -28,13 +28,13 @@ def main():
     checks.finish()
 
 
-def official_client_passes(checks):
+def vendor_client_passes(checks):
     with Gateway(keys={(AK, None): SK, (AK, SECURITY_TOKEN): SK}) as gateway:
         for name, token in (("key", None), ("temporary key", SECURITY_TOKEN)):
             task = sdk_client.show_task_detail(gateway.url, SK, security_token=token)
-            checks.equal(f"the official client's {name} is accepted", task.job_id, EXAMPLE_TASK["job_id"])
-        failure = sdk_client.refusal(gateway.url, secret=WRONG_SK)
-        checks.equal("the official client's wrong SK is refused", failure and failure.error_code, "APIGW.0301")
+            checks.equal(f"the vendor's client with a {name} is accepted", task.job_id, EXAMPLE_TASK["job_id"])
+        failure = sdk_client.rejection(gateway.url, secret=WRONG_SK)
+        checks.equal("the vendor's client with a wrong SK is rejected", failure and failure.error_code, "APIGW.0301")
 
 
 def keys_of_the_environment(checks):
@@ -47,7 +47,7 @@ def keys_of_the_environment(checks):
         accepted(checks, "chain", gateway, ["--credentials=chain"], temporary)
     with Gateway(keys={(AK, None): SK}) as gateway:
         wrong = {**key, "HUAWEICLOUD_SDK_SK": WRONG_SK}
-        refused(checks, "env with one character of the SK changed", gateway, ["--credentials=env"], wrong)
+        rejected(checks, "env with one character of the SK changed", gateway, ["--credentials=env"], wrong)
 
 
 def keys_of_the_profile(checks, folder):
@@ -67,7 +67,7 @@ def keys_of_the_metadata_service(checks):
         accepted(checks, "metadata", gateway, source, {})
     with Gateway(keys={(AK, SECURITY_TOKEN): SK}, metadata_key=(AK, WRONG_SK, SECURITY_TOKEN)) as gateway:
         source = ["--credentials=metadata", f"--metadata-endpoint={gateway.url}"]
-        refused(checks, "metadata with a wrong SK", gateway, source, {})
+        rejected(checks, "metadata with a wrong SK", gateway, source, {})
 
 
 def tokens_of_iam(checks, folder):
@@ -83,7 +83,7 @@ def tokens_of_iam(checks, folder):
     ]
     with Gateway(user=USER) as gateway:
         accepted(checks, "iam", gateway, [*source, f"--iam-endpoint={gateway.url}"], {})
-        checks.equal("iam asks for one token", len(gateway.tokens), 1)
+        checks.equal("iam requests one token", len(gateway.tokens), 1)
 
 
 def tokens_of_a_file_and_of_the_caller(checks, folder):
@@ -96,7 +96,7 @@ def tokens_of_a_file_and_of_the_caller(checks, folder):
         caller = ["--token-file", str(token_file)]
         accepted(checks, "caller", gateway, ["--credentials=caller"], {}, call_arguments=caller)
     with Gateway(tokens=["another"]) as gateway:
-        refused(checks, "token that nobody knows", gateway, ["--credentials=token"], {"RDS_TASK_FACADE_TOKEN": TOKEN})
+        rejected(checks, "unknown token", gateway, ["--credentials=token"], {"RDS_TASK_FACADE_TOKEN": TOKEN})
 
 
 def accepted(checks, name, gateway, source, variables, call_arguments=()):
@@ -108,13 +108,13 @@ def accepted(checks, name, gateway, source, variables, call_arguments=()):
             checks.that(f"{name}: the call succeeds", code == 0, error)
             if reply is not None:
                 answered = {key: reply.get(key) for key in EXAMPLE_TASK}
-                checks.equal(f"{name}: the example task comes back", answered, EXAMPLE_TASK)
+                checks.equal(f"{name}: the reply is the example task", answered, EXAMPLE_TASK)
         no_secret_logged(checks, name, facade)
-    refusals = [request[3] for request in gateway.requests[before:]]
-    checks.equal(f"{name}: upstream saw two requests and accepted both", refusals, [None, None])
+    problems = [request[3] for request in gateway.requests[before:]]
+    checks.equal(f"{name}: upstream received two requests and accepted both", problems, [None, None])
 
 
-def refused(checks, name, gateway, source, variables):
+def rejected(checks, name, gateway, source, variables):
     with Facade(f"--endpoint={gateway.url}", *source, environment=variables) as facade:
         facade.wait_until_serving()
         code, _, error = facade.call()
@@ -122,13 +122,13 @@ def refused(checks, name, gateway, source, variables):
         checks.that(f"{name}: the reason is CREDENTIAL_REJECTED", "CREDENTIAL_REJECTED" in error, error)
         no_secret_logged(checks, name, facade)
     problems = {request[3] for request in gateway.requests}
-    checks.that(f"{name}: upstream refused it", problems and None not in problems, problems)
+    checks.that(f"{name}: upstream rejected it", problems and None not in problems, problems)
 
 
 def no_secret_logged(checks, name, facade):
     log = "\n".join(facade.output)
     leaked = [secret for secret in (SK, WRONG_SK, SECURITY_TOKEN, TOKEN, USER[1]) if secret in log]
-    checks.equal(f"{name}: the log holds no secret", leaked, [])
+    checks.equal(f"{name}: the log contains no secret", leaked, [])
 
 
 if __name__ == "__main__":

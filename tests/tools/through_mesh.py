@@ -1,9 +1,9 @@
-"""The facade behind a real mesh data path, under constant load, while things break.
+"""Checks the facade behind the proxies of a service mesh, under constant load, through restarts, crashes and an outage.
 
     load -> Envoy of the caller -> mutual TLS -> Envoy of each pod -> two instances -> sandbox
 
-The caller's proxy balances by calls, asks for gRPC health, and repeats only what never left it. Counted is every call that
-did not end with OK, and when the first one succeeded again.
+The caller's proxy balances per call, checks gRPC health, and retries only calls that reached no pod. Each scenario counts the
+calls that did not end with OK, and measures the time until calls succeed again.
 """
 
 import contextlib
@@ -26,12 +26,12 @@ DRAIN_DELAY_SECONDS = 1
 SETTLE_SECONDS = 1.5
 OUTAGE_SECONDS = 5
 RECOVERY_SECONDS = 2
-# The facade's breaker lets a probe through every second and a half; the rest is for the proxies and a busy machine.
+# The facade's circuit breaker allows a probe every 1.5 s; the rest is for the proxies and for a busy machine.
 OUTAGE_RECOVERY_SECONDS = 2.5
 
 
 class Pod:
-    """One instance and the proxy in front of it, on ports that outlive a restart."""
+    """An instance and the proxy in front of it. Their ports stay the same after a restart."""
 
     def __init__(self, number, folder, identities, upstream):
         self.name = f"pod-{number}"
@@ -59,7 +59,7 @@ class Pod:
         self.start_seconds = time.monotonic() - begun
 
     def stop(self):
-        """The order of a native sidecar: the proxy goes last. Returns the instance's exit code and how long it took."""
+        """Stops the proxy last, as a native sidecar. Returns the instance's exit code and the seconds it took."""
         begun = time.monotonic()
         code = self.instance.stop()
         took = time.monotonic() - begun
@@ -67,7 +67,7 @@ class Pod:
         return code, took
 
     def kill(self):
-        """Both at once, as when a node dies."""
+        """Kills both at once, as when a node dies."""
         for process in (self.proxy, self.instance):
             process.kill()
 
@@ -95,12 +95,12 @@ class Mesh:
         failed = [call for call in calls if call.failed]
         self.checks.that(f"{title}: {len(calls)} calls, {len(failed)} failed", calls and not failed, failed[:3])
 
-    def quiet(self):
+    def undisturbed(self):
         begun = time.monotonic()
         time.sleep(2)
         self.none_failed("no disturbance", begun)
         requests = [pod.proxy.stat("http.inbound.downstream_rq_total") for pod in self.pods]
-        self.checks.that(f"calls go to both pods, over few connections: {requests}", min(requests) > 0.5 * max(requests))
+        self.checks.that(f"both pods get calls: {requests}", min(requests) > 0.5 * max(requests))
 
     def rolling_restarts(self):
         begun = time.monotonic()
@@ -110,7 +110,7 @@ class Mesh:
             code, took = pod.stop()
             slowest = max(slowest, took)
             if code != 0:
-                self.checks.that(f"{pod.name} ends with 0", False, code)
+                self.checks.that(f"{pod.name} exits with 0", False, code)
             pod.start()
             self.settle()
         self.none_failed(f"{RESTARTS} rolling restarts, the slowest drain {slowest:.1f} s", begun)
@@ -124,15 +124,15 @@ class Mesh:
         for proxy, old in zip(proxies, before):
             proxy.wait_until("the new certificate", lambda: proxy.certificate_serial() != old)
         swapped = self.client.stat("cluster.facade.ssl.handshake")
-        # Connections live three seconds.
+        # The caller's proxy closes each connection after 3 s.
         time.sleep(5)
         after = self.client.stat("cluster.facade.ssl.handshake")
-        self.checks.that(f"new certificates are used: {after - swapped} handshakes", handshakes <= swapped < after)
+        self.checks.that(f"the new certificates are in use: {after - swapped} handshakes", handshakes <= swapped < after)
         self.checks.equal("no handshake failed", self.client.stat("cluster.facade.ssl.connection_error"), 0)
         self.none_failed("certificates and root rotated", begun)
 
     def crash(self, title, kill, restart, only_in_flight):
-        """Kills under load, `CRASHES` times. A call in flight there may fail; how soon the others must not is the point."""
+        """Kills pods under load, `CRASHES` times. Calls in flight there may fail; later ones must succeed again soon."""
         killed = failed_in_flight = failed_later = 0
         slowest, messages = 0.0, Counter()
         for number in range(CRASHES):
@@ -154,8 +154,8 @@ class Mesh:
             self.checks.that(f"{title}: the instance serves again after {ready:.1f} s", ready < RECOVERY_SECONDS)
             self.settle()
         self.checks.that(
-            f"{title}, {CRASHES} times: {failed_in_flight} failed of some {killed} in flight there, {failed_later} that came "
-            f"later, the last {slowest * 1000:.0f} ms after it",
+            f"{title}, {CRASHES} times: {failed_in_flight} of about {killed} calls in flight and {failed_later} later calls "
+            f"failed, the last one {slowest * 1000:.0f} ms after the crash",
             slowest < RECOVERY_SECONDS and (not only_in_flight or failed_later == 0),
             messages.most_common(4),
         )
@@ -176,10 +176,10 @@ class Mesh:
             recovered = max(call.ended for call in failed) - back
             longest = max(call.ended - call.begun for call in failed)
             lost = sum(call.failed for call in during)
-            self.checks.equal("outage of upstream: every failure says UNAVAILABLE", set(codes), {"UNAVAILABLE"})
+            self.checks.equal("outage of upstream: each failed call is UNAVAILABLE", set(codes), {"UNAVAILABLE"})
             self.checks.that(
-                f"outage of upstream, {OUTAGE_SECONDS} s: {lost} of {len(during)} calls failed, none took longer than "
-                f"{longest:.1f} s; the last failure of all {recovered:.1f} s after upstream was back",
+                f"outage of upstream, {OUTAGE_SECONDS} s: {lost} of {len(during)} calls failed, the slowest after "
+                f"{longest:.1f} s; the last one failed {recovered:.1f} s after upstream was back",
                 recovered < OUTAGE_RECOVERY_SECONDS and longest < DEADLINE_SECONDS,
             )
             noticed = self.client.stat(
@@ -187,7 +187,7 @@ class Mesh:
             )
             now_ejected = self.client.stat("cluster.facade.outlier_detection.ejections_enforced_total")
             self.checks.that(
-                f"outage of upstream: no pod was taken out, where gateway errors would have done so {noticed - detected} times",
+                f"outage of upstream: no pod was ejected; gateway errors would have ejected pods {noticed - detected} times",
                 now_ejected == ejected and noticed > detected,
                 (ejected, now_ejected, detected, noticed),
             )
@@ -199,7 +199,7 @@ class Mesh:
             memory = metrics["process_resident_memory_bytes"] / 2**20
             calls = sum(value for name, value in metrics.items() if is_call(name))
             cpu = metrics["process_cpu_seconds_total"] / calls * 1000
-            print(f"      {pod.name}: {memory:.1f} MiB resident, {cpu:.2f} ms of CPU for each of {calls:.0f} calls")
+            print(f"      {pod.name}: {memory:.1f} MiB resident, {cpu:.2f} ms of CPU per call, {calls:.0f} calls")
 
 
 def is_call(name):
@@ -218,20 +218,20 @@ def metrics_of(instance):
 
 
 def check_strict(checks, pod):
-    """Neither plain text nor TLS without a certificate gets through to the instance."""
+    """The proxy rejects plain text, and TLS without a client certificate."""
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.set_alpn_protocols(["h2"])
     preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5)
     for name, wrap in (("plain text", lambda s: s), ("no client certificate", lambda s: context.wrap_socket(s))):
-        answer = b"refused"
+        answer = b"closed"
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", pod.port), timeout=5) as plain:
             answer = b""
             with wrap(plain) as connection:
                 connection.sendall(preface)
                 answer = connection.recv(100)
-        # A server that talks HTTP/2 answers with SETTINGS; an alert of TLS begins with 0x15.
-        checks.that(f"mutual TLS is strict: {name} is refused", answer in (b"", b"refused") or answer[0] == 0x15, answer)
+        # An HTTP/2 server would send SETTINGS; a TLS alert begins with 0x15.
+        checks.that(f"mutual TLS is strict: {name} is rejected", answer in (b"", b"closed") or answer[0] == 0x15, answer)
 
 
 def main():
@@ -251,7 +251,7 @@ def main():
         with Load(port) as load:
             mesh = Mesh(checks, load, client, pods, identities, sandbox.port)
             mesh.settle()
-            mesh.quiet()
+            mesh.undisturbed()
             mesh.rolling_restarts()
             mesh.rotation()
             mesh.settle()

@@ -1,4 +1,4 @@
-"""Traces as a collector sees them: caller, facade and attempts in one trace; and what a bad collector costs: nothing."""
+"""Checks exported traces: caller, facade and attempts share one trace, and a bad collector delays no call."""
 
 import http.server
 import json
@@ -67,13 +67,13 @@ def one_trace(checks):
 
 
 def through_the_collector(checks):
-    """Caller, facade and attempts in one trace, as the OpenTelemetry collector receives them and passes them on."""
+    """Checks the trace of caller, facade and attempts as the OpenTelemetry collector forwards it."""
     port = free_port()
     endpoint = f"http://127.0.0.1:{port}"
-    with Collector() as behind:
+    with Collector() as backend:
         config = {
             "receivers": {"otlp": {"protocols": {"http": {"endpoint": f"127.0.0.1:{port}"}}}},
-            "exporters": {"otlp_http": {"endpoint": behind.url, "compression": "none"}},
+            "exporters": {"otlp_http": {"endpoint": backend.url, "compression": "none"}},
             "service": {
                 "telemetry": {"metrics": {"level": "none"}},
                 "pipelines": {"traces": {"receivers": ["otlp"], "exporters": ["otlp_http"]}},
@@ -88,7 +88,7 @@ def through_the_collector(checks):
             with Facade("--sandbox", environment=environment) as facade:
                 with grpc.insecure_channel(facade.address) as channel:
                     call(channel, request("flaky-1"), metadata=[("traceparent", TRACEPARENT)])
-            spans = behind.wait_for(4)
+            spans = backend.wait_for(4)
         finally:
             collector.terminate()
             collector.wait(30)
@@ -151,7 +151,7 @@ def failures_and_sampling(checks):
             call(channel, request("every-field"), metadata=unsampled)
             call(channel, request("every-field"), metadata=[("b3", f"{TRACE}-{CALLER}-1")])
             call(channel, request("slow-5000"))
-            # Last: the facade remembers throttling and would hold back what follows.
+            # Last, because throttling makes the facade hold back later calls.
             call(channel, request(cases[-1][1]))
         by_code = lambda: {span.attributes["rpc.response.status_code"]: span for span in collector.spans if span.is_server}
         deadline = time.monotonic() + 15
@@ -160,13 +160,13 @@ def failures_and_sampling(checks):
     seen = by_code()
     for code, instance, error in cases:
         checks.equal(f"{instance}: span in error", code in seen and seen[code].error, error)
-    checks.that("a deadline is an error", seen["DEADLINE_EXCEEDED"].error)
-    checks.equal("B3 is accepted, and an unsampled trace is not recorded", seen["OK"].parent, CALLER)
+    checks.that("a passed deadline is an error", seen["DEADLINE_EXCEEDED"].error)
+    checks.equal("B3 is accepted, an unsampled trace is not exported", seen["OK"].parent, CALLER)
     reset = [span for span in collector.spans if span.attributes.get("error.type") == "UPSTREAM_RESET"]
     checks.equal("attempts that were reset", len(reset), 3)
     cancelled = [span for span in collector.spans if span.attributes.get("error.type") == "cancelled"]
-    checks.that("the attempt of a passed deadline ends too", cancelled)
-    checks.equal("B3 starts from the caller's trace", seen["OK"].trace_id, TRACE)
+    checks.that("the attempt that a deadline cancelled has a span", cancelled)
+    checks.equal("B3 continues the caller's trace", seen["OK"].trace_id, TRACE)
 
 
 def bad_collectors(checks):
@@ -206,7 +206,7 @@ def end_of_the_process(checks):
             with grpc.insecure_channel(facade.address) as channel:
                 call(channel)
             facade.stop()
-        checks.equal("spans that waited are exported at the end", len(collector.wait_for(2, 1)), 2)
+        checks.equal("shutdown exports the queued spans", len(collector.wait_for(2, 1)), 2)
 
 
 def a_busy_collector(checks):
@@ -215,16 +215,16 @@ def a_busy_collector(checks):
             with grpc.insecure_channel(facade.address) as channel:
                 call(channel)
             spans = collector.wait_for(2)
-            checks.equal("a collector that is busy gets the spans later", len(spans), 2)
-            checks.equal("requests until then", collector.requests, 3)
+            checks.equal("a busy collector gets the spans later", len(spans), 2)
+            checks.equal("export requests", collector.requests, 3)
             time.sleep(0.2)
             families = scrape(facade.metrics)
     lost = [sample.value for sample in families["trace_spans_dropped"].samples if sample.name.endswith("_total")]
-    checks.equal("spans lost to a busy collector", sum(lost), 0)
+    checks.equal("spans dropped because of a busy collector", sum(lost), 0)
 
 
 def propagation(checks):
-    """What upstream receives, which the sandbox does not tell."""
+    """Checks the trace headers that upstream receives."""
     seen = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -252,14 +252,14 @@ def propagation(checks):
             trace = headers.get("traceparent", "--").split("-")[1] or None
             checks.equal(f"traceparent upstream {flags}", trace, expected)
             checks.equal(f"tracestate upstream {flags}", headers.get("tracestate"), expected and "vendor=1")
-            checks.that(f"nothing else of it upstream {flags}", "baggage" not in headers, headers)
+            checks.that(f"no baggage upstream {flags}", "baggage" not in headers, headers)
             attempt = next(span for span in reversed(collector.spans) if not span.is_server)
             if expected:
-                checks.equal("the attempt's span is upstream's parent", headers["traceparent"].split("-")[2], attempt.span_id)
+                checks.equal("the parent upstream is the span of the attempt", headers["traceparent"].split("-")[2], attempt.span_id)
     server.shutdown()
 
 
-def refused(checks):
+def invalid_settings(checks):
     for variable, value in [("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc"), ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "grpc")]:
         environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4317", variable: value}
         run = subprocess.run(
@@ -278,7 +278,7 @@ def main():
     end_of_the_process(checks)
     a_busy_collector(checks)
     propagation(checks)
-    refused(checks)
+    invalid_settings(checks)
     checks.finish()
 
 

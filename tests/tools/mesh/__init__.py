@@ -1,1 +1,1 @@
-"""The parts of the mesh test: certificates, proxies, load. tests/tools/through_mesh.py puts them together."""
+"""The parts of tests/tools/through_mesh.py: certificates, proxies, load."""

@@ -1,4 +1,4 @@
-"""Mesh identities as an issuer would lay them down: two authorities, and a folder per identity that is swapped as a whole."""
+"""Mesh identities as an issuer writes them: two authorities, and a folder per identity that is replaced atomically."""
 
 import os
 from datetime import datetime, timedelta, timezone
@@ -23,7 +23,7 @@ class Authority:
         )
 
     def issue(self, identity):
-        """Certificate and key in PEM, for a mesh identity."""
+        """Issues a mesh identity: certificate and key in PEM."""
         key = ec.generate_private_key(ec.SECP256R1())
         names = x509.SubjectAlternativeName([x509.UniformResourceIdentifier(TRUST_DOMAIN + identity)])
         certificate = (
@@ -48,7 +48,7 @@ def builder(subject, issuer, key):
 
 
 class Identities:
-    """Files `IDENTITY/current/{certificate,key,roots}.pem`. All roots are trusted all the time, as in a real root rotation."""
+    """Files `IDENTITY/current/{certificate,key,roots}.pem`. Both roots are always trusted, as during a root rotation."""
 
     def __init__(self, folder, names):
         self.folder, self.names = Path(folder), names
@@ -56,7 +56,7 @@ class Identities:
         self.rotate(0)
 
     def rotate(self, authority):
-        """New certificates and keys for all, from that authority."""
+        """Issues new certificates and keys for all identities, by this authority."""
         roots = b"".join(a.certificate.public_bytes(serialization.Encoding.PEM) for a in self.authorities)
         for name in self.names:
             home = self.folder / name
@@ -65,7 +65,7 @@ class Identities:
             certificate, key = self.authorities[authority].issue(name)
             for file, content in {"certificate": certificate, "key": key, "roots": roots}.items():
                 (target / f"{file}.pem").write_bytes(content)
-            # One rename for the three files, as the kubelet does it.
+            # One rename replaces the three files, as the kubelet does.
             link = home / "next"
             link.symlink_to(target.name)
             os.replace(link, home / "current")

@@ -1,4 +1,4 @@
-"""Envoy as a sidecar: the configurations of both sides, and the process."""
+"""Envoy as a sidecar: the process, and the configurations of both sides."""
 
 import json
 import time
@@ -15,7 +15,7 @@ HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 
 
 class Envoy(Program):
-    """A context manager, ended with SIGTERM."""
+    """An Envoy process, as a context manager."""
 
     def __init__(self, folder, name, resources):
         self.admin = f"http://127.0.0.1:{free_port()}"
@@ -37,7 +37,7 @@ class Envoy(Program):
         return next((stat["value"] for stat in found if stat.get("name") == name), 0)
 
     def certificate_serial(self):
-        """Of the certificate that new handshakes show."""
+        """The serial number of the certificate for new handshakes."""
         chains = [c["cert_chain"] for c in json.loads(self.get("/certs"))["certificates"] if c.get("cert_chain")]
         return chains[-1][0]["serial_number"]
 
@@ -55,8 +55,8 @@ class Envoy(Program):
 
 
 def client_side(listen, endpoints, identity, server_identity):
-    """Round robin over the pods, as deploy/kubernetes/components/istio asks for it, with gRPC health checks in place of the
-    endpoint list that a control plane would keep."""
+    """Round robin over the pods, as in deploy/kubernetes/components/istio. gRPC health checks replace the endpoint list of a
+    control plane."""
     health = {
         "timeout": "1s",
         "interval": "0.25s",
@@ -66,7 +66,7 @@ def client_side(listen, endpoints, identity, server_identity):
         "grpc_health_check": {"service_name": SERVICE},
     }
     outliers = {
-        # Detected and counted, but not enforced: an UNAVAILABLE of the facade's own is a 503 here.
+        # Counted but not enforced, because Envoy counts the facade's UNAVAILABLE as a 503.
         "consecutive_gateway_failure": 5,
         "enforcing_consecutive_gateway_failure": 0,
         "enforcing_consecutive_5xx": 0,
@@ -84,18 +84,17 @@ def client_side(listen, endpoints, identity, server_identity):
         "lb_policy": "ROUND_ROBIN",
         "health_checks": [health],
         "outlier_detection": outliers,
-        # Envoy's own limit is three retries at once; Istio has none.
+        # Envoy's default is three concurrent retries; Istio sets no limit.
         "circuit_breakers": {"thresholds": [{"max_retries": 1000}]},
-        # A change of health counts at once, not with the next one within a second.
+        # Apply a change of health at once instead of merging the changes of a second.
         "common_lb_config": {"update_merge_window": "0s"},
         "transport_socket": tls("UpstreamTlsContext", identity, server_identity),
     }
-    # Connections grow old within the test, so that new certificates come into use under load.
+    # Short-lived connections, so that new certificates are used during the test.
     cluster["typed_extension_protocol_options"][HTTP_OPTIONS]["common_http_protocol_options"] = {
         "max_connection_duration": "3s"
     }
-    # A call that reached no pod may go to another one; nothing else is repeated. The last two lines are what Istio adds to
-    # any retry policy.
+    # Only a call that reached no pod is retried, on another pod. Istio adds the last two fields to every retry policy.
     retries = {
         "retry_on": "connect-failure,refused-stream",
         "num_retries": 2,
@@ -111,10 +110,10 @@ def client_side(listen, endpoints, identity, server_identity):
 
 
 def server_side(listen, instance, identity, client_identity):
-    """Strict mutual TLS in front of one instance; nothing is repeated."""
-    door = listener(listen, "instance", None)
-    door["filter_chains"][0]["transport_socket"] = tls("DownstreamTlsContext", identity, client_identity)
-    return {"listeners": [door], "clusters": [cluster_of("instance", [instance])]}
+    """Strict mutual TLS in front of one instance, without retries."""
+    inbound = listener(listen, "instance", None)
+    inbound["filter_chains"][0]["transport_socket"] = tls("DownstreamTlsContext", identity, client_identity)
+    return {"listeners": [inbound], "clusters": [cluster_of("instance", [instance])]}
 
 
 def listener(port, cluster, retries):
@@ -156,7 +155,7 @@ def cluster_of(name, ports):
 
 
 def tls(kind, identity, peer):
-    """Certificates out of a folder that is watched, and one allowed peer. `identity` is that folder."""
+    """Certificates from the watched folder `identity`, and one allowed peer."""
     watched = {"path": str(Path(identity).parent)}
 
     def secret(name, content):

@@ -1,4 +1,4 @@
-"""Calls at a constant rate, and what became of each."""
+"""Makes calls at a constant rate and records the outcomes."""
 
 import threading
 import time
@@ -9,10 +9,10 @@ import grpc
 from facade import PROJECT_ID, SERVICE
 
 WORKERS = 10
-# One call of each worker in so many seconds: 125 calls a second together.
+# Each worker makes a call per period: 125 calls per second in all.
 PERIOD_SECONDS = 0.08
 DEADLINE_SECONDS = 10
-# The sandbox takes so many milliseconds, so that calls are always in flight.
+# The sandbox replies after 40 ms, so that calls are always in flight.
 INSTANCE_ID = "slow-40"
 
 
@@ -29,10 +29,10 @@ class Outcome:
 
 
 class Load:
-    """A context manager; the clock is time.monotonic."""
+    """A context manager that makes calls. Times are those of time.monotonic."""
 
     def __init__(self, port):
-        # Only the mesh may repeat anything.
+        # Only the mesh may retry.
         self._channel = grpc.insecure_channel(f"127.0.0.1:{port}", options=[("grpc.enable_retries", 0)])
         self._call = self._channel.unary_unary(f"/{SERVICE}/GetTaskDetail")
         self._outcomes = []
@@ -63,13 +63,13 @@ class Load:
         due = time.monotonic() + PERIOD_SECONDS * worker / WORKERS
         number = 0
         while not self._stop.wait(max(0, due - time.monotonic())):
-            # Each call is of its own, so that the facade merges none.
+            # Distinct tasks, so that the facade coalesces no calls.
             self._outcomes.append(self.call(f"task-{worker}-{number}"))
             number += 1
             due = max(due + PERIOD_SECONDS, time.monotonic() - 1)
 
     def between(self, begin, end):
-        """Calls that overlap this time."""
+        """Calls that overlap this interval."""
         return [o for o in list(self._outcomes) if o.ended >= begin and o.begun <= end]
 
     def all(self):
@@ -77,7 +77,7 @@ class Load:
 
 
 def request(workflow_id):
-    """GetTaskDetailRequest in the wire format; every text is shorter than 128 bytes."""
+    """Encodes a GetTaskDetailRequest; each string is shorter than 128 bytes."""
     fields = (PROJECT_ID, INSTANCE_ID, workflow_id)
     texts = [text.encode() for text in fields]
     return b"".join(bytes([number << 3 | 2, len(text)]) + text for number, text in enumerate(texts, 1))
