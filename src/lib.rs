@@ -27,7 +27,6 @@
 //! - [`admin`]: `/metrics`, `/livez`, `/readyz`
 //! - [`client`]: the subcommands `call` and `health`
 //! - [`sandbox`]: an embedded stand-in for RDS, IAM and the metadata service
-//! - `fuzz`: what must hold of every reader of bytes from outside; compiled for tests and fuzzing only
 
 pub mod admin;
 pub mod client;
@@ -35,8 +34,6 @@ pub mod code;
 pub mod config;
 pub mod credentials;
 pub mod deadline;
-#[cfg(any(test, fuzzing))]
-pub mod fuzz;
 pub mod http;
 pub mod quota;
 pub mod reason;

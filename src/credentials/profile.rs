@@ -29,7 +29,7 @@ pub enum Fault {
 }
 
 /// Reads the key out of the text of a profile file.
-pub(crate) fn parse(text: &str, previous: Option<&AccessKey>) -> Result<AccessKey, file::Fault> {
+pub fn parse(text: &str, previous: Option<&AccessKey>) -> Result<AccessKey, file::Fault> {
     let basic = section_basic(text)?;
     let given = |name: &str| {
         let (_, value) = basic

@@ -1,7 +1,7 @@
 //! The RPCs: one file each, and what they have in common.
 
 mod codec;
-pub(crate) mod get_task_detail;
+pub mod get_task_detail;
 
 use std::{
     borrow::Cow,

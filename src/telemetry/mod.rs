@@ -1,7 +1,7 @@
 //! What an operator sees from outside: log, access line, metrics, traces.
 
 mod access;
-pub(crate) mod context;
+pub mod context;
 mod conventions;
 mod export;
 mod line;

@@ -3,9 +3,9 @@
 
 use std::time::Duration;
 
-use crate::deadline::{Deadline, THIRTY_YEARS, parse_grpc_timeout};
+use rds_task_facade::deadline::{Deadline, THIRTY_YEARS, parse_grpc_timeout};
 
-pub(super) fn check(input: &[u8]) {
+pub(crate) fn check(input: &[u8]) {
     let timeout = parse_grpc_timeout(input);
 
     assert_eq!(
@@ -39,9 +39,4 @@ fn nanoseconds(input: &[u8]) -> Option<u128> {
         nanoseconds += digit * 10_u128.pow(place as u32) * unit;
     }
     Some(nanoseconds)
-}
-
-#[test]
-fn any_bytes_are_the_timeout_that_the_grammar_of_grpc_says_or_none() {
-    super::short_run::holds("grpc_timeout");
 }

@@ -8,13 +8,13 @@ use http::{
     HeaderMap, HeaderValue,
     header::{DATE, RETRY_AFTER},
 };
+use rds_task_facade::{upstream::throttling_text, wait};
 
 use super::{lines, text};
-use crate::{upstream::throttling_text, wait};
 
 const FIVE_MINUTES: Duration = Duration::from_secs(300);
 
-pub(super) fn check(input: &[u8]) {
+pub(crate) fn check(input: &[u8]) {
     let [date, first, second, third, message] = lines(input);
     let values: Vec<HeaderValue> = [first, second, third]
         .into_iter()
@@ -93,9 +93,4 @@ fn check_message(message: &str) {
         assert_eq!(read.window.unwrap_or_default(), expected);
         assert_eq!(read.subject, Some("ip"));
     }
-}
-
-#[test]
-fn any_bytes_ask_for_five_minutes_at_most_and_for_what_a_slow_reader_reads() {
-    super::short_run::holds("retry_after");
 }
