@@ -43,6 +43,11 @@ pub mod serve;
 pub mod server;
 pub mod status;
 pub mod telemetry;
+/// Shared with the service tests, which use all of it.
+#[cfg(test)]
+#[allow(dead_code)]
+#[path = "../tests/support/mod.rs"]
+mod test_support;
 pub mod upstream;
 pub mod wait;
 

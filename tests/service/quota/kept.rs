@@ -3,35 +3,57 @@ use std::time::{Duration, Instant};
 use rds_task_facade::pb::GetTaskDetailRequest;
 use tokio::task::JoinSet;
 
-use crate::support::{Program, Upstream, answer, example, example_request};
+use crate::support::{Program, Upstream, answer, eventually, example, example_request};
 
-#[tokio::test]
-async fn answers_and_missing_tasks_are_kept_for_the_ttl_and_other_errors_are_not() {
-    let upstream = Upstream::start(|request| match request.line.split('/').nth(4) {
+/// A task, no such task, or a busy instance, by the name of the instance.
+async fn by_instance() -> Upstream {
+    Upstream::start(|request| match request.line.split('/').nth(4) {
         Some("missing") => answer(400, &[], r#"{"error_code":"DBS.200543","error_msg":"m"}"#),
         Some("busy") => answer(409, &[], r#"{"error_code":"DBS.200047","error_msg":"m"}"#),
         _ => example(),
     })
-    .await;
-    let program = Program::over(&upstream.url(), &["--cache-ttl", "400ms"]);
-    let mut client = program.client().await;
-    let of = |instance: &str| GetTaskDetailRequest {
+    .await
+}
+
+fn of(instance: &str) -> GetTaskDetailRequest {
+    GetTaskDetailRequest {
         instance_id: instance.into(),
         ..example_request()
-    };
+    }
+}
+
+#[tokio::test]
+async fn answers_and_missing_tasks_are_kept_and_other_errors_are_not() {
+    let upstream = by_instance().await;
+    let program = Program::over(&upstream.url(), &["--cache-ttl", "1h"]);
+    let mut client = program.client().await;
 
     for instance in ["there", "missing", "busy"] {
         let _ = client.get_task_detail(of(instance)).await;
         let _ = client.get_task_detail(of(instance)).await;
     }
-    let within = upstream.requests().len();
-    tokio::time::sleep(Duration::from_millis(450)).await;
-    let _ = client.get_task_detail(of("there")).await;
-    let _ = client.get_task_detail(of("missing")).await;
 
-    assert_eq!(within, 1 + 1 + 2);
-    assert_eq!(upstream.requests().len(), within + 2);
+    assert_eq!(upstream.requests().len(), 1 + 1 + 2);
     assert_eq!(program.metric("rds_cache_hits_total").await, 2.0);
+}
+
+#[tokio::test]
+async fn answers_and_missing_tasks_are_asked_for_again_once_the_ttl_has_passed() {
+    let upstream = by_instance().await;
+    let ttl = Duration::from_millis(400);
+    let program = Program::over(&upstream.url(), &["--cache-ttl", "400ms"]);
+    let mut client = program.client().await;
+
+    for instance in ["there", "missing"] {
+        let before = upstream.requests().len();
+        let started = Instant::now();
+        eventually("the kept answer has expired", async || {
+            let _ = client.get_task_detail(of(instance)).await;
+            upstream.requests().len() == before + 2
+        })
+        .await;
+        assert!(started.elapsed() >= ttl, "{instance}");
+    }
 }
 
 #[tokio::test]
