@@ -229,7 +229,9 @@ proptest! {
         script in prop::collection::vec(fetch(), 1..12),
         calls in prop::collection::vec(call(), 1..60),
         keep: bool,
+        jitter: u64,
     ) {
+        fastrand::seed(jitter);
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_time()
             .start_paused(true)

@@ -201,6 +201,7 @@ async fn without_descriptors_the_accept_loop_rests_and_recovers() {
         .args(["-c", "ulimit -n 40 && exec \"$0\" --ignored --exact \"$1\""])
         .arg(this)
         .arg(test)
+        .kill_on_drop(true)
         .output();
     let output = within(output).await.unwrap();
 
