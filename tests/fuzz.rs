@@ -42,6 +42,7 @@ fn short_run(target: &str) {
     }
 }
 
+#[expect(clippy::disallowed_methods, reason = "not a setting of the program")]
 fn seed() -> Option<u64> {
     let seed = env::var("FUZZ_SEED").ok()?;
     Some(seed.parse().expect("FUZZ_SEED is a number"))
@@ -52,8 +53,10 @@ fn corpus(target: &str) -> Vec<(String, Vec<u8>)> {
     let folder = corpora().join(target);
     let corpus: Vec<_> = names_in(&folder)
         .into_iter()
-        .map(|name| (fs::read(folder.join(&name)).unwrap(), name))
-        .map(|(content, name)| (name, content))
+        .map(|name| {
+            let content = fs::read(folder.join(&name)).expect("a file");
+            (name, content)
+        })
         .collect();
     assert!(!corpus.is_empty(), "{target}");
     corpus
@@ -66,7 +69,8 @@ fn corpora() -> &'static Path {
 fn names_in(folder: &Path) -> Vec<String> {
     let entries = fs::read_dir(folder).expect("a folder");
     let mut names: Vec<_> = entries
-        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .map(|entry| entry.expect("an entry").file_name())
+        .map(|name| name.into_string().expect("a UTF-8 name"))
         .collect();
     names.sort();
     names

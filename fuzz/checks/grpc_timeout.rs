@@ -1,5 +1,5 @@
-//! `grpc-timeout` is read exactly as gRPC over HTTP/2 writes it: a positive integer as ASCII text of at most 8 digits, and
-//! one letter for the unit.
+//! `grpc-timeout` is parsed exactly by the grammar of gRPC over HTTP/2: a positive integer of at most 8 ASCII digits and a letter
+//! for the unit.
 
 use std::time::Duration;
 
@@ -12,11 +12,11 @@ pub(crate) fn check(input: &[u8]) {
         timeout.map(|timeout| timeout.as_nanos()),
         nanoseconds(input)
     );
-    // A header of a year beyond any calendar must not stop the clock.
+    // The longest timeout must not overflow the clock.
     assert!(Deadline::after(timeout.unwrap_or(Duration::ZERO)).remaining() <= THIRTY_YEARS);
 }
 
-/// In nanoseconds, by the words of the grammar. Zero is read too: callers send it when their deadline has just passed.
+/// The timeout in nanoseconds, by the grammar. Zero is accepted too: callers send it when their deadline has just passed.
 fn nanoseconds(input: &[u8]) -> Option<u128> {
     let text = std::str::from_utf8(input).ok()?;
     let units = [

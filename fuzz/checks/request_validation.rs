@@ -1,4 +1,4 @@
-//! Any bytes are a request within the rules of the proto, or an `INVALID_ARGUMENT` that names exactly the fields beyond them.
+//! Any bytes are a request that keeps the rules of the proto, or an `INVALID_ARGUMENT` that names exactly the fields that break them.
 
 use prost::Message as _;
 use rds_task_facade::{pb::GetTaskDetailRequest, rpc::get_task_detail::validate, status};
@@ -36,7 +36,7 @@ pub(crate) fn check(input: &[u8]) {
     }
 }
 
-/// The fields that break the contract's rules, one rule after the other.
+/// The fields that break the contract's rules, checked rule by rule.
 fn broken_rules(request: &GetTaskDetailRequest) -> Vec<&'static str> {
     const ID: &str = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz_-";
     let is_id = |text: &str, max| {

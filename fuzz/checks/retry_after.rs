@@ -1,4 +1,4 @@
-//! `Retry-After` and the text of a throttling message: a wait of at most five minutes, or none.
+//! `Retry-After` headers and throttling messages give a wait of at most five minutes, or none.
 //!
 //! The input's first line is the peer's `Date`, the next three are values of `Retry-After`, the rest is a message.
 
@@ -35,7 +35,10 @@ pub(crate) fn check(input: &[u8]) {
     assert_eq!(wait::date(&headers), peers);
 
     for now in [Some(noon), peers, None] {
-        let longest = values.iter().filter_map(|value| slowly(value, now)).max();
+        let longest = values
+            .iter()
+            .filter_map(|value| expected_wait(value, now))
+            .max();
         let expected = longest.map(|wait| wait.min(FIVE_MINUTES));
         assert_eq!(wait::retry_after(&headers, now), expected, "{now:?}");
     }
@@ -43,7 +46,7 @@ pub(crate) fn check(input: &[u8]) {
     check_message(&text(message));
 }
 
-fn slowly(value: &HeaderValue, now: Option<SystemTime>) -> Option<Duration> {
+fn expected_wait(value: &HeaderValue, now: Option<SystemTime>) -> Option<Duration> {
     let text = value.to_str().ok()?.trim();
     seconds(text).or_else(|| Some(time(text)?.duration_since(now?).unwrap_or_default()))
 }
@@ -79,7 +82,7 @@ fn check_message(message: &str) {
         ),
     }
 
-    // A message with the same bytes in the gateway's own words is understood.
+    // A limit worded as the gateway words it is parsed.
     let count: u64 = message.bytes().map(u64::from).sum();
     for (unit, length) in [
         ("second", 1),

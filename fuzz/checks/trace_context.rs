@@ -1,4 +1,5 @@
-//! A caller's `traceparent` counts if and only if W3C Trace Context says so, and what goes upstream is read again as it was.
+//! A caller's `traceparent` is accepted if and only if W3C Trace Context allows it, and the context written for upstream parses
+//! back unchanged.
 //!
 //! The input's lines: two `traceparent` headers (an empty second one is left out), two of `tracestate`, one of `b3`.
 

@@ -157,43 +157,42 @@ async fn peers_that_do_nothing_do_not_hold_up_the_exit_beyond_the_grace() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_call_that_outlives_the_grace_is_told_so_and_the_exit_comes_within_it() {
-    let grace = Duration::from_secs(2);
-    // The call is cut off 200 ms before the grace is over. A busy machine may take longer than that to end the program, but
-    // not each of five times.
-    let mut took = Vec::new();
-    while took.iter().all(|took| *took >= grace) {
-        assert!(took.len() < 5, "{took:?}");
-        took.push(exit_with_a_call_in_flight().await);
+async fn a_call_that_outlives_the_grace_gets_shutting_down_and_the_exit_comes_within_it() {
+    let grace = Duration::from_secs(5);
+    let mut late = Vec::new();
+    // The call is cut off half a second before the grace is over. A busy machine may take longer than that to end the program
+    // and may lose the reply, but not each of five times.
+    while late.len() < 5 {
+        let upstream = Upstream::always(vec![Step::Hold]).await;
+        let mut program = Program::patient(&upstream.url(), &["--shutdown-grace", "5s"]);
+        let mut client = program.client().await;
+        let call = tokio::spawn(async move { client.get_task_detail(example_request()).await });
+        upstream.wait_for_requests(1).await;
+
+        let signalled = Instant::now();
+        program.signal("TERM");
+        let ended = program.wait();
+        let took = signalled.elapsed();
+
+        assert_eq!(ended.code(), Some(0));
+        assert!(took >= grace / 2, "{took:?}");
+        if took >= grace {
+            late.push(took);
+            continue;
+        }
+        let failure = Failure::of(&call.await.expect("no panic").expect_err("cut off"));
+        assert_eq!(
+            failure.code_and_reason(),
+            (Code::Unavailable, "SHUTTING_DOWN")
+        );
+        let counted = program.access_line(&failure.request_id.expect("an id"));
+        assert_eq!(counted["grpc_code"], "Unavailable");
+        let line =
+            program.wait_for_log(|line| line["level"] == "WARN" && line.get("calls").is_some());
+        assert_eq!(line["calls"], 1);
+        return;
     }
-
-    assert!(took.iter().all(|took| *took >= grace / 2), "{took:?}");
-}
-
-/// How long the program takes to exit within `--shutdown-grace 2s` while upstream does not reply to a call.
-async fn exit_with_a_call_in_flight() -> Duration {
-    let upstream = Upstream::always(vec![Step::Hold]).await;
-    let mut program = Program::patient(&upstream.url(), &["--shutdown-grace", "2s"]);
-    let mut client = program.client().await;
-    let call = tokio::spawn(async move { client.get_task_detail(example_request()).await });
-    upstream.wait_for_requests(1).await;
-
-    let signalled = Instant::now();
-    program.signal("TERM");
-    let ended = program.wait();
-    let took = signalled.elapsed();
-
-    assert_eq!(ended.code(), Some(0));
-    let failure = Failure::of(&call.await.expect("no panic").expect_err("cut off"));
-    assert_eq!(
-        failure.code_and_reason(),
-        (Code::Unavailable, "SHUTTING_DOWN")
-    );
-    let counted = program.access_line(&failure.request_id.expect("an id"));
-    assert_eq!(counted["grpc_code"], "Unavailable");
-    let line = program.wait_for_log(|line| line["level"] == "WARN" && line.get("calls").is_some());
-    assert_eq!(line["calls"], 1);
-    took
+    panic!("never within the grace: {late:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

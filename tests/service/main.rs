@@ -22,7 +22,7 @@ mod errors;
 mod get_task_detail;
 /// Signals, drain, restart.
 mod lifecycle;
-/// Merged calls, kept answers, throttling, the local rate.
+/// Coalescing, cache, throttling, the local rate limiter.
 mod quota;
 /// Attempts, deadlines, cancellation, breaker, overload.
 mod resilience;

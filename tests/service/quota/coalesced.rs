@@ -9,7 +9,7 @@ use crate::support::{
     Connection, Gate, Program, Step, Upstream, answer, eventually, example_request, gated_example,
 };
 
-/// Waits until this many calls have joined another one.
+/// Waits until this many calls follow a leader.
 async fn coalesced(program: &Program, count: f64) {
     eventually(&format!("{count} coalesced calls"), async || {
         program.metric("rds_coalesced_calls_total").await >= count
@@ -41,7 +41,7 @@ async fn a_thousand_equal_calls_over_ten_connections_cause_one_upstream_call() {
 }
 
 #[tokio::test]
-async fn questions_that_differ_in_anything_are_not_merged() {
+async fn calls_that_differ_in_anything_are_not_coalesced() {
     let gate = Gate::default();
     let upstream = Upstream::always(gated_example(&gate)).await;
     let program = Program::start(
@@ -79,7 +79,7 @@ async fn questions_that_differ_in_anything_are_not_merged() {
 }
 
 #[tokio::test]
-async fn the_shared_work_goes_on_while_anyone_waits_and_stops_when_nobody_does() {
+async fn the_upstream_request_goes_on_while_a_caller_waits_and_is_cancelled_with_the_last() {
     let gate = Gate::default();
     let first = gated_example(&gate);
     let upstream = Upstream::start(move |request| {
@@ -118,7 +118,7 @@ async fn the_shared_work_goes_on_while_anyone_waits_and_stops_when_nobody_does()
 }
 
 #[tokio::test]
-async fn each_waiter_has_its_own_deadline_and_the_work_that_of_the_longest() {
+async fn each_caller_has_its_own_deadline_and_the_upstream_request_the_longest() {
     let gate = Gate::default();
     let upstream = Upstream::always(gated_example(&gate)).await;
     let program = Program::patient(&upstream.url(), &[]);
@@ -175,8 +175,8 @@ async fn an_error_is_shared_like_an_answer() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_caller_never_sees_the_answer_of_another_credential() {
-    // The answer names the token and the task that were asked with.
+async fn a_caller_never_gets_the_reply_of_another_credential() {
+    // The reply names the token and the task of the request.
     let upstream = Upstream::start(|request| {
         let token = request.header("x-auth-token").unwrap_or_default();
         let task = request.body.split('"').nth(3).unwrap_or_default();
@@ -234,5 +234,8 @@ async fn a_caller_never_sees_the_answer_of_another_credential() {
         assert_eq!(got, wanted);
     }
     assert_eq!(seen.len(), 20);
-    assert!(upstream.requests().len() < 545, "some were merged or kept");
+    assert!(
+        upstream.requests().len() < 545,
+        "some were coalesced or cached"
+    );
 }

@@ -23,7 +23,7 @@ fn of(instance: &str) -> GetTaskDetailRequest {
 }
 
 #[tokio::test]
-async fn answers_and_missing_tasks_are_kept_and_other_errors_are_not() {
+async fn tasks_and_missing_tasks_are_cached_and_other_errors_are_not() {
     let upstream = by_instance().await;
     let program = Program::over(&upstream.url(), &["--cache-ttl", "1h"]);
     let mut client = program.client().await;
@@ -38,7 +38,7 @@ async fn answers_and_missing_tasks_are_kept_and_other_errors_are_not() {
 }
 
 #[tokio::test]
-async fn answers_and_missing_tasks_are_asked_for_again_once_the_ttl_has_passed() {
+async fn a_cache_entry_expires_after_the_ttl_and_not_before() {
     let upstream = by_instance().await;
     let ttl = Duration::from_millis(400);
     let program = Program::over(&upstream.url(), &["--cache-ttl", "400ms"]);
@@ -47,7 +47,7 @@ async fn answers_and_missing_tasks_are_asked_for_again_once_the_ttl_has_passed()
     for instance in ["there", "missing"] {
         let before = upstream.requests().len();
         let started = Instant::now();
-        eventually("the kept answer has expired", async || {
+        eventually("the cache entry has expired", async || {
             let _ = client.get_task_detail(of(instance)).await;
             upstream.requests().len() == before + 2
         })
@@ -57,7 +57,7 @@ async fn answers_and_missing_tasks_are_asked_for_again_once_the_ttl_has_passed()
 }
 
 #[tokio::test]
-async fn nothing_is_kept_by_default() {
+async fn nothing_is_cached_by_default() {
     let upstream = Upstream::always(example()).await;
     let program = Program::over(&upstream.url(), &[]);
     let mut client = program.client().await;
@@ -73,7 +73,7 @@ async fn nothing_is_kept_by_default() {
 }
 
 #[tokio::test]
-async fn a_kept_answer_is_given_even_while_its_identity_is_throttled() {
+async fn a_cache_entry_is_used_even_while_its_identity_is_throttled() {
     let upstream = Upstream::start(|request| match request.number {
         0 => example(),
         _ => answer(429, &[("retry-after", "30")], ""),
@@ -118,7 +118,7 @@ async fn pollers_of_few_tasks_cause_as_many_upstream_calls_as_the_ttl_allows() {
     }
     callers.join_all().await;
 
-    // Each of the three tasks once, and again each time an answer has become too old.
+    // One request for each of the three tasks, and another each time its entry has expired.
     let windows = started.elapsed().as_millis() as usize / 500 + 1;
     assert!(upstream.requests().len() <= 3 * windows);
     let (merged, kept) = (
