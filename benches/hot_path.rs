@@ -1,5 +1,5 @@
-//! What one call pays on its way, part by part: `cargo bench`. Times move with the machine; what CI holds is the number of
-//! instructions of a whole call (`tests/tools/instructions.py`).
+//! The cost of the steps of a call: `cargo bench`. Times vary with the machine; CI limits the instructions of a whole call instead
+//! (`tests/tools/instructions.py`).
 
 use std::{
     net::SocketAddr,
@@ -30,7 +30,7 @@ use rds_task_facade::{
 use tokio::{runtime, sync::watch};
 use tonic::transport::Channel;
 
-/// The one that is shipped.
+/// The allocator of the shipped program.
 #[cfg(feature = "jemalloc")]
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
@@ -52,7 +52,7 @@ fn query() -> TaskQuery {
     }
 }
 
-/// Decides whether signatures can be made anew for every attempt, instead of being kept for a second.
+/// Decides whether each attempt can have a signature of its own, instead of sharing one for a second.
 #[divan::bench]
 fn sign_one_attempt(bencher: Bencher<'_, '_>) {
     let key = AccessKey::parse(
@@ -79,14 +79,14 @@ fn sign_one_attempt(bencher: Bencher<'_, '_>) {
     bencher.bench_local(|| signer::sign(black_box(&request), &key, SystemTime::UNIX_EPOCH));
 }
 
-/// Decides whether the lenient reader of replies may stay one pass of our own over the JSON.
+/// Decides whether the lenient parser of replies may stay hand-written.
 #[divan::bench]
 fn read_a_task() -> wire::TaskDetail {
     let body = br#"{"instance_id":"1ffc4167903840cb93a3da56d28c14fdin01","instance_name":"rds-mysql-2","job_id":"102772a9-31fa-4129-b9f8-7638e2792f3b","job_name":"CreateMysqlSingleHAInstance"}"#;
     wire::parse_task_detail(black_box(body)).expect("a task")
 }
 
-/// Decides whether a storm of failures costs more than the calls that it fails: an error answer becomes a status with details.
+/// An error reply becomes a status with details. Decides whether failed calls cost more than successful ones.
 #[divan::bench]
 fn map_an_error_answer() -> tonic::Status {
     let body = br#"{"error_code":"DBS.200543","error_msg":"The task does not exist."}"#;
@@ -102,7 +102,7 @@ fn map_an_error_answer() -> tonic::Status {
     Failure::from_error(&error).to_status("0123456789abcdef0123456789abcdef")
 }
 
-/// Decides whether every call can look for an equal one in flight, also where none ever is.
+/// Decides whether every call can look for an identical one in flight, even where there never is one.
 #[divan::bench]
 fn make_a_coalescing_key(bencher: Bencher<'_, '_>) {
     let coalescer = Coalescer::new(&defaults(), Metrics::new());
@@ -112,7 +112,7 @@ fn make_a_coalescing_key(bencher: Bencher<'_, '_>) {
         .bench_local_values(|query| coalescer.key(Identity::Server, query));
 }
 
-/// Decides what of a lone call's time is ours: caller, facade and the stand-in for RDS in one process, over loopback.
+/// Decides how much of a single call's time the facade takes: client, facade and sandbox in one process, over loopback.
 #[divan::bench]
 fn round_trip(bencher: Bencher<'_, '_>) {
     rustls::crypto::aws_lc_rs::default_provider()
@@ -147,16 +147,16 @@ fn current_thread() -> runtime::Runtime {
 }
 
 fn start_sandbox() -> SocketAddr {
-    let (tell, told) = std::sync::mpsc::channel();
+    let (started, address) = std::sync::mpsc::channel();
     thread::spawn(move || {
         current_thread().block_on(async {
             let sandbox = Sandbox::bind(([127, 0, 0, 1], 0).into()).await;
             let sandbox = sandbox.expect("a free port");
-            tell.send(sandbox.local_addr()).expect("the bench waits");
+            started.send(sandbox.local_addr()).expect("the bench waits");
             sandbox.serve(std::future::pending()).await;
         });
     });
-    told.recv().expect("the sandbox starts")
+    address.recv().expect("the sandbox starts")
 }
 
 fn start_facade(sandbox: SocketAddr) -> SocketAddr {

@@ -1,16 +1,14 @@
-//! One target under libFuzzer: the variable `TARGET` names it.
+//! Runs the check named by the variable `TARGET` under libFuzzer.
 
 #![no_main]
+
+mod checks;
 
 use std::sync::LazyLock;
 
 use libfuzzer_sys::fuzz_target;
-use rds_task_facade::fuzz::{Check, TARGETS};
 
-static CHECK: LazyLock<Check> = LazyLock::new(|| {
-    let wanted = std::env::var("TARGET").unwrap_or_default();
-    let found = TARGETS.into_iter().find(|(name, _)| *name == wanted);
-    found.expect("TARGET names one of fuzz::TARGETS").1
-});
+static CHECK: LazyLock<checks::Check> =
+    LazyLock::new(|| checks::check_of(&std::env::var("TARGET").unwrap_or_default()));
 
 fuzz_target!(|input: &[u8]| CHECK(input));

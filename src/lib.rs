@@ -30,7 +30,6 @@
 //! - [`admin`]: `/metrics`, `/livez`, `/readyz`
 //! - [`client`]: the subcommands `call` and `health`
 //! - [`sandbox`]: an embedded imitation of RDS, IAM and the metadata service
-//! - `fuzz`: what must hold of every reader of bytes from outside; compiled for tests and fuzzing only
 
 pub mod admin;
 pub mod app;
@@ -44,8 +43,6 @@ pub mod deadline;
 pub mod error;
 pub mod error_chain;
 pub mod files;
-#[cfg(any(test, fuzzing))]
-pub mod fuzz;
 pub mod http_client;
 pub mod method;
 pub mod options;
@@ -56,6 +53,11 @@ pub mod sandbox;
 pub mod server;
 pub mod status;
 pub mod telemetry;
+/// Shared with the service tests, which use all of it.
+#[cfg(test)]
+#[allow(dead_code)]
+#[path = "../tests/support/mod.rs"]
+mod test_support;
 pub mod upstream;
 pub mod wait;
 

@@ -29,7 +29,7 @@ pub enum Error {
 }
 
 /// Parses the text of a profile file. `previous` is the key that the new one replaces.
-pub(crate) fn parse(text: &str, previous: Option<&AccessKey>) -> Result<AccessKey, file::Error> {
+pub fn parse(text: &str, previous: Option<&AccessKey>) -> Result<AccessKey, file::Error> {
     let basic = section_basic(text)?;
     let given = |name: &str| {
         let (_, value) = basic

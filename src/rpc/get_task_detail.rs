@@ -61,7 +61,7 @@ pub(super) async fn handle(
 }
 
 /// Checks every rule of the proto, so that one answer names all that is wrong.
-pub(crate) fn validate(request: GetTaskDetailRequest) -> Result<TaskQuery, Error> {
+pub fn validate(request: GetTaskDetailRequest) -> Result<TaskQuery, Error> {
     let mut violations = Vec::new();
     check_id(&mut violations, "project_id", &request.project_id, MAX_ID);
     check_id(&mut violations, "instance_id", &request.instance_id, MAX_ID);

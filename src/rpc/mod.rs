@@ -1,6 +1,6 @@
 //! The methods of the task service: one file each, and what they share.
 
-pub(crate) mod get_task_detail;
+pub mod get_task_detail;
 mod options;
 
 use std::{collections::HashSet, sync::Arc};

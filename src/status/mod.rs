@@ -6,8 +6,6 @@
 mod details;
 mod failure;
 mod sentence;
-#[cfg(any(test, fuzzing))]
-pub(crate) mod sound;
 #[cfg(test)]
 mod tests;
 

@@ -24,7 +24,7 @@ pub struct Context {
 
 impl Context {
     /// The caller's span, in the first accepted form that is there and sound.
-    pub(crate) fn from_headers(headers: &HeaderMap, accepted: Propagators) -> Option<Self> {
+    pub fn from_headers(headers: &HeaderMap, accepted: Propagators) -> Option<Self> {
         let w3c = || {
             let mut parents = headers.get_all("traceparent").iter();
             // It is no list, so two of them are one that is malformed.
@@ -69,7 +69,7 @@ impl Context {
     }
 
     /// Writes `traceparent` and `tracestate` into a request.
-    pub(crate) fn write(&self, headers: &mut HeaderMap) {
+    pub fn write(&self, headers: &mut HeaderMap) {
         let traceparent =
             HeaderValue::from_str(&self.to_string()).expect("hex digits and dashes are ASCII");
         headers.insert("traceparent", traceparent);

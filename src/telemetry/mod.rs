@@ -2,7 +2,7 @@
 
 mod access;
 mod attempt;
-pub(crate) mod context;
+pub mod context;
 mod conventions;
 mod export;
 mod line;

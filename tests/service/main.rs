@@ -1,6 +1,9 @@
 //! Service tests: the built program over real sockets, against the embedded sandbox or a scripted upstream.
 
-/// Starts the program, scripts upstreams, reads statuses.
+/// Scripted upstreams, and waits with a deadline; the unit tests use them too.
+#[path = "../support/mod.rs"]
+mod shared;
+/// Starts the program, calls it, reads statuses.
 mod support;
 
 /// The command line, and the subcommands that are clients.
@@ -19,7 +22,7 @@ mod errors;
 mod get_task_detail;
 /// Signals, drain, restart.
 mod lifecycle;
-/// Merged calls, kept answers, throttling, the local rate.
+/// Coalescing, cache, throttling, the local rate limiter.
 mod quota;
 /// Attempts, deadlines, cancellation, breaker, overload.
 mod resilience;

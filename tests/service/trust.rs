@@ -2,10 +2,9 @@ use tempfile::TempDir;
 use tonic::Code;
 
 use crate::support::{
-    Failure, Program, Upstream, answer,
+    Failure, Program, Step, Upstream, answer,
     certificates::{Authority, Pair},
     example, example_request,
-    tls::Front,
 };
 
 /// An authority that the system trusts, one that a file names, and where both are written.
@@ -31,12 +30,12 @@ impl Authorities {
     }
 }
 
-/// `https` before an upstream, with a certificate of this authority, and its base URL.
-async fn https(authority: &Authority, upstream: &Upstream) -> (Front, String) {
+/// An upstream over TLS with a certificate of this authority, and its base URL.
+async fn https(authority: &Authority, steps: Vec<Step>) -> (Upstream, String) {
     let pair = Pair::of_server(authority, "localhost");
-    let front = Front::tls(pair.server(), upstream.address).await;
-    let url = format!("https://localhost:{}", front.address.port());
-    (front, url)
+    let upstream = Upstream::always_over_tls(pair.server(), steps).await;
+    let url = upstream.url();
+    (upstream, url)
 }
 
 #[tokio::test]
@@ -51,8 +50,7 @@ async fn rds_is_trusted_by_the_systems_certificates_alone_and_beside_those_of_a_
     ];
 
     for (case, authority, args, good) in cases {
-        let upstream = Upstream::always(example()).await;
-        let (front, url) = https(authority, &upstream).await;
+        let (upstream, url) = https(authority, example()).await;
         let args = [&["--endpoint", &url, "--credentials", "token"], args].concat();
         let env = [
             ("RDS_TASK_FACADE_TOKEN", "token"),
@@ -70,7 +68,7 @@ async fn rds_is_trusted_by_the_systems_certificates_alone_and_beside_those_of_a_
             assert_eq!(failure.code_and_reason(), expected, "{case}");
         }
         assert_eq!(upstream.requests().len(), usize::from(good), "{case}");
-        assert_eq!(front.seen(), ["localhost http/1.1"], "{case}");
+        assert_eq!(upstream.hellos(), ["localhost http/1.1"], "{case}");
     }
 }
 
@@ -81,8 +79,7 @@ async fn a_certificate_of_the_system_that_cannot_be_read_costs_a_warning_and_not
     // Base64 of four bytes that are no certificate.
     let unfit = "-----BEGIN CERTIFICATE-----\nAAAAAA==\n-----END CERTIFICATE-----\n";
     std::fs::write(&known.systems_file, [unfit, &good].concat()).expect("a file");
-    let upstream = Upstream::always(example()).await;
-    let (_front, url) = https(&known.systems, &upstream).await;
+    let (_upstream, url) = https(&known.systems, example()).await;
     let env = [
         ("RDS_TASK_FACADE_TOKEN", "token"),
         ("SSL_CERT_FILE", known.systems_file.as_str()),
@@ -103,10 +100,8 @@ async fn the_identity_service_is_trusted_by_the_systems_certificates_also_where_
     std::fs::write(&password, "password").expect("a file");
     let password = password.path().display().to_string();
     let rds = Upstream::always(example()).await;
-    let token = json_token();
-    let iam =
-        Upstream::start(move |_| answer(201, &[("x-subject-token", "token-1")], &token)).await;
-    let (_front, iam_url) = https(&known.systems, &iam).await;
+    let token = answer(201, &[("x-subject-token", "token-1")], json_token());
+    let (_iam, iam_url) = https(&known.systems, token).await;
     let rds_url = rds.url();
     let args = [
         ["--endpoint", &rds_url],
@@ -139,8 +134,7 @@ async fn the_collector_is_trusted_by_the_systems_certificates_or_by_those_of_its
     ];
 
     for (case, authority, certificate, good) in cases {
-        let collector = Upstream::always(answer(200, &[], "")).await;
-        let (front, url) = https(authority, &collector).await;
+        let (collector, url) = https(authority, answer(200, &[], "")).await;
         // What fails is tried again until then.
         let timeout = if good { "10000" } else { "1000" };
         let env = [
@@ -163,7 +157,7 @@ async fn the_collector_is_trusted_by_the_systems_certificates_or_by_those_of_its
         } else {
             program.wait_for_log(|line| line["msg"] == "spans cannot be exported");
             assert!(collector.requests().is_empty(), "{case}");
-            assert_eq!(front.seen()[0], "localhost http/1.1", "{case}");
+            assert_eq!(collector.hellos()[0], "localhost http/1.1", "{case}");
         }
     }
 }

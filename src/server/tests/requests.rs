@@ -313,8 +313,10 @@ async fn compressed_requests_are_read_and_a_bomb_is_not() {
         ..GetTaskDetailRequest::default()
     };
 
-    assert!(client.get_task_detail(request(60_000)).await.is_ok());
-    let bomb = client.get_task_detail(request(16 << 20)).await.unwrap_err();
+    let fits = within(client.get_task_detail(request(60_000))).await;
+    assert!(fits.is_ok());
+    let bomb = within(client.get_task_detail(request(16 << 20))).await;
+    let bomb = bomb.unwrap_err();
 
     assert_eq!(bomb.code(), Code::ResourceExhausted, "{bomb:?}");
     assert!(bomb.get_details_error_info().is_some());
@@ -382,10 +384,10 @@ async fn a_reply_over_the_limit_of_clients_is_resource_exhausted() {
 }
 
 #[tokio::test]
-async fn a_passed_deadline_is_answered_in_time() {
+async fn a_passed_deadline_is_answered_promptly() {
     let running = start(config());
     let (client, _) = connect(running.address).await;
-    let mut late = Vec::new();
+    let (mut late, mut round_trip) = (Vec::new(), Duration::MAX);
 
     for _ in 0..5 {
         let started = Instant::now();
@@ -404,14 +406,20 @@ async fn a_passed_deadline_is_answered_in_time() {
                 .checked_sub(Duration::from_millis(100))
                 .expect("not early"),
         );
+        let started = Instant::now();
+        call(&client, "i").await.unwrap();
+        round_trip = round_trip.min(started.elapsed());
     }
     running.script.left(5).await;
     // One of five, because a busy machine may delay the test itself.
+    let most = Duration::from_millis(20) + 4 * round_trip;
     assert!(
-        late.iter().min().unwrap() <= &Duration::from_millis(20),
-        "{late:?}"
+        *late.iter().min().unwrap() <= most,
+        "{late:?}, round trip {round_trip:?}"
     );
-    assert_eq!(running.ended(5).await, [Code::DeadlineExceeded; 5]);
+    let ended = running.ended(10).await;
+    let deadlines = ended.iter().filter(|code| **code == Code::DeadlineExceeded);
+    assert_eq!(deadlines.count(), 5);
 }
 
 #[tokio::test]

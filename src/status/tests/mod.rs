@@ -1,13 +1,14 @@
-//! What every failed call must look like, checked in [`check`] by all tests below.
+//! What every failed call must look like, checked by [`check`] in all tests below.
 
 /// Answers of the vendor, one by one.
 mod answers;
-/// Any status with any bytes.
-mod any;
 /// Failures without an answer.
 mod ours;
 /// Our own sentences.
 mod sentences;
+/// The contract of every failed call.
+#[path = "../../../fuzz/checks/status_contract.rs"]
+mod status_contract;
 /// What may come out of an answer's text, and how long it may be.
 mod text;
 
@@ -18,9 +19,10 @@ use std::{
 
 use http::HeaderMap;
 use tonic::{Code, Status};
-use tonic_types::{ErrorDetails, StatusExt};
+use tonic_types::StatusExt;
 
-use super::{sound::assert_sound, *};
+use self::status_contract::assert_complete as check;
+use super::*;
 use crate::{
     credentials::{self, Issuer, Owner},
     error::{Error, FailedLookup, Violation},
@@ -77,23 +79,4 @@ fn info(status: &Status) -> (String, HashMap<String, String>) {
 
 fn metadata(status: &Status, key: &str) -> Option<String> {
     info(status).1.get(key).cloned()
-}
-
-/// What holds for every failed call; returns its details.
-fn check(status: &Status) -> ErrorDetails {
-    let details = assert_sound(status);
-    assert!(
-        details
-            .request_info()
-            .is_some_and(|info| info.request_id == "r-1")
-    );
-    assert_eq!(
-        details.error_info().expect("always there").reason == "THROTTLED",
-        details.quota_failure().is_some()
-    );
-    assert_eq!(
-        status.code() == Code::NotFound,
-        details.resource_info().is_some()
-    );
-    details
 }

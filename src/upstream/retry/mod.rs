@@ -2,8 +2,6 @@
 //! The send loop in [`super`] is the only caller.
 
 #[cfg(test)]
-mod random;
-#[cfg(test)]
 mod tests;
 
 use std::time::Duration;

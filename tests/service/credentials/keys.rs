@@ -3,7 +3,9 @@ use std::time::Duration;
 use tonic::Code;
 
 use super::{FETCHED, SANDBOX_KEY, failures_of, metadata, metadata_service};
-use crate::support::{Program, Sandbox, Step, Upstream, answer, example, example_request};
+use crate::support::{
+    Program, Sandbox, Step, Upstream, answer, eventually, example, example_request,
+};
 
 const WRONG_KEY: [(&str, &str); 2] = [
     ("HUAWEICLOUD_SDK_AK", "SANDBOXACCESSKEY"),
@@ -279,9 +281,10 @@ async fn a_refused_temporary_key_is_replaced_at_once_and_not_when_its_life_is_ov
 
     let refused = program.failure(example_request()).await;
     service.wait_for_requests(3).await;
-    while program.metric(FETCHED).await < 2.0 {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    eventually("the second key is there", async || {
+        program.metric(FETCHED).await >= 2.0
+    })
+    .await;
     let later = program.call(example_request()).await;
 
     assert_eq!(

@@ -7,16 +7,13 @@ mod secrets;
 /// Each source makes calls.
 mod sources;
 
-use std::{
-    sync::atomic::{AtomicUsize, Ordering},
-    time::{Duration, Instant},
-};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rds_task_facade::pb::GetTaskDetailRequest;
 use tokio::task::JoinSet;
 
 use crate::support::{
-    Failure, Program, Step, Upstream, answer, example_request, upstream::Received,
+    Failure, Program, Step, Upstream, answer, eventually, example_request, upstream::Received,
 };
 
 const FETCHED: &str = "rds_credential_refresh_total{outcome=\"success\"}";
@@ -60,11 +57,7 @@ async fn failures_of(program: &Program, count: usize) -> Vec<Failure> {
 
 /// Waits until the program is ready: it has a credential.
 async fn ready(program: &Program) {
-    let end = Instant::now() + Duration::from_secs(20);
-    while program.admin("/readyz").await.0 != 200 {
-        assert!(Instant::now() < end, "not ready: {:#?}", program.logs());
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    eventually("ready", async || program.admin("/readyz").await.0 == 200).await;
 }
 
 /// The flags of `--credentials iam` against this sandbox.

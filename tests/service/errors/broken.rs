@@ -1,10 +1,9 @@
 use std::time::Duration;
 
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tonic::Code;
 
 use super::{raw, told};
-use crate::support::{Program, Step, Upstream, example, example_request};
+use crate::support::{Program, Step, Upstream, answer, example, example_request};
 
 #[tokio::test]
 async fn broken_answers_are_told_apart() {
@@ -116,7 +115,7 @@ async fn dribbled_answers_end_at_the_attempt_timeout() {
             .flat_map(|byte| {
                 [
                     Step::Send(vec![byte]),
-                    Step::Wait(Duration::from_millis(60)),
+                    Step::Wait(Duration::from_millis(200)),
                 ]
             })
             .collect()
@@ -170,21 +169,11 @@ async fn no_connection_says_which_kind_of_no() {
         .expect("a port")
         .local_addr()
         .expect("an address");
-    let plain = tokio::net::TcpListener::bind("127.0.0.1:0")
-        .await
-        .expect("a port");
-    let plain_address = plain.local_addr().expect("an address");
-    // Answers a handshake as a web server does that does not speak TLS.
-    tokio::spawn(async move {
-        while let Ok((mut stream, _)) = plain.accept().await {
-            let _ = stream.read(&mut [0; 4096]).await;
-            let answer = b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n";
-            let _ = stream.write_all(answer).await;
-        }
-    });
+    // Replies to a handshake as a web server without TLS does.
+    let plain = Upstream::always([answer(400, &[], ""), vec![Step::Close]].concat()).await;
     let cases = [
         (format!("http://{closed}"), "UPSTREAM_CONNECT"),
-        (format!("https://{plain_address}"), "UPSTREAM_TLS"),
+        (format!("https://{}", plain.address), "UPSTREAM_TLS"),
         ("https://name.invalid".to_owned(), "UPSTREAM_DNS"),
     ];
 

@@ -10,7 +10,7 @@ async fn told(steps: Vec<Step>) -> Failure {
     let upstream = Upstream::always(steps).await;
     let program = Program::over(
         &upstream.url(),
-        &["--max-attempts", "1", "--attempt-timeout", "300ms"],
+        &["--max-attempts", "1", "--attempt-timeout", "2s"],
     );
     program.failure(example_request()).await
 }

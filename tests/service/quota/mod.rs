@@ -1,8 +1,8 @@
-/// Answers that are kept for a while.
-mod kept;
-/// Equal calls in flight, and that nothing is shared between credentials.
-mod merged;
-/// Identities that the vendor throttles, and the local rate.
+/// Replies cached for a while.
+mod cached;
+/// Identical calls in flight; nothing is shared between credentials.
+mod coalesced;
+/// Identities that the vendor throttles, and the local rate limiter.
 mod throttled;
 
 use rds_task_facade::pb::{GetTaskDetailRequest, task_service_client::TaskServiceClient};
@@ -17,7 +17,7 @@ fn with_token(token: &str, request: GetTaskDetailRequest) -> Request<GetTaskDeta
     request
 }
 
-/// Starts one call and hands back the task that waits for it.
+/// Starts one call in a task of this set.
 async fn begin(
     calls: &mut JoinSet<Result<String, Status>>,
     mut client: TaskServiceClient<Channel>,

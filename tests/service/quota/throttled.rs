@@ -5,12 +5,12 @@ use tokio::task::JoinSet;
 use tonic::{Code, Request};
 
 use super::{begin, with_token};
-use crate::support::{Failure, Program, Upstream, answer, example, example_request};
+use crate::support::{Failure, Program, Upstream, answer, eventually, example, example_request};
 
 #[tokio::test]
 async fn a_throttled_identity_is_held_back_and_others_are_not() {
     let upstream = Upstream::start(|request| match request.header("x-auth-token") {
-        Some("ann") => answer(429, &[("retry-after", "2")], ""),
+        Some("ann") => answer(429, &[("retry-after", "120")], ""),
         _ => example(),
     })
     .await;
@@ -43,7 +43,7 @@ async fn a_throttled_identity_is_held_back_and_others_are_not() {
     );
     let delay = held.retry_delay.expect("RetryInfo");
     assert!(
-        delay > Duration::from_secs(1) && delay <= Duration::from_secs(2),
+        delay > Duration::from_secs(60) && delay <= Duration::from_secs(120),
         "{delay:?}"
     );
     assert_eq!(held.quota_subjects.len(), 1);
@@ -59,21 +59,20 @@ async fn a_throttled_identity_is_held_back_and_others_are_not() {
 #[tokio::test]
 async fn a_retry_does_not_go_out_in_a_window_that_another_call_has_learnt_of() {
     let upstream = Upstream::start(|request| match request.number {
-        0 => answer(503, &[("retry-after", "1")], ""),
-        _ => answer(429, &[("retry-after", "30")], ""),
+        0 => answer(503, &[("retry-after", "4")], ""),
+        _ => answer(429, &[("retry-after", "120")], ""),
     })
     .await;
     let program = Program::over(&upstream.url(), &[]);
     let mut retrying = JoinSet::new();
     begin(&mut retrying, program.client().await, example_request()).await;
-    while program
-        .metrics()
-        .await
-        .iter()
-        .all(|(series, _)| !series.starts_with("rds_upstream_retries_total"))
-    {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    eventually("a retry is due", async || {
+        let metrics = program.metrics().await;
+        metrics
+            .keys()
+            .any(|series| series.starts_with("rds_upstream_retries_total"))
+    })
+    .await;
     let mut other = example_request();
     other.workflow_id = "other".into();
     program.call(other).await.expect_err("429");
@@ -85,7 +84,7 @@ async fn a_retry_does_not_go_out_in_a_window_that_another_call_has_learnt_of() {
         failure.code_and_reason(),
         (Code::ResourceExhausted, "THROTTLED")
     );
-    assert!(failure.retry_delay.expect("RetryInfo") > Duration::from_secs(20));
+    assert!(failure.retry_delay.expect("RetryInfo") > Duration::from_secs(60));
     assert_eq!(upstream.requests().len(), 2);
     assert_eq!(program.metric("rds_throttled_calls_total").await, 1.0);
 }
@@ -121,7 +120,7 @@ async fn throttling_by_address_holds_everyone_back() {
 #[tokio::test]
 async fn the_local_rate_paces_calls_that_fit_and_refuses_the_others_at_once() {
     let upstream = Upstream::always(example()).await;
-    let program = Program::over(&upstream.url(), &["--upstream-rate", "2/1s"]);
+    let program = Program::over(&upstream.url(), &["--upstream-rate", "2/4s"]);
     let client = program.client().await;
     let distinct = |number: usize, timeout: &str| {
         let mut request = Request::new(GetTaskDetailRequest {
@@ -137,7 +136,7 @@ async fn the_local_rate_paces_calls_that_fit_and_refuses_the_others_at_once() {
 
     let started = Instant::now();
     for number in 0..4 {
-        begin(&mut calls, client.clone(), distinct(number, "10S")).await;
+        begin(&mut calls, client.clone(), distinct(number, "60S")).await;
     }
     upstream.wait_for_requests(2).await;
     let refused = Failure::of(
@@ -147,22 +146,19 @@ async fn the_local_rate_paces_calls_that_fit_and_refuses_the_others_at_once() {
             .await
             .expect_err("no room"),
     );
-    let refused_after = started.elapsed();
+    let asked_before = upstream.requests().len();
     let answers = calls.join_all().await;
     let took = started.elapsed();
 
     assert!(answers.iter().all(Result::is_ok), "{answers:?}");
     assert!(
-        took >= Duration::from_millis(900),
-        "four calls at two a second: {took:?}"
+        took >= Duration::from_millis(3900),
+        "four calls at two in four seconds: {took:?}"
     );
     assert_eq!(
         refused.code_and_reason(),
         (Code::ResourceExhausted, "THROTTLED")
     );
-    assert!(
-        refused_after < Duration::from_millis(900),
-        "{refused_after:?}"
-    );
+    assert!(asked_before < 4, "refused while others wait for their turn");
     assert_eq!(upstream.requests().len(), 4);
 }

@@ -7,6 +7,8 @@ use tokio::{
     net::TcpStream,
 };
 
+use super::within;
+
 /// `(status, body)` of an answer to a request without a body.
 pub(crate) async fn exchange(address: SocketAddr, method: &str, path: &str) -> (u16, String) {
     let mut stream = TcpStream::connect(address)
@@ -20,10 +22,12 @@ pub(crate) async fn exchange(address: SocketAddr, method: &str, path: &str) -> (
         .await
         .expect("the request is taken");
     let mut text = String::new();
-    stream
-        .read_to_string(&mut text)
-        .await
-        .expect("the answer is text");
+    within(
+        &format!("reply to {method} {path}"),
+        stream.read_to_string(&mut text),
+    )
+    .await
+    .expect("the answer is text");
     let status = text
         .split(' ')
         .nth(1)

@@ -6,12 +6,14 @@ pub(crate) mod raw;
 pub(crate) mod sandbox;
 pub(crate) mod status;
 pub(crate) mod tls;
-pub(crate) mod upstream;
 
 pub(crate) use self::{
     program::{Program, example_request},
     raw::Connection,
     sandbox::Sandbox,
     status::Failure,
-    upstream::{Step, Upstream, answer, example},
+};
+pub(crate) use crate::shared::{
+    upstream::{self, Gate, Step, Upstream, answer, example, gated_example},
+    wait::{LONGER_THAN_PATIENCE, PATIENCE, eventually, within},
 };

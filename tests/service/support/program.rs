@@ -5,7 +5,7 @@ use std::{
     io::{BufRead as _, BufReader},
     net::SocketAddr,
     process::{Child, Command, ExitStatus, Stdio},
-    sync::{Arc, Condvar, Mutex},
+    sync::{Arc, Condvar, Mutex, mpsc},
     thread,
     time::{Duration, Instant},
 };
@@ -16,7 +16,7 @@ use rds_task_facade::pb::{
 use tonic::{Request, Response, Status, transport::Channel};
 use tonic_health::pb::health_client::HealthClient;
 
-use super::{Failure, http};
+use super::{Failure, LONGER_THAN_PATIENCE, PATIENCE, http};
 
 pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_rds-task-facade");
 
@@ -43,10 +43,10 @@ pub(crate) struct Program {
 
 /// What the program has written to standard output and standard error until now.
 #[derive(Clone, Default)]
-struct Logs(Arc<(Mutex<Vec<String>>, Condvar)>);
+pub(super) struct Logs(Arc<(Mutex<Vec<String>>, Condvar)>);
 
 impl Logs {
-    fn read(&self, pipe: impl std::io::Read + Send + 'static) {
+    pub(super) fn read(&self, pipe: impl std::io::Read + Send + 'static) {
         let logs = self.clone();
         thread::spawn(move || {
             for line in BufReader::new(pipe).lines().map_while(Result::ok) {
@@ -56,8 +56,8 @@ impl Logs {
         });
     }
 
-    fn wait_for<T>(&self, mut find: impl FnMut(&[String]) -> Option<T>) -> Option<T> {
-        let end = Instant::now() + Duration::from_secs(20);
+    pub(super) fn wait_for<T>(&self, mut find: impl FnMut(&[String]) -> Option<T>) -> Option<T> {
+        let end = Instant::now() + PATIENCE;
         let mut lines = self.0.0.lock().expect("no panic under the lock");
         loop {
             if let Some(found) = find(&lines) {
@@ -139,6 +139,12 @@ impl Program {
         Self::start(&all, &[("RDS_TASK_FACADE_TOKEN", TOKEN)])
     }
 
+    /// Against a scripted upstream, with timeouts that no test reaches: whatever ends a call, it was not one of them.
+    pub(crate) fn patient(upstream: &str, args: &[&str]) -> Self {
+        let timeouts = ["--timeout", "--attempt-timeout"].map(|name| [name, LONGER_THAN_PATIENCE]);
+        Self::over(upstream, &[timeouts.as_flattened(), args].concat())
+    }
+
     /// Against the embedded sandbox.
     pub(crate) fn sandboxed(args: &[&str]) -> Self {
         let mut all = vec!["--sandbox"];
@@ -156,9 +162,12 @@ impl Program {
         HealthClient::new(self.channel().await)
     }
 
+    /// The client's own timeout keeps a test from hanging; the program does not see it.
     async fn channel(&self) -> Channel {
-        let channel =
-            Channel::from_shared(format!("http://{}", self.grpc)).expect("an address makes a URL");
+        let channel = Channel::from_shared(format!("http://{}", self.grpc))
+            .expect("an address makes a URL")
+            .connect_timeout(PATIENCE)
+            .timeout(2 * PATIENCE);
         channel.connect().await.expect("the program listens")
     }
 
@@ -278,14 +287,14 @@ impl Program {
 
     /// Waits for the end of the program.
     pub(crate) fn wait(&mut self) -> ExitStatus {
-        let end = Instant::now() + Duration::from_secs(40);
+        let end = Instant::now() + PATIENCE;
         while Instant::now() < end {
             if let Some(status) = self.child.try_wait().expect("the child is ours") {
                 return status;
             }
             thread::sleep(Duration::from_millis(5));
         }
-        panic!("the program does not end: {:#?}", self.logs());
+        panic!("not ended within {PATIENCE:?}: {:#?}", self.logs());
     }
 
     pub(crate) fn pid(&self) -> u32 {
@@ -302,17 +311,28 @@ impl Drop for Program {
 
 /// Runs the program to its end: exit code, standard output, standard error.
 pub(crate) fn run(args: &[&str], env: &[(&str, &str)]) -> (i32, String, String) {
-    let ended = Command::new(PROGRAM)
+    let child = Command::new(PROGRAM)
         .args(args)
         .env_clear()
         .envs(env.iter().copied())
         .stdin(Stdio::null())
-        .output()
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
         .expect("the program starts");
+    let pid = child.id().to_string();
+    let (ended, running) = mpsc::channel::<()>();
+    let watchdog = thread::spawn(move || {
+        if running.recv_timeout(PATIENCE) == Err(mpsc::RecvTimeoutError::Timeout) {
+            let _ = Command::new("kill").args(["-KILL", &pid]).status();
+        }
+    });
+    let output = child.wait_with_output().expect("the child is ours");
+    drop(ended);
+    watchdog.join().expect("no panic");
     let text = |bytes| String::from_utf8(bytes).expect("text");
-    (
-        ended.status.code().unwrap_or(-1),
-        text(ended.stdout),
-        text(ended.stderr),
-    )
+    let (out, err) = (text(output.stdout), text(output.stderr));
+    let code = output.status.code();
+    let code = code.unwrap_or_else(|| panic!("{args:?} not ended within {PATIENCE:?}: {out}{err}"));
+    (code, out, err)
 }

@@ -12,6 +12,8 @@ use tokio::{
 };
 use tonic::Status;
 
+use super::{PATIENCE, within};
+
 pub(crate) const PATH: &str = "/huaweicloud.rds.task.v1.TaskService/GetTaskDetail";
 
 /// An HTTP/2 connection; its streams are calls.
@@ -67,13 +69,24 @@ impl Connection {
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let (send, connection) = h2::client::handshake(stream).await?;
+        let (send, connection) = within("HTTP/2", h2::client::handshake(stream)).await?;
         tokio::spawn(connection);
         Ok(Self(send))
     }
 
     /// One exchange: the headers of `request`, `body` as it is, and everything that comes back.
     pub(crate) async fn exchange(
+        &self,
+        request: http::request::Builder,
+        body: Bytes,
+    ) -> Result<Raw, h2::Error> {
+        // A test may wait for another event while its call is in flight.
+        tokio::time::timeout(2 * PATIENCE, self.exchanged(request, body))
+            .await
+            .expect("the reply comes before the end of patience")
+    }
+
+    async fn exchanged(
         &self,
         request: http::request::Builder,
         body: Bytes,

@@ -1,20 +1,20 @@
 //! The stand-in as a process of its own, with its control paths (docs/sandbox.md).
 
 use std::{
-    io::{BufRead as _, BufReader},
     net::SocketAddr,
-    process::{Child, ChildStdout, Command, Stdio},
+    process::{Child, Command, Stdio},
 };
 
 use serde_json::Value;
 
-use super::{http, program::PROGRAM};
+use super::{
+    http,
+    program::{Logs, PROGRAM},
+};
 
 /// `rds-task-facade sandbox`, running; killed when dropped.
 pub(crate) struct Sandbox {
     child: Child,
-    /// Held open, so that the sandbox can go on writing.
-    _log: BufReader<ChildStdout>,
     address: SocketAddr,
 }
 
@@ -33,17 +33,15 @@ impl Sandbox {
             .stderr(Stdio::null())
             .spawn()
             .expect("the program starts");
-        let mut log = BufReader::new(child.stdout.take().expect("stdout is piped"));
-        let mut line = String::new();
-        log.read_line(&mut line).expect("a line of text");
-        let address = line
-            .trim_end()
-            .rsplit_once("listen=")
-            .and_then(|(_, address)| address.parse().ok());
+        let logs = Logs::default();
+        logs.read(child.stdout.take().expect("stdout is piped"));
+        let address = logs.wait_for(|lines| {
+            let (_, address) = lines.first()?.rsplit_once("listen=")?;
+            address.parse().ok()
+        });
         Self {
             child,
-            _log: log,
-            address: address.unwrap_or_else(|| panic!("no address in {line:?}")),
+            address: address.expect("the first line ends with the address"),
         }
     }
 

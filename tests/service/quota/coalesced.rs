@@ -6,22 +6,22 @@ use tonic::Code;
 
 use super::{begin, with_token};
 use crate::support::{
-    Connection, Program, Step, Upstream, answer, example, example_request, upstream::slow_example,
+    Connection, Gate, Program, Step, Upstream, answer, eventually, example_request, gated_example,
 };
+
+/// Waits until this many calls follow a leader.
+async fn coalesced(program: &Program, count: f64) {
+    eventually(&format!("{count} coalesced calls"), async || {
+        program.metric("rds_coalesced_calls_total").await >= count
+    })
+    .await;
+}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_thousand_equal_calls_over_ten_connections_cause_one_upstream_call() {
-    // It answers when all are waiting: the script runs before the first byte of the answer, on a thread of its own.
-    let (all_wait, waiting) = std::sync::mpsc::channel::<()>();
-    let waiting = std::sync::Mutex::new(waiting);
-    let upstream = Upstream::start(move |_| {
-        let waiting = waiting.lock().expect("no panic under the lock");
-        // A second upstream call finds nobody who tells it to go on, and is counted below.
-        let _ = tokio::task::block_in_place(|| waiting.recv());
-        example()
-    })
-    .await;
-    let program = Program::over(&upstream.url(), &["--attempt-timeout", "30s"]);
+    let gate = Gate::default();
+    let upstream = Upstream::always(gated_example(&gate)).await;
+    let program = Program::patient(&upstream.url(), &[]);
     let mut calls = JoinSet::new();
 
     for _ in 0..10 {
@@ -30,10 +30,8 @@ async fn a_thousand_equal_calls_over_ten_connections_cause_one_upstream_call() {
             begin(&mut calls, client.clone(), example_request()).await;
         }
     }
-    while program.metric("rds_coalesced_calls_total").await < 999.0 {
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-    drop(all_wait);
+    coalesced(&program, 999.0).await;
+    gate.open();
     let answers = calls.join_all().await;
 
     assert_eq!(answers.len(), 1000);
@@ -43,8 +41,9 @@ async fn a_thousand_equal_calls_over_ten_connections_cause_one_upstream_call() {
 }
 
 #[tokio::test]
-async fn questions_that_differ_in_anything_are_not_merged() {
-    let upstream = Upstream::always(slow_example()).await;
+async fn calls_that_differ_in_anything_are_not_coalesced() {
+    let gate = Gate::default();
+    let upstream = Upstream::always(gated_example(&gate)).await;
     let program = Program::start(
         &["--endpoint", &upstream.url(), "--credentials", "caller"],
         &[],
@@ -70,6 +69,8 @@ async fn questions_that_differ_in_anything_are_not_merged() {
     for request in requests {
         begin(&mut calls, client.clone(), request).await;
     }
+    upstream.wait_for_requests(7).await;
+    gate.open();
     let answers = calls.join_all().await;
 
     assert!(answers.iter().all(Result::is_ok), "{answers:?}");
@@ -78,26 +79,31 @@ async fn questions_that_differ_in_anything_are_not_merged() {
 }
 
 #[tokio::test]
-async fn the_shared_work_goes_on_while_anyone_waits_and_stops_when_nobody_does() {
-    let upstream = Upstream::start(|request| {
+async fn the_upstream_request_goes_on_while_a_caller_waits_and_is_cancelled_with_the_last() {
+    let gate = Gate::default();
+    let first = gated_example(&gate);
+    let upstream = Upstream::start(move |request| {
         if request.number == 0 {
-            slow_example()
+            first.clone()
         } else {
             vec![Step::Hold]
         }
     })
     .await;
-    let program = Program::over(&upstream.url(), &[]);
+    let program = Program::patient(&upstream.url(), &[]);
     let mut leader = JoinSet::new();
     let mut followers = JoinSet::new();
 
     begin(&mut leader, program.client().await, example_request()).await;
     upstream.wait_for_requests(1).await;
     begin(&mut followers, program.client().await, example_request()).await;
-    while program.metric("rds_coalesced_calls_total").await < 1.0 {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    coalesced(&program, 1.0).await;
     leader.abort_all();
+    eventually("the leader is gone", async || {
+        program.handled("Canceled").await == 1.0
+    })
+    .await;
+    gate.open();
     let followed = followers.join_all().await;
 
     assert!(followed[0].is_ok(), "{followed:?}");
@@ -112,22 +118,25 @@ async fn the_shared_work_goes_on_while_anyone_waits_and_stops_when_nobody_does()
 }
 
 #[tokio::test]
-async fn each_waiter_has_its_own_deadline_and_the_work_that_of_the_longest() {
-    let upstream = Upstream::always(slow_example()).await;
-    let program = Program::over(&upstream.url(), &[]);
+async fn each_caller_has_its_own_deadline_and_the_upstream_request_the_longest() {
+    let gate = Gate::default();
+    let upstream = Upstream::always(gated_example(&gate)).await;
+    let program = Program::patient(&upstream.url(), &[]);
     let client = program.client().await;
     let hasty = Connection::open(program.grpc).await;
     let mut second = JoinSet::new();
 
-    let first = tokio::spawn(async move { hasty.call_within("150m", &example_request()).await });
+    let first = tokio::spawn(async move { hasty.call_within("3S", &example_request()).await });
     upstream.wait_for_requests(1).await;
     begin(&mut second, client, example_request()).await;
+    coalesced(&program, 1.0).await;
     let first = first
         .await
         .expect("no panic")
         .expect("an answer")
         .status()
         .expect("a status");
+    gate.open();
     let second = second.join_all().await;
 
     assert_eq!(first.code(), Code::DeadlineExceeded);
@@ -137,21 +146,24 @@ async fn each_waiter_has_its_own_deadline_and_the_work_that_of_the_longest() {
 
 #[tokio::test]
 async fn an_error_is_shared_like_an_answer() {
+    let gate = Gate::default();
     let upstream = Upstream::always(
         [
-            vec![Step::Wait(Duration::from_millis(300))],
+            vec![Step::WaitFor(gate.clone())],
             answer(403, &[], r#"{"error_code":"DBS.200044","error_msg":"m"}"#),
         ]
         .concat(),
     )
     .await;
-    let program = Program::over(&upstream.url(), &[]);
+    let program = Program::patient(&upstream.url(), &[]);
     let client = program.client().await;
     let mut calls = JoinSet::new();
 
     for _ in 0..20 {
         begin(&mut calls, client.clone(), example_request()).await;
     }
+    coalesced(&program, 19.0).await;
+    gate.open();
     let answers = calls.join_all().await;
 
     assert!(answers.iter().all(|answer| {
@@ -163,8 +175,8 @@ async fn an_error_is_shared_like_an_answer() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_caller_never_sees_the_answer_of_another_credential() {
-    // The answer names the token and the task that were asked with.
+async fn a_caller_never_gets_the_reply_of_another_credential() {
+    // The reply names the token and the task of the request.
     let upstream = Upstream::start(|request| {
         let token = request.header("x-auth-token").unwrap_or_default();
         let task = request.body.split('"').nth(3).unwrap_or_default();
@@ -222,5 +234,8 @@ async fn a_caller_never_sees_the_answer_of_another_credential() {
         assert_eq!(got, wanted);
     }
     assert_eq!(seen.len(), 20);
-    assert!(upstream.requests().len() < 545, "some were merged or kept");
+    assert!(
+        upstream.requests().len() < 545,
+        "some were coalesced or cached"
+    );
 }

@@ -1,4 +1,4 @@
-//! A request is signed as a second signer signs it, which follows the vendor's rules word by word and knows no speed.
+//! Signatures equal those of a second signer, which follows the vendor's rules step by step without regard to speed.
 //! Source: "API request signing guide", section "Signature algorithm".
 //!
 //! The input's lines: method, path, query, headers, AK, SK, security token, seconds since 1970; the rest is the body.
@@ -9,14 +9,14 @@ use std::{
 };
 
 use aws_lc_rs::digest;
-
-use super::{lines, text};
-use crate::credentials::{
+use rds_task_facade::credentials::{
     AccessKey,
     signer::{SigningRequest, sign},
 };
 
-pub(super) fn check(input: &[u8]) {
+use super::{lines, text};
+
+pub(crate) fn check(input: &[u8]) {
     let [method, path, query, headers, ak, sk, token, seconds, body] = lines(input);
     let (method, path) = (text(method), text(path));
     let query = pairs(&text(query), '&', '=');
@@ -87,7 +87,8 @@ fn pairs(text: &str, between: char, within: char) -> Vec<(String, String)> {
         .collect()
 }
 
-/// Headers as they can be: small letters and dashes, each name once, visible values; none of the signer's own.
+/// Headers as a caller of the signer may give them: lower-case names without duplicates, printable values, and none of the
+/// headers that the signer adds.
 fn header_pairs(text: &str) -> BTreeMap<String, String> {
     let name = |text: &str| -> String {
         let lower = text.to_ascii_lowercase();
@@ -147,7 +148,7 @@ fn canonical_query(query: Vec<(String, String)>) -> String {
     parameters.join("&")
 }
 
-/// Percent-encoding as RFC 3986 has it: all but the unreserved characters.
+/// Percent-encodes all but the unreserved characters of RFC 3986.
 fn encoded(part: &str) -> String {
     const UNRESERVED: &str = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_.~";
     let encode = |c: char| match UNRESERVED.contains(c) {
@@ -161,7 +162,7 @@ fn encoded(part: &str) -> String {
     part.chars().map(encode).collect()
 }
 
-/// The date of so many seconds after 1970 began, year by year and month by month.
+/// The date, counted year by year and month by month from 1970.
 fn x_sdk_date(seconds: u64) -> String {
     let is_leap = |year: u64| {
         (year.is_multiple_of(4) && !year.is_multiple_of(100)) || year.is_multiple_of(400)
@@ -192,7 +193,7 @@ fn sha256(bytes: &[u8]) -> Vec<u8> {
     digest::digest(&digest::SHA256, bytes).as_ref().to_vec()
 }
 
-/// RFC 2104, out of the hash alone.
+/// RFC 2104, built from the hash alone.
 fn hmac(secret: &[u8], text: &[u8]) -> Vec<u8> {
     let mut key = if secret.len() > 64 {
         sha256(secret)
@@ -207,9 +208,4 @@ fn hmac(secret: &[u8], text: &[u8]) -> Vec<u8> {
 
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-#[test]
-fn any_request_is_signed_as_a_slow_signer_signs_it() {
-    super::short_run::holds("canonical_request");
 }

@@ -1,4 +1,4 @@
-//! `Retry-After` and the text of a throttling message: a wait of at most five minutes, or none.
+//! `Retry-After` headers and throttling messages give a wait of at most five minutes, or none.
 //!
 //! The input's first line is the peer's `Date`, the next three are values of `Retry-After`, the rest is a message.
 
@@ -8,13 +8,13 @@ use http::{
     HeaderMap, HeaderValue,
     header::{DATE, RETRY_AFTER},
 };
+use rds_task_facade::{upstream::throttling_text, wait};
 
 use super::{lines, text};
-use crate::{upstream::throttling_text, wait};
 
 const FIVE_MINUTES: Duration = Duration::from_secs(300);
 
-pub(super) fn check(input: &[u8]) {
+pub(crate) fn check(input: &[u8]) {
     let [date, first, second, third, message] = lines(input);
     let values: Vec<HeaderValue> = [first, second, third]
         .into_iter()
@@ -35,7 +35,10 @@ pub(super) fn check(input: &[u8]) {
     assert_eq!(wait::date(&headers), peers);
 
     for now in [Some(noon), peers, None] {
-        let longest = values.iter().filter_map(|value| slowly(value, now)).max();
+        let longest = values
+            .iter()
+            .filter_map(|value| expected_wait(value, now))
+            .max();
         let expected = longest.map(|wait| wait.min(FIVE_MINUTES));
         assert_eq!(wait::retry_after(&headers, now), expected, "{now:?}");
     }
@@ -43,7 +46,7 @@ pub(super) fn check(input: &[u8]) {
     check_message(&text(message));
 }
 
-fn slowly(value: &HeaderValue, now: Option<SystemTime>) -> Option<Duration> {
+fn expected_wait(value: &HeaderValue, now: Option<SystemTime>) -> Option<Duration> {
     let text = value.to_str().ok()?.trim();
     seconds(text).or_else(|| Some(time(text)?.duration_since(now?).unwrap_or_default()))
 }
@@ -79,7 +82,7 @@ fn check_message(message: &str) {
         ),
     }
 
-    // A message with the same bytes in the gateway's own words is understood.
+    // A limit worded as the gateway words it is parsed.
     let count: u64 = message.bytes().map(u64::from).sum();
     for (unit, length) in [
         ("second", 1),
@@ -93,9 +96,4 @@ fn check_message(message: &str) {
         assert_eq!(read.window.unwrap_or_default(), expected);
         assert_eq!(read.subject, Some("ip"));
     }
-}
-
-#[test]
-fn any_bytes_ask_for_five_minutes_at_most_and_for_what_a_slow_reader_reads() {
-    super::short_run::holds("retry_after");
 }

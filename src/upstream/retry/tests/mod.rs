@@ -1,3 +1,6 @@
+/// Random calls.
+mod random;
+
 use super::*;
 
 const LONG: Duration = Duration::from_secs(30);

@@ -3,39 +3,61 @@ use std::time::{Duration, Instant};
 use rds_task_facade::pb::GetTaskDetailRequest;
 use tokio::task::JoinSet;
 
-use crate::support::{Program, Upstream, answer, example, example_request};
+use crate::support::{Program, Upstream, answer, eventually, example, example_request};
 
-#[tokio::test]
-async fn answers_and_missing_tasks_are_kept_for_the_ttl_and_other_errors_are_not() {
-    let upstream = Upstream::start(|request| match request.line.split('/').nth(4) {
+/// A task, no such task, or a busy instance, by the name of the instance.
+async fn by_instance() -> Upstream {
+    Upstream::start(|request| match request.line.split('/').nth(4) {
         Some("missing") => answer(400, &[], r#"{"error_code":"DBS.200543","error_msg":"m"}"#),
         Some("busy") => answer(409, &[], r#"{"error_code":"DBS.200047","error_msg":"m"}"#),
         _ => example(),
     })
-    .await;
-    let program = Program::over(&upstream.url(), &["--cache-ttl", "400ms"]);
-    let mut client = program.client().await;
-    let of = |instance: &str| GetTaskDetailRequest {
+    .await
+}
+
+fn of(instance: &str) -> GetTaskDetailRequest {
+    GetTaskDetailRequest {
         instance_id: instance.into(),
         ..example_request()
-    };
+    }
+}
+
+#[tokio::test]
+async fn tasks_and_missing_tasks_are_cached_and_other_errors_are_not() {
+    let upstream = by_instance().await;
+    let program = Program::over(&upstream.url(), &["--cache-ttl", "1h"]);
+    let mut client = program.client().await;
 
     for instance in ["there", "missing", "busy"] {
         let _ = client.get_task_detail(of(instance)).await;
         let _ = client.get_task_detail(of(instance)).await;
     }
-    let within = upstream.requests().len();
-    tokio::time::sleep(Duration::from_millis(450)).await;
-    let _ = client.get_task_detail(of("there")).await;
-    let _ = client.get_task_detail(of("missing")).await;
 
-    assert_eq!(within, 1 + 1 + 2);
-    assert_eq!(upstream.requests().len(), within + 2);
+    assert_eq!(upstream.requests().len(), 1 + 1 + 2);
     assert_eq!(program.metric("rds_cache_hits_total").await, 2.0);
 }
 
 #[tokio::test]
-async fn nothing_is_kept_by_default() {
+async fn a_cache_entry_expires_after_the_ttl_and_not_before() {
+    let upstream = by_instance().await;
+    let ttl = Duration::from_millis(400);
+    let program = Program::over(&upstream.url(), &["--cache-ttl", "400ms"]);
+    let mut client = program.client().await;
+
+    for instance in ["there", "missing"] {
+        let before = upstream.requests().len();
+        let started = Instant::now();
+        eventually("the cache entry has expired", async || {
+            let _ = client.get_task_detail(of(instance)).await;
+            upstream.requests().len() == before + 2
+        })
+        .await;
+        assert!(started.elapsed() >= ttl, "{instance}");
+    }
+}
+
+#[tokio::test]
+async fn nothing_is_cached_by_default() {
     let upstream = Upstream::always(example()).await;
     let program = Program::over(&upstream.url(), &[]);
     let mut client = program.client().await;
@@ -51,7 +73,7 @@ async fn nothing_is_kept_by_default() {
 }
 
 #[tokio::test]
-async fn a_kept_answer_is_given_even_while_its_identity_is_throttled() {
+async fn a_cache_entry_is_used_even_while_its_identity_is_throttled() {
     let upstream = Upstream::start(|request| match request.number {
         0 => example(),
         _ => answer(429, &[("retry-after", "30")], ""),
@@ -96,7 +118,7 @@ async fn pollers_of_few_tasks_cause_as_many_upstream_calls_as_the_ttl_allows() {
     }
     callers.join_all().await;
 
-    // Each of the three tasks once, and again each time an answer has become too old.
+    // One request for each of the three tasks, and another each time its entry has expired.
     let windows = started.elapsed().as_millis() as usize / 500 + 1;
     assert!(upstream.requests().len() <= 3 * windows);
     let (merged, kept) = (

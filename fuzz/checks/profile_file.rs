@@ -1,9 +1,10 @@
-//! A profile file gives the key that is written in it, or an error that is the same whatever the values in it are.
+//! A profile file gives the key written in it, or an error that does not depend on the values in it.
+
+use rds_task_facade::credentials::{AccessKey, profile, signer};
 
 use super::{lines, text};
-use crate::credentials::{AccessKey, profile, signer};
 
-pub(super) fn check(input: &[u8]) {
+pub(crate) fn check(input: &[u8]) {
     check_any(&text(input));
     check_written(input);
 }
@@ -22,7 +23,7 @@ fn check_any(file: &str) {
     }
 }
 
-/// The line with other letters and digits in its value, or in the whole of a line that is nothing known.
+/// Replaces letters and digits in the line's value, or in the whole line if it has no known form.
 fn mask(line: &str) -> String {
     let trimmed = line.trim_start_matches('\u{feff}').trim();
     let section = trimmed.starts_with('[') && trimmed.ends_with(']');
@@ -35,7 +36,7 @@ fn mask(line: &str) -> String {
     name.chars().chain(value.chars().map(masked)).collect()
 }
 
-/// What is written is read, whatever stands around it.
+/// A key written among comments and other sections is parsed unchanged.
 fn check_written(input: &[u8]) {
     let [ak, sk, security_token, rest] = lines(input);
     let (ak, sk, security_token) = (visible(ak), visible(sk), visible(security_token));
@@ -80,15 +81,10 @@ fn check_written(input: &[u8]) {
     }
 }
 
-/// As many visible characters as there are bytes.
+/// Maps each byte to a visible character.
 fn visible(bytes: &[u8]) -> String {
     bytes
         .iter()
         .map(|byte| char::from(b'!' + byte % 94))
         .collect()
-}
-
-#[test]
-fn any_file_gives_the_key_written_in_it_or_an_error_without_a_byte_of_it() {
-    super::short_run::holds("profile_file");
 }

@@ -1,14 +1,13 @@
-//! The body of a 200 is a task with exactly what a plain JSON tree of it says, or an error; no text grows on the way.
+//! The body of a 200 is the task that its JSON tree holds, or an error. The parsed texts are no longer than the body.
 
 use std::fmt;
 
+use rds_task_facade::upstream::wire::{NotATask, SubTask, TaskDetail, parse_task_detail};
 use serde::{
     Deserializer as _,
     de::{MapAccess, Visitor},
 };
 use serde_json::value::RawValue;
-
-use crate::upstream::wire::{NotATask, SubTask, TaskDetail, parse_task_detail};
 
 const TASK_FIELDS: [&str; 9] = [
     "instance_id",
@@ -31,12 +30,12 @@ const PART_FIELDS: [&str; 6] = [
     "show_detail",
 ];
 
-pub(super) fn check(input: &[u8]) {
+pub(crate) fn check(input: &[u8]) {
     let read = parse_task_detail(input);
     if let Ok(task) = &read {
         assert_bounded(task, input.len());
     }
-    // The tree refuses half a surrogate pair anywhere; the reader skips it in a field that it does not know.
+    // The tree rejects half a surrogate pair anywhere; the parser skips it in unknown fields.
     let json = serde_json::from_slice::<&RawValue>(input).ok();
     let Some(tree) = json.and_then(Tree::read) else {
         return;
@@ -44,7 +43,7 @@ pub(super) fn check(input: &[u8]) {
     match (read, slow_reading(&tree)) {
         (Ok(task), Some(Ok(expected))) => assert_eq!(task, expected),
         (Err(NotATask::ErrorObject(envelope)), Some(Err(ErrorCode))) => assert!(envelope.has_code),
-        // An error code deep inside, where no field of a task is.
+        // An error code in a nested object of a body without any field of a task.
         (Err(NotATask::ErrorObject(envelope)), None) => {
             assert!(envelope.has_code && tree.fields().is_some());
         }
@@ -62,7 +61,7 @@ fn assert_bounded(task: &TaskDetail, input_bytes: usize) {
 #[derive(Debug)]
 struct ErrorCode;
 
-/// `None` for what is no task and has no error code at its top.
+/// `None` for a body that is not a task and has no error code at its top level.
 fn slow_reading(tree: &Tree) -> Option<Result<TaskDetail, ErrorCode>> {
     let known: Vec<_> = [&TASK_FIELDS[..], &ERROR_FIELDS].concat();
     let top = tree.fields().filter(|_| tree.names_once(&known))?;
@@ -119,7 +118,7 @@ fn sub_task(part: &Tree) -> SubTask {
     }
 }
 
-/// A JSON text, whole: members in their order, repeated ones included; numbers by their text.
+/// A complete JSON text: members in order, duplicates included; numbers as text.
 #[derive(Debug)]
 enum Tree {
     Null,
@@ -171,7 +170,7 @@ impl Tree {
         names.iter().all(|name| count(name) <= 1)
     }
 
-    /// As the contract reads a field where text belongs.
+    /// A field where text belongs, by the contract's rules of conversion.
     fn text(&self, name: &str) -> Option<String> {
         match self.field(name)? {
             Self::Text(text) | Self::Number(text) => Some(text.clone()),
@@ -181,7 +180,7 @@ impl Tree {
     }
 }
 
-/// All members of an object, in their order.
+/// Collects all members of an object in order.
 struct Members;
 
 impl<'de> Visitor<'de> for Members {
@@ -198,9 +197,4 @@ impl<'de> Visitor<'de> for Members {
         }
         Ok(members)
     }
-}
-
-#[test]
-fn any_bytes_are_the_task_that_a_tree_of_them_says_or_an_error() {
-    super::short_run::holds("reply_json");
 }

@@ -1,4 +1,4 @@
-//! What a failed call must look like, whatever failed; for tests and fuzz targets.
+//! The contract that every failed call keeps, whatever failed. Shared with the unit tests of `src/status`.
 
 use std::{collections::HashSet, mem};
 
@@ -6,25 +6,9 @@ use http::HeaderMap;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetail, ErrorDetails, StatusExt as _};
 
-/// Codes that an answer of the vendor can become.
-pub(crate) const CODES_OF_ANSWERS: [Code; 13] = [
-    Code::InvalidArgument,
-    Code::DeadlineExceeded,
-    Code::NotFound,
-    Code::AlreadyExists,
-    Code::PermissionDenied,
-    Code::ResourceExhausted,
-    Code::FailedPrecondition,
-    Code::Aborted,
-    Code::Unimplemented,
-    Code::Internal,
-    Code::Unavailable,
-    Code::Unauthenticated,
-    Code::Unknown,
-];
-
-/// Panics unless a caller can make use of this failure; returns its details.
-pub(crate) fn assert_sound(status: &Status) -> ErrorDetails {
+/// Panics unless the status has a short clean message, all details that clients rely on, and fits into their header limits.
+/// Returns the details.
+pub(crate) fn assert_complete(status: &Status) -> ErrorDetails {
     let message = status.message();
     assert!(!message.is_empty());
     assert!(message.chars().count() <= 256, "{message:?}");
@@ -39,7 +23,14 @@ pub(crate) fn assert_sound(status: &Status) -> ErrorDetails {
     let details = status.check_error_details().expect("details decode");
     let info = details.error_info().expect("always an ErrorInfo");
     assert_eq!(info.domain, "rds-task-facade");
-    assert!(details.request_info().is_some());
+    let request_info = details.request_info().expect("always a RequestInfo");
+    assert_eq!(request_info.request_id, "r-1");
+    assert_eq!(
+        info.reason == "THROTTLED",
+        details.quota_failure().is_some()
+    );
+    let is_not_found = status.code() == Code::NotFound;
+    assert_eq!(is_not_found, details.resource_info().is_some());
     let mut texts: Vec<&String> = info.metadata.iter().flat_map(<[_; 2]>::from).collect();
     if let Some(missing) = details.resource_info() {
         texts.extend([&missing.resource_name, &missing.description]);

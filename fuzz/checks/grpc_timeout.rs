@@ -1,22 +1,22 @@
-//! `grpc-timeout` is read exactly as gRPC over HTTP/2 writes it: a positive integer as ASCII text of at most 8 digits, and
-//! one letter for the unit.
+//! `grpc-timeout` is parsed exactly by the grammar of gRPC over HTTP/2: a positive integer of at most 8 ASCII digits and a letter
+//! for the unit.
 
 use std::time::Duration;
 
-use crate::deadline::{Deadline, THIRTY_YEARS, parse_grpc_timeout};
+use rds_task_facade::deadline::{Deadline, THIRTY_YEARS, parse_grpc_timeout};
 
-pub(super) fn check(input: &[u8]) {
+pub(crate) fn check(input: &[u8]) {
     let timeout = parse_grpc_timeout(input);
 
     assert_eq!(
         timeout.map(|timeout| timeout.as_nanos()),
         nanoseconds(input)
     );
-    // A header of a year beyond any calendar must not stop the clock.
+    // The longest timeout must not overflow the clock.
     assert!(Deadline::after(timeout.unwrap_or(Duration::ZERO)).remaining() <= THIRTY_YEARS);
 }
 
-/// In nanoseconds, by the words of the grammar. Zero is read too: callers send it when their deadline has just passed.
+/// The timeout in nanoseconds, by the grammar. Zero is accepted too: callers send it when their deadline has just passed.
 fn nanoseconds(input: &[u8]) -> Option<u128> {
     let text = std::str::from_utf8(input).ok()?;
     let units = [
@@ -39,9 +39,4 @@ fn nanoseconds(input: &[u8]) -> Option<u128> {
         nanoseconds += digit * 10_u128.pow(place as u32) * unit;
     }
     Some(nanoseconds)
-}
-
-#[test]
-fn any_bytes_are_the_timeout_that_the_grammar_of_grpc_says_or_none() {
-    super::short_run::holds("grpc_timeout");
 }

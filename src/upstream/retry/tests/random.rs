@@ -68,7 +68,9 @@ proptest! {
         max in 1..=10u32,
         spent in 0..=20u64,
         failures in prop::collection::vec((failed(), millis(60_000)), 1..30),
+        jitter: u64,
     ) {
+        fastrand::seed(jitter);
         in_paused_time(async {
             let budget = Budget::new(0);
             for _ in 0..spent.min(RESERVE) {
@@ -145,7 +147,9 @@ proptest! {
         max in 1..=10u32,
         percent in 0..=50u32,
         calls in prop::collection::vec((millis(9_000), millis(20_000)), 1..60),
+        jitter: u64,
     ) {
+        fastrand::seed(jitter);
         in_paused_time(async {
             let budget = Arc::new(Budget::new(percent));
             let number = calls.len() as u64;

@@ -1,31 +1,45 @@
-//! Any status with any body and headers becomes a complete status of the contract: a code of its closed set, a short clean
-//! message, details of 4 KiB at most; nothing of a body that cannot be read or of a text about a credential.
+//! A reply with any status, body and headers becomes a complete status of the contract: a code of its closed set, a short clean
+//! message, at most 4 KiB of details. An unreadable body or a text about a credential never reaches the caller.
 //!
 //! The input's lines: HTTP status, `Retry-After`, `x-request-id`; the rest is the body.
 
 use std::time::{Duration, UNIX_EPOCH};
 
 use http::{HeaderMap, HeaderValue, header::RETRY_AFTER};
-use serde::de::IgnoredAny;
-use tonic::{Code, Status};
-use tonic_types::ErrorDetails;
-
-use super::lines;
-use crate::{
+use rds_task_facade::{
     credentials::Owner,
     error::{Error, FailedLookup},
-    status::{
-        Failure,
-        sound::{CODES_OF_ANSWERS, assert_sound},
-    },
+    status::Failure,
     telemetry::Facts,
     upstream::{
         self, Rejection, TaskQuery, rejection,
         wire::{NotATask, parse_task_detail},
     },
 };
+use serde::de::IgnoredAny;
+use tonic::{Code, Status};
+use tonic_types::ErrorDetails;
 
-/// What the gateway's texts name when they repeat a request.
+use super::{lines, status_contract::assert_complete};
+
+/// Codes that an error reply of the vendor can become.
+const CODES_OF_REPLIES: [Code; 13] = [
+    Code::InvalidArgument,
+    Code::DeadlineExceeded,
+    Code::NotFound,
+    Code::AlreadyExists,
+    Code::PermissionDenied,
+    Code::ResourceExhausted,
+    Code::FailedPrecondition,
+    Code::Aborted,
+    Code::Unimplemented,
+    Code::Internal,
+    Code::Unavailable,
+    Code::Unauthenticated,
+    Code::Unknown,
+];
+
+/// Names in gateway texts that quote a request.
 const SECRET_SHAPED: [&str; 5] = [
     "authorization:",
     "sdk-hmac",
@@ -34,7 +48,7 @@ const SECRET_SHAPED: [&str; 5] = [
     "signature=",
 ];
 
-pub(super) fn check(input: &[u8]) {
+pub(crate) fn check(input: &[u8]) {
     let [http_status, retry_after, request_id, body] = lines(input);
     let http_status = number(http_status);
     let mut headers = HeaderMap::new();
@@ -46,47 +60,57 @@ pub(super) fn check(input: &[u8]) {
             headers.insert(name, value);
         }
     }
-    let Some((rejection, facts)) = rejected(http_status, &headers, body) else {
+    let Some((rejection, facts)) = rejection_of(http_status, &headers, body) else {
         return;
     };
 
     for owner in [Owner::Caller, Owner::Server] {
-        let told = told(&rejection, &facts, owner);
+        let status = status_of(&rejection, &facts, owner);
         let without_text = Rejection {
             message: String::new(),
             ..rejection.clone()
         };
-        let ours = self::told(&without_text, &facts, owner);
-        assert!(CODES_OF_ANSWERS.contains(&told.code()), "{:?}", told.code());
-        let details = assert_sound(&told);
+        let own_message = status_of(&without_text, &facts, owner);
+        let own_message = own_message.message();
+        assert!(
+            CODES_OF_REPLIES.contains(&status.code()),
+            "{:?}",
+            status.code()
+        );
+        let details = assert_complete(&status);
         let wait = details.retry_info().and_then(|info| info.retry_delay);
         assert!(wait.unwrap_or_default() <= Duration::from_secs(300));
 
-        if told.message() != ours.message() {
-            let lower = told.message().to_ascii_lowercase();
+        if status.message() != own_message {
+            let lower = status.message().to_ascii_lowercase();
             assert!(
                 !SECRET_SHAPED.iter().any(|name| lower.contains(name)),
                 "{lower}"
             );
             assert!(!lower.starts_with('<'), "{lower}");
             assert!(
-                http_status != 401 && told.code() != Code::Unauthenticated,
+                http_status != 401 && status.code() != Code::Unauthenticated,
                 "{lower}"
             );
         }
         if !is_object(body) && !body.trim_ascii().is_empty() {
-            let (rejection, facts) = rejected(http_status, &headers, b"?").expect("no task");
-            let of_nothing = self::told(&rejection, &facts, owner);
-            assert_eq!(told.message(), of_nothing.message());
+            let unreadable = rejection_of(http_status, &headers, b"?");
+            let (rejection, facts) = unreadable.expect("no task");
+            let of_unreadable = status_of(&rejection, &facts, owner);
+            assert_eq!(status.message(), of_unreadable.message());
             let metadata =
                 |details: ErrorDetails| details.error_info().map(|info| info.metadata.clone());
-            assert_eq!(metadata(details), metadata(assert_sound(&of_nothing)));
+            assert_eq!(metadata(details), metadata(assert_complete(&of_unreadable)));
         }
     }
 }
 
-/// As the send loop understands an answer; `None` for a task and for a 200 that is nothing known.
-fn rejected(http_status: u16, headers: &HeaderMap, body: &[u8]) -> Option<(Rejection, Facts)> {
+/// The rejection that the send loop makes of a reply; `None` for a task and for a 200 that is neither task nor error.
+pub(crate) fn rejection_of(
+    http_status: u16,
+    headers: &HeaderMap,
+    body: &[u8],
+) -> Option<(Rejection, Facts)> {
     if http_status != 200 {
         return Some(rejection::of_answer(http_status, headers, body, UNIX_EPOCH));
     }
@@ -98,7 +122,8 @@ fn rejected(http_status: u16, headers: &HeaderMap, body: &[u8]) -> Option<(Rejec
     }
 }
 
-fn told(rejection: &Rejection, facts: &Facts, owner: Owner) -> Status {
+/// The status that the caller gets.
+pub(crate) fn status_of(rejection: &Rejection, facts: &Facts, owner: Owner) -> Status {
     let error = Error::Upstream(Box::new(FailedLookup {
         error: upstream::Error::Rejected(Box::new(rejection.clone())),
         facts: facts.clone(),
@@ -113,7 +138,7 @@ fn told(rejection: &Rejection, facts: &Facts, owner: Owner) -> Status {
     Failure::from_error(&error).to_status("r-1")
 }
 
-/// The digits of a status; other bytes are one, too.
+/// The HTTP status. A byte that is not a digit counts too, so that mutations reach every status.
 fn number(text: &[u8]) -> u16 {
     text.iter().fold(0_u16, |number, byte| {
         number
@@ -124,9 +149,4 @@ fn number(text: &[u8]) -> u16 {
 
 fn is_object(body: &[u8]) -> bool {
     body.trim_ascii_start().starts_with(b"{") && serde_json::from_slice::<IgnoredAny>(body).is_ok()
-}
-
-#[test]
-fn any_answer_becomes_a_complete_status_that_repeats_nothing_it_must_not() {
-    super::short_run::holds("error_envelope");
 }

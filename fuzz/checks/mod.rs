@@ -1,0 +1,49 @@
+//! Invariants of every parser of untrusted bytes: one file and one check per parser. Each check compares the parser with a second,
+//! slow one written after the specification, or with a closed list of results.
+//!
+//! `cargo test --test fuzz` runs each check for a second, on the inputs in `tests/corpora` and on mutations of them.
+//! `bash fuzz/run TARGET SECONDS` runs one check under libFuzzer, guided by coverage.
+
+mod canonical_request;
+pub(crate) mod error_envelope;
+mod grpc_timeout;
+mod profile_file;
+mod reply_json;
+mod request_validation;
+mod retry_after;
+mod status_contract;
+mod trace_context;
+
+/// Panics if the input breaks the invariant.
+pub(crate) type Check = fn(&[u8]);
+
+/// Each target's name, which is its folder in `tests/corpora`, and its check.
+pub(crate) const TARGETS: [(&str, Check); 8] = [
+    ("canonical_request", canonical_request::check),
+    ("error_envelope", error_envelope::check),
+    ("grpc_timeout", grpc_timeout::check),
+    ("profile_file", profile_file::check),
+    ("reply_json", reply_json::check),
+    ("request_validation", request_validation::check),
+    ("retry_after", retry_after::check),
+    ("trace_context", trace_context::check),
+];
+
+/// The check of the target with this name.
+pub(crate) fn check_of(target: &str) -> Check {
+    let found = TARGETS.into_iter().find(|(name, _)| *name == target);
+    found
+        .unwrap_or_else(|| panic!("{target:?} is not one of {TARGETS:?}"))
+        .1
+}
+
+/// Splits the input at its first `N - 1` line ends; missing lines are empty.
+fn lines<const N: usize>(input: &[u8]) -> [&[u8]; N] {
+    let mut parts = input.splitn(N, |byte| *byte == b'\n');
+    std::array::from_fn(|_| parts.next().unwrap_or_default())
+}
+
+/// The bytes as text, with U+FFFD in place of what is not UTF-8.
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
