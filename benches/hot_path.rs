@@ -99,7 +99,7 @@ fn map_an_error_answer() -> tonic::Status {
         owner: Owner::Server,
         query: query(),
     }));
-    Failure::from_error(&error).to_status("0123456789abcdef0123456789abcdef")
+    Failure::from_error(&error).to_status("0123456789abcdef0123456789abcdef", Duration::MAX)
 }
 
 /// Decides whether every call can look for an identical one in flight, even where there never is one.

@@ -34,6 +34,7 @@
 pub mod admin;
 pub mod app;
 pub mod call;
+pub mod caller;
 pub mod cli;
 pub mod client;
 pub mod coalescer;
@@ -42,6 +43,7 @@ pub mod credentials;
 pub mod deadline;
 pub mod error;
 pub mod error_chain;
+pub mod fair_limit;
 pub mod files;
 pub mod http_client;
 pub mod method;

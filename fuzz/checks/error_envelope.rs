@@ -135,7 +135,7 @@ pub(crate) fn status_of(rejection: &Rejection, facts: &Facts, owner: Owner) -> S
             workflow_name: None,
         },
     }));
-    Failure::from_error(&error).to_status("r-1")
+    Failure::from_error(&error).to_status("r-1", Duration::MAX)
 }
 
 /// The HTTP status. A byte that is not a digit counts too, so that mutations reach every status.

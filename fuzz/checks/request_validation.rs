@@ -1,5 +1,7 @@
 //! Any bytes are a request that keeps the rules of the proto, or an `INVALID_ARGUMENT` that names exactly the fields that break them.
 
+use std::time::Duration;
+
 use prost::Message as _;
 use rds_task_facade::{pb::GetTaskDetailRequest, rpc::get_task_detail::validate, status::Failure};
 use tonic::Code;
@@ -10,7 +12,8 @@ pub(crate) fn check(input: &[u8]) {
     let request = match GetTaskDetailRequest::decode(input) {
         Ok(request) => request,
         Err(error) => {
-            let status = Failure::from_library(Code::Internal, &error.to_string()).to_status("r-1");
+            let status = Failure::from_library(Code::Internal, &error.to_string())
+                .to_status("r-1", Duration::MAX);
             assert_complete(&status);
             return;
         }
@@ -26,7 +29,7 @@ pub(crate) fn check(input: &[u8]) {
             assert_eq!(query.workflow_name, request.workflow_name);
         }
         Err(error) => {
-            let status = Failure::from_error(&error).to_status("r-1");
+            let status = Failure::from_error(&error).to_status("r-1", Duration::MAX);
             assert_eq!(status.code(), Code::InvalidArgument);
             let details = assert_complete(&status);
             let bad = details.bad_request().expect("a BadRequest");

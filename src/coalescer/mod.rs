@@ -184,7 +184,7 @@ fn ran_out_of_others_time(lookup: &Lookup, deadline: Deadline) -> bool {
         Err(Error::DeadlineExceeded)
         | Err(Error::Credentials(credentials::Error::DeadlineExceeded)) => !remaining.is_zero(),
         // Pacing refuses what does not fit before the deadline that it was given.
-        Err(Error::Throttled { retry_after }) => *retry_after < remaining,
+        Err(Error::Throttled { retry_after, .. }) => *retry_after < remaining,
         _ => false,
     }
 }

@@ -1,18 +1,25 @@
 //! Keeps the gateway from locking a wrong key, and fails calls at once while a key is locked.
 //!
-//! The gateway locks a key for five minutes after more than five bad signatures in a row ("API request signing guide"). So a
-//! key is unproven until the gateway accepts its first signature, and again after a rejected signature or a lock: an unproven
-//! key signs one request at a time. Once proven, an admission costs one atomic load.
+//! The gateway locks a key for five minutes after more than five bad signatures in a row ("API request signing guide"), for every
+//! program that uses it. So a key that has never been accepted in this process rests after its first rejection, and any other after the
+//! third one in a row. Until it is accepted, and again after a rejection, one request is in flight at a time. Once it is proven, an
+//! admission costs one atomic load.
+//!
+//! A rejection may be about the project of the call and not about the key: a project for which the key has never been accepted, although
+//! it has been for another one, counts once. A success that was sent after the rejections clears them.
 
 use std::{
     sync::{
         Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
 
-use tokio::{sync::Notify, time::Instant};
+use tokio::{
+    sync::{Notify, watch},
+    time::Instant,
+};
 
 use super::Error;
 use crate::deadline::Deadline;
@@ -20,33 +27,41 @@ use crate::deadline::Deadline;
 /// How long the gateway locks a key after too many bad signatures. Source: "API request signing guide", FAQ.
 pub const KEY_LOCK: Duration = Duration::from_secs(5 * 60);
 
-/// Rejected signatures in a row after which the guard locks the key. The gateway counts to five; the rest is for other programs
-/// that use the same key.
-const REJECTIONS_BEFORE_LOCK: u32 = 3;
+/// Refusals in a row after which a proven key rests. The gateway counts to five; the others are for other programs that use the key.
+const REJECTIONS_BEFORE_REST: usize = 3;
+
+/// Projects that are remembered as accepted.
+const MAX_PROJECTS: usize = 64;
 
 /// The guard of one key.
 #[derive(Debug)]
 pub struct KeyGuard {
-    /// The gateway accepted the last judged signature, and the key is not locked.
+    /// The latest evidence is an accepted signature, and the key does not rest.
     proven: AtomicBool,
+    /// Counts the rejections. An admission of an older count was sent before the last rejection.
+    epoch: AtomicU64,
     state: Mutex<State>,
     /// Wakes the calls that wait for an admission.
     changed: Notify,
+    /// Until when a key that was never accepted rests: the server is not ready for so long.
+    unproven_rest: watch::Sender<Option<Instant>>,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    /// The one request of an unproven key is in flight.
+    /// An admission is in flight that others wait for.
     probing: bool,
-    /// Rejected signatures since the last accepted one.
-    rejections: u32,
-    /// The next rejected signature locks at once: the key was locked before, or its previous secret was rejected.
+    /// The projects of the rejections since the last accepted signature.
+    rejections: Vec<String>,
+    /// Projects for which the key has been accepted.
+    accepted: Vec<String>,
+    /// Another rejection rests the key at once: it was locked, or has another secret than the one that was rejected.
     wary: bool,
-    locked_until: Option<Instant>,
+    rests_until: Option<Instant>,
 }
 
 impl KeyGuard {
-    /// The guard of a key without a history.
+    /// The guard of a key without any evidence.
     pub fn new() -> Self {
         Self::with(State::default())
     }
@@ -55,7 +70,7 @@ impl KeyGuard {
     pub(super) fn for_another_secret(&self) -> Self {
         let old = self.state();
         Self::with(State {
-            wary: old.wary || old.rejections > 0,
+            wary: old.wary || !old.rejections.is_empty(),
             ..State::default()
         })
     }
@@ -63,28 +78,36 @@ impl KeyGuard {
     fn with(state: State) -> Self {
         Self {
             proven: AtomicBool::new(false),
+            epoch: AtomicU64::new(0),
             state: Mutex::new(state),
             changed: Notify::new(),
+            unproven_rest: watch::Sender::new(None),
         }
     }
 
-    /// Waits until a request may be signed with the key.
+    /// Until when a key that was never accepted rests.
+    pub fn unproven_rest(&self) -> watch::Receiver<Option<Instant>> {
+        self.unproven_rest.subscribe()
+    }
+
+    /// Waits until a request for `project_id` may be signed with the key.
     ///
     /// # Errors
-    /// - [`Error::Locked`]: the key is locked; calls do not wait for the end of a lock.
-    /// - [`Error::DeadlineExceeded`]: requests of other calls were probing the key until the deadline.
-    pub async fn admit(&self, deadline: Deadline) -> Result<Admission<'_>, Error> {
+    /// - [`Error::Locked`]: the key rests; no call waits for that.
+    /// - [`Error::DeadlineExceeded`]: other calls were trying the key out all the time.
+    pub async fn admit<'a>(
+        &'a self,
+        project_id: &'a str,
+        deadline: Deadline,
+    ) -> Result<Admission<'a>, Error> {
         loop {
             if self.proven.load(Ordering::Acquire) {
-                return Ok(Admission {
-                    guard: self,
-                    probe: false,
-                });
+                return Ok(self.admission(project_id, false));
             }
-            // Subscribe before the check, so that the end of a probe in between is not missed.
+            // Listens before it looks, so that the end of a probe in between is not missed.
             let mut changed = std::pin::pin!(self.changed.notified());
             changed.as_mut().enable();
-            if let Some(admitted) = self.try_probe() {
+            if let Some(admitted) = self.try_probe(project_id) {
                 return admitted;
             }
             deadline
@@ -94,35 +117,47 @@ impl KeyGuard {
         }
     }
 
-    /// `None` while the probe of another call is in flight.
-    fn try_probe(&self) -> Option<Result<Admission<'_>, Error>> {
+    /// `None` while another call's probe is in flight.
+    fn try_probe<'a>(&'a self, project_id: &'a str) -> Option<Result<Admission<'a>, Error>> {
         let mut state = self.state();
-        if let Some(until) = state.locked_until {
+        if let Some(until) = state.rests_until {
             let retry_after = until.saturating_duration_since(Instant::now());
             if !retry_after.is_zero() {
                 return Some(Err(Error::Locked { retry_after }));
             }
-            state.locked_until = None;
+            state.rests_until = None;
         }
         // The key may have been proven before this call took the mutex.
         if self.proven.load(Ordering::Acquire) {
-            return Some(Ok(Admission {
-                guard: self,
-                probe: false,
-            }));
+            return Some(Ok(self.admission(project_id, false)));
         }
         if state.probing {
             return None;
         }
         state.probing = true;
-        Some(Ok(Admission {
+        Some(Ok(self.admission(project_id, true)))
+    }
+
+    fn admission<'a>(&'a self, project_id: &'a str, probe: bool) -> Admission<'a> {
+        Admission {
             guard: self,
-            probe: true,
-        }))
+            project_id,
+            epoch: self.epoch.load(Ordering::Acquire),
+            probe,
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// Whether this rejection counts: a project that may be the cause itself counts once.
+    fn counts(&self, project_id: &str) -> bool {
+        let accepted = |projects: &[String]| projects.iter().any(|known| known == project_id);
+        let is_foreign = !self.accepted.is_empty() && !accepted(&self.accepted);
+        !(is_foreign && accepted(&self.rejections))
     }
 }
 
@@ -132,41 +167,74 @@ impl Default for KeyGuard {
     }
 }
 
-/// Permission to sign one request. Dropped without a verdict (a timeout, a cut connection), it leaves the key's state as it was.
+/// Permission to sign one request. Dropped without evidence (a timeout, a connection that broke) it says nothing about the key.
 #[derive(Debug)]
-#[must_use = "hold it until the response is there"]
+#[must_use = "hold it until the reply is there"]
 pub struct Admission<'a> {
     guard: &'a KeyGuard,
+    project_id: &'a str,
+    epoch: u64,
     probe: bool,
 }
 
 impl Admission<'_> {
-    /// The gateway accepted the signature, whatever else it answered.
+    /// The gateway accepted the signature, whatever else the reply says.
     pub fn accepted(self) {
-        // Only a probe proves a key: the response to a request from before a rejection does not.
-        if self.probe {
-            let mut state = self.guard.state();
-            if state.locked_until.is_none() {
-                state.rejections = 0;
-                state.wary = false;
-                self.guard.proven.store(true, Ordering::Release);
+        let guard = self.guard;
+        let is_proven = guard.proven.load(Ordering::Acquire);
+        let mut state = guard.state();
+        if !state.accepted.iter().any(|known| known == self.project_id) {
+            if state.accepted.len() == MAX_PROJECTS {
+                state.accepted.remove(0);
             }
+            state.accepted.push(self.project_id.to_owned());
+        }
+        // After a rejection the reply to an older request is no news.
+        let is_news = self.epoch == guard.epoch.load(Ordering::Acquire);
+        if is_news && !is_proven && state.rests_until.is_none() {
+            state.rejections.clear();
+            state.wary = false;
+            guard.proven.store(true, Ordering::Release);
             drop(state);
-            self.guard.changed.notify_waiters();
+            guard.changed.notify_waiters();
         }
     }
 
-    /// The gateway rejected the signature; `lock_announced` if its message says that the key is locked.
-    pub fn signature_refused(self, lock_announced: bool) {
-        let mut state = self.guard.state();
-        self.guard.proven.store(false, Ordering::Release);
-        state.rejections = state.rejections.saturating_add(1);
-        if lock_announced || state.wary || state.rejections >= REJECTIONS_BEFORE_LOCK {
-            state.wary = true;
-            state.locked_until = Some(Instant::now() + KEY_LOCK);
-            drop(state);
-            self.guard.changed.notify_waiters();
+    /// The gateway rejected the signature or the key.
+    pub fn rejected(self) {
+        let guard = self.guard;
+        let mut state = guard.state();
+        if !state.counts(self.project_id) {
+            return;
         }
+        state.rejections.push(self.project_id.to_owned());
+        let is_unproven = state.accepted.is_empty();
+        if is_unproven || state.wary || state.rejections.len() >= REJECTIONS_BEFORE_REST {
+            guard.rest(state);
+        } else {
+            guard.epoch.fetch_add(1, Ordering::AcqRel);
+            guard.proven.store(false, Ordering::Release);
+        }
+    }
+
+    /// The gateway has locked the key.
+    pub fn locked(self) {
+        self.guard.rest(self.guard.state());
+    }
+}
+
+impl KeyGuard {
+    fn rest(&self, mut state: MutexGuard<'_, State>) {
+        let until = Instant::now() + KEY_LOCK;
+        state.wary = true;
+        state.rests_until = Some(until);
+        if state.accepted.is_empty() {
+            self.unproven_rest.send_replace(Some(until));
+        }
+        self.epoch.fetch_add(1, Ordering::AcqRel);
+        self.proven.store(false, Ordering::Release);
+        drop(state);
+        self.changed.notify_waiters();
     }
 }
 
@@ -183,6 +251,8 @@ impl Drop for Admission<'_> {
 mod tests {
     use std::sync::Arc;
 
+    use proptest::prelude::*;
+
     use super::*;
 
     fn in_seconds(seconds: u64) -> Deadline {
@@ -190,133 +260,182 @@ mod tests {
     }
 
     async fn admit(guard: &KeyGuard) -> Admission<'_> {
-        guard.admit(in_seconds(1)).await.unwrap()
+        admit_for(guard, "p").await
     }
 
-    async fn reject_times(guard: &KeyGuard, times: u32) {
+    async fn admit_for<'a>(guard: &'a KeyGuard, project_id: &'a str) -> Admission<'a> {
+        guard.admit(project_id, in_seconds(1)).await.unwrap()
+    }
+
+    async fn proven() -> KeyGuard {
+        let guard = KeyGuard::new();
+        admit(&guard).await.accepted();
+        guard
+    }
+
+    async fn rejected_times(guard: &KeyGuard, times: u32) {
         for _ in 0..times {
-            admit(guard).await.signature_refused(false);
+            admit(guard).await.rejected();
         }
     }
 
-    async fn remaining_lock(guard: &KeyGuard) -> Duration {
-        match guard.admit(in_seconds(1)).await.unwrap_err() {
+    async fn remaining_rest(guard: &KeyGuard) -> Duration {
+        match guard.admit("p", in_seconds(1)).await.unwrap_err() {
             Error::Locked { retry_after } => retry_after,
             other => panic!("{other:?}"),
         }
     }
 
     #[tokio::test(start_paused = true)]
-    async fn until_the_first_accepted_signature_one_request_is_in_flight_at_a_time() {
+    async fn until_the_first_accepted_reply_one_request_is_in_flight_at_a_time() {
         let guard = KeyGuard::new();
         let first = admit(&guard).await;
 
         assert_eq!(
-            guard.admit(in_seconds(1)).await.unwrap_err(),
+            guard.admit("p", in_seconds(1)).await.unwrap_err(),
             Error::DeadlineExceeded
         );
 
         drop(first);
         let second = admit(&guard).await;
-        let (third, ()) = tokio::join!(guard.admit(in_seconds(1)), async { second.accepted() });
-        let fourth = guard.admit(in_seconds(1)).await;
+        let (third, ()) =
+            tokio::join!(guard.admit("p", in_seconds(1)), async { second.accepted() });
+        let fourth = guard.admit("p", in_seconds(1)).await;
         assert!(third.is_ok() && fourth.is_ok(), "both in flight at once");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_burst_with_a_wrong_key_sends_three_requests_and_fails_all_waiters_with_the_lock() {
-        let guard = Arc::new(KeyGuard::new());
-        let calls: Vec<_> = (0..100)
-            .map(|_| {
-                let guard = guard.clone();
-                tokio::spawn(async move {
-                    let admission = guard.admit(in_seconds(30)).await?;
-                    tokio::time::sleep(Duration::from_millis(10)).await;
-                    admission.signature_refused(false);
-                    Ok::<(), Error>(())
-                })
-            })
-            .collect();
-
-        let mut sent = 0;
-        for call in calls {
-            match call.await.unwrap() {
-                Ok(()) => sent += 1,
-                Err(error) => assert_eq!(
-                    error,
-                    Error::Locked {
-                        retry_after: KEY_LOCK
-                    }
-                ),
+    async fn a_burst_with_a_key_that_was_never_accepted_sends_one_request_and_with_any_other_three()
+    {
+        for (guard, expected) in [(KeyGuard::new(), 1), (proven().await, 3)] {
+            let guard = Arc::new(guard);
+            // The first rejection ends the time of many requests at once.
+            if expected == 3 {
+                rejected_times(&guard, 1).await;
             }
-        }
+            let calls: Vec<_> = (0..100)
+                .map(|_| {
+                    let guard = guard.clone();
+                    tokio::spawn(async move {
+                        let admission = guard.admit("p", in_seconds(30)).await?;
+                        tokio::time::sleep(Duration::from_millis(10)).await;
+                        admission.rejected();
+                        Ok::<(), Error>(())
+                    })
+                })
+                .collect();
 
-        assert_eq!(sent, 3);
+            let mut sent = expected / 2;
+            for call in calls {
+                match call.await.unwrap() {
+                    Ok(()) => sent += 1,
+                    Err(error) => assert_eq!(
+                        error,
+                        Error::Locked {
+                            retry_after: KEY_LOCK
+                        }
+                    ),
+                }
+            }
+
+            assert_eq!(sent, expected);
+        }
     }
 
     #[tokio::test(start_paused = true)]
-    async fn after_a_lock_one_probe_is_sent_and_its_rejection_locks_again_at_once() {
-        let guard = KeyGuard::new();
-        reject_times(&guard, 3).await;
+    async fn only_the_rest_of_a_key_that_was_never_accepted_is_reported() {
+        let (unproven, proven) = (KeyGuard::new(), proven().await);
+        let reports = [unproven.unproven_rest(), proven.unproven_rest()];
+
+        rejected_times(&unproven, 1).await;
+        rejected_times(&proven, 3).await;
+
+        assert_eq!(remaining_rest(&proven).await, KEY_LOCK);
+        let until = Instant::now() + KEY_LOCK;
+        assert_eq!(reports.map(|report| *report.borrow()), [Some(until), None]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn after_a_rest_one_probe_goes_out_and_its_rejection_starts_another_rest() {
+        let guard = proven().await;
+        rejected_times(&guard, 3).await;
         tokio::time::sleep(Duration::from_secs(60)).await;
-        assert_eq!(remaining_lock(&guard).await, Duration::from_secs(240));
+        assert_eq!(remaining_rest(&guard).await, Duration::from_secs(240));
 
         tokio::time::sleep(Duration::from_secs(240)).await;
         let probe = admit(&guard).await;
         assert_eq!(
-            guard.admit(in_seconds(1)).await.unwrap_err(),
+            guard.admit("p", in_seconds(1)).await.unwrap_err(),
             Error::DeadlineExceeded
         );
-        probe.signature_refused(false);
-        assert_eq!(remaining_lock(&guard).await, KEY_LOCK);
+        probe.rejected();
+        assert_eq!(remaining_rest(&guard).await, KEY_LOCK);
 
         tokio::time::sleep(KEY_LOCK).await;
         admit(&guard).await.accepted();
-        reject_times(&guard, 2).await;
+        rejected_times(&guard, 2).await;
         admit(&guard).await.accepted();
     }
 
     #[tokio::test(start_paused = true)]
-    async fn an_announced_lock_holds_at_once_even_for_a_proven_key_and_a_rejection_repeats_it() {
-        let guard = KeyGuard::new();
-        admit(&guard).await.accepted();
+    async fn an_announced_lock_rests_even_a_proven_key_at_once() {
+        let guard = proven().await;
 
-        admit(&guard).await.signature_refused(true);
-        assert_eq!(remaining_lock(&guard).await, KEY_LOCK);
+        admit(&guard).await.locked();
+        assert_eq!(remaining_rest(&guard).await, KEY_LOCK);
 
         tokio::time::sleep(KEY_LOCK).await;
-        admit(&guard).await.signature_refused(false);
-        assert_eq!(remaining_lock(&guard).await, KEY_LOCK);
+        admit(&guard).await.rejected();
+        assert_eq!(remaining_rest(&guard).await, KEY_LOCK);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn responses_to_older_requests_neither_lift_a_lock_nor_prove_a_rejected_key() {
-        let guard = KeyGuard::new();
-        admit(&guard).await.accepted();
+    async fn a_reply_to_an_older_request_neither_ends_a_rest_nor_proves_a_refused_key() {
+        let guard = proven().await;
         let (older, another) = (admit(&guard).await, admit(&guard).await);
 
-        admit(&guard).await.signature_refused(false);
+        admit(&guard).await.rejected();
         older.accepted();
         let probe = admit(&guard).await;
         assert_eq!(
-            guard.admit(in_seconds(1)).await.unwrap_err(),
+            guard.admit("p", in_seconds(1)).await.unwrap_err(),
             Error::DeadlineExceeded
         );
-        another.signature_refused(true);
+        another.locked();
         probe.accepted();
 
-        assert_eq!(remaining_lock(&guard).await, KEY_LOCK);
+        assert_eq!(remaining_rest(&guard).await, KEY_LOCK);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn an_accepted_signature_resets_the_count_of_rejections() {
-        let guard = KeyGuard::new();
-        reject_times(&guard, 2).await;
+    async fn a_success_that_was_sent_after_the_rejections_clears_them() {
+        let guard = proven().await;
+        for _ in 0..5 {
+            rejected_times(&guard, 2).await;
+            admit(&guard).await.accepted();
+        }
+
+        assert!(guard.admit("p", in_seconds(1)).await.is_ok());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_project_for_which_the_key_was_never_accepted_counts_once() {
+        let guard = proven().await;
+
+        for _ in 0..100 {
+            admit_for(&guard, "foreign").await.rejected();
+        }
         admit(&guard).await.accepted();
+        assert!(guard.proven.load(Ordering::Acquire));
+        for project_id in ["foreign", "another", "third"] {
+            admit_for(&guard, project_id).await.rejected();
+        }
 
-        reject_times(&guard, 2).await;
-
-        assert!(guard.admit(in_seconds(1)).await.is_ok());
+        assert_eq!(
+            remaining_rest(&guard).await,
+            KEY_LOCK,
+            "three projects are about the key"
+        );
     }
 
     #[tokio::test(start_paused = true)]
@@ -328,11 +447,11 @@ mod tests {
         let (_, patient, ()) = tokio::join!(
             async {
                 guard
-                    .admit(Deadline::after(ten_milliseconds))
+                    .admit("p", Deadline::after(ten_milliseconds))
                     .await
                     .map(drop)
             },
-            guard.admit(in_seconds(5)),
+            guard.admit("p", in_seconds(5)),
             async {
                 tokio::time::sleep(ten_milliseconds).await;
                 drop(probe);
@@ -343,13 +462,63 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn another_secret_for_a_rejected_key_may_fail_only_once() {
-        let guard = KeyGuard::new();
-        reject_times(&guard, 2).await;
+    async fn another_secret_for_a_refused_key_may_fail_only_once() {
+        let guard = proven().await;
+        rejected_times(&guard, 1).await;
 
         let changed = guard.for_another_secret();
-        admit(&changed).await.signature_refused(false);
+        admit(&changed).await.rejected();
 
-        assert_eq!(remaining_lock(&changed).await, KEY_LOCK);
+        assert_eq!(remaining_rest(&changed).await, KEY_LOCK);
+    }
+
+    proptest! {
+        /// In any order of admissions and replies: no more than three rejected signatures in a row reach the gateway with a proven key,
+        /// beyond those that were in flight when the first of them came, and only one with a key that was never accepted.
+        #[test]
+        fn refused_signatures_are_few(
+            steps in prop::collection::vec((any::<bool>(), 0..3u8, 0..4usize), 1..100),
+        ) {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_time()
+                .start_paused(true)
+                .build()
+                .unwrap();
+            runtime.block_on(async {
+                let guard = KeyGuard::new();
+                let mut in_flight = Vec::new();
+                // Of requests that were sent after the last accepted reply.
+                let (mut rejected, mut accepted_once) = (0, false);
+                for (sends, reply, index) in steps {
+                    if sends {
+                        let brief = Deadline::after(Duration::from_millis(1));
+                        if let Ok(admission) = guard.admit("p", brief).await {
+                            in_flight.push((admission, rejected));
+                        }
+                    } else if !in_flight.is_empty() {
+                        let (admission, rejected_at_sending) = in_flight.remove(index % in_flight.len());
+                        match reply {
+                            0 => {
+                                accepted_once = true;
+                                rejected = 0;
+                                admission.accepted();
+                            }
+                            1 => {
+                                if rejected_at_sending > 0 || !accepted_once {
+                                    rejected += 1;
+                                } else {
+                                    rejected = rejected.max(1);
+                                }
+                                admission.rejected();
+                            }
+                            _ => drop(admission),
+                        }
+                    }
+                    prop_assert!(rejected <= 3, "{rejected}");
+                    prop_assert!(accepted_once || rejected <= 1, "{rejected}");
+                }
+                Ok(())
+            })?;
+        }
     }
 }

@@ -36,6 +36,7 @@ pub use self::{
     options::{HEADING, Options, Place},
 };
 use crate::{
+    caller::Caller,
     deadline::Deadline,
     http_client::{self, BuildError},
     telemetry::metrics::Metrics,
@@ -180,15 +181,43 @@ impl Credentials {
         self.ready.subscribe()
     }
 
-    /// The credential for a call with this metadata.
+    /// The keyed hash of the caller's token, if callers bring their own and this one's is well-formed. The same token has the same hash
+    /// as long as the process runs.
+    pub fn token_hash(&self, metadata: &HeaderMap) -> Option<[u8; 16]> {
+        let Running::Caller(key) = &*self.source else {
+            return None;
+        };
+        let token = caller_token(metadata).ok()?;
+        hmac::sign(key, token.as_bytes())
+            .as_ref()
+            .first_chunk()
+            .copied()
+    }
+
+    /// The credential for a call with this metadata. `caller` is the one of [`Credentials::token_hash`], if there is a hash.
     ///
     /// # Errors
     /// - [`Error::Missing`], [`Error::Malformed`]: the caller's token, where callers bring theirs.
     /// - [`Error::Rejected`], [`Error::Unavailable`]: the facade has no credential.
     /// - [`Error::DeadlineExceeded`]: the first refresh took too long for this call.
-    pub async fn resolve(&self, metadata: &HeaderMap, deadline: Deadline) -> Result<Auth, Error> {
+    pub async fn resolve(
+        &self,
+        metadata: &HeaderMap,
+        caller: Caller,
+        deadline: Deadline,
+    ) -> Result<Auth, Error> {
         match &*self.source {
-            Running::Caller(key) => caller_token(metadata, key).map(Auth::Token),
+            Running::Caller(_) => {
+                let value = caller_token(metadata)?;
+                let Caller::Token(hash) = caller else {
+                    return Err(Error::Malformed);
+                };
+                Ok(Auth::Token(Token {
+                    value,
+                    generation: 0,
+                    identity: Identity::Caller(hash),
+                }))
+            }
             Running::Token(token) => Ok(Auth::Token(token.clone())),
             Running::Key(key) => Ok(Auth::Key(key.clone())),
             Running::CachedToken(cache) => {
@@ -241,7 +270,7 @@ fn profile_key(
 }
 
 /// The token that the caller brought. It is used for this one call and not stored.
-fn caller_token(metadata: &HeaderMap, key: &hmac::Key) -> Result<Token, Error> {
+fn caller_token(metadata: &HeaderMap) -> Result<HeaderValue, Error> {
     let mut given = metadata.get_all("x-auth-token").iter();
     let value = given.next().ok_or(Error::Missing)?;
     let text = value.to_str().map_err(|_| Error::Malformed)?;
@@ -250,16 +279,7 @@ fn caller_token(metadata: &HeaderMap, key: &hmac::Key) -> Result<Token, Error> {
     }
     let mut value = value.clone();
     value.set_sensitive(true);
-    let hash = hmac::sign(key, text.as_bytes());
-    let hash = *hash
-        .as_ref()
-        .first_chunk()
-        .expect("HMAC-SHA256 has 32 bytes");
-    Ok(Token {
-        value,
-        generation: 0,
-        identity: Identity::Caller(hash),
-    })
+    Ok(value)
 }
 
 /// Why there is no credential for a call.

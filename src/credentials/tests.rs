@@ -31,6 +31,15 @@ fn start_with(source: Source, proxy: Option<reqwest::Url>) -> Credentials {
     Credentials::start(config, Metrics::new()).unwrap()
 }
 
+/// As the server does it.
+async fn resolve(credentials: &Credentials, metadata: &HeaderMap) -> Result<Auth, Error> {
+    let caller = match credentials.token_hash(metadata) {
+        Some(hash) => Caller::Token(hash),
+        None => Caller::Connection(1),
+    };
+    credentials.resolve(metadata, caller, soon()).await
+}
+
 fn soon() -> Deadline {
     Deadline::after(Duration::from_secs(10))
 }
@@ -53,11 +62,7 @@ fn key(secret: &str) -> Arc<AccessKey> {
 }
 
 async fn token_of(credentials: &Credentials) -> Token {
-    match credentials
-        .resolve(&HeaderMap::new(), soon())
-        .await
-        .unwrap()
-    {
+    match resolve(credentials, &HeaderMap::new()).await.unwrap() {
         Auth::Token(token) => token,
         Auth::Key(_) => panic!("a token is expected"),
     }
@@ -82,7 +87,7 @@ async fn callers_bring_exactly_one_well_formed_token() {
     assert!(*credentials.ready().borrow());
     assert_eq!(credentials.owner(), Owner::Caller);
     for (name, tokens, expected) in cases {
-        let resolved = credentials.resolve(&with_tokens(tokens), soon()).await;
+        let resolved = resolve(&credentials, &with_tokens(tokens)).await;
 
         assert_eq!(
             resolved.as_ref().map(drop),
@@ -101,7 +106,7 @@ async fn callers_are_told_apart_by_their_token_and_never_mixed_with_the_facade()
     let (credentials, other_process) = (start(Source::Caller), start(Source::Caller));
     let identity = async |credentials: &Credentials, token: &[u8]| {
         let metadata = with_tokens(&[token]);
-        let auth = credentials.resolve(&metadata, soon()).await.unwrap();
+        let auth = resolve(credentials, &metadata).await.unwrap();
         auth.identity()
     };
 
@@ -118,8 +123,7 @@ async fn callers_are_told_apart_by_their_token_and_never_mixed_with_the_facade()
 async fn a_token_of_the_facade_is_used_whatever_the_caller_brings() {
     let credentials = start(Source::Token(secret::parse_token("ours").unwrap()));
 
-    let auth = credentials
-        .resolve(&with_tokens(&[b"theirs", b"theirs"]), soon())
+    let auth = resolve(&credentials, &with_tokens(&[b"theirs", b"theirs"]))
         .await
         .unwrap();
 
@@ -148,7 +152,7 @@ async fn the_chain_takes_environment_then_profile_then_metadata() {
     ];
 
     for (expected, source) in cases {
-        let resolved = start(source).resolve(&HeaderMap::new(), soon()).await;
+        let resolved = resolve(&start(source), &HeaderMap::new()).await;
 
         let Ok(Auth::Key(key)) = resolved else {
             panic!("{expected}: a key is expected");
@@ -323,7 +327,7 @@ async fn no_source_shows_a_secret_in_log_debug_or_error() {
         for start in [start, start_directly] {
             let credentials = start(source.clone());
             let metadata = with_tokens(&[b"canary-caller"]);
-            let resolved = credentials.resolve(&metadata, soon()).await;
+            let resolved = resolve(&credentials, &metadata).await;
             if let Ok(auth) = &resolved {
                 let renewed = credentials.refresh(auth, soon()).await;
                 tracing::trace!(?renewed);

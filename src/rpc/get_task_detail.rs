@@ -9,7 +9,7 @@ use crate::{
     call::Call,
     error::{Error, FailedLookup, Violation},
     pb::{GetTaskDetailRequest, GetTaskDetailResponse, SubTask},
-    upstream::{TaskQuery, wire},
+    upstream::{LookupContext, TaskQuery, wire},
 };
 
 const MAX_ID: usize = 64;
@@ -27,11 +27,11 @@ pub(super) async fn handle(
     facade.check_allowed(&query.project_id)?;
     let auth = facade
         .credentials
-        .resolve(metadata, call.deadline)
+        .resolve(metadata, call.caller, call.deadline)
         .await
         .map_err(Error::Credentials)?;
     let key = facade.coalescer.key(auth.identity(), query);
-    let span = call.record.span().cloned();
+    let (caller, span) = (call.caller, call.record.span().cloned());
     let lookup = facade.coalescer.look_up(
         &key,
         call.deadline,
@@ -42,10 +42,14 @@ pub(super) async fn handle(
             let (upstream, key) = (facade.upstream.clone(), Arc::clone(&key));
             let (mut auth, span) = (auth.clone(), span.clone());
             async move {
-                let span = span.as_ref();
-                upstream
-                    .show_task_detail(&key.query, &mut auth, &deadline, &progress, span)
-                    .await
+                let lookup = LookupContext {
+                    query: &key.query,
+                    caller,
+                    deadline: &deadline,
+                    progress: &progress,
+                    span: span.as_ref(),
+                };
+                upstream.show_task_detail(&mut auth, lookup).await
             }
         },
     );

@@ -19,6 +19,9 @@ use crate::{
 
 /// The task service as the server calls it, once a call has passed the edge's checks.
 pub trait Service: Clone + Send + Sync + 'static {
+    /// The keyed hash of the caller's token, if callers bring their own and this one's is well-formed.
+    fn token_hash(&self, metadata: &HeaderMap) -> Option<[u8; 16]>;
+
     /// `GetTaskDetail`.
     fn get_task_detail(
         &self,
@@ -64,6 +67,10 @@ impl Facade {
 }
 
 impl Service for Facade {
+    fn token_hash(&self, metadata: &HeaderMap) -> Option<[u8; 16]> {
+        self.credentials.token_hash(metadata)
+    }
+
     fn get_task_detail(
         &self,
         call: &mut Call,

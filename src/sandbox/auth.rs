@@ -78,7 +78,10 @@ fn check_signature(request: &Request<Bytes>, state: &mut State) -> Result<(), Re
     let date = single(headers, "x-sdk-date").ok_or_else(|| rejection("x-sdk-date not found"))?;
     let signed_at = parse_date(date).ok_or_else(|| rejection("x-sdk-date is malformed"))?;
     if now.duration_since(signed_at).abs() > WINDOW {
-        return Err(rejection("x-sdk-date is more than 15 minutes off"));
+        return Err(rejection(&format!(
+            "signature expired, signature time:{date},server time:{}",
+            now.strftime("%Y%m%dT%H%M%SZ")
+        )));
     }
     for name in ["host", "x-sdk-date"] {
         if !authorization

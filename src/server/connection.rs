@@ -2,6 +2,7 @@
 
 use std::{convert::Infallible, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
+use aws_lc_rs::digest;
 use hyper::{server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
@@ -10,15 +11,16 @@ use tokio::{
     sync::{Semaphore, watch},
     time::{Instant, sleep, timeout},
 };
+use tokio_rustls::server::TlsStream;
 
 use super::{
     Timings,
-    edge::Edge,
+    edge::{self, Edge},
     preface::{self, Greeted},
     stream::Streams,
     tls::Tls,
 };
-use crate::{rpc::Service, telemetry::Peer};
+use crate::{caller::Caller, rpc::Service, telemetry::Peer};
 
 /// Streams of one connection at once; the excess gets `REFUSED_STREAM`, which a client may repeat.
 const MAX_STREAMS: u32 = 100;
@@ -64,8 +66,9 @@ pub(super) async fn serve<S: Service>(
     let Ok(socket) = TcpStream::from_std(socket) else {
         return false;
     };
+    let connection = Caller::Connection(fastrand::u64(..));
     match &shared.tls {
-        None => greet_and_serve(socket, peer, &shared, phase).await,
+        None => greet_and_serve(socket, peer, connection, &shared, phase).await,
         Some(tls) => {
             // In boxes, here and below, which the rest of the connection's life does not keep.
             let handshake = Box::pin(timeout(
@@ -73,7 +76,10 @@ pub(super) async fn serve<S: Service>(
                 tls.handshake(socket),
             ));
             match before_drain(handshake, phase.clone()).await {
-                Some(Ok(Some(io))) => greet_and_serve(io, peer, &shared, phase).await,
+                Some(Ok(Some(io))) => {
+                    let caller = client_certificate(&io).unwrap_or(connection);
+                    greet_and_serve(io, peer, caller, &shared, phase).await
+                }
                 _ => false,
             }
         }
@@ -83,6 +89,7 @@ pub(super) async fn serve<S: Service>(
 async fn greet_and_serve<S: Service, I>(
     io: I,
     peer: SocketAddr,
+    caller: Caller,
     shared: &Arc<Shared<S>>,
     phase: watch::Receiver<Phase>,
 ) -> bool
@@ -92,11 +99,23 @@ where
     let greeting = Box::pin(timeout(shared.timings.preface_timeout, preface::read(io)));
     match before_drain(greeting, phase.clone()).await {
         Some(Ok(Some(io))) => {
-            http2(io, peer, shared, phase).await;
+            http2(io, peer, caller, shared, phase).await;
             true
         }
         _ => false,
     }
+}
+
+/// The caller that a client certificate stands for.
+fn client_certificate(io: &TlsStream<TcpStream>) -> Option<Caller> {
+    let (_, tls) = io.get_ref();
+    let certificate = tls.peer_certificates()?.first()?;
+    let digest = digest::digest(&digest::SHA256, certificate);
+    digest
+        .as_ref()
+        .first_chunk()
+        .copied()
+        .map(Caller::Certificate)
 }
 
 /// `event`, unless a drain leaves it behind.
@@ -116,19 +135,23 @@ async fn go_away(phase: &mut watch::Receiver<Phase>) {
 async fn http2<S: Service, I>(
     io: Greeted<I>,
     peer: SocketAddr,
+    caller: Caller,
     shared: &Arc<Shared<S>>,
     mut phase: watch::Receiver<Phase>,
 ) where
     I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let timings = &shared.timings;
-    let own = Arc::new(Semaphore::new(OWN_STREAMS));
-    let peer = Arc::new(Peer::new(peer));
+    let connection = Arc::new(edge::Connection {
+        peer: Arc::new(Peer::new(peer)),
+        caller,
+        auxiliary: Arc::new(Semaphore::new(OWN_STREAMS)),
+    });
     let service = service_fn(|request| {
-        let (shared, own, peer) = (Arc::clone(shared), Arc::clone(&own), Arc::clone(&peer));
+        let (shared, connection) = (Arc::clone(shared), Arc::clone(&connection));
         // In a box, because each future on its way would hold it once more, and every call pays for moving it.
         let request = Box::new(request);
-        async move { Ok::<_, Infallible>(shared.edge.answer(peer, &own, request).await) }
+        async move { Ok::<_, Infallible>(shared.edge.answer(&connection, request).await) }
     });
     let mut connection = pin!(
         http2::Builder::new(Streams)

@@ -20,9 +20,11 @@ use super::{
     reply::{self, REQUEST_ID, Reply},
 };
 use crate::{
-    call::Call,
+    call::{Call, Permit},
+    caller::Caller,
     deadline::{Deadline, parse_grpc_timeout},
     error::Error,
+    fair_limit::FairLimit,
     method::Method,
     pb::GetTaskDetailResponse,
     rpc::Service,
@@ -33,8 +35,18 @@ use crate::{
 #[derive(Debug, Clone)]
 pub(super) struct Limits {
     /// Unary calls of the task service.
-    pub(super) in_flight: Arc<Semaphore>,
+    pub(super) in_flight: Arc<FairLimit>,
     /// Auxiliary streams (health, reflection, requests that are not gRPC), beyond those that each connection has for itself.
+    pub(super) auxiliary: Arc<Semaphore>,
+}
+
+/// What all calls of one connection share.
+#[derive(Debug)]
+pub(super) struct Connection {
+    pub(super) peer: Arc<Peer>,
+    /// Who calls, if calls carry no token of their own.
+    pub(super) caller: Caller,
+    /// The permits for auxiliary streams that no other connection can take.
     pub(super) auxiliary: Arc<Semaphore>,
 }
 
@@ -54,14 +66,18 @@ pub(super) struct Edge<S> {
 }
 
 impl<S: Service> Edge<S> {
-    /// Answers one request, whatever it is. `own` are the permits for auxiliary streams of its connection.
+    /// Answers one request, whatever it is.
     pub(super) async fn answer(
         &self,
-        peer: Arc<Peer>,
-        own: &Arc<Semaphore>,
+        connection: &Connection,
         request: Box<Request<Incoming>>,
     ) -> Response<Reply> {
+        let own = &connection.auxiliary;
         let headers = request.headers();
+        let caller = match self.tasks.token_hash(headers) {
+            Some(hash) => Caller::Token(hash),
+            None => connection.caller,
+        };
         let method = Method::from_path(request.uri().path());
         let caller_timeout = caller_timeout(headers);
         let timeout = match caller_timeout {
@@ -73,10 +89,12 @@ impl<S: Service> Edge<S> {
             method,
             request_id(headers),
             timeout,
-            peer,
+            Arc::clone(&connection.peer),
             headers,
         );
-        let call = Box::new(Call::new(Deadline::after(timeout), record));
+        let caller_deadline = caller_timeout.ok().flatten().map(Deadline::after);
+        let deadline = Deadline::after(timeout);
+        let call = Box::new(Call::new(deadline, caller_deadline, caller, record));
 
         if request.method() != HttpMethod::POST {
             let text = "gRPC calls use POST\n";
@@ -88,12 +106,9 @@ impl<S: Service> Edge<S> {
             let status = StatusCode::UNSUPPORTED_MEDIA_TYPE;
             return self.not_grpc(call, own, request, status, text).await;
         }
-        let caller_timeout = match caller_timeout {
-            Ok(timeout) => timeout,
-            Err(text) => {
-                return reply::failure(call, &Error::Protocol(Code::InvalidArgument, text));
-            }
-        };
+        if let Err(text) = caller_timeout {
+            return reply::failure(call, &Error::Protocol(Code::InvalidArgument, text));
+        }
         match method {
             Method::GetTaskDetail => self.unary(call, request).await,
             Method::HealthCheck => {
@@ -102,11 +117,11 @@ impl<S: Service> Edge<S> {
             }
             // A stream ends with the caller's deadline, not with the server's maximum.
             Method::HealthWatch => {
-                let until = caller_timeout.map(Deadline::after);
+                let until = call.caller_deadline;
                 self.auxiliary(call, own, until, request).await
             }
             Method::Reflection if self.reflection => {
-                let until = caller_timeout.map(Deadline::after);
+                let until = call.caller_deadline;
                 self.auxiliary(call, own, until, request).await
             }
             Method::Reflection | Method::Other => {
@@ -118,10 +133,10 @@ impl<S: Service> Edge<S> {
 
     /// A unary call of the task service.
     async fn unary(&self, mut call: Box<Call>, request: Box<Request<Incoming>>) -> Response<Reply> {
-        let Ok(permit) = Arc::clone(&self.limits.in_flight).try_acquire_owned() else {
+        let Some(permit) = self.limits.in_flight.try_acquire(call.caller) else {
             return reply::failure(call, &Error::Overloaded);
         };
-        call.hold(permit);
+        call.hold(Permit::InFlight(permit));
         let result = self.get_task_detail(&mut call, request).await;
         match result.and_then(|message| message::encode(&message)) {
             Ok(message) => reply::unary(call, message),
@@ -169,7 +184,7 @@ impl<S: Service> Edge<S> {
         let Some(permit) = self.auxiliary_permit(own) else {
             return reply::failure(call, &Error::Overloaded);
         };
-        call.hold(permit);
+        call.hold(Permit::Auxiliary(permit));
         let answer = AssertUnwindSafe(self.auxiliary.clone().call(*request)).catch_unwind();
         // In a box, because it is larger than everything that a call of the task service needs.
         match Box::pin(call.deadline.bound(answer)).await {
@@ -193,7 +208,7 @@ impl<S: Service> Edge<S> {
         text: &'static str,
     ) -> Response<Reply> {
         if let Some(permit) = self.auxiliary_permit(own) {
-            call.hold(permit);
+            call.hold(Permit::Auxiliary(permit));
             let mut rest = Limited::new(request.into_body(), message::MAX_BYTES);
             let end = async { while let Some(Ok(_)) = rest.frame().await {} };
             // A body that is too long or too slow is answered before its end.

@@ -40,7 +40,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub use options::{Options, Timings};
 
-use crate::{rpc::Service, telemetry::Sinks};
+use crate::{fair_limit::FairLimit, rpc::Service, telemetry::Sinks};
 
 /// How much of the shutdown grace is kept for telling calls that they are cut off, and for ending.
 const MAX_FAREWELL: Duration = Duration::from_millis(500);
@@ -109,7 +109,7 @@ where
     let health = health::Health::new(serving).await;
     let routes = health.routes(options.reflection);
     let limits = edge::Limits {
-        in_flight: Arc::new(Semaphore::new(options.max_in_flight)),
+        in_flight: FairLimit::new(options.max_in_flight),
         auxiliary: Arc::new(Semaphore::new(options.max_connections)),
     };
     let cut = CancellationToken::new();
@@ -181,7 +181,7 @@ where
     if timeout_at(end - farewell, tracker.wait()).await.is_err() {
         tracing::warn!(
             connections = options.max_connections - connections.available_permits(),
-            calls = options.max_in_flight - limits.in_flight.available_permits(),
+            calls = limits.in_flight.held(),
             "cut off at the end of the shutdown grace"
         );
         cut.cancel();

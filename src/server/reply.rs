@@ -88,7 +88,9 @@ pub(super) fn failure(mut call: Box<Call>, error: &Error) -> Response<Reply> {
     let failure = Failure::from_error(error);
     call.record.fail(failure.reason);
     call.record.finish(failure.code);
-    let mut response: Response<Reply> = failure.to_status(call.record.request_id()).into_http();
+    let mut response: Response<Reply> = failure
+        .to_status(call.record.request_id(), call.caller_remaining())
+        .into_http();
     let headers = response.headers_mut();
     headers.insert(REQUEST_ID, id_value(&call));
     if failure.code == Code::Unimplemented {
@@ -151,7 +153,7 @@ fn write_trailers(failure: &Failure<'_>, headers: &mut HeaderMap, call: &mut Cal
     call.record.fail(failure.reason);
     call.record.finish(failure.code);
     failure
-        .to_status(call.record.request_id())
+        .to_status(call.record.request_id(), call.caller_remaining())
         .add_header(headers)
         .expect("code, message and details are valid header values");
 }

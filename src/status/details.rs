@@ -22,11 +22,11 @@ pub(super) const MAX_DETAILS_BYTES: usize = 4096;
 
 const AUTHORIZATION_KEY: &str = "encodedAuthorizationMessage";
 
-pub(super) fn write(failure: &Failure<'_>, request_id: &str) -> Status {
+pub(super) fn write(failure: &Failure<'_>, request_id: &str, remaining: Duration) -> Status {
     let mut authorization = failure.encoded_authorization_message.unwrap_or_default();
     let mut violations = failure.violations;
     loop {
-        let status = build(failure, request_id, authorization, violations);
+        let status = build(failure, request_id, remaining, authorization, violations);
         let over = status.details().len().saturating_sub(MAX_DETAILS_BYTES);
         if over > 0 && !authorization.is_empty() {
             let keep = authorization.len().saturating_sub(over);
@@ -43,6 +43,7 @@ pub(super) fn write(failure: &Failure<'_>, request_id: &str) -> Status {
 fn build(
     failure: &Failure<'_>,
     request_id: &str,
+    remaining: Duration,
     authorization: &str,
     violations: &[crate::error::Violation],
 ) -> Status {
@@ -63,7 +64,7 @@ fn build(
     }
     if let Some(wait) = failure.retry_after {
         details.set_retry_info(Some(wait));
-        metadata.insert("grpc-retry-pushback-ms", milliseconds(wait).into());
+        metadata.insert("grpc-retry-pushback-ms", pushback(wait, remaining));
     }
     if failure.reason == Reason::Throttled {
         details.add_quota_failure_violation(
@@ -122,9 +123,14 @@ pub(crate) fn upstream_id_value(facts: &Facts) -> Option<HeaderValue> {
     Some(value)
 }
 
-/// Rounded up, so that nobody comes back too early.
-fn milliseconds(wait: Duration) -> u64 {
-    u64::try_from(wait.as_micros().div_ceil(1000)).unwrap_or(u64::MAX)
+/// When a client with a retry policy should retry, in milliseconds, rounded up. Negative, which means never, if that is after its
+/// deadline: it would wait in vain and lose this status (gRFC A6).
+fn pushback(wait: Duration, remaining: Duration) -> HeaderValue {
+    if wait >= remaining {
+        return HeaderValue::from_static("-1");
+    }
+    let milliseconds = wait.as_micros().div_ceil(1000);
+    HeaderValue::from(u64::try_from(milliseconds).unwrap_or(u64::MAX))
 }
 
 /// Type and description of what is missing.

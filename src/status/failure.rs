@@ -10,7 +10,7 @@ use crate::{
     error::{Error, FailedLookup, Violation},
     reason::Reason,
     telemetry::Facts,
-    upstream::{self, Rejection, verdict::Resource},
+    upstream::{self, Rejection, throttling_text::Subject, verdict::Resource},
 };
 
 /// An overloaded server is worth another try this soon: calls end within seconds.
@@ -34,7 +34,7 @@ pub struct Failure<'a> {
     pub(super) facts: Option<&'a Facts>,
     pub(super) violations: &'a [Violation],
     /// Whose calls are counted, of a throttled call.
-    pub(super) throttled_subject: Option<&'a str>,
+    pub(super) throttled_subject: Option<&'static str>,
     /// What is missing, and its name.
     pub(super) resource: Option<(Resource, &'a str)>,
     pub(super) encoded_authorization_message: Option<&'a str>,
@@ -103,9 +103,10 @@ impl<'a> Failure<'a> {
         }
     }
 
-    /// The status, with all its details.
-    pub fn to_status(&self, request_id: &str) -> Status {
-        details::write(self, request_id)
+    /// The status, with all its details. `remaining` is the time that the caller has left: a client is told not to retry if the wait is
+    /// longer.
+    pub fn to_status(&self, request_id: &str, remaining: Duration) -> Status {
+        details::write(self, request_id, remaining)
     }
 
     fn from_credentials(error: &credentials::Error) -> Self {
@@ -162,9 +163,13 @@ impl<'a> Failure<'a> {
             upstream::Error::ClockSkew => {
                 Self::new(Code::Unauthenticated, Reason::ClockSkew).owned(lookup.owner)
             }
-            upstream::Error::Throttled { retry_after } => {
-                Self::new(Code::ResourceExhausted, Reason::Throttled).after(*retry_after)
-            }
+            upstream::Error::Throttled {
+                retry_after,
+                subject,
+            } => Self {
+                throttled_subject: subject.map(Subject::as_str),
+                ..Self::new(Code::ResourceExhausted, Reason::Throttled).after(*retry_after)
+            },
             upstream::Error::Credentials(error) => Self::from_credentials(error),
             upstream::Error::Panicked => Self::new(Code::Internal, Reason::Internal),
         }
@@ -199,7 +204,7 @@ impl<'a> Failure<'a> {
         Self {
             message,
             retry_after: rejection.retry_after,
-            throttled_subject: rejection.throttled_subject.as_deref(),
+            throttled_subject: rejection.throttled_subject.map(Subject::as_str),
             resource,
             encoded_authorization_message: rejection.encoded_authorization_message.as_deref(),
             // Quotas, rights and what can be seen all depend on whose credential asked.

@@ -121,6 +121,8 @@ pub struct Metrics {
     pub log_lines_suppressed: Counter,
     /// 1 while the breaker holds calls back.
     pub circuit_open: Gauge,
+    /// Instances whose calls are held back because attempts about them keep failing.
+    pub instances_held_back: Gauge,
     /// Spans that the collector took.
     pub spans_exported: Counter,
     /// Spans dropped because the queue was full, and because no export brought them to the collector.
@@ -256,6 +258,7 @@ impl Metrics {
             log_lines_dropped: Counter::default(),
             log_lines_suppressed: Counter::default(),
             circuit_open: Gauge::default(),
+            instances_held_back: Gauge::default(),
             spans_exported: Counter::default(),
             spans_dropped,
         };
@@ -320,6 +323,11 @@ impl Metrics {
             "rds_circuit_open",
             "1 while calls are held back because RDS is down",
             self.circuit_open.clone(),
+        );
+        r.register(
+            "rds_circuit_open_instances",
+            "Instances whose calls are held back because attempts about them keep failing",
+            self.instances_held_back.clone(),
         );
         r.register(
             "trace_spans_exported",

@@ -1,9 +1,6 @@
 //! One attempt: admission, one exchange, and what its end means for the caller, the breaker and the key.
 
-use std::{
-    sync::Arc,
-    time::{Duration, SystemTime},
-};
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use http::{HeaderMap, header::CONTENT_ENCODING};
@@ -11,23 +8,29 @@ use tokio::time::Instant;
 
 use super::{
     Client, Error, Rejection, breaker,
+    client::LookupContext,
+    clock,
+    key_evidence::KeyEvidence,
     rejection::{self, KEY_LOCK},
     request::TaskRequest,
     retry,
+    throttle::HeldBack,
     verdict::{Credential, Repeat},
     wire::{NotATask, TaskDetail, parse_task_detail},
 };
 use crate::{
-    credentials::{self, Auth, Identity, key_guard},
-    deadline::SharedDeadline,
+    credentials::{self, Auth, key_guard},
     http_client::{Error as HttpError, Response},
     reason::Reason,
-    telemetry::{AttemptRecord, Facts, Progress, ServerSpan, metrics::AttemptOutcome},
+    telemetry::{AttemptRecord, Facts, Progress, metrics::AttemptOutcome},
     wait,
 };
 
 /// An attempt does not start with less than this left: no answer could come in time.
 const FLOOR: Duration = Duration::from_millis(2);
+
+/// A timeout that fires later than this is no evidence against upstream.
+const MAX_LATENESS: Duration = Duration::from_millis(100);
 
 /// Stands for a body that says nothing: no JSON, so that only the status counts.
 const UNREADABLE: &[u8] = b"?";
@@ -107,8 +110,8 @@ impl FailedAttempt {
     }
 }
 
-fn backoff_if(repeatable: bool) -> retry::Advice {
-    retry::Advice::repeat(if repeatable {
+fn backoff_if(retryable: bool) -> retry::Advice {
+    retry::Advice::repeat(if retryable {
         Repeat::Backoff
     } else {
         Repeat::Never
@@ -116,53 +119,69 @@ fn backoff_if(repeatable: bool) -> retry::Advice {
 }
 
 impl Client {
+    /// Makes one attempt: waits until it is admitted, sends the request, and draws the conclusions for breaker, key and windows.
     pub(super) async fn attempt(
         &self,
         request: &TaskRequest<'_>,
         auth: &Auth,
         clock_corrected: bool,
-        deadline: &SharedDeadline,
-        progress: &Progress,
-        span: Option<&Arc<ServerSpan>>,
+        lookup: &LookupContext<'_>,
     ) -> Result<TaskDetail, FailedAttempt> {
         let endpoint = &*self.endpoint;
-        if deadline.deadline().remaining() < FLOOR {
+        let deadline = lookup.deadline.deadline();
+        if deadline.remaining() < FLOOR {
             return Err(FailedAttempt::permanent(
                 Error::DeadlineExceeded,
                 Reason::DeadlineExceeded,
             ));
         }
-        self.admit(auth.identity(), deadline).await?;
+        let identity = auth.identity();
+        let attempt = breaker::Attempt {
+            query: lookup.query,
+            identity,
+            caller: lookup.caller,
+        };
+        endpoint.throttle.check(identity).map_err(held_back)?;
         let key = match auth {
             Auth::Token(_) => None,
-            Auth::Key(key) => Some(
-                key.guard
-                    .admit(deadline.deadline())
-                    .await
-                    .map_err(refused)?,
-            ),
+            Auth::Key(key) => {
+                let admission = key.guard.admit(&lookup.query.project_id, deadline);
+                Some(admission.await.map_err(refused)?)
+            }
         };
-        let admission = endpoint.breaker.admit().map_err(circuit_open)?;
+        if let Some(pacing) = &endpoint.pacing {
+            // An attempt that the breaker holds back takes no turn.
+            endpoint.breaker.check(attempt).map_err(circuit_open)?;
+            let turn = pacing.turn(identity, lookup.caller, deadline).await;
+            turn.map_err(|retry_after| {
+                held_back(HeldBack {
+                    retry_after,
+                    subject: None,
+                })
+            })?;
+            // The vendor may have throttled another call in the meantime.
+            endpoint.throttle.check(identity).map_err(held_back)?;
+        }
+        let admission = endpoint.breaker.admit(attempt).map_err(circuit_open)?;
 
         let signed = Signed {
             at: endpoint.clock.now(),
             clock_corrected,
         };
+        let progress = lookup.progress;
         let mut resend_count = 0;
         progress.update(|facts| {
             resend_count = facts.attempts;
             facts.attempts += 1;
         });
-        let mut record = AttemptRecord::start(&endpoint.metrics, request.url(), span, resend_count);
+        let mut record =
+            AttemptRecord::start(&endpoint.metrics, request.url(), lookup.span, resend_count);
         let until = Instant::now() + endpoint.options.attempt_timeout;
         let message = request.with(auth, signed.at, &record);
         let mut answer = match tokio::time::timeout_at(until, self.http.send(message)).await {
             Ok(Ok(answer)) => answer,
             Ok(Err(failure)) => return Err(end_without_answer(record, admission, failure)),
-            Err(_) => {
-                record.finish(AttemptOutcome::Timeout);
-                return Err(FailedAttempt::timeout(true));
-            }
+            Err(_) => return Err(timed_out(record, admission, until, true)),
         };
         progress.update(|facts| {
             facts.http_status = Some(answer.status());
@@ -172,13 +191,10 @@ impl Client {
         });
         let body = match tokio::time::timeout_at(until, answer.body()).await {
             Ok(Ok(body)) => body,
-            // An error's status says what it has to say even if its body is cut off, stalls or is a huge page.
+            // A non-200 reply is judged by its status even if its body cannot be read.
             Ok(Err(_)) | Err(_) if answer.status() != 200 => Bytes::from_static(UNREADABLE),
             Ok(Err(failure)) => return Err(end_without_answer(record, admission, failure)),
-            Err(_) => {
-                record.finish(AttemptOutcome::Timeout);
-                return Err(FailedAttempt::timeout(false));
-            }
+            Err(_) => return Err(timed_out(record, admission, until, false)),
         };
         record.finish(AttemptOutcome::Answer);
         let understood = self.understand(&answer, &body, signed, admission, key, progress);
@@ -187,28 +203,9 @@ impl Client {
             ..
         }) = &understood
         {
-            endpoint.throttle.learn(auth.identity(), rejection);
+            endpoint.throttle.learn(identity, rejection);
         }
         understood
-    }
-
-    /// Waits until neither the vendor's rate nor our own holds the identity back.
-    async fn admit(
-        &self,
-        identity: Identity,
-        deadline: &SharedDeadline,
-    ) -> Result<(), FailedAttempt> {
-        let endpoint = &*self.endpoint;
-        endpoint.throttle.check(identity).map_err(held_back)?;
-        if let Some(rate) = &endpoint.rate {
-            // An attempt that the breaker stops takes no turn. The place of a probe is free again at once.
-            endpoint.breaker.admit().map_err(circuit_open)?;
-            let turn = rate.turn(identity, deadline.deadline());
-            turn.await.map_err(held_back)?;
-            // The vendor may have throttled another call in the meantime.
-            endpoint.throttle.check(identity).map_err(held_back)?;
-        }
-        Ok(())
     }
 
     fn understand(
@@ -225,7 +222,7 @@ impl Client {
             (200, true) => return Err(malformed(admission)),
             (200, false) => match parse_task_detail(body) {
                 Ok(task) => {
-                    admission.answered();
+                    admission.succeeded();
                     if let Some(key) = key {
                         key.accepted();
                     }
@@ -242,7 +239,7 @@ impl Client {
         if rejection.verdict.trips_breaker {
             admission.failed();
         } else {
-            admission.answered();
+            admission.succeeded();
         }
         progress.update(|known| {
             *known = Facts {
@@ -256,7 +253,7 @@ impl Client {
         })
     }
 
-    /// A refused signature is never repeated, because failures lock the key; only a wrong clock is worth one more.
+    /// A refused signature is never retried, because failures lock the key; only a wrong clock is worth one more attempt.
     fn with_key(
         &self,
         rejection: Rejection,
@@ -265,45 +262,73 @@ impl Client {
         signed: Signed,
         key: key_guard::Admission<'_>,
     ) -> FailedAttempt {
-        if rejection.lock_announced {
-            key.signature_refused(true);
-            return refused(credentials::Error::Locked {
-                retry_after: KEY_LOCK,
-            });
-        }
-        if !rejection.signature_refused {
-            // The service itself answered, so the gateway has let the signature pass.
-            if facts
-                .upstream_code
-                .as_deref()
-                .is_some_and(|code| code.starts_with("DBS."))
-            {
-                key.accepted();
+        let clock = &self.endpoint.clock;
+        let clock_skew = |remedy| FailedAttempt {
+            remedy,
+            ..FailedAttempt::permanent(Error::ClockSkew, Reason::ClockSkew)
+        };
+        // The time of day by a proxy or by the gateway; believed only if it explains the refusal.
+        let date = wait::date(headers).filter(|date| clock::is_skewed(*date, signed.at));
+        match rejection.key_evidence {
+            KeyEvidence::None => {
+                // The service itself replied, so the gateway has accepted the signature.
+                let code = facts.upstream_code.as_deref().unwrap_or_default();
+                if code.starts_with("DBS.") {
+                    key.accepted();
+                }
+                FailedAttempt::rejected(rejection)
             }
-            return FailedAttempt::rejected(rejection);
-        }
-        let learn = |date| self.endpoint.clock.learn(date, signed.at);
-        let skewed = wait::date(headers).is_some_and(learn);
-        // A wrong clock says nothing about the key, unless the corrected one is refused too.
-        if !skewed || signed.clock_corrected {
-            key.signature_refused(false);
-        }
-        if skewed || signed.clock_corrected {
-            return FailedAttempt {
-                remedy: Remedy::SignAgain,
-                ..FailedAttempt::permanent(Error::ClockSkew, Reason::ClockSkew)
-            };
-        }
-        // A temporary key may have been withdrawn. This call is not repeated all the same: keys never are.
-        FailedAttempt {
-            remedy: Remedy::RefreshCredential,
-            ..FailedAttempt::rejected(rejection)
+            KeyEvidence::Locked => {
+                key.locked();
+                refused(credentials::Error::Locked {
+                    retry_after: KEY_LOCK,
+                })
+            }
+            // A wrong clock says nothing about the key.
+            KeyEvidence::Expired { .. } if signed.clock_corrected => {
+                clock.reset();
+                clock_skew(Remedy::None)
+            }
+            KeyEvidence::Expired { server_time } => {
+                let corrected = server_time
+                    .or(date)
+                    .is_some_and(|gateway| clock.correct(gateway));
+                clock_skew(if corrected {
+                    Remedy::SignAgain
+                } else {
+                    Remedy::None
+                })
+            }
+            KeyEvidence::Rejected if signed.clock_corrected => {
+                clock.reset();
+                key.rejected();
+                clock_skew(Remedy::None)
+            }
+            KeyEvidence::Rejected => {
+                if date.is_some_and(|gateway| clock.correct(gateway)) {
+                    return clock_skew(Remedy::SignAgain);
+                }
+                key.rejected();
+                // Requests a new key, which a temporary key that was withdrawn needs, but does not retry this call.
+                FailedAttempt {
+                    remedy: Remedy::RefreshCredential,
+                    ..FailedAttempt::rejected(rejection)
+                }
+            }
         }
     }
 }
 
-fn held_back(retry_after: Duration) -> FailedAttempt {
-    FailedAttempt::permanent(Error::Throttled { retry_after }, Reason::Throttled)
+fn held_back(held_back: HeldBack) -> FailedAttempt {
+    let HeldBack {
+        retry_after,
+        subject,
+    } = held_back;
+    let error = Error::Throttled {
+        retry_after,
+        subject,
+    };
+    FailedAttempt::permanent(error, Reason::Throttled)
 }
 
 fn circuit_open(retry_after: Duration) -> FailedAttempt {
@@ -311,7 +336,7 @@ fn circuit_open(retry_after: Duration) -> FailedAttempt {
 }
 
 fn malformed(admission: breaker::Admission<'_>) -> FailedAttempt {
-    admission.answered();
+    admission.succeeded();
     FailedAttempt::permanent(Error::Malformed, Reason::UpstreamMalformedResponse)
 }
 
@@ -337,12 +362,26 @@ fn end_without_answer(
     failure: HttpError,
 ) -> FailedAttempt {
     record.fail(failure.reason);
-    if failure.reason == Reason::UpstreamResponseTooLarge {
-        admission.answered();
-    } else {
-        admission.failed();
+    match failure.reason {
+        // A peer that replies is up, whether or not its reply can be read.
+        Reason::UpstreamResponseTooLarge | Reason::UpstreamProtocol => admission.succeeded(),
+        _ => admission.failed(),
     }
     FailedAttempt::transport(failure)
+}
+
+fn timed_out(
+    record: AttemptRecord<'_>,
+    admission: breaker::Admission<'_>,
+    until: Instant,
+    before_head: bool,
+) -> FailedAttempt {
+    record.finish(AttemptOutcome::Timeout);
+    // A timer that fires late shows that this process is starved, not that upstream is slow.
+    if until.elapsed() < MAX_LATENESS {
+        admission.failed();
+    }
+    FailedAttempt::timeout(before_head)
 }
 
 /// No encoding was asked for, so none can be undone.

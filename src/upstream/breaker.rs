@@ -1,12 +1,21 @@
-//! Holds calls back while upstream is down: opens when half of at least twenty attempts in ten seconds failed, lets one
-//! probe through every second and a half, and closes when a probe brings any answer that is no failure.
+//! Holds calls back while upstream is down, on two levels: one instance, and the endpoint as a whole.
 //!
-//! Failures are transport failures and 502, 503 and 504. Other answers, timeouts of ours and cancellations are none: an
-//! upstream that answers slowly or refuses is up.
+//! An *instance* whose attempts fail again and again is held back alone: one probe every second and a half. A call with another question
+//! about it (another task or name) than the one that failed last is a probe at once. The *endpoint* is taken to be down only if several
+//! distinct instances fail, asked for by several credentials if several are in use, and nothing has succeeded meanwhile: any reply from
+//! anywhere closes that breaker. While it is open, every caller may probe.
+//!
+//! On both levels a caller has one probe in flight, and waits for a second and a half after one that failed. So no caller's failures,
+//! whatever ids it makes up, can hold another caller back.
+//!
+//! Failures are: no connection, reset, truncation, timeout, and the statuses 502, 503 and 504. Any other reply is a success, even one
+//! that cannot be read: a peer that replies is up.
 
 use std::{
+    collections::{HashMap, HashSet, VecDeque},
+    hash::{BuildHasher as _, RandomState},
     sync::{
-        Mutex, PoisonError,
+        Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -15,218 +24,704 @@ use std::{
 use prometheus_client::metrics::gauge::Gauge;
 use tokio::time::Instant;
 
-use super::window::{Count, Window};
+use super::TaskQuery;
+use crate::{caller::Caller, credentials::Identity};
 
-const MIN_ATTEMPTS: u64 = 20;
+/// Between two probes. Short enough that service is back within two seconds after upstream is; long enough that the probes of an
+/// instance take no more than 40 of the 60 requests a minute that the vendor allows.
+const PROBE_INTERVAL: Duration = Duration::from_millis(1500);
 
-/// Short enough that service is back within two seconds after upstream is; long enough that probes take no more than
-/// 40 of the 60 calls a minute that the vendor allows.
-const OPEN_FOR: Duration = Duration::from_millis(1500);
+/// Failures in a row after which an instance is held back.
+const INSTANCE_FAILURES: u32 = 8;
+
+/// Failures without any success in between, and distinct instances among them, after which the endpoint is taken to be down.
+const ENDPOINT_FAILURES: u32 = 8;
+const ENDPOINT_INSTANCES: usize = 3;
+
+/// A failure older than this is no evidence any more.
+const MEMORY: Duration = Duration::from_secs(10);
+
+/// Failing instances that are remembered at once; the one that failed longest ago is forgotten first.
+const MAX_INSTANCES: usize = 1024;
+
+/// Callers that are remembered at once while the endpoint is down, and so probes in flight; beyond it calls are held back.
+const MAX_PROBERS: usize = 32;
 
 /// The breaker of one endpoint, shared by all workers.
 #[derive(Debug)]
 pub(super) struct Breaker {
-    attempts_and_failures: Window,
-    /// Read on every attempt; the lock is taken only while it is set.
-    tripped: AtomicBool,
+    hasher: RandomState,
+    /// Whether there is any evidence against upstream. While there is none, an attempt costs two atomic loads.
+    suspect: AtomicBool,
     state: Mutex<State>,
-    /// 1 from the opening to the probe that closes.
-    opened: Gauge,
+    /// The last two credentials in use.
+    identities: Mutex<Identities>,
+    /// 1 while the endpoint is held back.
+    endpoint_open: Gauge,
+    /// Instances that are held back.
+    instances_open: Gauge,
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Default)]
 struct State {
-    open_until: Instant,
-    probing: bool,
+    instances: HashMap<u64, Instance>,
+    /// The order of the last failures, oldest first: what is forgotten first.
+    order: VecDeque<(u64, Instant)>,
+    endpoint: Endpoint,
 }
 
-/// Permission for one attempt. Dropped without [`Admission::answered`] or [`Admission::failed`] it says nothing about
-/// upstream, and a probe's place is free again.
+/// An instance that has failed since its last success.
+#[derive(Debug)]
+struct Instance {
+    failures: u32,
+    failed_at: Instant,
+    /// What was asked when it failed last.
+    question: u64,
+    /// When the next probe may go out, once the instance is held back.
+    next_probe_at: Instant,
+    probers: Probers,
+}
+
+/// Evidence against the endpoint since the last success.
+#[derive(Debug, Default)]
+struct Endpoint {
+    failures: u32,
+    failed_at: Option<Instant>,
+    instances: HashSet<u64>,
+    identities: HashSet<Identity>,
+    open: bool,
+    probers: Probers,
+}
+
+/// The callers whose probe is in flight or has failed a moment ago.
+#[derive(Debug, Default)]
+struct Probers(HashMap<Caller, Prober>);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Prober {
+    Probing,
+    FailedAt(Instant),
+}
+
+/// Which credentials are in use: enough to know whether there is more than one.
+#[derive(Debug, Default)]
+struct Identities {
+    last: Option<(Identity, Instant)>,
+    before: Option<(Identity, Instant)>,
+}
+
+/// Who asks what.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Attempt<'a> {
+    pub(super) query: &'a TaskQuery,
+    pub(super) identity: Identity,
+    pub(super) caller: Caller,
+}
+
+/// Permission for one attempt. Dropped without [`Admission::succeeded`] or [`Admission::failed`] (a cancelled call, a fault on our own
+/// side) it is no evidence, and another call may probe.
 #[derive(Debug)]
 pub(super) struct Admission<'a> {
     breaker: &'a Breaker,
-    probe: bool,
+    instance: u64,
+    question: u64,
+    identity: Identity,
+    caller: Caller,
+    probes_instance: bool,
+    probes_endpoint: bool,
 }
 
 impl Breaker {
-    pub(super) fn new(opened: Gauge) -> Self {
+    pub(super) fn new(endpoint_open: Gauge, instances_open: Gauge) -> Self {
         Self {
-            attempts_and_failures: Window::new(),
-            tripped: AtomicBool::new(false),
-            state: Mutex::new(State {
-                open_until: Instant::now(),
-                probing: false,
-            }),
-            opened,
+            hasher: RandomState::new(),
+            suspect: AtomicBool::new(false),
+            state: Mutex::default(),
+            identities: Mutex::default(),
+            endpoint_open,
+            instances_open,
         }
     }
 
-    /// Lets an attempt pass, or tells how long to wait before the next probe may.
-    pub(super) fn admit(&self) -> Result<Admission<'_>, Duration> {
-        if !self.tripped.load(Ordering::Acquire) {
-            return Ok(Admission {
-                breaker: self,
-                probe: false,
-            });
-        }
-        let mut state = self.lock();
-        if !self.tripped.load(Ordering::Acquire) {
-            return Ok(Admission {
-                breaker: self,
-                probe: false,
-            });
-        }
-        let left = state.open_until.saturating_duration_since(Instant::now());
-        if !left.is_zero() {
-            return Err(left);
-        }
-        if state.probing {
-            // The probe's end decides; a second is a fair guess for it.
-            return Err(Duration::from_secs(1));
-        }
-        state.probing = true;
-        Ok(Admission {
+    /// Admits an attempt.
+    ///
+    /// # Errors
+    /// How long to wait before the next probe.
+    pub(super) fn admit(&self, attempt: Attempt<'_>) -> Result<Admission<'_>, Duration> {
+        let TaskQuery {
+            project_id,
+            instance_id,
+            workflow_id,
+            workflow_name,
+        } = attempt.query;
+        let mut admission = Admission {
             breaker: self,
-            probe: true,
-        })
+            instance: self.hasher.hash_one((project_id, instance_id)),
+            question: self.hasher.hash_one((workflow_id, workflow_name)),
+            identity: attempt.identity,
+            caller: attempt.caller,
+            probes_instance: false,
+            probes_endpoint: false,
+        };
+        if self.suspect.load(Ordering::Acquire) {
+            let now = Instant::now();
+            let mut state = self.lock();
+            // Both are checked before either is changed: a call that one level holds back takes no probe of the other.
+            let probes_endpoint = state.endpoint.check(attempt.caller, now)?;
+            let probes_instance = state.check_instance(&admission, now)?;
+            if probes_endpoint {
+                state.endpoint.probers.start(attempt.caller);
+            }
+            if probes_instance && let Some(instance) = state.instances.get_mut(&admission.instance)
+            {
+                instance.probers.start(attempt.caller);
+            }
+            admission.probes_endpoint = probes_endpoint;
+            admission.probes_instance = probes_instance;
+        }
+        Ok(admission)
     }
 
-    fn open(&self) {
-        let mut state = self.lock();
-        state.open_until = Instant::now() + OPEN_FOR;
-        self.tripped.store(true, Ordering::Release);
-        self.opened.set(1);
+    /// Whether the attempt would be admitted now. Takes no probe.
+    ///
+    /// # Errors
+    /// As [`Breaker::admit`].
+    pub(super) fn check(&self, attempt: Attempt<'_>) -> Result<(), Duration> {
+        self.admit(attempt).map(drop)
     }
 
-    fn close(&self) {
-        let _state = self.lock();
-        self.attempts_and_failures.clear();
-        self.tripped.store(false, Ordering::Release);
-        self.opened.set(0);
+    fn several_identities(&self, used: Identity, now: Instant) -> bool {
+        let mut identities = self
+            .identities
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        match identities.last {
+            Some((last, _)) if last != used => identities.before = identities.last,
+            _ => {}
+        }
+        identities.last = Some((used, now));
+        identities
+            .before
+            .is_some_and(|(_, at)| now.saturating_duration_since(at) < MEMORY)
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Admission<'_> {
-    /// Upstream answered, and not with 502, 503 or 504.
-    pub(super) fn answered(self) {
-        self.breaker.attempts_and_failures.add(Count::Total);
-        if self.probe {
-            self.breaker.close();
+impl State {
+    /// Whether the attempt is a probe of its instance.
+    fn check_instance(&self, admission: &Admission<'_>, now: Instant) -> Result<bool, Duration> {
+        let Some(instance) = self.instances.get(&admission.instance) else {
+            return Ok(false);
+        };
+        if instance.failures < INSTANCE_FAILURES {
+            return Ok(false);
+        }
+        // What failed may be the question and not the instance.
+        if instance.question != admission.question {
+            instance.probers.check(admission.caller, now)?;
+            return Ok(true);
+        }
+        let wait = instance.next_probe_at.saturating_duration_since(now);
+        if !wait.is_zero() {
+            return Err(wait);
+        }
+        if instance.probers.is_any_probing() {
+            return Err(PROBE_INTERVAL);
+        }
+        Ok(true)
+    }
+
+    /// Takes a failure into account. An attempt that was admitted before the instance was held back does not delay the next probe.
+    fn instance_failed(&mut self, admission: &Admission<'_>, now: Instant) {
+        let entry = self
+            .instances
+            .entry(admission.instance)
+            .or_insert(Instance {
+                failures: 0,
+                failed_at: now,
+                question: admission.question,
+                next_probe_at: now,
+                probers: Probers::default(),
+            });
+        if now.saturating_duration_since(entry.failed_at) >= MEMORY {
+            entry.failures = 0;
+        }
+        entry.failures = entry.failures.saturating_add(1);
+        entry.failed_at = now;
+        entry.question = admission.question;
+        if entry.failures == INSTANCE_FAILURES || admission.probes_instance {
+            entry.next_probe_at = now + PROBE_INTERVAL;
+        }
+        if admission.probes_instance {
+            entry.probers.failed(admission.caller, now);
+        }
+        self.order.push_back((admission.instance, now));
+        self.forget_old(now);
+    }
+
+    /// Removes what is too old to count, and the oldest entries beyond the limit.
+    fn forget_old(&mut self, now: Instant) {
+        while let Some((instance, at)) = self.order.front().copied() {
+            let is_old = now.saturating_duration_since(at) >= MEMORY;
+            if !is_old
+                && self.instances.len() <= MAX_INSTANCES
+                && self.order.len() <= 4 * MAX_INSTANCES
+            {
+                break;
+            }
+            self.order.pop_front();
+            // Unless it has failed again since.
+            if self
+                .instances
+                .get(&instance)
+                .is_some_and(|entry| entry.failed_at == at && !entry.probers.is_any_probing())
+            {
+                self.instances.remove(&instance);
+            }
         }
     }
 
-    /// A transport failure, or 502, 503 or 504.
-    pub(super) fn failed(self) {
-        let window = &self.breaker.attempts_and_failures;
-        window.add(Count::Total);
-        window.add(Count::Part);
-        let (attempts, failures) = window.sums();
-        let closed = !self.breaker.tripped.load(Ordering::Acquire);
-        if self.probe || (closed && attempts >= MIN_ATTEMPTS && failures * 2 >= attempts) {
-            self.breaker.open();
+    fn held_back(&self) -> i64 {
+        let open = |instance: &&Instance| instance.failures >= INSTANCE_FAILURES;
+        self.instances.values().filter(open).count() as i64
+    }
+}
+
+impl Endpoint {
+    /// Whether the caller's attempt is a probe of the endpoint.
+    fn check(&self, caller: Caller, now: Instant) -> Result<bool, Duration> {
+        if !self.open {
+            return Ok(false);
         }
+        self.probers.check(caller, now)?;
+        Ok(true)
+    }
+
+    /// Takes a failure into account.
+    fn failed(&mut self, admission: &Admission<'_>, several_identities: bool, now: Instant) {
+        if self
+            .failed_at
+            .is_some_and(|at| now.saturating_duration_since(at) >= MEMORY)
+        {
+            *self = Self::default();
+        }
+        self.failed_at = Some(now);
+        self.failures = self.failures.saturating_add(1);
+        if self.instances.len() < ENDPOINT_INSTANCES {
+            self.instances.insert(admission.instance);
+        }
+        if self.identities.len() < 2 {
+            self.identities.insert(admission.identity);
+        }
+        let identities = if several_identities { 2 } else { 1 };
+        self.open |= self.failures >= ENDPOINT_FAILURES
+            && self.instances.len() >= ENDPOINT_INSTANCES
+            && self.identities.len() >= identities;
+        // An attempt that was admitted before the breaker opened does not delay the caller's next probe.
+        if self.open
+            && (admission.probes_endpoint || !self.probers.0.contains_key(&admission.caller))
+        {
+            self.probers.failed(admission.caller, now);
+        }
+    }
+}
+
+impl Probers {
+    /// Whether `caller` may probe.
+    fn check(&self, caller: Caller, now: Instant) -> Result<(), Duration> {
+        match self.0.get(&caller) {
+            Some(Prober::Probing) => Err(PROBE_INTERVAL),
+            Some(Prober::FailedAt(at)) => {
+                let waited = now.saturating_duration_since(*at);
+                match PROBE_INTERVAL.checked_sub(waited) {
+                    Some(rest) if !rest.is_zero() => Err(rest),
+                    _ => Ok(()),
+                }
+            }
+            None if self.0.len() < MAX_PROBERS => Ok(()),
+            None => Err(PROBE_INTERVAL),
+        }
+    }
+
+    fn is_any_probing(&self) -> bool {
+        self.0.values().any(|prober| *prober == Prober::Probing)
+    }
+
+    fn start(&mut self, caller: Caller) {
+        self.0.insert(caller, Prober::Probing);
+    }
+
+    fn failed(&mut self, caller: Caller, now: Instant) {
+        self.0.retain(|_, prober| match prober {
+            Prober::Probing => true,
+            Prober::FailedAt(at) => now.saturating_duration_since(*at) < PROBE_INTERVAL,
+        });
+        if self.0.len() < MAX_PROBERS || self.0.contains_key(&caller) {
+            self.0.insert(caller, Prober::FailedAt(now));
+        }
+    }
+
+    fn cancelled(&mut self, caller: Caller) {
+        if self.0.get(&caller) == Some(&Prober::Probing) {
+            self.0.remove(&caller);
+        }
+    }
+}
+
+impl Admission<'_> {
+    /// Upstream replied, and not with 502, 503 or 504.
+    pub(super) fn succeeded(self) {
+        let now = Instant::now();
+        self.breaker.several_identities(self.identity, now);
+        if !self.breaker.suspect.load(Ordering::Acquire) {
+            return;
+        }
+        let mut state = self.breaker.lock();
+        state.instances.remove(&self.instance);
+        state.endpoint = Endpoint::default();
+        self.breaker.endpoint_open.set(0);
+        self.breaker.instances_open.set(state.held_back());
+        self.breaker
+            .suspect
+            .store(!state.instances.is_empty(), Ordering::Release);
+    }
+
+    /// A failure that counts: see the module's documentation.
+    pub(super) fn failed(self) {
+        let now = Instant::now();
+        let several = self.breaker.several_identities(self.identity, now);
+        let mut state = self.breaker.lock();
+        state.instance_failed(&self, now);
+        let was_open = state.endpoint.open;
+        state.endpoint.failed(&self, several, now);
+        if state.endpoint.open && !was_open {
+            tracing::warn!("the RDS endpoint is down: calls are held back until one succeeds");
+        }
+        self.breaker
+            .endpoint_open
+            .set(i64::from(state.endpoint.open));
+        self.breaker.instances_open.set(state.held_back());
+        self.breaker.suspect.store(true, Ordering::Release);
     }
 }
 
 impl Drop for Admission<'_> {
     fn drop(&mut self) {
-        if self.probe {
-            self.breaker.lock().probing = false;
+        if !self.probes_instance && !self.probes_endpoint {
+            return;
+        }
+        let mut state = self.breaker.lock();
+        if self.probes_instance
+            && let Some(instance) = state.instances.get_mut(&self.instance)
+        {
+            instance.probers.cancelled(self.caller);
+        }
+        if self.probes_endpoint {
+            state.endpoint.probers.cancelled(self.caller);
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
-    fn fail(breaker: &Breaker, times: usize) {
+    const ANN: Caller = Caller::Connection(1);
+    const BOB: Caller = Caller::Connection(2);
+
+    fn breaker() -> Breaker {
+        Breaker::new(Gauge::default(), Gauge::default())
+    }
+
+    fn query(instance: usize, task: &str) -> TaskQuery {
+        TaskQuery {
+            project_id: "p".to_owned(),
+            instance_id: format!("i{instance}"),
+            workflow_id: task.to_owned(),
+            workflow_name: None,
+        }
+    }
+
+    fn admit<'a>(
+        breaker: &'a Breaker,
+        caller: Caller,
+        instance: usize,
+        task: &str,
+    ) -> Result<Admission<'a>, Duration> {
+        breaker.admit(Attempt {
+            query: &query(instance, task),
+            identity: Identity::Server,
+            caller,
+        })
+    }
+
+    fn fail(breaker: &Breaker, caller: Caller, instance: usize, times: u32) {
         for _ in 0..times {
-            breaker.admit().expect("the breaker is closed").failed();
+            let admission = admit(breaker, caller, instance, "t");
+            admission.expect("not held back yet").failed();
+        }
+    }
+
+    /// Fails calls of `caller` about several instances until the endpoint is taken to be down.
+    fn bring_down(breaker: &Breaker, caller: Caller) {
+        for instance in (0..ENDPOINT_INSTANCES)
+            .cycle()
+            .take(ENDPOINT_FAILURES as usize)
+        {
+            fail(breaker, caller, instance, 1);
+        }
+        assert_eq!(breaker.endpoint_open.get(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_failing_instance_is_held_back_alone() {
+        let breaker = breaker();
+
+        fail(&breaker, ANN, 1, INSTANCE_FAILURES);
+
+        assert_eq!(admit(&breaker, BOB, 1, "t").unwrap_err(), PROBE_INTERVAL);
+        for caller in [ANN, BOB] {
+            assert!(admit(&breaker, caller, 2, "t").is_ok());
+        }
+        assert_eq!(breaker.endpoint_open.get(), 0);
+        assert_eq!(breaker.instances_open.get(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn another_question_about_a_held_back_instance_passes_and_its_success_ends_that() {
+        let breaker = breaker();
+        fail(&breaker, ANN, 1, INSTANCE_FAILURES);
+
+        let other = admit(&breaker, BOB, 1, "another").expect("it did not fail last");
+        assert!(admit(&breaker, BOB, 1, "t").is_err());
+        assert!(
+            admit(&breaker, BOB, 1, "third").is_err(),
+            "one probe a caller"
+        );
+        other.succeeded();
+
+        assert!(admit(&breaker, ANN, 1, "t").is_ok());
+        assert_eq!(breaker.instances_open.get(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_held_back_instance_is_probed_once_in_each_interval() {
+        let breaker = breaker();
+        fail(&breaker, ANN, 1, INSTANCE_FAILURES);
+        tokio::time::advance(PROBE_INTERVAL).await;
+
+        let probe = admit(&breaker, ANN, 1, "t").expect("the first probe");
+        assert!(admit(&breaker, BOB, 1, "t").is_err(), "a second probe");
+        probe.failed();
+        assert_eq!(admit(&breaker, ANN, 1, "t").unwrap_err(), PROBE_INTERVAL);
+
+        tokio::time::advance(PROBE_INTERVAL).await;
+        drop(admit(&breaker, ANN, 1, "t").expect("a probe that is cancelled"));
+        admit(&breaker, ANN, 1, "t")
+            .expect("another probe")
+            .succeeded();
+        assert!(admit(&breaker, BOB, 1, "t").is_ok());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn several_failing_instances_and_no_success_open_the_endpoint() {
+        for (instances, opens) in [(ENDPOINT_INSTANCES - 1, false), (ENDPOINT_INSTANCES, true)] {
+            let breaker = breaker();
+
+            for instance in (0..instances).cycle().take(ENDPOINT_FAILURES as usize) {
+                fail(&breaker, ANN, instance, 1);
+            }
+
+            assert_eq!(breaker.endpoint_open.get() == 1, opens, "{instances}");
+            assert_eq!(admit(&breaker, ANN, 9, "t").is_err(), opens, "{instances}");
         }
     }
 
     #[tokio::test(start_paused = true)]
-    async fn it_opens_at_half_of_twenty_and_not_before() {
-        let breaker = Breaker::new(Gauge::default());
-        for _ in 0..10 {
-            breaker.admit().expect("closed").answered();
+    async fn while_others_succeed_no_number_of_failing_ids_opens_the_endpoint() {
+        let breaker = breaker();
+
+        for instance in 0..10_000 {
+            fail(&breaker, ANN, instance, 1);
+            if instance % 5 == 0 {
+                admit(&breaker, BOB, 77_777, "t")
+                    .expect("others are up")
+                    .succeeded();
+            }
         }
 
-        fail(&breaker, 9);
-        assert!(breaker.admit().is_ok(), "nine of nineteen");
-        fail(&breaker, 1);
-
-        assert_eq!(breaker.admit().expect_err("ten of twenty"), OPEN_FOR);
+        assert_eq!(breaker.endpoint_open.get(), 0);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn the_gauge_is_one_from_the_opening_to_the_probe_that_closes() {
-        let opened = Gauge::default();
-        let breaker = Breaker::new(opened.clone());
+    async fn a_caller_without_failures_gets_through_an_open_endpoint_and_closes_it() {
+        let breaker = breaker();
+        bring_down(&breaker, ANN);
 
-        fail(&breaker, 20);
-        let while_open = opened.get();
-        tokio::time::advance(OPEN_FOR).await;
-        let probe = breaker.admit().expect("half open");
-        let half_open = opened.get();
-        probe.answered();
+        assert_eq!(admit(&breaker, ANN, 9, "t").unwrap_err(), PROBE_INTERVAL);
+        let probe = admit(&breaker, BOB, 9, "t").expect("it has not failed");
+        assert!(admit(&breaker, BOB, 8, "t").is_err(), "one probe a caller");
+        probe.succeeded();
 
-        assert_eq!((while_open, half_open, opened.get()), (1, 1, 0));
+        assert_eq!(breaker.endpoint_open.get(), 0);
+        assert!(admit(&breaker, ANN, 9, "t").is_ok());
     }
 
     #[tokio::test(start_paused = true)]
-    async fn one_probe_passes_when_the_time_is_over_and_its_answer_closes_it() {
-        let breaker = Breaker::new(Gauge::default());
-        fail(&breaker, 20);
-        tokio::time::advance(OPEN_FOR).await;
-
-        let probe = breaker.admit().expect("half open");
-        assert!(breaker.admit().is_err(), "a second probe");
-        probe.answered();
-
-        assert!(breaker.admit().is_ok());
-        fail(&breaker, 19);
-        assert!(breaker.admit().is_ok(), "the old failures are forgotten");
+    async fn the_caller_that_failed_probes_the_endpoint_once_in_each_interval() {
+        let breaker = breaker();
+        bring_down(&breaker, ANN);
+        for _ in 0..3 {
+            tokio::time::advance(PROBE_INTERVAL).await;
+            let probe = admit(&breaker, ANN, 9, "t").expect("a probe");
+            assert!(admit(&breaker, ANN, 8, "t").is_err(), "a second probe");
+            probe.failed();
+        }
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_failed_probe_opens_it_again() {
-        let breaker = Breaker::new(Gauge::default());
-        fail(&breaker, 20);
-        tokio::time::advance(OPEN_FOR).await;
+    async fn with_several_credentials_in_use_one_of_them_is_no_evidence_against_the_endpoint() {
+        let breaker = breaker();
+        let identity = |number| Identity::Caller([number; 16]);
+        let query = query(99, "t");
+        let good = Attempt {
+            query: &query,
+            identity: identity(1),
+            caller: BOB,
+        };
+        breaker.admit(good).expect("up").succeeded();
 
-        breaker.admit().expect("half open").failed();
-
-        assert_eq!(breaker.admit().expect_err("open again"), OPEN_FOR);
-        tokio::time::advance(OPEN_FOR).await;
-        assert!(breaker.admit().is_ok());
+        for (number, opens) in [(2, false), (3, true)] {
+            for instance in 0..20 {
+                let query = self::query(instance, "t");
+                let identity = identity(number);
+                let attempt = Attempt {
+                    query: &query,
+                    identity,
+                    caller: ANN,
+                };
+                if let Ok(admission) = breaker.admit(attempt) {
+                    admission.failed();
+                }
+            }
+            assert_eq!(breaker.endpoint_open.get() == 1, opens, "{number}");
+        }
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_cancelled_probe_frees_its_place() {
-        let breaker = Breaker::new(Gauge::default());
-        fail(&breaker, 20);
-        tokio::time::advance(OPEN_FOR).await;
+    async fn attempts_that_end_late_delay_no_probe() {
+        let breaker = breaker();
+        let late: Vec<_> = (0..30)
+            .map(|number| admit(&breaker, ANN, number % 3, "t").expect("up"))
+            .collect();
+        bring_down(&breaker, ANN);
+        tokio::time::advance(PROBE_INTERVAL / 2).await;
 
-        drop(breaker.admit().expect("half open"));
+        late.into_iter().for_each(Admission::failed);
 
-        assert!(breaker.admit().is_ok());
+        assert_eq!(
+            admit(&breaker, ANN, 9, "t").unwrap_err(),
+            PROBE_INTERVAL / 2
+        );
     }
 
     #[tokio::test(start_paused = true)]
-    async fn attempts_that_end_late_do_not_prolong_the_opening() {
-        let breaker = Breaker::new(Gauge::default());
-        let stragglers: Vec<_> = (0..30).map(|_| breaker.admit().expect("closed")).collect();
-        fail(&breaker, 20);
-        tokio::time::advance(OPEN_FOR / 2).await;
+    async fn old_failures_are_no_evidence() {
+        let breaker = breaker();
+        fail(&breaker, ANN, 1, INSTANCE_FAILURES - 1);
+        tokio::time::advance(MEMORY).await;
 
-        stragglers.into_iter().for_each(Admission::failed);
+        fail(&breaker, ANN, 1, INSTANCE_FAILURES - 1);
 
-        assert_eq!(breaker.admit().expect_err("still open"), OPEN_FOR / 2);
+        assert!(admit(&breaker, ANN, 1, "t").is_ok());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn ever_new_failing_instances_and_callers_are_not_all_remembered() {
+        let breaker = breaker();
+
+        for number in 0..100_000 {
+            let caller = Caller::Connection(number as u64);
+            if let Ok(admission) = admit(&breaker, caller, number, "t") {
+                admission.failed();
+            }
+        }
+
+        let state = breaker.lock();
+        assert!(state.instances.len() <= MAX_INSTANCES + 1);
+        assert!(state.order.len() <= 4 * MAX_INSTANCES + 1);
+        assert!(state.endpoint.probers.0.len() <= MAX_PROBERS);
+    }
+
+    /// One step of a random run: who does what, or how much time passes.
+    #[derive(Debug, Clone)]
+    enum Step {
+        Fails(u64, usize, usize),
+        Succeeds(u64, usize, usize),
+        Cancels(u64, usize, usize),
+        Passes(u64),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        let call = || (0..3u64, 0..5usize, 0..2usize);
+        prop_oneof![
+            4 => call().prop_map(|(caller, instance, task)| Step::Fails(caller, instance, task)),
+            1 => call().prop_map(|(caller, instance, task)| Step::Succeeds(caller, instance, task)),
+            1 => call().prop_map(|(caller, instance, task)| Step::Cancels(caller, instance, task)),
+            2 => (0..3000u64).prop_map(Step::Passes),
+        ]
+    }
+
+    proptest! {
+        /// Whatever happened before: a caller that stays away from failing instances is let through, and a success about an
+        /// instance lets everybody ask about it.
+        #[test]
+        fn no_history_keeps_a_fresh_caller_from_a_healthy_instance(
+            steps in prop::collection::vec(step(), 0..200),
+        ) {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_time()
+                .start_paused(true)
+                .build()
+                .unwrap();
+            runtime.block_on(async {
+                let breaker = breaker();
+                for step in steps {
+                    let admit = |caller, instance, task: usize| {
+                        let caller = Caller::Connection(caller);
+                        admit(&breaker, caller, instance, ["a", "b"][task]).ok()
+                    };
+                    match step {
+                        Step::Fails(caller, instance, task) => {
+                            let _ = admit(caller, instance, task).map(Admission::failed);
+                        }
+                        Step::Succeeds(caller, instance, task) => {
+                            let _ = admit(caller, instance, task).map(Admission::succeeded);
+                        }
+                        Step::Cancels(caller, instance, task) => drop(admit(caller, instance, task)),
+                        Step::Passes(millis) => {
+                            tokio::time::advance(Duration::from_millis(millis)).await;
+                        }
+                    }
+                }
+
+                let fresh = admit(&breaker, Caller::Connection(9), 9, "t");
+                fresh.expect("a caller that never failed, a healthy instance").succeeded();
+                prop_assert_eq!(breaker.endpoint_open.get(), 0);
+                tokio::time::advance(PROBE_INTERVAL).await;
+                for instance in 0..5 {
+                    let probe = admit(&breaker, ANN, instance, "a");
+                    probe.expect("a probe in each interval").succeeded();
+                    prop_assert!(admit(&breaker, BOB, instance, "b").is_ok());
+                }
+                prop_assert_eq!(breaker.instances_open.get(), 0);
+                Ok(())
+            })?;
+        }
     }
 }

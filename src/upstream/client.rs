@@ -9,13 +9,14 @@ use super::{
     attempt::Remedy,
     breaker::Breaker,
     clock::Clock,
-    rate::Rate,
+    pacing::Pacing,
     request::TaskRequest,
     retry::{Attempts, Budget},
     throttle::Throttle,
     wire::TaskDetail,
 };
 use crate::{
+    caller::Caller,
     credentials::{Auth, Credentials},
     deadline::SharedDeadline,
     http_client,
@@ -30,7 +31,7 @@ pub struct Endpoint {
     pub(super) options: Options,
     pub(super) breaker: Breaker,
     pub(super) clock: Clock,
-    pub(super) rate: Option<Rate>,
+    pub(super) pacing: Option<Pacing>,
     pub(super) throttle: Throttle,
     pub(super) metrics: Arc<Metrics>,
     budget: Budget,
@@ -41,15 +42,33 @@ impl Endpoint {
     pub fn new(base_url: Url, options: Options, metrics: Arc<Metrics>) -> Arc<Self> {
         Arc::new(Self {
             base_url,
-            breaker: Breaker::new(metrics.circuit_open.clone()),
+            breaker: Breaker::new(
+                metrics.circuit_open.clone(),
+                metrics.instances_held_back.clone(),
+            ),
             clock: Clock::default(),
-            rate: options.upstream_rate.map(Rate::new),
+            pacing: options.upstream_rate.map(Pacing::new),
             throttle: Throttle::new(),
             budget: Budget::new(options.retry_budget),
             options,
             metrics,
         })
     }
+}
+
+/// What the attempts of one lookup have in common.
+#[derive(Debug, Clone, Copy)]
+pub struct LookupContext<'a> {
+    /// What is looked up.
+    pub query: &'a TaskQuery,
+    /// Who shares turns and retries with others.
+    pub caller: Caller,
+    /// The latest deadline of those who wait.
+    pub deadline: &'a SharedDeadline,
+    /// Shows what the attempts brought.
+    pub progress: &'a Progress,
+    /// The parent of each attempt's span.
+    pub span: Option<&'a Arc<ServerSpan>>,
 }
 
 /// Makes calls. Each worker has its own, with its own connections.
@@ -76,7 +95,7 @@ impl Client {
 
     /// Looks up one task. At most `max_attempts` attempts, and one more after a refreshed token or a corrected clock.
     ///
-    /// Each attempt is a child of `span`, and `progress` shows what it brought. A refreshed token replaces the one in `auth`.
+    /// A refreshed token replaces the one in `auth`.
     ///
     /// The operation only reads, so that repeating it after a lost reply costs quota and nothing else.
     ///
@@ -84,23 +103,18 @@ impl Client {
     /// [`Error`]: what upstream did in the last attempt that reached it.
     pub async fn show_task_detail(
         &self,
-        query: &TaskQuery,
         auth: &mut Auth,
-        deadline: &SharedDeadline,
-        progress: &Progress,
-        span: Option<&Arc<ServerSpan>>,
+        lookup: LookupContext<'_>,
     ) -> Result<TaskDetail, Error> {
-        let request = TaskRequest::new(&self.endpoint.base_url, query);
+        let deadline = lookup.deadline;
+        let request = TaskRequest::new(&self.endpoint.base_url, lookup.query);
         let mut attempts = Attempts::new(self.endpoint.options.max_attempts);
         let mut refreshed = false;
         let mut clock_corrected = false;
         let mut last = None;
         self.endpoint.budget.call();
         loop {
-            let failed = match self
-                .attempt(&request, auth, clock_corrected, deadline, progress, span)
-                .await
-            {
+            let failed = match self.attempt(&request, auth, clock_corrected, &lookup).await {
                 Ok(task) => return Ok(task),
                 Err(failed) => failed,
             };
@@ -123,7 +137,8 @@ impl Client {
                 _ => {}
             }
             let remaining = deadline.deadline().remaining();
-            let Some(wait) = attempts.next(failed.advice, remaining, &self.endpoint.budget) else {
+            let budget = &self.endpoint.budget;
+            let Some(wait) = attempts.next(failed.advice, remaining, budget, lookup.caller) else {
                 // The caller learns what upstream did, not that the breaker opened between two attempts.
                 return Err(match (last, failed.error) {
                     (Some(last), Error::CircuitOpen { .. }) => last,

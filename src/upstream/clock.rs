@@ -1,13 +1,16 @@
-//! The gateway's clock, as far as it is known: ours, corrected by what the `Date` header of a refused signature taught.
+//! The gateway's clock, as far as it is known: the system's, corrected by what the replies to refused signatures showed.
 
 use std::{
     sync::atomic::{AtomicI64, Ordering},
     time::{Duration, SystemTime},
 };
 
-/// The gateway accepts a signature up to 15 minutes off its clock (API request signing guide, "Error codes"). A refusal
-/// with a difference near that is taken for a wrong clock; below it, for a wrong key.
+/// The gateway accepts a signature up to 15 minutes off its clock (API request signing guide, "Error codes"). A refusal with a
+/// difference near that is taken for a wrong clock; below it, for a wrong key.
 const SKEW: Duration = Duration::from_secs(14 * 60);
+
+/// A larger offset is taken for a wrong report of the time, not for a wrong clock: a day, and a minute for the reply's way.
+const MAX_OFFSET: Duration = Duration::from_secs(24 * 60 * 60 + 60);
 
 /// An offset to the system's clock.
 #[derive(Debug, Default)]
@@ -21,22 +24,37 @@ impl Clock {
         shift(our_clock(), self.offset_seconds.load(Ordering::Relaxed))
     }
 
-    /// Learns from the `Date` of an answer that refused a signature of the time `signed_at`. Whether they differ so much
-    /// that the clock is the likely cause.
-    pub(super) fn learn(&self, date: SystemTime, signed_at: SystemTime) -> bool {
-        let difference = seconds_between(signed_at, date);
-        let skewed = difference.unsigned_abs() >= SKEW.as_secs();
-        if skewed {
+    /// Corrects the clock by the gateway's own time, as of its reply. Whether it could: a time more than a day off is not believed.
+    pub(super) fn correct(&self, gateway: SystemTime) -> bool {
+        let offset = seconds_between(our_clock(), gateway);
+        let is_credible = offset.unsigned_abs() <= MAX_OFFSET.as_secs();
+        if is_credible {
             // Not added to the offset in use: many requests of the same wrong time may be refused at once.
-            self.offset_seconds
-                .store(seconds_between(our_clock(), date), Ordering::Relaxed);
+            let before = self.offset_seconds.swap(offset, Ordering::Relaxed);
+            // A second of difference is the time that the reply took.
+            if before.abs_diff(offset) > 1 {
+                tracing::warn!(
+                    offset_seconds = offset,
+                    "the system's clock differs from the gateway's; signing with its time"
+                );
+            }
+        }
+        is_credible
+    }
+
+    /// Drops an offset that has proved wrong: a signature of the corrected time was refused too.
+    pub(super) fn reset(&self) {
+        if self.offset_seconds.swap(0, Ordering::Relaxed) != 0 {
             tracing::warn!(
-                difference_seconds = difference,
-                "clock differs from the gateway's; signing with its time"
+                "signing with the system's own time again: the corrected time was refused"
             );
         }
-        skewed
     }
+}
+
+/// Whether a signature of the time `signed_at` is so far from the gateway's time that the clock is the likely cause of its refusal.
+pub(super) fn is_skewed(gateway: SystemTime, signed_at: SystemTime) -> bool {
+    seconds_between(signed_at, gateway).unsigned_abs() >= SKEW.as_secs()
 }
 
 #[expect(
@@ -81,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn a_difference_near_the_window_corrects_the_clock_and_a_smaller_one_does_not() {
+    fn a_difference_near_the_window_is_skew_and_a_smaller_one_is_not() {
         let cases = [
             (at(0), at(13), false),
             (at(0), at(16), true),
@@ -89,37 +107,38 @@ mod tests {
             (at(13), at(0), false),
         ];
 
-        for (signed_at, date, skewed) in cases {
-            let clock = Clock::default();
-
-            assert_eq!(
-                clock.learn(date, signed_at),
-                skewed,
-                "{signed_at:?} {date:?}"
-            );
-
-            assert_shows(&clock, if skewed { date } else { our_clock() });
+        for (signed_at, gateway, expected) in cases {
+            assert_eq!(is_skewed(gateway, signed_at), expected, "{signed_at:?}");
         }
     }
 
     #[test]
-    fn refusals_of_the_same_wrong_time_correct_the_clock_once() {
+    fn the_clock_follows_the_last_credible_time_until_that_proves_wrong() {
         let clock = Clock::default();
+        let ahead = our_clock() + Duration::from_secs(3600);
+        let behind = our_clock() - Duration::from_secs(7200);
 
         for _ in 0..3 {
-            assert!(clock.learn(at(16), at(0)));
+            assert!(clock.correct(ahead));
         }
-
-        assert_shows(&clock, at(16));
+        assert_shows(&clock, ahead);
+        assert!(clock.correct(behind));
+        assert_shows(&clock, behind);
+        clock.reset();
+        assert_shows(&clock, our_clock());
     }
 
     #[test]
-    fn a_later_correction_replaces_the_first() {
-        let clock = Clock::default();
+    fn a_time_more_than_a_day_off_is_not_believed() {
+        for gateway in [
+            at(0) - Duration::from_secs(400 * 86_400),
+            SystemTime::UNIX_EPOCH,
+        ] {
+            let clock = Clock::default();
 
-        clock.learn(at(60), at(0));
-        clock.learn(at(0), at(60));
+            assert!(!clock.correct(gateway));
 
-        assert_shows(&clock, at(0));
+            assert_shows(&clock, our_clock());
+        }
     }
 }

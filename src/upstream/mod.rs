@@ -5,26 +5,27 @@ mod breaker;
 mod client;
 mod clock;
 pub mod envelope;
+pub mod key_evidence;
 pub mod known_codes;
 mod options;
 mod overrides;
-mod rate;
+mod pacing;
 pub mod rejection;
 mod request;
 mod retry;
 mod throttle;
 pub mod throttling_text;
 pub mod verdict;
-mod window;
 pub mod wire;
 
 use std::time::Duration;
 
 pub use self::{
-    client::{Client, Endpoint},
+    client::{Client, Endpoint, LookupContext},
     options::Options,
-    rate::Config as RateConfig,
+    pacing::Config as RateConfig,
 };
+use self::{key_evidence::KeyEvidence, throttling_text::Subject};
 use crate::{credentials, reason::Reason};
 
 /// One task lookup, already validated: building the URL and the body from it cannot fail.
@@ -62,10 +63,12 @@ pub enum Error {
     },
     /// Our clock and the gateway's differ too much for a signature to be accepted.
     ClockSkew,
-    /// Held back: the vendor throttles this identity, or our own rate limit is used up.
+    /// Held back: the vendor throttles this credential, or the configured rate is used up.
     Throttled {
         /// When the window is over.
         retry_after: Duration,
+        /// Whose requests the vendor counts, if it says so.
+        subject: Option<Subject>,
     },
     /// No credential for an attempt.
     Credentials(credentials::Error),
@@ -84,10 +87,8 @@ pub struct Rejection {
     pub encoded_authorization_message: Option<String>,
     /// How long to wait, where the answer or the table says so: `Retry-After`, else the throttling text, else the row's own.
     pub retry_after: Option<Duration>,
-    /// Whom a throttling text names: `user` or `ip`.
-    pub throttled_subject: Option<String>,
-    /// Whether the gateway refused the signature (or the key itself), which counts towards the lock of the key.
-    pub signature_refused: bool,
-    /// Whether the gateway says that the key is locked: no call with it for `retry_after`.
-    pub lock_announced: bool,
+    /// Whose requests a throttling text counts.
+    pub throttled_subject: Option<Subject>,
+    /// What the reply says about the key that signed the attempt, if a key did.
+    pub key_evidence: KeyEvidence,
 }

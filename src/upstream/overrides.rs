@@ -111,7 +111,7 @@ const INSTANCE_MISSING: Verdict =
 const CREDENTIAL_RENEWABLE: Verdict =
     Verdict::new(Code::Unauthenticated, Reason::CredentialRejected).against(Credential::Renewable);
 const CREDENTIAL_REFUSED: Verdict =
-    Verdict::new(Code::Unauthenticated, Reason::CredentialRejected).against(Credential::Refused);
+    Verdict::new(Code::Unauthenticated, Reason::CredentialRejected).against(Credential::Rejected);
 const PERMISSION_DENIED: Verdict = Verdict::new(Code::PermissionDenied, Reason::PermissionDenied);
 const PRECONDITION_FAILED: Verdict =
     Verdict::new(Code::FailedPrecondition, Reason::PreconditionFailed);

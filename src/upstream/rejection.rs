@@ -7,7 +7,8 @@ use tonic::Code;
 
 use super::{
     Rejection,
-    envelope::{self, Envelope, is_printable},
+    envelope::{self, BodyKind, Envelope, is_printable},
+    key_evidence::{self, KeyEvidence},
     throttling_text::{self, Throttling},
     verdict::{self, Credential, Verdict},
 };
@@ -15,7 +16,6 @@ pub use crate::credentials::key_guard::KEY_LOCK;
 use crate::{reason::Reason, telemetry::Facts, wait::retry_after};
 
 const REQUEST_ID_HEADER: &str = "x-request-id";
-const SIGNATURE_REFUSED: &str = "APIGW.0301";
 
 /// Reads an answer with an error status. `attempts` of the facts is left at zero: the send loop counts them.
 pub fn of_answer(
@@ -36,24 +36,31 @@ pub fn of_envelope(
 ) -> (Rejection, Facts) {
     let code = envelope.error_code.as_deref();
     let verdict = verdict::of_answer(http_status, code, envelope.body);
-    let says = |text| contains_ignoring_case(&envelope.message, text);
-    let signature = code == Some(SIGNATURE_REFUSED) && verdict.code == Code::Unauthenticated;
-    let lock_announced = signature && says("AK access failed to reach the limit");
-    let signature_refused = signature && !lock_announced && !says("decrypt token fail");
+    let is_refusal =
+        http_status == 401 || (http_status == 200 && verdict.code == Code::Unauthenticated);
+    let key_evidence = match is_refusal {
+        true => key_evidence::read(
+            envelope.body == BodyKind::JsonObject,
+            code,
+            &envelope.message,
+        ),
+        false => KeyEvidence::None,
+    };
     let throttling = match verdict.reason {
         Reason::Throttled => throttling_text::read(&envelope.message),
         _ => Throttling::default(),
     };
-    let verdict = if lock_announced {
+    let verdict = if key_evidence == KeyEvidence::Locked {
         locked(verdict)
     } else {
         verdict
     };
-    let named = if may_name_a_wait(http_status, &verdict) {
-        retry_after(headers, Some(now))
-    } else {
-        None
+    let named = match may_name_a_wait(http_status, &verdict) {
+        true => retry_after(headers, Some(now)),
+        false => None,
     };
+    // To be throttled and not to wait is a contradiction: the text or the table has a wait that helps.
+    let named = named.filter(|wait| !(wait.is_zero() && verdict.reason == Reason::Throttled));
 
     let facts = Facts {
         attempts: 0,
@@ -66,9 +73,8 @@ pub fn of_envelope(
         message: envelope.message,
         encoded_authorization_message: envelope.encoded_authorization_message,
         retry_after: named.or(throttling.window).or(verdict.retry_info),
-        throttled_subject: throttling.subject.map(str::to_owned),
-        signature_refused,
-        lock_announced,
+        throttled_subject: throttling.subject,
+        key_evidence,
     };
     (rejection, facts)
 }
@@ -90,15 +96,10 @@ fn may_name_a_wait(http_status: u16, verdict: &Verdict) -> bool {
 fn locked(verdict: Verdict) -> Verdict {
     Verdict {
         reason: Reason::CredentialLocked,
-        credential: Credential::Refused,
+        credential: Credential::Rejected,
         retry_info: Some(KEY_LOCK),
         ..verdict
     }
-}
-
-fn contains_ignoring_case(text: &str, part: &str) -> bool {
-    text.to_ascii_lowercase()
-        .contains(&part.to_ascii_lowercase())
 }
 
 #[cfg(test)]
@@ -187,85 +188,45 @@ mod tests {
         let body = r#"{"error_msg":"policy ip over ratelimit,limit:60,time:1 minute"}"#;
 
         assert_eq!(
-            answer(429, None, body).0.throttled_subject.as_deref(),
-            Some("ip")
+            answer(429, None, body).0.throttled_subject,
+            Some(throttling_text::Subject::Ip)
         );
         assert_eq!(answer(400, None, body).0.throttled_subject, None);
     }
 
     #[test]
-    fn the_key_guard_can_tell_a_bad_signature_from_a_locked_key_and_a_bad_token() {
+    fn only_a_refused_authentication_is_evidence_about_the_key() {
+        let signature = r#"{"error_code":"APIGW.0301","error_msg":"verify aksk signature fail"}"#;
         let cases = [
+            ("401", 401, signature, KeyEvidence::Rejected),
             (
-                "APIGW.0301",
+                "200 with an error object",
+                200,
+                signature,
+                KeyEvidence::Rejected,
+            ),
+            ("500", 500, signature, KeyEvidence::None),
+            ("a page", 401, "<html>", KeyEvidence::Rejected),
+            (
+                "half an object",
                 401,
-                "verify aksk signature fail|POST|/v3/",
-                true,
-                false,
+                r#"{"error_code":"APIGW.03"#,
+                KeyEvidence::Rejected,
             ),
+            ("no body", 401, "", KeyEvidence::Rejected),
+            ("403 with a page", 403, "<html>", KeyEvidence::None),
             (
-                "APIGW.0301",
+                "another code",
                 401,
-                "Get secretKey failed, ak not exist",
-                true,
-                false,
-            ),
-            ("APIGW.0301", 401, "", true, false),
-            ("APIGW.0301", 200, "verify aksk signature fail", true, false),
-            (
-                "APIGW.0301",
-                401,
-                "Incorrect IAM authentication information: decrypt token fail",
-                false,
-                false,
-            ),
-            (
-                "APIGW.0301",
-                401,
-                "AK access failed to reach the limit,forbidden",
-                false,
-                true,
-            ),
-            (
-                "APIGW.0301",
-                401,
-                "ak ACCESS failed to reach the LIMIT",
-                false,
-                true,
-            ),
-            (
-                "APIGW.0301",
-                500,
-                "verify aksk signature fail",
-                false,
-                false,
-            ),
-            (
-                "APIGW.0307",
-                401,
-                "AK access failed to reach the limit",
-                false,
-                false,
-            ),
-            (
-                "DBS.200543",
-                400,
-                "AK access failed to reach the limit",
-                false,
-                false,
+                r#"{"error_code":"APIGW.0307"}"#,
+                KeyEvidence::None,
             ),
         ];
 
-        for (code, http_status, message, signature_refused, lock_announced) in cases {
-            let body = format!(r#"{{"error_code":"{code}","error_msg":"{message}"}}"#);
+        for (name, http_status, body, expected) in cases {
+            let (rejection, _) = answer(http_status, None, body);
 
-            let (rejection, _) = answer(http_status, None, &body);
-
-            assert_eq!(
-                (rejection.signature_refused, rejection.lock_announced),
-                (signature_refused, lock_announced),
-                "{code} {http_status} {message}"
-            );
+            assert_eq!(rejection.key_evidence, expected, "{name}");
         }
     }
 
@@ -278,7 +239,7 @@ mod tests {
 
         assert_eq!(rejection.verdict.code, Code::Unauthenticated);
         assert_eq!(rejection.verdict.reason, Reason::CredentialLocked);
-        assert_eq!(rejection.verdict.credential, Credential::Refused);
+        assert_eq!(rejection.verdict.credential, Credential::Rejected);
         assert_eq!(rejection.retry_after, Some(Duration::from_secs(300)));
     }
 

@@ -1,28 +1,46 @@
-//! Remembers whom the vendor throttles, and until when: no attempt of theirs goes out before that.
+//! Remembers the vendor's throttle windows: no attempt goes out before the end of the window that it falls into.
 
 use std::{
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
 use moka::sync::Cache;
 use tokio::time::Instant;
 
-use super::Rejection;
+use super::{Rejection, throttling_text::Subject};
 use crate::{credentials::Identity, reason::Reason, wait::MAX_RETRY_AFTER};
 
-/// Identities that are remembered at once; beyond it the least used are forgotten and ask upstream again.
+/// Windows that are remembered at once; beyond it the least used ones are forgotten.
 const MAX_IDENTITIES: u64 = 10_000;
 
 /// The windows of one endpoint, shared by all workers.
 #[derive(Debug)]
 pub(super) struct Throttle {
     base: Instant,
-    windows: Cache<Identity, Instant>,
-    /// End of the latest window of anyone, in nanoseconds since `base`: mostly past, and then nothing else is looked at.
+    windows: Cache<Identity, Window>,
+    /// The end of the latest window, in nanoseconds since `base`. It has usually passed, and then nothing else is read.
     latest: AtomicU64,
-    /// End of the window of all identities, for a limit that counts by address.
-    everyone: AtomicU64,
+    /// The window of all identities, for a limit that is not a credential's: by address, or of the API as a whole.
+    everyone: Mutex<Option<Window>>,
+}
+
+/// A throttle window.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Window {
+    until: Instant,
+    subject: Option<Subject>,
+}
+
+/// A call that a throttle window holds back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct HeldBack {
+    pub(super) retry_after: Duration,
+    /// Whose requests the vendor counts.
+    pub(super) subject: Option<Subject>,
 }
 
 impl Throttle {
@@ -34,55 +52,62 @@ impl Throttle {
                 .time_to_live(MAX_RETRY_AFTER)
                 .build(),
             latest: AtomicU64::new(0),
-            everyone: AtomicU64::new(0),
+            everyone: Mutex::default(),
         }
     }
 
     /// Lets an attempt of `identity` pass.
     ///
     /// # Errors
-    /// How long it has to wait.
-    pub(super) fn check(&self, identity: Identity) -> Result<(), Duration> {
+    /// [`HeldBack`], with how long it has to wait.
+    pub(super) fn check(&self, identity: Identity) -> Result<(), HeldBack> {
         let now = Instant::now();
-        let since_base = nanos(now - self.base);
-        if self.latest.load(Ordering::Relaxed) <= since_base {
+        if self.latest.load(Ordering::Relaxed) <= nanos(now - self.base) {
             return Ok(());
         }
-        let everyone = self
-            .everyone
-            .load(Ordering::Relaxed)
-            .saturating_sub(since_base);
-        let own = self
-            .windows
-            .get(&identity)
-            .map_or(Duration::ZERO, |until| until.saturating_duration_since(now));
-        let wait = own.max(Duration::from_nanos(everyone));
-        if wait.is_zero() { Ok(()) } else { Err(wait) }
+        let own = self.windows.get(&identity);
+        let windows = [own, *self.everyone()];
+        let longest = windows
+            .into_iter()
+            .flatten()
+            .max_by_key(|window| window.until);
+        match longest.filter(|window| window.until > now) {
+            Some(Window { until, subject }) => Err(HeldBack {
+                retry_after: until - now,
+                subject,
+            }),
+            None => Ok(()),
+        }
     }
 
-    /// Remembers what an answer to `identity` says about its rate, if it does.
+    /// Remembers the window that a reply to `identity` opens, if any.
     pub(super) fn learn(&self, identity: Identity, rejection: &Rejection) {
         if rejection.verdict.reason == Reason::Throttled
             && let Some(wait) = rejection.retry_after
         {
-            let by_address = rejection.throttled_subject.as_deref() == Some("ip");
-            self.remember(identity, wait, by_address);
+            self.remember(identity, wait, rejection.throttled_subject);
         }
     }
 
-    /// Upstream throttles `identity`, or with `by_address` everyone who calls from here. Of two windows the longer counts:
-    /// the answers of calls that were out together come in any order.
-    fn remember(&self, identity: Identity, wait: Duration, by_address: bool) {
+    /// Of two windows the longer counts: replies to attempts that were in flight together come in any order.
+    fn remember(&self, identity: Identity, wait: Duration, subject: Option<Subject>) {
         let until = Instant::now() + wait.min(MAX_RETRY_AFTER);
-        let since_base = nanos(until - self.base);
-        if by_address {
-            self.everyone.fetch_max(since_base, Ordering::Relaxed);
+        let window = Window { until, subject };
+        let longer = |known: Window| if known.until > until { known } else { window };
+        if subject.is_some_and(Subject::is_everyone) {
+            let mut everyone = self.everyone();
+            *everyone = Some(everyone.map_or(window, longer));
         } else {
-            self.windows.entry(identity).and_upsert_with(|known| {
-                known.map_or(until, |known| known.into_value().max(until))
-            });
+            self.windows
+                .entry(identity)
+                .and_upsert_with(|known| known.map_or(window, |known| longer(known.into_value())));
         }
-        self.latest.fetch_max(since_base, Ordering::Relaxed);
+        self.latest
+            .fetch_max(nanos(until - self.base), Ordering::Relaxed);
+    }
+
+    fn everyone(&self) -> MutexGuard<'_, Option<Window>> {
+        self.everyone.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -125,15 +150,25 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn the_window_is_the_headers_else_the_texts_else_a_minute_and_by_address_everyones() {
+    async fn the_window_is_the_headers_else_the_texts_else_a_minute_and_everyones_by_address_or_api()
+     {
         let user = "policy user over ratelimit,limit:200,time:2 minute";
         let ip = "policy ip over ratelimit,limit:200,time:2 minute";
+        let api = "policy api over ratelimit,limit:200,time:2 minute";
         let cases = [
             ("nothing said", 429, None, "", Some(60), None),
             ("header", 429, Some("7"), "", Some(7), None),
             ("header and text", 429, Some("7"), user, Some(7), None),
             ("text", 429, None, user, Some(120), None),
             ("text by address", 429, None, ip, Some(120), Some(120)),
+            (
+                "text of the whole API",
+                429,
+                None,
+                api,
+                Some(120),
+                Some(120),
+            ),
             (
                 "header, text by address",
                 429,
@@ -143,14 +178,26 @@ mod tests {
                 Some(7),
             ),
             ("an hour", 429, Some("3600"), "", Some(300), None),
-            ("over already", 429, Some("0"), "", None, None),
+            ("no wait", 429, Some("0"), "", Some(60), None),
+            ("no wait, text", 429, Some("0"), user, Some(120), None),
+            (
+                "a date in the past",
+                429,
+                Some("Thu, 01 Jan 1970 00:00:00 GMT"),
+                "",
+                Some(60),
+                None,
+            ),
+            ("negative", 429, Some("-5"), "", Some(60), None),
             ("another answer", 503, Some("7"), "", None, None),
         ];
 
         for (case, http_status, retry_after, text, ann, bob) in cases {
             let throttle = throttle_after(http_status, retry_after, text);
 
-            let waits = [ANN, BOB].map(|identity| throttle.check(identity).err());
+            let waits = [ANN, BOB]
+                .map(|identity| throttle.check(identity).err())
+                .map(|held_back| held_back.map(|held_back| held_back.retry_after));
 
             assert_eq!(waits, [ann.map(seconds), bob.map(seconds)], "{case}");
         }
@@ -158,13 +205,15 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_window_is_forgotten_when_it_is_over_and_not_before() {
-        for by_address in [false, true] {
+        for subject in [None, Some(Subject::Ip), Some(Subject::Api)] {
             let throttle = Throttle::new();
-            throttle.remember(ANN, seconds(7), by_address);
+            throttle.remember(ANN, seconds(7), subject);
 
             tokio::time::advance(seconds(7) - Duration::from_nanos(1)).await;
 
-            assert_eq!(throttle.check(ANN), Err(Duration::from_nanos(1)));
+            let held_back = throttle.check(ANN).unwrap_err();
+            assert_eq!(held_back.retry_after, Duration::from_nanos(1));
+            assert_eq!(held_back.subject, subject);
             tokio::time::advance(Duration::from_nanos(1)).await;
             assert_eq!(throttle.check(ANN), Ok(()));
         }
@@ -172,13 +221,13 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_shorter_window_does_not_end_a_longer_one() {
-        for by_address in [false, true] {
+        for subject in [None, Some(Subject::Ip), Some(Subject::Api)] {
             let throttle = Throttle::new();
 
-            throttle.remember(ANN, seconds(60), by_address);
-            throttle.remember(ANN, seconds(1), by_address);
+            throttle.remember(ANN, seconds(60), subject);
+            throttle.remember(ANN, seconds(1), subject);
 
-            assert_eq!(throttle.check(ANN), Err(seconds(60)));
+            assert_eq!(throttle.check(ANN).unwrap_err().retry_after, seconds(60));
         }
     }
 
@@ -187,7 +236,7 @@ mod tests {
         let throttle = Throttle::new();
 
         for number in 0..3 * u128::from(MAX_IDENTITIES) {
-            throttle.remember(Identity::Caller(number.to_be_bytes()), seconds(60), false);
+            throttle.remember(Identity::Caller(number.to_be_bytes()), seconds(60), None);
         }
 
         throttle.windows.run_pending_tasks();

@@ -10,8 +10,37 @@ pub struct Throttling {
     /// The length of the window in which calls are counted, at most [`MAX_RETRY_AFTER`]. Where in the window we are is unknown,
     /// so the whole of it is the wait that is safe.
     pub window: Option<Duration>,
-    /// Whose calls are counted: `user` or `ip`.
-    pub subject: Option<&'static str>,
+    /// Whose requests are counted.
+    pub subject: Option<Subject>,
+}
+
+/// Whose requests a throttling policy counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Subject {
+    /// Those of a user: of one credential.
+    User,
+    /// Those from an address.
+    Ip,
+    /// Those of all users of the API.
+    Api,
+}
+
+impl Subject {
+    const ALL: [Self; 3] = [Self::User, Self::Ip, Self::Api];
+
+    /// The word of the vendor's text.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::User => "user",
+            Self::Ip => "ip",
+            Self::Api => "api",
+        }
+    }
+
+    /// Whether the window holds back every credential, not only the one that was throttled.
+    pub fn is_everyone(self) -> bool {
+        matches!(self, Self::Ip | Self::Api)
+    }
 }
 
 /// Reads the gateway's `policy user over ratelimit,limit:200,time:5 minute` and IAM's `... times per 60 seconds`.
@@ -20,9 +49,9 @@ pub fn read(message: &str) -> Throttling {
     let window = after(&text, "time:").and_then(window);
     Throttling {
         window: window.or_else(|| text.split(" per ").skip(1).find_map(self::window)),
-        subject: ["user", "ip"]
+        subject: Subject::ALL
             .into_iter()
-            .find(|subject| text.contains(&format!("policy {subject} over"))),
+            .find(|subject| text.contains(&format!("policy {} over", subject.as_str()))),
     }
 }
 
@@ -61,17 +90,22 @@ mod tests {
             (
                 "policy user over ratelimit,limit:200,time:5 minute",
                 Some(300),
-                Some("user"),
+                Some(Subject::User),
             ),
             (
                 "policy ip over ratelimit,limit:60,time:1 minute",
                 Some(60),
-                Some("ip"),
+                Some(Subject::Ip),
             ),
             (
                 "policy user over ratelimit,limit:10,time:30 second",
                 Some(30),
-                Some("user"),
+                Some(Subject::User),
+            ),
+            (
+                "policy api over ratelimit,limit:8000,time:1 minute",
+                Some(60),
+                Some(Subject::Api),
             ),
             (
                 "policy app over ratelimit,limit:10,time:2 seconds",
@@ -81,39 +115,39 @@ mod tests {
             (
                 "policy user over ratelimit,limit:9,time:1 hour",
                 Some(300),
-                Some("user"),
+                Some(Subject::User),
             ),
             (
                 "policy user over ratelimit,limit:9,time:1 day",
                 Some(300),
-                Some("user"),
+                Some(Subject::User),
             ),
             (
                 "POLICY USER OVER RATELIMIT,LIMIT:9,TIME:2 MINUTE",
                 Some(120),
-                Some("user"),
+                Some(Subject::User),
             ),
             ("30 times per 60 seconds", Some(60), None),
             ("rate per user is 30 times per 10 seconds", Some(10), None),
             (
                 "policy user over ratelimit,limit:9,time:0 minute",
                 None,
-                Some("user"),
+                Some(Subject::User),
             ),
             (
                 "policy user over ratelimit,limit:9,time:minute",
                 None,
-                Some("user"),
+                Some(Subject::User),
             ),
             (
                 "policy user over ratelimit,limit:9,time:-5 minute",
                 None,
-                Some("user"),
+                Some(Subject::User),
             ),
             (
                 "policy user over ratelimit,time:5 fortnight",
                 None,
-                Some("user"),
+                Some(Subject::User),
             ),
             ("time:99999999999999999999999 hour", Some(300), None),
             ("time:", None, None),

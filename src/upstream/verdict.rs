@@ -51,7 +51,7 @@ pub enum Credential {
     /// Nothing.
     Silent,
     /// It is refused, and a new one would not help.
-    Refused,
+    Rejected,
     /// It is refused; a renewed token may help, once. Never repeated with keys.
     Renewable,
 }
@@ -175,7 +175,7 @@ mod tests {
         };
         let credential = match verdict.credential {
             Credential::Silent => "silent",
-            Credential::Refused => "refused",
+            Credential::Rejected => "refused",
             Credential::Renewable => "renewable",
         };
         let wait = verdict

@@ -102,10 +102,11 @@ async fn a_wait_that_upstream_names_is_told_where_waiting_helps() {
     let in_two_minutes = httpdate::fmt_http_date(now() + Duration::from_secs(120));
     let yesterday = httpdate::fmt_http_date(now() - Duration::from_secs(86_400));
     let seconds = |number| Some(Duration::from_secs(number));
-    let cases: [(u16, &[&str], Option<Duration>); 16] = [
+    let cases: [(u16, &[&str], Option<Duration>); 17] = [
         (429, &["7"], seconds(7)),
-        (429, &["0"], seconds(0)),
-        (429, &[&yesterday], seconds(0)),
+        (429, &["0"], seconds(60)),
+        (429, &[&yesterday], seconds(60)),
+        (429, &["-1"], seconds(60)),
         (429, &["1e9"], seconds(60)),
         (429, &[""], seconds(60)),
         (429, &["3", "9"], seconds(9)),

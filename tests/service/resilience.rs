@@ -336,7 +336,7 @@ async fn the_breaker_opens_answers_without_upstream_and_closes_after_a_good_prob
         open.retry_delay
             .is_some_and(|delay| !delay.is_zero() && delay <= Duration::from_secs(5))
     );
-    assert_eq!(asked, 20);
+    assert_eq!(asked, 8);
 }
 
 #[tokio::test]

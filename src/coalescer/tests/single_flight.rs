@@ -195,13 +195,19 @@ async fn an_error_is_shared_unless_it_is_about_time_that_a_joined_call_still_has
         ),
         (
             "a turn that fits",
-            Error::Throttled { retry_after },
+            Error::Throttled {
+                retry_after,
+                subject: None,
+            },
             9,
             true,
         ),
         (
             "a turn that does not fit",
-            Error::Throttled { retry_after },
+            Error::Throttled {
+                retry_after,
+                subject: None,
+            },
             5,
             false,
         ),

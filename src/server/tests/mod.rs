@@ -81,6 +81,13 @@ impl Drop for Leaving {
 }
 
 impl Service for Script {
+    fn token_hash(&self, metadata: &HeaderMap) -> Option<[u8; 16]> {
+        let mut hash = [0; 16];
+        let token = metadata.get("x-auth-token")?.as_bytes();
+        hash[..token.len()].copy_from_slice(token);
+        Some(hash)
+    }
+
     async fn get_task_detail(
         &self,
         _call: &mut Call,

@@ -43,7 +43,7 @@ fn query() -> TaskQuery {
 }
 
 fn status_of(error: &Error) -> Status {
-    Failure::from_error(error).to_status("r-1")
+    Failure::from_error(error).to_status("r-1", Duration::MAX)
 }
 
 fn upstream(error: upstream::Error, facts: Facts, owner: Owner) -> Error {

@@ -193,7 +193,10 @@ fn every_failure_of_our_own_has_its_code_reason_wait_and_owner() {
             None,
         ),
         (
-            ours(upstream::Error::Throttled { retry_after }),
+            ours(upstream::Error::Throttled {
+                retry_after,
+                subject: None,
+            }),
             Code::ResourceExhausted,
             "THROTTLED",
             Some(7),
@@ -372,7 +375,7 @@ fn a_status_of_the_grpc_library_is_completed_without_its_text() {
     ];
 
     for (code, text, expected_code, expected_reason) in cases {
-        let status = Failure::from_library(code, text).to_status("r-1");
+        let status = Failure::from_library(code, text).to_status("r-1", Duration::MAX);
 
         check(&status);
         assert_eq!(status.code(), expected_code, "{code:?}");
@@ -381,10 +384,10 @@ fn a_status_of_the_grpc_library_is_completed_without_its_text() {
     }
     assert_ne!(
         Failure::from_library(Code::Unimplemented, "")
-            .to_status("r-1")
+            .to_status("r-1", Duration::MAX)
             .message(),
         Failure::from_library(Code::Unimplemented, "compressed")
-            .to_status("r-1")
+            .to_status("r-1", Duration::MAX)
             .message()
     );
 }

@@ -4,13 +4,16 @@
 #[cfg(test)]
 mod tests;
 
-use std::time::Duration;
-
-use super::{
-    verdict::Repeat,
-    window::{Count, Window},
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
-use crate::wait;
+
+use tokio::time::Instant;
+
+use super::verdict::Repeat;
+use crate::{caller::Caller, wait};
 
 /// No retry starts with less than this left before the deadline: it could hardly end in time, and would cost quota.
 const FLOOR: Duration = Duration::from_millis(50);
@@ -19,35 +22,93 @@ const FLOOR: Duration = Duration::from_millis(50);
 const BACKOFF_BASE: Duration = Duration::from_millis(50);
 const BACKOFF_CAP: Duration = Duration::from_secs(2);
 
-/// Retries that are allowed in ten seconds whatever the number of calls, so that a quiet service can retry at all.
+/// How long calls and retries count.
+const WINDOW: Duration = Duration::from_secs(10);
+
+/// Retries that are allowed in [`WINDOW`] whatever the number of calls, so that a quiet service can retry at all.
 const RESERVE: u64 = 10;
 
-/// Caps retries at a share of the calls of the last ten seconds, so that a failing upstream is not hit harder.
+/// The retry budget: caps retries at a share of the calls of the last ten seconds, so that a failing upstream is not hit harder.
+///
+/// It is shared among callers. A caller whose calls all fail can use it up, but then others still have their share of it (the budget
+/// divided by the callers that have retried): together at most the same amount once more.
 #[derive(Debug)]
 pub(super) struct Budget {
     percent: u64,
-    calls_and_retries: Window,
+    counts: Mutex<Counts>,
+}
+
+/// The calls and retries of the last ten seconds, in slots of one second, the newest last.
+#[derive(Debug)]
+struct Counts {
+    epoch: Instant,
+    slots: VecDeque<Slot>,
+}
+
+#[derive(Debug)]
+struct Slot {
+    /// Since the epoch.
+    second: u64,
+    calls: u64,
+    retries: HashMap<Caller, u64>,
 }
 
 impl Budget {
     pub(super) fn new(percent: u32) -> Self {
         Self {
             percent: u64::from(percent),
-            calls_and_retries: Window::new(),
+            counts: Mutex::new(Counts {
+                epoch: Instant::now(),
+                slots: VecDeque::new(),
+            }),
         }
     }
 
-    /// Notes a call, which pays into the budget.
+    /// Counts a call, which pays into the budget.
     pub(super) fn call(&self) {
-        self.calls_and_retries.add(Count::Total);
+        self.lock().current().calls += 1;
     }
 
-    /// Pays for one retry if the budget allows it.
-    fn pay(&self) -> bool {
-        self.calls_and_retries.add_if(Count::Part, || {
-            let (calls, retries) = self.calls_and_retries.sums();
-            RESERVE + calls * self.percent / 100 > retries
-        })
+    /// Pays for one retry of `caller` if the budget allows it.
+    fn pay(&self, caller: Caller) -> bool {
+        let mut counts = self.lock();
+        counts.current();
+        let calls: u64 = counts.slots.iter().map(|slot| slot.calls).sum();
+        let mut by_caller = HashMap::new();
+        let retries = counts.slots.iter().flat_map(|slot| &slot.retries);
+        retries.for_each(|(caller, count)| *by_caller.entry(*caller).or_default() += count);
+        let used: u64 = by_caller.values().sum();
+        let own = *by_caller.entry(caller).or_default();
+        let allowed = RESERVE + calls * self.percent / 100;
+        let share = allowed / by_caller.len() as u64;
+        let pays = used < allowed || (used < 2 * allowed && own < share);
+        if pays {
+            *counts.current().retries.entry(caller).or_default() += 1;
+        }
+        pays
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Counts> {
+        self.counts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Counts {
+    /// The slot of this second. Removes those that no longer count.
+    fn current(&mut self) -> &mut Slot {
+        let second = self.epoch.elapsed().as_secs();
+        self.slots
+            .retain(|slot| slot.second + WINDOW.as_secs() > second);
+        if self.slots.back().is_none_or(|slot| slot.second != second) {
+            self.slots.push_back(Slot {
+                second,
+                calls: 0,
+                retries: HashMap::new(),
+            });
+        }
+        self.slots
+            .back_mut()
+            .expect("there is a slot of this second")
     }
 }
 
@@ -96,6 +157,7 @@ impl Attempts {
         advice: Advice,
         remaining: Duration,
         budget: &Budget,
+        caller: Caller,
     ) -> Option<Duration> {
         let repeatable = match advice.repeat {
             Repeat::Never => false,
@@ -111,7 +173,7 @@ impl Attempts {
             None if advice.at_once && self.made == 1 => Duration::ZERO,
             None => full_jitter(self.made),
         };
-        if wait + FLOOR >= remaining || !budget.pay() {
+        if wait + FLOOR >= remaining || !budget.pay(caller) {
             return None;
         }
         self.left -= 1;

@@ -25,24 +25,24 @@ fn refusal(what: &str, headers: &[(&str, &str)]) -> Vec<Step> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_burst_with_a_wrong_key_sends_three_requests_and_then_none() {
+async fn a_burst_with_a_key_that_was_never_accepted_sends_one_request_and_then_none() {
     let sandbox = Sandbox::start();
     let program = with_key(&sandbox.url(), &WRONG_KEY);
 
     let failures = failures_of(&program, 200).await;
     let later = program.failure(example_request()).await;
 
-    assert_eq!(sandbox.count("task_requests").await, 3);
+    assert_eq!(sandbox.count("task_requests").await, 1);
     assert_eq!(
         sandbox.count("bad_signatures").await,
-        3,
-        "two short of the gateway's lock"
+        1,
+        "four replicas with it are short of the gateway's lock"
     );
     assert_eq!(failures.len(), 200);
     let (refused, locked): (Vec<_>, Vec<_>) = failures
         .into_iter()
         .partition(|failure| failure.reason == "CREDENTIAL_REJECTED");
-    assert_eq!(refused.len(), 3);
+    assert_eq!(refused.len(), 1);
     for failure in refused {
         assert_eq!(failure.code, Code::Unauthenticated);
         assert_eq!(failure.metadata["credentialOwner"], "server");
@@ -200,7 +200,7 @@ async fn a_clock_that_jumps_under_a_hundred_calls_fails_none_of_them() {
 #[tokio::test]
 async fn a_date_that_does_not_help_is_a_clock_skew_of_the_facade() {
     let lie = refusal(
-        "x-sdk-date is more than 15 minutes off",
+        "signature expired",
         &[("date", "Sun, 06 Nov 1994 08:49:37 GMT")],
     );
     let upstream = Upstream::always(lie).await;
@@ -213,10 +213,11 @@ async fn a_date_that_does_not_help_is_a_clock_skew_of_the_facade() {
         (Code::Unauthenticated, "CLOCK_SKEW")
     );
     assert_eq!(failure.metadata["credentialOwner"], "server");
-    let requests = upstream.requests();
-    assert_eq!(requests.len(), 2);
-    let signed_at = requests[1].header("x-sdk-date").expect("a signed request");
-    assert!(signed_at.starts_with("19941106T0849"), "{signed_at}");
+    assert_eq!(
+        upstream.requests().len(),
+        1,
+        "a time more than a day off is not believed"
+    );
 }
 
 #[tokio::test]
@@ -228,18 +229,18 @@ async fn a_wrong_key_with_a_wrong_clock_stays_short_of_the_gateways_lock() {
     let failures = failures_of(&program, 50).await;
 
     assert_eq!(failures.len(), 50);
-    assert_eq!(sandbox.count("bad_signatures").await, 3);
+    assert_eq!(sandbox.count("bad_signatures").await, 1);
     assert_eq!(
         sandbox.count("task_requests").await,
-        4,
+        2,
         "one learns the time for all"
     );
     let told = |reason| failures.iter().filter(|f| f.reason == reason).count();
-    // The call that learnt the time asks again with all the others, and may find that three of them were quicker.
+    // The call that learnt the time signs again, and may find that another one was quicker.
     let skewed = told("CLOCK_SKEW");
     assert!(skewed <= 1, "{skewed}");
-    assert_eq!(skewed + told("CREDENTIAL_REJECTED"), 3);
-    assert_eq!(told("CREDENTIAL_LOCKED"), 47);
+    assert!(skewed + told("CREDENTIAL_REJECTED") <= 2);
+    assert!(told("CREDENTIAL_LOCKED") >= 48);
 }
 
 #[tokio::test]
@@ -255,7 +256,7 @@ async fn a_fresh_temporary_key_that_is_wrong_is_guarded_like_any_other() {
     let later = failures_of(&program, 10).await;
 
     assert_eq!((failures.len(), later.len()), (100, 10));
-    assert_eq!(sandbox.count("bad_signatures").await, 3);
+    assert_eq!(sandbox.count("bad_signatures").await, 1);
 }
 
 #[tokio::test]

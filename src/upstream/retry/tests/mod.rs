@@ -3,6 +3,8 @@ mod random;
 
 use super::*;
 
+const ANN: Caller = Caller::Connection(1);
+const BOB: Caller = Caller::Connection(2);
 const LONG: Duration = Duration::from_secs(30);
 const BACKOFF: Advice = Advice {
     repeat: Repeat::Backoff,
@@ -15,10 +17,10 @@ async fn attempts_end_at_the_maximum() {
     let budget = Budget::new(100);
     let mut attempts = Attempts::new(3);
 
-    let waits = [(); 3].map(|()| attempts.next(BACKOFF, LONG, &budget).is_some());
+    let waits = [(); 3].map(|()| attempts.next(BACKOFF, LONG, &budget, ANN).is_some());
 
     assert_eq!(waits, [true, true, false]);
-    assert_eq!(Attempts::new(1).next(BACKOFF, LONG, &budget), None);
+    assert_eq!(Attempts::new(1).next(BACKOFF, LONG, &budget, ANN), None);
 }
 
 #[tokio::test(start_paused = true)]
@@ -34,10 +36,10 @@ async fn once_is_once_and_never_is_never() {
     };
     let mut attempts = Attempts::new(10);
 
-    assert!(attempts.next(once, LONG, &budget).is_some());
-    assert_eq!(attempts.next(once, LONG, &budget), None);
-    assert!(attempts.next(BACKOFF, LONG, &budget).is_some());
-    assert_eq!(attempts.next(never, LONG, &budget), None);
+    assert!(attempts.next(once, LONG, &budget, ANN).is_some());
+    assert_eq!(attempts.next(once, LONG, &budget, ANN), None);
+    assert!(attempts.next(BACKOFF, LONG, &budget, ANN).is_some());
+    assert_eq!(attempts.next(never, LONG, &budget, ANN), None);
 }
 
 #[tokio::test(start_paused = true)]
@@ -63,7 +65,7 @@ async fn only_a_first_retry_goes_out_at_once_and_each_later_one_may_wait_twice_a
     let retries = |failed| {
         let budget = Budget::new(0);
         let mut attempts = Attempts::new(4);
-        [(); 3].map(|()| attempts.next(failed, LONG, &budget).unwrap())
+        [(); 3].map(|()| attempts.next(failed, LONG, &budget, ANN).unwrap())
     };
     let at_once = Advice {
         at_once: true,
@@ -89,7 +91,7 @@ async fn retry_after_is_obeyed_within_the_deadline_only() {
         ..BACKOFF
     };
 
-    let wait = Attempts::new(3).next(asked, LONG, &budget);
+    let wait = Attempts::new(3).next(asked, LONG, &budget, ANN);
     assert!(
         wait.is_some_and(
             |wait| wait >= Duration::from_secs(2) && wait <= Duration::from_secs(2) + BACKOFF_BASE
@@ -97,7 +99,7 @@ async fn retry_after_is_obeyed_within_the_deadline_only() {
         "{wait:?}"
     );
     assert_eq!(
-        Attempts::new(3).next(asked, Duration::from_secs(2), &budget),
+        Attempts::new(3).next(asked, Duration::from_secs(2), &budget, ANN),
         None
     );
 }
@@ -110,9 +112,9 @@ async fn no_retry_starts_below_the_floor() {
         ..BACKOFF
     };
 
-    assert_eq!(Attempts::new(3).next(at_once, FLOOR, &budget), None);
+    assert_eq!(Attempts::new(3).next(at_once, FLOOR, &budget, ANN), None);
     assert_eq!(
-        Attempts::new(3).next(at_once, FLOOR * 2, &budget),
+        Attempts::new(3).next(at_once, FLOOR * 2, &budget, ANN),
         Some(Duration::ZERO)
     );
 }
@@ -124,7 +126,7 @@ async fn the_budget_allows_the_reserve_and_a_share_of_the_calls() {
         budget.call();
     }
 
-    let paid = (0..100).filter(|_| budget.pay()).count();
+    let paid = (0..100).filter(|_| budget.pay(ANN)).count();
 
     assert_eq!(paid, 10 + 20);
 }
@@ -132,20 +134,36 @@ async fn the_budget_allows_the_reserve_and_a_share_of_the_calls() {
 #[tokio::test(start_paused = true)]
 async fn the_budget_recovers_when_the_window_has_passed() {
     let budget = Budget::new(0);
-    let spent = (0..100).filter(|_| budget.pay()).count();
+    let spent = (0..100).filter(|_| budget.pay(ANN)).count();
 
     tokio::time::advance(Duration::from_secs(10)).await;
 
     assert_eq!(spent, 10);
-    assert!(budget.pay());
+    assert!(budget.pay(ANN));
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_retry_that_is_not_made_costs_nothing() {
     let budget = Budget::new(0);
     for _ in 0..100 {
-        assert_eq!(Attempts::new(3).next(BACKOFF, FLOOR, &budget), None);
+        assert_eq!(Attempts::new(3).next(BACKOFF, FLOOR, &budget, ANN), None);
     }
 
-    assert!(budget.pay());
+    assert!(budget.pay(ANN));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_caller_that_uses_up_the_budget_leaves_the_others_their_share() {
+    let budget = Budget::new(0);
+    let spent = (0..100).filter(|_| budget.pay(ANN)).count();
+
+    let bobs = (0..100).filter(|_| budget.pay(BOB)).count();
+    let anns = (0..100).filter(|_| budget.pay(ANN)).count();
+    let others = (0..1000).filter(|number| budget.pay(Caller::Connection(100 + number)));
+
+    assert_eq!((spent, bobs, anns), (10, 5, 0));
+    assert!(
+        others.count() <= 10,
+        "together at most the budget once more"
+    );
 }

@@ -16,6 +16,8 @@ use tokio::{
 use super::*;
 use crate::deadline::Deadline;
 
+const ANN: Caller = Caller::Connection(1);
+
 fn paused() -> Runtime {
     Builder::new_current_thread()
         .enable_time()
@@ -74,7 +76,7 @@ proptest! {
         in_paused_time(async {
             let budget = Budget::new(0);
             for _ in 0..spent.min(RESERVE) {
-                assert!(budget.pay());
+                assert!(budget.pay(ANN));
             }
             let mut unspent = RESERVE.saturating_sub(spent);
             let mut attempts = Attempts::new(max);
@@ -92,7 +94,7 @@ proptest! {
                     Repeat::Backoff => false,
                 } || made == max || unspent == 0;
 
-                match attempts.next(failed, remaining, &budget) {
+                match attempts.next(failed, remaining, &budget, ANN) {
                     Some(wait) => {
                         assert!(!forbidden);
                         assert!(wait >= least && wait <= most, "{wait:?}, {failed:?}");
@@ -131,7 +133,7 @@ proptest! {
                     }
                     Step::Pay => {
                         let most = 10 + calls.len() * percent as usize / 100;
-                        let paid = budget.pay();
+                        let paid = budget.pay(ANN);
                         assert_eq!(paid, retries.len() < most, "{retries:?} of {most}");
                         if paid {
                             retries.push_back(now.as_secs());
@@ -162,7 +164,7 @@ proptest! {
                     let mut attempts = Attempts::new(max);
                     let mut retries = 0;
                     let failed = Advice { repeat: Repeat::Backoff, at_once: true, retry_after: None };
-                    while let Some(wait) = attempts.next(failed, deadline.remaining(), &budget) {
+                    while let Some(wait) = attempts.next(failed, deadline.remaining(), &budget, ANN) {
                         sleep(wait).await;
                         assert!(!deadline.remaining().is_zero());
                         retries += 1;
@@ -194,7 +196,7 @@ fn threads_that_pay_at_the_same_moment_do_not_overdraw_the_budget() {
             thread::spawn(move || {
                 let _clock = runtime.enter();
                 begin.wait();
-                (0..20).filter(|_| budget.pay()).count()
+                (0..20).filter(|_| budget.pay(ANN)).count()
             })
         });
 

@@ -1,0 +1,13 @@
+//! Who makes a call, as far as fairness between callers goes: permits, turns of the rate limiter and retries are shared among
+//! callers.
+
+/// The token if callers bring their own, else the client certificate, else the connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Caller {
+    /// The keyed hash of the caller's `x-auth-token`.
+    Token([u8; 16]),
+    /// The hash of the client certificate.
+    Certificate([u8; 16]),
+    /// The number of the connection.
+    Connection(u64),
+}

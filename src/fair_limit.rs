@@ -1,0 +1,244 @@
+//! A limit on concurrency that callers share fairly. It never waits: a permit that is not granted is refused at once.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use tokio::time::Instant;
+
+use crate::caller::Caller;
+
+/// How long after its last request a caller counts as active though it holds no permit.
+const ACTIVE: Duration = Duration::from_secs(1);
+
+/// The part of the limit that other callers leave free for each active one: a 64th, at least one permit.
+const RESERVES: usize = 64;
+
+/// Callers that are remembered beyond those that hold permits.
+const MAX_CALLERS: usize = 4096;
+
+/// At most `max` permits. A caller alone may hold them all. Above half of them, a caller is refused although permits are free
+/// - if it holds its share: the limit divided by the callers that hold permits;
+/// - if the free ones are reserved for callers that were active a moment ago.
+#[derive(Debug)]
+pub struct FairLimit {
+    max: usize,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    held: usize,
+    callers: HashMap<Caller, Holder>,
+}
+
+#[derive(Debug)]
+struct Holder {
+    held: usize,
+    asked_at: Instant,
+}
+
+/// One permit, released on drop.
+#[derive(Debug)]
+pub struct Permit {
+    limit: Arc<FairLimit>,
+    caller: Caller,
+}
+
+impl FairLimit {
+    /// A limit of `max` permits.
+    pub fn new(max: usize) -> Arc<Self> {
+        Arc::new(Self {
+            max,
+            state: Mutex::default(),
+        })
+    }
+
+    /// A permit for `caller`, if there is one left for it.
+    pub fn try_acquire(self: &Arc<Self>, caller: Caller) -> Option<Permit> {
+        let now = Instant::now();
+        let mut state = self.state();
+        if state.callers.len() >= MAX_CALLERS {
+            state.forget_inactive(now);
+        }
+        let holder = state.callers.entry(caller).or_insert(Holder {
+            held: 0,
+            asked_at: now,
+        });
+        holder.asked_at = now;
+        let own = holder.held;
+        if state.held >= self.max
+            || (state.held >= self.max / 2 && self.is_others_turn(&mut state, own, now))
+        {
+            return None;
+        }
+        state.held += 1;
+        if let Some(holder) = state.callers.get_mut(&caller) {
+            holder.held += 1;
+        }
+        Some(Permit {
+            limit: Arc::clone(self),
+            caller,
+        })
+    }
+
+    /// Whether the free permits are for others than a caller that holds `own`.
+    fn is_others_turn(&self, state: &mut State, own: usize, now: Instant) -> bool {
+        let reserve = (self.max / RESERVES).max(1);
+        if own < reserve {
+            return false;
+        }
+        state.forget_inactive(now);
+        let (mut holders, mut reserved) = (0, 0);
+        for holder in state.callers.values() {
+            holders += usize::from(holder.held > 0);
+            reserved += reserve.saturating_sub(holder.held);
+        }
+        let free = self.max - state.held;
+        own >= self.max / holders.max(1) || free <= reserved.min(self.max / 2)
+    }
+
+    /// Permits that are held now.
+    pub fn held(&self) -> usize {
+        self.state().held
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn forget_inactive(&mut self, now: Instant) {
+        let is_active = |holder: &Holder| now.saturating_duration_since(holder.asked_at) < ACTIVE;
+        self.callers
+            .retain(|_, holder| holder.held > 0 || is_active(holder));
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        let mut state = self.limit.state();
+        state.held -= 1;
+        if let Some(holder) = state.callers.get_mut(&self.caller) {
+            holder.held -= 1;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const ANN: Caller = Caller::Connection(1);
+    const BOB: Caller = Caller::Connection(2);
+
+    fn take(limit: &Arc<FairLimit>, caller: Caller, count: usize) -> Vec<Permit> {
+        (0..count)
+            .filter_map(|_| limit.try_acquire(caller))
+            .collect()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_caller_alone_may_hold_the_whole_limit() {
+        for max in [1, 3, 2048] {
+            let limit = FairLimit::new(max);
+            let mut held = take(&limit, ANN, max + 9);
+
+            assert_eq!((held.len(), limit.held()), (max, max));
+            assert!(limit.try_acquire(BOB).is_none());
+            held.pop();
+            assert!(limit.try_acquire(BOB).is_some());
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_caller_that_asks_for_all_leaves_those_that_hold_permits_their_share() {
+        let limit = FairLimit::new(100);
+        let others = [2, 3, 4].map(|number| take(&limit, Caller::Connection(number), 5));
+
+        let hog = take(&limit, ANN, 1000);
+
+        assert_eq!(
+            hog.len(),
+            35,
+            "up to half of the limit with the others' fifteen"
+        );
+        assert_eq!(
+            take(&limit, BOB, 1000).len(),
+            20,
+            "up to its own share of 25"
+        );
+        drop(others);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_caller_that_asks_for_all_leaves_room_for_those_that_were_active_a_moment_ago() {
+        let limit = FairLimit::new(640);
+        let brief = [2, 3, 4].map(|number| take(&limit, Caller::Connection(number), 1));
+        drop(brief);
+
+        let hog = take(&limit, ANN, 1000);
+
+        assert_eq!(hog.len(), 640 - 3 * 10);
+        let bobs = take(&limit, BOB, 1000);
+        assert_eq!(bobs.len(), 10);
+        tokio::time::advance(ACTIVE).await;
+        assert_eq!(take(&limit, Caller::Connection(9), 1000).len(), 20);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn of_a_full_limit_what_is_released_goes_to_the_callers_with_less_than_their_share() {
+        let limit = FairLimit::new(10);
+        let mut hog = take(&limit, ANN, 10);
+        assert!(limit.try_acquire(BOB).is_none(), "all are held");
+
+        hog.truncate(9);
+
+        assert!(limit.try_acquire(ANN).is_none());
+        assert_eq!(take(&limit, BOB, 5).len(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn ever_new_callers_are_not_all_remembered() {
+        let limit = FairLimit::new(10);
+        for number in 0..20 * MAX_CALLERS as u64 {
+            tokio::time::advance(Duration::from_millis(5)).await;
+            drop(limit.try_acquire(Caller::Connection(number)));
+        }
+
+        assert!(limit.state().callers.len() <= MAX_CALLERS + 1);
+    }
+
+    proptest! {
+        #[test]
+        fn no_more_than_the_limit_and_no_caller_is_refused_its_reserve_while_there_is_room(
+            max in 1..200usize,
+            steps in prop::collection::vec((0..5u64, any::<bool>()), 0..600),
+        ) {
+            let limit = FairLimit::new(max);
+            let mut held: HashMap<u64, Vec<Permit>> = HashMap::new();
+            for (caller, acquires) in steps {
+                let own = held.entry(caller).or_default();
+                if !acquires {
+                    own.pop();
+                    continue;
+                }
+                let own_before = own.len();
+                let total: usize = held.values().map(Vec::len).sum();
+                let permit = limit.try_acquire(Caller::Connection(caller));
+                prop_assert!(permit.is_none() || total < max);
+                // Its reserve.
+                if own_before < (max / 64).max(1) && total < max {
+                    prop_assert!(permit.is_some(), "{own_before} of {max}, {total} held");
+                }
+                held.entry(caller).or_default().extend(permit);
+                prop_assert_eq!(limit.held(), held.values().map(Vec::len).sum::<usize>());
+            }
+        }
+    }
+}

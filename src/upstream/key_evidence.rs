@@ -1,0 +1,124 @@
+//! What a 401 says about the key that signed the attempt. Only evidence about the key itself may count against it, because the key
+//! is everybody's: the gateway also answers 401 to calls for projects and endpoints that the key's owner may not use.
+
+use std::time::{Duration, SystemTime};
+
+use jiff::{civil::DateTime, tz::TimeZone};
+
+/// The gateway's code for a failed authentication, with many meanings.
+const AUTHENTICATION_FAILED: &str = "APIGW.0301";
+
+/// Parts of the gateway's texts for a wrong signature or key. Sources: API request signing guide, FAQ; API gateway user guide,
+/// "Common Errors Related to IAM Authentication Information".
+const WRONG_KEY: [&str; 5] = [
+    "signature fail",
+    "verify signature",
+    "signature does not match",
+    "get secretkey failed",
+    "ak not exist",
+];
+
+/// Evidence about a key.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum KeyEvidence {
+    /// The reply is about something else.
+    #[default]
+    None,
+    /// The signature or the key is wrong, or the reply cannot be read: it might have said so.
+    Rejected,
+    /// The time of the signature is too far from the gateway's, which the text may name. Says nothing about the key.
+    Expired {
+        /// The gateway's time.
+        server_time: Option<SystemTime>,
+    },
+    /// The gateway has locked the key.
+    Locked,
+}
+
+/// Reads a 401. `error_code` and `message` are those of its error object, if it has one.
+pub fn read(is_object: bool, error_code: Option<&str>, message: &str) -> KeyEvidence {
+    if !is_object {
+        return KeyEvidence::Rejected;
+    }
+    if error_code != Some(AUTHENTICATION_FAILED) {
+        return KeyEvidence::None;
+    }
+    let text = message.to_ascii_lowercase();
+    if text.contains("ak access failed to reach the limit") {
+        KeyEvidence::Locked
+    } else if text.contains("signature expired") {
+        KeyEvidence::Expired {
+            server_time: server_time(&text),
+        }
+    } else if WRONG_KEY.iter().any(|part| text.contains(part)) {
+        KeyEvidence::Rejected
+    } else {
+        KeyEvidence::None
+    }
+}
+
+/// The time in `signature time:20230527T000431Z,server time:20230527T020608Z`.
+fn server_time(text: &str) -> Option<SystemTime> {
+    let (_, rest) = text.split_once("server time:")?;
+    let digits = rest.trim_start().get(..16)?.to_ascii_uppercase();
+    let at = DateTime::strptime("%Y%m%dT%H%M%SZ", digits).ok()?;
+    let seconds = TimeZone::UTC.to_timestamp(at).ok()?.as_second();
+    Some(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds.try_into().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_texts_about_signature_or_key_count_against_the_key() {
+        let prefix = "Incorrect IAM authentication information: ";
+        let at = SystemTime::UNIX_EPOCH + Duration::from_secs(1_685_153_168);
+        let expired = |server_time| KeyEvidence::Expired { server_time };
+        let cases = [
+            (
+                "verify aksk signature fail, canonicalRequest: POST",
+                KeyEvidence::Rejected,
+            ),
+            ("calc ak sk signature fail", KeyEvidence::Rejected),
+            (
+                "Get secretKey failed,ak:X,err:ak not exist",
+                KeyEvidence::Rejected,
+            ),
+            (
+                "AK access failed to reach the limit,forbidden.",
+                KeyEvidence::Locked,
+            ),
+            ("decrypt token fail", KeyEvidence::None),
+            ("project id does not match", KeyEvidence::None),
+            ("the account is in arrears", KeyEvidence::None),
+            ("", KeyEvidence::None),
+            (
+                "signature expired, signature time:20230527T000431Z,server time:20230527T020608Z",
+                expired(Some(at)),
+            ),
+            ("calc ak sk signature fail:signature expired", expired(None)),
+            ("signature expired, server time:yesterday", expired(None)),
+            ("signature expired, server time:", expired(None)),
+        ];
+
+        for (text, expected) in cases {
+            let read = read(true, Some("APIGW.0301"), &format!("{prefix}{text}"));
+            assert_eq!(read, expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn another_code_is_about_something_else_and_a_reply_that_cannot_be_read_counts() {
+        let text = "verify aksk signature fail";
+        for code in [
+            None,
+            Some("APIGW.0302"),
+            Some("IAM.0064"),
+            Some("DBS.200001"),
+        ] {
+            assert_eq!(read(true, code, text), KeyEvidence::None, "{code:?}");
+        }
+        assert_eq!(read(false, None, ""), KeyEvidence::Rejected);
+    }
+}
