@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! caller -> server (connection, deadline, limits) -> rpc (validate) -> credentials (token or key)
-//!        -> quota (cache, merge) -> upstream (throttle, pace, attempts) -> http_client (one exchange) -> RDS
+//!        -> coalescer (cache, single-flight) -> upstream (throttle window, rate limiter, attempts) -> http_client -> RDS
 //! ```
 //!
 //! and back: [`upstream`] says what an answer means, [`rpc`] turns it into the reply, [`status`] turns every failure into
@@ -18,7 +18,7 @@
 //! - [`server`]: the gRPC listener: accept loop, TLS, limits, drain, and what every RPC passes on its way in and out
 //! - [`rpc`]: one file per RPC: validation, the path through the rooms below, the reply
 //! - [`credentials`]: where tokens and keys come from, how they are renewed, how a request is signed
-//! - [`quota`]: merges equal calls, keeps answers for a moment
+//! - [`coalescer`]: coalesces identical calls, caches their results for a short time
 //! - [`upstream`]: the vendor's operation: request, throttling, pace, attempts, retry, breaker, wire format, meaning of errors
 //! - [`http_client`]: one bounded HTTP exchange; the HTTP client of the request's path, and what every HTTP client has in common
 //! - [`wait`]: how long to wait before something is tried again

@@ -80,7 +80,7 @@ pub const SCENARIOS: &[Scenario] = &[
     row("finished", "a finished task, whose `process` is empty", "OK", Act::Json(200, FINISHED)),
     row("null-fields", "fields that are null", "OK", Act::Json(200, NULLS)),
     row("numbers-for-text", "numbers and bools in place of text, text in place of a bool", "OK", Act::Json(200, NUMBERS)),
-    row("unknown-fields", "fields that nobody knows", "OK", Act::Json(200, UNKNOWN_FIELDS)),
+    row("unknown-fields", "undocumented fields", "OK", Act::Json(200, UNKNOWN_FIELDS)),
     row("other-instance", "a task of another instance than asked", "OK", Act::Json(200, OTHER_INSTANCE)),
     row("no-error-code", "a task whose `error_code` is null", "OK", Act::Json(200, NO_ERROR_CODE)),
     row("wrong-content-type", "JSON that calls itself text/plain", "OK", Act::Typed("text/plain")),
@@ -178,7 +178,7 @@ pub const SCENARIOS: &[Scenario] = &[
     row("json-all-null", "the four documented fields, all null", "INTERNAL / UPSTREAM_MALFORMED_RESPONSE", Act::Json(200, ALL_NULL)),
     row("huge", "a body over 1 MiB with Content-Length", "INTERNAL / UPSTREAM_RESPONSE_TOO_LARGE", Act::Huge),
     row("huge-chunked", "a body over 1 MiB in chunks", "INTERNAL / UPSTREAM_RESPONSE_TOO_LARGE", Act::Broken(Break::HugeChunked)),
-    row("gzip", "a body in gzip, which nobody asked for", "INTERNAL / UPSTREAM_MALFORMED_RESPONSE", Act::Gzip),
+    row("gzip", "a body in gzip, which the request does not accept", "INTERNAL / UPSTREAM_MALFORMED_RESPONSE", Act::Gzip),
     // The connection.
     row("reset", "resets the connection in place of an answer", "UNAVAILABLE / UPSTREAM_RESET", Act::Broken(Break::Reset)),
     row("close", "closes the connection in place of an answer", "UNAVAILABLE / UPSTREAM_RESET", Act::Broken(Break::Close)),

@@ -1,4 +1,5 @@
-"""Checks that the documents agree with the code: quoted regions, reasons and their codes, the version of Rust.
+"""Checks that the documents agree with the code: quoted regions, reasons and their codes, the version of Rust. Checks that they use
+the terms of the glossary.
 
 A quotation is a fenced block after a line `<!-- FILE#REGION -->`. In FILE, the region is between a line that ends with
 `[REGION]` and one that ends with `[/REGION]`.
@@ -6,11 +7,14 @@ A quotation is a fenced block after a line `<!-- FILE#REGION -->`. In FILE, the 
 
 import re
 import textwrap
+from pathlib import Path
 
 from facade import ROOT, Checks
 
 QUOTATION = re.compile(r"^<!-- (\S+)#(\S+) -->\n```\w*\n(.*?)^```$", re.M | re.S)
 FENCE = re.compile(r"^```\w+$", re.M)
+# Code blocks, code spans, and the table of docs/sandbox.md that the sandbox defines.
+CODE = re.compile(r"<!-- scenarios -->.*?<!-- /scenarios -->|^```.*?^```$|`[^`]*`", re.M | re.S)
 REASON = re.compile(r"`([A-Z][A-Z_]+)`")
 
 
@@ -33,11 +37,20 @@ def main():
     version = re.search(r'^rust-version = "(.*)"$', (ROOT / "Cargo.toml").read_text(), re.M).group(1)
     for path, text in {
         "README.md": f"Needs Rust {version} or newer",
+        "CONTRIBUTING.md": f"needs Rust {version} or newer",
         "Dockerfile": f"FROM rust:{version}-",
         "examples/clients/rust/Cargo.toml": f'rust-version = "{version}"',
         "docs/clients.md": f"| Rust | Rust {version},",
     }.items():
         checks.that(f"{path} names Rust {version}", text in (ROOT / path).read_text())
+
+    glossary = (ROOT / "CONTRIBUTING.md").read_text().partition("\n## Glossary\n")[2]
+    words = re.findall(r'"([^"|]+)"(?=[^|]*\|$)', glossary, re.M)
+    checks.that("the glossary has words to avoid", len(words) > 10, words)
+    avoided = re.compile(rf"\b(?:{'|'.join(words)})s?\b", re.I)
+    for path in ["README.md", "SECURITY.md", "CHANGELOG.md", *ROOT.glob("docs/*.md"), *ROOT.glob("proto/**/*.proto")]:
+        prose = CODE.sub("", (ROOT / path).read_text())
+        checks.equal(f"{Path(path).name} uses the terms of the glossary", avoided.findall(prose), [])
     checks.finish()
 
 

@@ -1,4 +1,4 @@
-// Asks for one task and prints the reply, or the code and what else a program can act on.
+// Looks up one task. Prints the reply or, if the call fails, its code, message, reason, retry delay and request id.
 package main
 
 import (
@@ -22,7 +22,7 @@ import (
 
 //go:generate buf generate
 
-// The facade repeats what is worth it; one more attempt of ours covers a facade that is being replaced.
+// The facade already retries RDS. One retry here covers an instance of the facade that stops during the call.
 // [retry]
 const serviceConfig = `{
   "methodConfig": [{
@@ -41,16 +41,16 @@ const serviceConfig = `{
 
 func main() {
 	log.SetFlags(0)
-	target := flag.String("target", "127.0.0.1:50051", "address of the facade")
-	ca := flag.String("ca", "", "PEM file of trusted certificates; without it the call is not encrypted")
-	token := flag.String("token", "", "the caller's own token, for a facade with --credentials caller")
-	projectID := flag.String("project-id", "0483b6b16e954cb88930a360d2c4e663", "")
-	instanceID := flag.String("instance-id", "1ffc4167903840cb93a3da56d28c14fdin01", "")
-	workflowID := flag.String("workflow-id", "102772a9-31fa-4129-b9f8-7638e2792f3b", "")
-	timeout := flag.Float64("timeout", 10, "deadline in seconds")
+	target := flag.String("target", "127.0.0.1:50051", "address of the facade, HOST:PORT")
+	ca := flag.String("ca", "", "PEM file of trusted certificates; plaintext if not set")
+	token := flag.String("token", "", "RDS token of the caller, needed if the facade runs with --credentials caller")
+	projectID := flag.String("project-id", "0483b6b16e954cb88930a360d2c4e663", "project that owns the instance")
+	instanceID := flag.String("instance-id", "1ffc4167903840cb93a3da56d28c14fdin01", "database instance")
+	workflowID := flag.String("workflow-id", "102772a9-31fa-4129-b9f8-7638e2792f3b", "task")
+	timeout := flag.Float64("timeout", 10, "deadline of the call, in seconds")
 	flag.Parse()
 
-	// [channel]
+	// [connection]
 	transport := insecure.NewCredentials()
 	if *ca != "" {
 		var err error
@@ -58,14 +58,14 @@ func main() {
 			log.Fatal(err)
 		}
 	}
-	channel, err := grpc.NewClient(*target,
+	conn, err := grpc.NewClient(*target,
 		grpc.WithTransportCredentials(transport),
 		grpc.WithDefaultServiceConfig(serviceConfig))
 	if err != nil {
 		log.Fatal(err)
 	}
-	defer channel.Close()
-	// [/channel]
+	defer conn.Close()
+	// [/connection]
 
 	// [call]
 	ctx, cancel := context.WithTimeout(context.Background(), time.Duration(*timeout*float64(time.Second)))
@@ -73,24 +73,24 @@ func main() {
 	if *token != "" {
 		ctx = metadata.AppendToOutgoingContext(ctx, "x-auth-token", *token)
 	}
-	reply, err := taskv1.NewTaskServiceClient(channel).GetTaskDetail(ctx, &taskv1.GetTaskDetailRequest{
+	reply, err := taskv1.NewTaskServiceClient(conn).GetTaskDetail(ctx, &taskv1.GetTaskDetailRequest{
 		ProjectId:  *projectID,
 		InstanceId: *instanceID,
 		WorkflowId: *workflowID,
 	})
 	// [/call]
 	if err != nil {
-		printFailure(err)
+		printError(err)
 		os.Exit(1)
 	}
 	fmt.Println(protojson.MarshalOptions{Multiline: true, UseProtoNames: true}.Format(reply))
 }
 
-// [failure]
-func printFailure(err error) {
-	failure := status.Convert(err)
-	fmt.Fprintf(os.Stderr, "%v: %s\n", failure.Code(), failure.Message())
-	for _, detail := range failure.Details() {
+// [error]
+func printError(err error) {
+	grpcStatus := status.Convert(err)
+	fmt.Fprintf(os.Stderr, "%v: %s\n", grpcStatus.Code(), grpcStatus.Message())
+	for _, detail := range grpcStatus.Details() {
 		switch detail := detail.(type) {
 		case *errdetails.ErrorInfo:
 			fmt.Fprintln(os.Stderr, "reason:", detail.Reason)
@@ -102,4 +102,4 @@ func printFailure(err error) {
 	}
 }
 
-// [/failure]
+// [/error]

@@ -1,4 +1,4 @@
-// Asks for one task and prints the reply, or the code and what else a program can act on.
+// Looks up one task. Prints the reply or, if the call fails, its code, message, reason, retry delay and request id.
 
 import { readFileSync } from 'node:fs';
 import { fileURLToPath } from 'node:url';
@@ -8,14 +8,14 @@ import * as grpc from '@grpc/grpc-js';
 import * as protoLoader from '@grpc/proto-loader';
 import protoFiles from 'google-proto-files';
 
-// The stubs are made of the proto at start. In your own project keep a copy of the proto beside the program.
+// The client is generated from the proto at start. In your own project, copy the proto and change this path.
 const PROTO_FOLDER = fileURLToPath(new URL('../../../proto', import.meta.url));
-const packages = grpc.loadPackageDefinition(
+const definitions = grpc.loadPackageDefinition(
   protoLoader.loadSync('huaweicloud/rds/task/v1/task_service.proto', { includeDirs: [PROTO_FOLDER], keepCase: true }),
 );
-const { TaskService } = packages.huaweicloud.rds.task.v1;
+const { TaskService } = definitions.huaweicloud.rds.task.v1;
 
-// The facade repeats what is worth it; one more attempt of ours covers a facade that is being replaced.
+// The facade already retries RDS. One retry here covers an instance of the facade that stops during the call.
 // [retry]
 const SERVICE_CONFIG = {
   methodConfig: [
@@ -36,34 +36,34 @@ const SERVICE_CONFIG = {
 async function main() {
   const { values: options } = parseArgs({
     options: {
-      target: { type: 'string', default: '127.0.0.1:50051' }, // address of the facade
-      ca: { type: 'string' }, // PEM file of trusted certificates; without it the call is not encrypted
-      token: { type: 'string' }, // the caller's own token, for a facade with --credentials caller
-      'project-id': { type: 'string', default: '0483b6b16e954cb88930a360d2c4e663' },
-      'instance-id': { type: 'string', default: '1ffc4167903840cb93a3da56d28c14fdin01' },
-      'workflow-id': { type: 'string', default: '102772a9-31fa-4129-b9f8-7638e2792f3b' },
-      timeout: { type: 'string', default: '10' }, // deadline in seconds
+      target: { type: 'string', default: '127.0.0.1:50051' }, // address of the facade, HOST:PORT
+      ca: { type: 'string' }, // PEM file of trusted certificates; plaintext if not set
+      token: { type: 'string' }, // RDS token of the caller, needed if the facade runs with --credentials caller
+      'project-id': { type: 'string', default: '0483b6b16e954cb88930a360d2c4e663' }, // project that owns the instance
+      'instance-id': { type: 'string', default: '1ffc4167903840cb93a3da56d28c14fdin01' }, // database instance
+      'workflow-id': { type: 'string', default: '102772a9-31fa-4129-b9f8-7638e2792f3b' }, // task
+      timeout: { type: 'string', default: '10' }, // deadline of the call, in seconds
     },
   });
   const client = openClient(options.target, options.ca);
   try {
     console.log(JSON.stringify(await getTaskDetail(client, options), null, 2));
-  } catch (failure) {
-    await printFailure(failure);
+  } catch (error) {
+    await printError(error);
     process.exitCode = 1;
   } finally {
     client.close();
   }
 }
 
-// [channel]
+// [connection]
 function openClient(target, ca) {
   const credentials = ca
     ? grpc.credentials.createSsl(readFileSync(ca))
     : grpc.credentials.createInsecure();
   return new TaskService(target, credentials, { 'grpc.service_config': JSON.stringify(SERVICE_CONFIG) });
 }
-// [/channel]
+// [/connection]
 
 // [call]
 function getTaskDetail(client, options) {
@@ -78,15 +78,15 @@ function getTaskDetail(client, options) {
   }
   const deadline = Date.now() + Number(options.timeout) * 1000;
   return new Promise((resolve, reject) => {
-    client.GetTaskDetail(request, metadata, { deadline }, (failure, reply) => (failure ? reject(failure) : resolve(reply)));
+    client.GetTaskDetail(request, metadata, { deadline }, (error, reply) => (error ? reject(error) : resolve(reply)));
   });
 }
 // [/call]
 
-// [failure]
-async function printFailure(failure) {
-  console.error(`${grpc.status[failure.code]}: ${failure.details}`);
-  const [encoded] = failure.metadata.get('grpc-status-details-bin');
+// [error]
+async function printError(error) {
+  console.error(`${grpc.status[error.code]}: ${error.details}`);
+  const [encoded] = error.metadata.get('grpc-status-details-bin');
   if (!encoded) {
     return;
   }
@@ -106,6 +106,6 @@ async function printFailure(failure) {
     }
   }
 }
-// [/failure]
+// [/error]
 
 await main();

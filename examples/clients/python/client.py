@@ -1,4 +1,4 @@
-"""Asks for one task and prints the reply, or the code and what else a program can act on."""
+"""Looks up one task. Prints the reply or, if the call fails, its code, message, reason, retry delay and request id."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ from grpc_status import rpc_status
 
 from huaweicloud.rds.task.v1 import task_service_pb2, task_service_pb2_grpc
 
-# The facade repeats what is worth it; one more attempt of ours covers a facade that is being replaced.
+# The facade already retries RDS. One retry here covers an instance of the facade that stops during the call.
 # [retry]
 SERVICE_CONFIG = {
     "methodConfig": [
@@ -35,25 +35,25 @@ def main():
     with open_channel(arguments.target, arguments.ca) as channel:
         try:
             reply = get_task_detail(channel, arguments)
-        except grpc.RpcError as failure:
-            print_failure(failure)
+        except grpc.RpcError as error:
+            print_error(error)
             sys.exit(1)
     print(json_format.MessageToJson(reply, preserving_proto_field_name=True))
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--target", default="127.0.0.1:50051", help="address of the facade")
-    parser.add_argument("--ca", help="PEM file of trusted certificates; without it the call is not encrypted")
-    parser.add_argument("--token", help="the caller's own token, for a facade with --credentials caller")
-    parser.add_argument("--project-id", default="0483b6b16e954cb88930a360d2c4e663")
-    parser.add_argument("--instance-id", default="1ffc4167903840cb93a3da56d28c14fdin01")
-    parser.add_argument("--workflow-id", default="102772a9-31fa-4129-b9f8-7638e2792f3b")
-    parser.add_argument("--timeout", type=float, default=10, help="deadline in seconds")
+    parser.add_argument("--target", default="127.0.0.1:50051", help="address of the facade, HOST:PORT")
+    parser.add_argument("--ca", help="PEM file of trusted certificates; plaintext if not set")
+    parser.add_argument("--token", help="RDS token of the caller, needed if the facade runs with --credentials caller")
+    parser.add_argument("--project-id", default="0483b6b16e954cb88930a360d2c4e663", help="project that owns the instance")
+    parser.add_argument("--instance-id", default="1ffc4167903840cb93a3da56d28c14fdin01", help="database instance")
+    parser.add_argument("--workflow-id", default="102772a9-31fa-4129-b9f8-7638e2792f3b", help="task")
+    parser.add_argument("--timeout", type=float, default=10, help="deadline of the call, in seconds")
     return parser.parse_args()
 
 
-# [channel]
+# [connection]
 def open_channel(target, ca):
     options = [("grpc.service_config", json.dumps(SERVICE_CONFIG))]
     if ca is None:
@@ -63,7 +63,7 @@ def open_channel(target, ca):
     return grpc.secure_channel(target, credentials, options)
 
 
-# [/channel]
+# [/connection]
 
 
 # [call]
@@ -81,10 +81,10 @@ def get_task_detail(channel, arguments):
 # [/call]
 
 
-# [failure]
-def print_failure(failure):
-    print(f"{failure.code().name}: {failure.details()}", file=sys.stderr)
-    status = rpc_status.from_call(failure)
+# [error]
+def print_error(error):
+    print(f"{error.code().name}: {error.details()}", file=sys.stderr)
+    status = rpc_status.from_call(error)
     for detail in status.details if status is not None else []:
         if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
             info = error_details_pb2.ErrorInfo()
@@ -100,7 +100,7 @@ def print_failure(failure):
             print("request id:", info.request_id, file=sys.stderr)
 
 
-# [/failure]
+# [/error]
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-//! Makes the client's code of the proto.
+//! Generates the client from the proto.
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     const PROTO_FOLDER: &str = "../../../proto";

@@ -1,4 +1,4 @@
-//! Asks for one task and prints the reply, or the code and what else a program can act on.
+//! Looks up one task. Prints the reply or, if the call fails, its code, message, reason, retry delay and request id.
 
 use std::{error::Error, fs, path::PathBuf, process::ExitCode, time::Duration};
 
@@ -19,25 +19,28 @@ mod task {
     }
 }
 
-/// Asks the facade for one task.
+/// Looks up one task.
 #[derive(Parser)]
 struct Options {
-    /// Address of the facade.
+    /// Address of the facade, HOST:PORT.
     #[arg(long, default_value = "127.0.0.1:50051")]
     target: String,
-    /// PEM file of trusted certificates; without it the call is not encrypted.
+    /// PEM file of trusted certificates; plaintext if not set.
     #[arg(long)]
     ca: Option<PathBuf>,
-    /// The caller's own token, for a facade with `--credentials caller`.
+    /// RDS token of the caller, needed if the facade runs with `--credentials caller`.
     #[arg(long)]
     token: Option<String>,
+    /// Project that owns the instance.
     #[arg(long, default_value = "0483b6b16e954cb88930a360d2c4e663")]
     project_id: String,
+    /// Database instance.
     #[arg(long, default_value = "1ffc4167903840cb93a3da56d28c14fdin01")]
     instance_id: String,
+    /// Task.
     #[arg(long, default_value = "102772a9-31fa-4129-b9f8-7638e2792f3b")]
     workflow_id: String,
-    /// Deadline in seconds.
+    /// Deadline of the call, in seconds.
     #[arg(long, default_value_t = 10.0)]
     timeout: f64,
 }
@@ -47,26 +50,26 @@ async fn main() -> Result<ExitCode, Box<dyn Error>> {
     let options = Options::parse();
     let channel = open_channel(&options)?;
     let deadline = Duration::try_from_secs_f64(options.timeout)?;
-    // The deadline spans the attempts, so the client holds it too. It is looked at first: the channel has a timer of its
-    // own for `grpc-timeout`, which says CANCELLED in the same millisecond.
-    let answered = tokio::select! {
+    // This timer bounds both attempts together. `biased` polls it first, because tonic's own timer for `grpc-timeout` fires in
+    // the same millisecond and returns CANCELLED.
+    let result = tokio::select! {
         biased;
-        () = tokio::time::sleep(deadline) => Err(Status::deadline_exceeded("no answer in time")),
-        answered = get_task_detail(channel, &options, deadline) => answered,
+        () = tokio::time::sleep(deadline) => Err(Status::deadline_exceeded("no reply before the deadline")),
+        result = get_task_detail(channel, &options, deadline) => result,
     };
-    Ok(match answered {
+    Ok(match result {
         Ok(reply) => {
             println!("{reply:#?}");
             ExitCode::SUCCESS
         }
-        Err(failure) => {
-            print_failure(&failure);
+        Err(status) => {
+            print_error(&status);
             ExitCode::FAILURE
         }
     })
 }
 
-// [channel]
+// [connection]
 fn open_channel(options: &Options) -> Result<Channel, Box<dyn Error>> {
     let endpoint = match &options.ca {
         None => Endpoint::from_shared(format!("http://{}", options.target))?,
@@ -78,25 +81,25 @@ fn open_channel(options: &Options) -> Result<Channel, Box<dyn Error>> {
     };
     Ok(endpoint.connect_lazy())
 }
-// [/channel]
+// [/connection]
 
 // [retry]
-/// Calls, and once more on UNAVAILABLE, because tonic knows no service config: the facade repeats what is worth it, and
-/// one more attempt of ours covers a facade that is being replaced.
+/// Makes the call and retries it once on UNAVAILABLE, in code because tonic does not support service configs. The facade already
+/// retries RDS; the retry here covers an instance of the facade that stops during the call.
 async fn get_task_detail(
     channel: Channel,
     options: &Options,
     deadline: Duration,
 ) -> Result<GetTaskDetailResponse, Status> {
     match call(channel.clone(), options, deadline).await {
-        Err(failure) if failure.code() == Code::Unavailable => {
-            let wait = failure
+        Err(status) if status.code() == Code::Unavailable => {
+            let delay = status
                 .get_details_retry_info()
                 .and_then(|info| info.retry_delay);
-            tokio::time::sleep(wait.unwrap_or(Duration::from_millis(200))).await;
+            tokio::time::sleep(delay.unwrap_or(Duration::from_millis(200))).await;
             call(channel, options, deadline).await
         }
-        answered => answered,
+        result => result,
     }
 }
 // [/retry]
@@ -127,10 +130,10 @@ async fn call(
 }
 // [/call]
 
-// [failure]
-fn print_failure(failure: &Status) {
-    eprintln!("{:?}: {}", failure.code(), failure.message());
-    let details = failure.get_error_details();
+// [error]
+fn print_error(status: &Status) {
+    eprintln!("{:?}: {}", status.code(), status.message());
+    let details = status.get_error_details();
     if let Some(info) = details.error_info() {
         eprintln!("reason: {}", info.reason);
     }
@@ -141,4 +144,4 @@ fn print_failure(failure: &Status) {
         eprintln!("request id: {}", info.request_id);
     }
 }
-// [/failure]
+// [/error]

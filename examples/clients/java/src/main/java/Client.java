@@ -24,9 +24,9 @@ import java.util.List;
 import java.util.Map;
 import java.util.concurrent.TimeUnit;
 
-/** Asks for one task and prints the reply, or the code and what else a program can act on. */
+/** Looks up one task. Prints the reply or, if the call fails, its code, message, reason, retry delay and request id. */
 public final class Client {
-    // The facade repeats what is worth it; one more attempt of ours covers a facade that is being replaced.
+    // The facade already retries RDS. One retry here covers an instance of the facade that stops during the call.
     // [retry]
     private static final Map<String, ?> SERVICE_CONFIG = Map.of(
             "methodConfig", List.of(Map.of(
@@ -43,27 +43,27 @@ public final class Client {
             Metadata.Key.of("x-auth-token", Metadata.ASCII_STRING_MARSHALLER);
 
     public static void main(String[] arguments) throws IOException {
-        Map<String, String> options = options(arguments);
+        Map<String, String> options = parseOptions(arguments);
         ManagedChannel channel = openChannel(options.get("--target"), options.get("--ca"));
         try {
             System.out.println(JsonFormat.printer().preservingProtoFieldNames().print(getTaskDetail(channel, options)));
-        } catch (StatusRuntimeException failure) {
-            printFailure(failure);
+        } catch (StatusRuntimeException exception) {
+            printError(exception);
             System.exit(1);
         } finally {
             channel.shutdownNow();
         }
     }
 
-    private static Map<String, String> options(String[] arguments) {
+    private static Map<String, String> parseOptions(String[] arguments) {
         Map<String, String> options = new HashMap<>(Map.of(
-                "--target", "127.0.0.1:50051", // address of the facade
-                "--ca", "", // PEM file of trusted certificates; without it the call is not encrypted
-                "--token", "", // the caller's own token, for a facade with --credentials caller
-                "--project-id", "0483b6b16e954cb88930a360d2c4e663",
-                "--instance-id", "1ffc4167903840cb93a3da56d28c14fdin01",
-                "--workflow-id", "102772a9-31fa-4129-b9f8-7638e2792f3b",
-                "--timeout", "10")); // deadline in seconds
+                "--target", "127.0.0.1:50051", // address of the facade, HOST:PORT
+                "--ca", "", // PEM file of trusted certificates; plaintext if not set
+                "--token", "", // RDS token of the caller, needed if the facade runs with --credentials caller
+                "--project-id", "0483b6b16e954cb88930a360d2c4e663", // project that owns the instance
+                "--instance-id", "1ffc4167903840cb93a3da56d28c14fdin01", // database instance
+                "--workflow-id", "102772a9-31fa-4129-b9f8-7638e2792f3b", // task
+                "--timeout", "10")); // deadline of the call, in seconds
         for (int index = 0; index < arguments.length; index += 2) {
             if (index + 1 == arguments.length || options.replace(arguments[index], arguments[index + 1]) == null) {
                 System.err.println("usage: --NAME VALUE, where --NAME is one of " + options.keySet());
@@ -73,7 +73,7 @@ public final class Client {
         return options;
     }
 
-    // [channel]
+    // [connection]
     private static ManagedChannel openChannel(String target, String ca) throws IOException {
         ChannelCredentials credentials = ca.isEmpty()
                 ? InsecureChannelCredentials.create()
@@ -83,7 +83,7 @@ public final class Client {
                 .enableRetry()
                 .build();
     }
-    // [/channel]
+    // [/connection]
 
     // [call]
     private static GetTaskDetailResponse getTaskDetail(ManagedChannel channel, Map<String, String> options) {
@@ -103,10 +103,10 @@ public final class Client {
     }
     // [/call]
 
-    // [failure]
-    private static void printFailure(StatusRuntimeException failure) throws InvalidProtocolBufferException {
-        System.err.println(failure.getStatus().getCode() + ": " + failure.getStatus().getDescription());
-        for (Any detail : StatusProto.fromThrowable(failure).getDetailsList()) {
+    // [error]
+    private static void printError(StatusRuntimeException exception) throws InvalidProtocolBufferException {
+        System.err.println(exception.getStatus().getCode() + ": " + exception.getStatus().getDescription());
+        for (Any detail : StatusProto.fromThrowable(exception).getDetailsList()) {
             if (detail.is(ErrorInfo.class)) {
                 System.err.println("reason: " + detail.unpack(ErrorInfo.class).getReason());
             } else if (detail.is(RetryInfo.class)) {
@@ -117,5 +117,5 @@ public final class Client {
             }
         }
     }
-    // [/failure]
+    // [/error]
 }
