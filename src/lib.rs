@@ -46,6 +46,7 @@ pub mod error_chain;
 pub mod fair_limit;
 pub mod files;
 pub mod http_client;
+pub mod lateness;
 pub mod method;
 pub mod options;
 pub mod reason;

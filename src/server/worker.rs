@@ -10,23 +10,17 @@ use std::{
         atomic::{AtomicUsize, Ordering},
     },
     thread,
-    time::Duration,
 };
 
 use prometheus_client::metrics::gauge::Gauge;
 use tokio::{
     runtime::{Builder, Handle},
     sync::{OwnedSemaphorePermit, oneshot, watch},
-    time::timeout,
 };
 use tokio_util::task::TaskTracker;
 
 use super::connection::{self, Phase, Shared};
-use crate::{rpc::Service, telemetry::metrics::Metrics};
-
-/// A timer of the worker that is nearer than a call's own usually are. The nearest timer of all costs its maker more: the
-/// runtime is told to wait less, by a system call that wakes it.
-const NEAREST_TIMER: Duration = Duration::from_secs(1);
+use crate::{lateness, rpc::Service, telemetry::metrics::Metrics};
 
 /// Sockets that are ready, taken from the kernel at once. What they wake runs before the next are taken, so a call's memory is
 /// still in the processor's cache when its answer goes out: of a thousand at once, each would push the others out.
@@ -68,7 +62,10 @@ impl<S: Service> Worker<S> {
                 runtime.block_on(async {
                     // The accept loop may be gone already; then `end` says so too.
                     let _ = started.send(Arc::new(shared()));
-                    while timeout(NEAREST_TIMER, &mut end).await.is_err() {}
+                    tokio::select! {
+                        _ = &mut end => {}
+                        () = lateness::measure() => {}
+                    }
                 });
                 // Without waiting for a name lookup that may hang in a helper thread.
                 runtime.shutdown_background();

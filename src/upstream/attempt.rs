@@ -21,6 +21,7 @@ use super::{
 use crate::{
     credentials::{self, Auth, key_guard},
     http_client::{Error as HttpError, Response},
+    lateness::is_late,
     reason::Reason,
     telemetry::{AttemptRecord, Facts, Progress, metrics::AttemptOutcome},
     wait,
@@ -28,9 +29,6 @@ use crate::{
 
 /// An attempt does not start with less than this left: no answer could come in time.
 const FLOOR: Duration = Duration::from_millis(2);
-
-/// A timeout that fires later than this is no evidence against upstream.
-const MAX_LATENESS: Duration = Duration::from_millis(100);
 
 /// Stands for a body that says nothing: no JSON, so that only the status counts.
 const UNREADABLE: &[u8] = b"?";
@@ -365,6 +363,8 @@ fn end_without_answer(
     match failure.reason {
         // A peer that replies is up, whether or not its reply can be read.
         Reason::UpstreamResponseTooLarge | Reason::UpstreamProtocol => admission.succeeded(),
+        // Connecting may have waited for this process and not for upstream.
+        _ if failure.timed_out && is_late(Instant::now()) => drop(admission),
         _ => admission.failed(),
     }
     FailedAttempt::transport(failure)
@@ -377,8 +377,8 @@ fn timed_out(
     before_head: bool,
 ) -> FailedAttempt {
     record.finish(AttemptOutcome::Timeout);
-    // A timer that fires late shows that this process is starved, not that upstream is slow.
-    if until.elapsed() < MAX_LATENESS {
+    // The reply may be there, waiting to be read by a process that gets no CPU time.
+    if !is_late(until) {
         admission.failed();
     }
     FailedAttempt::timeout(before_head)

@@ -189,3 +189,43 @@ async fn no_connection_says_which_kind_of_no() {
         );
     }
 }
+
+#[tokio::test]
+async fn a_reply_with_header_lines_that_break_the_grammar_is_read_at_the_first_attempt() {
+    let lines = [
+        "set-cookie: a=b\u{1}c",
+        "x-folded: one\r\n two",
+        "x-blank : before the colon",
+        "no colon at all",
+        "x-bad\u{7f}name: v",
+    ];
+
+    for line in lines {
+        let reply =
+            format!("HTTP/1.1 200 OK\r\n{line}\r\ncontent-length: 14\r\n\r\n{{\"job_id\":\"j\"}}");
+        let upstream = Upstream::always(raw(&reply)).await;
+        let program = Program::over(&upstream.url(), &[]);
+
+        let answered = program.call(example_request()).await;
+
+        let task = answered.unwrap_or_else(|failure| panic!("{line:?}: {failure:?}"));
+        assert_eq!(task.into_inner().job_id, "j", "{line:?}");
+        assert_eq!(upstream.requests().len(), 1, "{line:?}");
+    }
+}
+
+#[tokio::test]
+async fn replies_that_cannot_be_parsed_do_not_open_the_breaker() {
+    let many = format!("HTTP/1.1 200 OK\r\n{}\r\n", "a: b\r\n".repeat(200));
+    for reply in [many.as_str(), "SSH-2.0-OpenSSH_9.2\r\n\r\n"] {
+        let upstream = Upstream::always(raw(reply)).await;
+        let program = Program::over(&upstream.url(), &["--max-attempts", "1"]);
+
+        for _ in 0..30 {
+            let failure = program.failure(example_request()).await;
+            assert_eq!(failure.reason, "UPSTREAM_PROTOCOL");
+        }
+
+        assert_eq!(upstream.requests().len(), 30, "{reply:.20}");
+    }
+}
