@@ -92,7 +92,7 @@ fn map_an_error_answer() -> tonic::Status {
     let body = br#"{"error_code":"DBS.200543","error_msg":"The task does not exist."}"#;
     let headers = HeaderMap::new();
     let (rejection, facts) =
-        rejection::of_answer(404, &headers, black_box(body), SystemTime::UNIX_EPOCH);
+        rejection::from_reply(404, &headers, black_box(body), SystemTime::UNIX_EPOCH);
     let error = Error::Upstream(Box::new(FailedLookup {
         error: upstream::Error::Rejected(Box::new(rejection)),
         facts,

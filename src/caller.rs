@@ -1,5 +1,4 @@
-//! Who makes a call, as far as fairness between callers goes: permits, turns of the rate limiter and retries are shared among
-//! callers.
+//! The identity of a caller for fair sharing of permits, of the upstream rate and of the retry budget.
 
 /// The token if callers bring their own, else the client certificate, else the connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -1,4 +1,4 @@
-//! A limit on concurrency that callers share fairly. It never waits: a permit that is not granted is refused at once.
+//! A concurrency limit that callers share fairly. It never waits: a permit is granted or denied at once.
 
 use std::{
     collections::HashMap,
@@ -10,18 +10,18 @@ use tokio::time::Instant;
 
 use crate::caller::Caller;
 
-/// How long after its last request a caller counts as active though it holds no permit.
+/// How long a caller without a permit counts as active after its last request.
 const ACTIVE: Duration = Duration::from_secs(1);
 
-/// The part of the limit that other callers leave free for each active one: a 64th, at least one permit.
+/// The part of the limit that is reserved for each active caller: 1/64, at least one permit.
 const RESERVES: usize = 64;
 
-/// Callers that are remembered beyond those that hold permits.
+/// Limit on tracked callers without permits.
 const MAX_CALLERS: usize = 4096;
 
-/// At most `max` permits. A caller alone may hold them all. Above half of them, a caller is refused although permits are free
+/// At most `max` permits. A caller alone may hold them all. Once half of them are held, a caller is denied a free permit
 /// - if it holds its share: the limit divided by the callers that hold permits;
-/// - if the free ones are reserved for callers that were active a moment ago.
+/// - if the free ones are reserved for other active callers.
 #[derive(Debug)]
 pub struct FairLimit {
     max: usize,
@@ -56,12 +56,12 @@ impl FairLimit {
         })
     }
 
-    /// A permit for `caller`, if there is one left for it.
+    /// A permit for `caller`, if one is available to it.
     pub fn try_acquire(self: &Arc<Self>, caller: Caller) -> Option<Permit> {
         let now = Instant::now();
         let mut state = self.state();
         if state.callers.len() >= MAX_CALLERS {
-            state.forget_inactive(now);
+            state.evict_inactive(now);
         }
         let holder = state.callers.entry(caller).or_insert(Holder {
             held: 0,
@@ -70,7 +70,7 @@ impl FairLimit {
         holder.asked_at = now;
         let own = holder.held;
         if state.held >= self.max
-            || (state.held >= self.max / 2 && self.is_others_turn(&mut state, own, now))
+            || (state.held >= self.max / 2 && self.is_reserved_for_others(&mut state, own, now))
         {
             return None;
         }
@@ -84,13 +84,13 @@ impl FairLimit {
         })
     }
 
-    /// Whether the free permits are for others than a caller that holds `own`.
-    fn is_others_turn(&self, state: &mut State, own: usize, now: Instant) -> bool {
+    /// Whether the free permits are reserved for callers other than one that holds `own`.
+    fn is_reserved_for_others(&self, state: &mut State, own: usize, now: Instant) -> bool {
         let reserve = (self.max / RESERVES).max(1);
         if own < reserve {
             return false;
         }
-        state.forget_inactive(now);
+        state.evict_inactive(now);
         let (mut holders, mut reserved) = (0, 0);
         for holder in state.callers.values() {
             holders += usize::from(holder.held > 0);
@@ -100,7 +100,7 @@ impl FairLimit {
         own >= self.max / holders.max(1) || free <= reserved.min(self.max / 2)
     }
 
-    /// Permits that are held now.
+    /// The number of held permits.
     pub fn held(&self) -> usize {
         self.state().held
     }
@@ -111,7 +111,7 @@ impl FairLimit {
 }
 
 impl State {
-    fn forget_inactive(&mut self, now: Instant) {
+    fn evict_inactive(&mut self, now: Instant) {
         let is_active = |holder: &Holder| now.saturating_duration_since(holder.asked_at) < ACTIVE;
         self.callers
             .retain(|_, holder| holder.held > 0 || is_active(holder));

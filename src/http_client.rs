@@ -1,7 +1,7 @@
-//! HTTP clients for the vendor's endpoints, with every limit set in one place, and one bounded exchange over them.
+//! HTTP clients for the vendor's endpoints, and the limits of their exchanges.
 //!
-//! [`Client`] serves the request path: it turns the library's errors into an [`Error`]. The clients for credentials and
-//! traces start from the same settings ([`client_builder`]) and read bodies with the same reader ([`read_body`]).
+//! [`Client`] serves the request path and maps the library's errors to [`Error`]. The clients for credentials and traces use the same settings
+//! ([`client_builder`]) and the same limit on bodies ([`read_body`]).
 
 use std::{error::Error as StdError, io, sync::Arc, time::Duration};
 
@@ -18,18 +18,17 @@ use tower::{limit::ConcurrencyLimitLayer, timeout::TimeoutLayer};
 
 use crate::{error_chain::chain, reason::Reason};
 
-/// Size limit for a response of RDS. A task takes a few hundred bytes; its parts make it a few thousand.
+/// Size limit for a response of RDS. A task with its parts takes a few thousand bytes.
 pub const MAX_BODY_BYTES: usize = 1 << 20;
 
 /// Shorter than the keep-alive of common gateways (60 s and more), so that the client closes idle connections before they do.
 const POOL_IDLE_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Idle connections kept per worker, equal to the default of `--max-in-flight`: with fewer, a thousand concurrent calls would
-/// keep closing and opening connections. Unused ones are closed after [`POOL_IDLE_TIMEOUT`].
+/// Idle connections kept per worker, equal to the default of `--max-in-flight`: with fewer, many concurrent calls would close and reopen
+/// connections. Idle ones are closed after [`POOL_IDLE_TIMEOUT`].
 const POOL_MAX_IDLE: usize = 2048;
 
-/// Connections that one client opens at the same time. A thousand calls at once would otherwise open a thousand connections at once,
-/// whose handshakes compete for the CPU until all of them time out.
+/// Limit on connects in progress per client. A thousand concurrent TLS handshakes would compete for the CPU until all of them time out.
 const MAX_CONNECTS: usize = 256;
 
 /// The settings of a client.
@@ -61,14 +60,14 @@ pub enum BuildError {
     Tls,
 }
 
-/// Why an exchange brought no complete response.
+/// An exchange without a complete response.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Error {
     /// One of the transport reasons, or `UpstreamResponseTooLarge`.
     pub reason: Reason,
     /// Whether the same request may succeed on another connection.
     pub retryable: bool,
-    /// Whether connecting took too long.
+    /// Whether the connect timeout expired.
     pub timed_out: bool,
 }
 
@@ -93,9 +92,9 @@ impl Error {
 /// Whether a client trusts the system's certificates.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SystemRoots {
-    /// Trusted, together with those in a file. Reading them takes about five milliseconds.
+    /// Trusted, together with those in a file. Loading them takes about 5 ms.
     Trusted,
-    /// Not read: the peer is plain HTTP, or only a file counts.
+    /// Not loaded, because the peer uses plain HTTP or only a file is trusted.
     Ignored,
 }
 
@@ -141,13 +140,13 @@ pub fn client_builder(config: &Config) -> Result<ClientBuilder, BuildError> {
     let mut builder = reqwest::Client::builder()
         .https_only(config.https_only)
         .redirect(redirect::Policy::none())
-        // A limit of 0 also keeps the library from copying each request for a retry; `never` alone does not.
+        // With a limit of 0 the library does not copy each request for a retry; `never` alone does not prevent that.
         .retry(reqwest::retry::never().max_retries_per_request(0))
         .referer(false)
         .no_proxy()
         .http1_only()
         .tls_backend_preconfigured(config.tls.clone())
-        // Instead of `connect_timeout`, which would count the wait for a permit too.
+        // Not `connect_timeout`, which would include the wait for a permit.
         .connector_layer(TimeoutLayer::new(config.connect_timeout))
         .connector_layer(ConcurrencyLimitLayer::new(MAX_CONNECTS))
         .user_agent(concat!("rds-task-facade/", env!("CARGO_PKG_VERSION")));
@@ -165,7 +164,7 @@ pub fn build(builder: ClientBuilder) -> Result<reqwest::Client, BuildError> {
     builder.build().map_err(|_| BuildError::Tls)
 }
 
-/// Why a body was not read to its end.
+/// A body that was not read to its end.
 #[derive(Debug)]
 pub enum BodyError {
     /// It is longer than allowed.
@@ -194,11 +193,11 @@ pub async fn read_body(
     }
     let mut next = next_chunk(response).await?;
     if next.is_none() {
-        // Most bodies are one chunk, which needs no copy.
+        // Most bodies are one chunk, which is returned without a copy.
         return Ok(first);
     }
     let mut body = BytesMut::from(first);
-    // Allocate the rest at once: growing step by step copies, and leaves every smaller buffer behind.
+    // Allocates the rest at once, because growing in steps copies the data and fragments the heap.
     body.reserve((length as usize).saturating_sub(body.len()));
     while let Some(chunk) = next {
         if body.len() + chunk.len() > max_bytes {
@@ -225,8 +224,8 @@ impl Client {
         let builder = client_builder(config)?
             .pool_idle_timeout(POOL_IDLE_TIMEOUT)
             .pool_max_idle_per_host(POOL_MAX_IDLE)
-            // Header lines that break the grammar do no harm here: the connection carries one exchange at a time, and no header but
-            // the length decides where a reply ends.
+            // Invalid header lines are safe to accept here: a connection carries one exchange at a time, and only the length and the
+            // transfer encoding decide where a reply ends.
             .http1_allow_obsolete_multiline_headers_in_responses(true)
             .http1_allow_spaces_after_header_name_in_responses(true)
             .http1_ignore_invalid_headers_in_responses(true);
@@ -241,7 +240,7 @@ impl Client {
         &self,
         request: reqwest::Request,
     ) -> impl Future<Output = Result<Response, Error>> + use<> {
-        // Not an `async fn`: that would hold the request until the response arrives, and the library holds one already.
+        // Not an `async fn`, which would keep a second copy of the request until the response arrives.
         self.0
             .execute(request)
             .map_ok(Response)
@@ -333,8 +332,8 @@ fn body_error(error: &reqwest::Error) -> Error {
     }
 }
 
-/// Whether this is a TLS error, or an `io::Error` around one. The source of an `io::Error` is the source of the error that it
-/// wraps, not that error itself, so the chain alone would skip it; they nest.
+/// Whether this is a TLS error, possibly inside `io::Error`s. The source of an `io::Error` is the source of the error that it wraps, so the
+/// error chain alone skips the wrapped error.
 fn is_tls(error: &(dyn StdError + 'static)) -> bool {
     let wrapped = error
         .downcast_ref::<io::Error>()

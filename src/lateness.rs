@@ -1,18 +1,18 @@
-//! Whether this thread is late: its timers fire long after they are due, because the process gets too little CPU time or has too much
-//! work. A timeout that fires then is no evidence against a peer: its reply may be there, waiting to be read.
+//! Detects whether this thread lacks CPU time: its timers fire long after they are due. A timeout that fires then is not evidence against
+//! the peer, whose reply may have arrived unread.
 
 use std::{cell::Cell, time::Duration};
 
 use tokio::time::{Instant, sleep_until};
 
-/// A timer that fires this long after it was due shows that the thread is late.
+/// The thread is late if a timer fires this long after it was due.
 const LATE: Duration = Duration::from_millis(100);
 
-/// How long the thread counts as late afterwards: as long as a connect timeout, which may have begun at that time.
+/// How long the thread counts as late afterwards: the default connect timeout, since a connect may have started then.
 const MEMORY: Duration = Duration::from_secs(3);
 
-/// Between two measurements. Also keeps one timer pending that fires before any call's deadline: registering a timer that becomes the
-/// earliest makes tokio wake its driver, an eventfd write and an extra `epoll_wait` per call.
+/// The time between two measurements. They also keep one timer pending that fires before any call's deadline: registering a timer that
+/// becomes the earliest makes tokio wake its driver, an eventfd write and an extra `epoll_wait` per call.
 const INTERVAL: Duration = Duration::from_millis(250);
 
 thread_local! {

@@ -112,11 +112,16 @@ pub(crate) fn rejection_of(
     body: &[u8],
 ) -> Option<(Rejection, Facts)> {
     if http_status != 200 {
-        return Some(rejection::of_answer(http_status, headers, body, UNIX_EPOCH));
+        return Some(rejection::from_reply(
+            http_status,
+            headers,
+            body,
+            UNIX_EPOCH,
+        ));
     }
     match parse_task_detail(body) {
         Err(NotATask::ErrorObject(envelope)) => {
-            Some(rejection::of_envelope(200, headers, envelope, UNIX_EPOCH))
+            Some(rejection::from_envelope(200, headers, envelope, UNIX_EPOCH))
         }
         _ => None,
     }

@@ -122,7 +122,7 @@ pub struct Metrics {
     /// 1 while the breaker holds calls back.
     pub circuit_open: Gauge,
     /// Instances whose calls are held back because attempts about them keep failing.
-    pub instances_held_back: Gauge,
+    pub circuit_open_instances: Gauge,
     /// Spans that the collector took.
     pub spans_exported: Counter,
     /// Spans dropped because the queue was full, and because no export brought them to the collector.
@@ -258,7 +258,7 @@ impl Metrics {
             log_lines_dropped: Counter::default(),
             log_lines_suppressed: Counter::default(),
             circuit_open: Gauge::default(),
-            instances_held_back: Gauge::default(),
+            circuit_open_instances: Gauge::default(),
             spans_exported: Counter::default(),
             spans_dropped,
         };
@@ -327,7 +327,7 @@ impl Metrics {
         r.register(
             "rds_circuit_open_instances",
             "Instances whose calls are held back because attempts about them keep failing",
-            self.instances_held_back.clone(),
+            self.circuit_open_instances.clone(),
         );
         r.register(
             "trace_spans_exported",

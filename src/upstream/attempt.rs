@@ -1,4 +1,5 @@
-//! One attempt: admission, one exchange, and what its end means for the caller, the breaker and the key.
+//! One upstream attempt: waits for admission, sends the request, and reports the result to the breaker, the throttle windows and the key
+//! guard.
 
 use std::time::{Duration, SystemTime};
 
@@ -14,7 +15,7 @@ use super::{
     rejection::{self, KEY_LOCK},
     request::TaskRequest,
     retry,
-    throttle::HeldBack,
+    throttle::Throttled,
     verdict::{Credential, Repeat},
     wire::{NotATask, TaskDetail, parse_task_detail},
 };
@@ -27,13 +28,13 @@ use crate::{
     wait,
 };
 
-/// An attempt does not start with less than this left: no answer could come in time.
+/// An attempt does not start with less than this left before the deadline: no reply could arrive in time.
 const FLOOR: Duration = Duration::from_millis(2);
 
-/// Stands for a body that says nothing: no JSON, so that only the status counts.
+/// Replaces a body that cannot be read. It is not JSON, so the reply is judged by its status alone.
 const UNREADABLE: &[u8] = b"?";
 
-/// Why an attempt failed, and what can be done about it.
+/// A failed attempt: its error, and whether another attempt may succeed.
 pub(super) struct FailedAttempt {
     pub(super) error: Error,
     pub(super) reason: Reason,
@@ -51,11 +52,11 @@ pub(super) enum Remedy {
     SignAgain,
 }
 
-/// When an attempt was signed.
+/// The time in an attempt's signature.
 #[derive(Debug, Clone, Copy)]
 struct Signed {
     at: SystemTime,
-    /// An earlier attempt of this lookup has corrected the clock.
+    /// Whether an earlier attempt of this lookup has corrected the clock.
     clock_corrected: bool,
 }
 
@@ -75,7 +76,7 @@ impl FailedAttempt {
             reason => Error::Transport(reason),
         };
         let advice = retry::Advice {
-            // A stale pooled connection, most often: a fresh one is the whole remedy.
+            // Usually a stale pooled connection, and then a new connection is enough.
             at_once: matches!(
                 failure.reason,
                 Reason::UpstreamReset | Reason::UpstreamTruncated
@@ -117,7 +118,10 @@ fn backoff_if(retryable: bool) -> retry::Advice {
 }
 
 impl Client {
-    /// Makes one attempt: waits until it is admitted, sends the request, and draws the conclusions for breaker, key and windows.
+    /// Makes one attempt.
+    ///
+    /// # Errors
+    /// [`FailedAttempt`], without a request sent if the deadline is near, a throttle window or the circuit is open, or the key rests.
     pub(super) async fn attempt(
         &self,
         request: &TaskRequest<'_>,
@@ -139,26 +143,26 @@ impl Client {
             identity,
             caller: lookup.caller,
         };
-        endpoint.throttle.check(identity).map_err(held_back)?;
+        endpoint.throttle.check(identity).map_err(throttled)?;
         let key = match auth {
             Auth::Token(_) => None,
             Auth::Key(key) => {
                 let admission = key.guard.admit(&lookup.query.project_id, deadline);
-                Some(admission.await.map_err(refused)?)
+                Some(admission.await.map_err(key_unavailable)?)
             }
         };
         if let Some(pacing) = &endpoint.pacing {
-            // An attempt that the breaker holds back takes no turn.
+            // An attempt that the breaker would reject must not use up the rate.
             endpoint.breaker.check(attempt).map_err(circuit_open)?;
-            let turn = pacing.turn(identity, lookup.caller, deadline).await;
-            turn.map_err(|retry_after| {
-                held_back(HeldBack {
+            let start = pacing.wait(identity, lookup.caller, deadline).await;
+            start.map_err(|retry_after| {
+                throttled(Throttled {
                     retry_after,
                     subject: None,
                 })
             })?;
             // The vendor may have throttled another call in the meantime.
-            endpoint.throttle.check(identity).map_err(held_back)?;
+            endpoint.throttle.check(identity).map_err(throttled)?;
         }
         let admission = endpoint.breaker.admit(attempt).map_err(circuit_open)?;
 
@@ -176,47 +180,47 @@ impl Client {
             AttemptRecord::start(&endpoint.metrics, request.url(), lookup.span, resend_count);
         let until = Instant::now() + endpoint.options.attempt_timeout;
         let message = request.with(auth, signed.at, &record);
-        let mut answer = match tokio::time::timeout_at(until, self.http.send(message)).await {
-            Ok(Ok(answer)) => answer,
-            Ok(Err(failure)) => return Err(end_without_answer(record, admission, failure)),
+        let mut reply = match tokio::time::timeout_at(until, self.http.send(message)).await {
+            Ok(Ok(reply)) => reply,
+            Ok(Err(failure)) => return Err(failed_exchange(record, admission, failure)),
             Err(_) => return Err(timed_out(record, admission, until, true)),
         };
         progress.update(|facts| {
-            facts.http_status = Some(answer.status());
-            facts.upstream_request_id = rejection::request_id(answer.headers());
+            facts.http_status = Some(reply.status());
+            facts.upstream_request_id = rejection::request_id(reply.headers());
             facts.upstream_code = None;
-            record.replied(answer.status(), facts.upstream_request_id.as_ref());
+            record.replied(reply.status(), facts.upstream_request_id.as_ref());
         });
-        let body = match tokio::time::timeout_at(until, answer.body()).await {
+        let body = match tokio::time::timeout_at(until, reply.body()).await {
             Ok(Ok(body)) => body,
             // A non-200 reply is judged by its status even if its body cannot be read.
-            Ok(Err(_)) | Err(_) if answer.status() != 200 => Bytes::from_static(UNREADABLE),
-            Ok(Err(failure)) => return Err(end_without_answer(record, admission, failure)),
+            Ok(Err(_)) | Err(_) if reply.status() != 200 => Bytes::from_static(UNREADABLE),
+            Ok(Err(failure)) => return Err(failed_exchange(record, admission, failure)),
             Err(_) => return Err(timed_out(record, admission, until, false)),
         };
         record.finish(AttemptOutcome::Answer);
-        let understood = self.understand(&answer, &body, signed, admission, key, progress);
+        let outcome = self.interpret(&reply, &body, signed, admission, key, progress);
         if let Err(FailedAttempt {
             error: Error::Rejected(rejection),
             ..
-        }) = &understood
+        }) = &outcome
         {
-            endpoint.throttle.learn(identity, rejection);
+            endpoint.throttle.record(identity, rejection);
         }
-        understood
+        outcome
     }
 
-    fn understand(
+    fn interpret(
         &self,
-        answer: &Response,
+        reply: &Response,
         body: &[u8],
         signed: Signed,
         admission: breaker::Admission<'_>,
         key: Option<key_guard::Admission<'_>>,
         progress: &Progress,
     ) -> Result<TaskDetail, FailedAttempt> {
-        let (headers, now) = (answer.headers(), self.endpoint.clock.now());
-        let (rejection, facts) = match (answer.status(), is_encoded(headers)) {
+        let (headers, now) = (reply.headers(), self.endpoint.clock.now());
+        let (rejection, facts) = match (reply.status(), is_encoded(headers)) {
             (200, true) => return Err(malformed(admission)),
             (200, false) => match parse_task_detail(body) {
                 Ok(task) => {
@@ -228,11 +232,11 @@ impl Client {
                 }
                 Err(NotATask::Malformed) => return Err(malformed(admission)),
                 Err(NotATask::ErrorObject(envelope)) => {
-                    rejection::of_envelope(200, headers, envelope, now)
+                    rejection::from_envelope(200, headers, envelope, now)
                 }
             },
-            (status, false) => rejection::of_answer(status, headers, body, now),
-            (status, true) => rejection::of_answer(status, headers, UNREADABLE, now),
+            (status, false) => rejection::from_reply(status, headers, body, now),
+            (status, true) => rejection::from_reply(status, headers, UNREADABLE, now),
         };
         if rejection.verdict.trips_breaker {
             admission.failed();
@@ -251,7 +255,7 @@ impl Client {
         })
     }
 
-    /// A refused signature is never retried, because failures lock the key; only a wrong clock is worth one more attempt.
+    /// A rejected signature is never retried, because rejections lock the key. The exception is a wrong clock, which gets one more attempt.
     fn with_key(
         &self,
         rejection: Rejection,
@@ -265,7 +269,7 @@ impl Client {
             remedy,
             ..FailedAttempt::permanent(Error::ClockSkew, Reason::ClockSkew)
         };
-        // The time of day by a proxy or by the gateway; believed only if it explains the refusal.
+        // `Date` may come from a proxy, so it counts only if it explains the rejection.
         let date = wait::date(headers).filter(|date| clock::is_skewed(*date, signed.at));
         match rejection.key_evidence {
             KeyEvidence::None => {
@@ -278,11 +282,11 @@ impl Client {
             }
             KeyEvidence::Locked => {
                 key.locked();
-                refused(credentials::Error::Locked {
+                key_unavailable(credentials::Error::Locked {
                     retry_after: KEY_LOCK,
                 })
             }
-            // A wrong clock says nothing about the key.
+            // Signatures of a wrong time are no evidence against the key.
             KeyEvidence::Expired { .. } if signed.clock_corrected => {
                 clock.reset();
                 clock_skew(Remedy::None)
@@ -307,7 +311,7 @@ impl Client {
                     return clock_skew(Remedy::SignAgain);
                 }
                 key.rejected();
-                // Requests a new key, which a temporary key that was withdrawn needs, but does not retry this call.
+                // Requests a new key, in case a temporary one was revoked, but does not retry this call.
                 FailedAttempt {
                     remedy: Remedy::RefreshCredential,
                     ..FailedAttempt::rejected(rejection)
@@ -317,11 +321,11 @@ impl Client {
     }
 }
 
-fn held_back(held_back: HeldBack) -> FailedAttempt {
-    let HeldBack {
+fn throttled(throttled: Throttled) -> FailedAttempt {
+    let Throttled {
         retry_after,
         subject,
-    } = held_back;
+    } = throttled;
     let error = Error::Throttled {
         retry_after,
         subject,
@@ -350,20 +354,20 @@ fn with_token(rejection: Rejection) -> FailedAttempt {
     }
 }
 
-fn refused(error: credentials::Error) -> FailedAttempt {
+fn key_unavailable(error: credentials::Error) -> FailedAttempt {
     FailedAttempt::permanent(Error::Credentials(error), Reason::CredentialLocked)
 }
 
-fn end_without_answer(
+fn failed_exchange(
     record: AttemptRecord<'_>,
     admission: breaker::Admission<'_>,
     failure: HttpError,
 ) -> FailedAttempt {
     record.fail(failure.reason);
     match failure.reason {
-        // A peer that replies is up, whether or not its reply can be read.
+        // Upstream is up if it replies, even if the reply cannot be read.
         Reason::UpstreamResponseTooLarge | Reason::UpstreamProtocol => admission.succeeded(),
-        // Connecting may have waited for this process and not for upstream.
+        // Connecting may have waited for CPU time of this process, not for upstream.
         _ if failure.timed_out && is_late(Instant::now()) => drop(admission),
         _ => admission.failed(),
     }
@@ -377,14 +381,14 @@ fn timed_out(
     before_head: bool,
 ) -> FailedAttempt {
     record.finish(AttemptOutcome::Timeout);
-    // The reply may be there, waiting to be read by a process that gets no CPU time.
+    // The reply may have arrived, but this process got no CPU time to read it.
     if !is_late(until) {
         admission.failed();
     }
     FailedAttempt::timeout(before_head)
 }
 
-/// No encoding was asked for, so none can be undone.
+/// Requests accept no content encoding, so an encoded body cannot be read.
 fn is_encoded(headers: &HeaderMap) -> bool {
     headers
         .get(CONTENT_ENCODING)

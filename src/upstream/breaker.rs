@@ -1,15 +1,15 @@
-//! Holds calls back while upstream is down, on two levels: one instance, and the endpoint as a whole.
+//! Circuit breaker on two levels: for each instance, and for the endpoint as a whole.
 //!
-//! An *instance* whose attempts fail again and again is held back alone: one probe every second and a half. A call with another question
-//! about it (another task or name) than the one that failed last is a probe at once. The *endpoint* is taken to be down only if several
-//! distinct instances fail, asked for by several credentials if several are in use, and nothing has succeeded meanwhile: any reply from
-//! anywhere closes that breaker. While it is open, every caller may probe.
+//! The circuit of an *instance* opens after 8 consecutive failures and then admits one probe every 1.5 s. A call for another task of the
+//! instance than the one that failed last is admitted as a probe at once. The circuit of the *endpoint* opens only if several distinct
+//! instances fail, with several credentials if several are in use, without any success in between; any success closes it. While it is
+//! open, every caller may probe.
 //!
-//! On both levels a caller has one probe in flight, and waits for a second and a half after one that failed. So no caller's failures,
-//! whatever ids it makes up, can hold another caller back.
+//! On both levels a caller has one probe in flight, and waits for 1.5 s after a failed one. Therefore the failures of one caller, even
+//! with invented ids, do not make the breaker reject the calls of another.
 //!
-//! Failures are: no connection, reset, truncation, timeout, and the statuses 502, 503 and 504. Any other reply is a success, even one
-//! that cannot be read: a peer that replies is up.
+//! Failures are: no connection, reset, truncation, timeout, and the statuses 502, 503 and 504. Any other reply is a success, even if it
+//! cannot be parsed: upstream is up if it replies.
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
@@ -27,62 +27,62 @@ use tokio::time::Instant;
 use super::TaskQuery;
 use crate::{caller::Caller, credentials::Identity};
 
-/// Between two probes. Short enough that service is back within two seconds after upstream is; long enough that the probes of an
-/// instance take no more than 40 of the 60 requests a minute that the vendor allows.
+/// The time between two probes. Short enough to recover within 2 s after upstream does; long enough that the probes of an instance take
+/// at most 40 of the vendor's 60 requests per minute.
 const PROBE_INTERVAL: Duration = Duration::from_millis(1500);
 
-/// Failures in a row after which an instance is held back.
+/// Consecutive failures after which the circuit of an instance opens.
 const INSTANCE_FAILURES: u32 = 8;
 
-/// Failures without any success in between, and distinct instances among them, after which the endpoint is taken to be down.
+/// Consecutive failures, and distinct instances among them, after which the circuit of the endpoint opens.
 const ENDPOINT_FAILURES: u32 = 8;
 const ENDPOINT_INSTANCES: usize = 3;
 
-/// A failure older than this is no evidence any more.
+/// How long a failure counts.
 const MEMORY: Duration = Duration::from_secs(10);
 
-/// Failing instances that are remembered at once; the one that failed longest ago is forgotten first.
+/// Limit on tracked failing instances; the one that failed longest ago is evicted first.
 const MAX_INSTANCES: usize = 1024;
 
-/// Callers that are remembered at once while the endpoint is down, and so probes in flight; beyond it calls are held back.
+/// Limit on tracked callers per open circuit, and so on concurrent probes.
 const MAX_PROBERS: usize = 32;
 
 /// The breaker of one endpoint, shared by all workers.
 #[derive(Debug)]
 pub(super) struct Breaker {
     hasher: RandomState,
-    /// Whether there is any evidence against upstream. While there is none, an attempt costs two atomic loads.
+    /// Whether any failure counts. If not, admission is two atomic loads.
     suspect: AtomicBool,
     state: Mutex<State>,
     /// The last two credentials in use.
     identities: Mutex<Identities>,
-    /// 1 while the endpoint is held back.
+    /// 1 while the circuit of the endpoint is open.
     endpoint_open: Gauge,
-    /// Instances that are held back.
+    /// The number of instances whose circuit is open.
     instances_open: Gauge,
 }
 
 #[derive(Debug, Default)]
 struct State {
     instances: HashMap<u64, Instance>,
-    /// The order of the last failures, oldest first: what is forgotten first.
+    /// The latest failures, oldest first: the order of eviction.
     order: VecDeque<(u64, Instant)>,
     endpoint: Endpoint,
 }
 
-/// An instance that has failed since its last success.
+/// An instance with failures since its last success.
 #[derive(Debug)]
 struct Instance {
     failures: u32,
     failed_at: Instant,
-    /// What was asked when it failed last.
-    question: u64,
-    /// When the next probe may go out, once the instance is held back.
+    /// The hash of the task that failed last.
+    task: u64,
+    /// When the next probe may go out if the circuit is open.
     next_probe_at: Instant,
     probers: Probers,
 }
 
-/// Evidence against the endpoint since the last success.
+/// Failures of the endpoint since the last success.
 #[derive(Debug, Default)]
 struct Endpoint {
     failures: u32,
@@ -93,7 +93,7 @@ struct Endpoint {
     probers: Probers,
 }
 
-/// The callers whose probe is in flight or has failed a moment ago.
+/// The callers with a probe in flight or a recently failed one.
 #[derive(Debug, Default)]
 struct Probers(HashMap<Caller, Prober>);
 
@@ -103,14 +103,14 @@ enum Prober {
     FailedAt(Instant),
 }
 
-/// Which credentials are in use: enough to know whether there is more than one.
+/// The last two credentials in use, to see whether there is more than one.
 #[derive(Debug, Default)]
 struct Identities {
     last: Option<(Identity, Instant)>,
     before: Option<(Identity, Instant)>,
 }
 
-/// Who asks what.
+/// An attempt that asks for admission.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Attempt<'a> {
     pub(super) query: &'a TaskQuery,
@@ -118,13 +118,13 @@ pub(super) struct Attempt<'a> {
     pub(super) caller: Caller,
 }
 
-/// Permission for one attempt. Dropped without [`Admission::succeeded`] or [`Admission::failed`] (a cancelled call, a fault on our own
-/// side) it is no evidence, and another call may probe.
+/// Permission for one attempt. Has no effect if dropped without [`Admission::succeeded`] or [`Admission::failed`], for example by a
+/// cancelled call; another call may then probe.
 #[derive(Debug)]
 pub(super) struct Admission<'a> {
     breaker: &'a Breaker,
     instance: u64,
-    question: u64,
+    task: u64,
     identity: Identity,
     caller: Caller,
     probes_instance: bool,
@@ -146,7 +146,7 @@ impl Breaker {
     /// Admits an attempt.
     ///
     /// # Errors
-    /// How long to wait before the next probe.
+    /// The time until the next probe.
     pub(super) fn admit(&self, attempt: Attempt<'_>) -> Result<Admission<'_>, Duration> {
         let TaskQuery {
             project_id,
@@ -157,7 +157,7 @@ impl Breaker {
         let mut admission = Admission {
             breaker: self,
             instance: self.hasher.hash_one((project_id, instance_id)),
-            question: self.hasher.hash_one((workflow_id, workflow_name)),
+            task: self.hasher.hash_one((workflow_id, workflow_name)),
             identity: attempt.identity,
             caller: attempt.caller,
             probes_instance: false,
@@ -166,7 +166,7 @@ impl Breaker {
         if self.suspect.load(Ordering::Acquire) {
             let now = Instant::now();
             let mut state = self.lock();
-            // Both are checked before either is changed: a call that one level holds back takes no probe of the other.
+            // Checks both levels before it changes either: a rejected call must not use up the other level's probe.
             let probes_endpoint = state.endpoint.check(attempt.caller, now)?;
             let probes_instance = state.check_instance(&admission, now)?;
             if probes_endpoint {
@@ -182,7 +182,7 @@ impl Breaker {
         Ok(admission)
     }
 
-    /// Whether the attempt would be admitted now. Takes no probe.
+    /// Whether the attempt would be admitted now, without using up a probe.
     ///
     /// # Errors
     /// As [`Breaker::admit`].
@@ -219,8 +219,8 @@ impl State {
         if instance.failures < INSTANCE_FAILURES {
             return Ok(false);
         }
-        // What failed may be the question and not the instance.
-        if instance.question != admission.question {
+        // The failures may come from the task and not from the instance.
+        if instance.task != admission.task {
             instance.probers.check(admission.caller, now)?;
             return Ok(true);
         }
@@ -234,7 +234,7 @@ impl State {
         Ok(true)
     }
 
-    /// Takes a failure into account. An attempt that was admitted before the instance was held back does not delay the next probe.
+    /// Counts a failure. An attempt that was admitted before the circuit opened does not delay the next probe.
     fn instance_failed(&mut self, admission: &Admission<'_>, now: Instant) {
         let entry = self
             .instances
@@ -242,7 +242,7 @@ impl State {
             .or_insert(Instance {
                 failures: 0,
                 failed_at: now,
-                question: admission.question,
+                task: admission.task,
                 next_probe_at: now,
                 probers: Probers::default(),
             });
@@ -251,7 +251,7 @@ impl State {
         }
         entry.failures = entry.failures.saturating_add(1);
         entry.failed_at = now;
-        entry.question = admission.question;
+        entry.task = admission.task;
         if entry.failures == INSTANCE_FAILURES || admission.probes_instance {
             entry.next_probe_at = now + PROBE_INTERVAL;
         }
@@ -259,11 +259,11 @@ impl State {
             entry.probers.failed(admission.caller, now);
         }
         self.order.push_back((admission.instance, now));
-        self.forget_old(now);
+        self.evict_old(now);
     }
 
-    /// Removes what is too old to count, and the oldest entries beyond the limit.
-    fn forget_old(&mut self, now: Instant) {
+    /// Removes entries that are too old to count, and the oldest beyond the limit.
+    fn evict_old(&mut self, now: Instant) {
         while let Some((instance, at)) = self.order.front().copied() {
             let is_old = now.saturating_duration_since(at) >= MEMORY;
             if !is_old
@@ -273,7 +273,7 @@ impl State {
                 break;
             }
             self.order.pop_front();
-            // Unless it has failed again since.
+            // Keeps an instance that has failed again since.
             if self
                 .instances
                 .get(&instance)
@@ -284,7 +284,7 @@ impl State {
         }
     }
 
-    fn held_back(&self) -> i64 {
+    fn open_instances(&self) -> i64 {
         let open = |instance: &&Instance| instance.failures >= INSTANCE_FAILURES;
         self.instances.values().filter(open).count() as i64
     }
@@ -300,7 +300,7 @@ impl Endpoint {
         Ok(true)
     }
 
-    /// Takes a failure into account.
+    /// Counts a failure.
     fn failed(&mut self, admission: &Admission<'_>, several_identities: bool, now: Instant) {
         if self
             .failed_at
@@ -320,7 +320,7 @@ impl Endpoint {
         self.open |= self.failures >= ENDPOINT_FAILURES
             && self.instances.len() >= ENDPOINT_INSTANCES
             && self.identities.len() >= identities;
-        // An attempt that was admitted before the breaker opened does not delay the caller's next probe.
+        // An attempt that was admitted before the circuit opened does not delay the caller's next probe.
         if self.open
             && (admission.probes_endpoint || !self.probers.0.contains_key(&admission.caller))
         {
@@ -383,13 +383,13 @@ impl Admission<'_> {
         state.instances.remove(&self.instance);
         state.endpoint = Endpoint::default();
         self.breaker.endpoint_open.set(0);
-        self.breaker.instances_open.set(state.held_back());
+        self.breaker.instances_open.set(state.open_instances());
         self.breaker
             .suspect
             .store(!state.instances.is_empty(), Ordering::Release);
     }
 
-    /// A failure that counts: see the module's documentation.
+    /// The attempt failed, as defined in the module's documentation.
     pub(super) fn failed(self) {
         let now = Instant::now();
         let several = self.breaker.several_identities(self.identity, now);
@@ -398,12 +398,14 @@ impl Admission<'_> {
         let was_open = state.endpoint.open;
         state.endpoint.failed(&self, several, now);
         if state.endpoint.open && !was_open {
-            tracing::warn!("the RDS endpoint is down: calls are held back until one succeeds");
+            tracing::warn!(
+                "the RDS endpoint is down: rejecting calls, except for probes, until one succeeds"
+            );
         }
         self.breaker
             .endpoint_open
             .set(i64::from(state.endpoint.open));
-        self.breaker.instances_open.set(state.held_back());
+        self.breaker.instances_open.set(state.open_instances());
         self.breaker.suspect.store(true, Ordering::Release);
     }
 }
@@ -463,11 +465,11 @@ mod tests {
     fn fail(breaker: &Breaker, caller: Caller, instance: usize, times: u32) {
         for _ in 0..times {
             let admission = admit(breaker, caller, instance, "t");
-            admission.expect("not held back yet").failed();
+            admission.expect("a closed circuit").failed();
         }
     }
 
-    /// Fails calls of `caller` about several instances until the endpoint is taken to be down.
+    /// Fails calls of `caller` about several instances until the circuit of the endpoint opens.
     fn bring_down(breaker: &Breaker, caller: Caller) {
         for instance in (0..ENDPOINT_INSTANCES)
             .cycle()
@@ -479,7 +481,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn one_failing_instance_is_held_back_alone() {
+    async fn the_circuit_of_a_failing_instance_does_not_affect_others() {
         let breaker = breaker();
 
         fail(&breaker, ANN, 1, INSTANCE_FAILURES);
@@ -493,7 +495,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn another_question_about_a_held_back_instance_passes_and_its_success_ends_that() {
+    async fn a_call_for_another_task_is_a_probe_and_its_success_closes_the_circuit() {
         let breaker = breaker();
         fail(&breaker, ANN, 1, INSTANCE_FAILURES);
 
@@ -510,7 +512,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_held_back_instance_is_probed_once_in_each_interval() {
+    async fn an_open_instance_is_probed_once_per_interval() {
         let breaker = breaker();
         fail(&breaker, ANN, 1, INSTANCE_FAILURES);
         tokio::time::advance(PROBE_INTERVAL).await;
@@ -585,7 +587,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn with_several_credentials_in_use_one_of_them_is_no_evidence_against_the_endpoint() {
+    async fn with_several_credentials_in_use_failures_of_one_do_not_open_the_endpoint() {
         let breaker = breaker();
         let identity = |number| Identity::Caller([number; 16]);
         let query = query(99, "t");
@@ -614,7 +616,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn attempts_that_end_late_delay_no_probe() {
+    async fn attempts_that_end_late_do_not_delay_probes() {
         let breaker = breaker();
         let late: Vec<_> = (0..30)
             .map(|number| admit(&breaker, ANN, number % 3, "t").expect("up"))
@@ -631,7 +633,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn old_failures_are_no_evidence() {
+    async fn old_failures_do_not_count() {
         let breaker = breaker();
         fail(&breaker, ANN, 1, INSTANCE_FAILURES - 1);
         tokio::time::advance(MEMORY).await;
@@ -642,7 +644,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn ever_new_failing_instances_and_callers_are_not_all_remembered() {
+    async fn failing_instances_and_callers_are_tracked_up_to_a_limit() {
         let breaker = breaker();
 
         for number in 0..100_000 {
@@ -658,7 +660,7 @@ mod tests {
         assert!(state.endpoint.probers.0.len() <= MAX_PROBERS);
     }
 
-    /// One step of a random run: who does what, or how much time passes.
+    /// One step of a random run: an attempt, or the passing of time.
     #[derive(Debug, Clone)]
     enum Step {
         Fails(u64, usize, usize),
@@ -678,8 +680,8 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever happened before: a caller that stays away from failing instances is let through, and a success about an
-        /// instance lets everybody ask about it.
+        /// After any history, a caller without failures is admitted for healthy instances, and a success closes the circuit of an
+        /// instance for all callers.
         #[test]
         fn no_history_keeps_a_fresh_caller_from_a_healthy_instance(
             steps in prop::collection::vec(step(), 0..200),

@@ -1,4 +1,5 @@
-//! The send loop: as many attempts as answer, deadline, budget and breaker allow, each with a credential that is valid now.
+//! The send loop: attempts until one succeeds or deadline, retry policy, budget or breaker end it, each with a credential that is valid
+//! now.
 
 use std::sync::Arc;
 
@@ -24,7 +25,7 @@ use crate::{
     telemetry::{Progress, ServerSpan, metrics::Metrics},
 };
 
-/// What all workers share about the endpoint.
+/// The state of the endpoint that all workers share.
 #[derive(Debug)]
 pub struct Endpoint {
     base_url: Url,
@@ -38,13 +39,13 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
-    /// An endpoint of which nothing is known yet.
+    /// An endpoint without any history.
     pub fn new(base_url: Url, options: Options, metrics: Arc<Metrics>) -> Arc<Self> {
         Arc::new(Self {
             base_url,
             breaker: Breaker::new(
                 metrics.circuit_open.clone(),
-                metrics.instances_held_back.clone(),
+                metrics.circuit_open_instances.clone(),
             ),
             clock: Clock::default(),
             pacing: options.upstream_rate.map(Pacing::new),
@@ -56,16 +57,16 @@ impl Endpoint {
     }
 }
 
-/// What the attempts of one lookup have in common.
+/// The parts of a lookup that all its attempts share.
 #[derive(Debug, Clone, Copy)]
 pub struct LookupContext<'a> {
-    /// What is looked up.
+    /// The task to look up.
     pub query: &'a TaskQuery,
-    /// Who shares turns and retries with others.
+    /// Whose share of the rate and of the retry budget the attempts use.
     pub caller: Caller,
-    /// The latest deadline of those who wait.
+    /// The latest deadline of the waiting calls.
     pub deadline: &'a SharedDeadline,
-    /// Shows what the attempts brought.
+    /// Receives the facts of each attempt, for the access log and the error details.
     pub progress: &'a Progress,
     /// The parent of each attempt's span.
     pub span: Option<&'a Arc<ServerSpan>>,
@@ -80,7 +81,7 @@ pub struct Client {
 }
 
 impl Client {
-    /// A client that shares what is known of the endpoint with its siblings.
+    /// A client of a shared endpoint.
     pub fn new(
         http: http_client::Client,
         endpoint: Arc<Endpoint>,
@@ -97,10 +98,10 @@ impl Client {
     ///
     /// A refreshed token replaces the one in `auth`.
     ///
-    /// The operation only reads, so that repeating it after a lost reply costs quota and nothing else.
+    /// Retrying is safe: the operation only reads, so a retry after a lost reply costs only quota.
     ///
     /// # Errors
-    /// [`Error`]: what upstream did in the last attempt that reached it.
+    /// [`Error`] of the last attempt that reached upstream, if any did.
     pub async fn show_task_detail(
         &self,
         auth: &mut Auth,
@@ -139,7 +140,7 @@ impl Client {
             let remaining = deadline.deadline().remaining();
             let budget = &self.endpoint.budget;
             let Some(wait) = attempts.next(failed.advice, remaining, budget, lookup.caller) else {
-                // The caller learns what upstream did, not that the breaker opened between two attempts.
+                // Upstream's error is more useful than a circuit that opened between two attempts.
                 return Err(match (last, failed.error) {
                     (Some(last), Error::CircuitOpen { .. }) => last,
                     (_, error) => error,

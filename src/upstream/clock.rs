@@ -1,15 +1,15 @@
-//! The gateway's clock, as far as it is known: the system's, corrected by what the replies to refused signatures showed.
+//! The time for signatures: the system's clock, corrected by the gateway's time from its replies to expired signatures.
 
 use std::{
     sync::atomic::{AtomicI64, Ordering},
     time::{Duration, SystemTime},
 };
 
-/// The gateway accepts a signature up to 15 minutes off its clock (API request signing guide, "Error codes"). A refusal with a
-/// difference near that is taken for a wrong clock; below it, for a wrong key.
+/// The gateway accepts a signature up to 15 minutes off its clock (API request signing guide, "Error codes"). A rejection with a
+/// difference near that is attributed to the clock; with a smaller one, to the key.
 const SKEW: Duration = Duration::from_secs(14 * 60);
 
-/// A larger offset is taken for a wrong report of the time, not for a wrong clock: a day, and a minute for the reply's way.
+/// A larger offset is attributed to a wrong reply, not to the system's clock: a day, and a minute of latency.
 const MAX_OFFSET: Duration = Duration::from_secs(24 * 60 * 60 + 60);
 
 /// An offset to the system's clock.
@@ -21,17 +21,17 @@ pub(super) struct Clock {
 impl Clock {
     /// The time to sign with.
     pub(super) fn now(&self) -> SystemTime {
-        shift(our_clock(), self.offset_seconds.load(Ordering::Relaxed))
+        shift(system_clock(), self.offset_seconds.load(Ordering::Relaxed))
     }
 
-    /// Corrects the clock by the gateway's own time, as of its reply. Whether it could: a time more than a day off is not believed.
+    /// Sets the clock to the gateway's time. Returns false, and changes nothing, for a time that is more than a day off.
     pub(super) fn correct(&self, gateway: SystemTime) -> bool {
-        let offset = seconds_between(our_clock(), gateway);
-        let is_credible = offset.unsigned_abs() <= MAX_OFFSET.as_secs();
-        if is_credible {
-            // Not added to the offset in use: many requests of the same wrong time may be refused at once.
+        let offset = seconds_between(system_clock(), gateway);
+        let is_plausible = offset.unsigned_abs() <= MAX_OFFSET.as_secs();
+        if is_plausible {
+            // Replaces the offset in use: many concurrent requests may be rejected for the same wrong time.
             let before = self.offset_seconds.swap(offset, Ordering::Relaxed);
-            // A second of difference is the time that the reply took.
+            // A difference of one second is latency.
             if before.abs_diff(offset) > 1 {
                 tracing::warn!(
                     offset_seconds = offset,
@@ -39,20 +39,20 @@ impl Clock {
                 );
             }
         }
-        is_credible
+        is_plausible
     }
 
-    /// Drops an offset that has proved wrong: a signature of the corrected time was refused too.
+    /// Removes the offset after a signature of the corrected time was rejected too.
     pub(super) fn reset(&self) {
         if self.offset_seconds.swap(0, Ordering::Relaxed) != 0 {
             tracing::warn!(
-                "signing with the system's own time again: the corrected time was refused"
+                "signing with the system's time again: the corrected time was rejected too"
             );
         }
     }
 }
 
-/// Whether a signature of the time `signed_at` is so far from the gateway's time that the clock is the likely cause of its refusal.
+/// Whether `signed_at` is so far from the gateway's time that the clock is the likely cause of the rejection.
 pub(super) fn is_skewed(gateway: SystemTime, signed_at: SystemTime) -> bool {
     seconds_between(signed_at, gateway).unsigned_abs() >= SKEW.as_secs()
 }
@@ -61,7 +61,7 @@ pub(super) fn is_skewed(gateway: SystemTime, signed_at: SystemTime) -> bool {
     clippy::disallowed_methods,
     reason = "signatures carry the time of day"
 )]
-fn our_clock() -> SystemTime {
+fn system_clock() -> SystemTime {
     SystemTime::now()
 }
 
@@ -113,10 +113,10 @@ mod tests {
     }
 
     #[test]
-    fn the_clock_follows_the_last_credible_time_until_that_proves_wrong() {
+    fn the_last_plausible_time_counts_until_it_is_rejected() {
         let clock = Clock::default();
-        let ahead = our_clock() + Duration::from_secs(3600);
-        let behind = our_clock() - Duration::from_secs(7200);
+        let ahead = system_clock() + Duration::from_secs(3600);
+        let behind = system_clock() - Duration::from_secs(7200);
 
         for _ in 0..3 {
             assert!(clock.correct(ahead));
@@ -125,11 +125,11 @@ mod tests {
         assert!(clock.correct(behind));
         assert_shows(&clock, behind);
         clock.reset();
-        assert_shows(&clock, our_clock());
+        assert_shows(&clock, system_clock());
     }
 
     #[test]
-    fn a_time_more_than_a_day_off_is_not_believed() {
+    fn a_time_more_than_a_day_off_is_ignored() {
         for gateway in [
             at(0) - Duration::from_secs(400 * 86_400),
             SystemTime::UNIX_EPOCH,
@@ -138,7 +138,7 @@ mod tests {
 
             assert!(!clock.correct(gateway));
 
-            assert_shows(&clock, our_clock());
+            assert_shows(&clock, system_clock());
         }
     }
 }

@@ -1,11 +1,11 @@
-//! What a 401 says about the key that signed the attempt. Only evidence about the key itself may count against it, because the key
-//! is everybody's: the gateway also answers 401 to calls for projects and endpoints that the key's owner may not use.
+//! Evidence in a 401 about the key that signed the attempt. All callers share the key, and the gateway also replies with 401 to calls for
+//! projects and endpoints that the key's owner may not use: such replies must not count against the key.
 
 use std::time::{Duration, SystemTime};
 
 use jiff::{civil::DateTime, tz::TimeZone};
 
-/// The gateway's code for a failed authentication, with many meanings.
+/// The gateway's code for a failed authentication. Only the text shows the cause.
 const AUTHENTICATION_FAILED: &str = "APIGW.0301";
 
 /// Parts of the gateway's texts for a wrong signature or key. Sources: API request signing guide, FAQ; API gateway user guide,
@@ -24,18 +24,18 @@ pub enum KeyEvidence {
     /// The reply is about something else.
     #[default]
     None,
-    /// The signature or the key is wrong, or the reply cannot be read: it might have said so.
+    /// The signature or the key is wrong, or the reply cannot be read and might have said that.
     Rejected,
-    /// The time of the signature is too far from the gateway's, which the text may name. Says nothing about the key.
+    /// The time of the signature is too far from the gateway's. No evidence about the key.
     Expired {
-        /// The gateway's time.
+        /// The gateway's time, if the text contains it.
         server_time: Option<SystemTime>,
     },
     /// The gateway has locked the key.
     Locked,
 }
 
-/// Reads a 401. `error_code` and `message` are those of its error object, if it has one.
+/// Parses a 401. `error_code` and `message` are those of its error object, if it has one.
 pub fn read(is_object: bool, error_code: Option<&str>, message: &str) -> KeyEvidence {
     if !is_object {
         return KeyEvidence::Rejected;

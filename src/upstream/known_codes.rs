@@ -1,8 +1,8 @@
 //! The error codes that the vendor documents, with the HTTP status it documents for each.
-//! Sources: RDS API reference, "Error Codes"; API request signing guide, "Error Codes"; IAM API reference, "Error Codes". Expect
-//! unknown codes: newer editions of these pages know more.
+//! Sources: RDS API reference, "Error Codes"; API request signing guide, "Error Codes"; IAM API reference, "Error Codes". Newer
+//! editions of these pages may list more codes.
 
-/// The one HTTP status that goes with a code; `None` for an unknown code and for `APIGW.0201`, which has six.
+/// The documented HTTP status of a code; `None` for an unknown code and for `APIGW.0201`, which has six.
 pub(super) fn documented_status(error_code: &str) -> Option<u16> {
     Some(match error_code {
         "DBS.01010220" | "DBS.200001" | "DBS.200004" | "DBS.200006" | "DBS.200021"
@@ -72,7 +72,7 @@ pub(super) fn documented_status(error_code: &str) -> Option<u16> {
     })
 }
 
-/// Who answers with such a code: `RDS`, `APIGW` or `IAM`; `None` where the code does not tell.
+/// The service that replies with such a code: `RDS`, `APIGW` or `IAM`; `None` if the code does not show it.
 pub fn service(error_code: &str) -> Option<&'static str> {
     match error_code.split_once('.') {
         Some(("DBS", _)) => Some("RDS"),
@@ -115,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn a_code_tells_which_service_answered() {
+    fn a_code_shows_which_service_replied() {
         let cases = [
             ("DBS.200543", Some("RDS")),
             ("DBS.999999", Some("RDS")),

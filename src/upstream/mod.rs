@@ -1,4 +1,4 @@
-//! The vendor's operation `ShowTaskDetail`: one request, as many attempts as the policy allows, one answer or one error.
+//! The vendor's operation `ShowTaskDetail`, with retries, rate limiting, circuit breaking and error mapping.
 
 mod attempt;
 mod breaker;
@@ -46,48 +46,48 @@ pub struct TaskQuery {
 pub enum Error {
     /// The vendor replied with an error, or with a status that this operation never has.
     Rejected(Box<Rejection>),
-    /// No complete answer: one of `UPSTREAM_DNS`, `_CONNECT`, `_TLS`, `_RESET`, `_TRUNCATED`, `_PROTOCOL`.
+    /// No complete reply: one of `UPSTREAM_DNS`, `_CONNECT`, `_TLS`, `_RESET`, `_TRUNCATED`, `_PROTOCOL`.
     Transport(Reason),
     /// The last attempt outlived the attempt timeout.
     AttemptTimeout,
     /// A 200 whose body cannot be read as a task.
     Malformed,
-    /// An answer over the size limit.
+    /// A reply over the size limit.
     TooLarge,
     /// The RPC's deadline passed.
     DeadlineExceeded,
     /// The breaker is open.
     CircuitOpen {
-        /// When the next probe may go out.
+        /// Until the next probe may go out.
         retry_after: Duration,
     },
-    /// Our clock and the gateway's differ too much for a signature to be accepted.
+    /// The system's clock and the gateway's differ too much for a signature to be accepted.
     ClockSkew,
-    /// Held back: the vendor throttles this credential, or the configured rate is used up.
+    /// Not sent: the vendor throttles this credential, or the configured rate is used up.
     Throttled {
-        /// When the window is over.
+        /// Until the throttle window ends or the rate allows the attempt.
         retry_after: Duration,
-        /// Whose requests the vendor counts, if it says so.
+        /// Whose requests the vendor counts, if its message names a subject.
         subject: Option<Subject>,
     },
-    /// No credential for an attempt.
+    /// No credential was available for an attempt.
     Credentials(credentials::Error),
-    /// A fault of ours: the work panicked.
+    /// A bug: the lookup panicked.
     Panicked,
 }
 
-/// An error answer, understood.
+/// An error reply of the vendor with its meaning.
 #[derive(Debug, Clone)]
 pub struct Rejection {
-    /// What it means.
+    /// The meaning.
     pub verdict: verdict::Verdict,
-    /// The vendor's own text, not yet cleaned; empty when the answer was no error object.
+    /// The vendor's text, not sanitized; empty if the reply was not an error object.
     pub message: String,
     /// The `encoded_authorization_message` of a policy denial.
     pub encoded_authorization_message: Option<String>,
-    /// How long to wait, where the answer or the table says so: `Retry-After`, else the throttling text, else the row's own.
+    /// The wait before another attempt helps: from `Retry-After`, else the throttling text, else the verdict.
     pub retry_after: Option<Duration>,
-    /// Whose requests a throttling text counts.
+    /// Whose requests the vendor counts, from the throttling text.
     pub throttled_subject: Option<Subject>,
     /// What the reply says about the key that signed the attempt, if a key did.
     pub key_evidence: KeyEvidence,

@@ -23,7 +23,7 @@ pub struct Options {
     /// Region whose RDS is called, for example cn-north-4; exactly one of --region, --endpoint, --sandbox
     #[arg(long, value_name = "ID", value_parser = regions::parse)]
     pub region: Option<Region>,
-    /// Base URL of RDS in place of a region's; https, or http to loopback
+    /// Base URL of RDS instead of a region's; https, or http to loopback
     #[arg(long, value_name = "URL", value_parser = url::base)]
     pub endpoint: Option<Url>,
     /// Call an embedded sandbox of RDS, IAM and the metadata service; needs no cloud account
@@ -55,8 +55,8 @@ pub struct Options {
     #[arg(long, value_name = "http://[USER:PASSWORD@]HOST:PORT", value_parser = Proxy::parse)]
     pub upstream_proxy: Option<Proxy>,
     // The full path keeps clap from reading the type as an optional flag.
-    /// Most upstream calls of one credential in a time, for example 60/1m: a call whose turn comes before its deadline
-    /// waits, any other is rejected at once
+    /// Maximum rate of upstream attempts per credential, for example 60/1m; a call waits if it can start before its
+    /// deadline, else it is rejected at once
     #[arg(long, value_name = "CALLS/TIME", default_value = "off", value_parser = rate)]
     pub upstream_rate: std::option::Option<RateConfig>,
     /// Upper bound of one upstream attempt
@@ -148,7 +148,7 @@ fn roots(text: &str) -> Parsed<PathBuf> {
     }
 }
 
-/// `60/1m`: so many calls per time; or `off`.
+/// A rate like `60/1m` (attempts per period), or `off`.
 fn rate(text: &str) -> Parsed<Option<RateConfig>> {
     if text == "off" {
         return Ok(None);

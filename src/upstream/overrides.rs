@@ -1,5 +1,5 @@
-//! The rows in which an error code says more than its HTTP status, keyed by (HTTP status, error code): the gateway uses one
-//! code with several statuses and meanings. A code with another status than its row has no row.
+//! Error codes that are more specific than their HTTP status. The key is (HTTP status, error code), because the gateway uses one code with
+//! several statuses and meanings; with any other status a code counts as unknown.
 //! Meanings: RDS API reference, "Error Codes"; API request signing guide, "Error Codes"; IAM API reference, "Error Codes".
 
 use tonic::Code;
@@ -10,31 +10,33 @@ use crate::reason::Reason;
 /// The meaning of an error code that came with this status; `None` where the status alone decides.
 pub(super) fn find(error_code: &str, http_status: u16) -> Option<Verdict> {
     Some(match (http_status, error_code) {
-        // Never existed, ended more than a month ago, or started seconds ago and not registered yet: RDS tells all three
-        // with one code. 400 is the documented status, 404 that of the older interface.
+        // One code for three cases: the task never existed, ended more than a month ago, or started seconds ago and is not registered
+        // yet. 400 is the documented status, 404 that of the older interface.
         (400 | 404, "DBS.200543") => TASK_MISSING,
         (
             404,
             "DBS.200002" | "DBS.200045" | "DBS.200408" | "DBS.200602" | "DBS.201028" | "DBS.290005"
             | "DBS.290011",
         ) => INSTANCE_MISSING,
-        (400, "IAM.1109") => NOT_FOUND.missing(Resource::Project),
+        (400, "IAM.1109") => NOT_FOUND.with_missing(Resource::Project),
         (
             400,
             "DBS.200042" | "DBS.200053" | "DBS.200823" | "DBS.200824" | "DBS.201203" | "DBS.212007"
             | "DBS.212012" | "DBS.280128" | "DBS.280214" | "DBS.280270",
-        ) => NOT_FOUND.missing(Resource::Other),
+        ) => NOT_FOUND.with_missing(Resource::Other),
 
-        // The credential. `APIGW.0301` also tells of a locked key; `rejection` sees that in the text.
+        // The credential. `APIGW.0301` is also the code of a locked key, see `key_evidence`.
         (401, "APIGW.0301" | "APIGW.0307") => CREDENTIAL_RENEWABLE,
         (401, "IAM.0001" | "IAM.0063" | "IAM.0066" | "IAM.0067") => CREDENTIAL_RENEWABLE,
         (403, "DBS.280056") => CREDENTIAL_RENEWABLE,
         (400, "IAM.1108") => CREDENTIAL_RENEWABLE,
-        (401, "APIGW.0303" | "APIGW.0305" | "APIGW.0311") => CREDENTIAL_REFUSED,
-        // Further tries keep the account locked.
-        (401, "IAM.0061" | "IAM.0062") => CREDENTIAL_REFUSED,
-        (400, "IAM.0009" | "IAM.1104" | "IAM.1105" | "IAM.1106" | "IAM.1107") => CREDENTIAL_REFUSED,
-        // The identity is known; it may not do this.
+        (401, "APIGW.0303" | "APIGW.0305" | "APIGW.0311") => CREDENTIAL_REJECTED,
+        // Further attempts keep the account locked.
+        (401, "IAM.0061" | "IAM.0062") => CREDENTIAL_REJECTED,
+        (400, "IAM.0009" | "IAM.1104" | "IAM.1105" | "IAM.1106" | "IAM.1107") => {
+            CREDENTIAL_REJECTED
+        }
+        // The identity is valid, but lacks the permission.
         (401, "IAM.0064" | "IAM.0065") => PERMISSION_DENIED,
 
         // A state that lasts until somebody changes it.
@@ -56,29 +58,29 @@ pub(super) fn find(error_code: &str, http_status: u16) -> Option<Verdict> {
             | "DBS.280450",
         ) => QUOTA_EXHAUSTED,
 
-        // A state that passes by itself.
+        // A state that ends without intervention.
         (
             409,
             "DBS.200011" | "DBS.200019" | "DBS.200047" | "DBS.201202" | "DBS.201205" | "DBS.212006",
         ) => INSTANCE_BUSY,
         (400, "DBS.212010") => INSTANCE_BUSY,
         (500, "DBS.280228") => INSTANCE_BUSY,
-        // A conflict in the identity service, which names no wait.
+        // A conflict in the identity service, without a documented wait.
         (409, "IAM.0005") => Verdict::new(Code::Aborted, Reason::InstanceBusy),
         (409, "DBS.200022" | "DBS.200826" | "DBS.200827" | "DBS.200828" | "DBS.201201") => {
             Verdict::new(Code::AlreadyExists, Reason::AlreadyExists)
         }
 
-        // Passing faults.
-        (500, "DBS.280036") => UNAVAILABLE.after(BUSY_WAIT),
-        (500, "DBS.111205" | "APIGW.0605" | "APIGW.0606" | "APIGW.0608") => UNAVAILABLE_REPEATED,
-        (502, "APIGW.0201" | "APIGW.0610") => UNAVAILABLE_REPEATED,
-        // The gateway does not reach IAM: the credential is not at fault.
-        (503, "APIGW.0613") => UNAVAILABLE_REPEATED,
-        // IAM fails over to another region: the opposite of "gone".
-        (410, "IAM.0020") => UNAVAILABLE_REPEATED,
+        // Transient errors.
+        (500, "DBS.280036") => UNAVAILABLE.with_wait(BUSY_WAIT),
+        (500, "DBS.111205" | "APIGW.0605" | "APIGW.0606" | "APIGW.0608") => UNAVAILABLE_RETRIED,
+        (502, "APIGW.0201" | "APIGW.0610") => UNAVAILABLE_RETRIED,
+        // The gateway cannot reach IAM: the credential may be valid.
+        (503, "APIGW.0613") => UNAVAILABLE_RETRIED,
+        // IAM is failing over to another region, although 410 means "gone".
+        (410, "IAM.0020") => UNAVAILABLE_RETRIED,
 
-        // Faults that a repetition or the caller cannot mend.
+        // Errors that neither a retry nor the caller can fix.
         (404, "APIGW.0103") => INTERNAL,
         (400, "APIGW.0104" | "APIGW.0105" | "APIGW.0106" | "APIGW.0602" | "APIGW.0607") => INTERNAL,
         (403, "APIGW.0404") => INTERNAL,
@@ -88,11 +90,11 @@ pub(super) fn find(error_code: &str, http_status: u16) -> Option<Verdict> {
             400,
             "DBS.212004" | "DBS.212009" | "DBS.212011" | "DBS.212015" | "DBS.212016" | "DBS.212025",
         ) => INTERNAL,
-        (500, "APIGW.0601") => INTERNAL.repeated(Repeat::Once),
+        (500, "APIGW.0601") => INTERNAL.with_repeat(Repeat::Once),
         // "The instance could not be queried": a failure, not an argument.
-        (400, "DBS.200203") => INTERNAL.repeated(Repeat::Once),
+        (400, "DBS.200203") => INTERNAL.with_repeat(Repeat::Once),
 
-        // The API is not published here or not under this method; NOT_FOUND would speak of the task.
+        // The API is not published here or not with this method; NOT_FOUND would mean the task.
         (404, "APIGW.0101") => Verdict::new(Code::Unimplemented, Reason::UpstreamApiNotFound),
         // The body or URI of this very request is too large, and stays so.
         (413 | 414, "APIGW.0201") => {
@@ -105,18 +107,21 @@ pub(super) fn find(error_code: &str, http_status: u16) -> Option<Verdict> {
 
 const NOT_FOUND: Verdict = Verdict::new(Code::NotFound, Reason::ResourceNotFound);
 const TASK_MISSING: Verdict =
-    Verdict::new(Code::NotFound, Reason::TaskNotFound).missing(Resource::Task);
+    Verdict::new(Code::NotFound, Reason::TaskNotFound).with_missing(Resource::Task);
 const INSTANCE_MISSING: Verdict =
-    Verdict::new(Code::NotFound, Reason::InstanceNotFound).missing(Resource::Instance);
+    Verdict::new(Code::NotFound, Reason::InstanceNotFound).with_missing(Resource::Instance);
 const CREDENTIAL_RENEWABLE: Verdict =
-    Verdict::new(Code::Unauthenticated, Reason::CredentialRejected).against(Credential::Renewable);
-const CREDENTIAL_REFUSED: Verdict =
-    Verdict::new(Code::Unauthenticated, Reason::CredentialRejected).against(Credential::Rejected);
+    Verdict::new(Code::Unauthenticated, Reason::CredentialRejected)
+        .with_credential(Credential::Renewable);
+const CREDENTIAL_REJECTED: Verdict =
+    Verdict::new(Code::Unauthenticated, Reason::CredentialRejected)
+        .with_credential(Credential::Rejected);
 const PERMISSION_DENIED: Verdict = Verdict::new(Code::PermissionDenied, Reason::PermissionDenied);
 const PRECONDITION_FAILED: Verdict =
     Verdict::new(Code::FailedPrecondition, Reason::PreconditionFailed);
 const QUOTA_EXHAUSTED: Verdict = Verdict::new(Code::ResourceExhausted, Reason::QuotaExhausted);
-const INSTANCE_BUSY: Verdict = Verdict::new(Code::Aborted, Reason::InstanceBusy).after(BUSY_WAIT);
+const INSTANCE_BUSY: Verdict =
+    Verdict::new(Code::Aborted, Reason::InstanceBusy).with_wait(BUSY_WAIT);
 const UNAVAILABLE: Verdict = Verdict::new(Code::Unavailable, Reason::UpstreamUnavailable);
-const UNAVAILABLE_REPEATED: Verdict = UNAVAILABLE.repeated(Repeat::Backoff);
+const UNAVAILABLE_RETRIED: Verdict = UNAVAILABLE.with_repeat(Repeat::Backoff);
 const INTERNAL: Verdict = Verdict::new(Code::Internal, Reason::UpstreamInternal);

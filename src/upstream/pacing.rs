@@ -1,10 +1,10 @@
-//! Paces upstream attempts to a configured rate per credential: at most N starts in any window of T.
+//! Rate limiter for upstream attempts: at most N starts per credential in any window of T.
 //!
-//! While the window has room and no attempt waits, an attempt starts at once. Otherwise it waits for its turn if that comes before its
-//! deadline, and is refused at once if not. Turns are at least T/N apart and go round among the callers that wait, so that a caller
-//! with a hundred questions does not keep others from asking one.
+//! While the window has room and the queue is empty, an attempt starts at once. Otherwise it waits if it can start before its deadline, and
+//! is rejected at once if not. Queued attempts start at least T/N apart, round robin among callers, so that a caller with a hundred calls
+//! does not delay the calls of others by more than one start each.
 //!
-//! Hand-written, because the limiters in crates (governor, leaky-bucket) allow twice N in a window: a full bucket and its refill.
+//! Hand-written, because the limiters in crates (governor, leaky-bucket) allow 2N starts in a window: a full bucket and its refill.
 
 use std::{
     collections::VecDeque,
@@ -21,29 +21,29 @@ use tokio::{
 
 use crate::{caller::Caller, credentials::Identity, deadline::Deadline};
 
-/// Credentials that are paced at once; a forgotten one begins with an empty window.
+/// Limit on credentials with a window; an evicted one starts with an empty window.
 const MAX_IDENTITIES: u64 = 10_000;
 
-/// Starts that are remembered one by one. With a larger N those within a small part of T count as one moment, the latest of them.
+/// Limit on starts that are stored one by one. With a larger N, starts within T/1024 are stored as one entry with the time of the latest.
 const MAX_STARTS: u32 = 1024;
 
-/// How long before its deadline an attempt that still waits is refused, so that its caller is told when to come back.
+/// An attempt that still waits is rejected this long before its deadline, so that its caller gets an error with `RetryInfo`.
 const SLACK: Duration = Duration::from_millis(5);
 
-/// How much longer than the period a start counts: requests that leave a period apart may arrive closer together, for example if the
-/// first one had to open its connection. At most a twentieth of the period.
+/// How much longer than the period a start counts: requests sent a period apart may arrive closer together, for example if the earlier
+/// one had to open its connection. At most a twentieth of the period.
 const JITTER: Duration = Duration::from_millis(50);
 
 /// Attempts in a period of time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Config {
-    /// Number of attempts.
+    /// The number of attempts.
     pub calls: NonZeroU32,
-    /// In this time; not zero.
+    /// The period, not zero.
     pub period: Duration,
 }
 
-/// One lane per credential.
+/// The rate limiter of one endpoint: a lane per credential.
 #[derive(Debug)]
 pub(super) struct Pacing {
     config: Config,
@@ -54,7 +54,7 @@ impl Pacing {
     pub(super) fn new(config: Config) -> Self {
         Self {
             config,
-            // By then the window of the lane is empty, as that of a new one.
+            // After that time the window is empty, so a new lane is equivalent.
             lanes: Cache::builder()
                 .max_capacity(MAX_IDENTITIES)
                 .time_to_idle(config.period * 2)
@@ -62,11 +62,11 @@ impl Pacing {
         }
     }
 
-    /// Waits for the turn of one attempt. Dropping the future gives its place to the next.
+    /// Waits until one attempt may start. Dropping the future leaves the queue.
     ///
     /// # Errors
-    /// How long the wait would be, if that is beyond the deadline.
-    pub(super) async fn turn(
+    /// The necessary wait, if it exceeds the deadline.
+    pub(super) async fn wait(
         &self,
         identity: Identity,
         caller: Caller,
@@ -75,15 +75,15 @@ impl Pacing {
         let lane = self
             .lanes
             .get_with(identity, || Arc::new(Lane::new(self.config)));
-        let Some(place) = lane.enter(caller, deadline)? else {
+        let Some(queued) = lane.enter(caller, deadline)? else {
             return Ok(());
         };
-        let turn = place.turn();
-        let last_moment = deadline.at() - SLACK.min(deadline.remaining());
-        let came = tokio::time::timeout_at(last_moment, turn).await;
-        // A lane with a queue is in use, even if no attempt joins it.
+        let start = queued.start();
+        let latest = deadline.at() - SLACK.min(deadline.remaining());
+        let started = tokio::time::timeout_at(latest, start).await;
+        // Keeps a lane with a queue from being evicted, even if no attempt joins it.
         self.lanes.get(&identity);
-        came.map_err(|_| lane.state().wait_of_next())
+        started.map_err(|_| lane.state().wait_at_end())
     }
 }
 
@@ -93,17 +93,17 @@ struct Lane(Mutex<State>);
 #[derive(Debug)]
 struct State {
     config: Config,
-    /// How long a start counts.
+    /// How long a start counts against the rate.
     window: Duration,
-    /// The least time between two turns while attempts wait.
+    /// The minimum time between two starts while attempts are queued.
     spacing: Duration,
-    /// Starts closer together than this count as one moment.
+    /// Starts closer together than this share an entry.
     resolution: Duration,
-    /// The starts within the last period: when, and how many. Oldest first.
+    /// Times and numbers of the starts in the window, oldest first.
     starts: VecDeque<(Instant, u32)>,
     /// The sum of the numbers in `starts`.
     started: u32,
-    /// Those who wait, by caller. The first caller's first attempt has the next turn.
+    /// The queued attempts by caller. The first attempt of the first caller starts next.
     queue: VecDeque<(Caller, VecDeque<Arc<Notify>>)>,
 }
 
@@ -124,8 +124,8 @@ impl Lane {
         }))
     }
 
-    /// A place in the queue, or `None` for an attempt that starts at once.
-    fn enter(&self, caller: Caller, deadline: Deadline) -> Result<Option<Place<'_>>, Duration> {
+    /// Joins the queue; `None` for an attempt that starts at once.
+    fn enter(&self, caller: Caller, deadline: Deadline) -> Result<Option<Queued<'_>>, Duration> {
         let mut state = self.state();
         let now = Instant::now();
         if state.queue.is_empty() && state.next_at(now) <= now {
@@ -137,15 +137,15 @@ impl Lane {
             return Err(wait);
         }
         let waiter = Arc::new(Notify::new());
-        let of_caller = state.queue.iter_mut().find(|(known, _)| *known == caller);
-        match of_caller {
+        let queued = state.queue.iter_mut().find(|(known, _)| *known == caller);
+        match queued {
             Some((_, waiters)) => waiters.push_back(Arc::clone(&waiter)),
             None => {
                 let waiters = VecDeque::from([Arc::clone(&waiter)]);
                 state.queue.push_back((caller, waiters));
             }
         }
-        Ok(Some(Place { lane: self, waiter }))
+        Ok(Some(Queued { lane: self, waiter }))
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -154,7 +154,7 @@ impl Lane {
 }
 
 impl State {
-    /// When the next attempt may start: no earlier than a spacing after the last one if attempts wait, and with room in the window.
+    /// When the next attempt may start: when the window has room and, if attempts are queued, `spacing` after the latest start.
     fn next_at(&mut self, now: Instant) -> Instant {
         while let Some((at, count)) = self.starts.front().copied()
             && now.saturating_duration_since(at) >= self.window
@@ -187,8 +187,8 @@ impl State {
         }
     }
 
-    /// Gives the turn to the next attempt: it leaves the queue, and its caller goes to the end of the round.
-    fn take_turn(&mut self, now: Instant) {
+    /// Starts the next queued attempt and moves its caller to the end of the queue.
+    fn start_next(&mut self, now: Instant) {
         self.start(now);
         if let Some((_, waiters)) = self.queue.front_mut() {
             waiters.pop_front();
@@ -211,36 +211,37 @@ impl State {
         }
     }
 
-    /// How long another attempt of `caller` would wait, if no other attempt came.
+    /// How long another attempt of `caller` would wait if the queue stayed as it is.
     fn wait_of(&mut self, caller: Caller, now: Instant) -> Duration {
-        let of_caller = self.queue.iter().find(|(known, _)| *known == caller);
-        // The round in which it would have its turn. Callers ahead of its own have one more turn before it than those behind.
-        let round = of_caller.map_or(0, |(_, waiters)| waiters.len());
+        let queued = self.queue.iter().find(|(known, _)| *known == caller);
+        // The round robin's round in which it would start. Callers before its own start one more attempt until then than those behind.
+        let round = queued.map_or(0, |(_, waiters)| waiters.len());
         let mut before = 0;
         let mut is_behind = false;
         for (known, waiters) in &self.queue {
             is_behind |= *known == caller;
             before += waiters.len().min(if is_behind { round } else { round + 1 });
         }
-        self.turn_after(before, now).saturating_duration_since(now)
+        self.start_after(before, now).saturating_duration_since(now)
     }
 
     /// How long an attempt at the end of the queue would wait.
-    fn wait_of_next(&mut self) -> Duration {
+    fn wait_at_end(&mut self) -> Duration {
         let now = Instant::now();
         let waiting = self.queue.iter().map(|(_, waiters)| waiters.len()).sum();
-        self.turn_after(waiting, now).saturating_duration_since(now)
+        self.start_after(waiting, now)
+            .saturating_duration_since(now)
     }
 
-    /// When the turn after `before` others comes.
-    fn turn_after(&mut self, before: usize, now: Instant) -> Instant {
+    /// When an attempt with `before` others ahead of it would start.
+    fn start_after(&mut self, before: usize, now: Instant) -> Instant {
         let mut at = self.next_at(now);
         let limit = u64::from(self.config.calls.get());
         let mut free = limit - u64::from(self.started).min(limit);
-        // Room in the window is free at once, then as the starts leave it; after that the spacing alone decides.
+        // The window has room now, or when a start leaves it; after all of them only the spacing counts.
         let mut leaving = self.starts.iter().copied();
-        for turn in 0..=before {
-            if turn > 0 {
+        for position in 0..=before {
+            if position > 0 {
                 at += self.spacing;
             }
             if free > 0 {
@@ -254,15 +255,15 @@ impl State {
     }
 }
 
-/// A place in a lane's queue, given up when dropped.
-struct Place<'a> {
+/// A queued attempt, which leaves the queue when dropped.
+struct Queued<'a> {
     lane: &'a Lane,
     waiter: Arc<Notify>,
 }
 
-impl Place<'_> {
-    /// Resolves at this attempt's turn, and takes it.
-    async fn turn(self) {
+impl Queued<'_> {
+    /// Waits until this attempt is next and may start.
+    async fn start(self) {
         loop {
             let next_at = {
                 let mut state = self.lane.state();
@@ -271,20 +272,20 @@ impl Place<'_> {
                 let is_next = first.is_some_and(|first| Arc::ptr_eq(first, &self.waiter));
                 let next_at = state.next_at(now);
                 if is_next && next_at <= now {
-                    return state.take_turn(now);
+                    return state.start_next(now);
                 }
                 is_next.then_some(next_at)
             };
             match next_at {
                 Some(at) => sleep_until(at).await,
-                // A wake that comes before this line is kept.
+                // `Notify` stores a wake-up that comes before this line.
                 None => self.waiter.notified().await,
             }
         }
     }
 }
 
-impl Drop for Place<'_> {
+impl Drop for Queued<'_> {
     fn drop(&mut self) {
         self.lane.state().leave(&self.waiter);
     }
@@ -313,29 +314,29 @@ mod tests {
         Deadline::after(Duration::from_secs(seconds))
     }
 
-    /// Starts a turn for each caller, in this order; each returns its index, and when it came, in seconds from now.
+    /// Queues an attempt for each caller, in this order. Each returns its index and its start in seconds from now.
     async fn start(
         pacing: &Arc<Pacing>,
         callers: &[Caller],
     ) -> JoinSet<(usize, Result<u64, Duration>)> {
         let begun = Instant::now();
-        let mut turns = JoinSet::new();
+        let mut starts = JoinSet::new();
         for (index, caller) in callers.iter().copied().enumerate() {
             let pacing = Arc::clone(pacing);
-            turns.spawn(async move {
-                let turn = pacing.turn(RDS, caller, in_seconds(600)).await;
-                (index, turn.map(|()| begun.elapsed().as_secs()))
+            starts.spawn(async move {
+                let start = pacing.wait(RDS, caller, in_seconds(600)).await;
+                (index, start.map(|()| begun.elapsed().as_secs()))
             });
             yield_now().await;
         }
-        turns
+        starts
     }
 
-    async fn times(mut turns: JoinSet<(usize, Result<u64, Duration>)>) -> Vec<u64> {
+    async fn times(mut starts: JoinSet<(usize, Result<u64, Duration>)>) -> Vec<u64> {
         let mut times = Vec::new();
-        while let Some(turn) = turns.join_next().await {
-            let (index, at) = turn.unwrap();
-            times.push((index, at.expect("a turn before the deadline")));
+        while let Some(start) = starts.join_next().await {
+            let (index, at) = start.unwrap();
+            times.push((index, at.expect("a start before the deadline")));
         }
         times.sort_unstable();
         times.into_iter().map(|(_, at)| at).collect()
@@ -345,55 +346,55 @@ mod tests {
     async fn an_empty_window_is_free_at_once_and_the_rest_wait_for_room_a_spacing_apart() {
         let pacing = pacing(3, Duration::from_secs(30));
 
-        let turns = start(&pacing, &[ANN; 7]).await;
+        let starts = start(&pacing, &[ANN; 7]).await;
 
-        assert_eq!(times(turns).await, [0, 0, 0, 30, 40, 50, 60]);
+        assert_eq!(times(starts).await, [0, 0, 0, 30, 40, 50, 60]);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn callers_take_turns_however_many_attempts_one_of_them_has() {
+    async fn callers_start_round_robin_even_if_one_has_many_attempts() {
         let pacing = pacing(1, Duration::from_secs(1));
         start(&pacing, &[ANN]).await.join_all().await;
 
-        let turns = start(
+        let starts = start(
             &pacing,
             &[ANN, ANN, ANN, ANN, BOB, BOB, Caller::Connection(3)],
         )
         .await;
 
-        assert_eq!(times(turns).await, [1, 4, 6, 7, 2, 5, 3]);
+        assert_eq!(times(starts).await, [1, 4, 6, 7, 2, 5, 3]);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn an_attempt_without_a_turn_before_its_deadline_is_refused_at_once() {
+    async fn an_attempt_that_cannot_start_before_its_deadline_is_rejected_at_once() {
         let pacing = pacing(1, Duration::from_secs(10));
         let _waiting = start(&pacing, &[ANN; 4]).await;
 
         let before = Instant::now();
-        let last = pacing.turn(RDS, ANN, in_seconds(39)).await.unwrap_err();
-        let fair = pacing.turn(RDS, BOB, in_seconds(19)).await.unwrap_err();
+        let last = pacing.wait(RDS, ANN, in_seconds(39)).await.unwrap_err();
+        let fair = pacing.wait(RDS, BOB, in_seconds(19)).await.unwrap_err();
 
         assert_eq!(Instant::now(), before);
         assert_eq!((last.as_secs(), fair.as_secs()), (40, 20));
     }
 
     #[tokio::test(start_paused = true)]
-    async fn an_attempt_that_others_push_back_is_refused_shortly_before_its_deadline() {
+    async fn an_attempt_delayed_by_others_is_rejected_shortly_before_its_deadline() {
         let pacing = pacing(1, Duration::from_secs(10));
         let _waiting = start(&pacing, &[ANN; 3]).await;
         let begun = Instant::now();
-        let mut late = Box::pin(pacing.turn(RDS, ANN, in_seconds(35)));
+        let mut late = Box::pin(pacing.wait(RDS, ANN, in_seconds(35)));
         assert!(poll!(&mut late).is_pending());
 
         let _others = start(&pacing, &[BOB; 3]).await;
 
-        let wait = late.await.expect_err("BOB's turns came in between");
+        let wait = late.await.expect_err("BOB's starts came in between");
         assert_eq!((begun + Duration::from_secs(35)) - Instant::now(), SLACK);
         assert!(wait > Duration::ZERO);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_cancelled_place_goes_to_the_next_wherever_in_the_queue_it_was() {
+    async fn a_cancelled_attempt_leaves_the_queue_at_any_position() {
         for cancelled in 0..3 {
             let pacing = pacing(1, Duration::from_secs(1));
             start(&pacing, &[ANN]).await.join_all().await;
@@ -407,8 +408,8 @@ mod tests {
             waiting.push(start(&pacing, &[BOB]).await);
 
             let mut came = Vec::new();
-            for turns in waiting {
-                came.extend(times(turns).await);
+            for starts in waiting {
+                came.extend(times(starts).await);
             }
             came.sort_unstable();
             assert_eq!(came, [1, 2, 3], "{cancelled}");
@@ -421,11 +422,11 @@ mod tests {
     async fn no_attempt_overtakes_a_queue_that_has_not_woken_yet() {
         let pacing = pacing(1, Duration::from_secs(1));
         start(&pacing, &[ANN]).await.join_all().await;
-        let mut first = Box::pin(pacing.turn(RDS, ANN, in_seconds(9)));
+        let mut first = Box::pin(pacing.wait(RDS, ANN, in_seconds(9)));
         assert!(poll!(&mut first).is_pending());
         tokio::time::advance(Duration::from_secs(2)).await;
 
-        let mut second = Box::pin(pacing.turn(RDS, BOB, in_seconds(9)));
+        let mut second = Box::pin(pacing.wait(RDS, BOB, in_seconds(9)));
 
         assert!(poll!(&mut second).is_pending());
         assert!(poll!(&mut first).is_ready());
@@ -437,9 +438,9 @@ mod tests {
         let pacing = pacing(1, Duration::from_secs(60));
         let other = Identity::Caller([1; 16]);
 
-        assert!(pacing.turn(RDS, ANN, in_seconds(0)).await.is_ok());
-        assert!(pacing.turn(other, ANN, in_seconds(0)).await.is_ok());
-        assert!(pacing.turn(RDS, ANN, in_seconds(0)).await.is_err());
+        assert!(pacing.wait(RDS, ANN, in_seconds(0)).await.is_ok());
+        assert!(pacing.wait(other, ANN, in_seconds(0)).await.is_ok());
+        assert!(pacing.wait(RDS, ANN, in_seconds(0)).await.is_err());
     }
 
     #[tokio::test(start_paused = true)]
@@ -448,8 +449,8 @@ mod tests {
 
         for number in 0..3 * u128::from(MAX_IDENTITIES) {
             let identity = Identity::Caller(number.to_be_bytes());
-            let turn = pacing.turn(identity, ANN, in_seconds(0)).await;
-            turn.expect("an empty window");
+            let start = pacing.wait(identity, ANN, in_seconds(0)).await;
+            start.expect("an empty window");
         }
 
         pacing.lanes.run_pending_tasks();
@@ -463,18 +464,18 @@ mod tests {
         for _ in 0..calls {
             tokio::time::advance(Duration::from_micros(100)).await;
             pacing
-                .turn(RDS, ANN, in_seconds(0))
+                .wait(RDS, ANN, in_seconds(0))
                 .await
                 .expect("there is room");
         }
 
-        assert!(pacing.turn(RDS, ANN, in_seconds(0)).await.is_err());
+        assert!(pacing.wait(RDS, ANN, in_seconds(0)).await.is_err());
         let lane = pacing.lanes.get(&RDS).expect("a lane");
         assert!(lane.state().starts.len() <= MAX_STARTS as usize + 1);
     }
 
     proptest! {
-        /// Whatever comes, waits and leaves: never more than N starts in a window, and never fewer than that if enough wait.
+        /// With any arrivals and cancellations, at most N attempts start in any window.
         #[test]
         fn never_more_than_n_in_any_window(
             calls in 1..6u32,
@@ -494,10 +495,10 @@ mod tests {
                     runs.spawn(async move {
                         tokio::time::sleep(Duration::from_millis(comes)).await;
                         let deadline = Deadline::after(Duration::from_secs(20));
-                        let turn = pacing.turn(RDS, Caller::Connection(caller), deadline);
+                        let start = pacing.wait(RDS, Caller::Connection(caller), deadline);
                         let patience = Duration::from_millis(patience);
-                        let turn = tokio::time::timeout(patience, turn).await;
-                        matches!(turn, Ok(Ok(()))).then(Instant::now)
+                        let start = tokio::time::timeout(patience, start).await;
+                        matches!(start, Ok(Ok(()))).then(Instant::now)
                     });
                 }
                 let starts = runs.join_all().await;

@@ -1,4 +1,4 @@
-//! Puts an error answer together: its envelope, its verdict, how long to wait, and what it says about the key.
+//! Parses an error reply into a [`Rejection`]: envelope, verdict, wait, and evidence about the key.
 
 use std::time::SystemTime;
 
@@ -17,28 +17,28 @@ use crate::{reason::Reason, telemetry::Facts, wait::retry_after};
 
 const REQUEST_ID_HEADER: &str = "x-request-id";
 
-/// Reads an answer with an error status. `attempts` of the facts is left at zero: the send loop counts them.
-pub fn of_answer(
+/// Parses a reply with an error status. Leaves `attempts` of the facts at zero: the send loop counts them.
+pub fn from_reply(
     http_status: u16,
     headers: &HeaderMap,
     body: &[u8],
     now: SystemTime,
 ) -> (Rejection, Facts) {
-    of_envelope(http_status, headers, envelope::read(body), now)
+    from_envelope(http_status, headers, envelope::read(body), now)
 }
 
-/// As [`of_answer`], for a body that has been read already: a 200 with an error object in it.
-pub fn of_envelope(
+/// As [`from_reply`], for a parsed body: a 200 with an error object.
+pub fn from_envelope(
     http_status: u16,
     headers: &HeaderMap,
     envelope: Envelope,
     now: SystemTime,
 ) -> (Rejection, Facts) {
     let code = envelope.error_code.as_deref();
-    let verdict = verdict::of_answer(http_status, code, envelope.body);
-    let is_refusal =
+    let verdict = verdict::from_reply(http_status, code, envelope.body);
+    let is_unauthenticated =
         http_status == 401 || (http_status == 200 && verdict.code == Code::Unauthenticated);
-    let key_evidence = match is_refusal {
+    let key_evidence = match is_unauthenticated {
         true => key_evidence::read(
             envelope.body == BodyKind::JsonObject,
             code,
@@ -55,11 +55,11 @@ pub fn of_envelope(
     } else {
         verdict
     };
-    let named = match may_name_a_wait(http_status, &verdict) {
+    let named = match may_retry_after(http_status, &verdict) {
         true => retry_after(headers, Some(now)),
         false => None,
     };
-    // To be throttled and not to wait is a contradiction: the text or the table has a wait that helps.
+    // A throttled call has to wait: instead of zero, the text's or the verdict's wait counts.
     let named = named.filter(|wait| !(wait.is_zero() && verdict.reason == Reason::Throttled));
 
     let facts = Facts {
@@ -72,32 +72,32 @@ pub fn of_envelope(
         verdict,
         message: envelope.message,
         encoded_authorization_message: envelope.encoded_authorization_message,
-        retry_after: named.or(throttling.window).or(verdict.retry_info),
+        retry_after: named.or(throttling.window).or(verdict.wait),
         throttled_subject: throttling.subject,
         key_evidence,
     };
     (rejection, facts)
 }
 
-/// The vendor's request id of an answer, from its header; `None` when it is not 1 to 128 printable ASCII characters.
+/// The vendor's request id from the header; `None` unless it is 1 to 128 printable ASCII characters.
 pub fn request_id(headers: &HeaderMap) -> Option<String> {
     let id = headers.get(REQUEST_ID_HEADER)?.to_str().ok()?.trim();
     is_printable(id, 128).then(|| id.to_owned())
 }
 
-/// `RetryInfo` tells the caller that waiting helps, so `Retry-After` counts only where that is so.
-fn may_name_a_wait(http_status: u16, verdict: &Verdict) -> bool {
-    verdict.retry_info.is_some()
+/// Whether waiting helps, so that `Retry-After` counts.
+fn may_retry_after(http_status: u16, verdict: &Verdict) -> bool {
+    verdict.wait.is_some()
         || verdict.code == Code::Unavailable
         || (http_status == 413 && verdict.reason == Reason::QuotaExhausted)
 }
 
-/// While the key is locked right signatures are refused too, so nothing but waiting helps.
+/// While the key is locked the gateway rejects correct signatures too, so only waiting helps.
 fn locked(verdict: Verdict) -> Verdict {
     Verdict {
         reason: Reason::CredentialLocked,
         credential: Credential::Rejected,
-        retry_info: Some(KEY_LOCK),
+        wait: Some(KEY_LOCK),
         ..verdict
     }
 }
@@ -110,12 +110,12 @@ mod tests {
 
     use super::*;
 
-    fn answer(http_status: u16, retry_after: Option<&str>, body: &str) -> (Rejection, Facts) {
+    fn reply(http_status: u16, retry_after: Option<&str>, body: &str) -> (Rejection, Facts) {
         let mut headers = HeaderMap::new();
         if let Some(value) = retry_after {
             headers.insert(RETRY_AFTER, HeaderValue::from_str(value).unwrap());
         }
-        of_answer(
+        from_reply(
             http_status,
             &headers,
             body.as_bytes(),
@@ -128,7 +128,7 @@ mod tests {
         let throttled = r#"{"error_code":"APIGW.0308","error_msg":"policy user over ratelimit,limit:200,time:2 minute"}"#;
         let busy = r#"{"error_code":"DBS.200011"}"#;
         let cases = [
-            ("throttled, nothing said", 429, None, "", Some(60)),
+            ("throttled, no wait named", 429, None, "", Some(60)),
             ("throttled, header", 429, Some("7"), throttled, Some(7)),
             (
                 "throttled, unreadable header",
@@ -154,8 +154,8 @@ mod tests {
                 r#"{"error_code":"DBS.280036"}"#,
                 Some(10),
             ),
-            ("passing", 503, None, "", None),
-            ("passing, header", 503, Some("5"), "", Some(5)),
+            ("transient", 503, None, "", None),
+            ("transient, header", 503, Some("5"), "", Some(5)),
             ("bad gateway, header", 502, Some("5"), "", Some(5)),
             ("quota", 413, None, "", None),
             ("quota, header", 413, Some("5"), "", Some(5)),
@@ -168,12 +168,12 @@ mod tests {
             ),
             ("failed", 500, Some("5"), "", None),
             ("denied", 403, Some("5"), "", None),
-            ("wrong argument", 400, Some("5"), throttled, None),
+            ("invalid argument", 400, Some("5"), throttled, None),
             ("gateway timeout", 504, Some("5"), "", None),
         ];
 
         for (name, http_status, header, body, expected) in cases {
-            let (rejection, _) = answer(http_status, header, body);
+            let (rejection, _) = reply(http_status, header, body);
 
             assert_eq!(
                 rejection.retry_after,
@@ -188,14 +188,14 @@ mod tests {
         let body = r#"{"error_msg":"policy ip over ratelimit,limit:60,time:1 minute"}"#;
 
         assert_eq!(
-            answer(429, None, body).0.throttled_subject,
+            reply(429, None, body).0.throttled_subject,
             Some(throttling_text::Subject::Ip)
         );
-        assert_eq!(answer(400, None, body).0.throttled_subject, None);
+        assert_eq!(reply(400, None, body).0.throttled_subject, None);
     }
 
     #[test]
-    fn only_a_refused_authentication_is_evidence_about_the_key() {
+    fn only_a_failed_authentication_is_evidence_about_the_key() {
         let signature = r#"{"error_code":"APIGW.0301","error_msg":"verify aksk signature fail"}"#;
         let cases = [
             ("401", 401, signature, KeyEvidence::Rejected),
@@ -224,7 +224,7 @@ mod tests {
         ];
 
         for (name, http_status, body, expected) in cases {
-            let (rejection, _) = answer(http_status, None, body);
+            let (rejection, _) = reply(http_status, None, body);
 
             assert_eq!(rejection.key_evidence, expected, "{name}");
         }
@@ -235,7 +235,7 @@ mod tests {
         let body =
             r#"{"error_code":"APIGW.0301","error_msg":"AK access failed to reach the limit"}"#;
 
-        let (rejection, _) = answer(401, None, body);
+        let (rejection, _) = reply(401, None, body);
 
         assert_eq!(rejection.verdict.code, Code::Unauthenticated);
         assert_eq!(rejection.verdict.reason, Reason::CredentialLocked);
@@ -261,7 +261,7 @@ mod tests {
                 headers.insert(REQUEST_ID_HEADER, HeaderValue::from_str(value).unwrap());
             }
 
-            let (_, facts) = of_answer(404, &headers, body, SystemTime::UNIX_EPOCH);
+            let (_, facts) = from_reply(404, &headers, body, SystemTime::UNIX_EPOCH);
 
             assert_eq!(facts.upstream_request_id.as_deref(), expected, "{name}");
             assert_eq!(facts.upstream_code.as_deref(), Some("APIGW.0101"), "{name}");
@@ -270,8 +270,8 @@ mod tests {
     }
 
     #[test]
-    fn a_page_instead_of_an_answer_leaves_no_trace_of_its_text() {
-        let (rejection, facts) = answer(502, None, "<html>secret</html>");
+    fn a_page_instead_of_a_reply_leaves_no_trace_of_its_text() {
+        let (rejection, facts) = reply(502, None, "<html>secret</html>");
 
         assert_eq!(rejection.message, "");
         assert_eq!(facts.upstream_code, None);

@@ -1,5 +1,4 @@
-//! The request of `ShowTaskDetail`, built once per call: method, URL and body are the same for every attempt, the
-//! credential headers are not.
+//! The request of `ShowTaskDetail`. Method, URL and body are built once per call, the credential headers per attempt.
 
 use std::time::SystemTime;
 
@@ -34,7 +33,7 @@ pub(super) struct TaskRequest<'a> {
 #[derive(Serialize)]
 struct Body<'a> {
     workflow_id: &'a str,
-    // Whether upstream accepts an absent name is not documented; what the caller left out is not made up.
+    // The vendor does not document whether the name is optional; an absent one is not replaced.
     #[serde(skip_serializing_if = "Option::is_none")]
     workflow_name: Option<&'a str>,
 }
@@ -52,7 +51,7 @@ impl<'a> TaskRequest<'a> {
         .concat();
         let mut url = endpoint.clone();
         url.set_path(&path);
-        // The ids' alphabet has nothing that a URL parser rewrites, and the signature covers this very path.
+        // The URL parser must not rewrite the path, because the signature covers it. The alphabet of the ids ensures that.
         debug_assert_eq!(url.path(), path);
         let body = Body {
             workflow_id: &query.workflow_id,
@@ -66,12 +65,12 @@ impl<'a> TaskRequest<'a> {
         }
     }
 
-    /// Where every attempt goes.
+    /// The URL of every attempt.
     pub(super) fn url(&self) -> &Url {
         &self.url
     }
 
-    /// As the HTTP client will send it: the port only where it is not the scheme's own.
+    /// The `Host` header as the HTTP client sends it: with the port unless it is the scheme's default.
     fn host(&self) -> String {
         let host = self.url.host_str().expect("an endpoint has a host");
         self.url
@@ -79,8 +78,8 @@ impl<'a> TaskRequest<'a> {
             .map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"))
     }
 
-    /// The request of one attempt, with its credential: a token as it is, or a signature of this moment. The trace
-    /// context of `record` goes along if the operator wants it sent upstream.
+    /// The request of one attempt with its credential: the token, or a signature of `signed_at`. Includes the trace context of `record` if
+    /// propagation to upstream is on.
     pub(super) fn with(
         &self,
         auth: &Auth,
@@ -95,7 +94,7 @@ impl<'a> TaskRequest<'a> {
                 headers.insert("x-auth-token", token.value.clone());
             }
             Auth::Key(key) => {
-                // Headers that the HTTP client or a proxy may still change are not signed.
+                // Signs no header that the HTTP client or a proxy may change.
                 let unsigned = SigningRequest {
                     method: "POST",
                     path: self.url.path(),

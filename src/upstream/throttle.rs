@@ -1,4 +1,4 @@
-//! Remembers the vendor's throttle windows: no attempt goes out before the end of the window that it falls into.
+//! Tracks the vendor's throttle windows: no attempt goes out before the end of its window.
 
 use std::{
     sync::{
@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use super::{Rejection, throttling_text::Subject};
 use crate::{credentials::Identity, reason::Reason, wait::MAX_RETRY_AFTER};
 
-/// Windows that are remembered at once; beyond it the least used ones are forgotten.
+/// Limit on tracked windows; the least recently used ones are evicted.
 const MAX_IDENTITIES: u64 = 10_000;
 
 /// The windows of one endpoint, shared by all workers.
@@ -22,9 +22,9 @@ const MAX_IDENTITIES: u64 = 10_000;
 pub(super) struct Throttle {
     base: Instant,
     windows: Cache<Identity, Window>,
-    /// The end of the latest window, in nanoseconds since `base`. It has usually passed, and then nothing else is read.
+    /// The end of the latest window, in nanoseconds since `base`. Once it has passed, a check is one atomic load.
     latest: AtomicU64,
-    /// The window of all identities, for a limit that is not a credential's: by address, or of the API as a whole.
+    /// The window of all identities, for a limit per address or of the API as a whole.
     everyone: Mutex<Option<Window>>,
 }
 
@@ -35,11 +35,11 @@ struct Window {
     subject: Option<Subject>,
 }
 
-/// A call that a throttle window holds back.
+/// An attempt inside a throttle window, or beyond the configured rate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct HeldBack {
+pub(super) struct Throttled {
     pub(super) retry_after: Duration,
-    /// Whose requests the vendor counts.
+    /// Whose requests the vendor counts, if its message names a subject.
     pub(super) subject: Option<Subject>,
 }
 
@@ -56,11 +56,11 @@ impl Throttle {
         }
     }
 
-    /// Lets an attempt of `identity` pass.
+    /// Checks that `identity` is in no window.
     ///
     /// # Errors
-    /// [`HeldBack`], with how long it has to wait.
-    pub(super) fn check(&self, identity: Identity) -> Result<(), HeldBack> {
+    /// [`Throttled`] with the time to the end of the window.
+    pub(super) fn check(&self, identity: Identity) -> Result<(), Throttled> {
         let now = Instant::now();
         if self.latest.load(Ordering::Relaxed) <= nanos(now - self.base) {
             return Ok(());
@@ -72,7 +72,7 @@ impl Throttle {
             .flatten()
             .max_by_key(|window| window.until);
         match longest.filter(|window| window.until > now) {
-            Some(Window { until, subject }) => Err(HeldBack {
+            Some(Window { until, subject }) => Err(Throttled {
                 retry_after: until - now,
                 subject,
             }),
@@ -80,17 +80,17 @@ impl Throttle {
         }
     }
 
-    /// Remembers the window that a reply to `identity` opens, if any.
-    pub(super) fn learn(&self, identity: Identity, rejection: &Rejection) {
+    /// Records the window that a reply to `identity` opens, if any.
+    pub(super) fn record(&self, identity: Identity, rejection: &Rejection) {
         if rejection.verdict.reason == Reason::Throttled
             && let Some(wait) = rejection.retry_after
         {
-            self.remember(identity, wait, rejection.throttled_subject);
+            self.open(identity, wait, rejection.throttled_subject);
         }
     }
 
-    /// Of two windows the longer counts: replies to attempts that were in flight together come in any order.
-    fn remember(&self, identity: Identity, wait: Duration, subject: Option<Subject>) {
+    /// Replies to concurrent attempts come in any order, so the longer of two windows counts.
+    fn open(&self, identity: Identity, wait: Duration, subject: Option<Subject>) {
         let until = Instant::now() + wait.min(MAX_RETRY_AFTER);
         let window = Window { until, subject };
         let longer = |known: Window| if known.until > until { known } else { window };
@@ -139,13 +139,13 @@ mod tests {
         }
         let body = format!(r#"{{"error_code":"APIGW.0308","error_msg":"{text}"}}"#);
         let body = if text.is_empty() { "" } else { &body };
-        let answer = rejection::of_answer(
+        let reply = rejection::from_reply(
             http_status,
             &headers,
             body.as_bytes(),
             SystemTime::UNIX_EPOCH,
         );
-        throttle.learn(ANN, &answer.0);
+        throttle.record(ANN, &reply.0);
         throttle
     }
 
@@ -189,7 +189,7 @@ mod tests {
                 None,
             ),
             ("negative", 429, Some("-5"), "", Some(60), None),
-            ("another answer", 503, Some("7"), "", None, None),
+            ("another status", 503, Some("7"), "", None, None),
         ];
 
         for (case, http_status, retry_after, text, ann, bob) in cases {
@@ -197,23 +197,23 @@ mod tests {
 
             let waits = [ANN, BOB]
                 .map(|identity| throttle.check(identity).err())
-                .map(|held_back| held_back.map(|held_back| held_back.retry_after));
+                .map(|throttled| throttled.map(|throttled| throttled.retry_after));
 
             assert_eq!(waits, [ann.map(seconds), bob.map(seconds)], "{case}");
         }
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_window_is_forgotten_when_it_is_over_and_not_before() {
+    async fn a_window_ends_on_time() {
         for subject in [None, Some(Subject::Ip), Some(Subject::Api)] {
             let throttle = Throttle::new();
-            throttle.remember(ANN, seconds(7), subject);
+            throttle.open(ANN, seconds(7), subject);
 
             tokio::time::advance(seconds(7) - Duration::from_nanos(1)).await;
 
-            let held_back = throttle.check(ANN).unwrap_err();
-            assert_eq!(held_back.retry_after, Duration::from_nanos(1));
-            assert_eq!(held_back.subject, subject);
+            let throttled = throttle.check(ANN).unwrap_err();
+            assert_eq!(throttled.retry_after, Duration::from_nanos(1));
+            assert_eq!(throttled.subject, subject);
             tokio::time::advance(Duration::from_nanos(1)).await;
             assert_eq!(throttle.check(ANN), Ok(()));
         }
@@ -224,19 +224,19 @@ mod tests {
         for subject in [None, Some(Subject::Ip), Some(Subject::Api)] {
             let throttle = Throttle::new();
 
-            throttle.remember(ANN, seconds(60), subject);
-            throttle.remember(ANN, seconds(1), subject);
+            throttle.open(ANN, seconds(60), subject);
+            throttle.open(ANN, seconds(1), subject);
 
             assert_eq!(throttle.check(ANN).unwrap_err().retry_after, seconds(60));
         }
     }
 
     #[tokio::test(start_paused = true)]
-    async fn ever_new_identities_are_not_all_remembered() {
+    async fn identities_are_tracked_up_to_a_limit() {
         let throttle = Throttle::new();
 
         for number in 0..3 * u128::from(MAX_IDENTITIES) {
-            throttle.remember(Identity::Caller(number.to_be_bytes()), seconds(60), None);
+            throttle.open(Identity::Caller(number.to_be_bytes()), seconds(60), None);
         }
 
         throttle.windows.run_pending_tasks();

@@ -1,14 +1,14 @@
-//! Reads from the text of a throttling message whose calls are counted, and over which time.
+//! Parses the text of a throttling message: the window, and whose calls are counted.
 
 use std::time::Duration;
 
 use crate::wait::MAX_RETRY_AFTER;
 
-/// What a throttling message says.
+/// The contents of a throttling message.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Throttling {
-    /// The length of the window in which calls are counted, at most [`MAX_RETRY_AFTER`]. Where in the window we are is unknown,
-    /// so the whole of it is the wait that is safe.
+    /// The length of the window in which calls are counted, at most [`MAX_RETRY_AFTER`]. Its start is unknown, so only the whole length
+    /// is a safe wait.
     pub window: Option<Duration>,
     /// Whose requests are counted.
     pub subject: Option<Subject>,
@@ -17,11 +17,11 @@ pub struct Throttling {
 /// Whose requests a throttling policy counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Subject {
-    /// Those of a user: of one credential.
+    /// The requests of one user, that is of one credential.
     User,
-    /// Those from an address.
+    /// The requests from one address.
     Ip,
-    /// Those of all users of the API.
+    /// The requests of all users of the API.
     Api,
 }
 
@@ -37,13 +37,13 @@ impl Subject {
         }
     }
 
-    /// Whether the window holds back every credential, not only the one that was throttled.
+    /// Whether the window applies to every credential, not only to the one that was throttled.
     pub fn is_everyone(self) -> bool {
         matches!(self, Self::Ip | Self::Api)
     }
 }
 
-/// Reads the gateway's `policy user over ratelimit,limit:200,time:5 minute` and IAM's `... times per 60 seconds`.
+/// Parses the gateway's `policy user over ratelimit,limit:200,time:5 minute` and IAM's `... times per 60 seconds`.
 pub fn read(message: &str) -> Throttling {
     let text = message.to_ascii_lowercase();
     let window = after(&text, "time:").and_then(window);
@@ -59,7 +59,7 @@ fn after<'a>(text: &'a str, key: &str) -> Option<&'a str> {
     text.split_once(key).map(|(_, rest)| rest)
 }
 
-/// A number and a unit, such as `5 minute` or `60 seconds`; a window of no length is none.
+/// A number and a unit, such as `5 minute` or `60 seconds`; a zero length is not a window.
 fn window(text: &str) -> Option<Duration> {
     let text = text.trim_start();
     let digits = text.bytes().take_while(u8::is_ascii_digit).count();
@@ -73,7 +73,7 @@ fn window(text: &str) -> Option<Duration> {
     ]
     .into_iter()
     .find_map(|(name, length)| unit.starts_with(name).then_some(length))?;
-    // More digits than a number can hold are a very long time.
+    // A number that overflows is a very long time.
     let count = (digits > 0).then(|| count.parse().unwrap_or(u64::MAX))?;
     let window = Duration::from_secs(count.saturating_mul(unit)).min(MAX_RETRY_AFTER);
     (!window.is_zero()).then_some(window)
@@ -84,7 +84,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn throttling_text_tells_window_and_subject() {
+    fn the_text_contains_window_and_subject() {
         let reached = "The throttling threshold has been reached: ";
         let cases = [
             (

@@ -1,5 +1,5 @@
-//! What an error answer of the vendor means: first the row of its error code in [`super::overrides`], then its HTTP status.
-//! Knows nothing of HTTP clients or of what a status to the caller looks like: facts in, [`Verdict`] out.
+//! Maps an error reply of the vendor to a [`Verdict`]: by its error code where [`super::overrides`] has a row for it, else by its HTTP
+//! status. A pure function, independent of the HTTP client and of gRPC.
 
 use std::time::Duration;
 
@@ -8,55 +8,55 @@ use tonic::Code;
 use super::{envelope::BodyKind, known_codes, overrides};
 use crate::reason::Reason;
 
-/// RDS counts calls per minute and user, so a throttled call that is told nothing better waits one minute.
+/// The wait after a throttled call if the reply names none: RDS counts calls per minute and user.
 /// Source: RDS API reference, "API Calling Restrictions".
 pub const THROTTLED_WAIT: Duration = Duration::from_secs(60);
 
-/// A busy instance is looked at again after this time, as the vendor's own infrastructure provider does.
+/// The wait if an instance is busy. The vendor's Terraform provider polls with the same interval.
 pub const BUSY_WAIT: Duration = Duration::from_secs(10);
 
-/// What one error answer means.
+/// The meaning of one error reply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Verdict {
     /// The gRPC code.
     pub code: Code,
     /// The reason.
     pub reason: Reason,
-    /// Whether the facade itself repeats the call.
+    /// Whether the send loop retries.
     pub repeat: Repeat,
-    /// Whether the answer speaks against the credential that was used.
+    /// What the reply says about the credential.
     pub credential: Credential,
-    /// Whether `RetryInfo` goes with it, and the wait when the answer names none.
-    pub retry_info: Option<Duration>,
-    /// What is missing, where that is known: the type for `ResourceInfo`.
+    /// The wait that the caller's `RetryInfo` names unless the reply has its own; `None` if waiting does not help.
+    pub wait: Option<Duration>,
+    /// The kind of resource that is missing, if any: the type for `ResourceInfo`.
     pub resource: Option<Resource>,
-    /// Whether the breaker counts it.
+    /// Whether the breaker counts the reply as a failure.
     pub trips_breaker: bool,
 }
 
-/// Whether the facade repeats a call after an answer, within deadline, attempts and budget.
+/// Whether the send loop retries after a reply, within deadline, attempts and budget.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Repeat {
     /// Never.
     Never,
-    /// At most one more attempt for this kind of answer.
+    /// At most one retry for replies of this kind.
     Once,
     /// As long as attempts are left, with backoff.
     Backoff,
 }
 
-/// What an answer says about the credential of the attempt.
+/// The meaning of a reply for the credential of the attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Credential {
-    /// Nothing.
-    Silent,
-    /// It is refused, and a new one would not help.
+    /// The reply is not about the credential.
+    NotInvolved,
+    /// It is rejected, and a new one would not help.
     Rejected,
-    /// It is refused; a renewed token may help, once. Never repeated with keys.
+    /// It is rejected; one retry with a refreshed token may help. Signed requests are never retried.
     Renewable,
 }
 
-/// The kind of thing that an answer calls missing.
+/// The kind of resource that a reply calls missing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Resource {
     /// The task; its name is the workflow id.
@@ -69,10 +69,10 @@ pub enum Resource {
     Other,
 }
 
-/// What an error answer with this status, error code and kind of body means. Every status has a meaning.
+/// The meaning of an error reply with this status, error code and kind of body. Covers every status.
 ///
-/// A 200 is expected here only with an error object in it: it takes the row of its code, whatever status that row expects.
-pub fn of_answer(http_status: u16, error_code: Option<&str>, body: BodyKind) -> Verdict {
+/// A 200 comes here only with an error object, and takes the row of its code with the status that is documented for that code.
+pub fn from_reply(http_status: u16, error_code: Option<&str>, body: BodyKind) -> Verdict {
     let row_status = match (http_status, error_code) {
         (200, Some(code)) => known_codes::documented_status(code).unwrap_or(http_status),
         _ => http_status,
@@ -81,7 +81,7 @@ pub fn of_answer(http_status: u16, error_code: Option<&str>, body: BodyKind) -> 
         .and_then(|code| overrides::find(code, row_status))
         .unwrap_or_else(|| by_status(row_status, body));
     Verdict {
-        // Transport failures are counted where they are seen; any other answer proves that the service is there.
+        // Any other reply proves that the service is up.
         trips_breaker: matches!(http_status, 502..=504),
         ..verdict
     }
@@ -92,24 +92,26 @@ fn by_status(http_status: u16, body: BodyKind) -> Verdict {
     match http_status {
         400 | 422 => verdict(Code::InvalidArgument, Reason::UpstreamInvalidArgument),
         401 => verdict(Code::Unauthenticated, Reason::CredentialRejected)
-            .against(Credential::Renewable),
+            .with_credential(Credential::Renewable),
         402 | 412 | 423 | 428 => verdict(Code::FailedPrecondition, Reason::PreconditionFailed),
         403 | 451 => verdict(Code::PermissionDenied, Reason::PermissionDenied),
-        // A page of something that is not the API says nothing about the task.
+        // A page that is not the API's own: no statement about the task.
         404 if body == BodyKind::Other => verdict(Code::Unimplemented, Reason::UpstreamApiNotFound),
-        404 | 410 => verdict(Code::NotFound, Reason::ResourceNotFound).missing(Resource::Other),
+        404 | 410 => {
+            verdict(Code::NotFound, Reason::ResourceNotFound).with_missing(Resource::Other)
+        }
         405 | 501 => verdict(Code::Unimplemented, Reason::UpstreamApiNotFound),
         406 | 407 | 411 | 414 | 415 | 417 | 431 | 494 | 505 => {
             verdict(Code::Internal, Reason::UpstreamRejectedRequest)
         }
         408 | 425 | 502 | 503 => {
-            verdict(Code::Unavailable, Reason::UpstreamUnavailable).repeated(Repeat::Backoff)
+            verdict(Code::Unavailable, Reason::UpstreamUnavailable).with_repeat(Repeat::Backoff)
         }
-        409 => verdict(Code::Aborted, Reason::InstanceBusy).after(BUSY_WAIT),
+        409 => verdict(Code::Aborted, Reason::InstanceBusy).with_wait(BUSY_WAIT),
         413 => verdict(Code::ResourceExhausted, Reason::QuotaExhausted),
-        429 => verdict(Code::ResourceExhausted, Reason::Throttled).after(THROTTLED_WAIT),
-        500 => verdict(Code::Internal, Reason::UpstreamInternal).repeated(Repeat::Once),
-        504 => verdict(Code::DeadlineExceeded, Reason::UpstreamTimeout).repeated(Repeat::Once),
+        429 => verdict(Code::ResourceExhausted, Reason::Throttled).with_wait(THROTTLED_WAIT),
+        500 => verdict(Code::Internal, Reason::UpstreamInternal).with_repeat(Repeat::Once),
+        504 => verdict(Code::DeadlineExceeded, Reason::UpstreamTimeout).with_repeat(Repeat::Once),
         100..=199 | 201..=299 => verdict(Code::Internal, Reason::UpstreamUnexpectedStatus),
         300..=399 => verdict(Code::Internal, Reason::UpstreamRedirect),
         _ => verdict(Code::Unknown, Reason::UpstreamUnknown),
@@ -123,29 +125,29 @@ impl Verdict {
             code,
             reason,
             repeat: Repeat::Never,
-            credential: Credential::Silent,
-            retry_info: None,
+            credential: Credential::NotInvolved,
+            wait: None,
             resource: None,
             trips_breaker: false,
         }
     }
 
-    pub(super) const fn repeated(self, repeat: Repeat) -> Self {
+    pub(super) const fn with_repeat(self, repeat: Repeat) -> Self {
         Self { repeat, ..self }
     }
 
-    pub(super) const fn against(self, credential: Credential) -> Self {
+    pub(super) const fn with_credential(self, credential: Credential) -> Self {
         Self { credential, ..self }
     }
 
-    pub(super) const fn after(self, wait: Duration) -> Self {
+    pub(super) const fn with_wait(self, wait: Duration) -> Self {
         Self {
-            retry_info: Some(wait),
+            wait: Some(wait),
             ..self
         }
     }
 
-    pub(super) const fn missing(self, resource: Resource) -> Self {
+    pub(super) const fn with_missing(self, resource: Resource) -> Self {
         Self {
             resource: Some(resource),
             ..self
@@ -174,12 +176,12 @@ mod tests {
             Repeat::Backoff => "backoff",
         };
         let credential = match verdict.credential {
-            Credential::Silent => "silent",
-            Credential::Rejected => "refused",
+            Credential::NotInvolved => "none",
+            Credential::Rejected => "rejected",
             Credential::Renewable => "renewable",
         };
         let wait = verdict
-            .retry_info
+            .wait
             .map_or("-".to_owned(), |wait| wait.as_secs().to_string());
         let resource = match verdict.resource {
             Some(Resource::Task) => "task",
@@ -211,7 +213,7 @@ mod tests {
         for row in rows(EXPECTED) {
             let http_status = row[1].parse().unwrap();
 
-            let verdict = of_answer(http_status, Some(row[0]), BodyKind::JsonObject);
+            let verdict = from_reply(http_status, Some(row[0]), BodyKind::JsonObject);
 
             assert_eq!(columns(&verdict), row[2..], "{} with {}", row[0], row[1]);
         }
@@ -220,9 +222,9 @@ mod tests {
     #[test]
     fn a_code_in_a_200_takes_the_row_of_its_documented_status() {
         for row in rows(EXPECTED) {
-            let verdict = of_answer(200, Some(row[0]), BodyKind::JsonObject);
+            let verdict = from_reply(200, Some(row[0]), BodyKind::JsonObject);
 
-            // This code has six meanings by status, and 200 tells none of them.
+            // This code has six meanings by status, and 200 selects none of them.
             if row[0] == "APIGW.0201" {
                 assert_eq!(verdict.reason, Reason::UpstreamUnknown);
             } else {
@@ -230,7 +232,7 @@ mod tests {
             }
             assert!(!verdict.trips_breaker, "{}", row[0]);
         }
-        let unknown = of_answer(200, Some("DBS.999999"), BodyKind::JsonObject);
+        let unknown = from_reply(200, Some("DBS.999999"), BodyKind::JsonObject);
         assert_eq!(
             (unknown.code, unknown.reason),
             (Code::Unknown, Reason::UpstreamUnknown)
@@ -251,14 +253,14 @@ mod tests {
                     continue;
                 }
                 assert_eq!(
-                    of_answer(http_status, Some(code), BodyKind::JsonObject),
-                    of_answer(http_status, None, BodyKind::JsonObject),
+                    from_reply(http_status, Some(code), BodyKind::JsonObject),
+                    from_reply(http_status, None, BodyKind::JsonObject),
                     "{code} with {http_status}"
                 );
             }
         }
         assert_eq!(
-            of_answer(404, Some("DBS.200543"), BodyKind::JsonObject).reason,
+            from_reply(404, Some("DBS.200543"), BodyKind::JsonObject).reason,
             Reason::TaskNotFound
         );
     }
@@ -267,32 +269,32 @@ mod tests {
     fn every_status_has_the_meaning_of_the_contract() {
         for http_status in 0..=u16::MAX {
             let expected = match http_status {
-                400 | 422 => "INVALID_ARGUMENT UPSTREAM_INVALID_ARGUMENT never silent - -",
+                400 | 422 => "INVALID_ARGUMENT UPSTREAM_INVALID_ARGUMENT never none - -",
                 401 => "UNAUTHENTICATED CREDENTIAL_REJECTED never renewable - -",
-                402 | 412 | 423 | 428 => "FAILED_PRECONDITION PRECONDITION_FAILED never silent - -",
-                403 | 451 => "PERMISSION_DENIED PERMISSION_DENIED never silent - -",
-                404 | 410 => "NOT_FOUND RESOURCE_NOT_FOUND never silent - other",
-                405 | 501 => "UNIMPLEMENTED UPSTREAM_API_NOT_FOUND never silent - -",
+                402 | 412 | 423 | 428 => "FAILED_PRECONDITION PRECONDITION_FAILED never none - -",
+                403 | 451 => "PERMISSION_DENIED PERMISSION_DENIED never none - -",
+                404 | 410 => "NOT_FOUND RESOURCE_NOT_FOUND never none - other",
+                405 | 501 => "UNIMPLEMENTED UPSTREAM_API_NOT_FOUND never none - -",
                 406 | 407 | 411 | 414 | 415 | 417 | 431 | 494 | 505 => {
-                    "INTERNAL UPSTREAM_REJECTED_REQUEST never silent - -"
+                    "INTERNAL UPSTREAM_REJECTED_REQUEST never none - -"
                 }
-                408 | 425 | 502 | 503 => "UNAVAILABLE UPSTREAM_UNAVAILABLE backoff silent - -",
-                409 => "ABORTED INSTANCE_BUSY never silent 10 -",
-                413 => "RESOURCE_EXHAUSTED QUOTA_EXHAUSTED never silent - -",
-                429 => "RESOURCE_EXHAUSTED THROTTLED never silent 60 -",
-                500 => "INTERNAL UPSTREAM_INTERNAL once silent - -",
-                504 => "DEADLINE_EXCEEDED UPSTREAM_TIMEOUT once silent - -",
-                200 => "UNKNOWN UPSTREAM_UNKNOWN never silent - -",
-                100..=299 => "INTERNAL UPSTREAM_UNEXPECTED_STATUS never silent - -",
-                300..=399 => "INTERNAL UPSTREAM_REDIRECT never silent - -",
-                _ => "UNKNOWN UPSTREAM_UNKNOWN never silent - -",
+                408 | 425 | 502 | 503 => "UNAVAILABLE UPSTREAM_UNAVAILABLE backoff none - -",
+                409 => "ABORTED INSTANCE_BUSY never none 10 -",
+                413 => "RESOURCE_EXHAUSTED QUOTA_EXHAUSTED never none - -",
+                429 => "RESOURCE_EXHAUSTED THROTTLED never none 60 -",
+                500 => "INTERNAL UPSTREAM_INTERNAL once none - -",
+                504 => "DEADLINE_EXCEEDED UPSTREAM_TIMEOUT once none - -",
+                200 => "UNKNOWN UPSTREAM_UNKNOWN never none - -",
+                100..=299 => "INTERNAL UPSTREAM_UNEXPECTED_STATUS never none - -",
+                300..=399 => "INTERNAL UPSTREAM_REDIRECT never none - -",
+                _ => "UNKNOWN UPSTREAM_UNKNOWN never none - -",
             };
             for body in [BodyKind::JsonObject, BodyKind::Empty, BodyKind::Other] {
-                let verdict = of_answer(http_status, None, body);
+                let verdict = from_reply(http_status, None, body);
 
                 let page = http_status == 404 && body == BodyKind::Other;
                 let expected = if page {
-                    "UNIMPLEMENTED UPSTREAM_API_NOT_FOUND never silent - -"
+                    "UNIMPLEMENTED UPSTREAM_API_NOT_FOUND never none - -"
                 } else {
                     expected
                 };
@@ -311,9 +313,9 @@ mod tests {
     }
 
     #[test]
-    fn the_breaker_counts_by_status_whatever_the_code_says() {
-        assert!(of_answer(503, Some("APIGW.0613"), BodyKind::JsonObject).trips_breaker);
-        assert!(!of_answer(500, Some("DBS.111205"), BodyKind::JsonObject).trips_breaker);
-        assert!(!of_answer(410, Some("IAM.0020"), BodyKind::JsonObject).trips_breaker);
+    fn the_breaker_counts_by_status_for_any_code() {
+        assert!(from_reply(503, Some("APIGW.0613"), BodyKind::JsonObject).trips_breaker);
+        assert!(!from_reply(500, Some("DBS.111205"), BodyKind::JsonObject).trips_breaker);
+        assert!(!from_reply(410, Some("IAM.0020"), BodyKind::JsonObject).trips_breaker);
     }
 }

@@ -49,7 +49,8 @@ fn task(job_id: impl Into<String>) -> TaskDetail {
 
 fn rejected(http_status: u16, body: &str) -> Error {
     let now = SystemTime::UNIX_EPOCH;
-    let (rejection, _) = rejection::of_answer(http_status, &HeaderMap::new(), body.as_bytes(), now);
+    let (rejection, _) =
+        rejection::from_reply(http_status, &HeaderMap::new(), body.as_bytes(), now);
     Error::Rejected(Box::new(rejection))
 }
 

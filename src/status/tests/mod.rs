@@ -58,7 +58,7 @@ fn upstream(error: upstream::Error, facts: Facts, owner: Owner) -> Error {
 /// The failure that an answer of the vendor becomes.
 fn answered_to(owner: Owner, http_status: u16, headers: &HeaderMap, body: &[u8]) -> Error {
     let (rejection, facts) =
-        rejection::of_answer(http_status, headers, body, SystemTime::UNIX_EPOCH);
+        rejection::from_reply(http_status, headers, body, SystemTime::UNIX_EPOCH);
     upstream(upstream::Error::Rejected(Box::new(rejection)), facts, owner)
 }
 

@@ -1,9 +1,8 @@
-//! Finds the error code and its company in an error answer, in any of the shapes that the vendor's services use.
+//! Finds error code, message and request id in an error reply, in any of the shapes that the vendor's services use.
 //!
-//! RDS, the API gateway and IAM spell the same four facts differently and sometimes put them into a nested object or into
-//! the objects of a `details` array. The search goes from the top downwards; the first code that is a service's code wins,
-//! alone or with a message. Its work is bounded: values are skipped without building them, and only so many objects are
-//! looked at.
+//! RDS, the API gateway and IAM use different names for the same fields, and sometimes a nested object or a `details` array of objects. The
+//! search goes from the outermost object inwards; the first error code of a service wins, with or without a message. The search is bounded
+//! in objects and depth, and skips other values without allocation.
 
 #[cfg(test)]
 mod tests;
@@ -18,9 +17,9 @@ use serde_json::value::RawValue;
 
 use super::known_codes;
 
-/// Spellings of the error code, the most telling first.
+/// Names of the error code, the most specific first.
 const CODE_KEYS: [&str; 4] = ["error_code", "errorCode", "errCode", "code"];
-/// Spellings of its text, in the order of the codes they go with.
+/// Names of the message, in the order of the codes.
 const MESSAGE_KEYS: [&str; 5] = [
     "error_msg",
     "errorMsg",
@@ -30,47 +29,46 @@ const MESSAGE_KEYS: [&str; 5] = [
 ];
 const REQUEST_ID_KEYS: [&str; 2] = ["request_id", "requestId"];
 const AUTHORIZATION_KEY: &str = "encoded_authorization_message";
-/// The one array that is entered.
+/// The only array that is searched.
 const DETAILS_KEY: &str = "details";
 
-/// Objects looked at in one body; real answers have one to three.
+/// Limit on searched objects; real replies have one to three.
 const MAX_OBJECTS: usize = 64;
-/// Levels of nesting that are searched; real answers have two.
+/// Limit on levels of nesting; real replies have two.
 const MAX_DEPTH: usize = 8;
 const MAX_CODE_CHARS: usize = 64;
 const MAX_REQUEST_ID_CHARS: usize = 128;
 
-/// What a body is, before anybody looks into it.
+/// The kind of a body.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum BodyKind {
-    /// A JSON object, as the API answers.
+    /// A JSON object, as in replies of the API.
     JsonObject,
-    /// Nothing, or only white space.
+    /// Empty, or only white space.
     Empty,
-    /// HTML, text, JSON that is no object, or no text at all.
+    /// HTML, text, JSON other than an object, or binary data.
     #[default]
     Other,
 }
 
-/// What an error answer says about itself. The default is that of a body which is no JSON object: nothing.
+/// The contents of an error reply. Empty by default, as for a body that is not a JSON object.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Envelope {
-    /// What the body is.
+    /// The kind of the body.
     pub body: BodyKind,
-    /// Whether there is an error code at all, be it only a number that repeats the HTTP status.
+    /// Whether the body has an error code, even if only a number that repeats the HTTP status.
     pub has_code: bool,
-    /// The service's error code: at most 64 printable ASCII characters, and never a mere number unless the vendor
-    /// documents it.
+    /// The service's error code: at most 64 printable ASCII characters, and a plain number only if the vendor documents it.
     pub error_code: Option<String>,
-    /// The text that goes with the code, as it came; empty when there is none.
+    /// The message, not sanitized; empty if the body has none.
     pub message: String,
-    /// The request id in the body, at most 128 printable ASCII characters. The one in the header goes first.
+    /// The request id in the body, at most 128 printable ASCII characters. The one in the header takes precedence.
     pub request_id: Option<String>,
-    /// The `encoded_authorization_message` of a policy denial, as it came; one with control characters is none.
+    /// The `encoded_authorization_message` of a policy denial, not sanitized; ignored if it has control characters.
     pub encoded_authorization_message: Option<String>,
 }
 
-/// Reads an error answer. Never fails: what is not understood is not there.
+/// Parses an error reply. Never fails: unreadable parts count as absent.
 pub fn read(body: &[u8]) -> Envelope {
     if body.trim_ascii().is_empty() {
         return Envelope {
@@ -100,7 +98,7 @@ pub fn read(body: &[u8]) -> Envelope {
 }
 
 impl Envelope {
-    /// Adds what one object says and earlier ones did not.
+    /// Adds the fields of one object that earlier ones did not have.
     fn take(&mut self, object: &Members<'_>) {
         let code = object.first_of(&CODE_KEYS, scalar);
         let message = object.first_of(&MESSAGE_KEYS, string).unwrap_or_default();
@@ -133,14 +131,14 @@ pub(super) fn is_printable(text: &str, max: usize) -> bool {
     (1..=max).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_graphic())
 }
 
-/// IAM's Keystone style repeats the HTTP status as `code`; such a number is nobody's error code.
+/// IAM's Keystone style repeats the HTTP status as `code`; such a number is not an error code.
 fn is_service_code(text: &str) -> bool {
     let number = text.bytes().all(|byte| b"0123456789+-.".contains(&byte));
     is_printable(text, MAX_CODE_CHARS)
         && (!number || known_codes::documented_status(text).is_some())
 }
 
-/// The text of a JSON string without blanks around it, unless nothing is left.
+/// The trimmed text of a JSON string; `None` if it is empty.
 fn string(value: &RawValue) -> Option<String> {
     let text: String = serde_json::from_str(value.get()).ok()?;
     let text = text.trim();
@@ -156,7 +154,7 @@ pub(super) fn scalar(value: &RawValue) -> Option<String> {
     }
 }
 
-/// The members of one JSON object that matter here, in its order; everything else is skipped unread.
+/// The relevant members of one JSON object in their order. All others are skipped.
 struct Members<'a>(Vec<(String, &'a RawValue)>);
 
 impl<'a> Members<'a> {
@@ -216,7 +214,7 @@ impl<'de> Deserialize<'de> for Members<'de> {
                 let mut objects = Vec::new();
                 while let Some((key, value)) = map.next_entry::<String, &RawValue>()? {
                     if is_named(&key) {
-                        // Of a repeated key the first counts, so that their number is bounded.
+                        // Only the first value of a repeated key counts, which bounds their number.
                         if named.iter().all(|(name, _)| *name != key) {
                             named.push((key, value));
                         }

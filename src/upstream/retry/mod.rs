@@ -1,5 +1,4 @@
-//! Decides whether a failed attempt is retried, and when. Independent of HTTP clients and gRPC: facts in, decision out.
-//! The send loop in [`super`] is the only caller.
+//! Decides whether and when a failed attempt is retried. Independent of the HTTP client and of gRPC.
 
 #[cfg(test)]
 mod tests;
@@ -15,7 +14,7 @@ use tokio::time::Instant;
 use super::verdict::Repeat;
 use crate::{caller::Caller, wait};
 
-/// No retry starts with less than this left before the deadline: it could hardly end in time, and would cost quota.
+/// No retry starts with less than this left before the deadline: it would cost quota and hardly end in time.
 const FLOOR: Duration = Duration::from_millis(50);
 
 /// The backoff before the second attempt is a random part of this, doubled with each attempt up to [`BACKOFF_CAP`].
@@ -25,13 +24,14 @@ const BACKOFF_CAP: Duration = Duration::from_secs(2);
 /// How long calls and retries count.
 const WINDOW: Duration = Duration::from_secs(10);
 
-/// Retries that are allowed in [`WINDOW`] whatever the number of calls, so that a quiet service can retry at all.
+/// Retries that are allowed in [`WINDOW`] with any number of calls, so that retries work at a low call rate.
 const RESERVE: u64 = 10;
 
-/// The retry budget: caps retries at a share of the calls of the last ten seconds, so that a failing upstream is not hit harder.
+/// The retry budget: limits retries to a percentage of the calls of the last ten seconds, so that retries do not overload a failing
+/// upstream.
 ///
-/// It is shared among callers. A caller whose calls all fail can use it up, but then others still have their share of it (the budget
-/// divided by the callers that have retried): together at most the same amount once more.
+/// Callers share it fairly. If one caller uses it up, each other caller still has its share (the budget divided by the callers that have
+/// retried), so that all together retry at most twice the budget.
 #[derive(Debug)]
 pub(super) struct Budget {
     percent: u64,
@@ -47,7 +47,7 @@ struct Counts {
 
 #[derive(Debug)]
 struct Slot {
-    /// Since the epoch.
+    /// Seconds since the epoch.
     second: u64,
     calls: u64,
     retries: HashMap<Caller, u64>,
@@ -64,13 +64,13 @@ impl Budget {
         }
     }
 
-    /// Counts a call, which pays into the budget.
+    /// Counts a call, which increases the budget.
     pub(super) fn call(&self) {
         self.lock().current().calls += 1;
     }
 
-    /// Pays for one retry of `caller` if the budget allows it.
-    fn pay(&self, caller: Caller) -> bool {
+    /// Withdraws one retry of `caller` if the budget allows it.
+    fn withdraw(&self, caller: Caller) -> bool {
         let mut counts = self.lock();
         counts.current();
         let calls: u64 = counts.slots.iter().map(|slot| slot.calls).sum();
@@ -81,11 +81,11 @@ impl Budget {
         let own = *by_caller.entry(caller).or_default();
         let allowed = RESERVE + calls * self.percent / 100;
         let share = allowed / by_caller.len() as u64;
-        let pays = used < allowed || (used < 2 * allowed && own < share);
-        if pays {
+        let is_allowed = used < allowed || (used < 2 * allowed && own < share);
+        if is_allowed {
             *counts.current().retries.entry(caller).or_default() += 1;
         }
-        pays
+        is_allowed
     }
 
     fn lock(&self) -> MutexGuard<'_, Counts> {
@@ -94,7 +94,7 @@ impl Budget {
 }
 
 impl Counts {
-    /// The slot of this second. Removes those that no longer count.
+    /// The slot of this second. Removes expired slots.
     fn current(&mut self) -> &mut Slot {
         let second = self.epoch.elapsed().as_secs();
         self.slots
@@ -117,7 +117,7 @@ impl Counts {
 pub(super) struct Advice {
     /// Whether this kind of failure is retried.
     pub(super) repeat: Repeat,
-    /// Whether the next attempt may go out at once, because a fresh connection is the whole remedy.
+    /// Whether the next attempt may start without backoff, because a new connection is enough.
     pub(super) at_once: bool,
     /// The wait that upstream asked for.
     pub(super) retry_after: Option<Duration>,
@@ -151,7 +151,7 @@ impl Attempts {
         }
     }
 
-    /// The wait before the next attempt; `None` when there is to be none. `remaining` is the time to the deadline.
+    /// The wait before the next attempt; `None` if there is no retry. `remaining` is the time to the deadline.
     pub(super) fn next(
         &mut self,
         advice: Advice,
@@ -168,12 +168,12 @@ impl Attempts {
             return None;
         }
         let wait = match advice.retry_after {
-            // Jitter on top: callers that were told the same do not come back together.
+            // Adds jitter, so that callers with the same wait do not retry at the same moment.
             Some(asked) => asked + full_jitter(self.made),
             None if advice.at_once && self.made == 1 => Duration::ZERO,
             None => full_jitter(self.made),
         };
-        if wait + FLOOR >= remaining || !budget.pay(caller) {
+        if wait + FLOOR >= remaining || !budget.withdraw(caller) {
             return None;
         }
         self.left -= 1;

@@ -1,8 +1,8 @@
-//! The answer of `ShowTaskDetail` with status 200, in the vendor's own spelling.
+//! Parses the reply of `ShowTaskDetail` with status 200.
 //!
-//! Lenient where the vendor's own client is (numbers for text, a single object for a list, unknown fields), strict where
-//! that client turns nonsense into an empty success. Values are kept as raw JSON first and each is read on its own: unknown
-//! fields are skipped without building them, at any depth, and numbers keep their exact text.
+//! Accepts what the vendor's client accepts (numbers for text, a single object for a list, unknown fields), but rejects bodies that it would
+//! turn into an empty success. Fields are raw JSON first and then parsed one by one: unknown fields are skipped without allocation at any
+//! depth, and numbers keep their exact text.
 //! Source: RDS API reference, "Obtaining Task Information", and the response model of the vendor's SDK.
 
 #[cfg(test)]
@@ -37,7 +37,7 @@ pub struct TaskDetail {
 }
 
 impl TaskDetail {
-    /// The bytes it holds beyond its own: those of its texts and of its parts.
+    /// The size of its heap allocations in bytes.
     pub fn heap_bytes(&self) -> usize {
         let documented = [
             &self.instance_id,
@@ -87,18 +87,18 @@ pub struct SubTask {
     pub show_detail: Option<bool>,
 }
 
-/// Why a 200 brought no task. Says nothing of the body's content, which may be anything.
+/// A 200 without a task. Contains nothing of the body, which may hold anything.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum NotATask {
-    /// No JSON object in UTF-8, a known field twice, or none of the four documented fields.
+    /// Not a JSON object in UTF-8, or one with a known field twice or without all four documented fields.
     Malformed,
     /// An error object.
     ErrorObject(Envelope),
 }
 
-/// Reads the body of a 200.
+/// Parses the body of a 200.
 ///
-/// Left unset: `null`, and an object or array where text belongs. Left out of `sub_task_list`: what is no object.
+/// `null`, and an object or array in place of text, leave a field unset. `sub_task_list` skips values that are not objects.
 ///
 /// # Errors
 /// [`NotATask`]: an error code makes an error object, also next to the fields of a task.
@@ -187,7 +187,7 @@ struct SubTaskFields<'a> {
 }
 
 impl TaskFields<'_> {
-    /// `code` is a common word that a task may have one day, so it counts only in the company of `message`.
+    /// `code` is a common name that a task might use in future, so it counts only together with `message`.
     fn has_error_code(&self) -> bool {
         let code = self.message.and(self.code);
         [self.error_code, self.error_code_camel, self.err_code, code]
@@ -197,12 +197,12 @@ impl TaskFields<'_> {
     }
 }
 
-/// Reads one JSON object; derived readers would take an array of values for it too.
+/// Parses one JSON object; derived deserializers would also accept an array.
 fn object<'a, T: Deserialize<'a>>(json: &'a str) -> Result<T, NotATask> {
     if !json.trim_ascii_start().starts_with('{') {
         return Err(NotATask::Malformed);
     }
-    // The library's error text quotes values, so it ends here.
+    // Drops the library's error text, because it quotes values.
     serde_json::from_str(json).map_err(|_| NotATask::Malformed)
 }
 
@@ -218,7 +218,7 @@ fn text(value: Option<&RawValue>) -> Result<Option<String>, NotATask> {
     }
 }
 
-/// A list, or a single object as a list of one; a value of another kind is no list.
+/// A list, or a single object as a list with one element; any other value counts as an empty list.
 fn sub_tasks(value: Option<&RawValue>) -> Result<Vec<SubTask>, NotATask> {
     let Some(value) = value else {
         return Ok(Vec::new());

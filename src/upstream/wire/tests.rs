@@ -2,7 +2,7 @@ use proptest::prelude::*;
 
 use super::*;
 
-/// The example answer of the vendor's page.
+/// The example reply of the vendor's page.
 const EXAMPLE: &str = r#"{
     "instance_id": "1ffc4167903840cb93a3da56d28c14fdin01",
     "instance_name": "mysql-instance",
@@ -177,7 +177,7 @@ fn sub_task_list_may_be_a_single_object_and_what_is_no_object_is_left_out() {
 }
 
 #[test]
-fn unknown_fields_are_ignored_whatever_they_hold() {
+fn unknown_fields_with_any_value_are_ignored() {
     let deep = 500_000;
     let values = [
         "1".to_owned(),
@@ -292,7 +292,7 @@ fn an_error_code_in_any_spelling_makes_an_error_object_also_next_to_a_task() {
 
     for (body, code) in cases {
         let Err(NotATask::ErrorObject(envelope)) = parse(body) else {
-            panic!("{body} is no error object");
+            panic!("{body} is not an error object");
         };
         assert_eq!(envelope.error_code.as_deref(), code, "{body}");
     }

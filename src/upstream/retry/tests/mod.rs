@@ -126,7 +126,7 @@ async fn the_budget_allows_the_reserve_and_a_share_of_the_calls() {
         budget.call();
     }
 
-    let paid = (0..100).filter(|_| budget.pay(ANN)).count();
+    let paid = (0..100).filter(|_| budget.withdraw(ANN)).count();
 
     assert_eq!(paid, 10 + 20);
 }
@@ -134,12 +134,12 @@ async fn the_budget_allows_the_reserve_and_a_share_of_the_calls() {
 #[tokio::test(start_paused = true)]
 async fn the_budget_recovers_when_the_window_has_passed() {
     let budget = Budget::new(0);
-    let spent = (0..100).filter(|_| budget.pay(ANN)).count();
+    let spent = (0..100).filter(|_| budget.withdraw(ANN)).count();
 
     tokio::time::advance(Duration::from_secs(10)).await;
 
     assert_eq!(spent, 10);
-    assert!(budget.pay(ANN));
+    assert!(budget.withdraw(ANN));
 }
 
 #[tokio::test(start_paused = true)]
@@ -149,17 +149,17 @@ async fn a_retry_that_is_not_made_costs_nothing() {
         assert_eq!(Attempts::new(3).next(BACKOFF, FLOOR, &budget, ANN), None);
     }
 
-    assert!(budget.pay(ANN));
+    assert!(budget.withdraw(ANN));
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_caller_that_uses_up_the_budget_leaves_the_others_their_share() {
     let budget = Budget::new(0);
-    let spent = (0..100).filter(|_| budget.pay(ANN)).count();
+    let spent = (0..100).filter(|_| budget.withdraw(ANN)).count();
 
-    let bobs = (0..100).filter(|_| budget.pay(BOB)).count();
-    let anns = (0..100).filter(|_| budget.pay(ANN)).count();
-    let others = (0..1000).filter(|number| budget.pay(Caller::Connection(100 + number)));
+    let bobs = (0..100).filter(|_| budget.withdraw(BOB)).count();
+    let anns = (0..100).filter(|_| budget.withdraw(ANN)).count();
+    let others = (0..1000).filter(|number| budget.withdraw(Caller::Connection(100 + number)));
 
     assert_eq!((spent, bobs, anns), (10, 5, 0));
     assert!(

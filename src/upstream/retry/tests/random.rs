@@ -76,7 +76,7 @@ proptest! {
         in_paused_time(async {
             let budget = Budget::new(0);
             for _ in 0..spent.min(RESERVE) {
-                assert!(budget.pay(ANN));
+                assert!(budget.withdraw(ANN));
             }
             let mut unspent = RESERVE.saturating_sub(spent);
             let mut attempts = Attempts::new(max);
@@ -133,7 +133,7 @@ proptest! {
                     }
                     Step::Pay => {
                         let most = 10 + calls.len() * percent as usize / 100;
-                        let paid = budget.pay(ANN);
+                        let paid = budget.withdraw(ANN);
                         assert_eq!(paid, retries.len() < most, "{retries:?} of {most}");
                         if paid {
                             retries.push_back(now.as_secs());
@@ -196,7 +196,7 @@ fn threads_that_pay_at_the_same_moment_do_not_overdraw_the_budget() {
             thread::spawn(move || {
                 let _clock = runtime.enter();
                 begin.wait();
-                (0..20).filter(|_| budget.pay(ANN)).count()
+                (0..20).filter(|_| budget.withdraw(ANN)).count()
             })
         });
 
