@@ -14,6 +14,7 @@ use rustls::{
     crypto::aws_lc_rs::default_provider,
     pki_types::{CertificateDer, pem::PemObject as _},
 };
+use serde::de::IgnoredAny;
 use tower::{limit::ConcurrencyLimitLayer, timeout::TimeoutLayer};
 
 use crate::{error_chain::chain, reason::Reason};
@@ -175,6 +176,8 @@ pub enum BodyError {
 
 /// Reads a body of up to `max_bytes`.
 ///
+/// A body that is cut off after a complete JSON object counts as read: some peers close a TLS connection without close_notify.
+///
 /// # Errors
 /// [`BodyError`] when it is longer or broken.
 pub async fn read_body(
@@ -185,13 +188,13 @@ pub async fn read_body(
     if length > max_bytes as u64 {
         return Err(BodyError::TooLarge);
     }
-    let Some(first) = next_chunk(response).await? else {
+    let Some(first) = next_chunk(response, &[]).await? else {
         return Ok(Bytes::new());
     };
     if first.len() > max_bytes {
         return Err(BodyError::TooLarge);
     }
-    let mut next = next_chunk(response).await?;
+    let mut next = next_chunk(response, &first).await?;
     if next.is_none() {
         // Most bodies are one chunk, which is returned without a copy.
         return Ok(first);
@@ -204,13 +207,24 @@ pub async fn read_body(
             return Err(BodyError::TooLarge);
         }
         body.extend_from_slice(&chunk);
-        next = next_chunk(response).await?;
+        next = next_chunk(response, &body).await?;
     }
     Ok(body.freeze())
 }
 
-async fn next_chunk(response: &mut reqwest::Response) -> Result<Option<Bytes>, BodyError> {
-    response.chunk().await.map_err(BodyError::Broken)
+async fn next_chunk(
+    response: &mut reqwest::Response,
+    body: &[u8],
+) -> Result<Option<Bytes>, BodyError> {
+    match response.chunk().await {
+        Err(_) if is_json_object(body) => Ok(None),
+        next => next.map_err(BodyError::Broken),
+    }
+}
+
+fn is_json_object(body: &[u8]) -> bool {
+    let is_object = body.trim_ascii_start().starts_with(b"{");
+    is_object && serde_json::from_slice::<IgnoredAny>(body).is_ok()
 }
 
 /// A pool of connections. Each worker has its own, because a connection is driven by the runtime that opened it.

@@ -193,8 +193,14 @@ impl Client {
         });
         let body = match tokio::time::timeout_at(until, reply.body()).await {
             Ok(Ok(body)) => body,
-            // A non-200 reply is judged by its status even if its body cannot be read.
-            Ok(Err(_)) | Err(_) if reply.status() != 200 => Bytes::from_static(UNREADABLE),
+            // A non-200 reply is judged by its status even if its body cannot be read, unless its meaning depends on the body.
+            Ok(Err(HttpError {
+                reason: Reason::UpstreamResponseTooLarge,
+                ..
+            })) if reply.status() != 200 => Bytes::from_static(UNREADABLE),
+            Ok(Err(_)) | Err(_) if !matches!(reply.status(), 200 | 400 | 403 | 404 | 409) => {
+                Bytes::from_static(UNREADABLE)
+            }
             Ok(Err(failure)) => return Err(failed_exchange(record, admission, failure)),
             Err(_) => return Err(timed_out(record, admission, until, false)),
         };

@@ -1,4 +1,4 @@
-//! The error codes that the vendor documents, with the HTTP status it documents for each.
+//! The error codes of the vendor, with their documented HTTP status.
 //! Sources: RDS API reference, "Error Codes"; API request signing guide, "Error Codes"; IAM API reference, "Error Codes". Newer
 //! editions of these pages may list more codes.
 
@@ -66,6 +66,8 @@ pub(super) fn documented_status(error_code: &str) -> Option<u16> {
         | "DBS.213004" | "DBS.280036" | "DBS.280228" | "DBS.290006" | "DBS.290015"
         | "APIGW.0601" | "APIGW.0605" | "APIGW.0606" | "APIGW.0608" | "APIGW.0609"
         | "APIGW.0611" | "APIGW.0612" | "APIGW.0705" | "IAM.0006" => 500,
+        // Not on the pages: the vendor's Terraform provider retries these codes as those of a busy instance.
+        "DBS.200080" | "DBS.201206" | "DBS.280011" | "DBS.280816" => 409,
         "APIGW.0610" => 502,
         "APIGW.0613" => 503,
         _ => return None,

@@ -232,6 +232,14 @@ mod tests {
             }
             assert!(!verdict.trips_breaker, "{}", row[0]);
         }
+        for busy in ["DBS.200080", "DBS.201206", "DBS.280011", "DBS.280816"] {
+            let verdict = from_reply(200, Some(busy), BodyKind::JsonObject);
+            assert_eq!(
+                (verdict.reason, verdict.wait),
+                (Reason::InstanceBusy, Some(BUSY_WAIT)),
+                "{busy}"
+            );
+        }
         let unknown = from_reply(200, Some("DBS.999999"), BodyKind::JsonObject);
         assert_eq!(
             (unknown.code, unknown.reason),

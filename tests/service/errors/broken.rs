@@ -229,3 +229,111 @@ async fn replies_that_cannot_be_parsed_do_not_open_the_breaker() {
         assert_eq!(upstream.requests().len(), 30, "{reply:.20}");
     }
 }
+
+/// Replies whose framing does not end: the connection is closed or reset after the last byte.
+fn without_end(status: u16, body: &str) -> Vec<(String, Vec<Step>)> {
+    let head = format!("HTTP/1.1 {status} X\r\n");
+    let long = format!("{head}content-length: 4096\r\n\r\n{body}");
+    let chunked = format!(
+        "{head}transfer-encoding: chunked\r\n\r\n{:x}\r\n{body}\r\n",
+        body.len()
+    );
+    // So that the client has read the body before the reset discards what it has not.
+    let reset = vec![Step::Wait(Duration::from_millis(200)), Step::Reset];
+    let case = |name, steps: [Vec<Step>; 2]| (format!("{status} {body}: {name}"), steps.concat());
+    vec![
+        case("closed", [raw(&long), vec![Step::Close]]),
+        case("closed chunked", [raw(&chunked), vec![Step::Close]]),
+        case("reset", [raw(&long), reset]),
+    ]
+}
+
+#[tokio::test]
+async fn a_complete_object_counts_even_if_the_framing_does_not_end() {
+    let errors = [
+        (
+            400,
+            r#"{"error_code":"DBS.200543","error_msg":"x"}"#,
+            "TASK_NOT_FOUND",
+        ),
+        (
+            403,
+            r#"{"error_code":"DBS.200010","error_msg":"x"}"#,
+            "PERMISSION_DENIED",
+        ),
+        (
+            409,
+            r#"{"error_code":"DBS.200316","error_msg":"x"}"#,
+            "PRECONDITION_FAILED",
+        ),
+        (
+            429,
+            r#"{"error_code":"APIGW.0308","error_msg":"policy user over ratelimit,limit:9,time:2 minute"}"#,
+            "THROTTLED",
+        ),
+    ];
+    for (status, body, reason) in errors {
+        for (case, steps) in without_end(status, body) {
+            let failure = told(steps).await;
+
+            assert_eq!(failure.reason, reason, "{case}");
+            if status == 429 {
+                assert_eq!(
+                    failure.retry_delay,
+                    Some(Duration::from_secs(120)),
+                    "{case}"
+                );
+            }
+        }
+    }
+    for (case, steps) in without_end(200, r#"{"job_id":"j"}"#) {
+        let upstream = Upstream::always(steps).await;
+        let program = Program::over(&upstream.url(), &[]);
+
+        let reply = program.call(example_request()).await;
+
+        let task = reply.unwrap_or_else(|failure| panic!("{case}: {failure:?}"));
+        assert_eq!(task.into_inner().job_id, "j", "{case}");
+        assert_eq!(upstream.requests().len(), 1, "{case}");
+    }
+}
+
+#[tokio::test]
+async fn a_cut_off_error_is_truncated_where_its_meaning_is_in_the_body() {
+    let cases = [
+        (400, (Code::Unavailable, "UPSTREAM_TRUNCATED"), 3),
+        (403, (Code::Unavailable, "UPSTREAM_TRUNCATED"), 3),
+        (404, (Code::Unavailable, "UPSTREAM_TRUNCATED"), 3),
+        (409, (Code::Unavailable, "UPSTREAM_TRUNCATED"), 3),
+        (401, (Code::Unauthenticated, "CREDENTIAL_REJECTED"), 1),
+        (410, (Code::NotFound, "RESOURCE_NOT_FOUND"), 1),
+        (429, (Code::ResourceExhausted, "THROTTLED"), 1),
+        (500, (Code::Internal, "UPSTREAM_INTERNAL"), 2),
+        (503, (Code::Unavailable, "UPSTREAM_UNAVAILABLE"), 3),
+    ];
+
+    for (status, expected, attempts) in cases {
+        for (case, steps) in without_end(status, r#"{"error_code":"DBS.2005"#) {
+            let upstream = Upstream::always(steps).await;
+            let program = Program::over(&upstream.url(), &[]);
+
+            let failure = program.failure(example_request()).await;
+
+            assert_eq!(failure.code_and_reason(), expected, "{case}");
+            assert_eq!(upstream.requests().len(), attempts, "{case}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_error_whose_body_stalls_is_a_timeout_where_its_meaning_is_in_the_body() {
+    for (status, expected) in [
+        (404, (Code::DeadlineExceeded, "UPSTREAM_TIMEOUT")),
+        (410, (Code::NotFound, "RESOURCE_NOT_FOUND")),
+    ] {
+        let head = format!("HTTP/1.1 {status} X\r\ncontent-length: 100\r\n\r\n{{\"error");
+        let failure = told([raw(&head), vec![Step::Hold]].concat()).await;
+
+        assert_eq!(failure.code_and_reason(), expected, "{status}");
+    }
+}
