@@ -216,8 +216,8 @@ impl AttemptSpan {
             attributes.push(KeyValue::text(names::UPSTREAM_REQUEST_ID, id.as_str()));
         }
         let error = match (end.outcome, end.http_status, end.reason) {
-            (AttemptOutcome::Answer, Some(status), _) if status >= 400 => Some(status.to_string()),
-            (AttemptOutcome::Answer, _, reason) => reason.map(|reason| reason.as_str().to_owned()),
+            (AttemptOutcome::Reply, Some(status), _) if status >= 400 => Some(status.to_string()),
+            (AttemptOutcome::Reply, _, reason) => reason.map(|reason| reason.as_str().to_owned()),
             (AttemptOutcome::Timeout, ..) => Some("timeout".to_owned()),
             (AttemptOutcome::Cancelled, ..) => Some("cancelled".to_owned()),
             (AttemptOutcome::TransportError, _, reason) => {

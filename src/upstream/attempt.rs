@@ -196,7 +196,7 @@ impl Client {
             Ok(Err(failure)) => return Err(end_without_answer(record, admission, failure)),
             Err(_) => return Err(timed_out(record, admission, until, false)),
         };
-        record.finish(AttemptOutcome::Answer);
+        record.finish(AttemptOutcome::Reply);
         let understood = self.understand(&answer, &body, signed, admission, key, progress);
         if let Err(FailedAttempt {
             error: Error::Rejected(rejection),
