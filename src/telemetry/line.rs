@@ -3,9 +3,9 @@
 //! Text: `2026-02-03T03:04:05.678Z INFO target: message name=value other="two words"`. JSON: one object with `ts`,
 //! `level`, `target`, `msg` and the fields. In both formats no value can end the line, move the cursor or add a field.
 //!
-//! Written by hand because the formatters of tracing-subscriber format events only, whereas the access line is no event (its
-//! fields vary from call to call and its cost counts on every call), and because they neither bound the length of a value nor
-//! escape line separators and marks of text direction.
+//! Written by hand because the formatters of tracing-subscriber only format events, and the access line is not an event (its fields
+//! vary from call to call, and every call pays for it). They also neither limit the length of a value nor escape line separators
+//! and text direction marks.
 
 use std::fmt::{self, Write as _};
 
@@ -14,14 +14,14 @@ use tracing::Level;
 
 use super::LogFormat;
 
-/// A longer value is cut, which bounds the memory of queued lines. The start line's configuration is shorter.
+/// Longer values are truncated, which bounds the memory of queued lines. The configuration in the first log line is shorter.
 const MAX_FIELD_BYTES: usize = 8192;
 
 /// The format of lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Style {
     pub(super) format: LogFormat,
-    /// Colours the level of a text line; only for a terminal.
+    /// Colours the level; for text on a terminal.
     pub(super) colour: bool,
 }
 
@@ -58,16 +58,16 @@ impl Line {
                     line.write(format_args!("{level}"));
                 }
                 line.write(format_args!(" {target}: "));
-                line.escape(cut(message), false);
+                line.escape(truncate(message), false);
             }
         }
         line
     }
 
-    /// A field with text of any origin. Names are constants of the program.
+    /// Adds a text field. The value may be untrusted; the name is a constant.
     pub(super) fn text(&mut self, name: &'static str, value: &str) {
         self.name(name);
-        let value = cut(value);
+        let value = truncate(value);
         let bare = self.format == LogFormat::Text
             && !value.is_empty()
             && value
@@ -82,7 +82,7 @@ impl Line {
         }
     }
 
-    /// A field whose [`fmt::Display`] is a JSON number or boolean.
+    /// Adds a field whose [`fmt::Display`] is a JSON number or boolean.
     pub(super) fn plain(&mut self, name: &'static str, value: impl fmt::Display) {
         self.name(name);
         self.write(format_args!("{value}"));
@@ -141,11 +141,11 @@ fn ansi_colour(level: Level) -> u8 {
     }
 }
 
-fn cut(text: &str) -> &str {
+fn truncate(text: &str) -> &str {
     &text[..text.floor_char_boundary(MAX_FIELD_BYTES)]
 }
 
-/// Control characters, line separators, and marks that change the direction of the text after them.
+/// Control characters, line separators and text direction marks.
 fn needs_escape(c: char) -> bool {
     c.is_control()
         || matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
@@ -178,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn text_quotes_only_what_needs_it() {
+    fn text_values_are_quoted_only_if_necessary() {
         let cases = [
             ("grpc-go/1.80", "user_agent=grpc-go/1.80"),
             ("two words", "user_agent=\"two words\""),
@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn json_is_one_object_with_the_fixed_names_first() {
+    fn json_line_is_one_object_with_fixed_fields_first() {
         assert_eq!(
             line(JSON, "rpc", "a\"},{\n"),
             "{\"ts\":\"2026-02-03T03:04:05.678Z\",\"level\":\"INFO\",\"target\":\"access\",\"msg\":\"rpc\",\
@@ -211,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn colour_is_on_the_level_alone() {
+    fn only_the_level_is_coloured() {
         let style = Style {
             colour: true,
             ..TEXT
@@ -224,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn a_long_field_is_cut_at_a_character() {
+    fn long_field_is_truncated_at_a_character_boundary() {
         let text = line(TEXT, "rpc", &"\u{20ac}".repeat(5000));
 
         assert!(text.len() < MAX_FIELD_BYTES + 100);
@@ -238,8 +238,8 @@ mod tests {
             let text = line(TEXT, &message, &value);
 
             let object: serde_json::Value = serde_json::from_str(&json).unwrap();
-            prop_assert_eq!(object["msg"].as_str().unwrap(), cut(&message));
-            prop_assert_eq!(object["user_agent"].as_str().unwrap(), cut(&value));
+            prop_assert_eq!(object["msg"].as_str().unwrap(), truncate(&message));
+            prop_assert_eq!(object["user_agent"].as_str().unwrap(), truncate(&value));
             for line in [json, text] {
                 let line = line.strip_suffix('\n').unwrap();
                 prop_assert!(!line.contains(needs_escape));
