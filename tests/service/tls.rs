@@ -96,7 +96,7 @@ async fn call_and_health_say_in_one_sentence_why_they_were_not_let_in() {
 
             assert_eq!((code, out.as_str()), (1, ""), "{command} {files:?}");
             let cause = err
-                .strip_prefix(&format!("rds-task-facade: no answer from {target}: "))
+                .strip_prefix(&format!("rds-task-facade: no reply from {target}: "))
                 .and_then(|rest| rest.strip_suffix(advice));
             // The server's alert, or what the operating system says when the client was still writing.
             let told = [
@@ -141,7 +141,7 @@ async fn connecting_and_asking_for_health_share_one_timeout() {
     let (code, _, err) = asked.await.expect("no panic");
 
     assert_eq!(code, 1);
-    assert!(err.contains("no answer within 4s"), "{err}");
+    assert!(err.contains("no reply within 4s"), "{err}");
     // Two timeouts of their own would have allowed for the handshake and then for 4 s more.
     assert!(begun.elapsed() < handshake + timeout, "{err}");
 }
