@@ -304,7 +304,7 @@ fn syntax_errors_are_one_line() {
         ),
         (
             &["call", "--ca", "/dev/null"],
-            "--ca, --cert, --key: need an https --target",
+            "--ca, --cert, --key: require an https --target",
         ),
         (&["call", "--cert", "/dev/null"], "--cert: requires --key"),
     ];
