@@ -159,7 +159,7 @@ enum Error {
 
 impl Error {
     /// Converts a status. A status with a source was created by the client library, not received from the server.
-    fn from_status(status: Status, target: &Url, timeout: Duration) -> Self {
+    fn from_status(status: Status, server: &Server, timeout: Duration) -> Self {
         let Some(cause) = std::error::Error::source(&status) else {
             return Self::Status(Box::new(status));
         };
@@ -168,7 +168,8 @@ impl Error {
             let message = format!("no reply within {timeout:?}");
             return Self::Status(Box::new(Status::new(Code::DeadlineExceeded, message)));
         }
-        Self::NoReply(target.clone(), error_chain::root_cause(cause).to_string())
+        let cause = error_chain::root_cause(cause).to_string();
+        Self::NoReply(server.target.clone(), cause)
     }
 }
 
@@ -245,11 +246,7 @@ async fn get_task_detail(options: CallOptions) -> Result<pb::GetTaskDetailRespon
     let mut client = pb::task_service_client::TaskServiceClient::new(channel);
     match client.get_task_detail(request).await {
         Ok(response) => Ok(response.into_inner()),
-        Err(status) => Err(Error::from_status(
-            status,
-            &options.server.target,
-            options.timeout,
-        )),
+        Err(status) => Err(Error::from_status(status, &options.server, options.timeout)),
     }
 }
 
@@ -262,11 +259,7 @@ async fn check_health(options: HealthOptions) -> Result<ServingStatus, Error> {
     request.set_timeout(deadline.remaining());
     match HealthClient::new(channel).check(request).await {
         Ok(response) => Ok(response.into_inner().status()),
-        Err(status) => Err(Error::from_status(
-            status,
-            &options.server.target,
-            options.timeout,
-        )),
+        Err(status) => Err(Error::from_status(status, &options.server, options.timeout)),
     }
 }
 

@@ -26,10 +26,9 @@ pub(super) fn respond(request: &Request<Bytes>, state: &mut State) -> Option<Res
         (&Method::GET, "counts") => return Some(ok(json!(state.counts))),
         (&Method::GET, "requests") => return Some(ok(requests(state))),
         (&Method::POST, "revoke-tokens") => {
-            state
-                .tokens
-                .iter_mut()
-                .for_each(|token| token.revoked = true);
+            for token in &mut state.tokens {
+                token.revoked = true;
+            }
             true
         }
         (&Method::POST, "clock") => set(&mut state.clock_offset, seconds(uri, "offset-seconds")),

@@ -25,21 +25,8 @@ pub struct Context {
 impl Context {
     /// The caller's span: W3C if accepted and valid, else B3 if accepted and valid.
     pub fn from_headers(headers: &HeaderMap, accepted: Propagators) -> Option<Self> {
-        let w3c = || {
-            let mut parents = headers.get_all("traceparent").iter();
-            // Not a list header: a repeated one is invalid.
-            let (Some(parent), None) = (parents.next(), parents.next()) else {
-                return None;
-            };
-            let mut context = Self::from_traceparent(parent)?;
-            context.trace_state = trace_state(headers);
-            Some(context)
-        };
-        accepted
-            .w3c
-            .then(w3c)
-            .flatten()
-            .or_else(|| accepted.b3.then(|| b3(headers)).flatten())
+        let w3c = accepted.w3c.then(|| w3c(headers)).flatten();
+        w3c.or_else(|| accepted.b3.then(|| b3(headers)).flatten())
     }
 
     /// Parses a `traceparent`; `None` if it is invalid (W3C Trace Context, section 3.2).
@@ -94,6 +81,16 @@ impl fmt::Display for Context {
 
 fn lower_hex(text: &str, length: usize) -> bool {
     text.len() == length && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
+}
+
+fn w3c(headers: &HeaderMap) -> Option<Context> {
+    let mut parents = headers.get_all("traceparent").iter();
+    // Not a list header: a repeated one is invalid.
+    let parent = parents.next().filter(|_| parents.next().is_none())?;
+    Some(Context {
+        trace_state: trace_state(headers),
+        ..Context::from_traceparent(parent)?
+    })
 }
 
 /// All `tracestate` headers joined; empty if absent, invalid or too long.

@@ -7,7 +7,7 @@
 use std::{mem, sync::Arc, thread, time::Duration};
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, StatusCode, header::CONTENT_TYPE};
+use http::{HeaderValue, StatusCode, header::CONTENT_TYPE};
 use prost::Message as _;
 use tokio::{
     sync::mpsc::{Receiver, Sender, channel},
@@ -80,12 +80,13 @@ impl SpanQueue {
     /// # Panics
     /// When no thread can be started.
     pub(super) fn start(config: &Tracing, metrics: Arc<Metrics>) -> Result<Self, Error> {
-        let exporter = Exporter {
+        let mut exporter = Exporter {
             client: client(config)?,
-            headers: headers(config),
             config: config.clone(),
             metrics: Arc::clone(&metrics),
         };
+        let protobuf = HeaderValue::from_static("application/x-protobuf");
+        exporter.config.headers.insert(CONTENT_TYPE, protobuf);
         let (spans, queue) = channel(config.queue_spans);
         let shutdown = CancellationToken::new();
         let exporting = exporter.run(queue, shutdown.clone());
@@ -135,16 +136,8 @@ fn client(config: &Tracing) -> Result<reqwest::Client, Error> {
     Ok(build(builder)?)
 }
 
-fn headers(config: &Tracing) -> HeaderMap {
-    let mut headers: HeaderMap = config.headers.iter().cloned().collect();
-    let protobuf = HeaderValue::from_static("application/x-protobuf");
-    headers.insert(CONTENT_TYPE, protobuf);
-    headers
-}
-
 struct Exporter {
     client: reqwest::Client,
-    headers: HeaderMap,
     config: Tracing,
     metrics: Arc<Metrics>,
 }
@@ -204,8 +197,8 @@ impl Exporter {
         let mut pause = FIRST_PAUSE;
         loop {
             let request = self.client.post(&self.config.endpoint);
-            let request = request.headers(self.headers.clone()).body(body.clone());
-            let wait = match request.send().await {
+            let request = request.headers(self.config.headers.clone());
+            let wait = match request.body(body.clone()).send().await {
                 Ok(mut response) if response.status().is_success() => {
                     let body = read_body(&mut response, MAX_BODY_BYTES).await;
                     return Ok(rejected(&body.unwrap_or_default()));
@@ -226,21 +219,18 @@ impl Exporter {
 
     fn request(&self, spans: Vec<Span>) -> ExportTraceServiceRequest {
         let (name, version) = (env!("CARGO_PKG_NAME"), env!("CARGO_PKG_VERSION"));
-        let mut attributes: Vec<_> = self
-            .config
-            .resource
-            .iter()
-            .map(|(key, value)| KeyValue::text(key, value))
-            .collect();
-        attributes.push(KeyValue::text(
-            names::SERVICE_NAME,
-            &self.config.service_name,
-        ));
-        attributes.push(KeyValue::text(names::SERVICE_VERSION, version));
+        let resource = self.config.resource.iter();
+        let resource = resource.map(|(key, value)| (key.as_str(), value.as_str()));
+        let service = [
+            (names::SERVICE_NAME, self.config.service_name.as_str()),
+            (names::SERVICE_VERSION, version),
+        ];
+        let attributes = resource.chain(service);
+        let attributes = attributes.map(|(key, value)| KeyValue::text(key, value));
         ExportTraceServiceRequest {
             resource_spans: vec![ResourceSpans {
                 resource: Some(Resource {
-                    attributes,
+                    attributes: attributes.collect(),
                     ..Resource::default()
                 }),
                 scope_spans: vec![ScopeSpans {
@@ -276,7 +266,7 @@ fn is_transient(status: StatusCode) -> bool {
 mod tests {
     use std::{convert::Infallible, net::SocketAddr};
 
-    use http::{Request, Response};
+    use http::{HeaderMap, Request, Response};
     use http_body_util::{BodyExt as _, Full};
     use hyper::{body::Incoming, server::conn::http1, service::service_fn};
     use hyper_util::rt::TokioIo;
@@ -313,7 +303,7 @@ mod tests {
     fn settings(address: SocketAddr, queue_spans: usize) -> Tracing {
         Tracing {
             endpoint: format!("http://{address}/v1/traces"),
-            headers: Vec::new(),
+            headers: HeaderMap::new(),
             timeout: Duration::from_secs(30),
             certificate_pem: None,
             sampler: Sampler {

@@ -93,7 +93,7 @@ pub struct Metrics {
     /// 1 while the circuit breaker rejects calls.
     pub circuit_open: Gauge,
     /// Instances whose calls are rejected because attempts for them keep failing.
-    pub instances_held_back: Gauge,
+    pub circuit_open_instances: Gauge,
     /// Spans the collector accepted.
     pub spans_exported: Counter,
     /// Spans dropped because the queue was full, and because their export failed.
@@ -184,7 +184,7 @@ impl Metrics {
                 "rds_circuit_open",
                 "1 while the circuit breaker rejects calls because RDS is down",
             ),
-            instances_held_back: register(
+            circuit_open_instances: register(
                 r,
                 "rds_circuit_open_instances",
                 "Instances whose calls are rejected because attempts for them keep failing",

@@ -3,7 +3,7 @@
 
 use std::{fs, time::Duration};
 
-use http::{HeaderName, HeaderValue, Uri};
+use http::{HeaderMap, HeaderName, HeaderValue, Uri};
 use percent_encoding::percent_decode_str;
 
 use crate::options::{self, Parsed, Validation, number};
@@ -14,7 +14,7 @@ pub struct Tracing {
     /// The URL of the collector, with the path.
     pub endpoint: String,
     /// Sent with every export request; the values are marked sensitive.
-    pub headers: Vec<(HeaderName, HeaderValue)>,
+    pub headers: HeaderMap,
     /// Upper bound of one export, retries included.
     pub timeout: Duration,
     /// PEM certificates to trust instead of the system's.
@@ -172,8 +172,8 @@ fn protocol(text: &str) -> Parsed<()> {
     }
 }
 
-fn headers(text: &str) -> Parsed<Vec<(HeaderName, HeaderValue)>> {
-    let mut headers = Vec::new();
+fn headers(text: &str) -> Parsed<HeaderMap> {
+    let mut headers = HeaderMap::new();
     for (name, value) in pairs(text)? {
         let value = HeaderValue::from_str(&value).ok();
         let Some((name, mut value)) = HeaderName::try_from(name).ok().zip(value) else {
@@ -182,7 +182,7 @@ fn headers(text: &str) -> Parsed<Vec<(HeaderName, HeaderValue)>> {
             );
         };
         value.set_sensitive(true);
-        headers.push((name, value));
+        headers.append(name, value);
     }
     Ok(headers)
 }
@@ -361,7 +361,7 @@ mod tests {
         .unwrap()
         .unwrap();
 
-        assert_eq!(tracing.headers[0].1, "Bearer x");
+        assert_eq!(tracing.headers["authorization"], "Bearer x");
         assert!(!format!("{tracing:?}").contains("Bearer"));
         assert_eq!(tracing.timeout, Duration::from_millis(2500));
         assert_eq!(tracing.service_name, "a");

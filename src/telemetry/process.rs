@@ -21,9 +21,8 @@ impl Collector for Process {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let stat = read("/proc/self/stat");
         if let Some(seconds) = cpu_seconds(&stat) {
-            let name = "process_cpu_seconds";
-            let metric =
-                encoder.encode_descriptor(name, "CPU time used", None, MetricType::Counter)?;
+            let (name, kind) = ("process_cpu_seconds", MetricType::Counter);
+            let metric = encoder.encode_descriptor(name, "CPU time used", None, kind)?;
             ConstCounter::new(seconds).encode(metric)?;
         }
         let gauges = [
@@ -77,13 +76,9 @@ fn seconds(stat: &str, field: usize) -> Option<f64> {
 }
 
 fn open_files() -> Option<f64> {
+    let descriptors = fs::read_dir("/proc/self/fd").ok()?;
     // The directory is open while it is counted.
-    Some(
-        fs::read_dir("/proc/self/fd")
-            .ok()?
-            .count()
-            .saturating_sub(1) as f64,
-    )
+    Some(descriptors.count().saturating_sub(1) as f64)
 }
 
 /// The first number after `name` at the start of a line.

@@ -66,20 +66,18 @@ impl Tracer {
     /// Starts the span of a call with these headers.
     pub fn server_span(self: &Arc<Self>, headers: &HeaderMap) -> Arc<ServerSpan> {
         let parent = Context::from_headers(headers, self.accepted);
-        let trace_id = parent
-            .as_ref()
-            .map_or_else(|| fastrand::u128(1..), |parent| parent.trace_id);
-        let sampled = self
-            .sampler
-            .samples(trace_id, parent.as_ref().map(|parent| parent.sampled));
-        let parent_span_id = parent.as_ref().map_or(0, |parent| parent.span_id);
+        let decision = parent.as_ref().map(|parent| parent.sampled);
+        let (trace_id, parent_span_id, trace_state) = match parent {
+            Some(parent) => (parent.trace_id, parent.span_id, parent.trace_state),
+            None => (fastrand::u128(1..), 0, String::new()),
+        };
         Arc::new(ServerSpan {
             tracer: Arc::clone(self),
             context: Context {
                 trace_id,
                 span_id: fastrand::u64(1..),
-                sampled,
-                trace_state: parent.map(|parent| parent.trace_state).unwrap_or_default(),
+                sampled: self.sampler.samples(trace_id, decision),
+                trace_state,
             },
             parent_span_id,
             started: Timestamp::now(),

@@ -44,7 +44,7 @@ impl Endpoint {
             base_url,
             breaker: Breaker::new(
                 metrics.circuit_open.clone(),
-                metrics.instances_held_back.clone(),
+                metrics.circuit_open_instances.clone(),
             ),
             clock: Clock::default(),
             pacing: options.upstream_rate.map(Pacing::new),
