@@ -26,12 +26,10 @@ pub(super) fn issue_token(request: &Request<Bytes>, state: &mut State) -> Respon
             "The request body is invalid: password authentication of user, password and domain is expected.",
         );
     };
-    if (
-        &*token_request.user,
-        &*token_request.password,
-        &*token_request.domain,
-    ) != (USER, PASSWORD, DOMAIN)
-    {
+    let known = token_request.user == USER
+        && token_request.password == PASSWORD
+        && token_request.domain == DOMAIN;
+    if !known {
         return keystone_error(
             StatusCode::UNAUTHORIZED,
             "The username or password is wrong.",

@@ -11,12 +11,14 @@ use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_perc
 /// The first word of `Authorization`, and the first line of the string to sign.
 pub(super) const ALGORITHM: &str = "SDK-HMAC-SHA256";
 
-/// Everything but `A-Z a-z 0-9 - _ . ~` is percent-encoded, in paths also but `/`.
+/// Everything except `A-Z a-z 0-9 - _ . ~`.
 const ESCAPED: &AsciiSet = &NON_ALPHANUMERIC
     .remove(b'-')
     .remove(b'_')
     .remove(b'.')
     .remove(b'~');
+
+/// As [`ESCAPED`], but without `/`.
 const ESCAPED_IN_PATHS: &AsciiSet = &ESCAPED.remove(b'/');
 
 /// The canonical request; `None` if a signed header is absent or repeated. Bytes, because header values may not be UTF-8.

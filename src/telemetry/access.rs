@@ -6,7 +6,6 @@ use jiff::Timestamp;
 use tonic::Code;
 use tracing::Level;
 
-use super::LogFormat;
 use super::{
     context::Context,
     line::{Line, Style},
@@ -32,11 +31,7 @@ pub struct Access {
 impl Access {
     /// An access log that drops every line, for tests and benchmarks.
     pub fn off() -> Self {
-        let style = Style {
-            format: LogFormat::Text,
-            colour: false,
-        };
-        Self::new(style, Writer::closed())
+        Self::new(Style::Text, Writer::closed())
     }
 
     /// An access log in this style.
@@ -158,21 +153,12 @@ mod tests {
     use crate::{
         method::Method,
         telemetry::{
-            LogFormat, log,
+            log,
             metrics::Metrics,
             record::{Peer, Sinks},
             repeats::Repeats,
             writer::tests::Recorder,
         },
-    };
-
-    const JSON: Style = Style {
-        format: LogFormat::Json,
-        colour: false,
-    };
-    const TEXT: Style = Style {
-        format: LogFormat::Text,
-        colour: false,
     };
 
     const METHOD: Method = Method::GetTaskDetail;
@@ -219,7 +205,7 @@ mod tests {
         };
 
         let text = render(
-            JSON,
+            Style::Json,
             now(),
             Level::INFO,
             &record,
@@ -249,7 +235,7 @@ mod tests {
 
         assert_eq!(
             render(
-                TEXT,
+                Style::Text,
                 now(),
                 Level::INFO,
                 &record,
@@ -270,7 +256,7 @@ mod tests {
         let record = record(&Access::off(), &[("user-agent", &agent)]);
 
         let line = render(
-            JSON,
+            Style::Json,
             now(),
             Level::INFO,
             &record,
@@ -333,8 +319,8 @@ mod tests {
             let (writer, flush) = Writer::new(recorder.clone(), Counter::default());
             let repeats = Repeats::new(Counter::default());
             let filter_set = log::filter(filter).unwrap();
-            let subscriber = log::subscriber(TEXT, filter_set, writer.clone(), repeats);
-            let access = Access::new(TEXT, writer);
+            let subscriber = log::subscriber(Style::Text, filter_set, writer.clone(), repeats);
+            let access = Access::new(Style::Text, writer);
             with_default(subscriber, || {
                 record(&access, &[]).finish(Code::NotFound);
                 record(&access, &[]).finish(Code::Internal);

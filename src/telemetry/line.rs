@@ -12,22 +12,21 @@ use std::fmt::{self, Write as _};
 use jiff::Timestamp;
 use tracing::Level;
 
-use super::LogFormat;
-
 /// Longer values are truncated, which bounds the memory of queued lines. The configuration in the first log line is shorter.
 const MAX_FIELD_BYTES: usize = 8192;
 
 /// The format of lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Style {
-    pub(super) format: LogFormat,
-    /// Colours the level; for text on a terminal.
-    pub(super) colour: bool,
+pub(super) enum Style {
+    Json,
+    Text,
+    /// Text with a coloured level, for a terminal.
+    ColouredText,
 }
 
 /// A line under construction.
 pub(super) struct Line {
-    format: LogFormat,
+    style: Style,
     buffer: String,
 }
 
@@ -40,27 +39,24 @@ impl Line {
         message: &str,
     ) -> Self {
         let mut line = Self {
-            format: style.format,
+            style,
             buffer: String::with_capacity(512),
         };
-        match style.format {
-            LogFormat::Json => {
+        let colour = ansi_colour(level);
+        match style {
+            Style::Json => {
                 line.write(format_args!(r#"{{"ts":"{now:.3}","level":"{level}""#));
                 line.text("target", target);
                 line.text("msg", message);
+                return line;
             }
-            LogFormat::Text => {
-                line.write(format_args!("{now:.3} "));
-                if style.colour {
-                    let colour = ansi_colour(level);
-                    line.write(format_args!("\u{1b}[{colour}m{level}\u{1b}[0m"));
-                } else {
-                    line.write(format_args!("{level}"));
-                }
-                line.write(format_args!(" {target}: "));
-                line.escape(truncate(message), false);
+            Style::Text => line.write(format_args!("{now:.3} {level}")),
+            Style::ColouredText => {
+                line.write(format_args!("{now:.3} \u{1b}[{colour}m{level}\u{1b}[0m"))
             }
         }
+        line.write(format_args!(" {target}: "));
+        line.escape(truncate(message), false);
         line
     }
 
@@ -68,7 +64,7 @@ impl Line {
     pub(super) fn text(&mut self, name: &'static str, value: &str) {
         self.name(name);
         let value = truncate(value);
-        let bare = self.format == LogFormat::Text
+        let bare = self.style != Style::Json
             && !value.is_empty()
             && value
                 .bytes()
@@ -90,17 +86,17 @@ impl Line {
 
     /// The finished line, with its line feed.
     pub(super) fn finish(mut self) -> String {
-        self.buffer.push_str(match self.format {
-            LogFormat::Json => "}\n",
-            LogFormat::Text => "\n",
+        self.buffer.push_str(match self.style {
+            Style::Json => "}\n",
+            _ => "\n",
         });
         self.buffer
     }
 
     fn name(&mut self, name: &'static str) {
-        let (before, after) = match self.format {
-            LogFormat::Json => (",\"", "\":"),
-            LogFormat::Text => (" ", "="),
+        let (before, after) = match self.style {
+            Style::Json => (",\"", "\":"),
+            _ => (" ", "="),
         };
         for part in [before, name, after] {
             self.buffer.push_str(part);
@@ -157,15 +153,6 @@ mod tests {
 
     use super::*;
 
-    const JSON: Style = Style {
-        format: LogFormat::Json,
-        colour: false,
-    };
-    const TEXT: Style = Style {
-        format: LogFormat::Text,
-        colour: false,
-    };
-
     fn now() -> Timestamp {
         "2026-02-03T03:04:05.678Z".parse().unwrap()
     }
@@ -194,7 +181,7 @@ mod tests {
 
         for (value, expected) in cases {
             assert_eq!(
-                line(TEXT, "rpc \"x\"", value),
+                line(Style::Text, "rpc \"x\"", value),
                 format!("2026-02-03T03:04:05.678Z INFO access: rpc \"x\" {expected} bytes=12\n"),
                 "{value:?}"
             );
@@ -204,7 +191,7 @@ mod tests {
     #[test]
     fn json_line_is_one_object_with_fixed_fields_first() {
         assert_eq!(
-            line(JSON, "rpc", "a\"},{\n"),
+            line(Style::Json, "rpc", "a\"},{\n"),
             "{\"ts\":\"2026-02-03T03:04:05.678Z\",\"level\":\"INFO\",\"target\":\"access\",\"msg\":\"rpc\",\
              \"user_agent\":\"a\\\"},{\\n\",\"bytes\":12}\n"
         );
@@ -212,20 +199,15 @@ mod tests {
 
     #[test]
     fn only_the_level_is_coloured() {
-        let style = Style {
-            colour: true,
-            ..TEXT
-        };
-
         assert_eq!(
-            line(style, "rpc", "x"),
+            line(Style::ColouredText, "rpc", "x"),
             "2026-02-03T03:04:05.678Z \u{1b}[32mINFO\u{1b}[0m access: rpc user_agent=x bytes=12\n"
         );
     }
 
     #[test]
     fn long_field_is_truncated_at_a_character_boundary() {
-        let text = line(TEXT, "rpc", &"\u{20ac}".repeat(5000));
+        let text = line(Style::Text, "rpc", &"\u{20ac}".repeat(5000));
 
         assert!(text.len() < MAX_FIELD_BYTES + 100);
         assert!(text.ends_with("\u{20ac}\" bytes=12\n"));
@@ -234,8 +216,8 @@ mod tests {
     proptest! {
         #[test]
         fn any_text_stays_one_line_and_one_json_object(message: String, value: String) {
-            let json = line(JSON, &message, &value);
-            let text = line(TEXT, &message, &value);
+            let json = line(Style::Json, &message, &value);
+            let text = line(Style::Text, &message, &value);
 
             let object: serde_json::Value = serde_json::from_str(&json).unwrap();
             prop_assert_eq!(object["msg"].as_str().unwrap(), truncate(&message));

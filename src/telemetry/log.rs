@@ -155,12 +155,7 @@ mod tests {
     use tracing::subscriber::with_default;
 
     use super::*;
-    use crate::telemetry::{LogFormat, writer::tests::Recorder};
-
-    const JSON: Style = Style {
-        format: LogFormat::Json,
-        colour: false,
-    };
+    use crate::telemetry::writer::tests::Recorder;
 
     fn logged(style: Style, filter_text: &str, log: impl FnOnce()) -> String {
         let recorder = Recorder::default();
@@ -174,7 +169,7 @@ mod tests {
 
     #[test]
     fn event_is_one_json_object_with_its_fields() {
-        let text = logged(JSON, "info", || {
+        let text = logged(Style::Json, "info", || {
             tracing::info!(
                 count = 3,
                 ok = true,
@@ -196,7 +191,7 @@ mod tests {
 
     #[test]
     fn other_crates_log_nothing_below_warn_with_any_filter() {
-        let text = logged(JSON, "trace", || {
+        let text = logged(Style::Json, "trace", || {
             tracing::trace!(target: "hyper::proto", "header-canary");
             tracing::debug!(target: "h2::codec", "header-canary");
             tracing::info!(target: "reqwest::connect", "header-canary");
@@ -221,7 +216,7 @@ mod tests {
         ];
 
         for (filter_text, info, debug) in cases {
-            let text = logged(JSON, filter_text, || {
+            let text = logged(Style::Json, filter_text, || {
                 tracing::info!("informed");
                 tracing::debug!("debugged");
             });
@@ -232,7 +227,7 @@ mod tests {
 
     #[test]
     fn only_repeated_warnings_are_suppressed() {
-        let text = logged(JSON, "info", || {
+        let text = logged(Style::Json, "info", || {
             for _ in 0..50 {
                 tracing::warn!("flood");
                 tracing::info!("information");

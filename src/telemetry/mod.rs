@@ -56,9 +56,10 @@ pub struct Telemetry {
 /// # Panics
 /// When the log was started before, or no thread can be started.
 pub fn start(options: &Options, metrics: &Metrics) -> Telemetry {
-    let style = Style {
-        format: options.log_format,
-        colour: options.log_format == LogFormat::Text && io::stdout().is_terminal(),
+    let style = match options.log_format {
+        LogFormat::Json => Style::Json,
+        LogFormat::Text if io::stdout().is_terminal() => Style::ColouredText,
+        LogFormat::Text => Style::Text,
     };
     let (writer, flush) = Writer::new(standard_output(), metrics.log_lines_dropped.clone());
     let filter =
@@ -91,14 +92,10 @@ pub fn start_tracing(
 
 /// Prints configuration problems on standard error, one line each; JSON objects if the log is JSON.
 pub fn print_problems(problems: &[String], format: LogFormat) {
-    let style = Style {
-        format,
-        colour: false,
-    };
     let line = |problem: &String| match format {
         LogFormat::Text => format!("{}: {problem}\n", env!("CARGO_PKG_NAME")),
         LogFormat::Json => Line::new(
-            style,
+            Style::Json,
             Timestamp::now(),
             Level::ERROR,
             "rds_task_facade::cli",

@@ -81,7 +81,7 @@ async fn call_and_health_say_in_one_sentence_why_they_were_not_let_in() {
     let (authority, stranger) = (Authority::new(), Authority::new());
     let (program, ca) = mutual(folder.path(), &authority);
     let target = format!("https://localhost:{}", program.grpc.port());
-    let advice = "; where the server demands a client certificate, check --cert and --key\n";
+    let advice = "; if the server requires a client certificate, check --cert and --key\n";
     let expired = Pair::expired_of_client(&authority).write(folder.path(), "expired");
     let unknown = Pair::of_client(&stranger).write(folder.path(), "unknown");
     let with =
