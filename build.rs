@@ -1,5 +1,5 @@
-//! Compiles the protos without a system protoc: our service, with the descriptor set that reflection serves, and the messages of
-//! OTLP that the trace export sends.
+//! Compiles the protos without a system protoc: the task service, with the descriptor set for reflection, and the OTLP messages for
+//! trace export.
 
 use std::{env, error::Error, fs, path::PathBuf};
 
@@ -13,8 +13,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let service = protox::compile(["huaweicloud/rds/task/v1/task_service.proto"], ["proto"])?;
     fs::write(out.join("descriptors.bin"), service.encode_to_vec())?;
     // `call` prints the reply as JSON: proto names, without unset optional fields and empty lists.
-    // The generated client is for `call` and `health`, the generated server for the tests of that client: the program's own server
-    // decodes and encodes messages itself (src/server/message.rs).
+    // `call` uses the generated client, and its tests use the generated server. The program's server decodes and encodes messages
+    // itself (src/server/message.rs).
     let mut builder = tonic_prost_build::configure()
         .message_attribute(".", "#[derive(serde::Serialize)]")
         .field_attribute(
@@ -35,7 +35,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         ["opentelemetry/proto/collector/trace/v1/trace_service.proto"],
         ["third_party/opentelemetry-proto"],
     )?;
-    // Messages without services. Indented lines of their comments would become doctests.
+    // Without comments, because their indented lines would become doctests.
     tonic_prost_build::Config::new()
         .disable_comments(["."])
         .include_file("otlp.rs")

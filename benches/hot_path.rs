@@ -1,4 +1,4 @@
-//! The cost of the steps of a call: `cargo bench`. Times vary with the machine; CI limits the instructions of a whole call instead
+//! Costs of the steps of a call: `cargo bench`. Times vary with the machine, so CI limits the instructions of a whole call instead
 //! (`tests/tools/instructions.py`).
 
 use std::{
@@ -52,7 +52,7 @@ fn query() -> TaskQuery {
     }
 }
 
-/// Decides whether each attempt can have a signature of its own, instead of sharing one for a second.
+/// Decides whether each attempt can be signed, instead of caching a signature for a second.
 #[divan::bench]
 fn sign_one_attempt(bencher: Bencher<'_, '_>) {
     let key = AccessKey::parse(
@@ -81,14 +81,14 @@ fn sign_one_attempt(bencher: Bencher<'_, '_>) {
 
 /// Decides whether the lenient parser of replies may stay hand-written.
 #[divan::bench]
-fn read_a_task() -> wire::TaskDetail {
+fn parse_task() -> wire::TaskDetail {
     let body = br#"{"instance_id":"1ffc4167903840cb93a3da56d28c14fdin01","instance_name":"rds-mysql-2","job_id":"102772a9-31fa-4129-b9f8-7638e2792f3b","job_name":"CreateMysqlSingleHAInstance"}"#;
     wire::parse_task_detail(black_box(body)).expect("a task")
 }
 
-/// An error reply becomes a status with details. Decides whether failed calls cost more than successful ones.
+/// Maps an error reply to a status with details. Decides whether failed calls cost more than successful ones.
 #[divan::bench]
-fn map_an_error_answer() -> tonic::Status {
+fn map_error_reply() -> tonic::Status {
     let body = br#"{"error_code":"DBS.200543","error_msg":"The task does not exist."}"#;
     let headers = HeaderMap::new();
     let (rejection, facts) =
@@ -102,9 +102,9 @@ fn map_an_error_answer() -> tonic::Status {
     Failure::from_error(&error).to_status("0123456789abcdef0123456789abcdef", Duration::MAX)
 }
 
-/// Decides whether every call can look for an identical one in flight, even where there never is one.
+/// Decides whether every call can look for an identical one in flight, even if there is none.
 #[divan::bench]
-fn make_a_coalescing_key(bencher: Bencher<'_, '_>) {
+fn create_coalescing_key(bencher: Bencher<'_, '_>) {
     let coalescer = Coalescer::new(&defaults(), Metrics::new());
 
     bencher
@@ -112,7 +112,7 @@ fn make_a_coalescing_key(bencher: Bencher<'_, '_>) {
         .bench_local_values(|query| coalescer.key(Identity::Server, query));
 }
 
-/// Decides how much of a single call's time the facade takes: client, facade and sandbox in one process, over loopback.
+/// Decides how much time the facade adds to a call. Client, facade and sandbox run in one process, over loopback.
 #[divan::bench]
 fn round_trip(bencher: Bencher<'_, '_>) {
     rustls::crypto::aws_lc_rs::default_provider()

@@ -9,6 +9,6 @@ use std::sync::LazyLock;
 use libfuzzer_sys::fuzz_target;
 
 static CHECK: LazyLock<checks::Check> =
-    LazyLock::new(|| checks::check_of(&std::env::var("TARGET").unwrap_or_default()));
+    LazyLock::new(|| checks::find(&std::env::var("TARGET").unwrap_or_default()));
 
 fuzz_target!(|input: &[u8]| CHECK(input));

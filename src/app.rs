@@ -1,4 +1,4 @@
-//! The composition root of `serve` and `sandbox`: starts the rooms, runs them until a signal, returns the exit code.
+//! The composition root of `serve` and `sandbox`: connects and starts the modules, runs them until a signal, returns the exit code.
 
 use std::{
     future, io,
@@ -29,13 +29,13 @@ use crate::{
     upstream,
 };
 
-/// For the last spans, when calls in flight have used up the shutdown, and at most.
-const MAX_EXPORT: Duration = Duration::from_secs(5);
+/// Longest time for exporting the last spans.
+const MAX_LAST_EXPORT: Duration = Duration::from_secs(5);
 
-/// For the thread of the log, when a second signal ends the process.
-const LAST_LINES: Duration = Duration::from_millis(30);
+/// Time for the log thread to write its queued lines when a second signal ends the process.
+const LAST_LINES_DELAY: Duration = Duration::from_millis(30);
 
-/// Why the program ends before it serves, or cannot go on. One sentence for the operator.
+/// Why the program cannot start or go on. One sentence for the operator.
 #[derive(Debug, thiserror::Error)]
 enum Error {
     #[error("cannot listen on {0}: {1}")]
@@ -52,14 +52,14 @@ enum Error {
     Signals(#[source] io::Error),
 }
 
-/// Serves until a signal, and drains.
+/// Runs the gRPC server until a signal, then drains.
 pub async fn serve(options: Serve) -> ExitCode {
     let metrics = Metrics::new();
     let telemetry = telemetry::start(&options.telemetry, &metrics);
     finish(run(options, metrics, telemetry.access.clone()).await)
 }
 
-/// Runs only the sandbox of the vendor's services, until a signal.
+/// Runs only the sandbox until a signal.
 pub async fn sandbox(listen: SocketAddr) -> ExitCode {
     let _telemetry = telemetry::start(&telemetry::Options::default(), &Metrics::new());
     finish(run_sandbox(listen).await)
@@ -92,13 +92,13 @@ async fn run(options: Serve, metrics: Arc<Metrics>, access: Access) -> Result<()
     let metrics_listen = admin
         .as_ref()
         .and_then(|listener| listener.local_addr().ok());
-    let (base_url, source, sandbox) = upstream_place(&options).await?;
-    let identity_service = match &source {
+    let (base_url, source, sandbox) = resolve_upstream(&options).await?;
+    let iam_endpoint = match &source {
         Source::Iam(iam) => Some(&iam.endpoint),
         _ => None,
     };
     let needs_roots = |url: &Url| url.scheme() == "https";
-    let system_roots = match needs_roots(&base_url) || identity_service.is_some_and(needs_roots) {
+    let system_roots = match needs_roots(&base_url) || iam_endpoint.is_some_and(needs_roots) {
         true => SystemRoots::Trusted,
         false => SystemRoots::Ignored,
     };
@@ -123,7 +123,7 @@ async fn run(options: Serve, metrics: Arc<Metrics>, access: Access) -> Result<()
         ));
     }
     let server_options = options.server.clone();
-    let shutdown_takes = options.server.drain_delay + options.server.shutdown_grace;
+    let shutdown_time = options.server.drain_delay + options.server.shutdown_grace;
     let tracer = match &options.telemetry.tracing {
         Some(tracing) => Some(telemetry::start_tracing(
             tracing,
@@ -150,7 +150,7 @@ async fn run(options: Serve, metrics: Arc<Metrics>, access: Access) -> Result<()
             "serving"
         );
         if sandbox {
-            tracing::warn!("the upstream is the embedded sandbox: no answer is real");
+            tracing::warn!("the upstream is the embedded sandbox: replies are not real");
         }
         if let Some(warning) = options.exposure_warning() {
             tracing::warn!("{warning}");
@@ -159,7 +159,7 @@ async fn run(options: Serve, metrics: Arc<Metrics>, access: Access) -> Result<()
     let parts = server::Parts {
         facade: move || {
             let mut facades = facades.lock().unwrap_or_else(PoisonError::into_inner);
-            facades.pop().expect("there is one for each worker")
+            facades.pop().expect("one facade per worker")
         },
         ready: credentials.ready(),
         serving,
@@ -173,9 +173,9 @@ async fn run(options: Serve, metrics: Arc<Metrics>, access: Access) -> Result<()
     server::serve(listener, server_options, parts, shutdown).await?;
     if let Some(tracer) = tracer {
         let spent = stopping.get().map(Instant::elapsed).unwrap_or_default();
-        let left = shutdown_takes.saturating_sub(spent);
-        // Within what calls in flight have left of the shutdown.
-        if !tracer.finish(left.min(MAX_EXPORT)).await {
+        let left = shutdown_time.saturating_sub(spent);
+        // Within the rest of the shutdown time, which the calls in flight may have used up.
+        if !tracer.finish(left.min(MAX_LAST_EXPORT)).await {
             tracing::warn!("the last spans did not reach the collector in time");
         }
     }
@@ -190,7 +190,7 @@ async fn run_sandbox(listen: SocketAddr) -> Result<(), Error> {
     Ok(())
 }
 
-/// Resolves at the first SIGTERM or SIGINT. The second ends the process at once, whatever it is doing.
+/// Resolves at the first SIGTERM or SIGINT. The second signal ends the process at once.
 fn shutdown_signal() -> Result<impl Future<Output = ()>, Error> {
     let mut terminate = signal(SignalKind::terminate()).map_err(Error::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Signals)?;
@@ -206,8 +206,8 @@ fn shutdown_signal() -> Result<impl Future<Output = ()>, Error> {
         tracing::info!("signal: draining");
         let _ = first.send(());
         next().await;
-        // Blocks the drain too, which must not end well in the meantime.
-        std::thread::sleep(LAST_LINES);
+        // Blocks the drain too, so that it cannot end the process with exit code 0 meanwhile.
+        std::thread::sleep(LAST_LINES_DELAY);
         std::process::exit(1);
     });
     Ok(async move {
@@ -215,8 +215,8 @@ fn shutdown_signal() -> Result<impl Future<Output = ()>, Error> {
     })
 }
 
-/// Where RDS is, the credential source, and whether both belong to the embedded sandbox, which is started then.
-async fn upstream_place(options: &Serve) -> Result<(Url, Source, bool), Error> {
+/// The base URL of RDS, the credential source, and whether the embedded sandbox is used, which this starts.
+async fn resolve_upstream(options: &Serve) -> Result<(Url, Source, bool), Error> {
     let mut source = options.source.clone();
     if let Some(url) = options.upstream.base_url() {
         return Ok((url, source, false));
@@ -226,11 +226,11 @@ async fn upstream_place(options: &Serve) -> Result<(Url, Source, bool), Error> {
     let address = sandbox.local_addr();
     tokio::spawn(sandbox.serve(future::pending()));
     source.set_sandbox(address);
-    let url = Url::parse(&format!("http://{address}")).expect("an address makes a URL");
+    let url = Url::parse(&format!("http://{address}")).expect("an address is a valid URL");
     Ok((url, source, true))
 }
 
-/// One facade for each worker, made before any thread starts, so that an option that cannot be used ends the start.
+/// One facade per worker, created before any worker starts, so that an invalid option ends the program.
 fn facades(
     options: &Serve,
     base_url: &Url,

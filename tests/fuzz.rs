@@ -17,14 +17,14 @@ use http::HeaderMap;
 use proptest::{prelude::*, test_runner::FileFailurePersistence};
 use rds_task_facade::credentials::Owner;
 
-use crate::checks::{Check, TARGETS, check_of, error_envelope};
+use checks::{Check, TARGETS, error_envelope};
 
 const RUN: Duration = Duration::from_secs(1);
 const LONGEST_INPUT: usize = 4096;
 
 /// Runs the check of this target on its corpus, and for a second on mutations of it.
 fn short_run(target: &str) {
-    let check = check_of(target);
+    let check = checks::find(target);
     let corpus = corpus(target);
     for (name, input) in &corpus {
         run(check, input, &format!("tests/corpora/{target}/{name}"));

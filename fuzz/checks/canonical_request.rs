@@ -1,4 +1,4 @@
-//! Signatures equal those of a second signer, which follows the vendor's rules step by step without regard to speed.
+//! Signatures equal those of a simple signer that follows the vendor's rules step by step.
 //! Source: "API request signing guide", section "Signature algorithm".
 //!
 //! The input's lines: method, path, query, headers, AK, SK, security token, seconds since 1970; the rest is the body.
@@ -87,8 +87,7 @@ fn pairs(text: &str, between: char, within: char) -> Vec<(String, String)> {
         .collect()
 }
 
-/// Headers as a caller of the signer may give them: lower-case names without duplicates, printable values, and none of the
-/// headers that the signer adds.
+/// Valid headers for the signer: unique lower-case names and printable values, without the headers that the signer adds.
 fn header_pairs(text: &str) -> BTreeMap<String, String> {
     let name = |text: &str| -> String {
         let lower = text.to_ascii_lowercase();
@@ -148,7 +147,7 @@ fn canonical_query(query: Vec<(String, String)>) -> String {
     parameters.join("&")
 }
 
-/// Percent-encodes all but the unreserved characters of RFC 3986.
+/// Percent-encodes everything except the unreserved characters of RFC 3986.
 fn encoded(part: &str) -> String {
     const UNRESERVED: &str = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_.~";
     let encode = |c: char| match UNRESERVED.contains(c) {

@@ -22,7 +22,7 @@ use tonic_types::ErrorDetails;
 
 use super::{lines, status_contract::assert_complete};
 
-/// Codes that an error reply of the vendor can become.
+/// Codes that error replies of the vendor map to.
 const CODES_OF_REPLIES: [Code; 13] = [
     Code::InvalidArgument,
     Code::DeadlineExceeded,
@@ -39,7 +39,7 @@ const CODES_OF_REPLIES: [Code; 13] = [
     Code::Unknown,
 ];
 
-/// Names in gateway texts that quote a request.
+/// Parts of gateway messages that quote a request.
 const SECRET_SHAPED: [&str; 5] = [
     "authorization:",
     "sdk-hmac",
@@ -96,16 +96,19 @@ pub(crate) fn check(input: &[u8]) {
         if !is_object(body) && !body.trim_ascii().is_empty() {
             let unreadable = rejection_of(http_status, &headers, b"?");
             let (rejection, facts) = unreadable.expect("no task");
-            let of_unreadable = status_of(&rejection, &facts, owner);
-            assert_eq!(status.message(), of_unreadable.message());
+            let unreadable_status = status_of(&rejection, &facts, owner);
+            assert_eq!(status.message(), unreadable_status.message());
             let metadata =
                 |details: ErrorDetails| details.error_info().map(|info| info.metadata.clone());
-            assert_eq!(metadata(details), metadata(assert_complete(&of_unreadable)));
+            assert_eq!(
+                metadata(details),
+                metadata(assert_complete(&unreadable_status))
+            );
         }
     }
 }
 
-/// The rejection that the send loop makes of a reply; `None` for a task and for a 200 that is neither task nor error.
+/// The rejection for a reply; `None` for a task, and for a 200 that is neither a task nor an error.
 pub(crate) fn rejection_of(
     http_status: u16,
     headers: &HeaderMap,
@@ -127,7 +130,7 @@ pub(crate) fn rejection_of(
     }
 }
 
-/// The status that the caller gets.
+/// The status that the caller receives.
 pub(crate) fn status_of(rejection: &Rejection, facts: &Facts, owner: Owner) -> Status {
     let error = Error::Upstream(Box::new(FailedLookup {
         error: upstream::Error::Rejected(Box::new(rejection.clone())),
@@ -143,7 +146,7 @@ pub(crate) fn status_of(rejection: &Rejection, facts: &Facts, owner: Owner) -> S
     Failure::from_error(&error).to_status("r-1", Duration::MAX)
 }
 
-/// The HTTP status. A byte that is not a digit counts too, so that mutations reach every status.
+/// Converts any bytes to an HTTP status, so that mutations reach every status.
 fn number(text: &[u8]) -> u16 {
     text.iter().fold(0_u16, |number, byte| {
         number

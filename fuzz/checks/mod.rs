@@ -1,7 +1,7 @@
-//! Invariants of every parser of untrusted bytes: one file and one check per parser. Each check compares the parser with a second,
-//! slow one written after the specification, or with a closed list of results.
+//! Invariants of the parsers of untrusted bytes, one file per parser. Each check compares the parser with a simple one written from
+//! the specification, or with a closed list of results.
 //!
-//! `cargo test --test fuzz` runs each check for a second, on the inputs in `tests/corpora` and on mutations of them.
+//! `cargo test --test fuzz` runs each check for a second on the inputs in `tests/corpora` and on mutations of them.
 //! `bash fuzz/run TARGET SECONDS` runs one check under libFuzzer, guided by coverage.
 
 mod canonical_request;
@@ -17,7 +17,7 @@ mod trace_context;
 /// Panics if the input breaks the invariant.
 pub(crate) type Check = fn(&[u8]);
 
-/// Each target's name, which is its folder in `tests/corpora`, and its check.
+/// The targets: name, which is also the directory in `tests/corpora`, and check.
 pub(crate) const TARGETS: [(&str, Check); 8] = [
     ("canonical_request", canonical_request::check),
     ("error_envelope", error_envelope::check),
@@ -29,21 +29,21 @@ pub(crate) const TARGETS: [(&str, Check); 8] = [
     ("trace_context", trace_context::check),
 ];
 
-/// The check of the target with this name.
-pub(crate) fn check_of(target: &str) -> Check {
+/// Finds the check of a target.
+pub(crate) fn find(target: &str) -> Check {
     let found = TARGETS.into_iter().find(|(name, _)| *name == target);
     found
         .unwrap_or_else(|| panic!("{target:?} is not one of {TARGETS:?}"))
         .1
 }
 
-/// Splits the input at its first `N - 1` line ends; missing lines are empty.
+/// Splits the input into `N` lines; missing lines are empty, and the last one may contain line feeds.
 fn lines<const N: usize>(input: &[u8]) -> [&[u8]; N] {
     let mut parts = input.splitn(N, |byte| *byte == b'\n');
     std::array::from_fn(|_| parts.next().unwrap_or_default())
 }
 
-/// The bytes as text, with U+FFFD in place of what is not UTF-8.
+/// The bytes as text, with U+FFFD for invalid UTF-8.
 fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }

@@ -1,4 +1,4 @@
-//! A profile file gives the key written in it, or an error that does not depend on the values in it.
+//! A profile file is parsed to its key, or to an error that does not depend on the values.
 
 use rds_task_facade::credentials::{AccessKey, profile, signer};
 
@@ -13,17 +13,17 @@ fn check_any(file: &str) {
     let masked: String = file.split_inclusive('\n').map(mask).collect();
 
     match (profile::parse(file, None), profile::parse(&masked, None)) {
-        (Err(fault), Err(of_masked)) => {
-            assert_eq!(fault.to_string(), of_masked.to_string());
-            assert_eq!(format!("{fault:?}"), format!("{of_masked:?}"));
-            assert!(!fault.to_string().chars().any(char::is_control));
+        (Err(error), Err(masked_error)) => {
+            assert_eq!(error.to_string(), masked_error.to_string());
+            assert_eq!(format!("{error:?}"), format!("{masked_error:?}"));
+            assert!(!error.to_string().chars().any(char::is_control));
         }
         (Ok(key), Ok(_)) => assert!(!key.access_key_id.is_empty()),
-        (read, of_masked) => panic!("{read:?} and, with other values, {of_masked:?}"),
+        (original, masked) => panic!("{original:?} and, with masked values, {masked:?}"),
     }
 }
 
-/// Replaces letters and digits in the line's value, or in the whole line if it has no known form.
+/// Replaces letters and digits in the line's value, or in the whole line if it is not an assignment.
 fn mask(line: &str) -> String {
     let trimmed = line.trim_start_matches('\u{feff}').trim();
     let section = trimmed.starts_with('[') && trimmed.ends_with(']');

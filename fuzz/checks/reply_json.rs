@@ -1,4 +1,4 @@
-//! The body of a 200 is the task that its JSON tree holds, or an error. The parsed texts are no longer than the body.
+//! The body of a 200 is parsed to the task in its JSON tree, or to an error. The parsed texts are not longer than the body.
 
 use std::fmt;
 
@@ -35,20 +35,20 @@ pub(crate) fn check(input: &[u8]) {
     if let Ok(task) = &read {
         assert_bounded(task, input.len());
     }
-    // The tree rejects half a surrogate pair anywhere; the parser skips it in unknown fields.
+    // The tree rejects lone surrogates everywhere; the parser skips them in unknown fields.
     let json = serde_json::from_slice::<&RawValue>(input).ok();
     let Some(tree) = json.and_then(Tree::read) else {
         return;
     };
-    match (read, slow_reading(&tree)) {
+    match (read, parse_tree(&tree)) {
         (Ok(task), Some(Ok(expected))) => assert_eq!(task, expected),
         (Err(NotATask::ErrorObject(envelope)), Some(Err(ErrorCode))) => assert!(envelope.has_code),
-        // An error code in a nested object of a body without any field of a task.
+        // An error code in a nested object, in a body without task fields.
         (Err(NotATask::ErrorObject(envelope)), None) => {
             assert!(envelope.has_code && tree.fields().is_some());
         }
         (Err(NotATask::Malformed), None) => {}
-        (read, expected) => panic!("{read:?} where the tree says {expected:?}"),
+        (read, expected) => panic!("{read:?} but expected {expected:?}"),
     }
 }
 
@@ -62,7 +62,7 @@ fn assert_bounded(task: &TaskDetail, input_bytes: usize) {
 struct ErrorCode;
 
 /// `None` for a body that is not a task and has no error code at its top level.
-fn slow_reading(tree: &Tree) -> Option<Result<TaskDetail, ErrorCode>> {
+fn parse_tree(tree: &Tree) -> Option<Result<TaskDetail, ErrorCode>> {
     let known: Vec<_> = [&TASK_FIELDS[..], &ERROR_FIELDS].concat();
     let top = tree.fields().filter(|_| tree.names_once(&known))?;
     let code = |name: &str| match tree.field(name)? {
@@ -170,7 +170,7 @@ impl Tree {
         names.iter().all(|name| count(name) <= 1)
     }
 
-    /// A field where text belongs, by the contract's rules of conversion.
+    /// A text field, converted by the rules of the contract.
     fn text(&self, name: &str) -> Option<String> {
         match self.field(name)? {
             Self::Text(text) | Self::Number(text) => Some(text.clone()),

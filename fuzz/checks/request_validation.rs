@@ -1,4 +1,4 @@
-//! Any bytes are a request that keeps the rules of the proto, or an `INVALID_ARGUMENT` that names exactly the fields that break them.
+//! Any bytes are a valid request, or an `INVALID_ARGUMENT` that names exactly the invalid fields.
 
 use std::time::Duration;
 
@@ -18,11 +18,11 @@ pub(crate) fn check(input: &[u8]) {
             return;
         }
     };
-    let broken = broken_rules(&request);
+    let invalid = invalid_fields(&request);
 
     match validate(request.clone()) {
         Ok(query) => {
-            assert_eq!(broken, [""; 0]);
+            assert_eq!(invalid, [""; 0]);
             assert_eq!(query.project_id, request.project_id);
             assert_eq!(query.instance_id, request.instance_id);
             assert_eq!(query.workflow_id, request.workflow_id);
@@ -34,13 +34,13 @@ pub(crate) fn check(input: &[u8]) {
             let details = assert_complete(&status);
             let bad = details.bad_request().expect("a BadRequest");
             let named: Vec<_> = bad.field_violations.iter().map(|v| &*v.field).collect();
-            assert_eq!(named, broken);
+            assert_eq!(named, invalid);
         }
     }
 }
 
-/// The fields that break the contract's rules, checked rule by rule.
-fn broken_rules(request: &GetTaskDetailRequest) -> Vec<&'static str> {
+/// The invalid fields, by the rules of the contract.
+fn invalid_fields(request: &GetTaskDetailRequest) -> Vec<&'static str> {
     const ID: &str = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz_-";
     let is_id = |text: &str, max| {
         let length = text.chars().count();
@@ -50,22 +50,22 @@ fn broken_rules(request: &GetTaskDetailRequest) -> Vec<&'static str> {
         let control = |c: char| matches!(u32::from(c), 0..=0x1f | 0x7f..=0x9f);
         text.chars().count() <= 256 && !text.chars().any(control)
     };
-    let mut broken = Vec::new();
+    let mut invalid = Vec::new();
     if !is_id(&request.project_id, 64) {
-        broken.push("project_id");
+        invalid.push("project_id");
     }
     if !is_id(&request.instance_id, 64) {
-        broken.push("instance_id");
+        invalid.push("instance_id");
     }
     if !is_id(&request.workflow_id, 128) {
-        broken.push("workflow_id");
+        invalid.push("workflow_id");
     }
     if request
         .workflow_name
         .as_deref()
         .is_some_and(|name| !is_name(name))
     {
-        broken.push("workflow_name");
+        invalid.push("workflow_name");
     }
-    broken
+    invalid
 }

@@ -1,4 +1,4 @@
-//! `Retry-After` headers and throttling messages give a wait of at most five minutes, or none.
+//! `Retry-After` headers and throttling messages are parsed to a wait of at most five minutes, or to none.
 //!
 //! The input's first line is the peer's `Date`, the next three are values of `Retry-After`, the rest is a message.
 
@@ -81,7 +81,7 @@ fn check_message(message: &str) {
         .find(|subject| named(subject));
     assert_eq!(throttling.subject.map(Subject::as_str), first);
 
-    // A limit worded as the gateway words it is parsed.
+    // A limit in the gateway's wording is parsed.
     let count: u64 = message.bytes().map(u64::from).sum();
     for (unit, length) in [
         ("second", 1),

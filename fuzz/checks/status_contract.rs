@@ -1,4 +1,4 @@
-//! The contract that every failed call keeps, whatever failed. Shared with the unit tests of `src/status`.
+//! The contract of every error status. Shared with the unit tests of `src/status`.
 
 use std::{collections::HashSet, mem};
 
@@ -6,8 +6,8 @@ use http::HeaderMap;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetail, ErrorDetails, StatusExt as _};
 
-/// Panics unless the status has a short clean message, all details that clients rely on, and fits into their header limits.
-/// Returns the details.
+/// Panics unless the status has a short clean message and all details that clients rely on, and fits into header limits. Returns the
+/// details.
 pub(crate) fn assert_complete(status: &Status) -> ErrorDetails {
     let message = status.message();
     assert!(!message.is_empty());

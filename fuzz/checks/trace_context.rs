@@ -1,5 +1,5 @@
-//! A caller's `traceparent` is accepted if and only if W3C Trace Context allows it, and the context written for upstream parses
-//! back unchanged.
+//! A caller's `traceparent` is accepted if and only if W3C Trace Context allows it, and the context written for upstream parses to
+//! the same context.
 //!
 //! The input's lines: two `traceparent` headers (an empty second one is left out), two of `tracestate`, one of `b3`.
 
@@ -81,8 +81,8 @@ fn traceparent(value: &[u8]) -> Option<(u128, u64, bool)> {
         hex(&value[36..52])?,
         hex(&value[53..55])?,
     );
-    let sound = dashes && ends && trace_id != 0 && span_id != 0;
-    sound.then_some((trace_id, u64::try_from(span_id).ok()?, flags % 2 == 1))
+    let valid = dashes && ends && trace_id != 0 && span_id != 0;
+    valid.then_some((trace_id, u64::try_from(span_id).ok()?, flags % 2 == 1))
 }
 
 fn hex(digits: &[u8]) -> Option<u128> {

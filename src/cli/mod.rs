@@ -1,12 +1,12 @@
-//! The command line: one subcommand with its options, which each room declares for itself.
+//! The command line: one subcommand with its options, which are declared in the modules that use them.
 //!
 //! ```text
-//! arguments -> variables merged in as arguments -> clap splits them into text -> each value is parsed by its option
-//!   -> typed options -> rules that span several options
+//! arguments -> insert variables as arguments -> split into flags and text (clap) -> parse each value
+//!   -> typed options -> check rules for several options
 //! ```
 //!
-//! clap alone stops at the first invalid value; here the problems of all values, files and combinations are collected and
-//! reported together. Problems of the command line itself, such as an unknown flag, are clap's, the first one only.
+//! clap stops at the first invalid value, so values are parsed one by one here: all problems with values, files and combinations are
+//! reported together. Syntax errors such as an unknown flag are reported by clap, only the first one.
 
 mod serve;
 #[cfg(test)]
@@ -30,12 +30,12 @@ pub use self::serve::Serve;
 use crate::{
     client,
     credentials::secret::visible,
-    options::{Environment, PREFIX, Validation, closest, variable_of},
+    options::{Environment, PREFIX, Validation, closest, variable_name},
     sandbox,
     telemetry::LogFormat,
 };
 
-/// What the program is asked to do.
+/// The subcommand to run, with its options.
 #[derive(Debug, Parser)]
 #[command(name = env!("CARGO_PKG_NAME"), version, arg_required_else_help = false)]
 #[command(about = "gRPC facade over the RDS call \"Obtaining Task Information\"")]
@@ -43,23 +43,23 @@ pub enum Command {
     /// Run the gRPC server
     #[command(after_help = serve::NOTES)]
     Serve(Box<Serve>),
-    /// Make one call as a client and print the reply as JSON
-    Call(client::Call),
-    /// Check the health of a server; exit code 0 when it is SERVING
-    Health(client::Health),
-    /// Run only the sandbox of RDS, IAM and the metadata service
+    /// Call a server once and print the reply as JSON
+    Call(client::CallOptions),
+    /// Check the health of a server; exit code 0 if it is SERVING
+    Health(client::HealthOptions),
+    /// Run only the sandbox: a fake of RDS, IAM and the metadata service
     Sandbox(sandbox::Options),
-    /// Print a text on standard output: `--help`, `--version`, `--print-config`.
+    /// Print this text: `--help`, `--version`, `--print-config`.
     #[command(skip)]
     Print(String),
 }
 
-/// The problems with the command line and the environment.
+/// An invalid command line or environment.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Invalid {
-    /// One sentence per problem, each of which begins with the flag or variable it is about. No secrets.
+    /// One sentence per problem, starting with the flag or variable. No secrets.
     pub problems: Vec<String>,
-    /// The form in which to print them.
+    /// The format in which to print them.
     pub log_format: LogFormat,
 }
 
@@ -74,7 +74,7 @@ pub fn parse_process() -> Result<Command, Invalid> {
     )
 }
 
-/// Parses the whole command line, the program's name included, and with `serve` the variables of its flags.
+/// Parses the command line, which starts with the program's name, and for `serve` the variables of its flags.
 ///
 /// # Errors
 /// [`Invalid`] with every problem.
@@ -99,14 +99,16 @@ pub fn parse(mut args: Vec<OsString>, environment: &Environment) -> Result<Comma
     }
 }
 
-/// Inserts `--flag=value` for every flag of `serve` that is not typed and has a variable, before the typed arguments. (With
-/// clap's own variables an empty one would not be unset.)
+/// Inserts `--flag=value` for every variable of `serve` whose flag is not typed. clap's own `env` would not treat an empty variable
+/// as unset.
 fn merge_variables(args: &mut Vec<OsString>, validation: &mut Validation<'_>) {
     let command = Command::command();
-    let serve = command.find_subcommand("serve").expect("it is declared");
+    let serve = command
+        .find_subcommand("serve")
+        .expect("the subcommand is declared");
     let mut known = vec![format!("{PREFIX}TOKEN")];
     for flag in serve.get_arguments().filter_map(Arg::get_long) {
-        known.push(variable_of(flag));
+        known.push(variable_name(flag));
         let typed = |arg: &OsString| {
             let arg = arg.to_string_lossy();
             arg.strip_prefix("--")
@@ -115,7 +117,7 @@ fn merge_variables(args: &mut Vec<OsString>, validation: &mut Validation<'_>) {
         if args.iter().skip(2).any(typed) {
             continue;
         }
-        if let Some(value) = validation.take_variable_of(flag) {
+        if let Some(value) = validation.take_flag_variable(flag) {
             args.insert(2, assignment(flag, value));
         }
     }
@@ -124,21 +126,20 @@ fn merge_variables(args: &mut Vec<OsString>, validation: &mut Validation<'_>) {
         let Some(rest) = name.strip_prefix(PREFIX) else {
             continue;
         };
-        if value.is_empty() || known.iter().any(|known| *known == name) || is_of_kubernetes(rest) {
+        if value.is_empty() || known.iter().any(|known| *known == name) || is_kubernetes_name(rest)
+        {
             continue;
         }
-        match closest(&name, known.iter().map(String::as_str)) {
-            Some(close) => validation.problem(
-                &name,
-                format!("is not a known variable; did you mean {close}?"),
-            ),
-            None => validation.problem(&name, "is not a known variable; see serve --help"),
-        }
+        let hint = match closest(&name, known.iter().map(String::as_str)) {
+            Some(close) => format!("did you mean {close}?"),
+            None => "see serve --help".to_owned(),
+        };
+        validation.problem(&name, format!("is not a known variable; {hint}"));
     }
 }
 
-/// Whether Kubernetes derives this name from a Service called `rds-task-facade`, for every pod of its namespace.
-fn is_of_kubernetes(rest: &str) -> bool {
+/// Whether Kubernetes derives this variable from a Service named `rds-task-facade`.
+fn is_kubernetes_name(rest: &str) -> bool {
     rest == "SERVICE_HOST"
         || rest == "PORT"
         || rest.starts_with("SERVICE_PORT")
@@ -151,7 +152,7 @@ fn assignment(flag: &str, value: &OsStr) -> OsString {
     argument
 }
 
-/// The form of the log, which is also that of problems, including a problem with another value of `--log-format`.
+/// The log format, read before validation because it is also the format of problems.
 fn log_format(args: &[OsString]) -> LogFormat {
     let serve = args.get(1).is_some_and(|subcommand| subcommand == "serve");
     let json = args.windows(2).any(|pair| {
@@ -163,23 +164,25 @@ fn log_format(args: &[OsString]) -> LogFormat {
     }
 }
 
-/// The declared command line, but without a required flag: `Option` of a struct makes clap's derive require its flags always
-/// and not only with each other, which [`accepted_arguments`] checks.
+/// The declared command line without required flags. For an `Option` of a struct, clap's derive always requires the flags; here
+/// [`accepted_arguments`] requires them only together.
 fn command_line(change: impl Fn(Arg) -> Arg) -> clap::Command {
     Command::command()
         .mut_subcommands(|subcommand| subcommand.mut_args(|arg| change(arg.required(false))))
 }
 
-/// The typed options, which count only if no problem was added.
+/// Parses the merged arguments. The result is only valid if no problem was added.
 fn parse_merged(
     args: &[OsString],
     validation: &mut Validation<'_>,
 ) -> Result<Command, clap::Error> {
     let as_text = command_line(|arg| arg.value_parser(value_parser!(OsString)));
     let split = as_text.try_get_matches_from(args)?;
-    let (name, matches) = split.subcommand().expect("clap demands a subcommand");
+    let (name, matches) = split.subcommand().expect("clap requires a subcommand");
     let declared = Command::command();
-    let subcommand = declared.find_subcommand(name).expect("it is declared");
+    let subcommand = declared
+        .find_subcommand(name)
+        .expect("the subcommand is declared");
     let accepted = accepted_arguments(subcommand, matches, validation);
     let start = [env!("CARGO_PKG_NAME"), name].map(OsString::from);
     let typed = command_line(|arg| arg).try_get_matches_from(start.into_iter().chain(accepted))?;
@@ -207,8 +210,8 @@ fn parse_merged(
     }
 }
 
-/// The given arguments without those that have a problem, which is added: an invalid value, or a group of flags, such as
-/// certificate and key, that is incomplete.
+/// The given arguments without the invalid ones, whose problems are added: invalid values, and incomplete groups of flags such as a
+/// certificate without its key.
 fn accepted_arguments(
     subcommand: &clap::Command,
     matches: &ArgMatches,
@@ -246,7 +249,7 @@ fn accepted_arguments(
             .map(|flag| format!("--{flag}"))
             .collect();
         if !missing.is_empty() {
-            validation.reject(first, format!("needs {} too", missing.join(" and ")));
+            validation.reject(first, format!("requires {}", missing.join(" and ")));
         }
         if validation.is_rejected(&flags) {
             accepted.retain(|flag, _| !flags.contains(flag));
@@ -256,7 +259,7 @@ fn accepted_arguments(
     accepted.into_values().flatten().collect()
 }
 
-/// Parses the value of one argument, with its own option as the whole command line.
+/// Parses the value of one argument, as a command line with only that option.
 fn parse_alone(arg: &Arg, argument: &OsStr) -> Result<(), String> {
     let alone = clap::Command::new("").no_binary_name(true).arg(arg.clone());
     match alone.try_get_matches_from([argument]) {
@@ -269,15 +272,14 @@ fn parse_alone(arg: &Arg, argument: &OsStr) -> Result<(), String> {
     }
 }
 
-/// clap's message without the usage. It holds no value: of an argument that belongs to no flag nothing is shown, since it
-/// may be a secret.
+/// clap's error message in one line, without the usage. A stray argument is not echoed, because it may be a secret.
 fn one_line(error: &clap::Error) -> String {
     let stray = match error.get(ContextKind::InvalidArg) {
         Some(ContextValue::String(text)) => !text.starts_with('-'),
         _ => false,
     };
     if error.kind() == ErrorKind::UnknownArgument && stray {
-        return "an argument belongs to no flag; see --help".to_owned();
+        return "unexpected argument without a flag; see --help".to_owned();
     }
     let text = error.render().to_string();
     let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());

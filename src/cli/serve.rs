@@ -1,4 +1,6 @@
-//! The options of `serve`: those of every room, and the list of effective values.
+//! The options of `serve`, composed of the options of its modules.
+
+use std::ffi::OsStr;
 
 use clap::ArgMatches;
 
@@ -14,7 +16,7 @@ use crate::{
 /// The text below the flags in `serve --help`.
 pub(super) const NOTES: &str = "\
 Every flag has a variable: RDS_TASK_FACADE_ and the flag in capitals, for example RDS_TASK_FACADE_MAX_IN_FLIGHT. The flag
-wins; an empty variable is unset. Durations are written 250ms, 10s, 5m, 1h; booleans true, false, 1, 0; lists with commas.
+wins; an empty variable is unset. Durations are written 250ms, 10s, 5m, 1h; booleans true, false, 1, 0; lists a,b,c.
 
 Other variables:
   RDS_TASK_FACADE_TOKEN            for --credentials token
@@ -22,8 +24,8 @@ Other variables:
                                    for --credentials env and chain
   HUAWEICLOUD_SDK_CREDENTIALS_FILE for --credentials profile and chain [default: ~/.huaweicloud/credentials]
   HUAWEICLOUD_SDK_IAM_ENDPOINT     for --credentials iam
-  RUST_LOG                         filter of the log [default: info]
-  OTEL_EXPORTER_OTLP_ENDPOINT      export of traces over http/protobuf; enables the other OTEL_* variables";
+  RUST_LOG                         log filter [default: info]
+  OTEL_EXPORTER_OTLP_ENDPOINT      collector for traces, http/protobuf; enables the other OTEL_* variables";
 
 /// The options of `serve`.
 #[derive(Debug, clap::Args)]
@@ -36,12 +38,12 @@ pub struct Serve {
     /// The listener for metrics and probes.
     #[command(flatten)]
     pub admin: admin::Options,
-    /// Where RDS is, and how it is called.
+    /// The endpoint of RDS, attempts and retries.
     #[command(flatten)]
     pub upstream: upstream::Options,
     #[command(flatten)]
     credentials: credentials::Options,
-    /// Who may call.
+    /// Access rules.
     #[command(flatten)]
     pub rpc: rpc::Options,
     /// The cache.
@@ -65,13 +67,13 @@ pub struct Serve {
     /// The credential source that `--credentials` and its flags describe.
     #[arg(skip)]
     pub source: Source,
-    /// Name and effective value of every option, secrets left out.
+    /// Name and effective value of every option, without secrets.
     #[arg(skip)]
     shown: Vec<(String, String)>,
 }
 
 impl Serve {
-    /// Checks the rules that span several options, and everything that depends on variables without a flag.
+    /// Checks rules for several options, and reads variables without a flag.
     pub(super) fn validate(
         &mut self,
         subcommand: &clap::Command,
@@ -95,58 +97,52 @@ impl Serve {
         self.shown = self.effective_values(subcommand, matches);
     }
 
-    /// A flag of a credential source that is not in use shows as such: its value is not checked, so it may be anything.
+    /// The effective configuration. Flags of unused credential sources show as `not in use`, because their values are not checked.
     fn effective_values(
         &self,
         subcommand: &clap::Command,
         matches: &ArgMatches,
     ) -> Vec<(String, String)> {
-        let mut other = vec![("credentials", self.source.name().to_owned())];
-        other.extend(self.source.shown());
+        // Names and values that are not the text of a flag.
+        let mut resolved = vec![("credentials", self.source.name().to_owned())];
+        resolved.extend(self.source.shown());
         if let Some(proxy) = &self.upstream.upstream_proxy {
-            other.push(("upstream-proxy", proxy.to_string()));
+            resolved.push(("upstream-proxy", proxy.to_string()));
         }
         let mut shown = Vec::new();
         for arg in subcommand.get_arguments() {
             let flag = arg.get_long().unwrap_or_default();
-            let value = if let Some(at) = other.iter().position(|(name, _)| *name == flag) {
-                other.remove(at).1
+            let value = if let Some(at) = resolved.iter().position(|(name, _)| *name == flag) {
+                resolved.remove(at).1
             } else if arg.get_help_heading() == Some(credentials::HEADING) {
                 "not in use".to_owned()
             } else {
-                let values = matches.get_raw(arg.get_id().as_str());
-                let values: Vec<_> = values
-                    .into_iter()
-                    .flatten()
-                    .map(|value| value.to_string_lossy())
-                    .collect();
+                let values = matches.get_raw(arg.get_id().as_str()).into_iter().flatten();
+                let values: Vec<_> = values.map(OsStr::to_string_lossy).collect();
                 values.join(",")
             };
             shown.push((flag.to_owned(), value));
         }
-        other.push(("RUST_LOG", self.telemetry.filter.clone()));
+        resolved.push(("RUST_LOG", self.telemetry.filter.clone()));
         if let Some(tracing) = &self.telemetry.tracing {
-            other.push(("traces", tracing.endpoint.clone()));
+            resolved.push(("traces", tracing.endpoint.clone()));
             if !tracing.headers.is_empty() {
-                other.push(("OTEL_EXPORTER_OTLP_HEADERS", "set".to_owned()));
+                resolved.push(("OTEL_EXPORTER_OTLP_HEADERS", "set".to_owned()));
             }
         }
-        shown.extend(
-            other
-                .into_iter()
-                .map(|(name, value)| (name.to_owned(), value)),
-        );
+        let resolved = resolved.into_iter();
+        shown.extend(resolved.map(|(name, value)| (name.to_owned(), value)));
         shown
     }
 
-    /// The effective configuration, one `name = value` per line; a secret shows as `set`.
+    /// The effective configuration, one `name = value` per line; secrets show as `set`.
     pub(super) fn printed(&self) -> String {
         let line = |(name, value): &(String, String)| format!("{name} = {value}\n");
         self.shown.iter().map(line).collect()
     }
 
-    /// The effective configuration in one line, for the log; a secret shows as `set`. One text rather than one field per
-    /// option: log indices hold few fields, and nobody searches for the value of a flag there.
+    /// The effective configuration as one log field; secrets show as `set`. Not one field per option, because log indices limit the
+    /// number of fields.
     pub fn summary(&self) -> String {
         let set = self.shown.iter().filter(|(_, value)| !value.is_empty());
         let options: Vec<String> = set
@@ -158,19 +154,15 @@ impl Serve {
         options.join(" ")
     }
 
-    /// The warning that is due if whoever reaches the port uses the facade's own cloud account.
+    /// A warning if every client that reaches the port can use the configured cloud account.
     pub fn exposure_warning(&self) -> Option<&'static str> {
-        let client_ca = self
-            .server
-            .tls
-            .as_ref()
-            .and_then(|tls| tls.client_ca.as_ref());
+        let tls = self.server.tls.as_ref();
         let exposed = !matches!(self.source, Source::Caller)
             && !self.server.listen.ip().is_loopback()
             && self.rpc.allow_project.is_empty()
-            && client_ca.is_none();
+            && tls.is_none_or(|tls| tls.client_ca.is_none());
         exposed.then_some(
-            "whoever reaches the gRPC port uses the configured cloud account: require client certificates with \
+            "every client that reaches the gRPC port can use the configured cloud account; require client certificates with \
              --tls-client-ca, or limit the projects with --allow-project",
         )
     }

@@ -1,6 +1,6 @@
-//! The subcommands `call` and `health`: the facade seen from a caller's side.
+//! The subcommands `call` and `health`: clients of a running server.
 
-mod failure;
+mod status;
 #[cfg(test)]
 mod tests;
 
@@ -33,75 +33,75 @@ use crate::{
     pb,
 };
 
-/// The server to call, and how.
+/// Address and TLS settings of the server to call.
 #[derive(Debug, Clone, clap::Args)]
 #[group(skip)]
 pub struct Server {
-    /// Server to call, http or https
+    /// URL of the server, http or https
     #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:50051", value_parser = url::base)]
     pub target: Url,
-    /// PEM file of the certificates trusted for an https target, in place of the system's
+    /// PEM file of certificates to trust for an https target instead of the system's
     #[arg(long, value_name = "FILE", value_parser = options::file)]
     pub ca: Option<PathBuf>,
-    /// The client's certificate; `None` for none.
+    /// The client certificate, if any.
     #[command(flatten)]
     pub pair: Option<Pair>,
 }
 
-/// A client certificate. The two files are set together.
+/// A client certificate. Both files must be set.
 #[derive(Debug, Clone, clap::Args)]
 #[group(id = "pair")]
 pub struct Pair {
-    /// PEM file of the client's certificate chain
+    /// PEM file of the client certificate chain
     #[arg(long, value_name = "FILE", value_parser = options::file)]
     pub cert: PathBuf,
-    /// PEM file of the client certificate's key
+    /// PEM file of the client certificate's private key
     #[arg(long, value_name = "FILE", value_parser = options::file)]
     pub key: PathBuf,
 }
 
 impl Server {
-    /// Checks the rules that span several options.
+    /// Checks rules for several options.
     pub fn validate(&self, validation: &mut Validation<'_>) {
         let tls = self.ca.is_some() || self.pair.is_some();
         if tls && self.target.scheme() != "https" && !validation.is_rejected(&["target"]) {
-            validation.problem("--ca, --cert, --key", "need an https --target");
+            validation.problem("--ca, --cert, --key", "require an https --target");
         }
     }
 }
 
-/// `call`: looks up one task.
+/// The options of `call`.
 #[derive(Debug, Clone, clap::Args)]
 #[group(skip)]
-pub struct Call {
-    /// The task; `None` for the example task of the vendor's page.
+pub struct CallOptions {
+    /// The task; `None` for the example task of the vendor's documentation.
     #[command(flatten)]
     pub task: Option<Task>,
     /// The server.
     #[command(flatten)]
     pub server: Server,
-    /// Deadline of connecting and of the call together
+    /// Time limit for connecting and the call together
     #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = options::duration)]
     pub timeout: Duration,
-    /// File with the token to send as x-auth-token; or the variable RDS_TASK_FACADE_TOKEN
+    /// File with the token to send as x-auth-token; default: the variable RDS_TASK_FACADE_TOKEN
     #[arg(long, value_name = "FILE", value_parser = options::file)]
     pub token_file: Option<PathBuf>,
-    /// The token itself, if there is no file.
+    /// The token from the variable, if `token_file` is not set.
     #[arg(skip)]
     pub token: Option<SecretString>,
 }
 
-/// The task to look up. The ids are set together.
+/// The task to look up. All ids must be set.
 #[derive(Debug, Clone, PartialEq, Eq, clap::Args)]
 #[group(id = "task")]
 pub struct Task {
-    /// Project that owns the instance; without any id flag the example task of the vendor's page is looked up
+    /// Project of the instance; without id flags the example task of the vendor's documentation is used
     #[arg(long, value_name = "ID")]
     pub project_id: String,
-    /// Database instance
+    /// Database instance of the task
     #[arg(long, value_name = "ID")]
     pub instance_id: String,
-    /// Task
+    /// Task to look up
     #[arg(long, value_name = "ID")]
     pub workflow_id: String,
     /// Name of the task
@@ -110,7 +110,7 @@ pub struct Task {
 }
 
 impl Task {
-    /// The task of the example in the RDS API reference, "Obtaining Task Information"; the sandbox knows it.
+    /// The example task of the RDS API reference, "Obtaining Task Information", which the sandbox also has.
     pub fn example() -> Self {
         Self {
             project_id: "0483b6b16e954cb88930a360d2c4e663".to_owned(),
@@ -121,17 +121,17 @@ impl Task {
     }
 }
 
-/// `health`: checks the health of a server or of one of its services.
+/// The options of `health`.
 #[derive(Debug, Clone, clap::Args)]
 #[group(skip)]
-pub struct Health {
+pub struct HealthOptions {
     /// The server.
     #[command(flatten)]
     pub server: Server,
-    /// Deadline of connecting and of the check together
+    /// Time limit for connecting and the check together
     #[arg(long, value_name = "DURATION", default_value = "3s", value_parser = options::duration)]
     pub timeout: Duration,
-    /// Full name of the service; by default the server as a whole
+    /// Full name of a service; default: the whole server
     #[arg(
         long,
         value_name = "NAME",
@@ -141,20 +141,36 @@ pub struct Health {
     pub service: String,
 }
 
-/// Why there is no answer.
+/// Why a call or check failed.
 #[derive(Debug)]
 enum Error {
-    /// A file given on the command line is of no use. The text names the flag.
+    /// A file of this flag is unusable.
     File(&'static str, String),
-    /// No connection.
+    /// The connection failed.
     Connect(Url, tonic::transport::Error),
-    /// No connection in time.
+    /// The connection was not established in time.
     ConnectTimeout(Url, Duration),
-    /// A connection, and nothing more. The text is the innermost cause: a server that refuses a client's certificate says
-    /// so only after the handshake, and the client may see no more of it than the end of the connection.
-    NoAnswer(Url, String),
-    /// The server says why.
+    /// The connection ended without a reply, with this root cause. A server that rejects a client certificate reports it after the
+    /// handshake, so the client may only see the connection close.
+    NoReply(Url, String),
+    /// The server replied with this status.
     Status(Box<Status>),
+}
+
+impl Error {
+    /// Converts a status. A status with a source was created by the client library, not received from the server.
+    fn from_status(status: Status, server: &Server, timeout: Duration) -> Self {
+        let Some(cause) = std::error::Error::source(&status) else {
+            return Self::Status(Box::new(status));
+        };
+        if error_chain::chain(cause).any(|error| error.is::<tonic::TimeoutExpired>()) {
+            // The library reports an exceeded deadline as CANCELLED.
+            let message = format!("no reply within {timeout:?}");
+            return Self::Status(Box::new(Status::new(Code::DeadlineExceeded, message)));
+        }
+        let cause = error_chain::root_cause(cause).to_string();
+        Self::NoReply(server.target.clone(), cause)
+    }
 }
 
 impl fmt::Display for Error {
@@ -171,35 +187,35 @@ impl fmt::Display for Error {
                 let target = without_slash(target);
                 write!(f, "cannot connect to {target} within {timeout:?}; {advice}")
             }
-            Self::NoAnswer(target, cause) => {
-                write!(f, "no answer from {}: {cause}", without_slash(target))?;
-                match target.scheme() == "https" {
-                    true => f.write_str(
-                        "; where the server demands a client certificate, check --cert and --key",
+            Self::NoReply(target, cause) => {
+                write!(f, "no reply from {}: {cause}", without_slash(target))?;
+                match target.scheme() {
+                    "https" => f.write_str(
+                        "; if the server requires a client certificate, check --cert and --key",
                     ),
-                    false => Ok(()),
+                    _ => Ok(()),
                 }
             }
-            Self::Status(status) => failure::describe(f, status),
+            Self::Status(status) => status::describe(f, status),
         }
     }
 }
 
-/// Makes the call and prints the reply as JSON on standard output, or the failure on standard error.
-pub async fn call(call: Call) -> ExitCode {
-    match ask_for_task(call).await {
+/// Makes the call and prints the reply as JSON on standard output, or the error on standard error.
+pub async fn call(options: CallOptions) -> ExitCode {
+    match get_task_detail(options).await {
         Ok(reply) => {
             let json = serde_json::to_string_pretty(&reply);
-            print(&json.expect("text and flags always make JSON"));
+            print(&json.expect("the reply serializes"));
             ExitCode::SUCCESS
         }
-        Err(error) => refuse(&error),
+        Err(error) => report(&error),
     }
 }
 
-/// Asks for the health and prints it on standard output. The exit code is zero only for `SERVING`.
-pub async fn health(health: Health) -> ExitCode {
-    match ask_for_health(health).await {
+/// Checks the health and prints it on standard output. The exit code is zero only for `SERVING`.
+pub async fn health(options: HealthOptions) -> ExitCode {
+    match check_health(options).await {
         Ok(ServingStatus::Serving) => {
             print("SERVING");
             ExitCode::SUCCESS
@@ -208,15 +224,15 @@ pub async fn health(health: Health) -> ExitCode {
             print(status.as_str_name());
             ExitCode::FAILURE
         }
-        Err(error) => refuse(&error),
+        Err(error) => report(&error),
     }
 }
 
-async fn ask_for_task(call: Call) -> Result<pb::GetTaskDetailResponse, Error> {
-    let token = token(&call)?;
-    let deadline = Deadline::after(call.timeout);
-    let channel = connect(&call.server, call.timeout, deadline).await?;
-    let task = call.task.unwrap_or_else(Task::example);
+async fn get_task_detail(options: CallOptions) -> Result<pb::GetTaskDetailResponse, Error> {
+    let token = token(&options)?;
+    let deadline = Deadline::after(options.timeout);
+    let channel = connect(&options.server, options.timeout, deadline).await?;
+    let task = options.task.unwrap_or_else(Task::example);
     let mut request = Request::new(pb::GetTaskDetailRequest {
         project_id: task.project_id,
         instance_id: task.instance_id,
@@ -228,44 +244,31 @@ async fn ask_for_task(call: Call) -> Result<pb::GetTaskDetailResponse, Error> {
         request.metadata_mut().insert("x-auth-token", token);
     }
     let mut client = pb::task_service_client::TaskServiceClient::new(channel);
-    let answer = client.get_task_detail(request).await;
-    answer
-        .map(tonic::Response::into_inner)
-        .map_err(|status| failed(status, &call.server.target, call.timeout))
+    match client.get_task_detail(request).await {
+        Ok(response) => Ok(response.into_inner()),
+        Err(status) => Err(Error::from_status(status, &options.server, options.timeout)),
+    }
 }
 
-async fn ask_for_health(health: Health) -> Result<ServingStatus, Error> {
-    let deadline = Deadline::after(health.timeout);
-    let channel = connect(&health.server, health.timeout, deadline).await?;
+async fn check_health(options: HealthOptions) -> Result<ServingStatus, Error> {
+    let deadline = Deadline::after(options.timeout);
+    let channel = connect(&options.server, options.timeout, deadline).await?;
     let mut request = Request::new(HealthCheckRequest {
-        service: health.service,
+        service: options.service,
     });
     request.set_timeout(deadline.remaining());
     match HealthClient::new(channel).check(request).await {
-        Ok(answer) => Ok(answer.into_inner().status()),
-        Err(status) => Err(failed(status, &health.server.target, health.timeout)),
+        Ok(response) => Ok(response.into_inner().status()),
+        Err(status) => Err(Error::from_status(status, &options.server, options.timeout)),
     }
-}
-
-/// What a status means that the client library made itself, in place of the server: those have a source.
-fn failed(status: Status, target: &Url, timeout: Duration) -> Error {
-    let Some(cause) = std::error::Error::source(&status) else {
-        return Error::Status(Box::new(status));
-    };
-    if error_chain::chain(cause).any(|error| error.is::<tonic::TimeoutExpired>()) {
-        // The library ends a call at its deadline as CANCELLED.
-        let message = format!("no answer within {timeout:?}");
-        return Error::Status(Box::new(Status::new(Code::DeadlineExceeded, message)));
-    }
-    Error::NoAnswer(target.clone(), error_chain::root_cause(cause).to_string())
 }
 
 async fn connect(server: &Server, timeout: Duration, deadline: Deadline) -> Result<Channel, Error> {
     let connect_error = |error| Error::Connect(server.target.clone(), error);
     let mut endpoint = Channel::from_shared(server.target.as_str().to_owned())
-        .expect("url::base checks that its URL is a URI")
+        .expect("url::base accepts only URLs that are URIs")
         .user_agent(concat!("rds-task-facade/", env!("CARGO_PKG_VERSION")))
-        .expect("name and version are a header value");
+        .expect("name and version are a valid header value");
     if server.target.scheme() == "https" {
         let mut tls = match &server.ca {
             Some(path) => {
@@ -288,9 +291,9 @@ fn pem(flag: &'static str, path: &PathBuf) -> Result<Vec<u8>, Error> {
     fs::read(path).map_err(|error| Error::File(flag, error.kind().to_string()))
 }
 
-/// The caller's token, if any, as the value of a header.
-fn token(call: &Call) -> Result<Option<MetadataValue<Ascii>>, Error> {
-    let text = match (&call.token_file, &call.token) {
+/// The token to send, if any, as a header value.
+fn token(options: &CallOptions) -> Result<Option<MetadataValue<Ascii>>, Error> {
+    let text = match (&options.token_file, &options.token) {
         (Some(path), _) => fs::read_to_string(path)
             .map(SecretString::from)
             .map_err(|error| Error::File("--token-file", error.kind().to_string()))?,
@@ -299,19 +302,19 @@ fn token(call: &Call) -> Result<Option<MetadataValue<Ascii>>, Error> {
     };
     let value: Result<MetadataValue<Ascii>, _> = text.expose_secret().trim_end().parse();
     let mut value = value.map_err(|_| {
-        let problem = "holds no token: a header cannot carry it";
+        let problem = "the token contains characters that a header cannot carry";
         Error::File("--token-file", problem.to_owned())
     })?;
     value.set_sensitive(true);
     Ok(Some(value))
 }
 
-/// Prints one line, and ignores a closed standard output.
+/// Prints one line; ignores errors such as a closed standard output.
 fn print(text: &str) {
     let _ = writeln!(io::stdout(), "{text}");
 }
 
-fn refuse(error: &Error) -> ExitCode {
+fn report(error: &Error) -> ExitCode {
     let _ = writeln!(io::stderr(), "rds-task-facade: {error}");
     ExitCode::FAILURE
 }

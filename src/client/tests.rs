@@ -1,4 +1,4 @@
-//! The client against a server of its own on loopback.
+//! The client against a test server on loopback.
 
 use std::{io::Write as _, net::SocketAddr, sync::Mutex};
 
@@ -8,19 +8,19 @@ use tonic::{Response, metadata::MetadataMap};
 use super::*;
 use crate::pb::task_service_server::{TaskService, TaskServiceServer};
 
-/// Reports what it is asked, and answers by the project's id.
-struct Stub(Mutex<mpsc::Sender<(MetadataMap, pb::GetTaskDetailRequest)>>);
+/// Records each request, and replies according to the project id.
+struct TestServer(Mutex<mpsc::Sender<(MetadataMap, pb::GetTaskDetailRequest)>>);
 
 #[tonic::async_trait]
-impl TaskService for Stub {
+impl TaskService for TestServer {
     async fn get_task_detail(
         &self,
         request: Request<pb::GetTaskDetailRequest>,
     ) -> Result<Response<pb::GetTaskDetailResponse>, Status> {
         let (metadata, _, message) = request.into_parts();
         let project = message.project_id.clone();
-        let asked = self.0.lock().unwrap().clone();
-        asked.send((metadata, message)).await.unwrap();
+        let requests = self.0.lock().unwrap().clone();
+        requests.send((metadata, message)).await.unwrap();
         match project.as_str() {
             "silent" => std::future::pending().await,
             "missing" => Err(Status::not_found("no such task")),
@@ -38,10 +38,10 @@ impl TaskService for Stub {
     }
 }
 
-type Asked = mpsc::Receiver<(MetadataMap, pb::GetTaskDetailRequest)>;
+type Received = mpsc::Receiver<(MetadataMap, pb::GetTaskDetailRequest)>;
 
-async fn serve() -> (SocketAddr, Asked) {
-    let (asked, asked_seen) = mpsc::channel(8);
+async fn serve() -> (SocketAddr, Received) {
+    let (requests, received) = mpsc::channel(8);
     let (health, health_service) = tonic_health::server::health_reporter();
     health
         .set_service_status("draining", tonic_health::ServingStatus::NotServing)
@@ -49,11 +49,11 @@ async fn serve() -> (SocketAddr, Asked) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let server = tonic::transport::Server::builder()
-        .add_service(TaskServiceServer::new(Stub(Mutex::new(asked))))
+        .add_service(TaskServiceServer::new(TestServer(Mutex::new(requests))))
         .add_service(health_service)
         .serve_with_incoming(tonic::transport::server::TcpIncoming::from(listener));
     tokio::spawn(server);
-    (address, asked_seen)
+    (address, received)
 }
 
 fn server(address: SocketAddr) -> Server {
@@ -64,8 +64,8 @@ fn server(address: SocketAddr) -> Server {
     }
 }
 
-fn call_for(project: &str, address: SocketAddr, timeout: Duration) -> Call {
-    Call {
+fn call_options(project: &str, address: SocketAddr, timeout: Duration) -> CallOptions {
+    CallOptions {
         server: server(address),
         task: Some(Task {
             project_id: project.to_owned(),
@@ -77,19 +77,19 @@ fn call_for(project: &str, address: SocketAddr, timeout: Duration) -> Call {
     }
 }
 
-const PATIENT: Duration = Duration::from_secs(10);
+const LONG_TIMEOUT: Duration = Duration::from_secs(10);
 
 #[tokio::test]
-async fn a_call_carries_ids_token_and_timeout() {
-    let (address, mut asked) = serve().await;
+async fn call_sends_ids_token_and_timeout() {
+    let (address, mut received) = serve().await;
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(b"from-a-file\n").unwrap();
-    let mut call = call_for("p", address, PATIENT);
-    call.token_file = Some(file.path().to_owned());
+    let mut options = call_options("p", address, LONG_TIMEOUT);
+    options.token_file = Some(file.path().to_owned());
 
-    ask_for_task(call).await.unwrap();
+    get_task_detail(options).await.unwrap();
 
-    let (metadata, message) = asked.recv().await.unwrap();
+    let (metadata, message) = received.recv().await.unwrap();
     assert_eq!(metadata.get("x-auth-token").unwrap(), "from-a-file");
     assert!(metadata.contains_key("grpc-timeout"));
     assert_eq!(message.project_id, "p");
@@ -102,7 +102,7 @@ async fn a_call_carries_ids_token_and_timeout() {
 }
 
 #[test]
-fn the_reply_is_json_with_proto_names_and_without_unset_fields() {
+fn reply_is_json_with_proto_names_and_without_unset_fields() {
     let text = |value: &str| Some(value.to_owned());
     let full = pb::GetTaskDetailResponse {
         instance_id: "1".to_owned(),
@@ -146,29 +146,29 @@ fn the_reply_is_json_with_proto_names_and_without_unset_fields() {
 }
 
 #[tokio::test]
-async fn failures_are_told_in_one_clear_first_line() {
-    let (address, _asked) = serve().await;
+async fn errors_start_with_one_clear_line() {
+    let (address, _received) = serve().await;
     let closed = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let closed_address = closed.local_addr().unwrap();
     drop(closed);
-    let brief = Duration::from_millis(50);
+    let short_timeout = Duration::from_millis(50);
     let cases = [
         (
             "missing",
             address,
-            PATIENT,
+            LONG_TIMEOUT,
             "NOT_FOUND: no such task".to_owned(),
         ),
         (
             "silent",
             address,
-            brief,
-            "DEADLINE_EXCEEDED: no answer within 50ms".to_owned(),
+            short_timeout,
+            "DEADLINE_EXCEEDED: no reply within 50ms".to_owned(),
         ),
         (
             "p",
             closed_address,
-            PATIENT,
+            LONG_TIMEOUT,
             format!(
                 "cannot connect to http://{closed_address}: Connection refused (os error 111); check --target, and that \
                  `rds-task-facade serve` runs there"
@@ -177,38 +177,38 @@ async fn failures_are_told_in_one_clear_first_line() {
     ];
 
     for (project, address, timeout, expected) in cases {
-        let call = call_for(project, address, timeout);
-        let error = ask_for_task(call).await.unwrap_err();
+        let options = call_options(project, address, timeout);
+        let error = get_task_detail(options).await.unwrap_err();
         assert_eq!(error.to_string(), expected, "{project}");
     }
 }
 
 #[tokio::test]
-async fn a_token_that_no_header_can_carry_is_refused_without_being_shown() {
+async fn token_that_a_header_cannot_carry_is_rejected_without_echo() {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(b"canary\r\nx-other: 1").unwrap();
-    let mut call = call_for("p", "127.0.0.1:1".parse().unwrap(), PATIENT);
-    call.token_file = Some(file.path().to_owned());
+    let mut options = call_options("p", "127.0.0.1:1".parse().unwrap(), LONG_TIMEOUT);
+    options.token_file = Some(file.path().to_owned());
 
-    let error = ask_for_task(call).await.unwrap_err().to_string();
+    let error = get_task_detail(options).await.unwrap_err().to_string();
 
     assert!(error.starts_with("--token-file: "), "{error}");
     assert!(!error.contains("canary"), "{error}");
 }
 
 #[tokio::test]
-async fn health_tells_serving_from_the_rest() {
-    let (address, _asked) = serve().await;
-    let ask = |service: &str| {
-        ask_for_health(Health {
+async fn health_distinguishes_serving_not_serving_and_unknown() {
+    let (address, _received) = serve().await;
+    let check = |service: &str| {
+        check_health(HealthOptions {
             server: server(address),
-            timeout: PATIENT,
+            timeout: LONG_TIMEOUT,
             service: service.to_owned(),
         })
     };
 
-    assert_eq!(ask("").await.unwrap(), ServingStatus::Serving);
-    assert_eq!(ask("draining").await.unwrap(), ServingStatus::NotServing);
-    let unknown = ask("unknown").await.unwrap_err().to_string();
+    assert_eq!(check("").await.unwrap(), ServingStatus::Serving);
+    assert_eq!(check("draining").await.unwrap(), ServingStatus::NotServing);
+    let unknown = check("unknown").await.unwrap_err().to_string();
     assert!(unknown.starts_with("NOT_FOUND: "), "{unknown}");
 }

@@ -1,7 +1,7 @@
-//! What the options of all rooms share: parsers for single values, and the [`Validation`] that collects the problems.
+//! Parsers for option values, and the [`Validation`] that collects all problems.
 //!
-//! A room declares its options once, as a struct with clap's derive. A field's `value_parser` gives the final type, so a
-//! validated struct is what the room works with. No parser echoes a text that may be a secret.
+//! Each module declares its options once, as a struct with clap's derive. A field's `value_parser` returns the final type, so the
+//! module uses the validated struct itself. No parser echoes a text that may be a secret.
 
 pub mod url;
 mod validation;
@@ -10,19 +10,19 @@ use std::{fs, net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{Args, Command};
 
-pub use self::validation::{Environment, PREFIX, Validation, variable_of};
+pub use self::validation::{Environment, PREFIX, Validation, variable_name};
 use crate::deadline::THIRTY_YEARS;
 
 /// The value, or the rest of an error sentence: lower case, no full stop, ends with the accepted form.
 pub type Parsed<T> = Result<T, String>;
 
-/// A room's options when nothing is set: the defaults of its declaration.
+/// The declared defaults of a module's options.
 ///
 /// # Panics
-/// When a default does not parse; a test parses the defaults of every room.
+/// When a default does not parse; a test parses every default.
 pub fn defaults<T: Args>() -> T {
     let command = T::augment_args(Command::new("")).no_binary_name(true);
-    // A flag that another one requires is declared as required.
+    // Flags that must be set together are declared as required.
     let command = command.mut_args(|arg| arg.required(false));
     let matches = command.try_get_matches_from([""; 0]);
     matches
@@ -30,21 +30,21 @@ pub fn defaults<T: Args>() -> T {
         .expect("defaults parse")
 }
 
-/// `250ms`, `10s`, `5m`, `1h`, longer than zero. More than 30 years count as 30 years.
+/// Parses a positive duration: `250ms`, `10s`, `5m`, `1h`. At most 30 years; a longer one counts as 30 years.
 ///
 /// # Errors
-/// The rest of the sentence.
+/// The rest of an error sentence.
 pub fn duration(text: &str) -> Parsed<Duration> {
     match duration_or_zero(text) {
-        Ok(Duration::ZERO) => Err("must be longer than zero".to_owned()),
+        Ok(Duration::ZERO) => Err(not(text, "longer than zero")),
         parsed => parsed,
     }
 }
 
-/// As [`duration`], with `0s` for none.
+/// As [`duration`], but also accepts `0s`.
 ///
 /// # Errors
-/// The rest of the sentence.
+/// The rest of an error sentence.
 pub fn duration_or_zero(text: &str) -> Parsed<Duration> {
     let unit_at = text
         .find(|c: char| !c.is_ascii_digit())
@@ -60,15 +60,15 @@ pub fn duration_or_zero(text: &str) -> Parsed<Duration> {
     if digits.is_empty() || unit_ms == 0 {
         return Err(not(text, "a duration; write it like 250ms, 10s, 5m or 1h"));
     }
-    // Only too many digits can fail here.
+    // Parsing can only fail with too many digits.
     let count = digits.parse().unwrap_or(u64::MAX);
     Ok(Duration::from_millis(unit_ms.saturating_mul(count)).min(THIRTY_YEARS))
 }
 
-/// `true`, `false`, `1` or `0`.
+/// Parses `true`, `false`, `1` or `0`.
 ///
 /// # Errors
-/// The rest of the sentence.
+/// The rest of an error sentence.
 pub fn boolean(text: &str) -> Parsed<bool> {
     match text {
         "true" | "1" => Ok(true),
@@ -77,10 +77,10 @@ pub fn boolean(text: &str) -> Parsed<bool> {
     }
 }
 
-/// A whole number from `MIN` to `MAX`.
+/// Parses a whole number from `MIN` to `MAX`.
 ///
 /// # Errors
-/// The rest of the sentence.
+/// The rest of an error sentence.
 pub fn number<const MIN: u32, const MAX: u32>(text: &str) -> Parsed<u32> {
     let digits = text.bytes().all(|b| b.is_ascii_digit());
     match text.parse() {
@@ -89,18 +89,18 @@ pub fn number<const MIN: u32, const MAX: u32>(text: &str) -> Parsed<u32> {
     }
 }
 
-/// A limit on things that take memory: a million is far beyond any use and still fits every counter.
+/// Parses a limit from 1 to a million: more than any use needs, and small enough for every counter.
 ///
 /// # Errors
-/// The rest of the sentence.
+/// The rest of an error sentence.
 pub fn limit(text: &str) -> Parsed<usize> {
     number::<1, 1_000_000>(text).map(|number| number as usize)
 }
 
-/// An IP address with a port.
+/// Parses an IP address with a port.
 ///
 /// # Errors
-/// The rest of the sentence.
+/// The rest of an error sentence.
 pub fn address(text: &str) -> Parsed<SocketAddr> {
     text.parse().map_err(|_| {
         not(
@@ -110,10 +110,10 @@ pub fn address(text: &str) -> Parsed<SocketAddr> {
     })
 }
 
-/// One of a closed list of words.
+/// Parses one of these words.
 ///
 /// # Errors
-/// The rest of the sentence.
+/// The rest of an error sentence.
 pub fn word<T: Copy>(text: &str, words: &[(&str, T)]) -> Parsed<T> {
     match words.iter().find(|(word, _)| *word == text) {
         Some((_, value)) => Ok(*value),
@@ -124,14 +124,14 @@ pub fn word<T: Copy>(text: &str, words: &[(&str, T)]) -> Parsed<T> {
     }
 }
 
-/// A file that can be opened now. The path is not echoed: a secret typed in place of its file's name must not be shown.
+/// The path of a readable file. The path is not echoed, because users mistakenly type the secret instead of its file.
 ///
 /// # Errors
-/// The rest of the sentence.
+/// The rest of an error sentence.
 pub fn file(text: &str) -> Parsed<PathBuf> {
     let path = PathBuf::from(text);
     let opened = fs::metadata(&path).and_then(|metadata| {
-        // A pipe (process substitution of a shell) must not be opened twice.
+        // Only regular files, because a pipe of a shell's process substitution can be opened only once.
         if metadata.is_file() {
             fs::File::open(&path).map(drop)?;
         }
@@ -139,21 +139,21 @@ pub fn file(text: &str) -> Parsed<PathBuf> {
     });
     match opened {
         Ok(false) => Ok(path),
-        Ok(true) => Err("is a folder; it must be the path of a file".to_owned()),
+        Ok(true) => Err("is a directory; it must be a file".to_owned()),
         Err(error) => Err(format!("the file cannot be read: {}", error.kind())),
     }
 }
 
-/// `"text" is not what`, without the text when it is long or holds characters that harmless values do not have.
+/// The sentence `"text" is not what`. A text that is long or has characters of a secret or a URL with a password is not echoed.
 pub fn not(text: &str, what: &str) -> String {
-    let harmless = |b: u8| b.is_ascii_alphanumeric() || b"-_.:/+".contains(&b);
+    let harmless = |b: u8| b.is_ascii_alphanumeric() || b"-_.:/+, ".contains(&b);
     if text.is_empty() || text.len() > 64 || !text.bytes().all(harmless) {
         return format!("is not {what}");
     }
     format!("\"{text}\" is not {what}")
 }
 
-/// The candidate that `word` is probably a typo of: at most two letters wrong, and at most a third of them.
+/// The candidate that `word` probably misspells: at most two edits, and at most a third of its letters.
 pub fn closest<'a>(word: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     candidates
         .map(|candidate| (strsim::osa_distance(word, candidate), candidate))
@@ -167,7 +167,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn durations_are_read_in_four_units_and_nothing_else() {
+    fn durations_have_one_of_four_units() {
         let cases = [
             ("250ms", Some(Duration::from_millis(250))),
             ("10s", Some(Duration::from_secs(10))),
@@ -196,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_outside_their_bounds_are_invalid() {
+    fn numbers_outside_the_bounds_are_invalid() {
         let cases = [
             ("1", Some(1)),
             ("10", Some(10)),
@@ -215,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn booleans_are_four_words() {
+    fn only_four_words_are_booleans() {
         let cases = [
             ("true", Some(true)),
             ("1", Some(true)),
@@ -232,18 +232,18 @@ mod tests {
     }
 
     #[test]
-    fn a_file_must_exist_and_be_no_folder() {
-        let file_there = tempfile::NamedTempFile::new().unwrap();
-        let folder = tempfile::tempdir().unwrap();
+    fn directories_and_missing_files_are_rejected_without_echo() {
+        let existing = tempfile::NamedTempFile::new().unwrap();
+        let directory = tempfile::tempdir().unwrap();
 
-        assert!(file(file_there.path().to_str().unwrap()).is_ok());
-        assert!(file(folder.path().to_str().unwrap()).is_err());
+        assert!(file(existing.path().to_str().unwrap()).is_ok());
+        assert!(file(directory.path().to_str().unwrap()).is_err());
         let problem = file("/nowhere/MIIsecret").unwrap_err();
         assert!(!problem.contains("MIIsecret"), "{problem}");
     }
 
     #[test]
-    fn only_a_close_word_is_suggested() {
+    fn only_close_words_are_suggested() {
         let words = ["timeout", "max-attempts", "region"];
         let cases = [
             ("timout", Some("timeout")),

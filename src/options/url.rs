@@ -1,5 +1,4 @@
-//! URLs in options: scheme, host and port only. No sentence here echoes a URL with a user in it, since that carries a
-//! password.
+//! URLs in options: scheme, host and port only. Errors never echo a URL with a user, which can include a password.
 
 use std::{fmt, net::IpAddr};
 
@@ -7,10 +6,10 @@ use reqwest::Url;
 
 use super::{Parsed, not};
 
-/// `http://host[:port]` or `https://host[:port]`: no user, path, query or fragment.
+/// Parses `http://host[:port]` or `https://host[:port]`, without user, path, query or fragment.
 ///
 /// # Errors
-/// The rest of the sentence.
+/// The rest of an error sentence.
 pub fn base(text: &str) -> Parsed<Url> {
     split(text)
         .filter(|(_, authority)| !authority.contains('@'))
@@ -23,26 +22,26 @@ pub fn base(text: &str) -> Parsed<Url> {
         })
 }
 
-/// The base URL without the slash that [`Url`] adds.
+/// The base URL without the final slash that [`Url`] adds.
 pub fn without_slash(base: &Url) -> &str {
     base.as_str().trim_end_matches('/')
 }
 
-/// Credentials must not travel in plain text beyond loopback, unless that is allowed.
+/// Rejects plain HTTP to hosts other than loopback unless it is allowed, because it exposes credentials.
 ///
 /// # Errors
-/// The rest of the sentence.
+/// The rest of an error sentence.
 pub fn check_plain_http(base: &Url, allowed: bool) -> Parsed<()> {
     if base.scheme() == "https" || allowed || is_loopback(base) {
         return Ok(());
     }
     Err(
-        "plain http is for loopback only; use https, or allow it with --allow-insecure-upstream"
+        "plain http is allowed for loopback only; use https, or set --allow-insecure-upstream"
             .to_owned(),
     )
 }
 
-/// A forward proxy. [`fmt::Display`] and [`fmt::Debug`] leave user and password out.
+/// A forward proxy. [`fmt::Display`] and [`fmt::Debug`] omit user and password.
 #[derive(Clone)]
 pub struct Proxy(Url);
 
@@ -50,13 +49,13 @@ impl Proxy {
     /// Parses `http://[user:password@]host:port`, user and password percent-encoded.
     ///
     /// # Errors
-    /// The rest of the sentence.
+    /// The rest of an error sentence.
     pub fn parse(text: &str) -> Parsed<Self> {
         split(text)
             .filter(|(scheme, authority)| {
                 let (_, host) = authority.split_once('@').unwrap_or(("", authority));
                 let port = host.rsplit_once(':').map(|(_, port)| port.parse::<u16>());
-                // A password with an unencoded '@' is ambiguous: parsers disagree on where it ends.
+                // An unencoded '@' in the password is ambiguous: parsers disagree on where the password ends.
                 scheme.eq_ignore_ascii_case("http")
                     && !host.contains('@')
                     && matches!(port, Some(Ok(_)))
@@ -90,8 +89,8 @@ impl fmt::Debug for Proxy {
     }
 }
 
-/// Scheme and authority, if nothing but a slash follows them. [`Url`] alone is lenient: it drops tabs and line breaks, and
-/// takes backslashes for slashes.
+/// Splits a URL into scheme and authority; `None` if more than a slash follows. Needed because [`Url`] drops tabs and line breaks and
+/// accepts backslashes as slashes.
 fn split(text: &str) -> Option<(&str, &str)> {
     let (scheme, rest) = text.split_once("://")?;
     let authority = rest.strip_suffix('/').unwrap_or(rest);
@@ -101,7 +100,7 @@ fn split(text: &str) -> Option<(&str, &str)> {
     bare.then_some((scheme, authority))
 }
 
-/// A URL that both libraries accept: reqwest's, which makes requests of it, and `http`, whose `Uri` they become.
+/// Parses a URL that both reqwest and `http::Uri` accept, because reqwest converts each URL to a `Uri`.
 fn parse(text: &str) -> Option<Url> {
     let url = Url::parse(text).ok()?;
     let usable = matches!(url.scheme(), "http" | "https")
@@ -124,7 +123,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn base_urls_hold_scheme_host_and_port_only() {
+    fn base_urls_have_scheme_host_and_port_only() {
         let cases = [
             ("https://rds.example.com", true),
             ("https://rds.example.com/", true),
@@ -164,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn hosts_that_only_one_url_library_accepts_are_problems_and_not_panics() {
+    fn hosts_that_only_one_url_library_accepts_are_rejected() {
         let hosts = [
             "10.0.0.256",
             "1.2.3.4.5",
@@ -189,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn plain_http_is_for_loopback_unless_allowed() {
+    fn plain_http_beyond_loopback_must_be_allowed() {
         let cases = [
             ("https://rds.example.com", true),
             ("http://127.0.0.1:8080", true),
@@ -210,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn proxy_keeps_its_password_to_itself() {
+    fn proxy_password_is_not_displayed() {
         let proxy = Proxy::parse("http://ann:hunter2@proxy.example.com:3128").unwrap();
 
         assert_eq!(
@@ -224,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn malformed_proxies_are_rejected_without_being_echoed() {
+    fn malformed_proxies_are_rejected_without_echo() {
         let cases = [
             "http://ann:hunter2@proxy.example.com",
             "https://ann:hunter2@proxy.example.com:3128",

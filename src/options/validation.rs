@@ -1,4 +1,4 @@
-//! The variables of the environment, and the problems with them and with the options.
+//! Reads environment variables, and collects problems with variables and options.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -6,13 +6,13 @@ use std::{
     fmt,
 };
 
-/// What the variable of every flag of `serve` begins with.
+/// The prefix of the variables of `serve`'s flags.
 pub const PREFIX: &str = "RDS_TASK_FACADE_";
 
-/// The environment, passed in so that tests can replace it.
+/// Environment variables, passed in so that tests can replace them.
 pub type Environment = BTreeMap<OsString, OsString>;
 
-/// The variables of the environment, and every problem found so far.
+/// The environment, and the problems found so far.
 #[derive(Debug)]
 pub struct Validation<'a> {
     environment: &'a Environment,
@@ -37,19 +37,19 @@ impl<'a> Validation<'a> {
         self.environment
     }
 
-    /// A variable of the environment as it is; empty counts as unset.
+    /// The value of a variable; an empty variable is unset.
     pub fn raw_variable(&self, name: &str) -> Option<&'a OsStr> {
         let value = self.environment.get(OsStr::new(name))?;
         (!value.is_empty()).then_some(value)
     }
 
-    /// A variable of the environment as text; empty counts as unset.
+    /// The value of a variable as text. Adds a problem if it is not UTF-8.
     pub fn variable(&mut self, name: &str) -> Option<String> {
         let text = self.raw_variable(name)?.to_str().map(str::to_owned);
         self.accept(name, text.ok_or("is not UTF-8"))
     }
 
-    /// A variable, parsed.
+    /// The parsed value of a variable. Adds a problem if it is invalid.
     pub fn parsed_variable<T, E: fmt::Display>(
         &mut self,
         name: &str,
@@ -59,22 +59,22 @@ impl<'a> Validation<'a> {
         self.accept(name, parse(&text))
     }
 
-    /// The variable of a flag, which is written without dashes in front. Its value is the flag's from now on.
-    pub fn take_variable_of(&mut self, flag: &str) -> Option<&'a OsStr> {
-        let value = self.raw_variable(&variable_of(flag))?;
+    /// The value of a flag's variable, which then sets the flag. `flag` has no leading dashes.
+    pub fn take_flag_variable(&mut self, flag: &str) -> Option<&'a OsStr> {
+        let value = self.raw_variable(&variable_name(flag))?;
         self.from_variables.insert(flag.to_owned());
         Some(value)
     }
 
-    /// The name to use in problems with a flag: that of its variable if the value came from there.
+    /// The name of a flag in problems: its variable if that set the value, else `--flag`.
     pub fn name_of(&self, flag: &str) -> String {
         match self.from_variables.contains(flag) {
-            true => variable_of(flag),
+            true => variable_name(flag),
             false => format!("--{flag}"),
         }
     }
 
-    /// Adds a problem, once. `subject` is the flag, variable or file that it is about.
+    /// Adds a problem, unless it was added before. `subject` is the flag, variable or file with the problem.
     pub fn problem(&mut self, subject: &str, sentence: impl fmt::Display) {
         let problem = format!("{subject}: {sentence}");
         if !self.problems.contains(&problem) {
@@ -82,29 +82,29 @@ impl<'a> Validation<'a> {
         }
     }
 
-    /// Adds a problem with the value of a flag. Rules that span several flags skip it, see [`Self::is_rejected`].
+    /// Adds a problem with the value of a flag. Rules for several flags then skip it, see [`Self::is_rejected`].
     pub fn reject(&mut self, flag: &str, sentence: impl fmt::Display) {
         self.problem(&self.name_of(flag), sentence);
         self.rejected.insert(flag.to_owned());
     }
 
-    /// Whether the value of one of these flags has a problem already.
+    /// Whether one of these flags has an invalid value.
     pub fn is_rejected(&self, flags: &[&str]) -> bool {
         flags.iter().any(|flag| self.rejected.contains(*flag))
     }
 
-    /// The value; or its problem is added.
+    /// The value, or `None` after adding its problem.
     pub fn accept<T>(&mut self, subject: &str, parsed: Result<T, impl fmt::Display>) -> Option<T> {
         parsed.map_err(|error| self.problem(subject, error)).ok()
     }
 
-    /// All problems.
+    /// All problems, in the order in which they were found.
     pub fn into_problems(self) -> Vec<String> {
         self.problems
     }
 }
 
-/// The variable that sets the same option as a flag.
-pub fn variable_of(flag: &str) -> String {
+/// The name of a flag's variable.
+pub fn variable_name(flag: &str) -> String {
     PREFIX.to_owned() + &flag.replace('-', "_").to_ascii_uppercase()
 }

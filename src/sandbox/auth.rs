@@ -1,4 +1,4 @@
-//! Checks the credential of a request like the gateway: a known token, or a signature that it computes itself.
+//! Authenticates requests like the gateway: by a known token, or by a signature that it recomputes.
 
 use bytes::Bytes;
 use http::{HeaderMap, Request, StatusCode, header};
@@ -6,9 +6,9 @@ use jiff::{SignedDuration, Timestamp, civil, tz::TimeZone};
 
 use super::{
     TOKEN,
-    response::Rejection,
+    response::ErrorReply,
     signature,
-    state::{Key, State},
+    state::{SigningKey, State},
 };
 
 /// Largest difference between `X-Sdk-Date` and the gateway's clock (API request signing guide).
@@ -18,67 +18,70 @@ const WINDOW: SignedDuration = SignedDuration::from_mins(15);
 const BAD_SIGNATURES_TO_LOCK: u32 = 5;
 const LOCK: SignedDuration = SignedDuration::from_mins(5);
 
-/// Checks the credential of a request.
-pub(super) fn authenticate(request: &Request<Bytes>, state: &mut State) -> Result<(), Rejection> {
+/// Checks the token or signature of a request.
+pub(super) fn authenticate(request: &Request<Bytes>, state: &mut State) -> Result<(), ErrorReply> {
     let headers = request.headers();
     match (
         headers.contains_key("x-auth-token"),
         headers.contains_key(header::AUTHORIZATION),
     ) {
-        (true, true) => Err(rejection("both x-auth-token and authorization are present")),
-        (false, false) => Err(rejection("x-auth-token not found")),
+        (true, true) => Err(unauthorized(
+            "both x-auth-token and authorization are present",
+        )),
+        (false, false) => Err(unauthorized("x-auth-token not found")),
         (true, false) => check_token(headers, state),
         (false, true) => check_signature(request, state),
     }
 }
 
-fn check_token(headers: &HeaderMap, state: &State) -> Result<(), Rejection> {
-    let value = single(headers, "x-auth-token").ok_or_else(|| rejection("decrypt token fail"))?;
+fn check_token(headers: &HeaderMap, state: &State) -> Result<(), ErrorReply> {
+    let value =
+        single(headers, "x-auth-token").ok_or_else(|| unauthorized("decrypt token fail"))?;
     if value == TOKEN {
         return Ok(());
     }
     let token = state.tokens.iter().find(|token| token.value == value);
-    let token = token.ok_or_else(|| rejection("decrypt token fail"))?;
+    let token = token.ok_or_else(|| unauthorized("decrypt token fail"))?;
     if token.revoked || token.expires_at <= state.now() {
-        return Err(Rejection {
+        return Err(ErrorReply {
             status: StatusCode::UNAUTHORIZED,
             code: "APIGW.0307",
             message: "The token must be updated.".to_owned(),
         });
     }
     if !token.has_project {
-        return Err(rejection("the token is not scoped to a project"));
+        return Err(unauthorized("the token is not scoped to a project"));
     }
     Ok(())
 }
 
-fn check_signature(request: &Request<Bytes>, state: &mut State) -> Result<(), Rejection> {
+fn check_signature(request: &Request<Bytes>, state: &mut State) -> Result<(), ErrorReply> {
     let headers = request.headers();
     let now = state.now();
     let authorization = single(headers, "authorization").and_then(Authorization::parse);
     let authorization =
-        authorization.ok_or_else(|| rejection("authorization is not properly formatted"))?;
+        authorization.ok_or_else(|| unauthorized("authorization is not properly formatted"))?;
     let access = authorization.access;
     let key = state.keys.iter_mut().find(|key| key.access == access);
     let key = key.ok_or_else(|| {
-        rejection(&format!(
+        unauthorized(&format!(
             "Get secretKey failed,ak:{access},err:ak not exist"
         ))
     })?;
     if key.locked_until.is_some_and(|until| now < until) {
-        return Err(rejection("AK access failed to reach the limit"));
+        return Err(unauthorized("AK access failed to reach the limit"));
     }
     if key.expires_at.is_some_and(|end| end <= now) {
-        return Err(rejection("the security token has expired"));
+        return Err(unauthorized("the security token has expired"));
     }
     if !is_security_token_valid(headers, key) {
-        return Err(rejection("the security token does not belong to the ak"));
+        return Err(unauthorized("the security token does not belong to the ak"));
     }
 
-    let date = single(headers, "x-sdk-date").ok_or_else(|| rejection("x-sdk-date not found"))?;
-    let signed_at = parse_date(date).ok_or_else(|| rejection("x-sdk-date is malformed"))?;
+    let date = single(headers, "x-sdk-date").ok_or_else(|| unauthorized("x-sdk-date not found"))?;
+    let signed_at = parse_date(date).ok_or_else(|| unauthorized("x-sdk-date is malformed"))?;
     if now.duration_since(signed_at).abs() > WINDOW {
-        return Err(rejection(&format!(
+        return Err(unauthorized(&format!(
             "signature expired, signature time:{date},server time:{}",
             now.strftime("%Y%m%dT%H%M%SZ")
         )));
@@ -89,7 +92,7 @@ fn check_signature(request: &Request<Bytes>, state: &mut State) -> Result<(), Re
             .split(';')
             .any(|signed| signed == name)
         {
-            return Err(rejection(&format!(
+            return Err(unauthorized(&format!(
                 "{name} is not among the signed headers"
             )));
         }
@@ -109,15 +112,15 @@ fn check_signature(request: &Request<Bytes>, state: &mut State) -> Result<(), Re
         key.locked_until = Some(now + LOCK);
     }
     state.counts.bad_signatures += 1;
-    // Like the gateway, which includes the canonical request with its signed headers, and | for line feeds.
+    // Like the gateway, include the canonical request, with | for line feeds.
     let canonical = String::from_utf8_lossy(&canonical.unwrap_or_default()).replace('\n', "|");
-    Err(rejection(&format!(
+    Err(unauthorized(&format!(
         "verify aksk signature fail, canonicalRequest:{canonical}"
     )))
 }
 
-/// A temporary key requires its security token; for the documented key it is optional.
-fn is_security_token_valid(headers: &HeaderMap, key: &Key) -> bool {
+/// The security token is required for temporary keys, optional for the documented key.
+fn is_security_token_valid(headers: &HeaderMap, key: &SigningKey) -> bool {
     match single(headers, "x-security-token") {
         Some(token) => token == key.security_token,
         None => !key.security_token_required && !headers.contains_key("x-security-token"),
@@ -161,8 +164,8 @@ fn single<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
     value.to_str().ok()
 }
 
-fn rejection(reason: &str) -> Rejection {
-    Rejection {
+fn unauthorized(reason: &str) -> ErrorReply {
+    ErrorReply {
         status: StatusCode::UNAUTHORIZED,
         code: "APIGW.0301",
         message: format!("Incorrect IAM authentication information: {reason}"),

@@ -1,4 +1,4 @@
-//! The sandbox's own paths under `/sandbox/`, with which tests inspect it and make it fail. The vendor has no such paths.
+//! Paths under `/sandbox/` that inspect the sandbox and inject errors. The vendor has no such paths.
 
 use std::time::Duration;
 
@@ -9,10 +9,10 @@ use serde_json::{Value, json};
 
 use super::{
     response::{self, Response},
-    state::{InjectedFailure, State},
+    state::{InjectedError, State},
 };
 
-/// Largest number of seconds, positive or negative: 150 years, which keeps the clock within its range.
+/// Largest number of seconds, positive or negative: 150 years, within the range of the clock.
 const MAX_SECONDS: i64 = 150 * 365 * 24 * 60 * 60;
 
 /// Largest number of milliseconds.
@@ -23,21 +23,20 @@ pub(super) fn respond(request: &Request<Bytes>, state: &mut State) -> Option<Res
     let uri = request.uri();
     let name = uri.path().strip_prefix("/sandbox/")?;
     let valid = match (request.method(), name) {
-        (&Method::GET, "counts") => return Some(ok(counts(state))),
+        (&Method::GET, "counts") => return Some(ok(json!(state.counts))),
         (&Method::GET, "requests") => return Some(ok(requests(state))),
         (&Method::POST, "revoke-tokens") => {
-            state
-                .tokens
-                .iter_mut()
-                .for_each(|token| token.revoked = true);
+            for token in &mut state.tokens {
+                token.revoked = true;
+            }
             true
         }
         (&Method::POST, "clock") => set(&mut state.clock_offset, seconds(uri, "offset-seconds")),
         (&Method::POST, "token-life") => set(&mut state.token_life, seconds(uri, "seconds")),
         (&Method::POST, "key-life") => set(&mut state.key_life, seconds(uri, "seconds")),
         (&Method::POST, "hardened") => set(&mut state.hardened, number(uri, "on")),
-        (&Method::POST, "fail-iam") => set(&mut state.iam_failure, failure(uri)),
-        (&Method::POST, "fail-metadata") => set(&mut state.metadata_failure, failure(uri)),
+        (&Method::POST, "fail-iam") => set(&mut state.iam_error, injected_error(uri)),
+        (&Method::POST, "fail-metadata") => set(&mut state.metadata_error, injected_error(uri)),
         (&Method::POST, "slow-credentials") => {
             let delay = number(uri, "ms").filter(|delay| *delay <= MAX_MILLISECONDS);
             set(
@@ -48,14 +47,14 @@ pub(super) fn respond(request: &Request<Bytes>, state: &mut State) -> Option<Res
         _ => return None,
     };
     if !valid {
-        let error = "a parameter is missing or out of range, see docs/sandbox.md";
+        let error = "a parameter is missing or invalid; see docs/sandbox.md";
         let body = json!({"error": error}).to_string();
         return Some(response::json(StatusCode::BAD_REQUEST, body));
     }
     Some(ok(json!({})))
 }
 
-/// Changes a setting, if the value is valid, and returns whether it was.
+/// Changes a setting if the value is valid. Returns whether it was.
 fn set<T>(setting: &mut T, value: Option<T>) -> bool {
     let valid = value.is_some();
     if let Some(value) = value {
@@ -83,9 +82,9 @@ fn seconds(uri: &Uri, name: &str) -> Option<SignedDuration> {
         .then(|| SignedDuration::from_secs(seconds))
 }
 
-fn failure(uri: &Uri) -> Option<InjectedFailure> {
+fn injected_error(uri: &Uri) -> Option<InjectedError> {
     let status = number(uri, "status").filter(|status| (400..=599).contains(status))?;
-    Some(InjectedFailure {
+    Some(InjectedError {
         status: StatusCode::from_u16(status).ok()?,
         times: number(uri, "times")?,
     })
@@ -95,32 +94,19 @@ fn ok(body: Value) -> Response {
     response::json(StatusCode::OK, body.to_string())
 }
 
-fn counts(state: &State) -> Value {
-    let counts = state.counts;
-    json!({
-        "connections": counts.connections,
-        "task_requests": counts.task_requests,
-        "task_requests_in_flight": counts.task_requests_in_flight,
-        "token_requests": counts.token_requests,
-        "key_requests": counts.key_requests,
-        "metadata_token_requests": counts.metadata_token_requests,
-        "bad_signatures": counts.bad_signatures,
-    })
-}
-
-/// The last task requests, newest first. Credentials included, because tests check them.
+/// The last task requests, newest first, with credentials, because tests check them.
 fn requests(state: &State) -> Value {
     let requests = state.requests.iter().map(|request| {
         let headers: Vec<_> = request
-            .headers
+            .headers()
             .iter()
             .map(|(name, value)| json!([name.as_str(), String::from_utf8_lossy(value.as_bytes())]))
             .collect();
         json!({
-            "method": request.method.as_str(),
-            "path": request.uri.to_string(),
+            "method": request.method().as_str(),
+            "path": request.uri().to_string(),
             "headers": headers,
-            "body": String::from_utf8_lossy(&request.body),
+            "body": String::from_utf8_lossy(request.body()),
         })
     });
     requests.collect()

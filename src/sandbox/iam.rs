@@ -1,4 +1,4 @@
-//! IAM's token issue: IAM API reference, "Obtaining a User Token Through Password Authentication".
+//! Issues IAM tokens: IAM API reference, "Obtaining a User Token Through Password Authentication".
 
 use bytes::Bytes;
 use http::{HeaderValue, Request, StatusCode};
@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::{
     DOMAIN, EXAMPLE_PROJECT_ID, PASSWORD, USER, control,
     response::{self, Response, keystone_error},
-    state::{State, Token, remember},
+    state::{IssuedToken, State, remember},
 };
 
 /// Real tokens are several KB of base64.
@@ -17,16 +17,19 @@ const TOKEN_LENGTH: usize = 4096;
 /// Responds to `POST /v3/auth/tokens`.
 pub(super) fn issue_token(request: &Request<Bytes>, state: &mut State) -> Response {
     state.counts.token_requests += 1;
-    if let Some(status) = state.iam_failure.take() {
-        return failure(status);
+    if let Some(status) = state.iam_error.take() {
+        return injected_error(status);
     }
-    let Some(asked) = Asked::read(request.body()) else {
+    let Some(token_request) = TokenRequest::parse(request.body()) else {
         return keystone_error(
             StatusCode::BAD_REQUEST,
             "The request body is invalid: password authentication of user, password and domain is expected.",
         );
     };
-    if asked.user != USER || asked.password != PASSWORD || asked.domain != DOMAIN {
+    let known = token_request.user == USER
+        && token_request.password == PASSWORD
+        && token_request.domain == DOMAIN;
+    if !known {
         return keystone_error(
             StatusCode::UNAUTHORIZED,
             "The username or password is wrong.",
@@ -37,19 +40,19 @@ pub(super) fn issue_token(request: &Request<Bytes>, state: &mut State) -> Respon
     let expires_at = issued_at + state.token_life;
     let token = format!("MII{}", random_text(TOKEN_LENGTH - 3));
     let with_catalog = control::parameter(request.uri(), "nocatalog").is_none_or(str::is_empty);
-    let body = description(&asked, issued_at, expires_at, with_catalog);
+    let body = response_body(&token_request, issued_at, expires_at, with_catalog);
     let mut response = response::json(StatusCode::CREATED, body.to_string());
     response.headers_mut().insert(
         "x-subject-token",
-        HeaderValue::from_str(&token).expect("letters and digits are a header value"),
+        HeaderValue::from_str(&token).expect("letters and digits are a valid header value"),
     );
     remember(
         &mut state.tokens,
         0,
-        Token {
+        IssuedToken {
             value: token,
             expires_at,
-            has_project: asked.project.is_some(),
+            has_project: token_request.project.is_some(),
             revoked: false,
         },
     );
@@ -57,7 +60,7 @@ pub(super) fn issue_token(request: &Request<Bytes>, state: &mut State) -> Respon
 }
 
 /// A request for a token.
-struct Asked {
+struct TokenRequest {
     user: String,
     password: String,
     domain: String,
@@ -69,9 +72,9 @@ struct Project {
     name: String,
 }
 
-impl Asked {
-    /// `None` if the body does not have the documented form.
-    fn read(body: &[u8]) -> Option<Self> {
+impl TokenRequest {
+    /// `None` if the body does not have the documented format.
+    fn parse(body: &[u8]) -> Option<Self> {
         let body: Value = serde_json::from_slice(body).ok()?;
         let identity = body.pointer("/auth/identity")?;
         if identity.pointer("/methods")?.as_array()?.as_slice() != [Value::from("password")] {
@@ -79,7 +82,7 @@ impl Asked {
         }
         let user = identity.pointer("/password/user")?;
         let project = match body.pointer("/auth/scope/project") {
-            Some(project) => Some(Project::read(project)?),
+            Some(project) => Some(Project::parse(project)?),
             None => None,
         };
         Some(Self {
@@ -92,7 +95,7 @@ impl Asked {
 }
 
 impl Project {
-    fn read(project: &Value) -> Option<Self> {
+    fn parse(project: &Value) -> Option<Self> {
         let (id, name) = (text(project, "/id"), text(project, "/name"));
         if id.is_none() && name.is_none() {
             return None;
@@ -109,14 +112,14 @@ fn text(value: &Value, pointer: &str) -> Option<String> {
     (!text.is_empty()).then(|| text.to_owned())
 }
 
-/// The body of the response with a new token.
-fn description(
-    asked: &Asked,
+/// The body of a successful response.
+fn response_body(
+    request: &TokenRequest,
     issued_at: Timestamp,
     expires_at: Timestamp,
     with_catalog: bool,
 ) -> Value {
-    let domain = json!({"id": "d78cbac186b744899480f25bd022f468", "name": asked.domain});
+    let domain = json!({"id": "d78cbac186b744899480f25bd022f468", "name": request.domain});
     let catalog = match with_catalog {
         true => {
             json!([{"id": "f3db3c3ee2c14d1a9e1b2a1e1f0a7d11", "name": "rds", "type": "rds", "endpoints": []}])
@@ -130,13 +133,13 @@ fn description(
         "roles": [{"id": "0", "name": "rds_adm"}],
         "user": {
             "id": "7116d09f88fa41908676fdd4b039e95b",
-            "name": asked.user,
+            "name": request.user,
             "domain": domain,
             "password_expires_at": "",
         },
         "catalog": catalog,
     });
-    match &asked.project {
+    match &request.project {
         Some(Project { id, name }) => {
             token["project"] = json!({"id": id, "name": name, "domain": domain});
         }
@@ -145,15 +148,15 @@ fn description(
     json!({"token": token})
 }
 
-/// A failure that `fail-iam` of [`control`] has set, in the shape of its status.
-fn failure(status: StatusCode) -> Response {
+/// The error injected with `fail-iam` of [`control`].
+fn injected_error(status: StatusCode) -> Response {
     if status == StatusCode::TOO_MANY_REQUESTS {
         return response::json(
             status,
             r#"{"error_msg":"The throttling threshold has been reached. Threshold: 10 times per 60 seconds","error_code":"IAM.0012"}"#,
         );
     }
-    keystone_error(status, "The sandbox is set to fail.")
+    keystone_error(status, "This error was injected.")
 }
 
 /// A point in time as IAM writes it: UTC with six decimals.

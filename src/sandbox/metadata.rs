@@ -1,4 +1,4 @@
-//! The metadata service of a virtual machine: temporary keys, and the tokens of its hardened mode.
+//! The metadata service of a virtual machine: temporary keys, and metadata tokens for the hardened mode.
 
 use bytes::Bytes;
 use http::{Request, StatusCode};
@@ -8,17 +8,17 @@ use serde_json::json;
 use super::{
     iam::{random_text, time},
     response::{self, Response},
-    state::{Key, State, remember},
+    state::{SigningKey, State, remember},
 };
 
-/// Longest life of a metadata token, in seconds: six hours, which the SDK requests.
+/// Longest life of a metadata token, in seconds: six hours, as the SDK requests.
 const LONGEST_TOKEN_LIFE: i64 = 21_600;
 
-/// Responds to `PUT /meta-data/latest/api/token`: the token of the hardened mode, as text.
+/// Responds to `PUT /meta-data/latest/api/token`: a metadata token, as text.
 pub(super) fn issue_metadata_token(request: &Request<Bytes>, state: &mut State) -> Response {
     state.counts.metadata_token_requests += 1;
-    if let Some(status) = state.metadata_failure.take() {
-        return plain(status, "The sandbox is set to fail.");
+    if let Some(status) = state.metadata_error.take() {
+        return plain(status, "This error was injected.");
     }
     let life = request
         .headers()
@@ -40,8 +40,8 @@ pub(super) fn issue_metadata_token(request: &Request<Bytes>, state: &mut State) 
 /// Responds to `GET /openstack/latest/securitykey`: a new temporary key each time.
 pub(super) fn issue_key(request: &Request<Bytes>, state: &mut State) -> Response {
     state.counts.key_requests += 1;
-    if let Some(status) = state.metadata_failure.take() {
-        return plain(status, "The sandbox is set to fail.");
+    if let Some(status) = state.metadata_error.take() {
+        return plain(status, "This error was injected.");
     }
     let now = state.now();
     let given = request.headers().get("x-metadata-token");
@@ -53,7 +53,7 @@ pub(super) fn issue_key(request: &Request<Bytes>, state: &mut State) -> Response
         return plain(StatusCode::UNAUTHORIZED, "Invalid metadata token.");
     }
 
-    let key = Key {
+    let key = SigningKey {
         access: format!("HST{}", random_text(17).to_uppercase()),
         secret: random_text(40),
         security_token: format!("hQpj{}", random_text(600)),

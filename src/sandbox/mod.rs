@@ -1,15 +1,15 @@
 //! A fake of RDS, IAM and the metadata service, to try and test the facade without a cloud account. Plain HTTP/1.1, on loopback
-//! only. `docs/sandbox.md` is its manual.
+//! only. `docs/sandbox.md` documents it.
 //!
 //! It follows the vendor's documentation and shares no wire types and no signing code with the rest of the crate, so that a misspelt
-//! field or a wrong signature is not in both.
+//! field or a wrong signature cannot agree with itself.
 //!
-//! - [`task`]: the RDS call with its two tasks; [`scenarios`]: the magic instance ids
-//! - [`auth`], [`signature`]: the gateway's check of credentials
-//! - [`iam`], [`metadata`]: the issuers of credentials
-//! - [`control`]: the sandbox's own paths under `/sandbox/`
+//! - [`task`]: the RDS call and its two tasks; [`scenarios`]: the magic instance ids
+//! - [`auth`], [`signature`]: authentication at the gateway
+//! - [`iam`], [`metadata`]: issuers of tokens and keys
+//! - [`control`]: paths under `/sandbox/` for tests
 //! - [`transport`]: connections, and responses that are not valid HTTP
-//! - [`response`]: the shapes of responses
+//! - [`response`]: response formats
 //! - [`state`]: the bounded state
 
 mod auth;
@@ -60,19 +60,19 @@ pub const ACCESS_KEY_ID: &str = "SANDBOXACCESSKEY";
 pub const SECRET_ACCESS_KEY: &str = "sandbox-secret-key";
 /// The optional security token of that key.
 pub const SECURITY_TOKEN: &str = "sandbox-security-token";
-/// The user that can get tokens.
+/// The IAM user.
 pub const USER: &str = "sandbox-user";
 /// The password of [`USER`].
 pub const PASSWORD: &str = "sandbox-password";
 /// The account (domain) of [`USER`].
 pub const DOMAIN: &str = "sandbox-domain";
-/// Project of the example in the vendor's documentation. Any project id is accepted.
+/// Project of the example task in the vendor's documentation. Any project id is accepted.
 pub const EXAMPLE_PROJECT_ID: &str = "0483b6b16e954cb88930a360d2c4e663";
-/// Instance of the example.
+/// Instance of the example task.
 pub const EXAMPLE_INSTANCE_ID: &str = "1ffc4167903840cb93a3da56d28c14fdin01";
-/// Task of the example.
+/// Id of the example task.
 pub const EXAMPLE_WORKFLOW_ID: &str = "102772a9-31fa-4129-b9f8-7638e2792f3b";
-/// Name of the task of the example.
+/// Name of the example task.
 pub const EXAMPLE_WORKFLOW_NAME: &str = "CreateMysqlSingleHAInstance";
 /// A task of [`EXAMPLE_INSTANCE_ID`] that starts with the sandbox and takes two minutes.
 pub const RUNNING_TASK: &str = "running-task";
@@ -80,16 +80,16 @@ pub const RUNNING_TASK: &str = "running-task";
 /// How long [`RUNNING_TASK`] takes.
 const RUNNING_TASK_SECONDS: i64 = 120;
 
-/// Concurrent connections; more wait in the kernel's queue. Above the facade's default limit of calls in flight.
+/// Concurrent connections; further ones wait in the accept queue. Above the default of `--max-in-flight`.
 const MAX_CONNECTIONS: usize = 4096;
 
-/// Longest request body. The gateway accepts 12 MB, but requests of this API are far shorter than either.
+/// Longest request body. The gateway accepts 12 MB, but requests of this API are far shorter.
 const MAX_BODY_BYTES: usize = 64 * 1024;
 
-/// Longest time for the body of a request.
+/// Longest time to receive a request body.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Pause after a failed accept, so that a lack of file descriptors does not keep a core busy.
+/// Pause after a failed accept, so that running out of file descriptors does not cause a busy loop.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// The sandbox, bound to its address.
@@ -97,17 +97,17 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub struct Sandbox {
     listener: TcpListener,
     address: SocketAddr,
-    shared: Arc<Shared>,
+    shared: Arc<SharedState>,
 }
 
-/// The state that all connections share.
+/// The state shared by all connections.
 #[derive(Debug)]
-struct Shared(Mutex<State>);
+struct SharedState(Mutex<State>);
 
-impl Shared {
-    /// Locks the state; never held across an await.
+impl SharedState {
+    /// Locks the state. Never held across an await.
     fn state(&self) -> MutexGuard<'_, State> {
-        // A panic in the middle of a request leaves no state that the next request could not use.
+        // The state stays usable after a panic in a request.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -116,8 +116,7 @@ impl Sandbox {
     /// Binds the sandbox to a loopback address.
     ///
     /// # Errors
-    /// `InvalidInput` for an address that is not loopback, because the sandbox's passwords are public; otherwise the error of
-    /// the system.
+    /// `InvalidInput` for an address that is not loopback, because the sandbox's credentials are public; or the system's error.
     pub async fn bind(address: SocketAddr) -> io::Result<Self> {
         if !address.ip().is_loopback() {
             return Err(io::Error::new(
@@ -129,16 +128,16 @@ impl Sandbox {
         Ok(Self {
             address: listener.local_addr()?,
             listener,
-            shared: Arc::new(Shared(Mutex::new(State::new()))),
+            shared: Arc::new(SharedState(Mutex::new(State::new()))),
         })
     }
 
-    /// The address it listens on, with the port that the system chose for port 0.
+    /// The bound address, with the actual port if port 0 was requested.
     pub fn local_addr(&self) -> SocketAddr {
         self.address
     }
 
-    /// Serves until `shutdown` completes; then drops every connection.
+    /// Serves until `shutdown` completes, then drops every connection.
     pub async fn serve(self, shutdown: impl Future<Output = ()>) {
         let mut shutdown = pin!(shutdown);
         let mut connections = JoinSet::new();
@@ -161,9 +160,9 @@ impl Sandbox {
     }
 }
 
-/// Responds to one request, or hands the connection over to a script.
+/// Responds to a request, or returns the script that takes over the connection.
 async fn handle(
-    shared: Arc<Shared>,
+    shared: Arc<SharedState>,
     request: Request<Incoming>,
 ) -> Result<http::Response<Full<Bytes>>, Script> {
     let request_id = format!("{:032x}", fastrand::u128(..));
@@ -182,17 +181,18 @@ async fn handle(
         ),
     };
 
-    let request_id = HeaderValue::try_from(request_id).expect("hex digits are a header value");
+    let request_id =
+        HeaderValue::try_from(request_id).expect("hex digits are a valid header value");
     let now = shared.state().now();
     let date = now.strftime("%a, %d %b %Y %H:%M:%S GMT").to_string();
-    let date = HeaderValue::try_from(date).expect("a date is a header value");
+    let date = HeaderValue::try_from(date).expect("a date is a valid header value");
     response.headers_mut().insert("x-request-id", request_id);
     response.headers_mut().insert(header::DATE, date);
     Ok(response.map(Full::new))
 }
 
 async fn route(
-    shared: &Shared,
+    shared: &SharedState,
     request: &Request<Bytes>,
     request_id: &str,
 ) -> Result<Response, Script> {

@@ -2,13 +2,13 @@
 
 use std::net::SocketAddr;
 
-use crate::options::{Parsed, address};
+use crate::options::{Parsed, address, not};
 
 /// The options of the subcommand `sandbox`.
 #[derive(Debug, Clone, clap::Args)]
 #[group(skip)]
 pub struct Options {
-    /// Address of the sandbox
+    /// Address to listen on, loopback only
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8080", value_parser = loopback)]
     pub listen: SocketAddr,
 }
@@ -17,6 +17,9 @@ fn loopback(text: &str) -> Parsed<SocketAddr> {
     let address = address(text)?;
     match address.ip().is_loopback() {
         true => Ok(address),
-        false => Err("must be a loopback address: the sandbox's secrets are public".to_owned()),
+        false => Err(not(
+            text,
+            "a loopback address; the sandbox's credentials are public",
+        )),
     }
 }

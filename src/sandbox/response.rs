@@ -1,14 +1,14 @@
-//! Responses in the shapes that the vendor's services use.
+//! Responses in the formats of the vendor's services.
 
 use bytes::Bytes;
 use http::{HeaderValue, StatusCode, header};
 use serde_json::json;
 
-/// A whole response, to which [`super`] adds `X-Request-Id` and `Date`.
+/// A response, to which [`super`] adds `X-Request-Id` and `Date`.
 pub(super) type Response = http::Response<Bytes>;
 
-/// Why the gateway or RDS rejects a request.
-pub(super) struct Rejection {
+/// An error reply of the gateway or of RDS.
+pub(super) struct ErrorReply {
     pub(super) status: StatusCode,
     pub(super) code: &'static str,
     pub(super) message: String,
@@ -33,13 +33,13 @@ pub(super) fn json(status: StatusCode, body: impl Into<Bytes>) -> Response {
     response(status, "application/json", body)
 }
 
-/// The error shape of RDS v3: the request id is only in the header.
+/// An error in the format of RDS v3, with the request id in the header only.
 pub(super) fn rds_error(status: StatusCode, code: &str, message: &str) -> Response {
     let body = json!({"error_code": code, "error_msg": message});
     json(status, body.to_string())
 }
 
-/// The error shape of the API gateway.
+/// An error in the format of the API gateway.
 pub(super) fn gateway_error(
     status: StatusCode,
     code: &str,
@@ -50,14 +50,14 @@ pub(super) fn gateway_error(
     json(status, body.to_string())
 }
 
-/// The error shape of IAM's token service (Keystone): `code` is a number and repeats the status.
+/// An error in the format of IAM's token service (Keystone): `code` is the status as a number.
 pub(super) fn keystone_error(status: StatusCode, message: &str) -> Response {
     let title = status.canonical_reason().unwrap_or("Error");
     let error = json!({"code": status.as_u16(), "message": message, "title": title});
     json(status, json!({"error": error}).to_string())
 }
 
-/// The gateway's response to a path or method that is not an API.
+/// The gateway's response to an unknown path or method.
 pub(super) fn no_such_api(request_id: &str) -> Response {
     gateway_error(
         StatusCode::NOT_FOUND,

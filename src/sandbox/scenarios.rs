@@ -1,4 +1,4 @@
-//! The magic instance ids: like the test cards of a payment provider, each selects one behaviour of the sandbox.
+//! The magic instance ids. Each selects one behaviour of the sandbox, like the test cards of a payment provider.
 
 use super::transport::Break;
 
@@ -23,9 +23,9 @@ pub(super) enum Act {
     Empty(u16),
     /// An HTML page like that of a load balancer.
     Page(u16),
-    /// The error shape of RDS, with the message in the description.
+    /// An error in the format of RDS, with the message from the description.
     Rds(u16, &'static str),
-    /// The error shape of the API gateway, with the message in the description.
+    /// An error in the format of the API gateway, with the message from the description.
     Gateway(u16, &'static str),
     /// The gateway's throttling error, with this `Retry-After` unless it is empty.
     Throttled(&'static str),
@@ -41,7 +41,7 @@ pub(super) enum Act {
     Huge,
     /// The normal response in gzip, which the request did not accept.
     Gzip,
-    /// A response that no HTTP library would send. Requires no credential.
+    /// A response that is not valid HTTP. Requires no credential.
     Broken(Break),
 }
 
@@ -71,8 +71,7 @@ const NO_SUCH_TASK: &str = r#"{"error_code":"DBS.200543","error_msg":"The task d
 
 const NO_ERROR_CODE: &str = r#"{"error_code":null,"error_msg":null,"instance_id":<instance>,"instance_name":"rds-mysql-2","job_id":<task>,"job_name":"CreateMysqlSingleHAInstance"}"#;
 
-/// Every magic instance id. Besides these, `status-<200..999>`, `slow-<milliseconds up to 60000>` and
-/// `flaky-<number>` work for any number.
+/// The documented magic instance ids. `status-<200..999>`, `slow-<milliseconds up to 60000>` and `flaky-<number>` work for any number.
 #[rustfmt::skip] // A table: one row, one line.
 pub const SCENARIOS: &[Scenario] = &[
     // Successes.
@@ -80,15 +79,15 @@ pub const SCENARIOS: &[Scenario] = &[
     row("finished", "a finished task, whose `process` is empty", "OK", Act::Json(200, FINISHED)),
     row("null-fields", "fields that are null", "OK", Act::Json(200, NULLS)),
     row("numbers-for-text", "numbers and bools in place of text, text in place of a bool", "OK", Act::Json(200, NUMBERS)),
-    row("unknown-fields", "undocumented fields", "OK", Act::Json(200, UNKNOWN_FIELDS)),
-    row("other-instance", "a task of another instance than asked", "OK", Act::Json(200, OTHER_INSTANCE)),
+    row("unknown-fields", "unknown fields", "OK", Act::Json(200, UNKNOWN_FIELDS)),
+    row("other-instance", "a task of another instance than requested", "OK", Act::Json(200, OTHER_INSTANCE)),
     row("no-error-code", "a task whose `error_code` is null", "OK", Act::Json(200, NO_ERROR_CODE)),
-    row("wrong-content-type", "JSON that calls itself text/plain", "OK", Act::Typed("text/plain")),
-    row("slow-1000", "answers after 1 s", "OK", Act::Slow(1000)),
-    row("slow-60000", "answers after 60 s; the attempts or the RPC's deadline run out first", "DEADLINE_EXCEEDED / DEADLINE_EXCEEDED", Act::Slow(60_000)),
+    row("wrong-content-type", "JSON with Content-Type text/plain", "OK", Act::Typed("text/plain")),
+    row("slow-1000", "replies after 1 s", "OK", Act::Slow(1000)),
+    row("slow-60000", "replies after 60 s; the attempts or the RPC's deadline run out first", "DEADLINE_EXCEEDED / DEADLINE_EXCEEDED", Act::Slow(60_000)),
     row("flaky-1", "the first request for a workflow id gets 503, the next ones a task", "OK", Act::Flaky(1)),
     row("flaky-2", "the first two requests for a workflow id get 503, the next ones a task", "OK", Act::Flaky(2)),
-    // Every HTTP status of the status table, with an error code that is not in the table.
+    // Every HTTP status with its own mapping, with an error code that has none.
     row("status-201", "HTTP 201", "INTERNAL / UPSTREAM_UNEXPECTED_STATUS", Act::Status(201)),
     row("status-202", "HTTP 202", "INTERNAL / UPSTREAM_UNEXPECTED_STATUS", Act::Status(202)),
     row("status-204", "HTTP 204", "INTERNAL / UPSTREAM_UNEXPECTED_STATUS", Act::Status(204)),
@@ -135,7 +134,7 @@ pub const SCENARIOS: &[Scenario] = &[
     row("status-505", "HTTP 505", "INTERNAL / UPSTREAM_REJECTED_REQUEST", Act::Status(505)),
     row("status-520", "HTTP 520", "UNKNOWN / UPSTREAM_UNKNOWN", Act::Status(520)),
     row("status-999", "HTTP 999", "UNKNOWN / UPSTREAM_UNKNOWN", Act::Status(999)),
-    // Error codes that decide, not their status.
+    // Error codes that decide instead of the status.
     row("task-not-found", "HTTP 400, DBS.200543: The task does not exist.", "NOT_FOUND / TASK_NOT_FOUND", Act::Rds(400, "DBS.200543")),
     row("instance-not-found", "HTTP 404, DBS.200045: The DB instance does not exist.", "NOT_FOUND / INSTANCE_NOT_FOUND", Act::Rds(404, "DBS.200045")),
     row("invalid-parameter", "HTTP 400, DBS.280001: Parameter error.", "INVALID_ARGUMENT / UPSTREAM_INVALID_ARGUMENT", Act::Rds(400, "DBS.280001")),
@@ -171,7 +170,7 @@ pub const SCENARIOS: &[Scenario] = &[
     row("html-200", "HTTP 200 with an HTML page", "INTERNAL / UPSTREAM_MALFORMED_RESPONSE", Act::Page(200)),
     row("html-502", "HTTP 502 with an HTML page", "UNAVAILABLE / UPSTREAM_UNAVAILABLE", Act::Page(502)),
     row("empty-body", "HTTP 200 with an empty body", "INTERNAL / UPSTREAM_MALFORMED_RESPONSE", Act::Empty(200)),
-    row("malformed-json", "JSON that breaks off, with the right length", "INTERNAL / UPSTREAM_MALFORMED_RESPONSE", Act::Json(200, r#"{"instance_id":<instance>,"#)),
+    row("malformed-json", "truncated JSON, with a matching Content-Length", "INTERNAL / UPSTREAM_MALFORMED_RESPONSE", Act::Json(200, r#"{"instance_id":<instance>,"#)),
     row("json-array", "a JSON array", "INTERNAL / UPSTREAM_MALFORMED_RESPONSE", Act::Json(200, "[]")),
     row("json-null", "the JSON text null", "INTERNAL / UPSTREAM_MALFORMED_RESPONSE", Act::Json(200, "null")),
     row("json-empty-object", "a JSON object without fields", "INTERNAL / UPSTREAM_MALFORMED_RESPONSE", Act::Json(200, "{}")),
@@ -180,18 +179,18 @@ pub const SCENARIOS: &[Scenario] = &[
     row("huge-chunked", "a body over 1 MiB in chunks", "INTERNAL / UPSTREAM_RESPONSE_TOO_LARGE", Act::Broken(Break::HugeChunked)),
     row("gzip", "a body in gzip, which the request does not accept", "INTERNAL / UPSTREAM_MALFORMED_RESPONSE", Act::Gzip),
     // The connection.
-    row("reset", "resets the connection in place of an answer", "UNAVAILABLE / UPSTREAM_RESET", Act::Broken(Break::Reset)),
-    row("close", "closes the connection in place of an answer", "UNAVAILABLE / UPSTREAM_RESET", Act::Broken(Break::Close)),
+    row("reset", "resets the connection without a response", "UNAVAILABLE / UPSTREAM_RESET", Act::Broken(Break::Reset)),
+    row("close", "closes the connection without a response", "UNAVAILABLE / UPSTREAM_RESET", Act::Broken(Break::Close)),
     row("cut-body", "closes the connection before the body's end", "UNAVAILABLE / UPSTREAM_TRUNCATED", Act::Broken(Break::CutBody)),
     row("cut-chunked", "closes the connection before the last chunk", "UNAVAILABLE / UPSTREAM_TRUNCATED", Act::Broken(Break::CutChunked)),
     row("reset-body", "resets the connection before the body's end", "UNAVAILABLE / UPSTREAM_TRUNCATED", Act::Broken(Break::ResetBody)),
-    row("bad-chunk", "a chunk whose size is no number", "UNAVAILABLE / UPSTREAM_PROTOCOL", Act::Broken(Break::BadChunk)),
-    row("garbage", "something that is not HTTP", "UNAVAILABLE / UPSTREAM_PROTOCOL", Act::Broken(Break::Garbage)),
-    row("two-lengths", "two headers Content-Length that differ", "UNAVAILABLE / UPSTREAM_PROTOCOL", Act::Broken(Break::TwoLengths)),
+    row("bad-chunk", "a chunk with an invalid size", "UNAVAILABLE / UPSTREAM_PROTOCOL", Act::Broken(Break::BadChunk)),
+    row("garbage", "bytes that are not HTTP", "UNAVAILABLE / UPSTREAM_PROTOCOL", Act::Broken(Break::Garbage)),
+    row("two-lengths", "two different Content-Length headers", "UNAVAILABLE / UPSTREAM_PROTOCOL", Act::Broken(Break::TwoLengths)),
     row("early-hints", "HTTP 103, then a task", "OK", Act::Broken(Break::EarlyHints)),
-    row("status-101", "HTTP 101 as the final answer", "INTERNAL / UPSTREAM_UNEXPECTED_STATUS", Act::Broken(Break::SwitchingProtocols)),
-    row("dribble-head", "the head of the answer, a byte every 250 ms", "DEADLINE_EXCEEDED / DEADLINE_EXCEEDED", Act::Broken(Break::DribbleHead)),
-    row("dribble-body", "the body of the answer, a byte every 250 ms", "DEADLINE_EXCEEDED / UPSTREAM_TIMEOUT", Act::Broken(Break::DribbleBody)),
+    row("status-101", "HTTP 101 as the final response", "INTERNAL / UPSTREAM_UNEXPECTED_STATUS", Act::Broken(Break::SwitchingProtocols)),
+    row("dribble-head", "the response head, one byte every 250 ms", "DEADLINE_EXCEEDED / DEADLINE_EXCEEDED", Act::Broken(Break::DribbleHead)),
+    row("dribble-body", "the response body, one byte every 250 ms", "DEADLINE_EXCEEDED / UPSTREAM_TIMEOUT", Act::Broken(Break::DribbleBody)),
 ];
 
 const fn row(
@@ -209,7 +208,7 @@ const fn row(
 }
 
 impl Act {
-    /// The behaviour for an instance id, and the message of its error.
+    /// The behaviour of an instance id, and its error message.
     pub(super) fn find(instance_id: &str) -> Option<(Self, &'static str)> {
         let listed = SCENARIOS.iter().find(|row| row.instance_id == instance_id);
         if let Some(row) = listed {

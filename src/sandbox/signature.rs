@@ -1,16 +1,27 @@
-//! The signature SDK-HMAC-SHA256 of a received request, as the "API request signing guide" defines it. Shares no code with the
-//! crate's signer, so that both cannot make the same mistake.
+//! The signature SDK-HMAC-SHA256 of a received request, as defined by the "API request signing guide". Shares no code with the
+//! crate's signer, so that an error cannot be in both.
 
 use std::fmt::Write as _;
 
 use aws_lc_rs::{digest, hmac};
 use bytes::Bytes;
 use http::Request;
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
 
-/// Name of the algorithm: the first word of `Authorization` and the first line of the string to sign.
+/// The first word of `Authorization`, and the first line of the string to sign.
 pub(super) const ALGORITHM: &str = "SDK-HMAC-SHA256";
 
-/// The canonical request, in bytes because header values need not be text; `None` if a signed header is absent or repeated.
+/// Everything except `A-Z a-z 0-9 - _ . ~`.
+const ESCAPED: &AsciiSet = &NON_ALPHANUMERIC
+    .remove(b'-')
+    .remove(b'_')
+    .remove(b'.')
+    .remove(b'~');
+
+/// As [`ESCAPED`], but without `/`.
+const ESCAPED_IN_PATHS: &AsciiSet = &ESCAPED.remove(b'/');
+
+/// The canonical request; `None` if a signed header is absent or repeated. Bytes, because header values may not be UTF-8.
 pub(super) fn canonical_request(request: &Request<Bytes>, signed_headers: &str) -> Option<Vec<u8>> {
     let mut canonical = format!(
         "{}\n{}\n{}\n",
@@ -43,10 +54,9 @@ pub(super) fn signature(canonical_request: &[u8], date: &str, secret_key: &str) 
     hex(hmac::sign(&key, string_to_sign.as_bytes()).as_ref())
 }
 
-/// Decodes the path, encodes each segment again and appends a slash, which the request itself does not have.
+/// Decodes the path, encodes each segment again and appends the final slash that the request itself does not have.
 fn canonical_path(path: &str) -> String {
-    let parts: Vec<_> = decode(path).split('/').map(encode).collect();
-    let mut path = parts.join("/");
+    let mut path = encode(&decode(path), ESCAPED_IN_PATHS);
     if !path.ends_with('/') {
         path.push('/');
     }
@@ -64,43 +74,18 @@ fn canonical_query(query: &str) -> String {
     pairs.sort();
     let pairs: Vec<_> = pairs
         .iter()
-        .map(|(key, value)| format!("{}={}", encode(key), encode(value)))
+        .map(|(key, value)| format!("{}={}", encode(key, ESCAPED), encode(value, ESCAPED)))
         .collect();
     pairs.join("&")
 }
 
-/// Percent-decodes; a `%` without two hex digits stays, invalid UTF-8 becomes U+FFFD.
+/// Percent-decodes. A `%` without two hex digits stays; invalid UTF-8 becomes U+FFFD.
 fn decode(text: &str) -> String {
-    let mut decoded = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let Some((&first, after)) = rest.split_first() {
-        let escaped = (first == b'%')
-            .then(|| after.get(..2))
-            .flatten()
-            .filter(|digits| digits.iter().all(u8::is_ascii_hexdigit))
-            .and_then(|digits| std::str::from_utf8(digits).ok())
-            .and_then(|digits| u8::from_str_radix(digits, 16).ok());
-        decoded.push(escaped.unwrap_or(first));
-        rest = if escaped.is_some() {
-            &after[2..]
-        } else {
-            after
-        };
-    }
-    String::from_utf8_lossy(&decoded).into_owned()
+    percent_decode_str(text).decode_utf8_lossy().into_owned()
 }
 
-/// Percent-encodes everything but `A-Z a-z 0-9 - _ . ~`.
-fn encode(text: &str) -> String {
-    let mut encoded = String::with_capacity(text.len());
-    for byte in text.bytes() {
-        if byte.is_ascii_alphanumeric() || b"-_.~".contains(&byte) {
-            encoded.push(char::from(byte));
-        } else {
-            write!(encoded, "%{byte:02X}").expect("a String takes any text");
-        }
-    }
-    encoded
+fn encode(text: &str, escaped: &'static AsciiSet) -> String {
+    utf8_percent_encode(text, escaped).to_string()
 }
 
 fn sha256(bytes: &[u8]) -> String {
@@ -109,7 +94,7 @@ fn sha256(bytes: &[u8]) -> String {
 
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().fold(String::new(), |mut text, byte| {
-        write!(text, "{byte:02x}").expect("a String takes any text");
+        write!(text, "{byte:02x}").expect("writing to a String does not fail");
         text
     })
 }
@@ -129,9 +114,9 @@ mod tests {
             .header("Host", "rds.cn-north-4.myhuaweicloud.com")
     }
 
-    // Expected texts: the official Python SDK 3.1.219, made to sign this very request.
+    // Expected values: this request signed by the official Python SDK 3.1.219.
     #[test]
-    fn the_documented_example_gets_the_signature_of_the_official_sdk() {
+    fn documented_example_has_the_signature_of_the_official_sdk() {
         let request = example().body(Bytes::from_static(BODY.as_bytes())).unwrap();
 
         let canonical = canonical_request(
@@ -160,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn a_signed_header_that_is_absent_or_repeated_makes_no_canonical_request() {
+    fn absent_and_repeated_signed_headers_are_rejected() {
         let absent = example().body(Bytes::new()).unwrap();
         let repeated = example().header("Host", "b").body(Bytes::new()).unwrap();
 
@@ -169,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn path_and_query_are_decoded_and_encoded_anew() {
+    fn path_and_query_are_normalized() {
         let paths = [
             ("/a", "/a/"),
             ("/a/", "/a/"),
@@ -186,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn a_given_content_hash_counts_only_with_a_body() {
+    fn content_hash_header_is_used_only_with_a_body() {
         let hash = |body: &'static str| {
             let request = example().header("X-Sdk-Content-Sha256", "UNSIGNED-PAYLOAD");
             let request = request.body(Bytes::from_static(body.as_bytes())).unwrap();

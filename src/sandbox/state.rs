@@ -1,51 +1,52 @@
-//! The state of the sandbox: bounded, and behind one lock.
+//! The sandbox's state: bounded, behind one lock.
 
 use std::{collections::VecDeque, time::SystemTime};
 
 use bytes::Bytes;
-use http::{HeaderMap, Method, Request, StatusCode, Uri};
+use http::{Request, StatusCode};
 use jiff::{SignedDuration, Timestamp};
 
 use super::{ACCESS_KEY_ID, SECRET_ACCESS_KEY, SECURITY_TOKEN};
 
-/// Most issued tokens, temporary keys, metadata tokens and flaky tasks, each; the oldest is dropped first.
-const REMEMBERED: usize = 1024;
+/// Maximum number of tokens, of temporary keys, of metadata tokens and of flaky tasks. The oldest is dropped first.
+const MAX_ENTRIES: usize = 1024;
 
 /// Task requests that `GET /sandbox/requests` shows.
 const RECORDED_REQUESTS: usize = 32;
 
-/// Life of tokens and temporary keys, as IAM and the metadata service document it.
+/// Life of tokens and temporary keys, as documented for IAM and the metadata service.
 const DAY: SignedDuration = SignedDuration::from_hours(24);
 
-/// Everything that requests read or change.
+/// The state that requests read or change.
 #[derive(Debug)]
 pub(super) struct State {
     /// Offset of the sandbox's clock from the system's.
     pub(super) clock_offset: SignedDuration,
-    /// When the task in progress began.
+    /// When the running task started.
     pub(super) started_at: Timestamp,
-    pub(super) counts: Counts,
-    pub(super) requests: VecDeque<Recorded>,
-    pub(super) tokens: VecDeque<Token>,
-    /// The documented key first, then the temporary ones.
-    pub(super) keys: VecDeque<Key>,
-    /// Tokens of the metadata service's hardened mode, and when they expire.
+    pub(super) counts: RequestCounts,
+    /// The last task requests, newest first.
+    pub(super) requests: VecDeque<Request<Bytes>>,
+    pub(super) tokens: VecDeque<IssuedToken>,
+    /// The documented key, then the temporary keys.
+    pub(super) keys: VecDeque<SigningKey>,
+    /// Metadata tokens with their expiry.
     pub(super) metadata_tokens: VecDeque<(String, Timestamp)>,
-    /// Requests for flaky tasks that are still to fail: instance id, workflow id, number.
+    /// Instance id and workflow id of flaky tasks, and how many more requests fail.
     flaky: VecDeque<(String, String, u64)>,
     pub(super) token_life: SignedDuration,
     pub(super) key_life: SignedDuration,
     /// Whether a temporary key requires a metadata token.
     pub(super) hardened: bool,
-    pub(super) iam_failure: InjectedFailure,
-    pub(super) metadata_failure: InjectedFailure,
-    /// Delay of the responses to requests for tokens and keys.
+    pub(super) iam_error: InjectedError,
+    pub(super) metadata_error: InjectedError,
+    /// Delay of responses with tokens and keys.
     pub(super) credential_delay: std::time::Duration,
 }
 
-/// Counters since the start.
-#[derive(Debug, Default, Clone, Copy)]
-pub(super) struct Counts {
+/// Counters since the start, as `GET /sandbox/counts` shows them.
+#[derive(Debug, Default, serde::Serialize)]
+pub(super) struct RequestCounts {
     pub(super) connections: u64,
     pub(super) task_requests: u64,
     pub(super) task_requests_in_flight: u64,
@@ -55,18 +56,9 @@ pub(super) struct Counts {
     pub(super) bad_signatures: u64,
 }
 
-/// A task request as received, credentials included.
+/// A token issued by the sandbox.
 #[derive(Debug)]
-pub(super) struct Recorded {
-    pub(super) method: Method,
-    pub(super) uri: Uri,
-    pub(super) headers: HeaderMap,
-    pub(super) body: Bytes,
-}
-
-/// A token that the sandbox issued.
-#[derive(Debug)]
-pub(super) struct Token {
+pub(super) struct IssuedToken {
     pub(super) value: String,
     pub(super) expires_at: Timestamp,
     /// Whether it is scoped to a project, as RDS requires.
@@ -76,28 +68,28 @@ pub(super) struct Token {
 
 /// A signing key.
 #[derive(Debug)]
-pub(super) struct Key {
+pub(super) struct SigningKey {
     pub(super) access: String,
     pub(super) secret: String,
     pub(super) security_token: String,
-    /// Whether requests must carry the security token, as with temporary keys.
+    /// Whether requests must carry the security token; true for temporary keys.
     pub(super) security_token_required: bool,
-    /// `None`: never expires.
+    /// `None` if it never expires.
     pub(super) expires_at: Option<Timestamp>,
     /// Bad signatures since the last good one.
     pub(super) bad_signatures_in_a_row: u32,
     pub(super) locked_until: Option<Timestamp>,
 }
 
-/// How the next requests to one service fail.
+/// The error status of the next requests to one service.
 #[derive(Debug, Default, Clone, Copy)]
-pub(super) struct InjectedFailure {
+pub(super) struct InjectedError {
     pub(super) status: StatusCode,
     pub(super) times: u64,
 }
 
-impl InjectedFailure {
-    /// Uses up one failure, if any is left, and returns its status.
+impl InjectedError {
+    /// Consumes one error, if any is left, and returns its status.
     pub(super) fn take(&mut self) -> Option<StatusCode> {
         self.times = self.times.checked_sub(1)?;
         Some(self.status)
@@ -109,10 +101,10 @@ impl State {
         Self {
             clock_offset: SignedDuration::ZERO,
             started_at: system_now(),
-            counts: Counts::default(),
+            counts: RequestCounts::default(),
             requests: VecDeque::new(),
             tokens: VecDeque::new(),
-            keys: VecDeque::from([Key {
+            keys: VecDeque::from([SigningKey {
                 access: ACCESS_KEY_ID.to_owned(),
                 secret: SECRET_ACCESS_KEY.to_owned(),
                 security_token: SECURITY_TOKEN.to_owned(),
@@ -126,13 +118,13 @@ impl State {
             token_life: DAY,
             key_life: DAY,
             hardened: false,
-            iam_failure: InjectedFailure::default(),
-            metadata_failure: InjectedFailure::default(),
+            iam_error: InjectedError::default(),
+            metadata_error: InjectedError::default(),
             credential_delay: std::time::Duration::ZERO,
         }
     }
 
-    /// The sandbox's own time.
+    /// The sandbox's clock.
     pub(super) fn now(&self) -> Timestamp {
         system_now() + self.clock_offset
     }
@@ -141,15 +133,10 @@ impl State {
     pub(super) fn record(&mut self, request: &Request<Bytes>) {
         self.counts.task_requests += 1;
         self.requests.truncate(RECORDED_REQUESTS - 1);
-        self.requests.push_front(Recorded {
-            method: request.method().clone(),
-            uri: request.uri().clone(),
-            headers: request.headers().clone(),
-            body: request.body().clone(),
-        });
+        self.requests.push_front(request.clone());
     }
 
-    /// Whether this request for a flaky task is one of its first `failures`.
+    /// Whether this request is among the first `failures` for a flaky task.
     pub(super) fn flakes(&mut self, instance_id: &str, workflow_id: &str, failures: u64) -> bool {
         let known = self
             .flaky
@@ -167,18 +154,15 @@ impl State {
     }
 }
 
-/// Appends to a bounded queue: a full one loses its oldest item after the first `kept`.
-pub(super) fn remember<T>(queue: &mut VecDeque<T>, kept: usize, item: T) {
-    if queue.len() >= REMEMBERED + kept {
-        queue.remove(kept);
+/// Appends to a bounded queue. If it is full, drops the oldest item after the first `permanent` ones.
+pub(super) fn remember<T>(queue: &mut VecDeque<T>, permanent: usize, item: T) {
+    if queue.len() >= MAX_ENTRIES + permanent {
+        queue.remove(permanent);
     }
     queue.push_back(item);
 }
 
-#[expect(
-    clippy::disallowed_methods,
-    reason = "the sandbox has its own clock, independent of the rest of the crate"
-)]
+#[expect(clippy::disallowed_methods, reason = "the sandbox has its own clock")]
 fn system_now() -> Timestamp {
     Timestamp::try_from(SystemTime::now()).expect("the system clock is within the range of jiff")
 }

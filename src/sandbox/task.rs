@@ -1,4 +1,4 @@
-//! RDS itself: RDS API reference, "Obtaining Task Information".
+//! The RDS call: RDS API reference, "Obtaining Task Information".
 
 use std::time::Duration;
 
@@ -9,8 +9,9 @@ use serde_json::{Value, json};
 use tokio::time::sleep;
 
 use super::{
-    EXAMPLE_INSTANCE_ID, EXAMPLE_WORKFLOW_ID, RUNNING_TASK, RUNNING_TASK_SECONDS, Shared, auth,
-    response::{self, Rejection, Response, gateway_error, rds_error},
+    EXAMPLE_INSTANCE_ID, EXAMPLE_WORKFLOW_ID, RUNNING_TASK, RUNNING_TASK_SECONDS, SharedState,
+    auth,
+    response::{self, ErrorReply, Response, gateway_error, rds_error},
     scenarios::{Act, NORMAL},
     state::State,
     transport::Script,
@@ -24,7 +25,7 @@ const GZIP: &[u8] = &[
     92, 109, 137, 206, 86, 0, 0, 0,
 ];
 
-/// The project and the instance in the path of a task request; `None` for another path.
+/// Project id and instance id in the path of a task request; `None` for another path.
 pub(super) fn parse_path(path: &str) -> Option<(&str, &str)> {
     let (project_id, rest) = path.strip_prefix("/v3/")?.split_once("/instances/")?;
     let instance_id = rest.strip_suffix("/task-center-detail")?;
@@ -32,11 +33,11 @@ pub(super) fn parse_path(path: &str) -> Option<(&str, &str)> {
     (valid(project_id) && valid(instance_id)).then_some((project_id, instance_id))
 }
 
-/// Counts a task request as in flight until it is dropped, which includes a client that disconnects.
-struct InFlight<'a>(&'a Shared);
+/// Counts a task request as in flight until it is dropped, also when the client disconnects.
+struct TaskInFlight<'a>(&'a SharedState);
 
-impl<'a> InFlight<'a> {
-    fn begin(shared: &'a Shared, request: &Request<Bytes>) -> Self {
+impl<'a> TaskInFlight<'a> {
+    fn begin(shared: &'a SharedState, request: &Request<Bytes>) -> Self {
         let mut state = shared.state();
         state.record(request);
         state.counts.task_requests_in_flight += 1;
@@ -44,22 +45,22 @@ impl<'a> InFlight<'a> {
     }
 }
 
-impl Drop for InFlight<'_> {
+impl Drop for TaskInFlight<'_> {
     fn drop(&mut self) {
         self.0.state().counts.task_requests_in_flight -= 1;
     }
 }
 
-/// Responds to a request for a task, or takes over the connection.
+/// Responds to a task request, or returns the script that takes over the connection.
 pub(super) async fn show_task(
-    shared: &Shared,
+    shared: &SharedState,
     request: &Request<Bytes>,
     (project_id, instance_id): (&str, &str),
     request_id: &str,
 ) -> Result<Response, Script> {
-    let _in_flight = InFlight::begin(shared, request);
+    let _in_flight = TaskInFlight::begin(shared, request);
     let scenario = Act::find(instance_id);
-    let workflow_id = read(request);
+    let workflow_id = parse_workflow_id(request);
     if let Some((Act::Broken(kind), _)) = scenario {
         let workflow_id = workflow_id.as_deref().unwrap_or_default();
         return Err(kind.script(&fill(NORMAL, instance_id, workflow_id)));
@@ -71,7 +72,7 @@ pub(super) async fn show_task(
             (_, Err(error), _) => rds_error(error.status, error.code, &error.message),
             (_, Ok(workflow_id), None) => known_task(state, instance_id, &workflow_id),
             (_, Ok(workflow_id), Some((act, message))) => {
-                let task = TaskRequest {
+                let task = ScenarioRequest {
                     project_id,
                     instance_id,
                     workflow_id: &workflow_id,
@@ -82,7 +83,7 @@ pub(super) async fn show_task(
             }
         }
     };
-    // A credential is checked when the request arrives, even if the response is delayed.
+    // Delayed after authentication, which happens when the request arrives.
     if let Some((Act::Slow(milliseconds), _)) = scenario {
         sleep(Duration::from_millis(milliseconds)).await;
     }
@@ -90,20 +91,20 @@ pub(super) async fn show_task(
 }
 
 /// The workflow id in the request.
-fn read(request: &Request<Bytes>) -> Result<String, Rejection> {
+fn parse_workflow_id(request: &Request<Bytes>) -> Result<String, ErrorReply> {
     let content_type = request.headers().get(header::CONTENT_TYPE);
     let is_json = content_type
         .and_then(|value| value.to_str().ok()?.split(';').next())
         .is_some_and(|value| value.trim() == "application/json");
     if !is_json {
-        return Err(Rejection {
+        return Err(ErrorReply {
             status: StatusCode::UNSUPPORTED_MEDIA_TYPE,
             code: "DBS.000415",
             message: "Content-Type must be application/json.".to_owned(),
         });
     }
     let invalid = |problem| {
-        Err(Rejection {
+        Err(ErrorReply {
             status: StatusCode::BAD_REQUEST,
             code: "DBS.200001",
             message: format!("Parameter error: {problem}"),
@@ -122,7 +123,7 @@ fn read(request: &Request<Bytes>) -> Result<String, Rejection> {
     }
 }
 
-/// The two tasks that exist; for any other task, the error of the task center.
+/// One of the two existing tasks, or the error for an unknown task.
 fn known_task(state: &State, instance_id: &str, workflow_id: &str) -> Response {
     match (instance_id, workflow_id) {
         (EXAMPLE_INSTANCE_ID, EXAMPLE_WORKFLOW_ID) => {
@@ -140,7 +141,7 @@ fn known_task(state: &State, instance_id: &str, workflow_id: &str) -> Response {
     }
 }
 
-/// The task in progress: three parts, one after the other, from `started_at` on.
+/// The running task: three consecutive parts, starting at `started_at`.
 fn running_task(started_at: Timestamp, now: Timestamp) -> Value {
     const PARTS: [&str; 3] = ["Prepare resources", "Restore data", "Verify instance"];
     const PART_SECONDS: i64 = RUNNING_TASK_SECONDS / PARTS.len() as i64;
@@ -169,7 +170,7 @@ fn running_task(started_at: Timestamp, now: Timestamp) -> Value {
         RUNNING_TASK_SECONDS => "Completed",
         _ => "Running",
     };
-    // Like the neighbouring calls of the task center: an offset without a colon.
+    // The task center writes offsets without a colon.
     let time = |at: Timestamp| at.strftime("%Y-%m-%dT%H:%M:%S+0000").to_string();
     json!({
         "instance_id": EXAMPLE_INSTANCE_ID,
@@ -184,8 +185,8 @@ fn running_task(started_at: Timestamp, now: Timestamp) -> Value {
     })
 }
 
-/// A request whose response a scenario decides, with the parts that a response can contain.
-struct TaskRequest<'a> {
+/// A task request with a magic instance id.
+struct ScenarioRequest<'a> {
     project_id: &'a str,
     instance_id: &'a str,
     workflow_id: &'a str,
@@ -194,7 +195,7 @@ struct TaskRequest<'a> {
     request_id: &'a str,
 }
 
-impl TaskRequest<'_> {
+impl ScenarioRequest<'_> {
     fn respond(&self, act: Act, state: &mut State) -> Response {
         let status = |number| StatusCode::from_u16(number).expect("scenarios have valid statuses");
         let json = |number, body| response::json(status(number), self.fill(body));
@@ -233,7 +234,7 @@ impl TaskRequest<'_> {
         }
     }
 
-    /// The shortest response with a status. RDS has no codes `DBS.000<status>`, so the status decides.
+    /// The shortest response with a status. Its code `DBS.000<status>` does not exist in RDS, so the status decides.
     fn plain(&self, status: StatusCode) -> Response {
         match status.as_u16() {
             204 | 304 => response::json(status, ""),
@@ -243,13 +244,14 @@ impl TaskRequest<'_> {
                     "/v3/{}/instances/{EXAMPLE_INSTANCE_ID}/task-center-detail",
                     self.project_id
                 );
-                let location = HeaderValue::try_from(location).expect("a path is a header value");
+                let location =
+                    HeaderValue::try_from(location).expect("a path is a valid header value");
                 with_header(response::json(status, ""), header::LOCATION, location)
             }
             number => rds_error(
                 status,
                 &format!("DBS.{number:06}"),
-                &format!("The sandbox answers with HTTP {number}."),
+                &format!("The sandbox replied with HTTP {number}."),
             ),
         }
     }

@@ -1,4 +1,4 @@
-//! Serves one connection: hyper's HTTP/1.1 server for valid responses, the bare socket for all others.
+//! Serves one connection: with hyper for valid responses, with the bare socket for all others.
 
 use std::{error::Error as _, future::poll_fn, sync::Arc, time::Duration};
 
@@ -11,19 +11,21 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::Shared;
+use super::SharedState;
 
-/// Longest time to the end of a request's head, idle time of the connection included.
+/// Longest time until the end of a request's head, including idle time.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Pause between two dribbled bytes, and the limit for all of them.
+/// Pause before each dribbled byte.
 const DRIBBLE: Duration = Duration::from_millis(250);
+
+/// Longest time to dribble a response.
 const DRIBBLE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Pause before a reset, in which the client reads the bytes before it: the reset may discard them.
+/// Pause before a reset, so that the client reads the bytes sent before it, which the reset may discard.
 const BEFORE_RESET: Duration = Duration::from_millis(50);
 
-/// A response that no HTTP library would send.
+/// A response that is not valid HTTP.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Break {
     /// RST instead of a response.
@@ -54,8 +56,8 @@ pub(super) enum Break {
     HugeChunked,
 }
 
-/// What to write to the bare socket, and how to close it. An error of hyper's service, because an error makes hyper release the
-/// connection without a response.
+/// What to write to the bare socket, and how to close it. An error, because a service that returns an error makes hyper release
+/// the connection without a response.
 #[derive(Debug, thiserror::Error)]
 #[error("the scenario takes over the connection")]
 pub(super) struct Script {
@@ -68,7 +70,7 @@ impl Break {
     /// The script for a normal response with this body.
     pub(super) fn script(self, body: &str) -> Script {
         const OK: &str = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n";
-        // Ends before the instance id, so within ASCII.
+        // Shorter than the text before the instance id, so it ends at a character boundary.
         let part = &body[..16];
         let at_once = match self {
             Self::Reset | Self::Close | Self::DribbleHead => String::new(),
@@ -82,7 +84,7 @@ impl Break {
             Self::BadChunk => {
                 format!("{OK}Transfer-Encoding: chunked\r\n\r\nxyz\r\n{body}\r\n0\r\n\r\n")
             }
-            Self::Garbage => "\u{1}\u{2}220 this is no HTTP\r\n\r\n".to_owned(),
+            Self::Garbage => "\u{1}\u{2}220 this is not HTTP\r\n\r\n".to_owned(),
             Self::TwoLengths => format!(
                 "{OK}Content-Length: {}\r\nContent-Length: {}\r\n\r\n{body}",
                 body.len(),
@@ -121,7 +123,7 @@ impl Break {
 }
 
 /// Serves one connection until either side ends it.
-pub(super) async fn serve(stream: TcpStream, shared: Arc<Shared>) {
+pub(super) async fn serve(stream: TcpStream, shared: Arc<SharedState>) {
     let service = service_fn(|request| Box::pin(super::handle(Arc::clone(&shared), request)));
     let mut connection = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -129,13 +131,13 @@ pub(super) async fn serve(stream: TcpStream, shared: Arc<Shared>) {
         .serve_connection(TokioIo::new(stream), service);
     let outcome = poll_fn(|context| connection.poll_without_shutdown(context)).await;
     let mut stream = connection.into_parts().io.into_inner();
-    // Errors are ignored: the client may close the connection at any time.
+    // Errors are ignored, because the client may close the connection at any time.
     if let Some(script) = outcome
         .as_ref()
         .err()
         .and_then(|error| error.source()?.downcast_ref::<Script>())
         && !matches!(
-            timeout(DRIBBLE_TIMEOUT, play(script, &mut stream)).await,
+            timeout(DRIBBLE_TIMEOUT, run_script(script, &mut stream)).await,
             Ok(Ok(()))
         )
     {
@@ -144,7 +146,7 @@ pub(super) async fn serve(stream: TcpStream, shared: Arc<Shared>) {
     let _ = stream.shutdown().await;
 }
 
-async fn play(script: &Script, stream: &mut TcpStream) -> std::io::Result<()> {
+async fn run_script(script: &Script, stream: &mut TcpStream) -> std::io::Result<()> {
     stream.write_all(&script.at_once).await?;
     for byte in &script.dribbled {
         sleep(DRIBBLE).await;

@@ -1,4 +1,4 @@
-//! The access line: one per call. It does not pass through `tracing`, because every call pays for it.
+//! The access log: one line per call. It bypasses `tracing` because its cost is part of every call.
 
 use std::time::Duration;
 
@@ -6,7 +6,6 @@ use jiff::Timestamp;
 use tonic::Code;
 use tracing::Level;
 
-use super::LogFormat;
 use super::{
     context::Context,
     line::{Line, Style},
@@ -16,10 +15,10 @@ use super::{
 };
 use crate::{code, reason::Reason};
 
-/// The target of access lines, for `RUST_LOG`: `access=off` hides them all, `access=error` those of callers' faults.
+/// The target of access lines in `RUST_LOG`: `access=off` hides all of them, `access=error` those at level INFO.
 pub(super) const TARGET: &str = "access";
 
-/// Longest text of a peer's choice in the line.
+/// Longest text that a peer chooses, in bytes.
 const MAX_PEER_TEXT: usize = 128;
 
 /// Writes access lines. Clones write to the same log.
@@ -30,24 +29,20 @@ pub struct Access {
 }
 
 impl Access {
-    /// Writes no line: for tests and benchmarks, which have no log.
+    /// An access log that drops every line, for tests and benchmarks.
     pub fn off() -> Self {
-        let style = Style {
-            format: LogFormat::Text,
-            colour: false,
-        };
-        Self::new(style, Writer::closed())
+        Self::new(Style::Text, Writer::closed())
     }
 
-    /// Access lines that look like `style`.
+    /// An access log in this style.
     pub(super) fn new(style: Style, writer: Writer) -> Self {
         Self { style, writer }
     }
 
-    /// Writes one line, unless the filter hides it. Never waits.
+    /// Writes one line unless the filter hides it. Never blocks.
     pub(super) fn write(&self, record: &Record, code: Code, took: Duration, facts: &Facts) {
         let level = level(code, record.reason);
-        // Each of the two call sites caches the filter's decision, so that asking costs one load.
+        // Two call sites, because each caches the filter's decision for its own level.
         let shown = match level {
             Level::ERROR => tracing::enabled!(target: TARGET, Level::ERROR),
             _ => tracing::enabled!(target: TARGET, Level::INFO),
@@ -60,17 +55,17 @@ impl Access {
     }
 }
 
-/// ERROR when the server or upstream is at fault, INFO when the caller is or nobody.
+/// ERROR if the server or upstream is at fault, else INFO.
 fn level(code: Code, reason: Option<Reason>) -> Level {
     match code {
-        // What no gRPC client sends, whatever code answers it, is the caller's fault.
+        // The caller is at fault with any code, for example for a request that is not gRPC.
         _ if reason == Some(Reason::InvalidRequest) => Level::INFO,
         Code::Unknown
         | Code::DeadlineExceeded
         | Code::Internal
         | Code::Unavailable
         | Code::DataLoss => Level::ERROR,
-        // A caller may ask for a method that never was; an upstream without the API is the operator's to mend.
+        // A missing upstream API is the operator's problem; an unknown method is the caller's.
         Code::Unimplemented if reason == Some(Reason::UpstreamApiNotFound) => Level::ERROR,
         _ => Level::INFO,
     }
@@ -87,7 +82,7 @@ fn render(
 ) -> String {
     let mut line = Line::new(style, now, level, TARGET, "rpc");
     line.text("request_id", &limited(record.request_id.as_bytes()));
-    // Our own span if traces are exported, else the caller's.
+    // The call's own span if traces are exported, else the caller's span.
     let caller = match (&record.span, &record.traceparent) {
         (None, Some(value)) => Context::from_traceparent(value),
         _ => None,
@@ -103,7 +98,7 @@ fn render(
         line.text("reason", reason.as_str());
     }
     line.plain("duration_ms", Milliseconds(took));
-    // As u64: dividing and printing 128 bits costs several times as much.
+    // u64, because dividing and printing 128 bits costs several times as much.
     line.plain("deadline_ms", record.timeout.as_millis() as u64);
     line.plain("attempts", facts.attempts);
     if let Some(status) = facts.http_status {
@@ -123,7 +118,7 @@ fn render(
     line.finish()
 }
 
-/// Milliseconds with the microseconds as decimals.
+/// Milliseconds with three decimals.
 struct Milliseconds(Duration);
 
 impl std::fmt::Display for Milliseconds {
@@ -133,15 +128,15 @@ impl std::fmt::Display for Milliseconds {
     }
 }
 
-/// At most [`MAX_PEER_TEXT`] bytes of visible ASCII and blanks; anything else becomes `?`.
+/// At most [`MAX_PEER_TEXT`] bytes of printable ASCII; any other byte becomes `?`.
 pub(super) fn limited(text: &[u8]) -> std::borrow::Cow<'_, str> {
     let text = &text[..text.len().min(MAX_PEER_TEXT)];
-    let sound = |b: &u8| (b' '..=b'~').contains(b);
+    let printable = |b: &u8| (b' '..=b'~').contains(b);
     match std::str::from_utf8(text) {
-        Ok(sound_text) if text.iter().all(sound) => sound_text.into(),
+        Ok(unchanged) if text.iter().all(printable) => unchanged.into(),
         _ => text
             .iter()
-            .map(|b| if sound(b) { char::from(*b) } else { '?' })
+            .map(|b| if printable(b) { char::from(*b) } else { '?' })
             .collect(),
     }
 }
@@ -158,21 +153,12 @@ mod tests {
     use crate::{
         method::Method,
         telemetry::{
-            LogFormat, log,
+            log,
             metrics::Metrics,
             record::{Peer, Sinks},
             repeats::Repeats,
-            writer::tests::Kept,
+            writer::tests::Recorder,
         },
-    };
-
-    const JSON: Style = Style {
-        format: LogFormat::Json,
-        colour: false,
-    };
-    const TEXT: Style = Style {
-        format: LogFormat::Text,
-        colour: false,
     };
 
     const METHOD: Method = Method::GetTaskDetail;
@@ -203,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn the_json_line_carries_every_field_under_its_name() {
+    fn json_line_has_every_field() {
         let traceparent = b"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
         let headers: [(_, &[u8]); 2] = [
             ("traceparent", traceparent),
@@ -219,7 +205,7 @@ mod tests {
         };
 
         let text = render(
-            JSON,
+            Style::Json,
             now(),
             Level::INFO,
             &record,
@@ -243,13 +229,13 @@ mod tests {
     }
 
     #[test]
-    fn the_text_line_leaves_out_what_is_unknown() {
+    fn text_line_omits_unknown_fields() {
         let mut record = record(&Access::off(), &[]);
         record.sent(87);
 
         assert_eq!(
             render(
-                TEXT,
+                Style::Text,
                 now(),
                 Level::INFO,
                 &record,
@@ -264,13 +250,13 @@ mod tests {
     }
 
     #[test]
-    fn text_of_the_peer_is_cut_and_made_plain() {
+    fn user_agent_is_truncated_and_reduced_to_printable_ascii() {
         let mut agent = b"a\t\"[31m\xff".to_vec();
         agent.extend([b'x'; 1000]);
         let record = record(&Access::off(), &[("user-agent", &agent)]);
 
         let line = render(
-            JSON,
+            Style::Json,
             now(),
             Level::INFO,
             &record,
@@ -286,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn only_faults_of_server_and_upstream_are_errors() {
+    fn only_server_and_upstream_errors_are_logged_at_error() {
         let errors: Vec<Code> = (0..17)
             .map(Code::from)
             .filter(|code| level(*code, None) == Level::ERROR)
@@ -318,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn the_filter_shows_and_hides_access_lines_by_their_target() {
+    fn filter_selects_access_lines_by_target_and_level() {
         let cases = [
             ("info", 2),
             ("error", 1),
@@ -329,18 +315,18 @@ mod tests {
         ];
 
         for (filter, expected) in cases {
-            let kept = Kept::default();
-            let (writer, flush) = Writer::new(kept.clone(), Counter::default());
+            let recorder = Recorder::default();
+            let (writer, flush) = Writer::new(recorder.clone(), Counter::default());
             let repeats = Repeats::new(Counter::default());
             let filter_set = log::filter(filter).unwrap();
-            let subscriber = log::subscriber(TEXT, filter_set, writer.clone(), repeats);
-            let access = Access::new(TEXT, writer);
+            let subscriber = log::subscriber(Style::Text, filter_set, writer.clone(), repeats);
+            let access = Access::new(Style::Text, writer);
             with_default(subscriber, || {
                 record(&access, &[]).finish(Code::NotFound);
                 record(&access, &[]).finish(Code::Internal);
             });
             drop(flush);
-            assert_eq!(kept.text().lines().count(), expected, "{filter}");
+            assert_eq!(recorder.text().lines().count(), expected, "{filter}");
         }
     }
 }

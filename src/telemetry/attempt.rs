@@ -1,4 +1,4 @@
-//! What metrics and trace report about one upstream attempt, written exactly once.
+//! Metrics and span of one upstream attempt, written exactly once.
 
 use std::sync::Arc;
 
@@ -21,16 +21,16 @@ pub struct AttemptRecord<'a> {
     span: Option<AttemptSpan>,
     started: Instant,
     pub(super) outcome: AttemptOutcome,
-    /// The reply's status, once its head is there.
+    /// The reply's status, once its head has arrived.
     pub(super) http_status: Option<u16>,
-    /// Why there is no complete reply.
+    /// Why the reply is missing or incomplete.
     pub(super) reason: Option<Reason>,
-    /// The vendor's request id; kept for the span only.
+    /// The vendor's request id; stored only if there is a span.
     pub(super) upstream_request_id: Option<String>,
 }
 
 impl<'a> AttemptRecord<'a> {
-    /// An attempt that starts now, after `resend_count` others of the same lookup.
+    /// Starts the record of an attempt that `resend_count` attempts of the same lookup precede.
     pub fn start(
         metrics: &'a Metrics,
         url: &'a Url,
@@ -50,14 +50,14 @@ impl<'a> AttemptRecord<'a> {
         }
     }
 
-    /// Writes the trace context into the attempt's request, if the operator wants it sent upstream.
+    /// Adds the trace context to the attempt's request if `--propagate-trace-upstream` is set.
     pub fn propagate(&self, headers: &mut HeaderMap) {
         if let Some(span) = &self.span {
             span.propagate(headers);
         }
     }
 
-    /// The head of a reply has arrived.
+    /// Records the head of the reply.
     pub fn replied(&mut self, http_status: u16, upstream_request_id: Option<&String>) {
         self.http_status = Some(http_status);
         if self.span.is_some() {
@@ -65,13 +65,13 @@ impl<'a> AttemptRecord<'a> {
         }
     }
 
-    /// No complete reply came, for this reason.
+    /// Ends the attempt without a complete reply.
     pub fn fail(mut self, reason: Reason) {
         self.reason = Some(reason);
         self.finish(AttemptOutcome::TransportError);
     }
 
-    /// The attempt is over.
+    /// Ends the attempt.
     pub fn finish(mut self, outcome: AttemptOutcome) {
         self.outcome = outcome;
     }

@@ -1,4 +1,4 @@
-//! The trace context that a caller sends, and the one that goes upstream: W3C Trace Context and, inwards only, B3.
+//! Reads the caller's trace context (W3C Trace Context or B3) and writes the upstream one (W3C only).
 
 use std::fmt;
 
@@ -6,10 +6,10 @@ use http::{HeaderMap, HeaderValue};
 
 use super::Propagators;
 
-/// The longest `tracestate` that is kept: what the standard asks a system to pass on at least (section 3.3.1.5).
+/// A longer `tracestate` is dropped. Systems should propagate at least this length (W3C Trace Context, section 3.3.1.5).
 const MAX_TRACE_STATE: usize = 512;
 
-/// One span, as others refer to it. [`fmt::Display`] writes a `traceparent`.
+/// The identity of a span. [`fmt::Display`] writes a `traceparent`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Context {
     /// Not zero.
@@ -23,52 +23,39 @@ pub struct Context {
 }
 
 impl Context {
-    /// The caller's span, in the first accepted form that is there and sound.
+    /// The caller's span: W3C if accepted and valid, else B3 if accepted and valid.
     pub fn from_headers(headers: &HeaderMap, accepted: Propagators) -> Option<Self> {
-        let w3c = || {
-            let mut parents = headers.get_all("traceparent").iter();
-            // It is no list, so two of them are one that is malformed.
-            let (Some(parent), None) = (parents.next(), parents.next()) else {
-                return None;
-            };
-            let mut context = Self::from_traceparent(parent)?;
-            context.trace_state = trace_state(headers);
-            Some(context)
-        };
-        accepted
-            .w3c
-            .then(w3c)
-            .flatten()
-            .or_else(|| accepted.b3.then(|| b3(headers)).flatten())
+        let w3c = accepted.w3c.then(|| w3c(headers)).flatten();
+        w3c.or_else(|| accepted.b3.then(|| b3(headers)).flatten())
     }
 
-    /// The span of a `traceparent`; `None` when it is malformed (W3C Trace Context, section 3.2).
+    /// Parses a `traceparent`; `None` if it is invalid (W3C Trace Context, section 3.2).
     pub fn from_traceparent(value: &HeaderValue) -> Option<Self> {
         let mut parts = value.to_str().ok()?.split('-');
         let (version, trace_id, span_id, flags) =
             (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
-        let sound = lower_hex(version, 2)
+        let valid = lower_hex(version, 2)
             && version != "ff"
             && lower_hex(flags, 2)
             // Later versions may add parts.
             && (version != "00" || parts.next().is_none());
         let sampled = u8::from_str_radix(flags, 16).ok()? & 1 == 1;
-        Self::from_ids(trace_id, span_id, sampled).filter(|_| sound && trace_id.len() == 32)
+        Self::from_ids(trace_id, span_id, sampled).filter(|_| valid && trace_id.len() == 32)
     }
 
     fn from_ids(trace_id: &str, span_id: &str, sampled: bool) -> Option<Self> {
-        // B3 knows trace ids of 64 bits too.
-        let sound = (lower_hex(trace_id, 32) || lower_hex(trace_id, 16)) && lower_hex(span_id, 16);
+        // B3 allows 64-bit trace ids.
+        let valid = (lower_hex(trace_id, 32) || lower_hex(trace_id, 16)) && lower_hex(span_id, 16);
         let context = Self {
             trace_id: u128::from_str_radix(trace_id, 16).ok()?,
             span_id: u64::from_str_radix(span_id, 16).ok()?,
             sampled,
             trace_state: String::new(),
         };
-        (sound && context.trace_id != 0 && context.span_id != 0).then_some(context)
+        (valid && context.trace_id != 0 && context.span_id != 0).then_some(context)
     }
 
-    /// Writes `traceparent` and `tracestate` into a request.
+    /// Adds `traceparent` and `tracestate` to a request.
     pub fn write(&self, headers: &mut HeaderMap) {
         let traceparent =
             HeaderValue::from_str(&self.to_string()).expect("hex digits and dashes are ASCII");
@@ -96,7 +83,17 @@ fn lower_hex(text: &str, length: usize) -> bool {
     text.len() == length && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
 }
 
-/// All `tracestate` headers as one; empty when there is none or it is not fit to be passed on.
+fn w3c(headers: &HeaderMap) -> Option<Context> {
+    let mut parents = headers.get_all("traceparent").iter();
+    // Not a list header: a repeated one is invalid.
+    let parent = parents.next().filter(|_| parents.next().is_none())?;
+    Some(Context {
+        trace_state: trace_state(headers),
+        ..Context::from_traceparent(parent)?
+    })
+}
+
+/// All `tracestate` headers joined; empty if absent, invalid or too long.
 fn trace_state(headers: &HeaderMap) -> String {
     let parts: Result<Vec<&str>, _> = headers
         .get_all("tracestate")
@@ -111,7 +108,7 @@ fn trace_state(headers: &HeaderMap) -> String {
 }
 
 /// Zipkin's headers: `b3: {trace}-{span}[-{sampled}[-{parent}]]`, or one header for each (B3 propagation, "Overall
-/// Process"). Without a decision the trace is recorded; `d` is a debug trace, which is recorded too.
+/// Process"). Without a decision the trace is recorded; so is `d`, a debug trace.
 fn b3(headers: &HeaderMap) -> Option<Context> {
     let text = |name: &str| headers.get(name)?.to_str().ok();
     if let Some(single) = text("b3") {
@@ -143,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn a_malformed_traceparent_leaves_no_trace() {
+    fn malformed_traceparent_is_ignored() {
         let cases = [
             (format!("00-{TRACE}-{SPAN}-01"), true),
             (format!("01-{TRACE}-{SPAN}-01-more"), true),
@@ -174,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_read_is_what_is_written() {
+    fn written_context_equals_parsed_context() {
         let cases = [
             (
                 vec![
@@ -242,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn a_repeated_traceparent_leaves_no_trace() {
+    fn repeated_traceparent_is_ignored() {
         let parent = (
             "traceparent",
             "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
@@ -255,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn only_accepted_forms_count_and_w3c_comes_first() {
+    fn w3c_wins_over_b3_and_unaccepted_formats_are_ignored() {
         let w3c = (
             "traceparent",
             "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
@@ -267,14 +264,14 @@ mod tests {
         };
 
         let both = Context::from_headers(&headers(&[zipkin, w3c]), ALL).unwrap();
-        let refused = Context::from_headers(&headers(&[zipkin, w3c]), none);
+        let unaccepted = Context::from_headers(&headers(&[zipkin, w3c]), none);
 
         assert_eq!(format!("{:032x}", both.trace_id), TRACE);
-        assert_eq!(refused, None);
+        assert_eq!(unaccepted, None);
     }
 
     #[test]
-    fn an_overlong_tracestate_is_left_out_and_the_trace_goes_on() {
+    fn overlong_tracestate_is_dropped_without_the_trace() {
         let long = format!("a={}", "x".repeat(600));
         let parent = format!("00-{TRACE}-{SPAN}-01");
 

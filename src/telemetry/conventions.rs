@@ -1,7 +1,7 @@
-//! The names of span attributes, after the OpenTelemetry semantic conventions 1.44. The names for RPC are a release candidate and may
-//! change; those for HTTP, network and service are stable.
+//! Names of span attributes, from the OpenTelemetry semantic conventions 1.44. The RPC names are a release candidate and may change;
+//! the names for HTTP, network and service are stable.
 
-/// The version of these names, for backends that translate between versions.
+/// Identifies the version of these names, so that backends can translate them.
 pub(super) const SCHEMA_URL: &str = "https://opentelemetry.io/schemas/1.44.0";
 
 pub(super) const SERVICE_NAME: &str = "service.name";
@@ -9,11 +9,11 @@ pub(super) const SERVICE_VERSION: &str = "service.version";
 
 /// Always `grpc`.
 pub(super) const RPC_SYSTEM_NAME: &str = "rpc.system.name";
-/// Service and method; [`OTHER`] for a method that does not exist.
+/// Service and method; [`OTHER`] for an unknown method.
 pub(super) const RPC_METHOD: &str = "rpc.method";
 /// The code's name in gRPC, such as `NOT_FOUND`.
 pub(super) const RPC_RESPONSE_STATUS_CODE: &str = "rpc.response.status_code";
-/// Replaces a name that a caller invented, which keeps the number of different names bounded.
+/// Replaces unknown method names, so that callers cannot add values.
 pub(super) const OTHER: &str = "_OTHER";
 
 pub(super) const ERROR_TYPE: &str = "error.type";
@@ -33,7 +33,7 @@ pub(super) const URL_TEMPLATE: &str = "url.template";
 
 /// The request id of the call, `x-request-id`.
 pub(super) const REQUEST_ID: &str = "rds_task_facade.request_id";
-/// `ErrorInfo.reason` of a failure.
+/// `ErrorInfo.reason` of a failed call.
 pub(super) const REASON: &str = "rds_task_facade.reason";
 /// Upstream attempts of the call.
 pub(super) const ATTEMPTS: &str = "rds_task_facade.attempts";

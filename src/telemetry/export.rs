@@ -1,13 +1,13 @@
-//! Exports ended spans to a collector, in OTLP over HTTP with protobuf, on a thread of its own. A collector that is down, slow
-//! or full costs spans, which are counted, and never delays a call.
+//! Exports ended spans to a collector on a dedicated thread, as OTLP over HTTP with protobuf. If the collector is down, slow or
+//! full, spans are dropped and counted; calls are never delayed.
 //!
-//! Written by hand because the exporter of the OpenTelemetry SDK reads the environment a second time, ignores invalid values in
-//! it silently and does not count the spans that its queue drops.
+//! Written by hand because the OpenTelemetry SDK's exporter reads the environment a second time, silently ignores invalid values
+//! and does not count the spans that its queue drops.
 
 use std::{mem, sync::Arc, thread, time::Duration};
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, StatusCode, header::CONTENT_TYPE};
+use http::{HeaderValue, StatusCode, header::CONTENT_TYPE};
 use prost::Message as _;
 use tokio::{
     sync::mpsc::{Receiver, Sender, channel},
@@ -32,22 +32,23 @@ use crate::{
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 const MAX_PAUSE: Duration = Duration::from_secs(5);
 
-/// Longest response body that is read; the body of a success is empty or a few bytes.
+/// Longest response body that is read. A successful response has a body of a few bytes at most.
 const MAX_BODY_BYTES: usize = 64 * 1024;
 
 /// Indices of [`Metrics::spans_dropped`].
 const QUEUE_FULL: usize = 0;
 const EXPORT_FAILED: usize = 1;
 
-/// Why the export cannot start.
+/// Why the trace export cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The file of certificates cannot be used.
-    #[error("OTEL_EXPORTER_OTLP_CERTIFICATE: the file holds no readable PEM certificate")]
+    /// The certificate file is unusable.
+    #[error("OTEL_EXPORTER_OTLP_CERTIFICATE: the file contains no valid PEM certificate")]
     Certificate,
-    /// No system roots, most often.
+    /// The HTTP client cannot be created; usually the system has no CA certificates.
     #[error(
-        "the client for the collector cannot be set up; most often the system has no CA certificates"
+        "cannot create the client for the OTLP collector: the system has no usable CA certificates; install them, or set \
+         OTEL_EXPORTER_OTLP_CERTIFICATE"
     )]
     Client,
 }
@@ -61,7 +62,7 @@ impl From<BuildError> for Error {
     }
 }
 
-/// The bounded queue of ended spans, which the exporter's thread empties.
+/// The bounded queue of ended spans, emptied by the exporter's thread.
 #[derive(Debug)]
 pub(super) struct SpanQueue {
     spans: Sender<Span>,
@@ -74,28 +75,29 @@ impl SpanQueue {
     /// Starts the exporter's thread.
     ///
     /// # Errors
-    /// [`Error`] for a setting that cannot be used.
+    /// [`Error`] for an unusable setting.
     ///
     /// # Panics
-    /// When the process is out of threads.
+    /// When no thread can be started.
     pub(super) fn start(config: &Tracing, metrics: Arc<Metrics>) -> Result<Self, Error> {
-        let exporter = Exporter {
+        let mut exporter = Exporter {
             client: client(config)?,
-            headers: headers(config),
             config: config.clone(),
             metrics: Arc::clone(&metrics),
         };
+        let protobuf = HeaderValue::from_static("application/x-protobuf");
+        exporter.config.headers.insert(CONTENT_TYPE, protobuf);
         let (spans, queue) = channel(config.queue_spans);
         let shutdown = CancellationToken::new();
         let exporting = exporter.run(queue, shutdown.clone());
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
-            .expect("a runtime can be made while the program starts");
+            .expect("the runtime starts");
         thread::Builder::new()
             .name("spans".to_owned())
             .spawn(move || runtime.block_on(exporting))
-            .expect("a thread can be started while the program starts");
+            .expect("the thread starts");
         Ok(Self {
             spans,
             shutdown,
@@ -103,14 +105,14 @@ impl SpanQueue {
         })
     }
 
-    /// Queues a span, or drops and counts it. Never waits.
+    /// Queues a span; drops and counts it if the queue is full. Never blocks.
     pub(super) fn put(&self, span: Span) {
         if self.spans.try_send(span).is_err() {
             self.metrics.spans_dropped[QUEUE_FULL].inc();
         }
     }
 
-    /// Stops the exporter once it has exported the queued spans. Returns whether it stopped within `limit`.
+    /// Exports the queued spans and stops the exporter. Returns whether that took at most `limit`.
     pub(super) async fn finish(&self, limit: Duration) -> bool {
         self.shutdown.cancel();
         timeout(limit, self.spans.closed()).await.is_ok()
@@ -118,7 +120,7 @@ impl SpanQueue {
 }
 
 fn client(config: &Tracing) -> Result<reqwest::Client, Error> {
-    // As in OpenTelemetry's own exporters, a file of certificates replaces the system's.
+    // A certificate file replaces the system's roots, as in OpenTelemetry's exporters.
     let https = config.endpoint.starts_with("https:");
     let system = if https && config.certificate_pem.is_none() {
         SystemRoots::Trusted
@@ -134,22 +136,14 @@ fn client(config: &Tracing) -> Result<reqwest::Client, Error> {
     Ok(build(builder)?)
 }
 
-fn headers(config: &Tracing) -> HeaderMap {
-    let mut headers: HeaderMap = config.headers.iter().cloned().collect();
-    let protobuf = HeaderValue::from_static("application/x-protobuf");
-    headers.insert(CONTENT_TYPE, protobuf);
-    headers
-}
-
 struct Exporter {
     client: reqwest::Client,
-    headers: HeaderMap,
     config: Tracing,
     metrics: Arc<Metrics>,
 }
 
 impl Exporter {
-    /// Exports batches until `shutdown`, then the spans that are still queued.
+    /// Exports batches until `shutdown`, then the remaining spans of the queue.
     async fn run(self, mut queue: Receiver<Span>, shutdown: CancellationToken) {
         let mut batch = Vec::new();
         loop {
@@ -168,7 +162,7 @@ impl Exporter {
         }
     }
 
-    /// Waits for a span, then for the rest of a batch, but at most the configured delay.
+    /// Waits for a span, then for the rest of the batch for at most the configured delay.
     async fn fill(&self, batch: &mut Vec<Span>, queue: &mut Receiver<Span>) {
         batch.extend(queue.recv().await);
         let rest = async {
@@ -185,7 +179,9 @@ impl Exporter {
         let count = spans.len() as u64;
         let body = self.request(spans).encode_to_vec();
         let delivered = timeout(self.config.timeout, self.deliver(body.into())).await;
-        let dropped = match delivered.unwrap_or(Err("no success within the timeout".to_owned())) {
+        let dropped = match delivered.unwrap_or(Err(
+            "the collector accepted nothing within the timeout".to_owned(),
+        )) {
             Ok(rejected) => rejected.min(count),
             Err(error) => {
                 tracing::warn!(spans = count, error, "spans cannot be exported");
@@ -196,13 +192,13 @@ impl Exporter {
         self.metrics.spans_dropped[EXPORT_FAILED].inc_by(dropped);
     }
 
-    /// Sends one body until the collector accepts it or fails permanently. Returns the number of spans that it rejected.
+    /// Sends the body until the collector accepts it or fails permanently. Returns the number of rejected spans.
     async fn deliver(&self, body: Bytes) -> Result<u64, String> {
         let mut pause = FIRST_PAUSE;
         loop {
             let request = self.client.post(&self.config.endpoint);
-            let request = request.headers(self.headers.clone()).body(body.clone());
-            let wait = match request.send().await {
+            let request = request.headers(self.config.headers.clone());
+            let wait = match request.body(body.clone()).send().await {
                 Ok(mut response) if response.status().is_success() => {
                     let body = read_body(&mut response, MAX_BODY_BYTES).await;
                     return Ok(rejected(&body.unwrap_or_default()));
@@ -212,7 +208,7 @@ impl Exporter {
                 }
                 Ok(response) => {
                     let status = response.status().as_u16();
-                    return Err(format!("the collector answers {status}"));
+                    return Err(format!("the collector replied with HTTP {status}"));
                 }
                 Err(_) => None,
             };
@@ -223,21 +219,18 @@ impl Exporter {
 
     fn request(&self, spans: Vec<Span>) -> ExportTraceServiceRequest {
         let (name, version) = (env!("CARGO_PKG_NAME"), env!("CARGO_PKG_VERSION"));
-        let mut attributes: Vec<_> = self
-            .config
-            .resource
-            .iter()
-            .map(|(key, value)| KeyValue::text(key, value))
-            .collect();
-        attributes.push(KeyValue::text(
-            names::SERVICE_NAME,
-            &self.config.service_name,
-        ));
-        attributes.push(KeyValue::text(names::SERVICE_VERSION, version));
+        let resource = self.config.resource.iter();
+        let resource = resource.map(|(key, value)| (key.as_str(), value.as_str()));
+        let service = [
+            (names::SERVICE_NAME, self.config.service_name.as_str()),
+            (names::SERVICE_VERSION, version),
+        ];
+        let attributes = resource.chain(service);
+        let attributes = attributes.map(|(key, value)| KeyValue::text(key, value));
         ExportTraceServiceRequest {
             resource_spans: vec![ResourceSpans {
                 resource: Some(Resource {
-                    attributes,
+                    attributes: attributes.collect(),
                     ..Resource::default()
                 }),
                 scope_spans: vec![ScopeSpans {
@@ -255,7 +248,7 @@ impl Exporter {
     }
 }
 
-/// Number of spans that the collector rejected of a request that it accepted.
+/// The number of rejected spans in a successful response.
 fn rejected(body: &[u8]) -> u64 {
     let response = ExportTraceServiceResponse::decode(body).unwrap_or_default();
     let rejected = response
@@ -273,7 +266,7 @@ fn is_transient(status: StatusCode) -> bool {
 mod tests {
     use std::{convert::Infallible, net::SocketAddr};
 
-    use http::{Request, Response};
+    use http::{HeaderMap, Request, Response};
     use http_body_util::{BodyExt as _, Full};
     use hyper::{body::Incoming, server::conn::http1, service::service_fn};
     use hyper_util::rt::TokioIo;
@@ -285,7 +278,7 @@ mod tests {
         telemetry::{Propagators, Sampler, Tracing},
     };
 
-    /// A collector that accepts everything. Returns its address and the names of the spans in each request.
+    /// Starts a collector that accepts every request. Returns its address and the span names of each request.
     async fn collector() -> (SocketAddr, Receiver<Vec<String>>) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -310,7 +303,7 @@ mod tests {
     fn settings(address: SocketAddr, queue_spans: usize) -> Tracing {
         Tracing {
             endpoint: format!("http://{address}/v1/traces"),
-            headers: Vec::new(),
+            headers: HeaderMap::new(),
             timeout: Duration::from_secs(30),
             certificate_pem: None,
             sampler: Sampler {
@@ -337,7 +330,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_full_batch_is_exported_at_once_and_the_rest_at_the_end() {
+    async fn full_batch_is_exported_at_once_and_the_rest_on_shutdown() {
         let (address, mut received) = collector().await;
         let metrics = Metrics::new();
         let queue = SpanQueue::start(&settings(address, 100), Arc::clone(&metrics)).unwrap();
@@ -359,7 +352,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_collector_that_never_answers_costs_counted_spans_and_a_bounded_end() {
+    async fn silent_collector_drops_counted_spans_and_does_not_block_shutdown() {
         let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let metrics = Metrics::new();
         let config = settings(silent.local_addr().unwrap(), 5);
@@ -369,14 +362,14 @@ mod tests {
             queue.put(span("a"));
         }
 
-        // The queue holds five spans, the exporter a batch of two at most.
+        // Five spans fit into the queue, at most two into the exporter's batch.
         let dropped = metrics.spans_dropped[QUEUE_FULL].get();
         assert!((93..=95).contains(&dropped), "{dropped}");
         assert!(!queue.finish(Duration::from_millis(50)).await);
     }
 
     #[test]
-    fn what_a_collector_rejects_of_a_batch_is_read_from_its_answer() {
+    fn rejected_spans_are_read_from_the_response() {
         let partial = |rejected_spans| {
             ExportTraceServiceResponse {
                 partial_success: Some(ExportTracePartialSuccess {

@@ -3,31 +3,30 @@
 //! Text: `2026-02-03T03:04:05.678Z INFO target: message name=value other="two words"`. JSON: one object with `ts`,
 //! `level`, `target`, `msg` and the fields. In both formats no value can end the line, move the cursor or add a field.
 //!
-//! Written by hand because the formatters of tracing-subscriber format events only, whereas the access line is no event (its
-//! fields vary from call to call and its cost counts on every call), and because they neither bound the length of a value nor
-//! escape line separators and marks of text direction.
+//! Written by hand because the formatters of tracing-subscriber only format events, and the access line is not an event (its fields
+//! vary from call to call, and every call pays for it). They also neither limit the length of a value nor escape line separators
+//! and text direction marks.
 
 use std::fmt::{self, Write as _};
 
 use jiff::Timestamp;
 use tracing::Level;
 
-use super::LogFormat;
-
-/// A longer value is cut, which bounds the memory of queued lines. The start line's configuration is shorter.
+/// Longer values are truncated, which bounds the memory of queued lines. The configuration in the first log line is shorter.
 const MAX_FIELD_BYTES: usize = 8192;
 
 /// The format of lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Style {
-    pub(super) format: LogFormat,
-    /// Colours the level of a text line; only for a terminal.
-    pub(super) colour: bool,
+pub(super) enum Style {
+    Json,
+    Text,
+    /// Text with a coloured level, for a terminal.
+    ColouredText,
 }
 
 /// A line under construction.
 pub(super) struct Line {
-    format: LogFormat,
+    style: Style,
     buffer: String,
 }
 
@@ -40,35 +39,32 @@ impl Line {
         message: &str,
     ) -> Self {
         let mut line = Self {
-            format: style.format,
+            style,
             buffer: String::with_capacity(512),
         };
-        match style.format {
-            LogFormat::Json => {
+        let colour = ansi_colour(level);
+        match style {
+            Style::Json => {
                 line.write(format_args!(r#"{{"ts":"{now:.3}","level":"{level}""#));
                 line.text("target", target);
                 line.text("msg", message);
+                return line;
             }
-            LogFormat::Text => {
-                line.write(format_args!("{now:.3} "));
-                if style.colour {
-                    let colour = ansi_colour(level);
-                    line.write(format_args!("\u{1b}[{colour}m{level}\u{1b}[0m"));
-                } else {
-                    line.write(format_args!("{level}"));
-                }
-                line.write(format_args!(" {target}: "));
-                line.escape(cut(message), false);
+            Style::Text => line.write(format_args!("{now:.3} {level}")),
+            Style::ColouredText => {
+                line.write(format_args!("{now:.3} \u{1b}[{colour}m{level}\u{1b}[0m"))
             }
         }
+        line.write(format_args!(" {target}: "));
+        line.escape(truncate(message), false);
         line
     }
 
-    /// A field with text of any origin. Names are constants of the program.
+    /// Adds a text field. The value may be untrusted; the name is a constant.
     pub(super) fn text(&mut self, name: &'static str, value: &str) {
         self.name(name);
-        let value = cut(value);
-        let bare = self.format == LogFormat::Text
+        let value = truncate(value);
+        let bare = self.style != Style::Json
             && !value.is_empty()
             && value
                 .bytes()
@@ -82,7 +78,7 @@ impl Line {
         }
     }
 
-    /// A field whose [`fmt::Display`] is a JSON number or boolean.
+    /// Adds a field whose [`fmt::Display`] is a JSON number or boolean.
     pub(super) fn plain(&mut self, name: &'static str, value: impl fmt::Display) {
         self.name(name);
         self.write(format_args!("{value}"));
@@ -90,17 +86,17 @@ impl Line {
 
     /// The finished line, with its line feed.
     pub(super) fn finish(mut self) -> String {
-        self.buffer.push_str(match self.format {
-            LogFormat::Json => "}\n",
-            LogFormat::Text => "\n",
+        self.buffer.push_str(match self.style {
+            Style::Json => "}\n",
+            _ => "\n",
         });
         self.buffer
     }
 
     fn name(&mut self, name: &'static str) {
-        let (before, after) = match self.format {
-            LogFormat::Json => (",\"", "\":"),
-            LogFormat::Text => (" ", "="),
+        let (before, after) = match self.style {
+            Style::Json => (",\"", "\":"),
+            _ => (" ", "="),
         };
         for part in [before, name, after] {
             self.buffer.push_str(part);
@@ -141,11 +137,11 @@ fn ansi_colour(level: Level) -> u8 {
     }
 }
 
-fn cut(text: &str) -> &str {
+fn truncate(text: &str) -> &str {
     &text[..text.floor_char_boundary(MAX_FIELD_BYTES)]
 }
 
-/// Control characters, line separators, and marks that change the direction of the text after them.
+/// Control characters, line separators and text direction marks.
 fn needs_escape(c: char) -> bool {
     c.is_control()
         || matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
@@ -156,15 +152,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-
-    const JSON: Style = Style {
-        format: LogFormat::Json,
-        colour: false,
-    };
-    const TEXT: Style = Style {
-        format: LogFormat::Text,
-        colour: false,
-    };
 
     fn now() -> Timestamp {
         "2026-02-03T03:04:05.678Z".parse().unwrap()
@@ -178,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn text_quotes_only_what_needs_it() {
+    fn text_values_are_quoted_only_if_necessary() {
         let cases = [
             ("grpc-go/1.80", "user_agent=grpc-go/1.80"),
             ("two words", "user_agent=\"two words\""),
@@ -194,7 +181,7 @@ mod tests {
 
         for (value, expected) in cases {
             assert_eq!(
-                line(TEXT, "rpc \"x\"", value),
+                line(Style::Text, "rpc \"x\"", value),
                 format!("2026-02-03T03:04:05.678Z INFO access: rpc \"x\" {expected} bytes=12\n"),
                 "{value:?}"
             );
@@ -202,30 +189,25 @@ mod tests {
     }
 
     #[test]
-    fn json_is_one_object_with_the_fixed_names_first() {
+    fn json_line_is_one_object_with_fixed_fields_first() {
         assert_eq!(
-            line(JSON, "rpc", "a\"},{\n"),
+            line(Style::Json, "rpc", "a\"},{\n"),
             "{\"ts\":\"2026-02-03T03:04:05.678Z\",\"level\":\"INFO\",\"target\":\"access\",\"msg\":\"rpc\",\
              \"user_agent\":\"a\\\"},{\\n\",\"bytes\":12}\n"
         );
     }
 
     #[test]
-    fn colour_is_on_the_level_alone() {
-        let style = Style {
-            colour: true,
-            ..TEXT
-        };
-
+    fn only_the_level_is_coloured() {
         assert_eq!(
-            line(style, "rpc", "x"),
+            line(Style::ColouredText, "rpc", "x"),
             "2026-02-03T03:04:05.678Z \u{1b}[32mINFO\u{1b}[0m access: rpc user_agent=x bytes=12\n"
         );
     }
 
     #[test]
-    fn a_long_field_is_cut_at_a_character() {
-        let text = line(TEXT, "rpc", &"\u{20ac}".repeat(5000));
+    fn long_field_is_truncated_at_a_character_boundary() {
+        let text = line(Style::Text, "rpc", &"\u{20ac}".repeat(5000));
 
         assert!(text.len() < MAX_FIELD_BYTES + 100);
         assert!(text.ends_with("\u{20ac}\" bytes=12\n"));
@@ -234,12 +216,12 @@ mod tests {
     proptest! {
         #[test]
         fn any_text_stays_one_line_and_one_json_object(message: String, value: String) {
-            let json = line(JSON, &message, &value);
-            let text = line(TEXT, &message, &value);
+            let json = line(Style::Json, &message, &value);
+            let text = line(Style::Text, &message, &value);
 
             let object: serde_json::Value = serde_json::from_str(&json).unwrap();
-            prop_assert_eq!(object["msg"].as_str().unwrap(), cut(&message));
-            prop_assert_eq!(object["user_agent"].as_str().unwrap(), cut(&value));
+            prop_assert_eq!(object["msg"].as_str().unwrap(), truncate(&message));
+            prop_assert_eq!(object["user_agent"].as_str().unwrap(), truncate(&value));
             for line in [json, text] {
                 let line = line.strip_suffix('\n').unwrap();
                 prop_assert!(!line.contains(needs_escape));

@@ -1,7 +1,7 @@
 //! Writes the events of `tracing` as lines of the log. [`Repeats`] suppresses repeated warnings.
 //!
-//! The filter is `RUST_LOG`, by default `info`. Regardless of it, other crates log only WARN and ERROR: below that they log URLs
-//! and header values, and no filter may disclose a token.
+//! The filter is `RUST_LOG`, by default `info`. Other crates log only WARN and ERROR with any filter, because at lower levels they
+//! log URLs and header values, which can contain a token.
 
 use std::{
     fmt::{self, Write as _},
@@ -33,7 +33,7 @@ pub(crate) fn filter(text: &str) -> Option<EnvFilter> {
     EnvFilter::try_new(text).ok()
 }
 
-/// The subscriber of the process: the filter, the limit for other crates, and lines to `writer`.
+/// The subscriber of the process: applies the filter and the limit for other crates, and writes lines to `writer`.
 pub(super) fn subscriber(
     style: Style,
     filter: EnvFilter,
@@ -59,7 +59,7 @@ fn may_log(metadata: &Metadata<'_>) -> bool {
             .is_some_and(|rest| rest.is_empty() || rest.starts_with("::"))
 }
 
-/// Logs a panic as one ERROR line with its location only, because its message can contain a secret.
+/// Logs a panic as one ERROR line with its location, without its message, which can contain a secret.
 pub(super) fn set_panic_hook() {
     std::panic::set_hook(Box::new(|panic| match panic.location() {
         Some(at) => tracing::error!(file = at.file(), line = at.line(), "panic"),
@@ -127,7 +127,7 @@ impl Visit for Fields<'_> {
     fn record_str(&mut self, field: &Field, value: &str) {
         match field.name() {
             MESSAGE => {}
-            // Keys of the line itself, which would be in a JSON object twice.
+            // Names of the line's fixed fields, which must not occur twice in a JSON object.
             "ts" => self.0.text("field.ts", value),
             "level" => self.0.text("field.level", value),
             "target" => self.0.text("field.target", value),
@@ -155,26 +155,21 @@ mod tests {
     use tracing::subscriber::with_default;
 
     use super::*;
-    use crate::telemetry::{LogFormat, writer::tests::Kept};
-
-    const JSON: Style = Style {
-        format: LogFormat::Json,
-        colour: false,
-    };
+    use crate::telemetry::writer::tests::Recorder;
 
     fn logged(style: Style, filter_text: &str, log: impl FnOnce()) -> String {
-        let kept = Kept::default();
-        let (writer, flush) = Writer::new(kept.clone(), Counter::default());
+        let recorder = Recorder::default();
+        let (writer, flush) = Writer::new(recorder.clone(), Counter::default());
         let repeats = Repeats::new(Counter::default());
         let subscriber = subscriber(style, filter(filter_text).unwrap(), writer, repeats);
         with_default(subscriber, log);
         drop(flush);
-        kept.text()
+        recorder.text()
     }
 
     #[test]
-    fn an_event_is_one_json_object_with_its_fields() {
-        let text = logged(JSON, "info", || {
+    fn event_is_one_json_object_with_its_fields() {
+        let text = logged(Style::Json, "info", || {
             tracing::info!(
                 count = 3,
                 ok = true,
@@ -196,7 +191,7 @@ mod tests {
 
     #[test]
     fn other_crates_log_nothing_below_warn_with_any_filter() {
-        let text = logged(JSON, "trace", || {
+        let text = logged(Style::Json, "trace", || {
             tracing::trace!(target: "hyper::proto", "header-canary");
             tracing::debug!(target: "h2::codec", "header-canary");
             tracing::info!(target: "reqwest::connect", "header-canary");
@@ -211,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn the_filter_selects_the_lines_of_this_crate() {
+    fn filter_selects_lines_of_this_crate() {
         let cases = [
             ("info", true, false),
             ("warn", false, false),
@@ -221,7 +216,7 @@ mod tests {
         ];
 
         for (filter_text, info, debug) in cases {
-            let text = logged(JSON, filter_text, || {
+            let text = logged(Style::Json, filter_text, || {
                 tracing::info!("informed");
                 tracing::debug!("debugged");
             });
@@ -231,8 +226,8 @@ mod tests {
     }
 
     #[test]
-    fn a_repeated_warning_is_suppressed_and_information_is_not() {
-        let text = logged(JSON, "info", || {
+    fn only_repeated_warnings_are_suppressed() {
+        let text = logged(Style::Json, "info", || {
             for _ in 0..50 {
                 tracing::warn!("flood");
                 tracing::info!("information");
@@ -244,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn an_invalid_filter_is_detected() {
+    fn invalid_filter_is_rejected() {
         let cases = [
             ("info", true),
             ("info,rds_task_facade=debug,access=off", true),

@@ -1,16 +1,16 @@
-//! Every metric by name, in one list. Label sets are closed and their series exist from the start, so a rate is never
-//! absent and no caller can add a series.
+//! Every metric by name, in one list. Label sets are closed and all series exist from the start, so a rate is never absent
+//! and no caller can add a series.
 
 use std::{
-    fmt,
+    array, fmt,
     sync::{Arc, atomic::AtomicU64},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use prometheus_client::{
-    encoding::{EncodeLabelSet, text},
+    encoding::text,
     metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram, info::Info},
-    registry::Registry,
+    registry::{Metric, Registry},
 };
 use tonic::Code;
 
@@ -19,26 +19,22 @@ use crate::{code, method::Method, reason::Reason};
 /// How one upstream attempt ended, as the label `outcome`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AttemptOutcome {
-    /// A whole answer came, whatever it says.
-    Answer,
-    /// No complete answer: connect, TLS, reset, truncation, protocol.
+    /// A complete reply, with any status.
+    Reply,
+    /// No complete reply: name lookup, connection, TLS, reset, truncation or protocol error.
     TransportError,
-    /// The attempt outlived its timeout. An RPC whose deadline passes leaves its attempt, which then is `Cancelled`.
+    /// The attempt outlived `--attempt-timeout`. When a call's own deadline passes, its attempt is `Cancelled`.
     Timeout,
-    /// Nobody waited for it any more.
+    /// Dropped because no call waits for it any more.
     Cancelled,
 }
 
-const OUTCOMES: [(AttemptOutcome, &str); 4] = [
-    (AttemptOutcome::Answer, "answer"),
-    (AttemptOutcome::TransportError, "transport_error"),
-    (AttemptOutcome::Timeout, "timeout"),
-    (AttemptOutcome::Cancelled, "cancelled"),
-];
+/// In the order of [`AttemptOutcome`].
+const OUTCOMES: [&str; 4] = ["answer", "transport_error", "timeout", "cancelled"];
 
 const STATUS_CLASSES: [&str; 6] = ["1xx", "2xx", "3xx", "4xx", "5xx", "none"];
 
-/// Reasons for which an attempt is repeated, as the label `reason` of the retry counter.
+/// Reasons for a retry, as the label `reason` of the retry counter.
 const RETRY_REASONS: [Reason; 10] = [
     Reason::UpstreamDns,
     Reason::UpstreamConnect,
@@ -52,38 +48,10 @@ const RETRY_REASONS: [Reason; 10] = [
     Reason::ClockSkew,
 ];
 
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct MethodLabels {
-    grpc_type: &'static str,
-    grpc_service: &'static str,
-    grpc_method: &'static str,
-}
+/// The label names and values of one series.
+type Labels<const N: usize> = [(&'static str, &'static str); N];
 
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct HandledLabels {
-    grpc_type: &'static str,
-    grpc_service: &'static str,
-    grpc_method: &'static str,
-    grpc_code: &'static str,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct AttemptLabels {
-    outcome: &'static str,
-    status_class: &'static str,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct ReasonLabel {
-    reason: &'static str,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct OutcomeLabel {
-    outcome: &'static str,
-}
-
-/// The series of one method, looked up once.
+/// The series of one method, so that a call looks up no labels.
 #[derive(Debug)]
 struct MethodSeries {
     started: Counter,
@@ -94,38 +62,41 @@ struct MethodSeries {
 /// All metrics of one process, and the registry that prints them.
 pub struct Metrics {
     registry: Registry,
+    /// Indexed by [`Method`].
     calls: Vec<MethodSeries>,
-    attempts: Vec<[Counter; 6]>,
+    /// Indexed by [`AttemptOutcome`], then as [`STATUS_CLASSES`].
+    attempts: [[Counter; STATUS_CLASSES.len()]; OUTCOMES.len()],
     attempt_seconds: Histogram,
-    retries: Vec<(Reason, Counter)>,
-    /// Upstream requests on the wire now.
+    /// Indexed as [`RETRY_REASONS`].
+    retries: [Counter; RETRY_REASONS.len()],
+    /// Upstream requests in flight.
     pub upstream_in_flight: Gauge,
-    /// RPCs that joined an equal one in flight.
+    /// Calls that joined an identical one in flight.
     pub coalesced: Counter,
-    /// RPCs answered from the cache.
+    /// Calls served from the cache.
     pub cache_hits: Counter,
-    /// RPCs held back by the throttle memory or the local rate.
+    /// Calls rejected by a throttle window or the rate limiter.
     pub throttled: Counter,
     credential_expiry: Gauge<f64, AtomicU64>,
     credential_refresh: [Counter; 2],
     tls_certificate_expiry: Gauge<f64, AtomicU64>,
-    /// gRPC connections open now.
+    /// Open gRPC connections.
     pub connections: Gauge,
-    /// Connections that never became one: refused at the limit, failed handshake, no preface.
+    /// Connections without a gRPC session: refused at the limit, failed TLS handshake, no HTTP/2 preface.
     pub connections_refused: Counter,
-    /// Panics that were caught.
+    /// Caught panics.
     pub panics: Counter,
     /// Log lines dropped because the pipe was blocked.
     pub log_lines_dropped: Counter,
-    /// Repeated WARN and ERROR lines that were held back.
+    /// Repeated WARN and ERROR lines that were not written.
     pub log_lines_suppressed: Counter,
-    /// 1 while the breaker holds calls back.
+    /// 1 while the circuit breaker rejects calls.
     pub circuit_open: Gauge,
-    /// Instances whose calls are held back because attempts about them keep failing.
+    /// Instances whose calls are rejected because attempts for them keep failing.
     pub circuit_open_instances: Gauge,
-    /// Spans that the collector took.
+    /// Spans the collector accepted.
     pub spans_exported: Counter,
-    /// Spans dropped because the queue was full, and because no export brought them to the collector.
+    /// Spans dropped because the queue was full, and because their export failed.
     pub spans_dropped: [Counter; 2],
 }
 
@@ -136,204 +107,98 @@ impl fmt::Debug for Metrics {
 }
 
 impl Metrics {
-    /// Registers every metric and makes every series.
+    /// Registers every metric and creates every series.
     pub fn new() -> Arc<Self> {
         let mut registry = Registry::default();
-        let started = Family::<MethodLabels, Counter>::default();
-        let handled = Family::<HandledLabels, Counter>::default();
-        let seconds = Family::<MethodLabels, Histogram>::new_with_constructor(|| {
-            Histogram::new(LATENCY_BUCKETS)
-        });
-        let attempts = Family::<AttemptLabels, Counter>::default();
-        let attempt_seconds = Histogram::new(LATENCY_BUCKETS);
-        let retries = Family::<ReasonLabel, Counter>::default();
-        let refresh = Family::<OutcomeLabel, Counter>::default();
-        let dropped = Family::<ReasonLabel, Counter>::default();
-        registry.register("grpc_server_started", "RPCs started", started.clone());
-        registry.register(
-            "grpc_server_handled",
-            "RPCs completed, by code",
-            handled.clone(),
-        );
-        registry.register(
-            "grpc_server_handling_seconds",
-            "Time from headers to the end of an RPC",
+        let r = &mut registry;
+        let info = Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]);
+        r.register("build", "The running program", info);
+        r.register_collector(Box::new(super::process::Process));
+        let seconds = latency_histogram();
+        r.register(
+            "rds_upstream_request_duration_seconds",
+            "Duration of an upstream attempt",
             seconds.clone(),
         );
-        registry.register(
-            "rds_upstream_requests",
-            "Upstream attempts",
-            attempts.clone(),
-        );
-        registry.register(
-            "rds_upstream_request_duration_seconds",
-            "Time of an upstream attempt",
-            attempt_seconds.clone(),
-        );
-        registry.register(
-            "rds_upstream_retries",
-            "Upstream attempts after the first",
-            retries.clone(),
-        );
-        registry.register(
-            "rds_credential_refresh",
-            "Fetches of a credential",
-            refresh.clone(),
-        );
-        registry.register(
-            "trace_spans_dropped",
-            "Spans that did not reach the collector",
-            dropped.clone(),
-        );
-        let info = Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]);
-        registry.register("build", "The running program", info);
-        registry.register_collector(Box::new(super::process::Process));
-
-        let calls = Method::all().map(|method| {
-            let (grpc_type, grpc_service, grpc_method) =
-                (method.kind().as_str(), method.service(), method.name());
-            let labels = MethodLabels {
-                grpc_type,
-                grpc_service,
-                grpc_method,
-            };
-            MethodSeries {
-                started: started.get_or_create_owned(&labels),
-                handled: std::array::from_fn(|index| {
-                    let grpc_code = code::go_name(Code::from(index as i32));
-                    handled.get_or_create_owned(&HandledLabels {
-                        grpc_type,
-                        grpc_service,
-                        grpc_method,
-                        grpc_code,
-                    })
-                }),
-                seconds: seconds.get_or_create_owned(&labels),
-            }
-        });
-        let attempts = OUTCOMES
-            .iter()
-            .map(|(_, outcome)| {
-                STATUS_CLASSES.map(|status_class| {
-                    attempts.get_or_create_owned(&AttemptLabels {
-                        outcome,
-                        status_class,
-                    })
-                })
-            })
-            .collect();
-        let retries = RETRY_REASONS
-            .iter()
-            .map(|reason| {
-                (
-                    *reason,
-                    retries.get_or_create_owned(&ReasonLabel {
-                        reason: reason.as_str(),
-                    }),
-                )
-            })
-            .collect();
-        let credential_refresh = ["success", "failure"]
-            .map(|outcome| refresh.get_or_create_owned(&OutcomeLabel { outcome }));
-
-        let spans_dropped = ["queue_full", "export_failed"]
-            .map(|reason| dropped.get_or_create_owned(&ReasonLabel { reason }));
-
-        let mut metrics = Self {
+        let metrics = Self {
+            calls: call_series(r),
+            attempts: attempt_series(r),
+            attempt_seconds: seconds,
+            retries: counters(
+                r,
+                "rds_upstream_retries",
+                "Upstream attempts after the first",
+                RETRY_REASONS.map(|reason| [("reason", reason.as_str())]),
+            ),
+            upstream_in_flight: register(
+                r,
+                "rds_upstream_in_flight",
+                "Upstream requests in flight",
+            ),
+            coalesced: register(
+                r,
+                "rds_coalesced_calls",
+                "Calls that joined an identical one in flight",
+            ),
+            cache_hits: register(r, "rds_cache_hits", "Calls served from the cache"),
+            throttled: register(
+                r,
+                "rds_throttled_calls",
+                "Calls rejected by a throttle window or the rate limiter",
+            ),
+            credential_expiry: register(
+                r,
+                "rds_credential_expiry_timestamp_seconds",
+                "When the fetched credential expires; 0 if no fetched credential expires",
+            ),
+            credential_refresh: counters(
+                r,
+                "rds_credential_refresh",
+                "Fetches of a credential",
+                ["success", "failure"].map(|outcome| [("outcome", outcome)]),
+            ),
+            tls_certificate_expiry: register(
+                r,
+                "tls_certificate_expiry_timestamp_seconds",
+                "When the listener's certificate expires; 0 without TLS",
+            ),
+            connections: register(r, "grpc_server_connections", "Open gRPC connections"),
+            connections_refused: register(
+                r,
+                "grpc_server_connections_refused",
+                "Connections refused at the limit or failed before HTTP/2",
+            ),
+            panics: register(r, "panics", "Panics caught"),
+            log_lines_dropped: register(
+                r,
+                "log_lines_dropped",
+                "Log lines dropped because the pipe was blocked",
+            ),
+            log_lines_suppressed: register(
+                r,
+                "log_lines_suppressed",
+                "Repeated WARN and ERROR lines that were not written",
+            ),
+            circuit_open: register(
+                r,
+                "rds_circuit_open",
+                "1 while the circuit breaker rejects calls because RDS is down",
+            ),
+            circuit_open_instances: register(
+                r,
+                "rds_circuit_open_instances",
+                "Instances whose calls are rejected because attempts for them keep failing",
+            ),
+            spans_exported: register(r, "trace_spans_exported", "Spans the collector accepted"),
+            spans_dropped: counters(
+                r,
+                "trace_spans_dropped",
+                "Spans that did not reach the collector",
+                ["queue_full", "export_failed"].map(|reason| [("reason", reason)]),
+            ),
             registry,
-            calls: calls.into(),
-            attempts,
-            attempt_seconds,
-            retries,
-            upstream_in_flight: Gauge::default(),
-            coalesced: Counter::default(),
-            cache_hits: Counter::default(),
-            throttled: Counter::default(),
-            credential_expiry: Gauge::default(),
-            credential_refresh,
-            tls_certificate_expiry: Gauge::default(),
-            connections: Gauge::default(),
-            connections_refused: Counter::default(),
-            panics: Counter::default(),
-            log_lines_dropped: Counter::default(),
-            log_lines_suppressed: Counter::default(),
-            circuit_open: Gauge::default(),
-            circuit_open_instances: Gauge::default(),
-            spans_exported: Counter::default(),
-            spans_dropped,
         };
-        metrics.register_plain();
         Arc::new(metrics)
-    }
-
-    fn register_plain(&mut self) {
-        let r = &mut self.registry;
-        r.register(
-            "rds_upstream_in_flight",
-            "Upstream requests on the wire",
-            self.upstream_in_flight.clone(),
-        );
-        r.register(
-            "rds_coalesced_calls",
-            "RPCs that joined an equal one in flight",
-            self.coalesced.clone(),
-        );
-        r.register(
-            "rds_cache_hits",
-            "RPCs answered from the cache",
-            self.cache_hits.clone(),
-        );
-        r.register(
-            "rds_throttled_calls",
-            "RPCs held back without an upstream call",
-            self.throttled.clone(),
-        );
-        r.register(
-            "rds_credential_expiry_timestamp_seconds",
-            "When the fetched credential expires; 0 when none does",
-            self.credential_expiry.clone(),
-        );
-        r.register(
-            "tls_certificate_expiry_timestamp_seconds",
-            "When the listener's certificate expires; 0 without TLS",
-            self.tls_certificate_expiry.clone(),
-        );
-        r.register(
-            "grpc_server_connections",
-            "gRPC connections open",
-            self.connections.clone(),
-        );
-        r.register(
-            "grpc_server_connections_refused",
-            "Connections refused at the limit or failed before HTTP/2",
-            self.connections_refused.clone(),
-        );
-        r.register("panics", "Panics caught", self.panics.clone());
-        r.register(
-            "log_lines_dropped",
-            "Log lines dropped because the pipe was blocked",
-            self.log_lines_dropped.clone(),
-        );
-        r.register(
-            "log_lines_suppressed",
-            "Repeated WARN and ERROR lines that were held back",
-            self.log_lines_suppressed.clone(),
-        );
-        r.register(
-            "rds_circuit_open",
-            "1 while calls are held back because RDS is down",
-            self.circuit_open.clone(),
-        );
-        r.register(
-            "rds_circuit_open_instances",
-            "Instances whose calls are held back because attempts about them keep failing",
-            self.circuit_open_instances.clone(),
-        );
-        r.register(
-            "trace_spans_exported",
-            "Spans that the collector took",
-            self.spans_exported.clone(),
-        );
     }
 
     /// Counts the start of a call.
@@ -348,7 +213,7 @@ impl Metrics {
         series.seconds.observe(took.as_secs_f64());
     }
 
-    /// Counts one upstream attempt; `http_status` where an answer came.
+    /// Counts one upstream attempt; `http_status` is `None` without a reply.
     pub fn upstream_attempt(
         &self,
         outcome: AttemptOutcome,
@@ -360,10 +225,10 @@ impl Metrics {
         self.attempt_seconds.observe(took.as_secs_f64());
     }
 
-    /// Counts a repeated attempt by the reason for it.
+    /// Counts a retry by its reason.
     pub fn upstream_retry(&self, reason: Reason) {
-        if let Some((_, counter)) = self.retries.iter().find(|(known, _)| *known == reason) {
-            counter.inc();
+        if let Some(index) = RETRY_REASONS.iter().position(|known| *known == reason) {
+            self.retries[index].inc();
         }
     }
 
@@ -372,17 +237,17 @@ impl Metrics {
         self.credential_refresh[usize::from(!success)].inc();
     }
 
-    /// Notes when the fetched credential expires.
+    /// Records when the fetched credential expires.
     pub fn credential_expires(&self, at: SystemTime) {
         self.credential_expiry.set(unix_seconds(at));
     }
 
-    /// Notes when the listener's certificate expires.
+    /// Records when the listener's certificate expires.
     pub fn tls_certificate_expires(&self, at: SystemTime) {
         self.tls_certificate_expiry.set(unix_seconds(at));
     }
 
-    /// The exposition in `OpenMetrics` text.
+    /// All metrics as `OpenMetrics` text.
     pub fn encode(&self) -> String {
         let mut text = String::new();
         text::encode(&mut text, &self.registry).expect("writing to a String does not fail");
@@ -390,7 +255,7 @@ impl Metrics {
     }
 }
 
-/// From 1 ms, below which a call cannot have gone upstream, to 30 s, the default bound of an RPC.
+/// From 1 ms, the least that a call to RDS takes, to 30 s, the default of `--timeout`.
 const LATENCY_BUCKETS: [f64; 13] = [
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 30.0,
 ];
@@ -398,4 +263,62 @@ const LATENCY_BUCKETS: [f64; 13] = [
 fn unix_seconds(at: SystemTime) -> f64 {
     at.duration_since(UNIX_EPOCH)
         .map_or(0.0, |since| since.as_secs_f64())
+}
+
+fn latency_histogram() -> Histogram {
+    Histogram::new(LATENCY_BUCKETS)
+}
+
+fn call_series(r: &mut Registry) -> Vec<MethodSeries> {
+    let started: Family<Labels<3>, Counter> = register(r, "grpc_server_started", "Calls started");
+    let handled: Family<Labels<4>, Counter> =
+        register(r, "grpc_server_handled", "Calls completed, by code");
+    let seconds = Family::<Labels<3>, Histogram>::new_with_constructor(latency_histogram);
+    r.register(
+        "grpc_server_handling_seconds",
+        "Time from the headers to the end of a call",
+        seconds.clone(),
+    );
+    let series = |method: Method| {
+        let kind = ("grpc_type", method.kind().as_str());
+        let service = ("grpc_service", method.service());
+        let name = ("grpc_method", method.name());
+        MethodSeries {
+            started: started.get_or_create_owned(&[kind, service, name]),
+            handled: array::from_fn(|code| {
+                let code = ("grpc_code", code::go_name(Code::from(code as i32)));
+                handled.get_or_create_owned(&[kind, service, name, code])
+            }),
+            seconds: seconds.get_or_create_owned(&[kind, service, name]),
+        }
+    };
+    Method::all().into_iter().map(series).collect()
+}
+
+fn attempt_series(r: &mut Registry) -> [[Counter; STATUS_CLASSES.len()]; OUTCOMES.len()] {
+    let family: Family<Labels<2>, Counter> =
+        register(r, "rds_upstream_requests", "Upstream attempts");
+    OUTCOMES.map(|outcome| {
+        STATUS_CLASSES.map(|class| {
+            family.get_or_create_owned(&[("outcome", outcome), ("status_class", class)])
+        })
+    })
+}
+
+/// Registers a metric without labels, or a family with labels.
+fn register<M: Metric + Clone + Default>(r: &mut Registry, name: &str, help: &str) -> M {
+    let metric = M::default();
+    r.register(name, help, metric.clone());
+    metric
+}
+
+/// Registers a counter with labels and creates its series.
+fn counters<const N: usize, const SERIES: usize>(
+    r: &mut Registry,
+    name: &str,
+    help: &str,
+    labels: [Labels<N>; SERIES],
+) -> [Counter; SERIES] {
+    let family: Family<Labels<N>, Counter> = register(r, name, help);
+    labels.map(|labels| family.get_or_create_owned(&labels))
 }

@@ -1,4 +1,4 @@
-//! What an operator sees from outside: log, access line, metrics, traces.
+//! Log, access log, metrics and traces.
 
 mod access;
 mod attempt;
@@ -43,10 +43,10 @@ use self::{
     writer::{Flush, Writer},
 };
 
-/// The log of the process. Dropping it writes what still waits, so it lives until the end of `main`.
+/// The log of the process. Dropping it writes the queued lines, so it must live until the process ends.
 #[derive(Debug)]
 pub struct Telemetry {
-    /// Where the edge writes its access lines.
+    /// The access log.
     pub access: Access,
     _flush: Flush,
 }
@@ -54,11 +54,12 @@ pub struct Telemetry {
 /// Starts the log on standard output and replaces the panic hook. Once per process.
 ///
 /// # Panics
-/// When the process has a log already, or is out of threads.
+/// When the log was started before, or no thread can be started.
 pub fn start(options: &Options, metrics: &Metrics) -> Telemetry {
-    let style = Style {
-        format: options.log_format,
-        colour: options.log_format == LogFormat::Text && io::stdout().is_terminal(),
+    let style = match options.log_format {
+        LogFormat::Json => Style::Json,
+        LogFormat::Text if io::stdout().is_terminal() => Style::ColouredText,
+        LogFormat::Text => Style::Text,
     };
     let (writer, flush) = Writer::new(standard_output(), metrics.log_lines_dropped.clone());
     let filter =
@@ -76,10 +77,10 @@ pub fn start(options: &Options, metrics: &Metrics) -> Telemetry {
 /// Starts the export of traces.
 ///
 /// # Errors
-/// [`TracingError`] for a setting that cannot be used.
+/// [`TracingError`] for an unusable setting.
 ///
 /// # Panics
-/// When the process is out of threads.
+/// When no thread can be started.
 pub fn start_tracing(
     tracing: &Tracing,
     propagate_upstream: bool,
@@ -89,16 +90,12 @@ pub fn start_tracing(
     Ok(Tracer::new(tracing, propagate_upstream, queue))
 }
 
-/// Prints problems with the configuration on standard error, one line each: as JSON objects if the log is JSON.
+/// Prints configuration problems on standard error, one line each; JSON objects if the log is JSON.
 pub fn print_problems(problems: &[String], format: LogFormat) {
-    let style = Style {
-        format,
-        colour: false,
-    };
     let line = |problem: &String| match format {
         LogFormat::Text => format!("{}: {problem}\n", env!("CARGO_PKG_NAME")),
         LogFormat::Json => Line::new(
-            style,
+            Style::Json,
             Timestamp::now(),
             Level::ERROR,
             "rds_task_facade::cli",
@@ -107,11 +104,11 @@ pub fn print_problems(problems: &[String], format: LogFormat) {
         .finish(),
     };
     let text: String = problems.iter().map(line).collect();
-    // A closed standard error is no reason to fail differently.
+    // A closed standard error must not change the exit code.
     let _ = io::stderr().write_all(text.as_bytes());
 }
 
-/// Standard output without the line buffer of the standard library, which would make one system call per line.
+/// Standard output without the standard library's line buffer, which makes one system call per line.
 fn standard_output() -> Box<dyn io::Write + Send> {
     match io::stdout().as_fd().try_clone_to_owned() {
         Ok(descriptor) => Box::new(File::from(descriptor)),

@@ -1,19 +1,19 @@
-//! The options of log and traces.
+//! The options of the log and of traces.
 
 use clap::ArgAction;
 
 use super::{Tracing, log, otel};
 use crate::options::{self, Parsed, Validation, boolean};
 
-/// The options of log and traces.
+/// The options of the log and of traces.
 #[derive(Debug, Clone, clap::Args)]
 #[group(skip)]
 #[command(next_help_heading = "Log and traces")]
 pub struct Options {
-    /// text or json; the filter is the variable RUST_LOG
+    /// Log format, text or json; RUST_LOG sets the filter
     #[arg(long, value_name = "FORMAT", default_value = "text", value_parser = LogFormat::parse)]
     pub log_format: LogFormat,
-    /// Send traceparent and tracestate of the attempt's span upstream; needs the export of traces
+    /// Send traceparent and tracestate of each attempt's span to RDS; needs trace export
     #[arg(
         long,
         value_name = "BOOL",
@@ -24,10 +24,10 @@ pub struct Options {
         action = ArgAction::Set
     )]
     pub propagate_trace_upstream: bool,
-    /// The filter of the log, in the form of `RUST_LOG`.
+    /// The value of `RUST_LOG`.
     #[arg(skip = "info")]
     pub filter: String,
-    /// The export of traces; `None` for none.
+    /// The trace export; `None` without it.
     #[arg(skip)]
     pub tracing: Option<Tracing>,
 }
@@ -39,7 +39,7 @@ impl Default for Options {
 }
 
 impl Options {
-    /// Reads `RUST_LOG` and the variables of OpenTelemetry.
+    /// Reads `RUST_LOG` and the `OTEL_*` variables.
     pub fn read_variables(&mut self, validation: &mut Validation<'_>) {
         if let Some(filter) = validation.parsed_variable("RUST_LOG", filter) {
             self.filter = filter;
@@ -48,7 +48,7 @@ impl Options {
     }
 }
 
-/// The form of a log line.
+/// The format of log lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LogFormat {
     /// For people.

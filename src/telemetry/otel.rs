@@ -1,56 +1,55 @@
-//! The standard variables of OpenTelemetry, as far as they concern the export of traces ("OpenTelemetry Environment
-//! Variable Specification", "OpenTelemetry Protocol Exporter"). Where nothing is exported, no other of them counts.
+//! The `OTEL_*` variables of trace export ("OpenTelemetry Environment Variable Specification", "OpenTelemetry Protocol
+//! Exporter"). Without an endpoint the others are ignored.
 
 use std::{fs, time::Duration};
 
-use http::{HeaderName, HeaderValue, Uri};
+use http::{HeaderMap, HeaderName, HeaderValue, Uri};
 use percent_encoding::percent_decode_str;
 
 use crate::options::{self, Parsed, Validation, number};
 
-/// How spans are made and exported.
+/// How spans are created and exported.
 #[derive(Debug, Clone)]
 pub struct Tracing {
-    /// Where spans go, path included.
+    /// The URL of the collector, with the path.
     pub endpoint: String,
-    /// Sent with every export; their values are marked sensitive.
-    pub headers: Vec<(HeaderName, HeaderValue)>,
-    /// Upper bound of one export, repetitions included.
+    /// Sent with every export request; the values are marked sensitive.
+    pub headers: HeaderMap,
+    /// Upper bound of one export, retries included.
     pub timeout: Duration,
-    /// PEM certificates that are trusted in place of the system's.
+    /// PEM certificates to trust instead of the system's.
     pub certificate_pem: Option<Vec<u8>>,
     /// Which traces are recorded.
     pub sampler: Sampler,
-    /// Which forms of trace context are accepted.
+    /// Which trace context formats are accepted.
     pub propagators: Propagators,
     /// `service.name`.
     pub service_name: String,
-    /// Attributes of the resource, but for the service's name.
+    /// Other attributes of the resource.
     pub resource: Vec<(String, String)>,
-    /// Spans that wait at most.
+    /// Maximum number of queued spans.
     pub queue_spans: usize,
-    /// Spans of one export at most.
+    /// Maximum number of spans in one export request.
     pub batch_spans: usize,
-    /// How long a span waits for others to fill the batch.
+    /// Maximum time that a span waits for its batch to fill.
     pub delay: Duration,
 }
 
 /// Which traces are recorded.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Sampler {
-    /// Whether a caller's own decision counts.
+    /// Whether to follow the caller's decision.
     pub parent_based: bool,
-    /// The part of the other traces, 0 to 1.
+    /// The fraction of the other traces to record, 0 to 1.
     pub ratio: f64,
 }
 
 impl Sampler {
-    /// Whether a trace is recorded; `parent` is the caller's decision, where there is a caller's span. Every process that
-    /// uses the same ratio decides alike.
+    /// Whether to record a trace. `parent` is the caller's decision, if any. Processes with the same ratio decide alike.
     pub fn samples(self, trace_id: u128, parent: Option<bool>) -> bool {
         match parent {
             Some(sampled) if self.parent_based => sampled,
-            // The low 64 bits are random, whoever made the id. 1.0 is exactly all.
+            // The low 64 bits of a trace id are random.
             _ => {
                 self.ratio >= 1.0
                     || ((trace_id as u64) >> 1) < (self.ratio * (1u64 << 63) as f64) as u64
@@ -59,7 +58,7 @@ impl Sampler {
     }
 }
 
-/// Which forms of trace context are accepted.
+/// Which trace context formats are accepted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Propagators {
     /// `traceparent` and `tracestate`.
@@ -71,7 +70,7 @@ pub struct Propagators {
 const ENDPOINT: &str = "OTEL_EXPORTER_OTLP_ENDPOINT";
 const TRACES_ENDPOINT: &str = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT";
 
-/// `None` where nothing is exported.
+/// Reads the variables; `None` without trace export.
 pub(super) fn read(validation: &mut Validation<'_>) -> Option<Tracing> {
     let disabled = validation.variable("OTEL_SDK_DISABLED");
     let exporter = validation.variable("OTEL_TRACES_EXPORTER");
@@ -90,10 +89,11 @@ pub(super) fn read(validation: &mut Validation<'_>) -> Option<Tracing> {
         }
         (None, None) => return None,
     };
-    of_traces(validation, "PROTOCOL", protocol);
-    let headers = of_traces(validation, "HEADERS", headers).unwrap_or_default();
-    let timeout = of_traces(validation, "TIMEOUT", milliseconds).unwrap_or(Duration::from_secs(10));
-    let certificate_pem = of_traces(validation, "CERTIFICATE", certificate);
+    exporter_setting(validation, "PROTOCOL", protocol);
+    let headers = exporter_setting(validation, "HEADERS", headers).unwrap_or_default();
+    let timeout =
+        exporter_setting(validation, "TIMEOUT", milliseconds).unwrap_or(Duration::from_secs(10));
+    let certificate_pem = exporter_setting(validation, "CERTIFICATE", certificate);
     let sampler = sampler(validation);
     let propagators = validation.parsed_variable("OTEL_PROPAGATORS", propagators);
     let mut resource = validation
@@ -101,7 +101,7 @@ pub(super) fn read(validation: &mut Validation<'_>) -> Option<Tracing> {
         .unwrap_or_default();
     let named = resource.iter().position(|(key, _)| key == "service.name");
     let named = named.map(|at| resource.remove(at).1);
-    // The exporter sets this one itself.
+    // The exporter sets service.version itself.
     resource.retain(|(key, _)| key != "service.version");
     let service_name = validation
         .variable("OTEL_SERVICE_NAME")
@@ -132,8 +132,8 @@ pub(super) fn read(validation: &mut Validation<'_>) -> Option<Tracing> {
     })
 }
 
-/// A setting of the exporter: the variable for traces wins over the one for every signal.
-fn of_traces<T>(
+/// Reads an exporter setting: the variable for traces wins over the variable for all signals.
+fn exporter_setting<T>(
     validation: &mut Validation<'_>,
     name: &str,
     parse: impl Fn(&str) -> Parsed<T>,
@@ -145,19 +145,19 @@ fn of_traces<T>(
     validation.parsed_variable(&format!("OTEL_EXPORTER_OTLP_{name}"), parse)
 }
 
-/// A password in the URL would show in the start line; the variable for headers is the place for it.
+/// Rejects a URL with a password, because the log shows the URL. Credentials belong into `OTEL_EXPORTER_OTLP_HEADERS`.
 fn url(text: &str) -> Parsed<String> {
     let form = || {
         "must be an http or https URL without user and query, like http://127.0.0.1:4318".to_owned()
     };
     let uri: Uri = text.parse().map_err(|_| form())?;
     let authority = uri.authority().ok_or_else(form)?;
-    let sound = matches!(uri.scheme_str(), Some("http" | "https"))
+    let valid = matches!(uri.scheme_str(), Some("http" | "https"))
         && !authority.as_str().contains('@')
         && !authority.host().is_empty()
         && uri.query().is_none()
         && reqwest::Url::parse(text).is_ok();
-    if sound {
+    if valid {
         Ok(uri.to_string())
     } else {
         Err(form())
@@ -167,29 +167,30 @@ fn url(text: &str) -> Parsed<String> {
 fn protocol(text: &str) -> Parsed<()> {
     match text {
         "http/protobuf" => Ok(()),
-        "grpc" => Err("grpc is not spoken here: set http/protobuf, and the collector's HTTP port (4318 by default)".to_owned()),
+        "grpc" => Err("grpc is not supported; use http/protobuf and the collector's HTTP port (4318 by default)".to_owned()),
         _ => Err("must be http/protobuf".to_owned()),
     }
 }
 
-fn headers(text: &str) -> Parsed<Vec<(HeaderName, HeaderValue)>> {
-    let mut headers = Vec::new();
+fn headers(text: &str) -> Parsed<HeaderMap> {
+    let mut headers = HeaderMap::new();
     for (name, value) in pairs(text)? {
         let value = HeaderValue::from_str(&value).ok();
         let Some((name, mut value)) = HeaderName::try_from(name).ok().zip(value) else {
             return Err(
-                "must be name=value with commas between, values percent-encoded".to_owned(),
+                "must be name=value pairs separated by commas, values percent-encoded".to_owned(),
             );
         };
         value.set_sensitive(true);
-        headers.push((name, value));
+        headers.append(name, value);
     }
     Ok(headers)
 }
 
-/// `name=value` with commas between; values are percent-encoded. The text is never quoted: headers hold secrets.
+/// Parses `name=value` pairs separated by commas, with percent-encoded values. Errors never echo the text, since headers hold
+/// secrets.
 fn pairs(text: &str) -> Parsed<Vec<(String, String)>> {
-    let form = || "must be name=value with commas between, values percent-encoded".to_owned();
+    let form = || "must be name=value pairs separated by commas, values percent-encoded".to_owned();
     let parts = text.split(',').filter(|part| !part.trim().is_empty());
     parts
         .map(|part| {
@@ -214,7 +215,7 @@ fn certificate(text: &str) -> Parsed<Vec<u8>> {
 }
 
 fn sampler(validation: &mut Validation<'_>) -> Sampler {
-    // The part of traces; `None` where the argument says it.
+    // Parent-based or not, and the ratio; `None` if OTEL_TRACES_SAMPLER_ARG sets it.
     let known = [
         ("always_on", (false, Some(1.0))),
         ("always_off", (false, Some(0.0))),
@@ -252,7 +253,11 @@ fn propagators(text: &str) -> Parsed<Propagators> {
             "b3" | "b3multi" => accepted.b3 = true,
             // The facade neither reads nor forwards baggage.
             "baggage" | "none" => {}
-            _ => return Err("knows tracecontext, b3, b3multi, baggage and none".to_owned()),
+            _ => {
+                return Err(
+                    "must be a list of tracecontext, b3, b3multi, baggage or none".to_owned(),
+                );
+            }
         }
     }
     Ok(accepted)
@@ -275,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn the_path_is_appended_to_the_base_and_never_to_the_variable_for_traces() {
+    fn path_is_appended_to_the_base_endpoint_only() {
         let cases = [
             (ENDPOINT, "http://c:4318", "http://c:4318/v1/traces"),
             (ENDPOINT, "http://c:4318/", "http://c:4318/v1/traces"),
@@ -293,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn without_an_endpoint_or_when_disabled_no_variable_counts() {
+    fn other_variables_are_ignored_without_an_endpoint_or_when_disabled() {
         let bad = ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc");
         let cases: [&[(&str, &str)]; 4] = [
             &[bad],
@@ -341,7 +346,7 @@ mod tests {
     }
 
     #[test]
-    fn everything_that_is_said_is_kept() {
+    fn every_setting_is_parsed() {
         let tracing = read(&[
             (ENDPOINT, "http://c"),
             (
@@ -356,7 +361,7 @@ mod tests {
         .unwrap()
         .unwrap();
 
-        assert_eq!(tracing.headers[0].1, "Bearer x");
+        assert_eq!(tracing.headers["authorization"], "Bearer x");
         assert!(!format!("{tracing:?}").contains("Bearer"));
         assert_eq!(tracing.timeout, Duration::from_millis(2500));
         assert_eq!(tracing.service_name, "a");
@@ -372,7 +377,7 @@ mod tests {
     }
 
     #[test]
-    fn the_sampler_follows_the_caller_only_where_it_is_parent_based() {
+    fn sampler_follows_the_caller_only_if_parent_based() {
         let sampler = |parent_based, ratio| Sampler {
             parent_based,
             ratio,

@@ -1,5 +1,4 @@
-//! The messages of OTLP, generated from the published protos (`third_party/opentelemetry-proto`), and short constructors for
-//! attributes.
+//! OTLP messages, generated from the published protos (`third_party/opentelemetry-proto`), and constructors for attributes.
 
 use generated::opentelemetry::proto::common::v1::{AnyValue, any_value::Value};
 pub(super) use generated::opentelemetry::proto::{
@@ -12,7 +11,7 @@ pub(super) use generated::opentelemetry::proto::{
 #[cfg(test)]
 pub(super) use generated::opentelemetry::proto::collector::trace::v1::ExportTracePartialSuccess;
 
-// The protos define more than this program uses.
+// The protos define more messages than this program uses.
 #[allow(
     dead_code,
     missing_docs,

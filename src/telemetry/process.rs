@@ -1,6 +1,6 @@
-//! What Linux reports about this process, read from `/proc` for each scrape. On other systems the metrics are absent.
+//! Process metrics, read from `/proc` on each scrape. Absent on systems other than Linux.
 //!
-//! Written by hand because prometheus-client has no such collector, and the crate procfs parses far more than the five values here.
+//! Written by hand because prometheus-client has no process collector, and the crate procfs parses far more than these five values.
 
 use std::{fmt, fs};
 
@@ -21,9 +21,8 @@ impl Collector for Process {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let stat = read("/proc/self/stat");
         if let Some(seconds) = cpu_seconds(&stat) {
-            let name = "process_cpu_seconds";
-            let metric =
-                encoder.encode_descriptor(name, "CPU time used", None, MetricType::Counter)?;
+            let (name, kind) = ("process_cpu_seconds", MetricType::Counter);
+            let metric = encoder.encode_descriptor(name, "CPU time used", None, kind)?;
             ConstCounter::new(seconds).encode(metric)?;
         }
         let gauges = [
@@ -54,7 +53,7 @@ impl Collector for Process {
     }
 }
 
-/// The text of a file; empty if it cannot be read.
+/// The content of a file; empty if it cannot be read.
 fn read(path: &str) -> String {
     fs::read_to_string(path).unwrap_or_default()
 }
@@ -77,16 +76,12 @@ fn seconds(stat: &str, field: usize) -> Option<f64> {
 }
 
 fn open_files() -> Option<f64> {
-    // The folder itself is open while it is counted.
-    Some(
-        fs::read_dir("/proc/self/fd")
-            .ok()?
-            .count()
-            .saturating_sub(1) as f64,
-    )
+    let descriptors = fs::read_dir("/proc/self/fd").ok()?;
+    // The directory is open while it is counted.
+    Some(descriptors.count().saturating_sub(1) as f64)
 }
 
-/// The first number of the line that begins with `name`.
+/// The first number after `name` at the start of a line.
 fn number(text: &str, name: &str) -> Option<f64> {
     let values = text.lines().find_map(|line| line.strip_prefix(name))?;
     values.split_whitespace().next()?.parse().ok()
@@ -97,7 +92,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn times_are_read_after_a_name_with_blanks_and_parentheses() {
+    fn times_are_parsed_after_a_process_name_with_blanks_and_parentheses() {
         let stat = "42 (a ) b) S 1 42 42 0 -1 4194560 100 0 0 0 250 50 0 0 20 0 3 0 12345 1000 200";
 
         assert_eq!(cpu_seconds(stat), Some(3.0));
@@ -110,7 +105,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_are_found_by_the_start_of_their_line() {
+    fn numbers_are_found_by_the_start_of_the_line() {
         let limits = "Max open files            1024                 4096                 files\n";
 
         assert_eq!(number(limits, "Max open files"), Some(1024.0));
@@ -127,7 +122,7 @@ mod tests {
 
     #[cfg(target_os = "linux")]
     #[test]
-    fn every_metric_is_there_on_linux() {
+    fn every_metric_is_present_on_linux() {
         let mut registry = prometheus_client::registry::Registry::default();
         registry.register_collector(Box::new(Process));
         let mut text = String::new();

@@ -1,4 +1,4 @@
-//! What metrics, access log and trace report about one call, gathered while the call runs and written exactly once.
+//! Metrics, access line and span of one call: collected while the call runs, written exactly once at its end.
 
 use std::{
     fmt,
@@ -18,13 +18,13 @@ use super::{
 };
 use crate::{method::Method, reason::Reason};
 
-/// Where all calls of a process are reported.
+/// The destinations of all call records.
 pub struct Sinks {
     /// Counters and histograms.
     pub metrics: Arc<Metrics>,
     /// The access log.
     pub access: Access,
-    /// The export of traces, if it is on.
+    /// The trace export, if enabled.
     pub tracer: Option<Arc<Tracer>>,
 }
 
@@ -47,18 +47,18 @@ pub struct Record {
     /// The caller's `user-agent` as sent: any bytes that a header may hold.
     pub(super) user_agent: Option<HeaderValue>,
     started: Instant,
-    /// The time that the call was given: the caller's timeout or the server's, whichever was shorter.
+    /// The caller's timeout or `--timeout`, whichever is shorter.
     pub(super) timeout: Duration,
-    /// The upstream work that the call waits for or was answered by.
+    /// The lookup that the call waits for, or that produced its reply.
     progress: Option<Arc<Progress>>,
     pub(super) reason: Option<Reason>,
     code: Option<Code>,
-    /// Bytes of reply messages handed to HTTP/2, their prefixes included.
+    /// Bytes of reply messages, with their prefixes, that were passed to HTTP/2.
     pub(super) bytes: u64,
 }
 
 impl Record {
-    /// Counts the start of a call whose headers have arrived.
+    /// Starts the record of a call whose headers have arrived, and counts it.
     pub fn start(
         sinks: &Arc<Sinks>,
         method: Method,
@@ -98,12 +98,12 @@ impl Record {
         self.span.as_ref()
     }
 
-    /// The call waits for this upstream work, or was answered by it.
+    /// Sets the lookup that the call waits for, or that produced its reply.
     pub fn follow(&mut self, progress: Arc<Progress>) {
         self.progress = Some(progress);
     }
 
-    /// What the upstream work has shown so far.
+    /// The facts of the lookup so far.
     pub fn facts(&self) -> Facts {
         self.progress
             .as_ref()
@@ -111,17 +111,17 @@ impl Record {
             .unwrap_or_default()
     }
 
-    /// Counts bytes of the reply that were handed to HTTP/2.
+    /// Counts bytes of the reply that were passed to HTTP/2.
     pub fn sent(&mut self, bytes: usize) {
         self.bytes += bytes as u64;
     }
 
-    /// The call failed for this reason.
+    /// Sets the reason of a failed call.
     pub fn fail(&mut self, reason: Reason) {
         self.reason = Some(reason);
     }
 
-    /// The code was handed to HTTP/2: nothing that happens to the connection afterwards changes it.
+    /// Sets the code, which was passed to HTTP/2. Later connection errors do not change it.
     pub fn finish(&mut self, code: Code) {
         self.code = Some(code);
     }
@@ -140,7 +140,7 @@ impl Drop for Record {
     }
 }
 
-/// The other end of a connection. Its text is made once, not for each line.
+/// The peer of a connection. Formatted once per connection, not once per line.
 #[derive(Debug)]
 pub struct Peer {
     pub(super) address: SocketAddr,
@@ -157,20 +157,20 @@ impl Peer {
     }
 }
 
-/// What the attempts of one lookup showed.
+/// Results of the attempts of one lookup, for log, trace and status.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Facts {
-    /// Attempts that were put on the wire.
+    /// Number of attempts sent.
     pub attempts: u32,
     /// HTTP status of the last reply.
     pub http_status: Option<u16>,
     /// The vendor's error code in the last reply, for example `DBS.200543`. At most 64 printable ASCII characters.
     pub upstream_code: Option<String>,
-    /// Request id that the vendor gave the last attempt. At most 128 printable ASCII characters.
+    /// The vendor's request id of the last attempt. At most 128 printable ASCII characters.
     pub upstream_request_id: Option<String>,
 }
 
-/// The [`Facts`] of a lookup, readable while its attempts go on.
+/// The [`Facts`] of a lookup, readable during its attempts.
 #[derive(Debug, Default)]
 pub struct Progress(Mutex<Facts>);
 

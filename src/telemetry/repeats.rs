@@ -1,5 +1,5 @@
-//! Suppresses repeated warnings: of the WARN and ERROR lines of one call site, a few per period are written and the rest are
-//! counted. The access line is not subject to this.
+//! Suppresses repeated warnings: each call site may write a few WARN and ERROR lines per period; further lines are counted. The
+//! access log is exempt.
 
 use std::{
     collections::HashMap,
@@ -10,11 +10,11 @@ use std::{
 use prometheus_client::metrics::counter::Counter;
 use tracing::{Level, Metadata, callsite::Identifier};
 
-/// Lines of one call site per [`PERIOD`]: enough to see different causes of the same warning.
+/// Lines per call site and [`PERIOD`]: enough to see different causes of the same warning.
 const LINES: u64 = 5;
 const PERIOD: Duration = Duration::from_secs(10);
 
-/// Counts lines by call site. The number of call sites bounds its size.
+/// Counts lines by call site. Bounded by the number of call sites.
 #[derive(Debug)]
 pub(super) struct Repeats {
     sites: Mutex<HashMap<Identifier, Period>>,
@@ -29,7 +29,7 @@ struct Period {
 }
 
 impl Repeats {
-    /// `suppressed` counts the lines that are not written.
+    /// `suppressed` counts the suppressed lines.
     pub(super) fn new(suppressed: Counter) -> Self {
         Self {
             sites: Mutex::default(),
@@ -37,7 +37,7 @@ impl Repeats {
         }
     }
 
-    /// Returns the number of lines that this call site has not written since its last one, or `None` to suppress this line.
+    /// Returns `None` to suppress a line, else the number of lines suppressed since the call site's last line.
     pub(super) fn admit(&self, metadata: &Metadata<'_>, now: Instant) -> Option<u64> {
         if *metadata.level() > Level::WARN {
             return Some(0);
@@ -81,7 +81,7 @@ mod tests {
     }
 
     #[test]
-    fn the_rest_of_a_flood_is_counted_and_the_next_line_has_the_count() {
+    fn suppressed_lines_are_counted_and_reported_with_the_next_line() {
         let suppressed = Counter::default();
         let repeats = Repeats::new(suppressed.clone());
         let now = Instant::now();
@@ -94,12 +94,12 @@ mod tests {
 
         assert_eq!(flood.iter().filter(|line| line.is_some()).count(), 5);
         assert_eq!(suppressed.get(), 95);
-        assert_eq!(other, Some(0), "each call site has its own count");
+        assert_eq!(other, Some(0), "call sites are counted separately");
         assert_eq!(next, Some(95));
     }
 
     #[test]
-    fn lines_below_warn_are_not_counted() {
+    fn lines_below_warn_are_never_suppressed() {
         let repeats = Repeats::new(Counter::default());
         let now = Instant::now();
 

@@ -1,5 +1,4 @@
-//! Spans: one for each call, and below it one for each upstream attempt. Without an export there is no [`Tracer`], and a call pays
-//! for one look at an `Option`.
+//! Spans: one per call, with one child per upstream attempt. Without trace export there is no [`Tracer`].
 
 use std::{sync::Arc, time::Duration};
 
@@ -20,7 +19,7 @@ use super::{
 };
 use crate::{code, method::Method, reason::Reason};
 
-/// Makes spans and hands them to the export.
+/// Creates spans and queues them for export.
 #[derive(Debug)]
 pub struct Tracer {
     sampler: Sampler,
@@ -29,12 +28,12 @@ pub struct Tracer {
     queue: SpanQueue,
 }
 
-/// The span of one call, from its headers on.
+/// The span of one call.
 #[derive(Debug)]
 pub struct ServerSpan {
     tracer: Arc<Tracer>,
     context: Context,
-    /// Zero for a root.
+    /// Zero for a root span.
     parent_span_id: u64,
     started: Timestamp,
 }
@@ -49,7 +48,7 @@ pub(super) struct AttemptSpan {
 }
 
 impl Tracer {
-    /// A tracer that puts spans into `queue`.
+    /// A tracer that exports through `queue`.
     pub(super) fn new(config: &Tracing, propagate_upstream: bool, queue: SpanQueue) -> Arc<Self> {
         Arc::new(Self {
             sampler: config.sampler,
@@ -59,28 +58,26 @@ impl Tracer {
         })
     }
 
-    /// Exports the spans that have ended, for at most `limit`. Returns whether that was long enough.
+    /// Exports all ended spans. Returns whether that took at most `limit`.
     pub async fn finish(&self, limit: Duration) -> bool {
         self.queue.finish(limit).await
     }
 
-    /// The span of a call whose headers have arrived.
+    /// Starts the span of a call with these headers.
     pub fn server_span(self: &Arc<Self>, headers: &HeaderMap) -> Arc<ServerSpan> {
         let parent = Context::from_headers(headers, self.accepted);
-        let trace_id = parent
-            .as_ref()
-            .map_or_else(|| fastrand::u128(1..), |parent| parent.trace_id);
-        let sampled = self
-            .sampler
-            .samples(trace_id, parent.as_ref().map(|parent| parent.sampled));
-        let parent_span_id = parent.as_ref().map_or(0, |parent| parent.span_id);
+        let decision = parent.as_ref().map(|parent| parent.sampled);
+        let (trace_id, parent_span_id, trace_state) = match parent {
+            Some(parent) => (parent.trace_id, parent.span_id, parent.trace_state),
+            None => (fastrand::u128(1..), 0, String::new()),
+        };
         Arc::new(ServerSpan {
             tracer: Arc::clone(self),
             context: Context {
                 trace_id,
                 span_id: fastrand::u64(1..),
-                sampled,
-                trace_state: parent.map(|parent| parent.trace_state).unwrap_or_default(),
+                sampled: self.sampler.samples(trace_id, decision),
+                trace_state,
             },
             parent_span_id,
             started: Timestamp::now(),
@@ -89,12 +86,12 @@ impl Tracer {
 }
 
 impl ServerSpan {
-    /// How others refer to this span.
+    /// The identity of this span.
     pub fn context(&self) -> &Context {
         &self.context
     }
 
-    /// Exports the span of a call that is over. Called once.
+    /// Exports the span at the end of the call. Called once.
     pub(super) fn end(&self, record: &Record, code: Code, took: Duration, facts: &Facts) {
         if !self.context.sampled {
             return;
@@ -117,23 +114,21 @@ impl ServerSpan {
             ),
             KeyValue::number(names::NETWORK_PEER_PORT, record.peer.address.port()),
         ];
-        if let Some(agent) = &record.user_agent {
-            let agent = limited(agent.as_bytes());
-            attributes.push(KeyValue::text(names::USER_AGENT_ORIGINAL, agent));
-        }
-        if let Some(reason) = record.reason {
-            attributes.push(KeyValue::text(names::REASON, reason.as_str()));
-        }
-        if let Some(code) = &facts.upstream_code {
-            let code = limited(code.as_bytes());
-            attributes.push(KeyValue::text(names::UPSTREAM_CODE, code));
-        }
-        if let Some(id) = &facts.upstream_request_id {
-            let id = limited(id.as_bytes());
-            attributes.push(KeyValue::text(names::UPSTREAM_REQUEST_ID, id));
-        }
-        if failed {
-            attributes.push(KeyValue::text(names::ERROR_TYPE, code));
+        let agent = record.user_agent.as_ref().map(|agent| agent.as_bytes());
+        let upstream_code = facts.upstream_code.as_ref().map(String::as_bytes);
+        let upstream_id = facts.upstream_request_id.as_ref().map(String::as_bytes);
+        let optional = [
+            (names::USER_AGENT_ORIGINAL, agent.map(limited)),
+            (
+                names::REASON,
+                record.reason.map(|reason| reason.as_str().into()),
+            ),
+            (names::UPSTREAM_CODE, upstream_code.map(limited)),
+            (names::UPSTREAM_REQUEST_ID, upstream_id.map(limited)),
+            (names::ERROR_TYPE, failed.then(|| code.into())),
+        ];
+        for (name, value) in optional {
+            attributes.extend(value.map(|value| KeyValue::text(name, value)));
         }
         self.tracer.queue.put(Span {
             parent_span_id: match self.parent_span_id {
@@ -148,7 +143,7 @@ impl ServerSpan {
         });
     }
 
-    /// The span of an attempt that starts now, `resend_count` others of the same call before it.
+    /// Starts the span of an attempt that `resend_count` attempts of the same call precede.
     pub(super) fn attempt(self: &Arc<Self>, resend_count: u32) -> AttemptSpan {
         AttemptSpan {
             parent: Arc::clone(self),
@@ -173,7 +168,7 @@ impl ServerSpan {
 }
 
 impl AttemptSpan {
-    /// Writes the trace context into the attempt's request, where the operator wants that.
+    /// Adds the trace context to the attempt's request if `--propagate-trace-upstream` is set.
     pub(super) fn propagate(&self, headers: &mut HeaderMap) {
         if self.parent.tracer.propagate_upstream {
             let context = Context {
@@ -184,8 +179,8 @@ impl AttemptSpan {
         }
     }
 
-    /// Exports the span of an attempt that is over. Called once.
-    pub(super) fn end(&self, end: &AttemptRecord<'_>, took: Duration) {
+    /// Exports the span at the end of the attempt. Called once.
+    pub(super) fn end(&self, attempt: &AttemptRecord<'_>, took: Duration) {
         if !self.parent.context.sampled {
             return;
         }
@@ -194,30 +189,28 @@ impl AttemptSpan {
             KeyValue::text(names::HTTP_REQUEST_METHOD, "POST"),
             KeyValue::text(
                 names::SERVER_ADDRESS,
-                end.url.host_str().unwrap_or_default(),
+                attempt.url.host_str().unwrap_or_default(),
             ),
             KeyValue::number(
                 names::SERVER_PORT,
-                end.url.port_or_known_default().unwrap_or_default(),
+                attempt.url.port_or_known_default().unwrap_or_default(),
             ),
-            KeyValue::text(names::URL_FULL, end.url.as_str()),
+            KeyValue::text(names::URL_FULL, attempt.url.as_str()),
             KeyValue::text(names::URL_TEMPLATE, template),
         ];
         if self.resend_count > 0 {
-            attributes.push(KeyValue::number(
-                names::HTTP_REQUEST_RESEND_COUNT,
-                self.resend_count,
-            ));
+            let count = KeyValue::number(names::HTTP_REQUEST_RESEND_COUNT, self.resend_count);
+            attributes.push(count);
         }
-        if let Some(status) = end.http_status {
+        if let Some(status) = attempt.http_status {
             attributes.push(KeyValue::number(names::HTTP_RESPONSE_STATUS_CODE, status));
         }
-        if let Some(id) = &end.upstream_request_id {
+        if let Some(id) = &attempt.upstream_request_id {
             attributes.push(KeyValue::text(names::UPSTREAM_REQUEST_ID, id.as_str()));
         }
-        let error = match (end.outcome, end.http_status, end.reason) {
-            (AttemptOutcome::Answer, Some(status), _) if status >= 400 => Some(status.to_string()),
-            (AttemptOutcome::Answer, _, reason) => reason.map(|reason| reason.as_str().to_owned()),
+        let error = match (attempt.outcome, attempt.http_status, attempt.reason) {
+            (AttemptOutcome::Reply, Some(status), _) if status >= 400 => Some(status.to_string()),
+            (AttemptOutcome::Reply, _, reason) => reason.map(|reason| reason.as_str().to_owned()),
             (AttemptOutcome::Timeout, ..) => Some("timeout".to_owned()),
             (AttemptOutcome::Cancelled, ..) => Some("cancelled".to_owned()),
             (AttemptOutcome::TransportError, _, reason) => {
@@ -244,7 +237,7 @@ fn status(failed: bool) -> Option<Status> {
     })
 }
 
-/// Codes that are the server's fault (semantic conventions for gRPC, "gRPC status").
+/// Codes that mark a server span as failed (semantic conventions for gRPC, "gRPC status").
 fn is_server_error(code: Code) -> bool {
     matches!(
         code,

@@ -1,9 +1,9 @@
-//! Writes log lines on a thread of its own. If nobody reads the pipe, lines are dropped and counted; a call never waits, and
-//! the end of the process waits a bounded time.
+//! Writes log lines on a dedicated thread. If standard output is blocked, lines are dropped and counted: calls never wait, and
+//! the end of the process waits at most a second.
 //!
-//! Written by hand because the guard of tracing-appender prints to standard output when its worker does not stop in time, so a
-//! blocked pipe blocks the end of the process. It also allocates and writes each line separately and wakes its thread for
-//! each; here lines are copied into one buffer, which the thread swaps for an empty one and writes as a whole.
+//! Written by hand because the guard of tracing-appender prints to standard output if its worker does not stop in time, so a
+//! blocked pipe blocks the end of the process. It also allocates, writes and wakes its thread for each line. Here lines are
+//! copied into one buffer, which the thread swaps for an empty one and writes as a whole.
 
 use std::{
     io::Write,
@@ -18,46 +18,46 @@ use std::{
 
 use prometheus_client::metrics::counter::Counter;
 
-/// Most bytes that wait: what a very busy server logs in some tenths of a second.
-const MAX_WAITING: usize = 4 << 20;
+/// Maximum number of queued bytes: a very busy server logs as much in a few tenths of a second.
+const MAX_QUEUED_BYTES: usize = 4 << 20;
 
-/// Largest capacity that an empty buffer keeps, in bytes, after a blocked pipe has made it grow.
-const KEPT_BYTES: usize = 256 << 10;
+/// Capacity to which a buffer shrinks after a blocked pipe made it grow.
+const IDLE_CAPACITY: usize = 256 << 10;
 
-/// How long the thread waits for more lines before it writes: waking it for each line costs a call more than the line does.
-const GATHER: Duration = Duration::from_millis(10);
+/// How long the thread collects lines before it writes. Waking it for each line costs more than the line itself.
+const BATCH_DELAY: Duration = Duration::from_millis(10);
 
-/// How long [`Flush`] waits for the reader of the pipe.
+/// How long [`Flush`] waits for the thread.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Default)]
 struct Buffer {
-    waiting: Mutex<Waiting>,
+    queued: Mutex<Queued>,
     changed: Condvar,
 }
 
 #[derive(Debug, Default)]
-struct Waiting {
+struct Queued {
     text: Vec<u8>,
     lines: u64,
-    /// Set once: no line is accepted any more.
+    /// Whether further lines are dropped.
     closed: bool,
 }
 
 impl Buffer {
-    fn lock(&self) -> MutexGuard<'_, Waiting> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Queued> {
+        self.queued.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Accepts lines. Clones write to the same sink.
+/// Queues lines. Clones write to the same sink.
 #[derive(Debug, Clone)]
 pub(super) struct Writer {
     buffer: Arc<Buffer>,
     dropped: Counter,
 }
 
-/// Dropping it writes the waiting lines, for at most a second, and closes the writer: later lines are dropped.
+/// Dropping it closes the writer and waits up to [`FLUSH_TIMEOUT`] for the queued lines to be written.
 #[derive(Debug)]
 #[must_use = "dropping it early loses the last lines"]
 pub(super) struct Flush {
@@ -66,8 +66,7 @@ pub(super) struct Flush {
 }
 
 impl Writer {
-    /// A writer to `sink`, which only the new thread touches. `dropped` counts lines that find the buffer full or that `sink`
-    /// does not accept.
+    /// Starts a thread that writes to `sink`. `dropped` counts lines dropped because the queue is full or writing fails.
     pub(super) fn new(sink: impl Write + Send + 'static, dropped: Counter) -> (Self, Flush) {
         let buffer = Arc::<Buffer>::default();
         let (end, ended) = channel();
@@ -75,7 +74,7 @@ impl Writer {
         thread::Builder::new()
             .name("log".to_owned())
             .spawn(move || write_lines(&lines, sink, &counter, end))
-            .expect("a thread can be started while the program starts");
+            .expect("the thread starts");
         let flush = Flush {
             buffer: Arc::clone(&buffer),
             ended,
@@ -93,17 +92,17 @@ impl Writer {
         }
     }
 
-    /// Takes one line. Never waits for the sink.
+    /// Queues one line. Never waits for the sink.
     pub(super) fn write(&self, line: &str) {
-        let mut waiting = self.buffer.lock();
-        if waiting.closed || waiting.text.len() + line.len() > MAX_WAITING {
+        let mut queued = self.buffer.lock();
+        if queued.closed || queued.text.len() + line.len() > MAX_QUEUED_BYTES {
             self.dropped.inc();
             return;
         }
-        let first = waiting.text.is_empty();
-        waiting.text.extend_from_slice(line.as_bytes());
-        waiting.lines += 1;
-        drop(waiting);
+        let first = queued.text.is_empty();
+        queued.text.extend_from_slice(line.as_bytes());
+        queued.lines += 1;
+        drop(queued);
         if first {
             self.buffer.changed.notify_one();
         }
@@ -114,30 +113,30 @@ impl Drop for Flush {
     fn drop(&mut self) {
         self.buffer.lock().closed = true;
         self.buffer.changed.notify_one();
-        // The thread sends nothing; its end closes the channel.
+        // The thread sends nothing; the channel closes when it ends.
         let _ = self.ended.recv_timeout(FLUSH_TIMEOUT);
     }
 }
 
-/// Writes lines, one batch at a time, until the writer is closed.
+/// Writes batches of lines until the writer is closed.
 fn write_lines(buffer: &Buffer, mut sink: impl Write, dropped: &Counter, _end: Sender<()>) {
     let mut batch = Vec::new();
     let mut closed = false;
     while !closed {
-        let idle = |waiting: &mut Waiting| waiting.text.is_empty() && !waiting.closed;
-        let waiting = buffer.changed.wait_while(buffer.lock(), idle);
-        let mut waiting = waiting.unwrap_or_else(PoisonError::into_inner);
-        if !waiting.closed {
-            drop(waiting);
-            thread::sleep(GATHER);
-            waiting = buffer.lock();
+        let idle = |queued: &mut Queued| queued.text.is_empty() && !queued.closed;
+        let queued = buffer.changed.wait_while(buffer.lock(), idle);
+        let mut queued = queued.unwrap_or_else(PoisonError::into_inner);
+        if !queued.closed {
+            drop(queued);
+            thread::sleep(BATCH_DELAY);
+            queued = buffer.lock();
         }
         batch.clear();
-        batch.shrink_to(KEPT_BYTES);
-        mem::swap(&mut waiting.text, &mut batch);
-        let lines = mem::take(&mut waiting.lines);
-        closed = waiting.closed;
-        drop(waiting);
+        batch.shrink_to(IDLE_CAPACITY);
+        mem::swap(&mut queued.text, &mut batch);
+        let lines = mem::take(&mut queued.lines);
+        closed = queued.closed;
+        drop(queued);
         if sink.write_all(&batch).and_then(|()| sink.flush()).is_err() {
             dropped.inc_by(lines);
         }
@@ -154,17 +153,17 @@ pub(super) mod tests {
 
     use super::*;
 
-    /// A sink that keeps the text.
+    /// A sink that records the written text.
     #[derive(Debug, Clone, Default)]
-    pub(in crate::telemetry) struct Kept(Arc<Mutex<Vec<u8>>>);
+    pub(in crate::telemetry) struct Recorder(Arc<Mutex<Vec<u8>>>);
 
-    impl Kept {
+    impl Recorder {
         pub(in crate::telemetry) fn text(&self) -> String {
             String::from_utf8(self.0.lock().unwrap().clone()).unwrap()
         }
     }
 
-    impl Write for Kept {
+    impl Write for Recorder {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
             self.0.lock().unwrap().extend_from_slice(bytes);
             Ok(bytes.len())
@@ -175,7 +174,7 @@ pub(super) mod tests {
         }
     }
 
-    /// A pipe that is full until the test opens it.
+    /// A pipe that blocks until the test closes the channel.
     struct Blocked(Receiver<()>);
 
     impl Write for Blocked {
@@ -190,9 +189,9 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn every_line_is_written_in_order_before_the_end() {
-        let kept = Kept::default();
-        let (writer, flush) = Writer::new(kept.clone(), Counter::default());
+    fn every_line_is_written_in_order_before_flush_returns() {
+        let recorder = Recorder::default();
+        let (writer, flush) = Writer::new(recorder.clone(), Counter::default());
 
         for number in 0..1000 {
             writer.write(&format!("{number}\n"));
@@ -200,15 +199,15 @@ pub(super) mod tests {
         drop(flush);
 
         let expected: String = (0..1000).map(|number| format!("{number}\n")).collect();
-        assert_eq!(kept.text(), expected);
+        assert_eq!(recorder.text(), expected);
     }
 
     #[test]
-    fn a_blocked_pipe_costs_counted_lines_and_no_waiting() {
+    fn blocked_pipe_drops_counted_lines_and_never_blocks() {
         let (open, blocked) = channel();
         let dropped = Counter::default();
         let (writer, flush) = Writer::new(Blocked(blocked), dropped.clone());
-        let line = "x".repeat(MAX_WAITING / 64);
+        let line = "x".repeat(MAX_QUEUED_BYTES / 64);
         let handed_over = Instant::now();
         writer.write(&line);
         while !writer.buffer.lock().text.is_empty() {

@@ -204,7 +204,7 @@ impl Client {
             Ok(Err(failure)) => return Err(failed_exchange(record, admission, failure)),
             Err(_) => return Err(timed_out(record, admission, until, false)),
         };
-        record.finish(AttemptOutcome::Answer);
+        record.finish(AttemptOutcome::Reply);
         let outcome = self.interpret(&reply, &body, signed, admission, key, progress);
         if let Err(FailedAttempt {
             error: Error::Rejected(rejection),

@@ -81,7 +81,7 @@ async fn call_and_health_say_in_one_sentence_why_they_were_not_let_in() {
     let (authority, stranger) = (Authority::new(), Authority::new());
     let (program, ca) = mutual(folder.path(), &authority);
     let target = format!("https://localhost:{}", program.grpc.port());
-    let advice = "; where the server demands a client certificate, check --cert and --key\n";
+    let advice = "; if the server requires a client certificate, check --cert and --key\n";
     let expired = Pair::expired_of_client(&authority).write(folder.path(), "expired");
     let unknown = Pair::of_client(&stranger).write(folder.path(), "unknown");
     let with =
@@ -96,7 +96,7 @@ async fn call_and_health_say_in_one_sentence_why_they_were_not_let_in() {
 
             assert_eq!((code, out.as_str()), (1, ""), "{command} {files:?}");
             let cause = err
-                .strip_prefix(&format!("rds-task-facade: no answer from {target}: "))
+                .strip_prefix(&format!("rds-task-facade: no reply from {target}: "))
                 .and_then(|rest| rest.strip_suffix(advice));
             // The server's alert, or what the operating system says when the client was still writing.
             let told = [
@@ -141,7 +141,7 @@ async fn connecting_and_asking_for_health_share_one_timeout() {
     let (code, _, err) = asked.await.expect("no panic");
 
     assert_eq!(code, 1);
-    assert!(err.contains("no answer within 4s"), "{err}");
+    assert!(err.contains("no reply within 4s"), "{err}");
     // Two timeouts of their own would have allowed for the handshake and then for 4 s more.
     assert!(begun.elapsed() < handshake + timeout, "{err}");
 }

@@ -266,7 +266,7 @@ def invalid_settings(checks):
             [PROGRAM, "serve", "--sandbox"], env=environment, capture_output=True, text=True, timeout=20
         )
         checks.equal(f"{variable}={value}: exit code", run.returncode, 2)
-        checks.that(f"{variable}={value}: one clear line", f"{variable}: grpc is not spoken" in run.stderr, run.stderr)
+        checks.that(f"{variable}={value}: one clear line", f"{variable}: grpc is not supported" in run.stderr, run.stderr)
 
 
 def main():

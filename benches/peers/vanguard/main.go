@@ -1,6 +1,6 @@
-// The second peer of docs/performance.md: vanguard-go turns gRPC into the REST call of RDS and back, and does nothing
-// else. It is set up for speed, like the first peer: no log, no limits, connections kept. With buf on the PATH
-// `go generate && go build` makes it.
+// The second peer of docs/performance.md: only transcodes gRPC to the REST call of RDS and back, with vanguard-go. Configured
+// for speed, like the first peer: no log, no limits, connection reuse. `go generate && go build` builds it; this needs buf on
+// the PATH.
 package main
 
 import (
@@ -60,7 +60,7 @@ func main() {
 	log.Fatal(server.ListenAndServe())
 }
 
-// forwardTo sends what it gets to the upstream, on connections that are kept: the default would keep two.
+// forwardTo forwards requests to the upstream and reuses connections; the default is two idle connections.
 func forwardTo(base *url.URL) http.Handler {
 	return &httputil.ReverseProxy{
 		Rewrite:    func(request *httputil.ProxyRequest) { request.SetURL(base) },
@@ -69,7 +69,7 @@ func forwardTo(base *url.URL) http.Handler {
 	}
 }
 
-// protoNames writes `workflow_id`, as RDS wants it, where the default codec writes `workflowId`; and only what is set.
+// protoNames writes fields as RDS expects them, `workflow_id` instead of `workflowId`, and omits unset fields.
 func protoNames(resolver vanguard.TypeResolver) vanguard.Codec {
 	return &vanguard.JSONCodec{
 		MarshalOptions:   protojson.MarshalOptions{Resolver: resolver, UseProtoNames: true},
@@ -77,7 +77,7 @@ func protoNames(resolver vanguard.TypeResolver) vanguard.Codec {
 	}
 }
 
-// buffers are reused for copying answers; without them each answer takes 32 KiB.
+// buffers are reused to copy responses; otherwise each response allocates 32 KiB.
 type buffers struct{ pool sync.Pool }
 
 func (buffers *buffers) Get() []byte       { return buffers.pool.Get().([]byte) }

@@ -1,9 +1,9 @@
-//! The command line: subcommands, help, and every problem at once.
+//! Subcommands, help, and reports of all problems.
 
 use super::*;
 
 #[test]
-fn booleans_stand_alone_or_with_a_value() {
+fn boolean_flags_take_an_optional_value() {
     let cases = [
         (vec!["--sandbox"], true),
         (vec!["--sandbox", "--reflection"], true),
@@ -23,7 +23,7 @@ fn booleans_stand_alone_or_with_a_value() {
 }
 
 #[test]
-fn all_problems_show_at_once_in_one_line_each() {
+fn all_problems_are_reported_one_line_each() {
     let args = [
         "--listen",
         "nowhere",
@@ -54,12 +54,12 @@ fn all_problems_show_at_once_in_one_line_each() {
     let expected = [
         "--allow-project: must be project ids separated by commas, each 1 to 64 of letters, digits, '-' and '_'",
         "--cache-ttl: is not a duration; write it like 250ms, 10s, 5m or 1h",
-        "--endpoint: plain http is for loopback only; use https, or allow it with --allow-insecure-upstream",
+        "--endpoint: plain http is allowed for loopback only; use https, or set --allow-insecure-upstream",
         "--listen: \"nowhere\" is not an address; write it like 127.0.0.1:50051, 0.0.0.0:50051 or [::1]:50051",
         "--max-attempts: \"11\" is not a whole number from 1 to 10",
         "--retry-budget: \"101\" is not a whole number from 0 to 100",
-        "--timeout: must be longer than zero",
-        "--tls-cert: needs --tls-key too",
+        "--timeout: \"0s\" is not longer than zero",
+        "--tls-cert: requires --tls-key",
         "--tls-cert: the file cannot be read: entity not found",
         "RDS_TASK_FACADE_LOG_FORMAT: \"xml\" is not one of text, json",
         "RDS_TASK_FACADE_MAX_IN_FLIGHT: \"0\" is not a whole number from 1 to 1000000",
@@ -70,8 +70,8 @@ fn all_problems_show_at_once_in_one_line_each() {
 }
 
 #[test]
-fn a_rule_over_several_flags_adds_nothing_to_a_problem_with_one_of_them() {
-    let file = pair();
+fn rules_for_several_flags_skip_invalid_values() {
+    let file = certificate_and_key();
     let path = file.path().to_str().unwrap();
     let cases: [(&[&str], &str); 5] = [
         (&["--region", "nowhere"], "--region"),
@@ -92,7 +92,7 @@ fn a_rule_over_several_flags_adds_nothing_to_a_problem_with_one_of_them() {
 }
 
 #[test]
-fn every_host_that_no_request_can_reach_is_a_problem() {
+fn invalid_hosts_are_rejected() {
     let hosts = [
         "10.0.0.256",
         "1.2.3.4.5",
@@ -157,10 +157,10 @@ fn every_host_that_no_request_can_reach_is_a_problem() {
 }
 
 #[test]
-fn print_config_shows_every_flag_with_its_effective_value() {
+fn print_config_shows_the_effective_value_of_every_flag() {
     let env = [("RDS_TASK_FACADE_TIMEOUT", "7s")];
 
-    let text = text_of(
+    let text = printed(
         &["serve", "--sandbox", "--print-config", "--max-attempts=5"],
         &env,
     );
@@ -183,11 +183,11 @@ fn print_config_shows_every_flag_with_its_effective_value() {
 }
 
 #[test]
-fn help_names_every_flag_with_its_default() {
-    let overview = text_of(&["--help"], &[]);
+fn help_shows_every_flag_with_its_default() {
+    let overview = printed(&["--help"], &[]);
     for subcommand in ["serve", "call", "health", "sandbox"] {
         assert!(overview.contains(subcommand));
-        let help = text_of(&[subcommand, "--help"], &[]);
+        let help = printed(&[subcommand, "--help"], &[]);
         for (flag, default) in flags(subcommand) {
             assert!(help.contains(&format!("--{flag} ")), "{subcommand} {flag}");
             let default = match default.is_empty() {
@@ -198,13 +198,13 @@ fn help_names_every_flag_with_its_default() {
         }
     }
     assert_eq!(
-        text_of(&["--version"], &[]),
+        printed(&["--version"], &[]),
         concat!("rds-task-facade ", env!("CARGO_PKG_VERSION"), "\n")
     );
 }
 
 #[test]
-fn call_looks_up_the_example_task_only_without_any_id() {
+fn call_uses_the_example_task_only_without_ids() {
     let ids = [
         "--project-id",
         "p",
@@ -239,7 +239,7 @@ fn call_looks_up_the_example_task_only_without_any_id() {
 }
 
 #[test]
-fn client_commands_ignore_the_variables_of_serve_but_for_the_token() {
+fn client_commands_read_only_the_token_variable() {
     let env = [
         ("RDS_TASK_FACADE_TIMEOUT", "nonsense"),
         ("RDS_TASK_FACADE_ODD", "x"),
@@ -266,7 +266,7 @@ fn client_commands_ignore_the_variables_of_serve_but_for_the_token() {
 }
 
 #[test]
-fn a_problem_with_the_command_line_is_one_line() {
+fn syntax_errors_are_one_line() {
     let cases: [(&[&str], &str); 12] = [
         (&[], "'rds-task-facade' requires a subcommand"),
         (
@@ -296,7 +296,7 @@ fn a_problem_with_the_command_line_is_one_line() {
         ),
         (
             &["serve", "--sandbox=1", "stray"],
-            "an argument belongs to no flag; see --help",
+            "unexpected argument without a flag; see --help",
         ),
         (
             &["call", "--target", "localhost"],
@@ -304,9 +304,9 @@ fn a_problem_with_the_command_line_is_one_line() {
         ),
         (
             &["call", "--ca", "/dev/null"],
-            "--ca, --cert, --key: need an https --target",
+            "--ca, --cert, --key: require an https --target",
         ),
-        (&["call", "--cert", "/dev/null"], "--cert: needs --key too"),
+        (&["call", "--cert", "/dev/null"], "--cert: requires --key"),
     ];
 
     for (args, expected) in cases {

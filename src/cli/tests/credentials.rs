@@ -1,11 +1,11 @@
-//! Credential sources, and that no secret ever shows.
+//! Credential sources, and secrets in output.
 
 use std::path::PathBuf;
 
 use super::*;
 
 #[test]
-fn each_credential_source_demands_its_own_settings_only() {
+fn each_credential_source_requires_only_its_own_settings() {
     let region = ["--region", "cn-north-4"];
     let keys = [("HUAWEICLOUD_SDK_AK", "ak"), ("HUAWEICLOUD_SDK_SK", "sk")];
     let cases: [(&str, Variables<'_>, &[&str]); 10] = [
@@ -49,7 +49,7 @@ fn each_credential_source_demands_its_own_settings_only() {
 }
 
 #[test]
-fn iam_is_found_by_flag_then_by_variables_then_by_region() {
+fn iam_endpoint_is_set_by_flag_then_variables_then_region() {
     let password = file_with("secret");
     let path = password.path().to_str().unwrap();
     let iam = [
@@ -103,15 +103,15 @@ fn iam_is_found_by_flag_then_by_variables_then_by_region() {
         ),
     ];
 
-    for (place, env, expected) in cases {
-        let config = serve(&[&place[..], &iam].concat(), &env).unwrap();
+    for (upstream, env, expected) in cases {
+        let config = serve(&[&upstream[..], &iam].concat(), &env).unwrap();
         let Source::Iam(found) = config.source else {
-            panic!("{place:?}: not iam");
+            panic!("{upstream:?}: not iam");
         };
         assert_eq!(
             format!("{} {}", without_slash(&found.endpoint), found.project),
             expected,
-            "{place:?}"
+            "{upstream:?}"
         );
     }
     let nowhere = problems(
@@ -127,7 +127,7 @@ fn iam_is_found_by_flag_then_by_variables_then_by_region() {
 }
 
 #[test]
-fn sandbox_brings_its_token_and_endpoints_but_no_iam_user() {
+fn sandbox_sets_token_and_endpoints_but_not_the_iam_user() {
     let token = serve(&["--sandbox"], &[]).unwrap().source;
     let metadata = serve(&["--sandbox", "--credentials", "metadata"], &[])
         .unwrap()
@@ -148,7 +148,7 @@ fn sandbox_brings_its_token_and_endpoints_but_no_iam_user() {
 }
 
 #[test]
-fn the_chain_takes_keys_only_as_a_pair_and_the_profile_from_home() {
+fn chain_uses_only_complete_keys_and_finds_the_profile_in_home() {
     let env = [("HUAWEICLOUD_SDK_AK", "ak"), ("HOME", "/home/ann")];
     let args = ["--region", "cn-north-4", "--credentials", "chain"];
 
@@ -169,7 +169,7 @@ fn the_chain_takes_keys_only_as_a_pair_and_the_profile_from_home() {
 }
 
 #[test]
-fn no_secret_shows_in_help_debug_summary_or_print() {
+fn help_debug_summary_and_printed_configuration_contain_no_secret() {
     let env = [
         ("RDS_TASK_FACADE_TOKEN", "canary"),
         ("HUAWEICLOUD_SDK_AK", "canary"),
@@ -186,14 +186,14 @@ fn no_secret_shows_in_help_debug_summary_or_print() {
     for source in ["caller", "token", "env", "chain"] {
         let args = ["--credentials", source];
         let config = serve(&args, &env).unwrap();
-        let mut shown = vec![config.summary(), config.printed()];
-        shown.push(text_of(
+        let mut texts = vec![config.summary(), config.printed()];
+        texts.push(printed(
             &["serve", "--credentials", source, "--print-config"],
             &env,
         ));
-        shown.push(text_of(&["serve", "--credentials", source, "--help"], &env));
-        shown.push(format!("{config:?}"));
-        for text in shown {
+        texts.push(printed(&["serve", "--credentials", source, "--help"], &env));
+        texts.push(format!("{config:?}"));
+        for text in texts {
             assert!(!text.contains("canary"), "{source}: {text}");
         }
     }
@@ -206,7 +206,7 @@ fn no_secret_shows_in_help_debug_summary_or_print() {
 }
 
 #[test]
-fn malformed_secrets_are_problems_that_name_the_fault_and_not_the_value() {
+fn malformed_secrets_are_reported_without_their_value() {
     let (two_lines, no_key, empty) = (
         file_with("canary\nX-Evil: 1\n"),
         file_with("[basic]\nak = canary\n"),
@@ -273,7 +273,7 @@ fn malformed_secrets_are_problems_that_name_the_fault_and_not_the_value() {
 }
 
 #[test]
-fn no_secret_shows_in_a_problem() {
+fn problems_contain_no_secret() {
     let cases: [(&[&str], Variables<'_>); 16] = [
         (&["--tokn", "canary"], &[]),
         (&["--tokn=canary"], &[]),

@@ -1,4 +1,4 @@
-//! The rules of the configuration as a whole, from arguments and variables to the result.
+//! Validation of arguments and variables together.
 
 mod command;
 mod credentials;
@@ -42,10 +42,10 @@ fn problems(args: &[&str], variables: Variables<'_>) -> Vec<String> {
     parsed.expect_err("must be invalid").problems
 }
 
-fn text_of(args: &[&str], variables: Variables<'_>) -> String {
+fn printed(args: &[&str], variables: Variables<'_>) -> String {
     match command(args, variables).unwrap() {
         Command::Print(text) => text,
-        other => panic!("prints nothing: {other:?}"),
+        other => panic!("not a text: {other:?}"),
     }
 }
 
@@ -68,7 +68,7 @@ fn file_with(text: &str) -> tempfile::NamedTempFile {
 }
 
 #[test]
-fn the_flags_and_defaults_are_those_of_the_contract() {
+fn flags_and_defaults_match_the_contract() {
     let contract = [
         ("listen", "127.0.0.1:50051"),
         ("metrics-listen", "127.0.0.1:9464"),
@@ -121,7 +121,7 @@ fn the_flags_and_defaults_are_those_of_the_contract() {
 }
 
 #[test]
-fn without_settings_the_defaults_hold() {
+fn defaults_apply_without_flags_and_variables() {
     let config = serve(&["--region", "cn-north-4"], &[]).unwrap();
 
     assert_eq!(config.server.listen, "127.0.0.1:50051".parse().unwrap());
@@ -147,7 +147,7 @@ fn without_settings_the_defaults_hold() {
 }
 
 #[test]
-fn the_flag_wins_over_the_variable_and_the_variable_over_the_default() {
+fn flag_wins_over_variable_and_variable_over_default() {
     let variable = [("RDS_TASK_FACADE_TIMEOUT", "7s")];
     let cases = [
         (vec!["--sandbox"], &[][..], 30),
@@ -168,10 +168,10 @@ fn the_flag_wins_over_the_variable_and_the_variable_over_the_default() {
 }
 
 #[test]
-fn every_flag_of_serve_has_its_variable() {
+fn every_flag_of_serve_has_a_variable() {
     let file = file_with("x");
     let path = file.path().to_str().unwrap();
-    let odd_values = [
+    let values = [
         ("region", "cn-north-4"),
         ("credentials", "caller"),
         ("endpoint", "https://rds.example.com"),
@@ -190,11 +190,11 @@ fn every_flag_of_serve_has_its_variable() {
     ];
 
     for (flag, default) in flags("serve") {
-        let value = odd_values
+        let value = values
             .iter()
             .find(|(name, _)| *name == flag)
             .map_or(default.as_str(), |(_, value)| value);
-        let variable = variable_of(&flag);
+        let variable = variable_name(&flag);
         let env = [(variable.as_str(), value)];
         let found = match serve(&["--sandbox"], &env) {
             Ok(_) => Vec::new(),
@@ -212,8 +212,8 @@ fn every_flag_of_serve_has_its_variable() {
 #[test]
 fn every_default_parses() {
     let serve: Serve = defaults();
-    let call: client::Call = defaults();
-    let health: client::Health = defaults();
+    let call: client::CallOptions = defaults();
+    let health: client::HealthOptions = defaults();
     let sandbox: sandbox::Options = defaults();
 
     assert!(serve.server.tls.is_none() && call.task.is_none());
@@ -222,11 +222,11 @@ fn every_default_parses() {
 }
 
 #[test]
-fn text_that_is_not_utf_8_is_a_problem() {
-    let odd = OsString::from_vec(vec![b'1', 0xff]);
+fn values_that_are_not_utf_8_are_rejected() {
+    let invalid = OsString::from_vec(vec![b'1', 0xff]);
     let environment = Environment::from([
-        ("RDS_TASK_FACADE_TIMEOUT".into(), odd.clone()),
-        ("HUAWEICLOUD_SDK_AK".into(), odd.clone()),
+        ("RDS_TASK_FACADE_TIMEOUT".into(), invalid.clone()),
+        ("HUAWEICLOUD_SDK_AK".into(), invalid.clone()),
         ("HUAWEICLOUD_SDK_SK".into(), "sk".into()),
     ]);
     let args = [
@@ -237,7 +237,7 @@ fn text_that_is_not_utf_8_is_a_problem() {
         "env",
     ];
     let mut args: Vec<OsString> = args.map(OsString::from).to_vec();
-    args.extend(["--max-attempts".into(), odd]);
+    args.extend(["--max-attempts".into(), invalid]);
 
     let found = parse(args, &environment).expect_err("must be invalid");
 
@@ -298,7 +298,7 @@ fn exactly_one_of_region_endpoint_and_sandbox_must_be_set() {
 }
 
 #[test]
-fn names_that_kubernetes_derives_from_our_service_are_no_problem() {
+fn kubernetes_service_variables_are_ignored() {
     let cases = [
         ("RDS_TASK_FACADE_SERVICE_HOST", true),
         ("RDS_TASK_FACADE_SERVICE_PORT", true),
@@ -323,15 +323,19 @@ fn names_that_kubernetes_derives_from_our_service_are_no_problem() {
     assert!(serve(&["--sandbox"], &[("RDS_TASK_FACADE_ODD", "")]).is_ok());
 }
 
-/// A certificate and its key in one file, which does for every flag of TLS.
-fn pair() -> tempfile::NamedTempFile {
+/// A file with a certificate and its key, valid for every TLS flag.
+fn certificate_and_key() -> tempfile::NamedTempFile {
     let made = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).unwrap();
     file_with(&(made.cert.pem() + &made.signing_key.serialize_pem()))
 }
 
 #[test]
-fn tls_files_come_together_and_can_be_used() {
-    let (one, other, text) = (pair(), pair(), file_with("pem"));
+fn tls_files_must_be_complete_and_valid() {
+    let (one, other, text) = (
+        certificate_and_key(),
+        certificate_and_key(),
+        file_with("pem"),
+    );
     let [path, other, text] = [&one, &other, &text].map(|file| file.path().to_str().unwrap());
     let cases = [
         (vec!["--tls-cert", path, "--tls-key", path], true),
@@ -363,7 +367,7 @@ fn tls_files_come_together_and_can_be_used() {
 }
 
 #[test]
-fn problems_are_json_where_json_was_asked_for_even_in_the_flag_that_asks() {
+fn problems_are_json_if_json_is_requested_even_with_an_invalid_command_line() {
     let by_variable = [("RDS_TASK_FACADE_LOG_FORMAT", "json")];
     let format = |args: &[&str], env| command(args, env).unwrap_err().log_format;
 
@@ -379,7 +383,7 @@ fn problems_are_json_where_json_was_asked_for_even_in_the_flag_that_asks() {
 }
 
 #[test]
-fn an_invalid_boolean_is_one_problem() {
+fn invalid_boolean_is_one_problem() {
     assert_eq!(
         problems(&[], &[("RDS_TASK_FACADE_SANDBOX", "TRUE")]).len(),
         1
@@ -387,7 +391,7 @@ fn an_invalid_boolean_is_one_problem() {
 }
 
 #[test]
-fn projects_add_up_over_flags_and_commas() {
+fn repeated_and_comma_separated_projects_are_combined() {
     let args = [
         "--sandbox",
         "--allow-project",
@@ -413,20 +417,20 @@ fn projects_add_up_over_flags_and_commas() {
 }
 
 #[test]
-fn an_open_port_with_a_credential_of_its_own_is_warned_of() {
-    let file = pair();
+fn exposed_port_with_a_server_credential_is_warned_about() {
+    let file = certificate_and_key();
     let path = file.path().to_str().unwrap();
     let tls = ["--tls-cert", path, "--tls-key", path];
-    let open = ["--sandbox", "--listen", "0.0.0.0:50051"];
+    let exposed = ["--sandbox", "--listen", "0.0.0.0:50051"];
     let cases = [
-        (open.to_vec(), true),
-        ([&open[..], &tls].concat(), true),
+        (exposed.to_vec(), true),
+        ([&exposed[..], &tls].concat(), true),
         (
-            [&open[..], &tls, &["--tls-client-ca", path]].concat(),
+            [&exposed[..], &tls, &["--tls-client-ca", path]].concat(),
             false,
         ),
-        ([&open[..], &["--allow-project", "p"]].concat(), false),
-        ([&open[..], &["--credentials", "caller"]].concat(), false),
+        ([&exposed[..], &["--allow-project", "p"]].concat(), false),
+        ([&exposed[..], &["--credentials", "caller"]].concat(), false),
         (vec!["--sandbox", "--listen", "[::1]:50051"], false),
         (vec!["--sandbox", "--listen", "[::]:50051"], true),
     ];

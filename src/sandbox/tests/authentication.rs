@@ -1,4 +1,4 @@
-//! What the gateway asks of a credential.
+//! Authentication at the gateway.
 
 use http::HeaderMap;
 
@@ -17,7 +17,7 @@ struct Signing<'a> {
 }
 
 impl Signing<'_> {
-    /// As the documented key signs, `offset` seconds off the machine's clock.
+    /// Signs with the documented key, at `offset` seconds from the system's clock.
     fn documented(offset: i64) -> Self {
         let now = jiff::Timestamp::now() + jiff::SignedDuration::from_secs(offset);
         Signing {
@@ -29,10 +29,10 @@ impl Signing<'_> {
         }
     }
 
-    fn headers(&self, running: &Running) -> HeaderMap {
+    fn headers(&self, sandbox: &TestSandbox) -> HeaderMap {
         let mut request = Request::post(task_path(EXAMPLE_INSTANCE_ID))
             .header("content-type", "application/json")
-            .header("host", running.base.trim_start_matches("http://"))
+            .header("host", sandbox.base.trim_start_matches("http://"))
             .header("x-project-id", EXAMPLE_PROJECT_ID)
             .header("x-sdk-date", &self.date);
         if let Some(token) = self.security_token {
@@ -53,17 +53,17 @@ impl Signing<'_> {
         std::mem::take(request.headers_mut())
     }
 
-    fn request(&self, running: &Running) -> reqwest::RequestBuilder {
-        running
+    fn request(&self, sandbox: &TestSandbox) -> reqwest::RequestBuilder {
+        sandbox
             .client
-            .post(running.url(&task_path(EXAMPLE_INSTANCE_ID)))
-            .headers(self.headers(running))
+            .post(sandbox.url(&task_path(EXAMPLE_INSTANCE_ID)))
+            .headers(self.headers(sandbox))
             .body(EXAMPLE_BODY)
     }
 
-    /// The status, and the message of a refusal.
-    async fn send(&self, running: &Running) -> (u16, String) {
-        let (status, body) = exchange(self.request(running)).await;
+    /// Sends the request, and returns the status and the error message, if any.
+    async fn send(&self, sandbox: &TestSandbox) -> (u16, String) {
+        let (status, body) = send(self.request(sandbox)).await;
         (
             status,
             body["error_msg"].as_str().unwrap_or_default().to_owned(),
@@ -72,12 +72,12 @@ impl Signing<'_> {
 }
 
 #[tokio::test]
-async fn a_request_without_a_good_token_is_refused() {
-    let running = start().await;
+async fn requests_without_a_valid_token_are_rejected() {
+    let sandbox = start().await;
     let bare = || {
-        running
+        sandbox
             .client
-            .post(running.url(&task_path(EXAMPLE_INSTANCE_ID)))
+            .post(sandbox.url(&task_path(EXAMPLE_INSTANCE_ID)))
             .header("content-type", "application/json")
             .body(EXAMPLE_BODY)
     };
@@ -103,19 +103,19 @@ async fn a_request_without_a_good_token_is_refused() {
         (
             "token and signature",
             Signing::documented(0)
-                .request(&running)
+                .request(&sandbox)
                 .header("x-auth-token", TOKEN),
             "both",
         ),
         (
             "magic instance",
-            running.ask_with("other", "status-500"),
+            sandbox.task_request_with("other", "status-500"),
             "decrypt token fail",
         ),
     ];
 
     for (case, request, message) in cases {
-        let (status, body) = exchange(request).await;
+        let (status, body) = send(request).await;
 
         assert_eq!(
             (status, &body["error_code"]),
@@ -133,8 +133,8 @@ async fn a_request_without_a_good_token_is_refused() {
 }
 
 #[tokio::test]
-async fn a_good_signature_is_accepted_with_and_without_the_security_token() {
-    let running = start().await;
+async fn valid_signature_is_accepted_with_and_without_the_security_token() {
+    let sandbox = start().await;
     let plain = Signing::documented(0);
     let with_token = Signing {
         security_token: Some(SECURITY_TOKEN),
@@ -142,14 +142,14 @@ async fn a_good_signature_is_accepted_with_and_without_the_security_token() {
         ..Signing::documented(0)
     };
 
-    assert_eq!(plain.send(&running).await.0, 200);
-    assert_eq!(with_token.send(&running).await.0, 200);
-    assert_eq!(running.count("bad_signatures").await, 0);
+    assert_eq!(plain.send(&sandbox).await.0, 200);
+    assert_eq!(with_token.send(&sandbox).await.0, 200);
+    assert_eq!(sandbox.count("bad_signatures").await, 0);
 }
 
 #[tokio::test]
-async fn every_flaw_of_a_signed_request_is_refused() {
-    let running = start().await;
+async fn invalid_signed_requests_are_rejected() {
+    let sandbox = start().await;
     let good = || Signing::documented(0);
     let cases = [
         (
@@ -201,7 +201,7 @@ async fn every_flaw_of_a_signed_request_is_refused() {
             "x-sdk-date is malformed",
         ),
         (
-            "date of another form",
+            "date in another format",
             Signing {
                 date: "2026-11-23T13:00:00Z".into(),
                 ..good()
@@ -211,37 +211,37 @@ async fn every_flaw_of_a_signed_request_is_refused() {
     ];
 
     for (case, signing, message) in cases {
-        let (status, text) = signing.send(&running).await;
+        let (status, text) = signing.send(&sandbox).await;
 
         assert_eq!(status, 401, "{case}");
         assert!(text.contains(message), "{case}: {text}");
     }
-    let changed_body = good().request(&running).body(r#"{"workflow_id":"x"}"#);
-    assert_eq!(exchange(changed_body).await.0, 401);
-    assert_eq!(running.count("bad_signatures").await, 2);
+    let changed_body = good().request(&sandbox).body(r#"{"workflow_id":"x"}"#);
+    assert_eq!(send(changed_body).await.0, 401);
+    assert_eq!(sandbox.count("bad_signatures").await, 2);
 }
 
 #[tokio::test]
-async fn the_date_may_be_14_minutes_off_but_not_16() {
-    let running = start().await;
+async fn date_may_differ_by_14_but_not_16_minutes() {
+    let sandbox = start().await;
     for (minutes, expected) in [(-16, 401), (-14, 200), (14, 200), (16, 401)] {
         assert_eq!(
-            Signing::documented(minutes * 60).send(&running).await.0,
+            Signing::documented(minutes * 60).send(&sandbox).await.0,
             expected,
             "{minutes}"
         );
     }
 
-    running.control("/sandbox/clock?offset-seconds=960").await;
+    sandbox.control("/sandbox/clock?offset-seconds=960").await;
 
-    assert_eq!(Signing::documented(0).send(&running).await.0, 401);
-    let answer = Signing::documented(960)
-        .request(&running)
+    assert_eq!(Signing::documented(0).send(&sandbox).await.0, 401);
+    let response = Signing::documented(960)
+        .request(&sandbox)
         .send()
         .await
         .unwrap();
-    assert_eq!(answer.status(), 200);
-    let date = answer.headers()["date"].to_str().unwrap();
+    assert_eq!(response.status(), 200);
+    let date = response.headers()["date"].to_str().unwrap();
     let ahead = httpdate::parse_http_date(date).unwrap();
     let ahead = jiff::Timestamp::try_from(ahead)
         .unwrap()
@@ -251,31 +251,31 @@ async fn the_date_may_be_14_minutes_off_but_not_16() {
 
 #[tokio::test]
 async fn five_bad_signatures_in_a_row_lock_the_key_for_five_minutes() {
-    let running = start().await;
+    let sandbox = start().await;
     let bad = Signing {
         secret: "other",
         ..Signing::documented(0)
     };
     for _ in 0..4 {
-        bad.send(&running).await;
+        bad.send(&sandbox).await;
     }
     assert_eq!(
-        Signing::documented(0).send(&running).await.0,
+        Signing::documented(0).send(&sandbox).await.0,
         200,
-        "a good one begins a new row"
+        "a valid signature resets the count"
     );
     for _ in 0..5 {
         assert!(
-            bad.send(&running)
+            bad.send(&sandbox)
                 .await
                 .1
                 .contains("verify aksk signature fail")
         );
     }
 
-    let (status, locked) = Signing::documented(0).send(&running).await;
-    running.control("/sandbox/clock?offset-seconds=310").await;
-    let after = Signing::documented(310).send(&running).await;
+    let (status, locked) = Signing::documented(0).send(&sandbox).await;
+    sandbox.control("/sandbox/clock?offset-seconds=310").await;
+    let after = Signing::documented(310).send(&sandbox).await;
 
     assert_eq!(status, 401);
     assert!(
@@ -283,14 +283,14 @@ async fn five_bad_signatures_in_a_row_lock_the_key_for_five_minutes() {
         "{locked}"
     );
     assert_eq!(after.0, 200);
-    assert_eq!(running.count("bad_signatures").await, 9);
+    assert_eq!(sandbox.count("bad_signatures").await, 9);
 }
 
 #[tokio::test]
-async fn a_temporary_key_signs_only_with_its_own_token_and_until_its_end() {
-    let running = start().await;
-    let keys = running.get("/openstack/latest/securitykey").await;
-    let others = running.get("/openstack/latest/securitykey").await;
+async fn temporary_key_requires_its_security_token_and_expires() {
+    let sandbox = start().await;
+    let keys = sandbox.get("/openstack/latest/securitykey").await;
+    let others = sandbox.get("/openstack/latest/securitykey").await;
     let text = |keys: &Value, name: &str| keys["credential"][name].as_str().unwrap().to_owned();
     let (access, secret) = (text(&keys, "access"), text(&keys, "secret"));
     let (own, other) = (text(&keys, "securitytoken"), text(&others, "securitytoken"));
@@ -302,11 +302,11 @@ async fn a_temporary_key_signs_only_with_its_own_token_and_until_its_end() {
         ..Signing::documented(offset)
     };
 
-    assert_eq!(sign(Some(&own), 0).send(&running).await.0, 200);
-    assert_eq!(sign(None, 0).send(&running).await.0, 401);
-    assert_eq!(sign(Some(&other), 0).send(&running).await.0, 401);
-    running.control("/sandbox/clock?offset-seconds=86401").await;
-    let (status, message) = sign(Some(&own), 86_401).send(&running).await;
+    assert_eq!(sign(Some(&own), 0).send(&sandbox).await.0, 200);
+    assert_eq!(sign(None, 0).send(&sandbox).await.0, 401);
+    assert_eq!(sign(Some(&other), 0).send(&sandbox).await.0, 401);
+    sandbox.control("/sandbox/clock?offset-seconds=86401").await;
+    let (status, message) = sign(Some(&own), 86_401).send(&sandbox).await;
     assert_eq!(status, 401);
     assert!(message.contains("expired"), "{message}");
 }

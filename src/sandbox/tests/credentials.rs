@@ -1,43 +1,43 @@
-//! Token issue and the metadata service.
+//! Tokens issued by IAM, and the metadata service.
 
 use super::*;
 
 const PASSWORD_BODY: &str = r#"{"auth":{"identity":{"methods":["password"],"password":{"user":{"name":"sandbox-user","password":"sandbox-password","domain":{"name":"sandbox-domain"}}}},"scope":{"project":{"name":"cn-north-4"}}}}"#;
 
-fn token_request(running: &Running, body: String) -> reqwest::RequestBuilder {
-    running
+fn token_request(sandbox: &TestSandbox, body: String) -> reqwest::RequestBuilder {
+    sandbox
         .client
-        .post(running.url("/v3/auth/tokens"))
+        .post(sandbox.url("/v3/auth/tokens"))
         .header("Content-Type", "application/json;charset=utf8")
         .body(body)
 }
 
-async fn issue(running: &Running) -> String {
-    let answer = token_request(running, PASSWORD_BODY.to_owned())
+async fn issue(sandbox: &TestSandbox) -> String {
+    let response = token_request(sandbox, PASSWORD_BODY.to_owned())
         .send()
         .await
         .unwrap();
-    assert_eq!(answer.status(), 201);
-    answer.headers()["x-subject-token"]
+    assert_eq!(response.status(), 201);
+    response.headers()["x-subject-token"]
         .to_str()
         .unwrap()
         .to_owned()
 }
 
 #[tokio::test]
-async fn a_token_is_issued_as_iam_does_and_opens_the_task_call() {
-    let running = start().await;
-    let request = token_request(&running, PASSWORD_BODY.to_owned());
+async fn issued_token_has_the_documented_format_and_is_accepted() {
+    let sandbox = start().await;
+    let request = token_request(&sandbox, PASSWORD_BODY.to_owned());
 
-    let answer = request.send().await.unwrap();
+    let response = request.send().await.unwrap();
 
-    assert_eq!(answer.status(), 201);
-    let token = answer.headers()["x-subject-token"]
+    assert_eq!(response.status(), 201);
+    let token = response.headers()["x-subject-token"]
         .to_str()
         .unwrap()
         .to_owned();
     assert!(token.starts_with("MII") && token.len() > 3000, "{token}");
-    let body: Value = serde_json::from_slice(&answer.bytes().await.unwrap()).unwrap();
+    let body: Value = serde_json::from_slice(&response.bytes().await.unwrap()).unwrap();
     let token_body = &body["token"];
     assert_eq!(token_body["project"]["name"], "cn-north-4");
     assert_eq!(token_body["project"]["domain"]["name"], DOMAIN);
@@ -57,8 +57,8 @@ async fn a_token_is_issued_as_iam_does_and_opens_the_task_call() {
         24
     );
     assert_eq!(
-        running
-            .ask_with(&token, EXAMPLE_INSTANCE_ID)
+        sandbox
+            .task_request_with(&token, EXAMPLE_INSTANCE_ID)
             .send()
             .await
             .unwrap()
@@ -68,22 +68,22 @@ async fn a_token_is_issued_as_iam_does_and_opens_the_task_call() {
 }
 
 #[tokio::test]
-async fn nocatalog_leaves_the_catalog_out() {
-    let running = start().await;
-    let request = running
+async fn nocatalog_omits_the_catalog() {
+    let sandbox = start().await;
+    let request = sandbox
         .client
-        .post(running.url("/v3/auth/tokens?nocatalog=true"))
+        .post(sandbox.url("/v3/auth/tokens?nocatalog=true"))
         .body(PASSWORD_BODY);
 
-    let (status, body) = exchange(request).await;
+    let (status, body) = send(request).await;
 
     assert_eq!(status, 201);
     assert_eq!(body["token"]["catalog"], serde_json::json!([]));
 }
 
 #[tokio::test]
-async fn a_wrong_request_for_a_token_gets_the_keystone_error() {
-    let running = start().await;
+async fn invalid_token_requests_get_a_keystone_error() {
+    let sandbox = start().await;
     let cases = [
         ("wrong password", "sandbox-password", "other", 401),
         ("wrong user", "sandbox-user", "other", 401),
@@ -96,67 +96,62 @@ async fn a_wrong_request_for_a_token_gets_the_keystone_error() {
     ];
 
     for (case, from, to, status) in cases {
-        let request = token_request(&running, PASSWORD_BODY.replace(from, to));
-        let (got, body) = exchange(request).await;
+        let request = token_request(&sandbox, PASSWORD_BODY.replace(from, to));
+        let (got, body) = send(request).await;
 
         assert_eq!(got, status, "{case}");
         assert_eq!(body["error"]["code"], status, "{case}");
         assert!(body["error"]["message"].is_string(), "{case}");
         assert!(body["error"]["title"].is_string(), "{case}");
     }
-    assert_eq!(running.count("token_requests").await, cases.len() as u64);
+    assert_eq!(sandbox.count("token_requests").await, cases.len() as u64);
 }
 
 #[tokio::test]
-async fn revoked_outlived_and_unscoped_tokens_are_refused() {
-    let running = start().await;
-    let revoked = issue(&running).await;
-    running.control("/sandbox/revoke-tokens").await;
-    running.control("/sandbox/token-life?seconds=-1").await;
-    let outlived = issue(&running).await;
-    running.control("/sandbox/token-life?seconds=60").await;
-    let good = issue(&running).await;
+async fn revoked_expired_and_unscoped_tokens_are_rejected() {
+    let sandbox = start().await;
+    let revoked = issue(&sandbox).await;
+    sandbox.control("/sandbox/revoke-tokens").await;
+    sandbox.control("/sandbox/token-life?seconds=-1").await;
+    let expired = issue(&sandbox).await;
+    sandbox.control("/sandbox/token-life?seconds=60").await;
+    let good = issue(&sandbox).await;
     let unscoped = PASSWORD_BODY.replace(r#","scope":{"project":{"name":"cn-north-4"}}"#, "");
-    let answer = token_request(&running, unscoped).send().await.unwrap();
-    let unscoped = answer.headers()["x-subject-token"].to_str().unwrap();
+    let response = token_request(&sandbox, unscoped).send().await.unwrap();
+    let unscoped = response.headers()["x-subject-token"].to_str().unwrap();
 
     for (case, token, status, code) in [
         ("revoked", revoked.as_str(), 401, Value::from("APIGW.0307")),
-        (
-            "outlived",
-            outlived.as_str(),
-            401,
-            Value::from("APIGW.0307"),
-        ),
+        ("expired", expired.as_str(), 401, Value::from("APIGW.0307")),
         ("unscoped", unscoped, 401, Value::from("APIGW.0301")),
         ("issued since", good.as_str(), 200, Value::Null),
         ("always good", TOKEN, 200, Value::Null),
     ] {
-        let (got, body) = exchange(running.ask_with(token, EXAMPLE_INSTANCE_ID)).await;
+        let (got, body) = send(sandbox.task_request_with(token, EXAMPLE_INSTANCE_ID)).await;
         assert_eq!((got, &body["error_code"]), (status, &code), "{case}");
     }
 }
 
 #[tokio::test]
-async fn credential_requests_fail_as_often_as_told() {
-    let running = start().await;
+async fn injected_errors_are_returned_the_given_number_of_times() {
+    let sandbox = start().await;
     let mut seen = Vec::new();
 
     for status in [503, 429] {
-        running
+        sandbox
             .control(&format!("/sandbox/fail-iam?status={status}&times=2"))
             .await;
-        running
+        sandbox
             .control(&format!("/sandbox/fail-metadata?status={status}&times=1"))
             .await;
         for _ in 0..3 {
-            let request = token_request(&running, PASSWORD_BODY.to_owned());
+            let request = token_request(&sandbox, PASSWORD_BODY.to_owned());
             seen.push(request.send().await.unwrap().status().as_u16());
         }
         for _ in 0..2 {
-            let request = running
+            let request = sandbox
                 .client
-                .get(running.url("/openstack/latest/securitykey"));
+                .get(sandbox.url("/openstack/latest/securitykey"));
             seen.push(request.send().await.unwrap().status().as_u16());
         }
     }
@@ -165,19 +160,19 @@ async fn credential_requests_fail_as_often_as_told() {
 }
 
 #[tokio::test]
-async fn the_hardened_mode_gives_keys_only_against_a_metadata_token() {
-    let running = start().await;
-    running.control("/sandbox/hardened?on=true").await;
+async fn hardened_mode_requires_a_metadata_token() {
+    let sandbox = start().await;
+    sandbox.control("/sandbox/hardened?on=true").await;
     let put = |life: &str| {
-        running
+        sandbox
             .client
-            .put(running.url("/meta-data/latest/api/token"))
+            .put(sandbox.url("/meta-data/latest/api/token"))
             .header("X-Metadata-Token-Ttl-Seconds", life)
     };
     let key = |token: &str| {
-        running
+        sandbox
             .client
-            .get(running.url("/openstack/latest/securitykey"))
+            .get(sandbox.url("/openstack/latest/securitykey"))
             .header("X-Metadata-Token", token)
             .send()
     };
@@ -186,25 +181,25 @@ async fn the_hardened_mode_gives_keys_only_against_a_metadata_token() {
 
     assert_eq!(key(&token).await.unwrap().status(), 200);
     assert_eq!(key("other").await.unwrap().status(), 401);
-    let without = running
+    let without = sandbox
         .client
-        .get(running.url("/openstack/latest/securitykey"));
+        .get(sandbox.url("/openstack/latest/securitykey"));
     assert_eq!(without.send().await.unwrap().status(), 401);
     for life in ["0", "21601", "soon"] {
         assert_eq!(put(life).send().await.unwrap().status(), 400, "{life}");
     }
-    running.control("/sandbox/clock?offset-seconds=21601").await;
+    sandbox.control("/sandbox/clock?offset-seconds=21601").await;
     assert_eq!(key(&token).await.unwrap().status(), 401);
-    assert_eq!(running.count("key_requests").await, 4);
-    assert_eq!(running.count("metadata_token_requests").await, 4);
+    assert_eq!(sandbox.count("key_requests").await, 4);
+    assert_eq!(sandbox.count("metadata_token_requests").await, 4);
 }
 
 #[tokio::test]
-async fn a_temporary_key_has_the_documented_form() {
-    let running = start().await;
-    running.control("/sandbox/key-life?seconds=3600").await;
+async fn temporary_key_has_the_documented_format() {
+    let sandbox = start().await;
+    sandbox.control("/sandbox/key-life?seconds=3600").await;
 
-    let body = running.get("/openstack/latest/securitykey").await;
+    let body = sandbox.get("/openstack/latest/securitykey").await;
 
     let credential = body["credential"].as_object().unwrap();
     let names: Vec<_> = credential.keys().map(String::as_str).collect();

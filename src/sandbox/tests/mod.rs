@@ -1,4 +1,4 @@
-//! The sandbox over real loopback sockets.
+//! Tests of the sandbox over loopback sockets.
 
 mod authentication;
 mod credentials;
@@ -11,8 +11,8 @@ use serde_json::Value;
 
 use super::*;
 
-/// A sandbox of its own for one test, and a client for it.
-struct Running {
+/// A sandbox sandbox, and a client for it.
+struct TestSandbox {
     base: String,
     client: reqwest::Client,
 }
@@ -22,11 +22,11 @@ const LOOPBACK: SocketAddr =
 
 const EXAMPLE_BODY: &str = r#"{"workflow_id":"102772a9-31fa-4129-b9f8-7638e2792f3b"}"#;
 
-async fn start() -> Running {
+async fn start() -> TestSandbox {
     let sandbox = Sandbox::bind(LOOPBACK).await.unwrap();
     let base = format!("http://{}", sandbox.local_addr());
     tokio::spawn(sandbox.serve(pending()));
-    Running {
+    TestSandbox {
         base,
         client: reqwest::Client::builder()
             .no_proxy()
@@ -41,18 +41,18 @@ fn task_path(instance_id: &str) -> String {
     format!("/v3/{EXAMPLE_PROJECT_ID}/instances/{instance_id}/task-center-detail")
 }
 
-impl Running {
+impl TestSandbox {
     fn url(&self, path: &str) -> String {
         format!("{}{path}", self.base)
     }
 
-    /// A request for the example task of this instance, with the token that is always good.
-    fn ask(&self, instance_id: &str) -> reqwest::RequestBuilder {
-        self.ask_with(TOKEN, instance_id)
+    /// A request for the example task with this instance id and the valid token.
+    fn task_request(&self, instance_id: &str) -> reqwest::RequestBuilder {
+        self.task_request_with(TOKEN, instance_id)
     }
 
-    /// The same with another token.
-    fn ask_with(&self, token: &str, instance_id: &str) -> reqwest::RequestBuilder {
+    /// A request for the example task with this token.
+    fn task_request_with(&self, token: &str, instance_id: &str) -> reqwest::RequestBuilder {
         self.client
             .post(self.url(&task_path(instance_id)))
             .header("Content-Type", "application/json")
@@ -60,10 +60,10 @@ impl Running {
             .body(EXAMPLE_BODY)
     }
 
-    /// Uses a control path; the request must be understood.
+    /// Posts to a control path, which must succeed.
     async fn control(&self, path: &str) {
-        let answer = self.client.post(self.url(path)).send().await.unwrap();
-        assert_eq!(answer.status(), 200, "{path}");
+        let response = self.client.post(self.url(path)).send().await.unwrap();
+        assert_eq!(response.status(), 200, "{path}");
     }
 
     async fn count(&self, name: &str) -> u64 {
@@ -71,21 +71,21 @@ impl Running {
     }
 
     async fn get(&self, path: &str) -> Value {
-        let answer = self.client.get(self.url(path)).send().await.unwrap();
-        serde_json::from_slice(&answer.bytes().await.unwrap()).unwrap()
+        let response = self.client.get(self.url(path)).send().await.unwrap();
+        serde_json::from_slice(&response.bytes().await.unwrap()).unwrap()
     }
 }
 
-/// Status and JSON body of the answer.
-async fn exchange(request: reqwest::RequestBuilder) -> (u16, Value) {
-    let answer = request.send().await.unwrap();
-    let status = answer.status().as_u16();
-    let body = answer.bytes().await.unwrap();
+/// Sends a request, and returns status and JSON body of the response.
+async fn send(request: reqwest::RequestBuilder) -> (u16, Value) {
+    let response = request.send().await.unwrap();
+    let status = response.status().as_u16();
+    let body = response.bytes().await.unwrap();
     (status, serde_json::from_slice(&body).unwrap())
 }
 
 #[tokio::test]
-async fn an_address_beyond_loopback_is_refused() {
+async fn addresses_beyond_loopback_are_rejected() {
     for address in ["0.0.0.0:0", "192.0.2.1:0", "[::]:0"] {
         let error = Sandbox::bind(address.parse().unwrap()).await.unwrap_err();
 
@@ -95,7 +95,7 @@ async fn an_address_beyond_loopback_is_refused() {
 }
 
 #[tokio::test]
-async fn the_shutdown_ends_open_connections() {
+async fn shutdown_closes_connections() {
     let sandbox = Sandbox::bind(LOOPBACK).await.unwrap();
     let address = sandbox.local_addr();
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
@@ -111,14 +111,18 @@ async fn the_shutdown_ends_open_connections() {
 }
 
 #[tokio::test]
-async fn the_last_requests_and_the_counts_can_be_read() {
-    let running = start().await;
+async fn counts_and_the_last_requests_are_readable() {
+    let sandbox = start().await;
     for _ in 0..40 {
-        running.ask(EXAMPLE_INSTANCE_ID).send().await.unwrap();
+        sandbox
+            .task_request(EXAMPLE_INSTANCE_ID)
+            .send()
+            .await
+            .unwrap();
     }
-    running.ask("finished").send().await.unwrap();
+    sandbox.task_request("finished").send().await.unwrap();
 
-    let requests = running.get("/sandbox/requests").await;
+    let requests = sandbox.get("/sandbox/requests").await;
 
     assert_eq!(requests.as_array().unwrap().len(), 32);
     let last = &requests[0];
@@ -127,14 +131,14 @@ async fn the_last_requests_and_the_counts_can_be_read() {
     assert_eq!(last["body"], EXAMPLE_BODY);
     let headers = last["headers"].as_array().unwrap();
     assert!(headers.contains(&serde_json::json!(["x-auth-token", TOKEN])));
-    assert_eq!(running.count("task_requests").await, 41);
-    assert_eq!(running.count("task_requests_in_flight").await, 0);
-    assert!(running.count("connections").await > 0);
+    assert_eq!(sandbox.count("task_requests").await, 41);
+    assert_eq!(sandbox.count("task_requests_in_flight").await, 0);
+    assert!(sandbox.count("connections").await > 0);
 }
 
 #[tokio::test]
-async fn a_control_path_with_a_bad_parameter_says_so() {
-    let running = start().await;
+async fn invalid_control_parameters_are_rejected() {
+    let sandbox = start().await;
 
     for path in [
         "/sandbox/clock",
@@ -145,7 +149,7 @@ async fn a_control_path_with_a_bad_parameter_says_so() {
         "/sandbox/fail-iam?status=503",
         "/sandbox/slow-credentials?ms=60001",
     ] {
-        let (status, body) = exchange(running.client.post(running.url(path))).await;
+        let (status, body) = send(sandbox.client.post(sandbox.url(path))).await;
 
         assert_eq!(status, 400, "{path}");
         assert!(body["error"].is_string(), "{path}");

@@ -1,35 +1,39 @@
-//! The RDS call itself.
+//! The RDS call.
 
 use super::*;
 
 #[tokio::test]
-async fn the_example_of_the_vendors_page_gets_the_pages_answer() {
-    let running = start().await;
+async fn example_task_gets_the_documented_response() {
+    let sandbox = start().await;
 
-    let answer = running.ask(EXAMPLE_INSTANCE_ID).send().await.unwrap();
+    let response = sandbox
+        .task_request(EXAMPLE_INSTANCE_ID)
+        .send()
+        .await
+        .unwrap();
 
-    assert_eq!(answer.status(), 200);
-    assert_eq!(answer.headers()["content-type"], "application/json");
-    assert_eq!(answer.headers()["x-request-id"].len(), 32);
+    assert_eq!(response.status(), 200);
+    assert_eq!(response.headers()["content-type"], "application/json");
+    assert_eq!(response.headers()["x-request-id"].len(), 32);
     assert_eq!(
-        answer.text().await.unwrap(),
+        response.text().await.unwrap(),
         r#"{"instance_id":"1ffc4167903840cb93a3da56d28c14fdin01","instance_name":"rds-mysql-2","job_id":"102772a9-31fa-4129-b9f8-7638e2792f3b","job_name":"CreateMysqlSingleHAInstance"}"#
     );
 }
 
 #[tokio::test]
-async fn the_running_task_grows_with_the_clock_until_it_is_over() {
-    let running = start().await;
+async fn running_task_progresses_with_the_clock() {
+    let sandbox = start().await;
     let mut seen = Vec::new();
 
     for offset in [0, 60, 90, 500] {
-        running
+        sandbox
             .control(&format!("/sandbox/clock?offset-seconds={offset}"))
             .await;
-        let request = running
-            .ask(EXAMPLE_INSTANCE_ID)
+        let request = sandbox
+            .task_request(EXAMPLE_INSTANCE_ID)
             .body(r#"{"workflow_id":"running-task"}"#);
-        let (status, task) = exchange(request).await;
+        let (status, task) = send(request).await;
         assert_eq!(status, 200);
         seen.push(task);
     }
@@ -54,12 +58,12 @@ async fn the_running_task_grows_with_the_clock_until_it_is_over() {
 }
 
 #[tokio::test]
-async fn a_request_that_is_wrong_gets_the_documented_error() {
-    let running = start().await;
+async fn invalid_requests_get_the_documented_error() {
+    let sandbox = start().await;
     let post = |path: &str, body: &'static str| {
-        running
+        sandbox
             .client
-            .post(running.url(path))
+            .post(sandbox.url(path))
             .header("X-Auth-Token", TOKEN)
             .header("Content-Type", "application/json")
             .body(body)
@@ -121,23 +125,23 @@ async fn a_request_that_is_wrong_gets_the_documented_error() {
         ),
         (
             "other method",
-            running.client.get(running.url(&example)),
+            sandbox.client.get(sandbox.url(&example)),
             404,
             "APIGW.0101",
         ),
         (
             "no content type",
-            running
+            sandbox
                 .client
-                .post(running.url(&example))
+                .post(sandbox.url(&example))
                 .header("X-Auth-Token", TOKEN),
             415,
             "DBS.000415",
         ),
         (
             "too large",
-            running
-                .ask(EXAMPLE_INSTANCE_ID)
+            sandbox
+                .task_request(EXAMPLE_INSTANCE_ID)
                 .body(vec![b' '; MAX_BODY_BYTES + 1]),
             413,
             "APIGW.0201",
@@ -145,13 +149,13 @@ async fn a_request_that_is_wrong_gets_the_documented_error() {
     ];
 
     for (case, request, status, code) in cases {
-        let answer = request.send().await.unwrap();
+        let response = request.send().await.unwrap();
 
-        assert_eq!(answer.status(), status, "{case}");
+        assert_eq!(response.status(), status, "{case}");
         for header in ["x-request-id", "date", "content-type"] {
-            assert!(answer.headers().contains_key(header), "{case}: {header}");
+            assert!(response.headers().contains_key(header), "{case}: {header}");
         }
-        let body: Value = serde_json::from_slice(&answer.bytes().await.unwrap()).unwrap();
+        let body: Value = serde_json::from_slice(&response.bytes().await.unwrap()).unwrap();
         assert_eq!(body["error_code"], code, "{case}");
     }
 }

@@ -1,4 +1,4 @@
-//! Prints the status of a failed call: code, message and every `google.rpc` detail, one fact per line.
+//! Formats the status of a failed call: code, message and `google.rpc` details, one fact per line.
 
 use std::fmt;
 
@@ -12,7 +12,7 @@ pub(super) fn describe(f: &mut fmt::Formatter<'_>, status: &Status) -> fmt::Resu
     let code = code::name(status.code());
     write!(f, "{code}: {}", Escaped(status.message()))?;
     let Ok(details) = status.check_error_details_vec() else {
-        return write!(f, "\n  details: cannot be read");
+        return write!(f, "\n  details: cannot be decoded");
     };
     for detail in &details {
         describe_detail(f, detail)?;
@@ -32,10 +32,7 @@ fn describe_detail(f: &mut fmt::Formatter<'_>, detail: &ErrorDetail) -> fmt::Res
                 .into_iter()
                 .try_for_each(|(key, value)| line(&Escaped(key).to_string(), value))
         }
-        ErrorDetail::RequestInfo(info) => {
-            line("request id", &info.request_id)?;
-            optional(&mut line, "serving data", &info.serving_data)
-        }
+        ErrorDetail::RequestInfo(info) => line("request id", &info.request_id),
         ErrorDetail::RetryInfo(info) => match info.retry_delay {
             Some(delay) => line("retry after", &format!("{delay:?}")),
             None => line("retry after", "any time"),
@@ -48,42 +45,20 @@ fn describe_detail(f: &mut fmt::Formatter<'_>, detail: &ErrorDetail) -> fmt::Res
             .violations
             .iter()
             .try_for_each(|v| line("quota", &format!("{}: {}", v.subject, v.description))),
-        ErrorDetail::PreconditionFailure(failure) => failure.violations.iter().try_for_each(|v| {
-            let text = format!("{} {}: {}", v.r#type, v.subject, v.description);
-            line("precondition", &text)
-        }),
         ErrorDetail::ResourceInfo(info) => {
-            line(
-                "resource",
-                &format!("{} {}", info.resource_type, info.resource_name),
-            )?;
-            optional(&mut line, "owner", &info.owner)?;
-            optional(&mut line, "description", &info.description)
+            let resource = format!("{} {}", info.resource_type, info.resource_name);
+            line("resource", &resource)?;
+            match info.description.as_str() {
+                "" => Ok(()),
+                description => line("description", description),
+            }
         }
-        ErrorDetail::Help(help) => help
-            .links
-            .iter()
-            .try_for_each(|link| line("help", &format!("{} {}", link.description, link.url))),
-        ErrorDetail::LocalizedMessage(message) => {
-            line(&Escaped(&message.locale).to_string(), &message.message)
-        }
-        ErrorDetail::DebugInfo(info) => line("debug", &info.detail),
-        _ => Ok(()),
+        // The facade sends no other details, but a proxy may.
+        other => line("detail", &format!("{other:?}")),
     }
 }
 
-fn optional(
-    line: &mut impl FnMut(&str, &str) -> fmt::Result,
-    name: &str,
-    value: &str,
-) -> fmt::Result {
-    match value {
-        "" => Ok(()),
-        value => line(name, value),
-    }
-}
-
-/// Text from the server, safe for a terminal: control characters are escaped.
+/// Text from the server with control characters escaped, so that it is safe on a terminal.
 struct Escaped<'a>(&'a str);
 
 impl fmt::Display for Escaped<'_> {
@@ -114,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn every_detail_of_a_failure_is_a_line() {
+    fn every_detail_is_printed_on_a_line() {
         let mut details = ErrorDetails::new();
         details
             .set_error_info(
@@ -152,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn a_hostile_server_cannot_steer_the_terminal() {
+    fn control_characters_are_escaped() {
         let status = Status::internal("a\u{1b}[2Jb\nc\u{9b}d");
 
         let text = Described(status).to_string();
@@ -161,11 +136,11 @@ mod tests {
     }
 
     #[test]
-    fn details_that_cannot_be_decoded_are_reported() {
+    fn undecodable_details_are_reported() {
         let status = Status::with_details(Code::NotFound, "gone", vec![0xff, 0xff].into());
 
         let text = Described(status).to_string();
 
-        assert_eq!(text, "NOT_FOUND: gone\n  details: cannot be read");
+        assert_eq!(text, "NOT_FOUND: gone\n  details: cannot be decoded");
     }
 }
