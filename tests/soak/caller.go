@@ -24,14 +24,14 @@ const (
 )
 
 // question is one request.
-type question struct{ project, instance, workflow, name string }
+type taskRequest struct{ project, instance, workflow, name string }
 
 // example differs from every other by its name, so that no two calls are merged.
-func example(number int) question {
-	return question{projectID, quick, workflowID, fmt.Sprintf("number %d", number)}
+func example(number int) taskRequest {
+	return taskRequest{projectID, quick, workflowID, fmt.Sprintf("number %d", number)}
 }
 
-func (q question) encoded() []byte {
+func (q taskRequest) encoded() []byte {
 	var message []byte
 	for number, text := range []string{q.project, q.instance, q.workflow, q.name} {
 		if text != "" {
@@ -49,6 +49,7 @@ type answer struct {
 	// Whether the server said so: the code came with its answer and was not made up here.
 	servers bool
 	took    time.Duration
+	reply   []byte
 }
 
 func (a answer) String() string { return fmt.Sprintf("%s: %s", a.code, a.message) }
@@ -71,6 +72,7 @@ func call(ctx context.Context, connection *grpc.ClientConn, path string, message
 		message: status.Convert(err).Message(),
 		servers: err == nil || len(trailer.Get("x-request-id")) > 0,
 		took:    time.Since(begun),
+		reply:   reply,
 	}
 }
 

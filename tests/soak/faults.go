@@ -161,11 +161,11 @@ func (l *faultyLoad) run(ctx context.Context, random *rand.Rand, line *line) {
 		asked, identity := example(number), token
 		switch share := random.Float64(); {
 		case share < upstreamFaults:
-			asked = question{projectID, brokenAnswers[random.IntN(len(brokenAnswers))], fmt.Sprint("w-", number), ""}
+			asked = taskRequest{projectID, brokenAnswers[random.IntN(len(brokenAnswers))], fmt.Sprint("w-", number), ""}
 		case share < upstreamFaults+0.01:
-			asked, identity = question{projectID, "throttled-retry-after", fmt.Sprint("w-", number), ""}, l.throttled.Load().(string)
+			asked, identity = taskRequest{projectID, "throttled-retry-after", fmt.Sprint("w-", number), ""}, l.throttled.Load().(string)
 		case share < 0.5:
-			asked = question{projectID, fmt.Sprint("slow-", random.IntN(150)), fmt.Sprint("w-", number), ""}
+			asked = taskRequest{projectID, fmt.Sprint("slow-", random.IntN(150)), fmt.Sprint("w-", number), ""}
 		}
 		timeout, cancelAfter := 10*time.Second, time.Duration(0)
 		switch share := random.Float64(); {

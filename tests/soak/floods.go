@@ -188,7 +188,7 @@ func resetInFlight(t *target) (string, error) {
 	for round := range rounds {
 		for number := range streams {
 			stream := streamID(round*streams + number)
-			peer.ask(stream, pairs(), question{projectID, "slow-5000", fmt.Sprintf("reset-%d", stream), ""})
+			peer.ask(stream, pairs(), taskRequest{projectID, "slow-5000", fmt.Sprintf("reset-%d", stream), ""})
 		}
 		if err := peer.writer.Flush(); err != nil {
 			return "", err

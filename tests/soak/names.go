@@ -120,7 +120,7 @@ func hostileIDs(t *target) (string, error) {
 	calls := 0
 	for _, text := range hostileTexts {
 		for field := range 3 {
-			asked := question{projectID, "hostile", "hostile", ""}
+			asked := taskRequest{projectID, "hostile", "hostile", ""}
 			*[]*string{&asked.project, &asked.instance, &asked.workflow}[field] = text
 			ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 			answer := call(ctx, connection, method, asked.encoded(), []string{"x-auth-token", token})
@@ -163,7 +163,7 @@ func hostileHeaders(t *target) (string, error) {
 		for _, value := range values {
 			asked++
 			err := alone.tally(outcomes, 1, func(p *peer) {
-				p.ask(1, pairs([2]string{field, value}), question{projectID, "hostile-header", fmt.Sprint("w-", asked), ""})
+				p.ask(1, pairs([2]string{field, value}), taskRequest{projectID, "hostile-header", fmt.Sprint("w-", asked), ""})
 			})
 			if err != nil {
 				return err
@@ -308,7 +308,7 @@ func forgeLog(t *target, format string) (string, error) {
 	for _, field := range []string{"x-request-id", "user-agent", "traceparent", "tracestate", "b3", "grpc-timeout", "x-auth-token", ":authority", ":path"} {
 		for number, text := range forged {
 			err := victim.tally(map[string]int{}, 1, func(p *peer) {
-				p.ask(1, pairs([2]string{field, text}), question{"p", fmt.Sprint("answer-", number), fmt.Sprint("w-", calls), text})
+				p.ask(1, pairs([2]string{field, text}), taskRequest{"p", fmt.Sprint("answer-", number), fmt.Sprint("w-", calls), text})
 			})
 			if err != nil {
 				return "", err

@@ -171,7 +171,7 @@ func durationField(line []byte) time.Duration {
 func (l *level) ask(connection *grpc.ClientConn, number int) {
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
-	asked := question{projectID, fmt.Sprint("slow-", upstreamTakes.Milliseconds()), fmt.Sprintf("w-%d-%d", l.times, number), ""}
+	asked := taskRequest{projectID, fmt.Sprint("slow-", upstreamTakes.Milliseconds()), fmt.Sprintf("w-%d-%d", l.times, number), ""}
 	answer := call(ctx, connection, method, asked.encoded(), []string{"x-auth-token", token})
 	switch answer.code {
 	case codes.OK:

@@ -38,8 +38,8 @@ type seen struct {
 	more  sync.Cond
 }
 
-func (t *target) open(settings ...http2.Setting) (*peer, error) {
-	socket, err := net.Dial("tcp", t.address)
+func (f *facade) open(settings ...http2.Setting) (*peer, error) {
+	socket, err := net.Dial("tcp", f.address)
 	if err != nil {
 		return nil, err
 	}
@@ -186,7 +186,7 @@ func (p *peer) headers(stream uint32, fields [][2]string, endStream bool) {
 }
 
 // ask makes a whole call.
-func (p *peer) ask(stream uint32, fields [][2]string, asked question) {
+func (p *peer) ask(stream uint32, fields [][2]string, asked taskRequest) {
 	p.headers(stream, fields, false)
 	_ = p.framer.WriteData(stream, true, framed(asked.encoded()))
 }

@@ -39,9 +39,10 @@ type process struct {
 }
 
 // start waits for the first line of the log and gives each further one to onLine, on one goroutine.
-func start(program string, onLine func(line []byte), arguments ...string) (*process, error) {
+func start(environment []string, program string, onLine func(line []byte), arguments ...string) (*process, error) {
 	process := &process{command: exec.Command(program, arguments...), exited: make(chan struct{})}
-	process.command.Env = []string{}
+	// A nil slice would pass on this program's own environment.
+	process.command.Env = append([]string{}, environment...)
 	// Does not outlive this program, however it ends. The kernel means the thread that starts it, and Go ends no thread while no
 	// goroutine is locked to one.
 	process.command.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
@@ -107,7 +108,7 @@ type sandbox struct {
 }
 
 func startSandbox(program, listen string) (*sandbox, error) {
-	process, err := start(program, nil, "sandbox", "--listen", listen)
+	process, err := start(nil, program, nil, "sandbox", "--listen", listen)
 	if err != nil {
 		return nil, err
 	}
@@ -123,9 +124,13 @@ type facade struct {
 }
 
 func startFacade(program, upstream string, onLine func(line []byte), arguments ...string) (*facade, error) {
+	return startFacadeIn(nil, program, upstream, onLine, arguments...)
+}
+
+func startFacadeIn(environment []string, program, upstream string, onLine func(line []byte), arguments ...string) (*facade, error) {
 	defaults := []string{"serve", "--listen", anyPort, "--metrics-listen", anyPort, "--log-format", "json",
 		"--endpoint", upstream, "--credentials", "caller"}
-	process, err := start(program, onLine, overridden(defaults, arguments)...)
+	process, err := start(environment, program, onLine, overridden(defaults, arguments)...)
 	if err != nil {
 		return nil, err
 	}

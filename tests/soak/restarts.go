@@ -200,7 +200,7 @@ func (l *steadyLoad) run(ctx context.Context, worker int) {
 	for number := worker; ctx.Err() == nil; number += restartWorkers {
 		asked := example(number)
 		if worker%2 == 0 {
-			asked = question{projectID, slowTask, fmt.Sprint("w-", number), ""}
+			asked = taskRequest{projectID, slowTask, fmt.Sprint("w-", number), ""}
 		}
 		// A call that has begun is finished even when the load stops.
 		callCtx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
