@@ -18,8 +18,8 @@ import (
 	"google.golang.org/grpc/codes"
 )
 
-// Honest callers. Each has a token, a connection and an instance of its own choice; where the facade uses the server's
-// credential, the connection is the caller.
+// Honest callers. Each has its own token and connection and calls about all honestInstances in turn. Where the program uses
+// the server's credential, the connection is the caller.
 const (
 	honestCallers   = 8
 	honestInstances = 4
@@ -39,15 +39,16 @@ const (
 	serverToken       = "server-token"
 )
 
-// What each fault must not break. The bound on latency only shows that calls do not wait for the rogue: a busy machine
-// slows down the calm reference, too.
+// Requirements of every fault. The bound on latency is wide, because the machine may be busy; it catches calls that wait for
+// the rogue's.
 const (
 	minHonestSuccess = 0.99
 	calmP99Factor    = 10
 	calmP99Allowance = time.Second
 )
 
-// crowdLanes is how many faults run at once, each against its own program, if they put little load on the machine.
+// crowdLanes is the number of faults that run at the same time, each against its own program. Faults that load the machine
+// run alone.
 const crowdLanes = 4
 
 // crowdFault is one fault next to the honest callers.
@@ -64,9 +65,9 @@ type crowdFault struct {
 	interval time.Duration
 	// Honest callers repeat a few requests instead of sending a new one each time.
 	repeats bool
-	// How long the fault itself may delay a call.
+	// Allowed delay of a call by the fault itself.
 	delays time.Duration
-	// Loads the machine, so that no other fault may run at the same time.
+	// Loads the machine: runs alone.
 	alone bool
 	// Chooses the upstream's replies; nil if the upstream behaves well.
 	script script
@@ -238,7 +239,7 @@ func (r *crowdRow) report(results *results, err error) {
 	if err != nil {
 		text += fmt.Sprintf("; %v", err)
 	}
-	results.that(err == nil, "%s", text)
+	results.check(err == nil, "%s", text)
 }
 
 // printCrowdTable prints Markdown.
@@ -256,7 +257,7 @@ func milliseconds(duration time.Duration) string {
 	return fmt.Sprintf("%d ms", duration.Milliseconds())
 }
 
-// phase is how the honest calls of one period ended.
+// phase counts the ends of the honest calls of one period.
 type phase struct {
 	succeeded latencies
 	lock      sync.Mutex

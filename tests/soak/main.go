@@ -64,7 +64,7 @@ func main() {
 		usage()
 	}
 	if err != nil {
-		results.that(false, "%s: %v", os.Args[1], err)
+		results.check(false, "%s: %v", os.Args[1], err)
 	}
 	results.finish()
 }
