@@ -40,7 +40,7 @@ var crowdFaults = []crowdFault{
 	{name: "one instance sends 150 headers", owner: "circuit breaker",
 		script: rogueInstances(respondRaw(headWith(manyHeaders(150)))), inject: callBadInstance},
 	{name: "1000 calls at once while the process gets little CPU time", owner: "circuit breaker",
-		flags: []string{"--connect-timeout", "200ms"}, delays: 2 * starvedFor, alone: true, inject: starveDuringBurst},
+		flags: []string{"--connect-timeout", "200ms"}, interval: 250 * time.Millisecond, delays: 2 * starvedFor, alone: true, inject: starveDuringBurst},
 
 	// The server's credential: the replies to one project's calls prove nothing for the others.
 	{name: "one project's calls get 401 and IAM answers 403", owner: "IAM token", credentials: "iam", iamFailure: http.StatusForbidden,
