@@ -11,28 +11,29 @@ import (
 	"google.golang.org/grpc/codes"
 )
 
-// What is demanded of every attack, unless it says otherwise.
+// Requirements of every attack, unless the attack has its own.
 const (
-	// The honest caller beside it: no failed call, and p99 below this, on a machine that the attacker works on too.
+	// The honest caller has no failed call and a p99 below this. The attacker runs on the same machine.
 	honestWithin = 500 * time.Millisecond
-	// Peak memory over that before the attack.
+	// Growth of the peak memory during the attack.
 	attackGrows = 32 << 20
-	// A share of one core, shortly after the attack.
-	idleAgain = 0.1
-	// Open files, here: the idle connections, 1200 that wait beside them, and some hundreds for the rest.
+	// Share of one core in use shortly after the attack.
+	maxIdleShare = 0.1
+	// Open files of this process: the idle connections, 1200 connections of the attacks that run at the same time, and some
+	// hundreds for everything else.
 	attackDescriptors = idlePeers + 2000
 )
 
-// attack is one way to be hostile.
+// attack is one kind of hostile peer.
 type attack struct {
 	name string
-	// For the program, beyond the usual ones.
+	// Flags of the program, in addition to the defaults.
 	flags []string
-	// What it may make the program grow; attackGrows where it is zero.
+	// Allowed growth of the program's memory; attackGrows if zero.
 	grows int64
-	// What the honest caller's p99 may be; honestWithin where it is zero.
+	// Limit of the honest caller's p99; honestWithin if zero.
 	honestWithin time.Duration
-	// Says in figures what happened; an error for what must not.
+	// Attacks and returns figures, and an error if the program did not stand the attack.
 	run func(*target) (string, error)
 }
 
@@ -47,8 +48,8 @@ type target struct {
 	log *logLines
 }
 
-// attacks runs each against a fresh program: first those that work the machine, one after the other, then those that mostly
-// wait, beside each other.
+// attacks runs each attack against a fresh program: first those that load the machine, one after the other, then those that
+// mostly wait, at the same time.
 func attacks(results *results, program string, calls int, only string) error {
 	upstream, err := startSandbox(program, anyPort)
 	if err != nil {
@@ -64,7 +65,7 @@ func attacks(results *results, program string, calls int, only string) error {
 			if err != nil {
 				text += fmt.Sprintf("; %v", err)
 			}
-			results.that(err == nil, "%s: %s", attack.name, text)
+			results.check(err == nil, "%s: %s", attack.name, text)
 		}
 	}
 	inTurn(floods)
@@ -103,7 +104,7 @@ func (a attack) against(program string, upstream *sandbox, calls int) (string, e
 	if err != nil {
 		return figures, err
 	}
-	// Also an attack of a moment is seen by some honest calls.
+	// So many calls that some of them overlap even with a short attack.
 	if err := honest.more(50); err != nil {
 		return figures, err
 	}
@@ -112,24 +113,24 @@ func (a attack) against(program string, upstream *sandbox, calls int) (string, e
 		return figures, err
 	}
 	honest.stop()
-	figures = fmt.Sprintf("%s | %.1f s, processor %.1f s, memory %.1f MiB and at most %.1f more | honest: %d calls, p50 %v, p99 %v, %d failed",
+	figures = fmt.Sprintf("%s | %.1f s, CPU %.1f s, memory %.1f MiB and at most %.1f more | honest: %d calls, p50 %v, p99 %v, %d failed",
 		figures, took.Seconds(), (after.cpu - before.cpu).Seconds(), mebibytes(before.resident), mebibytes(after.peak-before.resident),
 		honest.answered.count(), honest.answered.percentile(50), honest.answered.percentile(99), honest.failed)
 	if honest.failed > 0 {
-		return figures, fmt.Errorf("the honest caller was failed: %v", honest.first)
+		return figures, fmt.Errorf("calls of the honest caller failed; the first: %v", honest.first)
 	}
 	within := cmp.Or(a.honestWithin, honestWithin)
 	if p99 := honest.answered.percentile(99); p99 > within {
-		return figures, fmt.Errorf("the honest caller waited: p99 %v, at most %v", p99, within)
+		return figures, fmt.Errorf("honest p99 %v; the limit is %v", p99, within)
 	}
 	if grows := cmp.Or(a.grows, attackGrows); after.peak-before.resident > grows {
 		return figures, fmt.Errorf("memory grew by more than %.0f MiB", mebibytes(grows))
 	}
-	return figures, facade.restsAgain()
+	return figures, facade.checkIdle()
 }
 
-// restsAgain demands that the attack has left no connection, no call and no work behind.
-func (f *facade) restsAgain() error {
+// checkIdle requires that the attack left no connection, no call and no work behind.
+func (f *facade) checkIdle() error {
 	metrics, err := f.settled()
 	if err != nil {
 		return err
@@ -147,13 +148,13 @@ func (f *facade) restsAgain() error {
 	if err != nil {
 		return err
 	}
-	if share := (after.cpu - before.cpu).Seconds() / moment.Seconds(); share > idleAgain {
-		return fmt.Errorf("it still takes %.2f of a core", share)
+	if share := (after.cpu - before.cpu).Seconds() / moment.Seconds(); share > maxIdleShare {
+		return fmt.Errorf("the program still uses %.2f of a core; the limit is %.2f", share, maxIdleShare)
 	}
 	return nil
 }
 
-// honest is a caller who has nothing to do with the attack.
+// honest is a caller with a connection of its own that takes no part in the attack.
 type honest struct {
 	connection *grpc.ClientConn
 	cancel     context.CancelFunc
@@ -197,12 +198,12 @@ func (h *honest) ask(number int) {
 	}
 }
 
-// more waits for so many further answers.
+// more waits for that many further replies.
 func (h *honest) more(answers int) error {
 	enough := h.answered.count() + answers
 	for deadline := time.Now().Add(startLimit); h.answered.count() < enough; time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
-			return fmt.Errorf("no answers for the honest caller; the first failure: %v", h.first)
+			return fmt.Errorf("the honest caller got no replies; the first failure: %v", h.first)
 		}
 	}
 	return nil

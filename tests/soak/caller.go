@@ -17,23 +17,23 @@ const (
 	method       = "/huaweicloud.rds.task.v1.TaskService/GetTaskDetail"
 	healthMethod = "/grpc.health.v1.Health/Check"
 	token        = "sandbox-token"
-	// The example of the vendor's page, which the sandbox answers at once.
+	// The example task of the vendor's page, for which the sandbox replies at once.
 	projectID  = "0483b6b16e954cb88930a360d2c4e663"
 	quick      = "1ffc4167903840cb93a3da56d28c14fdin01"
 	workflowID = "102772a9-31fa-4129-b9f8-7638e2792f3b"
 )
 
-// question is one request.
-type question struct{ project, instance, workflow, name string }
+// taskRequest is the request of one call.
+type taskRequest struct{ project, instance, workflow, name string }
 
-// example differs from every other by its name, so that no two calls are merged.
-func example(number int) question {
-	return question{projectID, quick, workflowID, fmt.Sprintf("number %d", number)}
+// example is a request for the example task with a name of its own, so that calls are not coalesced.
+func example(number int) taskRequest {
+	return taskRequest{projectID, quick, workflowID, fmt.Sprintf("number %d", number)}
 }
 
-func (q question) encoded() []byte {
+func (r taskRequest) encoded() []byte {
 	var message []byte
-	for number, text := range []string{q.project, q.instance, q.workflow, q.name} {
+	for number, text := range []string{r.project, r.instance, r.workflow, r.name} {
 		if text != "" {
 			message = protowire.AppendTag(message, protowire.Number(number+1), protowire.BytesType)
 			message = protowire.AppendString(message, text)
@@ -42,13 +42,14 @@ func (q question) encoded() []byte {
 	return message
 }
 
-// answer is how a call ended for its caller.
+// answer is the end of one call at its caller.
 type answer struct {
 	code    codes.Code
 	message string
-	// Whether the server said so: the code came with its answer and was not made up here.
-	servers bool
-	took    time.Duration
+	// The server sent the code; the client library did not produce it.
+	fromServer bool
+	took       time.Duration
+	reply      []byte
 }
 
 func (a answer) String() string { return fmt.Sprintf("%s: %s", a.code, a.message) }
@@ -58,7 +59,7 @@ func dial(address string, options ...grpc.DialOption) (*grpc.ClientConn, error) 
 	return grpc.NewClient("passthrough:///"+address, options...)
 }
 
-// call sends pairs as metadata.
+// call makes one call with pairs as metadata.
 func call(ctx context.Context, connection *grpc.ClientConn, path string, message []byte, pairs []string, options ...grpc.CallOption) answer {
 	ctx = metadata.AppendToOutgoingContext(ctx, pairs...)
 	var reply []byte
@@ -67,10 +68,11 @@ func call(ctx context.Context, connection *grpc.ClientConn, path string, message
 	begun := time.Now()
 	err := connection.Invoke(ctx, path, &message, &reply, options...)
 	return answer{
-		code:    status.Code(err),
-		message: status.Convert(err).Message(),
-		servers: err == nil || len(trailer.Get("x-request-id")) > 0,
-		took:    time.Since(begun),
+		code:       status.Code(err),
+		message:    status.Convert(err).Message(),
+		fromServer: err == nil || len(trailer.Get("x-request-id")) > 0,
+		took:       time.Since(begun),
+		reply:      reply,
 	}
 }
 

@@ -17,7 +17,7 @@ import (
 	"google.golang.org/grpc/codes"
 )
 
-// Half of the limit is in flight all the time. The rest are shares of the calls.
+// The load: half of --max-in-flight is always in flight. The fractions are shares of the calls.
 const (
 	faultsLimit       = 64
 	faultsWorkers     = faultsLimit / 2
@@ -28,7 +28,7 @@ const (
 	dropped           = 0.005
 )
 
-// What the last quarter of a run may have more than the second. Memory: what an allocator keeps after a burst.
+// Allowed growth from the second to the last quarter of a run. An allocator keeps some memory after a burst.
 const (
 	growthResident    = 4 << 20
 	growthDescriptors = 8
@@ -36,18 +36,19 @@ const (
 	growthGauges      = 8
 )
 
-// brokenAnswers are instance ids of docs/sandbox.md.
-var brokenAnswers = strings.Fields(`status-500 status-502 status-503 status-504 status-400 status-404-empty status-409 status-307
+// misbehavingInstances are instance ids of docs/sandbox.md for which the sandbox misbehaves.
+var misbehavingInstances = strings.Fields(`status-500 status-502 status-503 status-504 status-400 status-404-empty status-409 status-307
 	task-not-found policy-denial token-outdated html-200 huge huge-chunked malformed-json gzip reset close cut-body cut-chunked
 	reset-body bad-chunk garbage two-lengths early-hints dribble-head dribble-body slow-60000 flaky-1 flaky-2`)
 
-// faults keeps half of the limit busy while upstream answers badly or is gone, and callers cancel, hurry or hang up.
+// faults keeps half of the limit in flight while the upstream misbehaves or is down, and callers cancel calls, set short
+// deadlines or drop connections.
 func faults(results *results, program string, duration time.Duration, seed uint64) error {
 	upstream, err := startSandbox(program, anyPort)
 	if err != nil {
 		return err
 	}
-	// Each outage puts another in its place.
+	// Each outage replaces the sandbox.
 	defer func() { upstream.kill() }()
 	ledger := &ledger{}
 	facade, err := startFacade(program, upstream.url(), ledger.log, "--max-in-flight", fmt.Sprint(faultsLimit),
@@ -90,19 +91,19 @@ func faults(results *results, program string, duration time.Duration, seed uint6
 	if _, err := facade.wait(); err != nil {
 		return err
 	}
-	results.that(facade.command.ProcessState.ExitCode() == 0, "exit code %d", facade.command.ProcessState.ExitCode())
-	results.that(times > 0, "%d outages of upstream, %d connections dropped by callers", times, load.drops.Load())
+	results.check(facade.command.ProcessState.ExitCode() == 0, "exit code %d", facade.command.ProcessState.ExitCode())
+	results.check(times > 0, "%d outages of the upstream, %d connections dropped by callers", times, load.drops.Load())
 	ledger.balance(results, metrics)
 	flat(results, samples)
 	return nil
 }
 
-// faultyLoad makes calls, good and bad.
+// faultyLoad makes calls that succeed and calls that fail.
 type faultyLoad struct {
 	ledger  *ledger
 	address string
 	lines   [faultsConnections]*line
-	// A second identity: what throttles it must not hold back the first one.
+	// A second token: throttling it must not hold back calls with the first.
 	throttled atomic.Value
 	drops     atomic.Int64
 }
@@ -111,7 +112,7 @@ type faultyLoad struct {
 type line struct {
 	client *grpc.ClientConn
 	socket atomic.Pointer[net.TCPConn]
-	// When it was dropped last, in nanoseconds of the clock.
+	// Time of the last drop in Unix nanoseconds.
 	dropped atomic.Int64
 	err     error
 }
@@ -137,7 +138,7 @@ func (l *faultyLoad) hangUp() {
 	}
 }
 
-// issueToken asks the sandbox's IAM for a token.
+// issueToken fetches the second token from the sandbox's IAM.
 func (l *faultyLoad) issueToken(sandbox string) error {
 	const body = `{"auth":{"identity":{"methods":["password"],"password":{"user":{"name":"sandbox-user","password":"sandbox-password",` +
 		`"domain":{"name":"sandbox-domain"}}}},"scope":{"project":{"id":"` + projectID + `"}}}}`
@@ -149,7 +150,7 @@ func (l *faultyLoad) issueToken(sandbox string) error {
 	token := reply.Header.Get("X-Subject-Token")
 	if token == "" {
 		text, _ := io.ReadAll(reply.Body)
-		return fmt.Errorf("no token: %s %s", reply.Status, text)
+		return fmt.Errorf("the sandbox issued no token: %s %s", reply.Status, text)
 	}
 	l.throttled.Store(token)
 	return nil
@@ -158,14 +159,14 @@ func (l *faultyLoad) issueToken(sandbox string) error {
 func (l *faultyLoad) run(ctx context.Context, random *rand.Rand, line *line) {
 	for ctx.Err() == nil {
 		number := l.ledger.open()
-		asked, identity := example(number), token
+		request, identity := example(number), token
 		switch share := random.Float64(); {
 		case share < upstreamFaults:
-			asked = question{projectID, brokenAnswers[random.IntN(len(brokenAnswers))], fmt.Sprint("w-", number), ""}
+			request = taskRequest{projectID, misbehavingInstances[random.IntN(len(misbehavingInstances))], fmt.Sprint("w-", number), ""}
 		case share < upstreamFaults+0.01:
-			asked, identity = question{projectID, "throttled-retry-after", fmt.Sprint("w-", number), ""}, l.throttled.Load().(string)
+			request, identity = taskRequest{projectID, "throttled-retry-after", fmt.Sprint("w-", number), ""}, l.throttled.Load().(string)
 		case share < 0.5:
-			asked = question{projectID, fmt.Sprint("slow-", random.IntN(150)), fmt.Sprint("w-", number), ""}
+			request = taskRequest{projectID, fmt.Sprint("slow-", random.IntN(150)), fmt.Sprint("w-", number), ""}
 		}
 		timeout, cancelAfter := 10*time.Second, time.Duration(0)
 		switch share := random.Float64(); {
@@ -187,16 +188,16 @@ func (l *faultyLoad) run(ctx context.Context, random *rand.Rand, line *line) {
 		}
 		metadata := []string{"x-auth-token", identity, "x-request-id", requestID(number)}
 		begun := time.Now()
-		answer := call(callCtx, line.client, method, asked.encoded(), metadata, grpc.WaitForReady(true))
+		answer := call(callCtx, line.client, method, request.encoded(), metadata, grpc.WaitForReady(true))
 		cancel()
-		// Whoever drops the connection fails all calls on it, and those that begin before the client has noticed.
+		// A drop fails all calls on the connection, and those that start before the client notices it.
 		hungUp := line.dropped.Load() > begun.Add(-unnoticed).UnixNano()
 		l.ledger.close(number, answer, hungUp)
 		time.Sleep(time.Duration(random.IntN(20)) * time.Millisecond)
 	}
 }
 
-// outages ends the sandbox and starts another on its port, at most twelve times in a run.
+// outages kills the sandbox and starts another on the same port, at most twelve times per run.
 func outages(ctx context.Context, program string, upstream *sandbox, duration time.Duration, load *faultyLoad) (*sandbox, int, error) {
 	every := max(duration/12, 5*time.Second)
 	pause := min(2*time.Second, every/10)
@@ -210,7 +211,7 @@ func outages(ctx context.Context, program string, upstream *sandbox, duration ti
 		time.Sleep(pause)
 		again, err := startSandbox(program, upstream.address)
 		if err != nil {
-			return upstream, count, fmt.Errorf("the sandbox after an outage: %w", err)
+			return upstream, count, fmt.Errorf("restart of the sandbox after an outage: %w", err)
 		}
 		upstream = again
 		if err := load.issueToken(upstream.url()); err != nil {
@@ -223,23 +224,23 @@ const idPrefix = "soak-"
 
 func requestID(number int) string { return fmt.Sprint(idPrefix, number) }
 
-// entry is one call as its caller saw it.
+// entry is the end of one call at its caller.
 type entry struct {
 	code codes.Code
-	// Whether the server said so.
-	servers bool
-	// Whether the caller dropped the connection during the call.
+	// The server sent the code.
+	fromServer bool
+	// The caller dropped the connection during the call.
 	hungUp bool
 }
 
-// ledger has what caller and access log say about each call.
+// ledger records each call as its caller and as the access log report it.
 type ledger struct {
 	lock    sync.Mutex
 	callers []entry
 	logged  map[int]string
-	// Access lines that name no call of ours, or a call that has a line already.
+	// Access lines with an unknown request id, and further lines of a known one.
 	odd []string
-	// Lines by code.
+	// Number of access lines by gRPC code.
 	lines map[string]int
 }
 
@@ -253,10 +254,10 @@ func (l *ledger) open() int {
 func (l *ledger) close(number int, answer answer, hungUp bool) {
 	l.lock.Lock()
 	defer l.lock.Unlock()
-	l.callers[number] = entry{answer.code, answer.servers, hungUp}
+	l.callers[number] = entry{answer.code, answer.fromServer, hungUp}
 }
 
-// log takes one line of the program's log.
+// log records one line of the program's log.
 func (l *ledger) log(line []byte) {
 	if !bytes.Contains(line, []byte(`"target":"access"`)) {
 		return
@@ -277,16 +278,15 @@ func (l *ledger) log(line []byte) {
 	l.logged[number] = code
 }
 
-// textField reads a field without escapes.
+// textField returns the value of a JSON text field. It does not undo escapes.
 func textField(line []byte, name string) string {
 	_, rest, _ := bytes.Cut(line, []byte(`"`+name+`":"`))
 	value, _, _ := bytes.Cut(rest, []byte(`"`))
 	return string(value)
 }
 
-// balance compares what each caller saw with what the program says it did. A call that its caller gave up, or whose
-// connection was dropped, may have ended in any way there, or never have arrived; every other one ended the same way on
-// both sides.
+// balance compares the calls at their callers with the program's log and metrics. A call that its caller abandoned, or whose
+// connection was dropped, may have any code in the log or no line; every other call must have the same code in both.
 func (l *ledger) balance(results *results, metrics series) {
 	differ, lost, givenUp, arrived, hurried, codesSeen := 0, 0, 0, 0, 0, map[string]int{}
 	first := ""
@@ -295,10 +295,10 @@ func (l *ledger) balance(results *results, metrics series) {
 		codesSeen[code]++
 		logged, found := l.logged[number]
 		switch {
-		case seen.servers && logged == code:
-		case seen.servers:
+		case seen.fromServer && logged == code:
+		case seen.fromServer:
 			differ++
-			first = fmt.Sprintf("%s: %s, and in the log %q", requestID(number), code, logged)
+			first = fmt.Sprintf("%s: %s at the caller, %q in the log", requestID(number), code, logged)
 		case seen.code == codes.Canceled || seen.code == codes.DeadlineExceeded || seen.hungUp:
 			givenUp++
 			if found {
@@ -306,30 +306,30 @@ func (l *ledger) balance(results *results, metrics series) {
 			}
 		default:
 			lost++
-			first = fmt.Sprintf("%s: %s without an answer of the server", requestID(number), code)
+			first = fmt.Sprintf("%s: %s without a reply of the server", requestID(number), code)
 		}
 		if seen.code == codes.Canceled || seen.code == codes.DeadlineExceeded {
 			hurried++
 		}
 	}
-	results.that(differ == 0 && lost == 0 && len(l.odd) == 0,
-		"%d calls: %d ended otherwise than logged, %d without cause, %d lines too many; given up by callers %d, of which %d arrived %s",
+	results.check(differ == 0 && lost == 0 && len(l.odd) == 0,
+		"%d calls: %d logged with another code, %d failed without a reply of the server, %d unexpected access lines; %d abandoned by callers, %d of them logged %s",
 		len(l.callers), differ, lost, len(l.odd), givenUp, arrived, first)
-	results.that(len(codesSeen) >= 8, "codes at the callers: %v", codesSeen)
-	results.that(true, "Canceled and DeadlineExceeded: %d at the callers, %d in the program", hurried, l.lines["Canceled"]+l.lines["DeadlineExceeded"])
+	results.check(len(codesSeen) >= 8, "codes at the callers (at least 8): %v", codesSeen)
+	results.check(true, "Canceled and DeadlineExceeded: %d at the callers, %d in the program", hurried, l.lines["Canceled"]+l.lines["DeadlineExceeded"])
 	started, handled := metrics.sum("grpc_server_started_total"), metrics.sum("grpc_server_handled_total")
-	results.that(int(started) == len(l.logged) && int(handled) == len(l.logged),
+	results.check(int(started) == len(l.logged) && int(handled) == len(l.logged),
 		"%.0f started, %.0f handled, %d access lines", started, handled, len(l.logged))
 	for code, count := range l.lines {
 		counted := metrics.sum("grpc_server_handled_total", `grpc_code="`+code+`"`)
-		results.that(int(counted) == count, "%s: %d access lines, %.0f in the metrics", code, count, counted)
+		results.check(int(counted) == count, "%s: %d access lines, %.0f in the metrics", code, count, counted)
 	}
 	for _, name := range []string{"log_lines_dropped_total", "panics_total"} {
-		results.that(metrics.sum(name) == 0, "%s %.0f", name, metrics.sum(name))
+		results.check(metrics.sum(name) == 0, "%s %.0f", name, metrics.sum(name))
 	}
 }
 
-// settled waits until nothing is open or in flight, and gives the metrics of that moment.
+// settled waits until no connection, call or upstream request is open and returns the metrics.
 func (f *facade) settled() (series, error) {
 	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(50 * time.Millisecond) {
 		metrics, err := f.scrape()

@@ -5,13 +5,13 @@ import (
 	"time"
 )
 
-// sample is the program at one moment.
+// sample is the program's resources and gauges at one moment.
 type sample struct {
 	resources
 	connections, inFlight, upstream float64
 }
 
-// watch takes four hundred samples of a run, but no more than one in a quarter of a second.
+// watch takes up to 400 samples of a run, at least 250 ms apart.
 func watch(ctx context.Context, facade *facade, duration time.Duration) []sample {
 	var samples []sample
 	every := time.NewTicker(max(duration/400, 250*time.Millisecond))
@@ -39,10 +39,11 @@ func watch(ctx context.Context, facade *facade, duration time.Duration) []sample
 	}
 }
 
-// flat compares the means of the last quarter with those of the second: the first is for warming up.
+// flat checks that the means of the last quarter of the samples exceed those of the second by the allowed growth at most. The
+// first quarter is the warm-up.
 func flat(results *results, samples []sample) {
 	if len(samples) < 40 {
-		results.that(false, "%d samples are too few", len(samples))
+		results.check(false, "%d samples; at least 40 are needed", len(samples))
 		return
 	}
 	quarter := len(samples) / 4
@@ -61,7 +62,7 @@ func flat(results *results, samples []sample) {
 	}
 	for _, measure := range measures {
 		before, after := mean(second, measure.of), mean(last, measure.of)
-		results.that(after <= before+measure.growth, "%s: mean %.1f in the second quarter, %.1f in the last (at most %.0f more)",
+		results.check(after <= before+measure.growth, "%s: mean %.1f in the second quarter, %.1f in the last (at most %.0f more)",
 			measure.name, before, after, measure.growth)
 	}
 }

@@ -13,8 +13,7 @@ import (
 	"golang.org/x/net/http2"
 )
 
-// Frames that are allowed are sent so many at a time with a pause between, which leaves the honest caller, who shares this
-// process and its machine, something of both.
+// Allowed frames are sent in bursts with pauses, because the honest caller shares this process and its machine.
 const (
 	floodFor   = time.Second
 	floodBurst = 1000
@@ -30,11 +29,11 @@ var floods = []attack{
 			}
 		})
 	}},
-	{name: "streams that we are made to reset", run: func(t *target) (string, error) {
+	{name: "streams that the server must reset", run: func(t *target) (string, error) {
 		return t.provoke(100, func(p *peer) {
 			for number := range 2000 {
 				p.headers(streamID(number), pairs(), false)
-				// A window that overflows is an error of the stream, not of the connection.
+				// A flow-control window that overflows is an error of the stream, not of the connection.
 				_ = p.framer.WriteWindowUpdate(streamID(number), 1<<31-1)
 			}
 		})
@@ -79,12 +78,13 @@ var floods = []attack{
 		return t.repeat(true, func(p *peer) { _ = p.framer.WritePriority(1, http2.PriorityParam{Weight: 1}) })
 	}},
 	{name: "reset of calls in flight", run: resetInFlight},
-	// Twenty thousand calls are before the honest caller's next one.
+	// The honest caller's next call waits behind 20 000 others.
 	{name: "all streams at once", grows: 64 << 20, honestWithin: 5 * time.Second, run: allAtOnce},
 	{name: "more connections than allowed", flags: []string{"--max-connections", "100"}, run: connectStorm},
 }
 
-// provoke opens connections one after the other on each of four threads and does to each what must end it.
+// provoke opens connections one after the other in each of four goroutines and misbehaves on each, so that the server must
+// close it.
 func (t *target) provoke(connections int, misbehave func(*peer)) (string, error) {
 	const threads = 4
 	var calmed atomic.Int64
@@ -99,7 +99,7 @@ func (t *target) provoke(connections int, misbehave func(*peer)) (string, error)
 					return
 				}
 				peer.read()
-				// The other side closes in the middle of it.
+				// The server closes the connection in the middle.
 				misbehave(peer)
 				_ = peer.writer.Flush()
 				code, err := peer.ends(5 * time.Second)
@@ -120,7 +120,7 @@ func (t *target) provoke(connections int, misbehave func(*peer)) (string, error)
 	}
 	text := fmt.Sprintf("%d connections, %d closed with ENHANCE_YOUR_CALM", connections, calmed.Load())
 	if int(calmed.Load()) != connections {
-		return text, fmt.Errorf("not all were closed so")
+		return text, fmt.Errorf("not all were closed with ENHANCE_YOUR_CALM")
 	}
 	return text, nil
 }
@@ -143,7 +143,7 @@ func (t *target) repeat(reads bool, send func(*peer)) (string, error) {
 			if reads {
 				peer.read()
 			}
-			// Where nobody reads, the other side stops taking more.
+			// A server whose acknowledgements are not read stops reading.
 			_ = peer.socket.SetWriteDeadline(end)
 			for time.Now().Before(end) {
 				for range floodBurst {
@@ -156,9 +156,9 @@ func (t *target) repeat(reads bool, send func(*peer)) (string, error) {
 				time.Sleep(floodPause)
 			}
 			time.Sleep(time.Until(end))
-			peer.seen.lock.Lock()
-			acknowledged.Add(int64(peer.seen.acknowledged))
-			peer.seen.lock.Unlock()
+			peer.received.lock.Lock()
+			acknowledged.Add(int64(peer.received.acknowledged))
+			peer.received.lock.Unlock()
 		})
 	}
 	running.Wait()
@@ -172,7 +172,7 @@ func (t *target) repeat(reads bool, send func(*peer)) (string, error) {
 	return text, nil
 }
 
-// resetInFlight opens a hundred calls at a time and gives them up once upstream works on them.
+// resetInFlight starts a hundred calls at a time and resets them once their upstream requests are in flight.
 func resetInFlight(t *target) (string, error) {
 	const rounds, streams = 30, 100
 	before, err := t.sandbox.count("task_requests")
@@ -188,7 +188,7 @@ func resetInFlight(t *target) (string, error) {
 	for round := range rounds {
 		for number := range streams {
 			stream := streamID(round*streams + number)
-			peer.ask(stream, pairs(), question{projectID, "slow-5000", fmt.Sprintf("reset-%d", stream), ""})
+			peer.call(stream, pairs(), taskRequest{projectID, "slow-5000", fmt.Sprintf("reset-%d", stream), ""})
 		}
 		if err := peer.writer.Flush(); err != nil {
 			return "", err
@@ -210,7 +210,7 @@ func resetInFlight(t *target) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	return fmt.Sprintf("%d calls reset, %d requests reached upstream with those of the honest caller", rounds*streams, after-before), nil
+	return fmt.Sprintf("%d calls reset, %d upstream requests, including the honest caller's", rounds*streams, after-before), nil
 }
 
 func (t *target) awaitInFlight(holds func(float64) bool) error {
@@ -229,7 +229,7 @@ func (t *target) awaitInFlight(holds func(float64) bool) error {
 	}
 }
 
-// count reads one of the sandbox's counters.
+// count returns one of the sandbox's counters.
 func (s *sandbox) count(name string) (int, error) {
 	counts := map[string]int{}
 	err := s.control("counts", &counts)
@@ -245,7 +245,7 @@ func (s *sandbox) control(path string, into any) error {
 	return json.NewDecoder(answer.Body).Decode(into)
 }
 
-// allAtOnce opens two hundred connections and then begins a hundred calls on each, for a method that does not exist.
+// allAtOnce opens two hundred connections and then starts a hundred calls of an unknown method on each.
 func allAtOnce(t *target) (string, error) {
 	const connections, streams = 200, 100
 	var peers []*peer
@@ -278,12 +278,12 @@ func allAtOnce(t *target) (string, error) {
 	}
 	text := fmt.Sprintf("%d connections: %v", connections, outcomes)
 	if outcomes["gRPC 12"] != connections*streams {
-		return text, errors.New("not all were answered")
+		return text, errors.New("not all calls ended with UNIMPLEMENTED")
 	}
 	return text, nil
 }
 
-// connectStorm opens far more connections than the limit allows and keeps what is kept.
+// connectStorm opens far more connections than the limit allows and keeps the accepted ones open.
 func connectStorm(t *target) (string, error) {
 	const attempts, allowed = 3000, 100
 	var kept []net.Conn
@@ -298,7 +298,7 @@ func connectStorm(t *target) (string, error) {
 		if err != nil {
 			return "", err
 		}
-		// The limit closes before the first byte; one that was let in waits for our preface.
+		// A refused connection is closed before the first byte; on an accepted one the server waits for our preface.
 		_ = socket.SetReadDeadline(time.Now().Add(2 * time.Millisecond))
 		_, err = socket.Read(make([]byte, 1))
 		if failure, ok := err.(net.Error); ok && failure.Timeout() {
@@ -308,7 +308,7 @@ func connectStorm(t *target) (string, error) {
 		refused++
 		_ = socket.Close()
 	}
-	// On a slow machine the first that were let in are closed for their silence, and others are let in for them.
+	// On a slow machine the server closes the first accepted connections for their silence and accepts others.
 	const least = attempts - 2*allowed
 	var open, counted float64
 	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(20 * time.Millisecond) {

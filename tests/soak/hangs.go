@@ -10,17 +10,17 @@ import (
 	"golang.org/x/net/http2"
 )
 
-// hangs are calls that their callers do not let end.
+// hangs are calls whose callers keep them from ending.
 var hangs = []attack{
 	{name: "slow body", flags: []string{"--timeout", "5s"}, grows: 128 << 20, run: slowBody},
-	{name: "health checks half said", flags: []string{"--timeout", "5s"}, grows: 64 << 20, run: halfChecks},
-	{name: "bodies that are no gRPC", flags: []string{"--timeout", "5s"}, grows: 128 << 20, run: webBodies},
+	{name: "unfinished health checks", flags: []string{"--timeout", "5s"}, grows: 64 << 20, run: unfinishedChecks},
+	{name: "bodies that are not gRPC", flags: []string{"--timeout", "5s"}, grows: 128 << 20, run: webBodies},
 	{name: "health watches", grows: 64 << 20, run: healthWatches},
 	{name: "window 0", flags: []string{"--timeout", "3s"}, grows: 64 << 20, run: closedWindow},
 }
 
-// slowBody begins a thousand calls, half of the limit, each with all but the end of the longest message, and goes on with
-// a byte every half second.
+// slowBody starts a thousand calls, half of the limit, each with all but the end of the longest message, and sends a byte
+// every half second.
 func slowBody(t *target) (string, error) {
 	almost := framed(make([]byte, 64<<10))[:60<<10]
 	return t.hang(1000, 10, nil, func(peer *peer, streams int) {
@@ -40,8 +40,8 @@ func slowBody(t *target) (string, error) {
 	}, "gRPC 4")
 }
 
-// halfChecks asks for health five thousand times and keeps half of each message to itself.
-func halfChecks(t *target) (string, error) {
+// unfinishedChecks starts five thousand health checks and sends only half of each message.
+func unfinishedChecks(t *target) (string, error) {
 	half := framed(make([]byte, 4000))[:2000]
 	return t.hang(5000, 50, nil, func(peer *peer, streams int) {
 		peer.awaitWindow()
@@ -53,7 +53,7 @@ func halfChecks(t *target) (string, error) {
 	}, "gRPC 4", "gRPC 8")
 }
 
-// webBodies posts what is no gRPC, 60 KiB each, and does not end it.
+// webBodies posts 60 KiB each of another content type and does not end the body.
 func webBodies(t *target) (string, error) {
 	return t.hang(5000, 10, nil, func(peer *peer, streams int) {
 		peer.awaitWindow()
@@ -65,7 +65,7 @@ func webBodies(t *target) (string, error) {
 	}, "HTTP 415")
 }
 
-// healthWatches watches ten thousand times.
+// healthWatches starts ten thousand health watches.
 func healthWatches(t *target) (string, error) {
 	return t.hang(10_000, 100, nil, func(peer *peer, streams int) {
 		watch := pairs([2]string{":path", "/grpc.health.v1.Health/Watch"}, [2]string{"grpc-timeout", "5S"})
@@ -77,18 +77,18 @@ func healthWatches(t *target) (string, error) {
 	}, "gRPC 4", "gRPC 8")
 }
 
-// closedWindow asks properly and lets no byte of the answers through.
+// closedWindow makes valid calls with a flow-control window of 0, so that no byte of a reply can be sent.
 func closedWindow(t *target) (string, error) {
 	settings := []http2.Setting{{ID: http2.SettingInitialWindowSize, Val: 0}}
 	return t.hang(1000, 100, settings, func(peer *peer, streams int) {
 		for number := range streams {
-			peer.ask(streamID(number), pairs(), example(number))
+			peer.call(streamID(number), pairs(), example(number))
 		}
 		_ = peer.writer.Flush()
 	}, "reset CANCEL")
 }
 
-// hang makes calls, so many on each connection, that must all be ended by the other side in the ways expected.
+// hang makes calls, streams of them per connection. The server must end all of them in the expected ways.
 func (t *target) hang(calls, streams int, settings []http2.Setting, begin func(*peer, int), expected ...string) (string, error) {
 	connections := calls / streams
 	begun := time.Now()
@@ -118,12 +118,12 @@ func (t *target) hang(calls, streams int, settings []http2.Setting, begin func(*
 	text := fmt.Sprintf("%d calls on %d connections, ended after %.1f s: %v", calls, connections, time.Since(begun).Seconds(), total)
 	for _, outcome := range expected {
 		if total[outcome] == 0 {
-			failures = append(failures, fmt.Errorf("expected: %s", outcome))
+			failures = append(failures, fmt.Errorf("no call ended with: %s", outcome))
 		}
 	}
 	for outcome := range total {
 		if !slices.Contains(expected, outcome) {
-			failures = append(failures, fmt.Errorf("not expected: %s", outcome))
+			failures = append(failures, fmt.Errorf("calls ended with: %s", outcome))
 		}
 	}
 	return text, errors.Join(failures...)

@@ -1,15 +1,17 @@
-// Long runs of the finished program over loopback: random faults, overload, restarts, attacks. The program's upstream is
-// its own `sandbox`, as a process of its own.
+// Command soak runs the finished program over loopback for a long time under faults, overload, restarts and attacks.
 //
-//	soak faults   [-duration 30m] PROGRAM   half load, faults on both sides: nothing grows, every call is accounted for
-//	soak overload [-window 60s] PROGRAM     1, 2, 5 and 10 times what the limit can answer
-//	soak restarts [-count 200] PROGRAM      random signals under load
-//	soak attacks  [-calls 100000] PROGRAM   hostile peers beside an honest one; one line of figures each
+//	soak faults   [-duration 30m] PROGRAM      half load, faults on both sides: nothing grows, every call is accounted for
+//	soak overload [-window 60s] PROGRAM        1, 2, 5 and 10 times the load that the limit allows
+//	soak restarts [-count 200] PROGRAM         random signals under load
+//	soak attacks  [-calls 100000] PROGRAM      hostile peers next to an honest caller; one line of figures each
+//	soak crowd    [-duration 3s] PROGRAM       one fault at a time next to a crowd of honest callers; a table
 //
-// CI runs each for some seconds. What each one demands is said where it stands.
+// The upstream is the program's own `sandbox` in a separate process; for crowd, a scripted one in this process. CI runs each
+// subcommand for some seconds. The source of each states its requirements.
 package main
 
 import (
+	"cmp"
 	"flag"
 	"fmt"
 	"os"
@@ -19,12 +21,13 @@ import (
 
 func main() {
 	flags := flag.NewFlagSet("soak", flag.ExitOnError)
-	duration := flags.Duration("duration", 30*time.Minute, "faults: for how long")
-	window := flags.Duration("window", time.Minute, "overload: for how long each load")
-	count := flags.Int("count", 200, "restarts: how many")
-	calls := flags.Int("calls", 100_000, "attacks: how many calls with names of their own")
-	only := flags.String("only", "", "attacks: the one with this name")
-	seed := flags.Uint64("seed", uint64(time.Now().UnixNano()), "of everything random")
+	duration := flags.Duration("duration", 0, "faults: length of the run (default 30m); crowd: length of each fault (default 3s)")
+	window := flags.Duration("window", time.Minute, "overload: length of each load level")
+	count := flags.Int("count", 200, "restarts: number of restarts")
+	calls := flags.Int("calls", 100_000, "attacks: number of calls with new names")
+	only := flags.String("only", "", "attacks: name of the only attack to run")
+	crowdList := flags.String("faults", "", "crowd: comma-separated names of the faults to run (default all)")
+	seed := flags.Uint64("seed", uint64(time.Now().UnixNano()), "seed of all random choices")
 	if len(os.Args) < 3 {
 		usage()
 	}
@@ -37,35 +40,37 @@ func main() {
 	fmt.Printf("seed %d\n", *seed)
 
 	program, results := flags.Arg(0), &results{}
-	most, err := raiseDescriptors()
+	maxFiles, err := raiseDescriptors()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "soak:", err)
 		os.Exit(1)
 	}
 	switch os.Args[1] {
 	case "faults":
-		err = faults(results, program, *duration, *seed)
+		err = faults(results, program, cmp.Or(*duration, 30*time.Minute), *seed)
 	case "overload":
 		err = overload(results, program, *window)
 	case "restarts":
 		err = restarts(results, program, *count, *seed)
 	case "attacks":
-		if most < attackDescriptors {
-			fmt.Fprintf(os.Stderr, "soak: attacks take %d open files, and the hard limit (ulimit -Hn) is %d\n", attackDescriptors, most)
+		if maxFiles < attackDescriptors {
+			fmt.Fprintf(os.Stderr, "soak: attacks needs %d open files; the hard limit (ulimit -Hn) is %d\n", attackDescriptors, maxFiles)
 			os.Exit(1)
 		}
 		err = attacks(results, program, *calls, *only)
+	case "crowd":
+		err = crowd(results, program, cmp.Or(*duration, 3*time.Second), *crowdList)
 	default:
 		usage()
 	}
 	if err != nil {
-		results.that(false, "the run: %v", err)
+		results.check(false, "%s: %v", os.Args[1], err)
 	}
 	results.finish()
 }
 
-// raiseDescriptors allows as many open files as may be, and says how many. Go raises the limit for itself alone; one that is
-// set here is inherited by the programs that are started.
+// raiseDescriptors raises the soft limit of open files to the hard one, which it returns. Go does that for itself only;
+// started programs inherit a limit that is set here.
 func raiseDescriptors() (uint64, error) {
 	var limit syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
@@ -76,6 +81,7 @@ func raiseDescriptors() (uint64, error) {
 }
 
 func usage() {
-	fmt.Fprintln(os.Stderr, "usage: soak faults|overload|restarts|attacks [-duration D] [-window D] [-count N] [-calls N] [-only NAME] [-seed N] PROGRAM")
+	fmt.Fprintln(os.Stderr, "usage: soak faults|overload|restarts|attacks|crowd "+
+		"[-duration D] [-window D] [-count N] [-calls N] [-only NAME] [-faults NAME,...] [-seed N] PROGRAM")
 	os.Exit(2)
 }

@@ -30,7 +30,7 @@ var names = []attack{
 	{name: "log forging, text", run: func(t *target) (string, error) { return forgeLog(t, "text") }},
 }
 
-// hugeMetadata asks with more headers than are read: a thousand small ones, one of 60 KB, one of 1 MiB.
+// hugeMetadata sends more headers than the server accepts: a thousand small ones, one of 60 KB, one of 1 MiB.
 func hugeMetadata(t *target) (string, error) {
 	many := pairs()
 	for number := range 1000 {
@@ -41,7 +41,7 @@ func hugeMetadata(t *target) (string, error) {
 		for range 20 {
 			err := t.tally(outcomes, 5, func(p *peer) {
 				for number := range 5 {
-					p.ask(streamID(number), fields, example(number))
+					p.call(streamID(number), fields, example(number))
 				}
 			})
 			if err != nil {
@@ -52,7 +52,7 @@ func hugeMetadata(t *target) (string, error) {
 	return refused(outcomes)
 }
 
-// hpackBomb fills the table of headers once and then names the entry thousands of times, a byte each.
+// hpackBomb fills the header table once and then refers to the entry thousands of times, at one byte each.
 func hpackBomb(t *target) (string, error) {
 	entry := [2]string{"x-bomb", strings.Repeat("a", 3900)}
 	bomb := pairs()
@@ -73,7 +73,7 @@ func hpackBomb(t *target) (string, error) {
 	return refused(outcomes)
 }
 
-// tally asks on a connection of its own and adds how the streams ended.
+// tally makes calls on a connection of its own and adds the ends of the streams to the outcomes.
 func (t *target) tally(outcomes map[string]int, streams int, ask func(*peer)) error {
 	peer, err := t.open()
 	if err != nil {
@@ -82,7 +82,7 @@ func (t *target) tally(outcomes map[string]int, streams int, ask func(*peer)) er
 	defer peer.close()
 	peer.read()
 	ask(peer)
-	// The other side may close in the middle of it.
+	// The server may close the connection in the middle.
 	_ = peer.writer.Flush()
 	for outcome, count := range peer.outcomes(streams, 5*time.Second) {
 		outcomes[outcome] += count
@@ -90,7 +90,7 @@ func (t *target) tally(outcomes map[string]int, streams int, ask func(*peer)) er
 	return nil
 }
 
-// refused demands that no call has come to the service or to nothing.
+// refused requires that every call ended and that none reached the service.
 func refused(outcomes map[string]int) (string, error) {
 	text := fmt.Sprint(outcomes)
 	for outcome := range outcomes {
@@ -105,14 +105,14 @@ var hostileTexts = []string{"", ".", "..", "../..", "a/b", "a\\b", "%2f", "%2e%2
 	"a?b=c", "a#b", "a;b", "a b", "a@b", "a:b", "http://169.254.169.254/", "//127.0.0.1/", "\u4e2d\u6587", "a\u202eb", "\uff0e\uff0e\uff0f",
 	"\u2028", "<script>", "${jndi:ldap://a}", "{{7*7}}", "' or 1=1 --", "\x1b[31m", strings.Repeat("a", 129), strings.Repeat("a", 60_000)}
 
-// hostileIDs asks with texts in each id that would change a path, a line or a header. Upstream must hear of none.
+// hostileIDs puts texts into each id that would change a path, a line or a header. None may reach the upstream.
 func hostileIDs(t *target) (string, error) {
-	alone, stop, err := t.alone()
+	isolated, stop, err := t.startIsolated()
 	if err != nil {
 		return "", err
 	}
 	defer stop()
-	connection, err := dial(alone.address)
+	connection, err := dial(isolated.address)
 	if err != nil {
 		return "", err
 	}
@@ -120,10 +120,10 @@ func hostileIDs(t *target) (string, error) {
 	calls := 0
 	for _, text := range hostileTexts {
 		for field := range 3 {
-			asked := question{projectID, "hostile", "hostile", ""}
-			*[]*string{&asked.project, &asked.instance, &asked.workflow}[field] = text
+			request := taskRequest{projectID, "hostile", "hostile", ""}
+			*[]*string{&request.project, &request.instance, &request.workflow}[field] = text
 			ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
-			answer := call(ctx, connection, method, asked.encoded(), []string{"x-auth-token", token})
+			answer := call(ctx, connection, method, request.encoded(), []string{"x-auth-token", token})
 			cancel()
 			calls++
 			if answer.code != codes.InvalidArgument {
@@ -134,42 +134,42 @@ func hostileIDs(t *target) (string, error) {
 			}
 		}
 	}
-	heard, err := alone.sandbox.count("task_requests")
+	heard, err := isolated.sandbox.count("task_requests")
 	if err != nil {
 		return "", err
 	}
 	if heard != 0 {
-		return "", fmt.Errorf("upstream got %d requests", heard)
+		return "", fmt.Errorf("the upstream got %d requests", heard)
 	}
 	connection.Close()
-	return fmt.Sprintf("%d calls, all InvalidArgument, none upstream", calls), alone.restsAgain()
+	return fmt.Sprintf("%d calls, all InvalidArgument, no upstream request", calls), isolated.checkIdle()
 }
 
-// hostileHeaders sends headers that would choose where the request goes, end a line, or smuggle another request.
+// hostileHeaders sends headers that would redirect the upstream request, end a line, or smuggle another request.
 func hostileHeaders(t *target) (string, error) {
 	values := []string{"a\r\nx-injected: 1", "a\nb", "a\rb", "a\x00b", "a\x1b[31m", "\x80\xff", strings.Repeat("a", 8000), "../../", "http://169.254.169.254/"}
 	fields := []string{"x-request-id", "x-auth-token", "traceparent", "tracestate", "b3", "user-agent", "grpc-timeout", "grpc-encoding", "authorization",
 		"cookie", "host", "x-forwarded-host", "x-forwarded-for", "x-forwarded-client-cert", "x-project-id", "x-domain-id", "x-sdk-date", "x-security-token",
 		"x-envoy-original-path", "x-http-method-override", "content-length", "transfer-encoding", "connection", "upgrade", "te", "expect", "baggage"}
-	alone, stop, err := t.alone()
+	isolated, stop, err := t.startIsolated()
 	if err != nil {
 		return "", err
 	}
 	defer stop()
 	outcomes := map[string]int{}
-	asked := 0
-	// No field has so many values that the sandbox would forget the first of these calls before the last.
+	calls := 0
+	// The sandbox remembers more requests than any field has values.
 	try := func(field string, values []string) error {
 		for _, value := range values {
-			asked++
-			err := alone.tally(outcomes, 1, func(p *peer) {
-				p.ask(1, pairs([2]string{field, value}), question{projectID, "hostile-header", fmt.Sprint("w-", asked), ""})
+			calls++
+			err := isolated.tally(outcomes, 1, func(p *peer) {
+				p.call(1, pairs([2]string{field, value}), taskRequest{projectID, "hostile-header", fmt.Sprint("w-", calls), ""})
 			})
 			if err != nil {
 				return err
 			}
 		}
-		return alone.upstreamHeard()
+		return isolated.checkUpstreamRequests()
 	}
 	for _, field := range fields {
 		if err := try(field, values); err != nil {
@@ -184,11 +184,11 @@ func hostileHeaders(t *target) (string, error) {
 	if outcomes["nothing"] > 0 || outcomes["gRPC 13"] > 0 {
 		return "", fmt.Errorf("%v", outcomes)
 	}
-	return fmt.Sprintf("%d calls %v; upstream saw the one path and no header of theirs", asked, outcomes), alone.restsAgain()
+	return fmt.Sprintf("%d calls %v; the upstream got only the one path and no header of theirs", calls, outcomes), isolated.checkIdle()
 }
 
-// alone is another program with a sandbox of its own, which hears nothing of the honest caller.
-func (t *target) alone() (*target, func(), error) {
+// startIsolated starts another program with its own sandbox, which gets no requests of the honest caller.
+func (t *target) startIsolated() (*target, func(), error) {
 	upstream, err := startSandbox(t.program, anyPort)
 	if err != nil {
 		return nil, nil, err
@@ -210,8 +210,8 @@ var (
 	onlyHeaders = map[string]bool{"host": true, "content-type": true, "content-length": true, "x-auth-token": true, "user-agent": true, "accept": true}
 )
 
-// upstreamHeard looks at the last requests that the sandbox got.
-func (t *target) upstreamHeard() error {
+// checkUpstreamRequests checks the last requests that the sandbox got.
+func (t *target) checkUpstreamRequests() error {
 	var requests []struct {
 		Method, Path string
 		Headers      [][2]string
@@ -220,22 +220,22 @@ func (t *target) upstreamHeard() error {
 		return err
 	}
 	if len(requests) == 0 {
-		return fmt.Errorf("the sandbox shows no requests")
+		return fmt.Errorf("the sandbox lists no requests")
 	}
 	for _, request := range requests {
 		if request.Method != http.MethodPost || !onlyPath.MatchString(request.Path) {
-			return fmt.Errorf("upstream got %s %q", request.Method, request.Path)
+			return fmt.Errorf("the upstream got %s %q", request.Method, request.Path)
 		}
 		for _, header := range request.Headers {
 			if !onlyHeaders[header[0]] || strings.ContainsFunc(header[1], unicode.IsControl) {
-				return fmt.Errorf("upstream got the header %q", header)
+				return fmt.Errorf("the upstream got the header %q", header)
 			}
 		}
 	}
 	return nil
 }
 
-// everNewNames asks for methods, hosts and request ids that nobody has asked for before. No series may come of it.
+// everNewNames sends a new method, host and request id with each call. They must add no series to the metrics.
 func everNewNames(t *target) (string, error) {
 	before, err := t.scrape()
 	if err != nil {
@@ -276,25 +276,25 @@ func everNewNames(t *target) (string, error) {
 	}
 	text := fmt.Sprintf("%d calls, %d series before and %d after", t.calls, len(before), len(after))
 	if unexpected.Load() > 0 {
-		return text, fmt.Errorf("%d other answers, the first %v", unexpected.Load(), first.Load())
+		return text, fmt.Errorf("%d calls did not end with UNIMPLEMENTED; the first: %v", unexpected.Load(), first.Load())
 	}
 	if len(after) != len(before) {
-		return text, fmt.Errorf("there are new series")
+		return text, fmt.Errorf("the number of series changed")
 	}
 	return text, nil
 }
 
-// forged are texts that would end a line, break out of JSON, or speak to a terminal.
+// forged are texts that would end a log line, break out of JSON, or control a terminal.
 var forged = []string{"\"},{\"level\":\"ERROR\",\"msg\":\"forged", "a\",\"grpc_code\":\"OK", "\\", "\\\"", "\\u000a", "\x80\x9b31m", "\xff\xfe", "{}", "a=b level=ERROR",
 	"\t", "a b", "\u2028\u202e"}
 
-// forgeLog sends them in whatever a log line may hold of a caller, and lets upstream answer with them too.
+// forgeLog sends the forged texts in all that a log line may contain of a caller and of the upstream.
 func forgeLog(t *target, format string) (string, error) {
 	upstream, err := net.Listen("tcp", anyPort)
 	if err != nil {
 		return "", err
 	}
-	server := &http.Server{Handler: http.HandlerFunc(answerForged)}
+	server := &http.Server{Handler: http.HandlerFunc(replyForged)}
 	go func() { _ = server.Serve(upstream) }()
 	defer server.Close()
 	log := &logLines{}
@@ -308,7 +308,7 @@ func forgeLog(t *target, format string) (string, error) {
 	for _, field := range []string{"x-request-id", "user-agent", "traceparent", "tracestate", "b3", "grpc-timeout", "x-auth-token", ":authority", ":path"} {
 		for number, text := range forged {
 			err := victim.tally(map[string]int{}, 1, func(p *peer) {
-				p.ask(1, pairs([2]string{field, text}), question{"p", fmt.Sprint("answer-", number), fmt.Sprint("w-", calls), text})
+				p.call(1, pairs([2]string{field, text}), taskRequest{"p", fmt.Sprint("answer-", number), fmt.Sprint("w-", calls), text})
 			})
 			if err != nil {
 				return "", err
@@ -326,7 +326,7 @@ func forgeLog(t *target, format string) (string, error) {
 	}
 	access := 0
 	for _, line := range log.all() {
-		if err := sound(line, format); err != nil {
+		if err := checkLogLine(line, format); err != nil {
 			return "", err
 		}
 		if strings.Contains(line, `"target":"access"`) || strings.Contains(line, " access: rpc ") {
@@ -334,20 +334,20 @@ func forgeLog(t *target, format string) (string, error) {
 		}
 	}
 	handled := metrics.sum("grpc_server_handled_total")
-	text := fmt.Sprintf("%d calls, %.0f came to the service, %d access lines, %d lines in all, each of them sound", calls, handled, access, len(log.all()))
+	text := fmt.Sprintf("%d calls, %.0f reached the service, %d access lines, %d lines in total, all valid", calls, handled, access, len(log.all()))
 	if access != int(handled) || access == 0 {
-		return text, fmt.Errorf("calls and access lines differ")
+		return text, fmt.Errorf("%.0f handled calls, but %d access lines", handled, access)
 	}
 	return text, nil
 }
 
-// answerForged answers with an error whose code, sentence and request id are hostile.
-func answerForged(answer http.ResponseWriter, request *http.Request) {
+// replyForged replies with an error whose code, message and request id are forged texts.
+func replyForged(answer http.ResponseWriter, request *http.Request) {
 	_, _ = io.Copy(io.Discard, request.Body)
 	number := 0
 	_, _ = fmt.Sscanf(request.URL.Path, "/v3/p/instances/answer-%d", &number)
 	text := forged[number] + "\n\x1b[31m"
-	// Header values that Go would not send are left out by it.
+	// Go leaves out header values that are invalid.
 	answer.Header().Set("X-Request-Id", forged[number])
 	answer.WriteHeader(http.StatusBadRequest)
 	_ = json.NewEncoder(answer).Encode(map[string]string{"error_code": text, "error_msg": text})
@@ -355,8 +355,8 @@ func answerForged(answer http.ResponseWriter, request *http.Request) {
 
 var textLine = regexp.MustCompile(`^\d{4}-\d\d-\d\dT[0-9:.]+Z (ERROR|WARN|INFO) `)
 
-// sound tells what is wrong with a line of the log.
-func sound(line, format string) error {
+// checkLogLine checks that a log line is valid and has no control characters.
+func checkLogLine(line, format string) error {
 	if strings.ContainsFunc(line, func(r rune) bool {
 		return unicode.IsControl(r) || r == unicode.ReplacementChar || r >= 0x2028 && r <= 0x202e
 	}) {
@@ -364,7 +364,7 @@ func sound(line, format string) error {
 	}
 	if format == "text" {
 		if !textLine.MatchString(line) {
-			return fmt.Errorf("no beginning of a line: %q", line)
+			return fmt.Errorf("not the beginning of a text line: %q", line)
 		}
 		return nil
 	}

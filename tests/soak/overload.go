@@ -13,8 +13,8 @@ import (
 	"google.golang.org/grpc/codes"
 )
 
-// A small limit and a slow upstream: 32 places of 400 ms each are 80 answers a second, so ten times that is little work
-// for a client, and what is measured is the limit and not the machine.
+// A small limit and a slow upstream: 32 permits for 400 ms each are 80 replies a second. Ten times that is little work for a
+// client, so that the limit is measured and not the machine.
 const (
 	overloadLimit       = 32
 	upstreamTakes       = 400 * time.Millisecond
@@ -22,43 +22,43 @@ const (
 	overloadConnections = 8
 )
 
-// What is demanded.
+// Requirements.
 const (
-	goodputShare  = 0.9                    // of the peak, at ten times the load
-	healthWithin  = 100 * time.Millisecond // at the caller: p99, or the median of less than healthSamples
-	healthSamples = 200                    // of which p99 is not one or two
-	overloadGrows = 16 << 20               // peak memory at ten times the load, over that at the simple load
+	goodputShare  = 0.9                    // Of the peak goodput, at ten times the load.
+	healthWithin  = 100 * time.Millisecond // At the caller: p99, or the median of fewer than healthSamples.
+	healthSamples = 200                    // Enough for p99 to be more than one or two samples.
+	overloadGrows = 16 << 20               // Peak memory at ten times the load above that at the single load.
 )
 
-// bounds are demanded too, but one pause of a busy machine is a large part of a short window.
+// bounds are requirements that depend on the window: one pause of a busy machine is a large part of a short window.
 type bounds struct {
-	shedWithin    time.Duration // p99 in the program, p50 at the caller, who has to share the machine
-	acceptedAfter time.Duration // p99, at the caller
-	begunInTime   float64       // share of the calls that the generator has to begin in time
+	shedWithin    time.Duration // p99 in the program; p50 at the caller, which shares the machine.
+	acceptedAfter time.Duration // p99 at the caller, beyond the upstream's time.
+	offeredInTime float64       // Share of the load that the generator must offer in time.
 }
 
-func boundsOf(window time.Duration) bounds {
+func boundsFor(window time.Duration) bounds {
 	if window < 10*time.Second {
 		return bounds{50 * time.Millisecond, 600 * time.Millisecond, 0.85}
 	}
 	return bounds{10 * time.Millisecond, 300 * time.Millisecond, 0.95}
 }
 
-// level is what came of one load.
+// level is one load and its results.
 type level struct {
-	times, offered         int
-	window                 time.Duration
-	good, shed, healthy    latencies
-	shedInside             latencies // As the access log has it.
-	other                  atomic.Int64
-	firstOther             atomic.Value
-	peakMemory             int64
-	processorShare, demand float64
+	times, offered      int
+	window              time.Duration
+	good, shed, healthy latencies
+	shedInProgram       latencies // Duration in the access log.
+	other               atomic.Int64
+	firstOther          atomic.Value
+	peakMemory          int64
+	cpuShare, demand    float64
 }
 
 func (l *level) goodput() float64 { return float64(l.good.count()) / l.window.Seconds() }
 
-// overload offers 1, 2, 5 and 10 times the capacity in open loop: calls begin when it is time, whatever became of others.
+// overload offers 1, 2, 5 and 10 times the capacity in an open loop: calls start at fixed times, however long others take.
 func overload(results *results, program string, window time.Duration) error {
 	upstream, err := startSandbox(program, anyPort)
 	if err != nil {
@@ -68,7 +68,7 @@ func overload(results *results, program string, window time.Duration) error {
 	var current atomic.Pointer[level]
 	facade, err := startFacade(program, upstream.url(), func(line []byte) {
 		if level := current.Load(); level != nil && textField(line, "grpc_code") == "ResourceExhausted" {
-			level.shedInside.add(durationField(line))
+			level.shedInProgram.add(durationField(line))
 		}
 	}, "--max-in-flight", fmt.Sprint(overloadLimit))
 	if err != nil {
@@ -100,35 +100,35 @@ func overload(results *results, program string, window time.Duration) error {
 		levels = append(levels, level)
 		peak = max(peak, level.goodput())
 	}
-	demanded := boundsOf(window)
+	demanded := boundsFor(window)
 	for _, level := range levels {
 		others := level.other.Load()
-		results.that(others == 0,
+		results.check(others == 0,
 			"%2dx: %d calls in %.0f s, goodput %.1f/s, accepted p50 %v p99 %v, refused %d p50 %v p99 %v "+
 				"(%v in the program), health p99 %v, "+
-				"memory at most %.1f MiB, processor %.2f; %d other answers %v",
+				"memory at most %.1f MiB, CPU %.2f; %d other ends %v",
 			level.times, level.offered, level.window.Seconds(), level.goodput(), level.good.percentile(50), level.good.percentile(99),
-			level.shed.count(), level.shed.percentile(50), level.shed.percentile(99), level.shedInside.percentile(99),
+			level.shed.count(), level.shed.percentile(50), level.shed.percentile(99), level.shedInProgram.percentile(99),
 			level.healthy.percentile(99),
-			mebibytes(level.peakMemory), level.processorShare, others, level.firstOther.Load())
-		results.that(level.demand >= demanded.begunInTime, "%2dx: the generator kept up: %.1f %% of the load was offered in time (at least %.0f %%)",
-			level.times, 100*level.demand, 100*demanded.begunInTime)
+			mebibytes(level.peakMemory), level.cpuShare, others, level.firstOther.Load())
+		results.check(level.demand >= demanded.offeredInTime, "%2dx: the generator kept up: %.1f %% of the load was offered in time (at least %.0f %%)",
+			level.times, 100*level.demand, 100*demanded.offeredInTime)
 		acceptedWithin := upstreamTakes + demanded.acceptedAfter
-		results.that(level.good.percentile(99) < acceptedWithin, "%2dx: accepted calls, p99 below %v", level.times, acceptedWithin)
+		results.check(level.good.percentile(99) < acceptedWithin, "%2dx: accepted calls, p99 below %v", level.times, acceptedWithin)
 		percent := 50
 		if level.healthy.count() >= healthSamples {
 			percent = 99
 		}
-		results.that(level.healthy.percentile(percent) < healthWithin, "%2dx: health, p%d below %v", level.times, percent, healthWithin)
-		results.that(level.shedInside.percentile(99) < demanded.shedWithin && level.shed.percentile(50) < demanded.shedWithin,
+		results.check(level.healthy.percentile(percent) < healthWithin, "%2dx: health, p%d below %v", level.times, percent, healthWithin)
+		results.check(level.shedInProgram.percentile(99) < demanded.shedWithin && level.shed.percentile(50) < demanded.shedWithin,
 			"%2dx: refusals, p99 in the program and p50 at the caller below %v", level.times, demanded.shedWithin)
 	}
 	last := levels[len(levels)-1]
-	results.that(last.shed.count() > last.offered*8/10, "ten times the load: %d of %d calls refused", last.shed.count(), last.offered)
-	results.that(last.goodput() >= goodputShare*peak, "goodput at ten times the load is %.1f %% of the peak of %.1f/s (at least %.0f %%)",
+	results.check(last.shed.count() > last.offered*8/10, "ten times the load: %d of %d calls refused", last.shed.count(), last.offered)
+	results.check(last.goodput() >= goodputShare*peak, "goodput at ten times the load is %.1f %% of the peak of %.1f/s (at least %.0f %%)",
 		100*last.goodput()/peak, peak, 100*goodputShare)
 	growth := last.peakMemory - levels[0].peakMemory
-	results.that(growth < overloadGrows, "memory at ten times the load: %.1f MiB more than at the simple load (below %.0f)",
+	results.check(growth < overloadGrows, "memory at ten times the load: %.1f MiB more than at the single load (below %.0f)",
 		mebibytes(growth), mebibytes(overloadGrows))
 	return nil
 }
@@ -156,11 +156,11 @@ func (l *level) offer(facade *facade, connections []*grpc.ClientConn) error {
 	if err != nil {
 		return err
 	}
-	l.processorShare = (after.cpu - before.cpu).Seconds() / time.Since(begun).Seconds()
+	l.cpuShare = (after.cpu - before.cpu).Seconds() / time.Since(begun).Seconds()
 	return nil
 }
 
-// durationField reads how long an access line says that its call took.
+// durationField returns the duration of an access line's call.
 func durationField(line []byte) time.Duration {
 	_, rest, _ := bytes.Cut(line, []byte(`"duration_ms":`))
 	value, _, _ := bytes.Cut(rest, []byte(","))
@@ -171,8 +171,8 @@ func durationField(line []byte) time.Duration {
 func (l *level) ask(connection *grpc.ClientConn, number int) {
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
-	asked := question{projectID, fmt.Sprint("slow-", upstreamTakes.Milliseconds()), fmt.Sprintf("w-%d-%d", l.times, number), ""}
-	answer := call(ctx, connection, method, asked.encoded(), []string{"x-auth-token", token})
+	request := taskRequest{projectID, fmt.Sprint("slow-", upstreamTakes.Milliseconds()), fmt.Sprintf("w-%d-%d", l.times, number), ""}
+	answer := call(ctx, connection, method, request.encoded(), []string{"x-auth-token", token})
 	switch answer.code {
 	case codes.OK:
 		l.good.add(answer.took)
@@ -184,7 +184,7 @@ func (l *level) ask(connection *grpc.ClientConn, number int) {
 	}
 }
 
-// watch asks for health and looks at the memory, ten times a second.
+// watch checks health and samples the memory, ten times a second.
 func (l *level) watch(ctx context.Context, facade *facade, connection *grpc.ClientConn) {
 	every := time.NewTicker(100 * time.Millisecond)
 	defer every.Stop()

@@ -14,40 +14,40 @@ import (
 	"golang.org/x/net/http2/hpack"
 )
 
-// peer is a connection whose frames are made by hand, for what no client library does.
+// peer is an HTTP/2 client connection that writes single frames, also those that no client library sends.
 type peer struct {
-	socket  net.Conn
-	writer  *bufio.Writer
-	framer  *http2.Framer
-	encoder *hpack.Encoder
-	block   bytes.Buffer
-	seen    *seen
-	// Closed when the other side has closed.
+	socket   net.Conn
+	writer   *bufio.Writer
+	framer   *http2.Framer
+	encoder  *hpack.Encoder
+	block    bytes.Buffer
+	received *received
+	// Closed when the server has closed the connection.
 	closed chan struct{}
 }
 
-// seen is what the other side has sent.
-type seen struct {
+// received is what the server has sent.
+type received struct {
 	lock         sync.Mutex
 	acknowledged int // PINGs and SETTINGS.
-	windows      int // Of the connection, beyond the one that each begins with.
+	windows      int // WINDOW_UPDATE frames.
 	goAway       *http2.ErrCode
-	// How each stream ended first: `grpc-status`, `:status` of what is no success, or the code of its reset.
+	// First end of each stream: its `grpc-status`, an HTTP status other than 200, or the code of its reset.
 	ended map[uint32]string
 	over  bool
 	more  sync.Cond
 }
 
-func (t *target) open(settings ...http2.Setting) (*peer, error) {
-	socket, err := net.Dial("tcp", t.address)
+func (f *facade) open(settings ...http2.Setting) (*peer, error) {
+	socket, err := net.Dial("tcp", f.address)
 	if err != nil {
 		return nil, err
 	}
 	peer := &peer{socket: socket, writer: bufio.NewWriterSize(socket, 1<<16), closed: make(chan struct{}),
-		seen: &seen{ended: map[uint32]string{}}}
-	peer.seen.more.L = &peer.seen.lock
+		received: &received{ended: map[uint32]string{}}}
+	peer.received.more.L = &peer.received.lock
 	peer.framer = http2.NewFramer(peer.writer, bufio.NewReader(socket))
-	// What is wrong is the point.
+	// Attacks send illegal frames on purpose.
 	peer.framer.AllowIllegalWrites = true
 	peer.encoder = hpack.NewEncoder(&peer.block)
 	_, _ = peer.writer.WriteString(http2.ClientPreface)
@@ -55,7 +55,7 @@ func (t *target) open(settings ...http2.Setting) (*peer, error) {
 	return peer, peer.writer.Flush()
 }
 
-// read takes in what the other side sends until it closes, and acknowledges nothing.
+// read records the server's frames until the connection ends. It acknowledges none.
 func (p *peer) read() {
 	p.framer.ReadMetaHeaders = hpack.NewDecoder(4096, nil)
 	go func() {
@@ -67,86 +67,86 @@ func (p *peer) read() {
 				if errors.As(err, &stream) {
 					continue
 				}
-				p.seen.lock.Lock()
-				p.seen.over = true
-				p.seen.more.Broadcast()
-				p.seen.lock.Unlock()
+				p.received.lock.Lock()
+				p.received.over = true
+				p.received.more.Broadcast()
+				p.received.lock.Unlock()
 				return
 			}
-			p.seen.note(frame)
+			p.received.note(frame)
 		}
 	}()
 }
 
-func (s *seen) note(frame http2.Frame) {
-	s.lock.Lock()
-	defer s.lock.Unlock()
+func (r *received) note(frame http2.Frame) {
+	r.lock.Lock()
+	defer r.lock.Unlock()
 	switch frame := frame.(type) {
 	case *http2.PingFrame:
 		if frame.IsAck() {
-			s.acknowledged++
+			r.acknowledged++
 		}
 	case *http2.SettingsFrame:
 		if frame.IsAck() {
-			s.acknowledged++
+			r.acknowledged++
 		}
 	case *http2.WindowUpdateFrame:
-		s.windows++
+		r.windows++
 	case *http2.RSTStreamFrame:
-		// Without an error it follows an answer that did not wait for the whole request.
+		// NO_ERROR follows a reply that was sent before the end of the request.
 		if frame.ErrCode != http2.ErrCodeNo {
-			s.end(frame, "reset "+frame.ErrCode.String())
+			r.end(frame, "reset "+frame.ErrCode.String())
 		}
 	case *http2.GoAwayFrame:
 		code := frame.ErrCode
-		s.goAway = &code
+		r.goAway = &code
 	case *http2.MetaHeadersFrame:
 		for _, field := range frame.RegularFields() {
 			if field.Name == "grpc-status" {
-				s.end(frame, "gRPC "+field.Value)
+				r.end(frame, "gRPC "+field.Value)
 			}
 		}
 		if status := frame.PseudoValue("status"); status != "" && status != "200" {
-			s.end(frame, "HTTP "+status)
+			r.end(frame, "HTTP "+status)
 		}
 	}
-	s.more.Broadcast()
+	r.more.Broadcast()
 }
 
-func (s *seen) end(frame http2.Frame, how string) {
+func (r *received) end(frame http2.Frame, how string) {
 	stream := frame.Header().StreamID
-	if _, ended := s.ended[stream]; !ended {
-		s.ended[stream] = how
+	if _, ended := r.ended[stream]; !ended {
+		r.ended[stream] = how
 	}
 }
 
-// ends waits for the other side to close, and gives the code of its GOAWAY.
+// ends waits until the server closes the connection and returns the code of its GOAWAY, NO_ERROR if there was none.
 func (p *peer) ends(limit time.Duration) (http2.ErrCode, error) {
 	select {
 	case <-p.closed:
 	case <-time.After(limit):
-		return 0, fmt.Errorf("not closed within %v", limit)
+		return 0, fmt.Errorf("the server did not close the connection within %v", limit)
 	}
-	p.seen.lock.Lock()
-	defer p.seen.lock.Unlock()
-	if p.seen.goAway == nil {
+	p.received.lock.Lock()
+	defer p.received.lock.Unlock()
+	if p.received.goAway == nil {
 		return http2.ErrCodeNo, nil
 	}
-	return *p.seen.goAway, nil
+	return *p.received.goAway, nil
 }
 
-// awaitWindow waits for the connection's own window, which is larger than the one that each begins with.
+// awaitWindow waits until the server has enlarged the connection's flow-control window.
 func (p *peer) awaitWindow() {
-	p.seen.lock.Lock()
-	defer p.seen.lock.Unlock()
-	for p.seen.windows == 0 && !p.seen.over {
-		p.seen.more.Wait()
+	p.received.lock.Lock()
+	defer p.received.lock.Unlock()
+	for p.received.windows == 0 && !p.received.over {
+		p.received.more.Wait()
 	}
 }
 
 func (p *peer) close() { _ = p.socket.Close() }
 
-// pairs are the fields of a proper call; later ones replace earlier ones of the same name.
+// pairs returns the header fields of a valid call. Fields in more replace those of the same name.
 func pairs(more ...[2]string) [][2]string {
 	fields := [][2]string{{":method", "POST"}, {":scheme", "http"}, {":authority", "facade"}, {":path", method},
 		{"content-type", "application/grpc"}, {"te", "trailers"}, {"x-auth-token", token}}
@@ -172,7 +172,7 @@ func (p *peer) encode(fields [][2]string) []byte {
 	return p.block.Bytes()
 }
 
-// headers begins a call, in as many frames as it takes.
+// headers starts a call with a HEADERS frame and as many CONTINUATION frames as needed.
 func (p *peer) headers(stream uint32, fields [][2]string, endStream bool) {
 	block := p.encode(fields)
 	first := block[:min(len(block), 16<<10)]
@@ -185,13 +185,13 @@ func (p *peer) headers(stream uint32, fields [][2]string, endStream bool) {
 	}
 }
 
-// ask makes a whole call.
-func (p *peer) ask(stream uint32, fields [][2]string, asked question) {
+// call sends a complete call.
+func (p *peer) call(stream uint32, fields [][2]string, request taskRequest) {
 	p.headers(stream, fields, false)
-	_ = p.framer.WriteData(stream, true, framed(asked.encoded()))
+	_ = p.framer.WriteData(stream, true, framed(request.encoded()))
 }
 
-// data goes on with a call's body, in frames as large as everybody takes them.
+// data sends a part of a call's body in frames of at most 16 KiB, the default maximum.
 func (p *peer) data(stream uint32, bytes []byte) {
 	for rest := bytes; len(rest) > 0; {
 		piece := rest[:min(len(rest), 16<<10)]
@@ -200,35 +200,35 @@ func (p *peer) data(stream uint32, bytes []byte) {
 	}
 }
 
-// framed is the message with gRPC's prefix.
+// framed adds gRPC's length prefix to the message.
 func framed(message []byte) []byte {
 	return append(binary.BigEndian.AppendUint32([]byte{0}, uint32(len(message))), message...)
 }
 
-// streamID is the id of a connection's call, counted from zero.
+// streamID is the stream of a connection's call with this number; the first call has number 0.
 func streamID(number int) uint32 { return uint32(2*number + 1) }
 
-// outcomes waits until so many streams have ended, and counts how. When the connection ends before, the rest have ended
-// with it.
+// outcomes waits until that many streams have ended and counts their ends. When the connection ends first, the other streams
+// count as closed; when the limit passes, as "nothing".
 func (p *peer) outcomes(streams int, limit time.Duration) map[string]int {
 	timer := time.AfterFunc(limit, p.close)
-	p.seen.lock.Lock()
-	defer p.seen.lock.Unlock()
-	for len(p.seen.ended) < streams && !p.seen.over {
-		p.seen.more.Wait()
+	p.received.lock.Lock()
+	defer p.received.lock.Unlock()
+	for len(p.received.ended) < streams && !p.received.over {
+		p.received.more.Wait()
 	}
 	counts := map[string]int{}
-	for _, how := range p.seen.ended {
+	for _, how := range p.received.ended {
 		counts[how]++
 	}
-	if rest := streams - len(p.seen.ended); rest > 0 {
+	if rest := streams - len(p.received.ended); rest > 0 {
 		switch {
 		case !timer.Stop():
 			counts["nothing"] = rest
-		case p.seen.goAway == nil:
+		case p.received.goAway == nil:
 			counts["closed"] = rest
 		default:
-			counts["closed "+p.seen.goAway.String()] = rest
+			counts["closed "+p.received.goAway.String()] = rest
 		}
 	}
 	return counts

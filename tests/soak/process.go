@@ -34,16 +34,17 @@ type process struct {
 	command *exec.Cmd
 	// The first line of its log.
 	first []byte
-	// Closed when it has ended and its log is read to the end.
+	// Closed when the process has ended and its log was read completely.
 	exited chan struct{}
 }
 
-// start waits for the first line of the log and gives each further one to onLine, on one goroutine.
-func start(program string, onLine func(line []byte), arguments ...string) (*process, error) {
+// start starts the program and waits for the first line of its log. One goroutine passes the later lines to onLine.
+func start(environment []string, program string, onLine func(line []byte), arguments ...string) (*process, error) {
 	process := &process{command: exec.Command(program, arguments...), exited: make(chan struct{})}
-	process.command.Env = []string{}
-	// Does not outlive this program, however it ends. The kernel means the thread that starts it, and Go ends no thread while no
-	// goroutine is locked to one.
+	// A nil slice would pass on this program's own environment.
+	process.command.Env = append([]string{}, environment...)
+	// The program ends with this one, even if this one is killed. The kernel watches the thread that started the program; Go
+	// keeps its threads as long as no goroutine is locked to one.
 	process.command.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	process.command.Stderr = os.Stderr
 	output, err := process.command.StdoutPipe()
@@ -74,24 +75,24 @@ func start(program string, onLine func(line []byte), arguments ...string) (*proc
 	case process.first = <-started:
 		if !listenField.Match(process.first) {
 			process.kill()
-			return nil, fmt.Errorf("no address in the first line of the log: %q", process.first)
+			return nil, fmt.Errorf("the first log line has no address: %q", process.first)
 		}
 		return process, nil
 	case <-time.After(startLimit):
 		process.kill()
-		return nil, errors.New("no line of log after the start")
+		return nil, errors.New("the program logged nothing after the start")
 	}
 }
 
 func (p *process) signal(signal syscall.Signal) { _ = p.command.Process.Signal(signal) }
 
-// wait gives the state in which the process ended.
+// wait waits for the end of the process and returns its exit state.
 func (p *process) wait() (*os.ProcessState, error) {
 	select {
 	case <-p.exited:
 		return p.command.ProcessState, nil
 	case <-time.After(stopLimit):
-		return nil, errors.New("still running")
+		return nil, fmt.Errorf("still running after %v", stopLimit)
 	}
 }
 
@@ -100,14 +101,14 @@ func (p *process) kill() {
 	<-p.exited
 }
 
-// sandbox is the stand-in for upstream.
+// sandbox is a running `sandbox`, which simulates the upstream.
 type sandbox struct {
 	*process
 	address string
 }
 
 func startSandbox(program, listen string) (*sandbox, error) {
-	process, err := start(program, nil, "sandbox", "--listen", listen)
+	process, err := start(nil, program, nil, "sandbox", "--listen", listen)
 	if err != nil {
 		return nil, err
 	}
@@ -116,16 +117,20 @@ func startSandbox(program, listen string) (*sandbox, error) {
 
 func (s *sandbox) url() string { return "http://" + s.address }
 
-// facade is `serve`, running.
+// facade is a running `serve`.
 type facade struct {
 	*process
 	address, metrics string
 }
 
 func startFacade(program, upstream string, onLine func(line []byte), arguments ...string) (*facade, error) {
+	return startFacadeIn(nil, program, upstream, onLine, arguments...)
+}
+
+func startFacadeIn(environment []string, program, upstream string, onLine func(line []byte), arguments ...string) (*facade, error) {
 	defaults := []string{"serve", "--listen", anyPort, "--metrics-listen", anyPort, "--log-format", "json",
 		"--endpoint", upstream, "--credentials", "caller"}
-	process, err := start(program, onLine, overridden(defaults, arguments)...)
+	process, err := start(environment, program, onLine, overridden(defaults, arguments)...)
 	if err != nil {
 		return nil, err
 	}
@@ -139,12 +144,12 @@ func startFacade(program, upstream string, onLine func(line []byte), arguments .
 		}
 		if time.Now().After(deadline) {
 			facade.kill()
-			return nil, errors.New("not ready")
+			return nil, fmt.Errorf("not ready within %v", startLimit)
 		}
 	}
 }
 
-// overridden is defaults and then more, without the pairs of defaults that more names too.
+// overridden returns the defaults and then more, without the default flags that more sets.
 func overridden(defaults, more []string) []string {
 	result := []string{defaults[0]}
 	for pair := 1; pair < len(defaults); pair += 2 {
@@ -155,7 +160,7 @@ func overridden(defaults, more []string) []string {
 	return append(result, more...)
 }
 
-// resources are what a process has taken of the machine.
+// resources are the memory, threads, descriptors and CPU time of a process.
 type resources struct {
 	resident, peak       int64 // Bytes.
 	threads, descriptors int
@@ -176,10 +181,10 @@ func (p *process) resources() (resources, error) {
 	if err != nil {
 		return resources{}, err
 	}
-	// Fields 14 and 15 are ticks of user and system time; the name of the program, in brackets, may hold blanks.
+	// Fields 14 and 15 are ticks of user and system time; the name of the program, in brackets, may contain blanks.
 	fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
 	ticks := number(fields[11]) + number(fields[12])
-	const ticksPerSecond = 100 // Of every Linux that Go and Rust run on.
+	const ticksPerSecond = 100 // USER_HZ of all Linux targets of Go and Rust.
 	return resources{
 		resident:    number(statusField(status, "VmRSS")) << 10,
 		peak:        number(statusField(status, "VmHWM")) << 10,
@@ -200,7 +205,7 @@ func number(text string) int64 {
 	return value
 }
 
-// series are the values of /metrics by name and labels, as they are written there.
+// series maps the name of a metric with its labels, as written in /metrics, to its value.
 type series map[string]float64
 
 func (f *facade) scrape() (series, error) {
@@ -223,7 +228,7 @@ func (f *facade) scrape() (series, error) {
 	return all, nil
 }
 
-// sum adds the series of one name whose labels hold all of the given ones, such as `grpc_code="OK"`.
+// sum adds up the series of one name that have all the given labels, such as `grpc_code="OK"`.
 func (s series) sum(name string, labels ...string) float64 {
 	total := 0.0
 next:

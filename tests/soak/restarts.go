@@ -19,20 +19,20 @@ const (
 	interrupt = syscall.SIGINT
 
 	restartWorkers = 16
-	// Every other worker asks for a task that takes so long: something is always in flight when a signal comes.
+	// The sandbox takes 150 ms for this instance id. Every other worker uses it, so that calls are in flight at each signal.
 	slowTask = "slow-150"
-	// From the start of the new process to its first answer.
+	// From the start of the new process to its first reply.
 	readyWithin = 2 * time.Second
-	// A call that begins so soon after a death may still be written to the dead connection.
+	// A call that starts this soon after a death may still use the dead connection.
 	unnoticed = 100 * time.Millisecond
 )
 
-// ending is one way to end the process, and the exit code for it; -1 is a death by signal.
+// ending is one way to end the process, with the expected exit code; -1 is an end by signal.
 type ending struct {
 	name     string
 	signals  []syscall.Signal
 	exitCode int
-	// Out of a hundred.
+	// Per cent of the restarts.
 	share int
 }
 
@@ -49,18 +49,17 @@ var endings = []ending{
 
 func (e ending) drains() bool { return e.exitCode == 0 }
 
-// death is when a process was ended that did not drain.
+// death is the period in which a process ended without a drain.
 type death struct{ from, until time.Time }
 
-// lost is one call that failed.
+// lost is a failed call.
 type lost struct {
 	begun, ended time.Time
 	answer       answer
 }
 
-// restarts ends one instance again and again while calls go on, and starts it on the same port. Callers wait for a
-// connection, as gRPC lets them, and repeat nothing that a server has seen. A drain loses no call; a death loses those
-// in flight and no other.
+// restarts ends one instance again and again under load and starts it on the same port. Callers wait for a connection, as
+// gRPC allows, and retry no call that a server has received. A drain must lose no call; a death may lose only calls in flight.
 func restarts(results *results, program string, count int, seed uint64) error {
 	upstream, err := startSandbox(program, anyPort)
 	if err != nil {
@@ -116,7 +115,7 @@ func restarts(results *results, program string, count int, seed uint64) error {
 			select {
 			case <-draining:
 			case <-time.After(stopLimit):
-				return fmt.Errorf("restart %d: %s is not noticed", restart+1, ending.name)
+				return fmt.Errorf("restart %d: no drain after %s", restart+1, ending.name)
 			}
 			facade.signal(ending.signals[1])
 		}
@@ -125,7 +124,7 @@ func restarts(results *results, program string, count int, seed uint64) error {
 			return fmt.Errorf("restart %d: %s: %w", restart+1, ending.name, err)
 		}
 		if state.ExitCode() != ending.exitCode {
-			results.that(false, "restart %d: %s: exit code %d, expected %d", restart+1, ending.name, state.ExitCode(), ending.exitCode)
+			results.check(false, "restart %d: %s: exit code %d, expected %d", restart+1, ending.name, state.ExitCode(), ending.exitCode)
 		}
 		if ending.drains() {
 			drained.add(time.Since(from))
@@ -145,16 +144,16 @@ func restarts(results *results, program string, count int, seed uint64) error {
 	stop()
 	running.Wait()
 
-	results.that(true, "%d restarts: %v", count, times)
-	results.that(ready.percentile(100) < readyWithin, "from start to the first answer: p50 %v, at most %v (below %v)",
+	results.check(true, "%d restarts: %v", count, times)
+	results.check(ready.percentile(100) < readyWithin, "from start to the first reply: p50 %v, at most %v (limit %v)",
 		ready.percentile(50), ready.percentile(100), readyWithin)
-	results.that(true, "from signal to exit code 0: p50 %v, at most %v", drained.percentile(50), drained.percentile(100))
+	results.check(true, "from signal to exit code 0: p50 %v, at most %v", drained.percentile(50), drained.percentile(100))
 	inFlight, mostAtOnce := 0, 0
 	atDeath := make([]int, len(deaths))
 	for _, lost := range load.lost {
 		at := duringDeath(deaths, lost)
 		if at < 0 || lost.answer.code != codes.Unavailable {
-			results.that(false, "a call that began %s and failed %s, when no process was dying: %v",
+			results.check(false, "a call failed although no process ended without a drain meanwhile: from %s to %s, %v",
 				lost.begun.Format(time.StampMilli), lost.ended.Format(time.StampMilli), lost.answer)
 			continue
 		}
@@ -162,8 +161,8 @@ func restarts(results *results, program string, count int, seed uint64) error {
 		atDeath[at]++
 		mostAtOnce = max(mostAtOnce, atDeath[at])
 	}
-	results.that(inFlight == len(load.lost) && mostAtOnce <= restartWorkers,
-		"%d calls, %d failed: %d of them in flight at one of %d deaths (at most %d at one), 0 at %d drains",
+	results.check(inFlight == len(load.lost) && mostAtOnce <= restartWorkers,
+		"%d calls, %d failed: %d in flight at one of %d deaths (at most %d at one), 0 at %d drains",
 		load.answered.count()+len(load.lost), len(load.lost), inFlight, len(deaths), mostAtOnce, count-len(deaths))
 	return nil
 }
@@ -175,10 +174,10 @@ func pick(random *rand.Rand) ending {
 			return ending
 		}
 	}
-	panic("the shares are a hundred together")
+	panic("the shares do not add up to 100")
 }
 
-// duringDeath is the death at which the call was in flight, or -1.
+// duringDeath returns the index of the death at which the call was in flight, or -1.
 func duringDeath(deaths []death, lost lost) int {
 	for index, death := range deaths {
 		if lost.begun.Before(death.until) && lost.ended.After(death.from) {
@@ -188,7 +187,7 @@ func duringDeath(deaths []death, lost lost) int {
 	return -1
 }
 
-// steadyLoad makes good calls, one after the other on each worker.
+// steadyLoad makes valid calls, one after the other on each worker.
 type steadyLoad struct {
 	connection *grpc.ClientConn
 	answered   latencies
@@ -198,14 +197,14 @@ type steadyLoad struct {
 
 func (l *steadyLoad) run(ctx context.Context, worker int) {
 	for number := worker; ctx.Err() == nil; number += restartWorkers {
-		asked := example(number)
+		request := example(number)
 		if worker%2 == 0 {
-			asked = question{projectID, slowTask, fmt.Sprint("w-", number), ""}
+			request = taskRequest{projectID, slowTask, fmt.Sprint("w-", number), ""}
 		}
-		// A call that has begun is finished even when the load stops.
+		// A call that has started finishes even if the load stops.
 		callCtx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 		begun := time.Now()
-		answer := call(callCtx, l.connection, method, asked.encoded(), []string{"x-auth-token", token}, grpc.WaitForReady(true))
+		answer := call(callCtx, l.connection, method, request.encoded(), []string{"x-auth-token", token}, grpc.WaitForReady(true))
 		cancel()
 		if answer.code == codes.OK {
 			l.answered.add(answer.took)
@@ -222,7 +221,7 @@ func (l *steadyLoad) awaitAnswer() error {
 	before := l.answered.count()
 	for deadline := time.Now().Add(startLimit); l.answered.count() == before; time.Sleep(2 * time.Millisecond) {
 		if time.Now().After(deadline) {
-			return fmt.Errorf("no answers")
+			return fmt.Errorf("no reply within %v", startLimit)
 		}
 	}
 	return nil

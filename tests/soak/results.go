@@ -8,13 +8,13 @@ import (
 	"time"
 )
 
-// results counts checks, prints each, and decides the exit code.
+// results counts and prints checks and sets the exit code.
 type results struct {
 	lock           sync.Mutex
 	passed, failed int
 }
 
-func (r *results) that(holds bool, format string, arguments ...any) {
+func (r *results) check(holds bool, format string, arguments ...any) {
 	r.lock.Lock()
 	defer r.lock.Unlock()
 	word := "ok   "
@@ -34,7 +34,7 @@ func (r *results) finish() {
 	}
 }
 
-// latencies are those of many calls, from many goroutines.
+// latencies collects the latencies of calls from many goroutines.
 type latencies struct {
 	lock sync.Mutex
 	all  []time.Duration
@@ -52,7 +52,7 @@ func (l *latencies) count() int {
 	return len(l.all)
 }
 
-// percentile is zero when there were no calls.
+// percentile returns zero if there were no calls.
 func (l *latencies) percentile(percent int) time.Duration {
 	l.lock.Lock()
 	defer l.lock.Unlock()

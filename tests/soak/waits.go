@@ -23,7 +23,7 @@ var waits = []attack{
 	{name: "slow headers", run: slowHeaders},
 }
 
-// slowPreface says a byte of the preface every second.
+// slowPreface sends a byte of the preface every second.
 func slowPreface(t *target) (string, error) {
 	return t.hold(500, prefaceLimit+slack, nil, func(socket net.Conn, second int) error {
 		if second >= len(http2.ClientPreface) {
@@ -34,19 +34,19 @@ func slowPreface(t *target) (string, error) {
 	})
 }
 
-// silentConnections never say a word.
+// silentConnections send nothing.
 func silentConnections(t *target) (string, error) {
 	return t.hold(500, prefaceLimit+slack, nil, nil)
 }
 
-// idleConnections say their preface and answer no PING.
+// idleConnections send their preface and acknowledge no PING.
 func idleConnections(t *target) (string, error) {
 	return t.hold(idlePeers, silenceLimit+slack, opening(), nil)
 }
 
-// slowHeaders begins a call and goes on with a byte of its headers every second.
+// slowHeaders starts a call and sends a byte of its headers every second.
 func slowHeaders(t *target) (string, error) {
-	// A literal field whose value of 120 bytes never comes to its end (RFC 7541, section 6.2.2).
+	// A literal field whose value of 120 bytes never ends (RFC 7541, section 6.2.2).
 	first := frame(0x1, 0, []byte{0, 1, 'a', 120})
 	return t.hold(200, silenceLimit+slack, append(opening(), first...), func(socket net.Conn, _ int) error {
 		_, err := socket.Write(frame(0x9, 0, []byte{'b'}))
@@ -56,7 +56,7 @@ func slowHeaders(t *target) (string, error) {
 
 func opening() []byte { return append([]byte(http2.ClientPreface), frame(0x4, 0, nil)...) }
 
-// frame is one on stream 1, but for SETTINGS (RFC 9113, section 4.1).
+// frame encodes a frame on stream 1, or on stream 0 for SETTINGS (RFC 9113, section 4.1).
 func frame(kind, flags byte, payload []byte) []byte {
 	stream := byte(1)
 	if kind == 0x4 {
@@ -65,8 +65,8 @@ func frame(kind, flags byte, payload []byte) []byte {
 	return append([]byte{0, 0, byte(len(payload)), kind, flags, 0, 0, 0, stream}, payload...)
 }
 
-// hold opens connections, does something to each of them every second, and demands that the other side closes them all
-// within the limit.
+// hold opens connections and calls everySecond for each of them every second. The server must close all of them within the
+// limit.
 func (t *target) hold(count int, limit time.Duration, first []byte, everySecond func(net.Conn, int) error) (string, error) {
 	var open []net.Conn
 	closed := make(chan time.Duration, count)
@@ -99,7 +99,7 @@ func (t *target) hold(count int, limit time.Duration, first []byte, everySecond 
 	if err != nil {
 		return "", err
 	}
-	most := metrics.sum("grpc_server_connections")
+	maxOpen := metrics.sum("grpc_server_connections")
 
 	ticks := time.NewTicker(time.Second)
 	defer ticks.Stop()
@@ -112,7 +112,7 @@ func (t *target) hold(count int, limit time.Duration, first []byte, everySecond 
 		case <-ticks.C:
 			for _, socket := range open {
 				if everySecond != nil {
-					// What is closed already takes no more.
+					// Writes to closed connections fail.
 					_ = everySecond(socket, second)
 				}
 			}
@@ -122,5 +122,5 @@ func (t *target) hold(count int, limit time.Duration, first []byte, everySecond 
 		}
 	}
 	return fmt.Sprintf("%d connections in %.1f s, %.0f open at once in %.1f MiB, all closed after %.1f s",
-		count, opened.Seconds(), most, mebibytes(held.resident), last.Seconds()), nil
+		count, opened.Seconds(), maxOpen, mebibytes(held.resident), last.Seconds()), nil
 }

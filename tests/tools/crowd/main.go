@@ -1,9 +1,10 @@
-// Crowds of callers against one facade, with an upstream of our own that counts its calls.
+// Command crowd sends the calls of many callers to one facade, whose upstream is a server in this process that counts its
+// requests.
 //
-//	crowd polling  [-callers 1000] [-seconds 60] PROGRAM   many callers poll ten tasks every second, --cache-ttl 2s
-//	crowd distinct [-keys 1000000] PROGRAM                 each call has a token and a task of its own
+//	crowd polling  [-callers 1000] [-seconds 60] PROGRAM   many callers poll ten tasks once a second, with --cache-ttl 2s
+//	crowd distinct [-keys 1000000] PROGRAM                 each call has its own token and task
 //
-// The first fails above five upstream calls a second, the second when the program grows by 64 MiB or more.
+// polling fails above five upstream calls a second; distinct fails if the program grows by 64 MiB or more.
 package main
 
 import (
@@ -38,16 +39,16 @@ const (
 	connections = 20
 	pollEvery   = time.Second
 	tasks       = 10
-	// Two seconds of cache: each of the ten tasks is asked for at most every other second.
+	// With a cache of 2 s, each of the ten tasks is requested at most every other second.
 	upstreamCallsPerSecond = 5
 	maxGrowth              = 64 << 20
 )
 
 func main() {
 	flags := flag.NewFlagSet("crowd", flag.ExitOnError)
-	callers := flags.Int("callers", 1000, "polling: how many callers")
-	seconds := flags.Int("seconds", 60, "polling: for how long")
-	keys := flags.Int("keys", 1_000_000, "distinct: how many calls, each with a key of its own")
+	callers := flags.Int("callers", 1000, "polling: number of callers")
+	seconds := flags.Int("seconds", 60, "polling: length of the run in seconds")
+	keys := flags.Int("keys", 1_000_000, "distinct: number of calls, each with its own token and task")
 	if len(os.Args) < 3 {
 		usage()
 	}
@@ -94,7 +95,7 @@ func polling(program string, callers, seconds int) error {
 	var running sync.WaitGroup
 	for caller := range callers {
 		running.Go(func() {
-			// Spread over the second, as callers that know nothing of each other are.
+			// Spread over the second, as independent callers are.
 			next := time.Now().Add(pollEvery * time.Duration(caller) / time.Duration(callers))
 			for ; next.Before(end); next = next.Add(pollEvery) {
 				time.Sleep(time.Until(next))
@@ -123,7 +124,8 @@ func polling(program string, callers, seconds int) error {
 	return nil
 }
 
-// distinct asks as ever new identities for ever new tasks; some are throttled, so that every memory of the guard fills.
+// distinct makes each call with a new token and about a new task. Some tokens are throttled, so that all caches of the program
+// fill.
 func distinct(program string, keys int) error {
 	upstream, err := startUpstream()
 	if err != nil {
@@ -135,9 +137,9 @@ func distinct(program string, keys int) error {
 	}
 	defer facade.kill()
 
-	// What the connections themselves take is no growth.
+	// The memory of the connections themselves does not count as growth.
 	const warmUp = 2000
-	if err := facade.askAll(0, warmUp); err != nil {
+	if err := facade.callAll(0, warmUp); err != nil {
 		return err
 	}
 	before, err := facade.resident()
@@ -145,7 +147,7 @@ func distinct(program string, keys int) error {
 		return err
 	}
 	begun := time.Now()
-	if err := facade.askAll(warmUp, warmUp+keys); err != nil {
+	if err := facade.callAll(warmUp, warmUp+keys); err != nil {
 		return err
 	}
 	took := time.Since(begun)
@@ -164,7 +166,7 @@ func distinct(program string, keys int) error {
 
 func mebibytes(bytes int64) float64 { return float64(bytes) / (1 << 20) }
 
-// upstream answers every question; every fourth token is throttled.
+// upstream replies to every request; it throttles every fourth token.
 type upstream struct {
 	url   string
 	calls atomic.Int64
@@ -192,7 +194,7 @@ func (u *upstream) ServeHTTP(answer http.ResponseWriter, request *http.Request) 
 	_, _ = io.WriteString(answer, `{"instance_id":"i","instance_name":"n","job_id":"j","job_name":"a"}`)
 }
 
-// facade is the program, running, and connections to it.
+// facade is the running program and connections to it.
 type facade struct {
 	command     *exec.Cmd
 	connections []*grpc.ClientConn
@@ -237,8 +239,8 @@ func (f *facade) kill() {
 	_ = f.command.Wait()
 }
 
-// askAll asks once for each number, with a token and a task of its own.
-func (f *facade) askAll(from, to int) error {
+// callAll makes one call for each number, with its own token and task.
+func (f *facade) callAll(from, to int) error {
 	const workers = 100
 	var next atomic.Int64
 	next.Store(int64(from))
@@ -275,7 +277,7 @@ func (f *facade) call(caller int, token, workflowID string) error {
 	return connection.Invoke(ctx, method, &message, &reply, grpc.ForceCodec(rawCodec{}))
 }
 
-// resident is the memory that the program has in RAM, in bytes.
+// resident returns the program's resident memory in bytes.
 func (f *facade) resident() (int64, error) {
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", f.command.Process.Pid))
 	if err != nil {

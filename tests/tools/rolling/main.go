@@ -1,5 +1,5 @@
-// Rolling restarts under load: two instances behind a client-side round robin with health checking are stopped with
-// SIGTERM and started again in turn, on the same port, while calls go on. No call may fail.
+// Command rolling restarts two instances in turn under load: it stops one with SIGTERM and starts it again on the same port,
+// while a client-side round robin with health checking calls both. No call may fail.
 //
 // Usage: rolling [-restarts 20] PROGRAM
 package main
@@ -33,7 +33,7 @@ import (
 
 const (
 	method = "/huaweicloud.rds.task.v1.TaskService/GetTaskDetail"
-	// No retry policy: only what gRPC repeats by itself because no server has seen it.
+	// No retry policy: gRPC transparently retries only calls that no server has received.
 	serviceConfig = `{
 		"loadBalancingConfig": [{"round_robin": {}}],
 		"healthCheckConfig": {"serviceName": "huaweicloud.rds.task.v1.TaskService"}
@@ -46,8 +46,8 @@ const (
 	wholeLimit   = 5 * time.Minute
 )
 
-// The example of the vendor's page, and an instance id for which the sandbox takes 100 ms, so that calls are always in
-// flight when an instance stops.
+// The example task of the vendor's page, and an instance id for which the sandbox takes 100 ms, so that calls are in flight
+// whenever an instance stops.
 const (
 	projectID    = "0483b6b16e954cb88930a360d2c4e663"
 	quick        = "1ffc4167903840cb93a3da56d28c14fdin01"
@@ -57,7 +57,7 @@ const (
 )
 
 func main() {
-	restarts := flag.Int("restarts", 20, "how many restarts, both instances together")
+	restarts := flag.Int("restarts", 20, "number of restarts of both instances together")
 	flag.Parse()
 	if flag.NArg() != 1 {
 		fmt.Fprintln(os.Stderr, "usage: rolling [-restarts 20] PROGRAM")
@@ -93,13 +93,13 @@ func run(ctx context.Context, program string, restarts int) error {
 	}
 	defer connection.Close()
 
-	load := &load{connection: connection, answers: map[string]*atomic.Int64{}}
+	load := &load{connection: connection, replies: map[string]*atomic.Int64{}}
 	for _, instance := range instances {
-		load.answers[instance.address] = &atomic.Int64{}
+		load.replies[instance.address] = &atomic.Int64{}
 	}
 	loadCtx, stopLoad := context.WithCancel(ctx)
 	defer stopLoad()
-	// Until the first instance answers there is nothing to lose.
+	// No call counts until the first instance replies.
 	first, cancelFirst := context.WithTimeout(ctx, startLimit)
 	defer cancelFirst()
 	if err := load.call(first, 0, quick, grpc.WaitForReady(true)); err != nil {
@@ -110,7 +110,7 @@ func run(ctx context.Context, program string, restarts int) error {
 		running.Go(func() { load.run(loadCtx, worker) })
 	}
 	for _, instance := range instances {
-		if err := load.awaitAnswers(ctx, instance.address); err != nil {
+		if err := load.awaitReplies(ctx, instance.address); err != nil {
 			return err
 		}
 	}
@@ -124,8 +124,8 @@ func run(ctx context.Context, program string, restarts int) error {
 		if err := instance.start(); err != nil {
 			return fmt.Errorf("restart %d: %w", restart+1, err)
 		}
-		// The next one may go only when the client uses this one again.
-		if err := load.awaitAnswers(ctx, instance.address); err != nil {
+		// The next instance stops only when the client uses this one again.
+		if err := load.awaitReplies(ctx, instance.address); err != nil {
 			return fmt.Errorf("restart %d: %w", restart+1, err)
 		}
 		fmt.Printf("ok    restart %d: drained in %d ms, %d calls so far, %d failed\n",
@@ -162,7 +162,7 @@ func dial(instances []*instance) (*grpc.ClientConn, error) {
 type load struct {
 	connection    *grpc.ClientConn
 	calls, failed atomic.Int64
-	answers       map[string]*atomic.Int64
+	replies       map[string]*atomic.Int64
 	firstOnce     sync.Once
 	firstFailure  error
 }
@@ -173,7 +173,7 @@ func (l *load) run(ctx context.Context, worker int) {
 		instanceID = slow
 	}
 	for ctx.Err() == nil {
-		// A call that has begun is finished even when the load stops.
+		// A call that has started finishes even if the load stops.
 		callCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), callDeadline)
 		err := l.call(callCtx, worker, instanceID)
 		cancel()
@@ -198,23 +198,23 @@ func (l *load) call(ctx context.Context, worker int, instanceID string, options 
 	if err := l.connection.Invoke(ctx, method, &message, &reply, options...); err != nil {
 		return fmt.Errorf("%s from %v: %s", status.Code(err), from.Addr, status.Convert(err).Message())
 	}
-	// Field 1 of the reply is the instance id that was asked for.
+	// Field 1 of the reply is the requested instance id.
 	number, kind, size := protowire.ConsumeTag(reply)
 	if size < 0 || number != 1 || kind != protowire.BytesType {
-		return errors.New("the reply does not begin with an instance id")
+		return errors.New("the reply does not start with an instance id")
 	}
 	if text, _ := protowire.ConsumeString(reply[size:]); text != instanceID {
 		return fmt.Errorf("the reply is for instance %q", text)
 	}
-	l.answers[from.Addr.String()].Add(1)
+	l.replies[from.Addr.String()].Add(1)
 	return nil
 }
 
-func (l *load) awaitAnswers(ctx context.Context, address string) error {
-	before := l.answers[address].Load()
-	for deadline := time.Now().Add(startLimit); l.answers[address].Load() < before+10; time.Sleep(20 * time.Millisecond) {
+func (l *load) awaitReplies(ctx context.Context, address string) error {
+	before := l.replies[address].Load()
+	for deadline := time.Now().Add(startLimit); l.replies[address].Load() < before+10; time.Sleep(20 * time.Millisecond) {
 		if ctx.Err() != nil || time.Now().After(deadline) {
-			return fmt.Errorf("no answers from %s", address)
+			return fmt.Errorf("no replies from %s", address)
 		}
 	}
 	return nil
@@ -267,12 +267,12 @@ func (i *instance) start() error {
 	select {
 	case line := <-started:
 		if !strings.HasPrefix(line, "{") {
-			return fmt.Errorf("the first line of the log is no JSON: %q", line)
+			return fmt.Errorf("the first log line is not JSON: %q", line)
 		}
 		return nil
 	case <-time.After(startLimit):
 		i.kill()
-		return errors.New("no line of log after the start")
+		return errors.New("the program logged nothing after the start")
 	}
 }
 

@@ -1,0 +1,385 @@
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+)
+
+// Honest callers. Each has its own token and connection and calls about all honestInstances in turn. Where the program uses
+// the server's credential, the connection is the caller.
+const (
+	honestCallers   = 8
+	honestInstances = 4
+	honestInterval  = 100 * time.Millisecond // Between the starts of one caller's calls.
+	honestDeadline  = 3 * time.Second
+)
+
+// The rogue caller, whose calls cause the fault.
+const (
+	rogueToken        = "rogue"
+	rogueInstance     = "rogue"
+	rogueWorkflowName = "rogue"
+	rogueWorkers      = 4
+	roguePause        = 5 * time.Millisecond
+	rogueDeadline     = 10 * time.Second
+	foreignProjectID  = "feedfacefeedfacefeedfacefeedface"
+	serverToken       = "server-token"
+)
+
+// Requirements of every fault. The bound on latency is wide, because the machine may be busy; it catches calls that wait for
+// the rogue's.
+const (
+	minHonestSuccess = 0.99
+	calmP99Factor    = 10
+	calmP99Allowance = time.Second
+)
+
+// crowdLanes is the number of faults that run at the same time, each against its own program. Faults that load the machine
+// run alone.
+const crowdLanes = 4
+
+// crowdFault is one fault next to the honest callers.
+type crowdFault struct {
+	name string
+	// The shared state under attack.
+	owner string
+	// Value of --credentials; `caller` if empty.
+	credentials string
+	flags       []string
+	// Status with which IAM refuses the second token request, if any.
+	iamFailure int
+	// Interval between an honest caller's calls; honestInterval if zero.
+	interval time.Duration
+	// Honest callers repeat a few requests instead of sending a new one each time.
+	repeats bool
+	// Allowed delay of a call by the fault itself.
+	delays time.Duration
+	// Loads the machine: runs alone.
+	alone bool
+	// Chooses the upstream's replies; nil if the upstream behaves well.
+	script script
+	// Causes the fault until the context ends.
+	inject func(context.Context, *stage) error
+}
+
+// stage is the program and its upstream under one fault.
+type stage struct {
+	fault *crowdFault
+	*facade
+	upstream *scriptedUpstream
+	program  string
+}
+
+// crowdRow is one row of the table.
+type crowdRow struct {
+	fault   *crowdFault
+	honest  *phase
+	calmP99 time.Duration
+}
+
+// crowd runs honest callers next to one fault at a time, each against a fresh program.
+func crowd(results *results, program string, duration time.Duration, only string) error {
+	selected, err := selectFaults(only)
+	if err != nil {
+		return err
+	}
+	rows := make([]crowdRow, len(selected))
+	next := make(chan int, len(selected))
+	for index, fault := range selected {
+		if !fault.alone {
+			next <- index
+		}
+	}
+	close(next)
+	run := func(index int) {
+		var err error
+		rows[index], err = selected[index].run(program, duration)
+		rows[index].report(results, err)
+	}
+	var lanes sync.WaitGroup
+	for range crowdLanes {
+		lanes.Go(func() {
+			for index := range next {
+				run(index)
+			}
+		})
+	}
+	lanes.Wait()
+	for index, fault := range selected {
+		if fault.alone {
+			run(index)
+		}
+	}
+	printCrowdTable(rows)
+	return nil
+}
+
+// selectFaults parses a comma-separated list of names; an empty one selects all faults.
+func selectFaults(only string) ([]*crowdFault, error) {
+	var selected []*crowdFault
+	wanted := strings.Split(only, ",")
+	known := map[string]bool{}
+	for index := range crowdFaults {
+		fault := &crowdFaults[index]
+		known[fault.name] = true
+		if only == "" || slices.Contains(wanted, fault.name) {
+			selected = append(selected, fault)
+		}
+	}
+	for _, name := range wanted {
+		if only != "" && !known[name] {
+			return nil, fmt.Errorf("-faults: %q is not a fault; the faults are: %s", name, strings.Join(crowdFaultNames(), ", "))
+		}
+	}
+	return selected, nil
+}
+
+func crowdFaultNames() []string {
+	var names []string
+	for _, fault := range crowdFaults {
+		names = append(names, fault.name)
+	}
+	return names
+}
+
+// run measures the honest callers without the fault and then next to it.
+func (f *crowdFault) run(program string, duration time.Duration) (crowdRow, error) {
+	row := crowdRow{fault: f, honest: &phase{}}
+	upstream, err := startScriptedUpstream(f.script, f.iamFailure)
+	if err != nil {
+		return row, err
+	}
+	defer upstream.close()
+	folder, err := os.MkdirTemp("", "soak-crowd-")
+	if err != nil {
+		return row, err
+	}
+	defer os.RemoveAll(folder)
+	environment, flags, err := f.configuration(upstream.url, folder)
+	if err != nil {
+		return row, err
+	}
+	facade, err := startFacadeIn(environment, program, upstream.url, nil, flags...)
+	if err != nil {
+		return row, err
+	}
+	defer facade.kill()
+	fleet, err := startFleet(f, facade.address)
+	if err != nil {
+		return row, err
+	}
+	defer fleet.close()
+
+	calm := fleet.measure(max(duration/3, time.Second))
+	if calm.success() < minHonestSuccess {
+		return row, fmt.Errorf("%d of %d honest calls failed before the fault; the first: %s", calm.failed, calm.calls(), calm.first)
+	}
+	before := upstream.misbehaved.Load()
+	ctx, stop := context.WithCancel(context.Background())
+	defer stop()
+	injected := make(chan error, 1)
+	go func() { injected <- f.inject(ctx, &stage{f, facade, upstream, program}) }()
+	row.honest = fleet.measure(duration)
+	stop()
+	row.calmP99 = calm.succeeded.percentile(99)
+	if err := <-injected; err != nil {
+		return row, err
+	}
+	if f.script != nil && upstream.misbehaved.Load() == before {
+		return row, errors.New("the upstream got no request that causes the fault")
+	}
+	if row.honest.success() < minHonestSuccess {
+		return row, fmt.Errorf("%d honest calls failed; the first: %s", row.honest.failed, row.honest.first)
+	}
+	if p99, limit := row.honest.succeeded.percentile(99), row.limit(); p99 > limit {
+		return row, fmt.Errorf("honest p99 above %v", limit)
+	}
+	return row, nil
+}
+
+// configuration returns the environment and the flags of the program. Files go to the folder.
+func (f *crowdFault) configuration(upstream, folder string) (environment, flags []string, err error) {
+	credentials := cmp.Or(f.credentials, "caller")
+	flags = append([]string{"--credentials", credentials}, f.flags...)
+	switch credentials {
+	case "token":
+		environment = []string{"RDS_TASK_FACADE_TOKEN=" + serverToken}
+	case "env":
+		environment = []string{"HUAWEICLOUD_SDK_AK=CROWDACCESSKEY", "HUAWEICLOUD_SDK_SK=crowd-secret-key"}
+	case "iam":
+		password := filepath.Join(folder, "password")
+		err = os.WriteFile(password, []byte("crowd-password"), 0o600)
+		flags = append(flags, "--iam-endpoint", upstream, "--iam-user", "crowd", "--iam-domain", "crowd",
+			"--iam-password-file", password, "--iam-project", projectID)
+	}
+	return environment, flags, err
+}
+
+// limit is the bound on the honest p99.
+func (r *crowdRow) limit() time.Duration {
+	return calmP99Factor*r.calmP99 + calmP99Allowance + r.fault.delays
+}
+
+func (r *crowdRow) report(results *results, err error) {
+	text := fmt.Sprintf("%s: %d honest calls, %.1f %% succeeded, p99 %v, calm p99 %v", r.fault.name, r.honest.calls(),
+		100*r.honest.success(), r.honest.succeeded.percentile(99), r.calmP99)
+	if err != nil {
+		text += fmt.Sprintf("; %v", err)
+	}
+	results.check(err == nil, "%s", text)
+}
+
+// printCrowdTable prints Markdown.
+func printCrowdTable(rows []crowdRow) {
+	fmt.Println("\n| fault | shared state | honest calls | honest success | honest p99 | calm p99 |")
+	fmt.Println("| --- | --- | --- | --- | --- | --- |")
+	for _, row := range rows {
+		fmt.Printf("| %s | %s | %d | %.1f %% | %s | %s |\n", row.fault.name, row.fault.owner, row.honest.calls(),
+			100*row.honest.success(), milliseconds(row.honest.succeeded.percentile(99)), milliseconds(row.calmP99))
+	}
+	fmt.Println()
+}
+
+func milliseconds(duration time.Duration) string {
+	return fmt.Sprintf("%d ms", duration.Milliseconds())
+}
+
+// phase counts the ends of the honest calls of one period.
+type phase struct {
+	succeeded latencies
+	lock      sync.Mutex
+	failed    int
+	first     string // Failure.
+}
+
+func (p *phase) add(answer answer, err error) {
+	if err == nil {
+		p.succeeded.add(answer.took)
+		return
+	}
+	p.lock.Lock()
+	defer p.lock.Unlock()
+	if p.failed++; p.failed == 1 {
+		p.first = err.Error()
+	}
+}
+
+func (p *phase) calls() int { return p.succeeded.count() + p.failed }
+
+func (p *phase) success() float64 {
+	if p.calls() == 0 {
+		return 0
+	}
+	return float64(p.succeeded.count()) / float64(p.calls())
+}
+
+// fleet is the honest callers.
+type fleet struct {
+	interval    time.Duration
+	repeats     bool
+	connections [honestCallers]*grpc.ClientConn
+	// Calls of each caller so far.
+	numbers [honestCallers]int
+}
+
+// startFleet connects the honest callers and makes one call of each.
+func startFleet(fault *crowdFault, address string) (*fleet, error) {
+	fleet := &fleet{interval: cmp.Or(fault.interval, honestInterval), repeats: fault.repeats}
+	for caller := range honestCallers {
+		connection, err := dial(address)
+		if err != nil {
+			fleet.close()
+			return nil, err
+		}
+		fleet.connections[caller] = connection
+		if _, err := fleet.call(caller, fleet.next(caller)); err != nil {
+			fleet.close()
+			return nil, fmt.Errorf("the first call of an honest caller: %w", err)
+		}
+	}
+	return fleet, nil
+}
+
+func (f *fleet) close() {
+	for _, connection := range f.connections {
+		if connection != nil {
+			connection.Close()
+		}
+	}
+}
+
+// measure starts calls at a fixed rate for the duration, however long each takes, and waits for all of them.
+func (f *fleet) measure(duration time.Duration) *phase {
+	phase := &phase{}
+	begun := time.Now()
+	var callers, calls sync.WaitGroup
+	for caller := range honestCallers {
+		callers.Go(func() {
+			// Spread over the interval, as independent callers are.
+			start := begun.Add(f.interval * time.Duration(caller) / honestCallers)
+			for ; start.Before(begun.Add(duration)); start = start.Add(f.interval) {
+				time.Sleep(time.Until(start))
+				number := f.next(caller)
+				calls.Go(func() { phase.add(f.call(caller, number)) })
+			}
+		})
+	}
+	callers.Wait()
+	calls.Wait()
+	return phase
+}
+
+func (f *fleet) next(caller int) int {
+	f.numbers[caller]++
+	return f.numbers[caller]
+}
+
+// call fails unless the reply is about the task of the request.
+func (f *fleet) call(caller, number int) (answer, error) {
+	request := honestRequest(caller, number, f.repeats)
+	ctx, cancel := context.WithTimeout(context.Background(), honestDeadline)
+	defer cancel()
+	answer := call(ctx, f.connections[caller], method, request.encoded(), []string{"x-auth-token", fmt.Sprint("honest-", caller)})
+	if answer.code != codes.OK {
+		return answer, errors.New(answer.String())
+	}
+	if !bytes.Contains(answer.reply, []byte(request.name)) {
+		return answer, fmt.Errorf("the reply is not about %q", request.name)
+	}
+	return answer, nil
+}
+
+// honestRequest is about one of few instances, which several callers share.
+func honestRequest(caller, number int, repeats bool) taskRequest {
+	name := fmt.Sprintf("caller %d number %d", caller, number)
+	if repeats {
+		name = repeatedName(number)
+	}
+	return taskRequest{projectID, fmt.Sprint("instance-", number%honestInstances), fmt.Sprint("task-", number%honestInstances), name}
+}
+
+// repeatedName has the same remainder as the instance, so that a repeated name is a repeated request.
+func repeatedName(number int) string { return fmt.Sprint("number ", number%honestInstances) }
+
+// honestNumber is the number in the name of an honest request, or -1.
+func honestNumber(name string) int {
+	_, text, _ := strings.Cut(name, "number ")
+	number, err := strconv.Atoi(text)
+	if err != nil {
+		return -1
+	}
+	return number
+}

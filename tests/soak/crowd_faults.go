@@ -1,0 +1,415 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"golang.org/x/net/http2"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+)
+
+// crowdFaults has at least one fault for each owner of state that callers share. New shared state gets a row here.
+var crowdFaults = []crowdFault{
+	// The circuit breaker: an upstream that replies to some callers is up.
+	{name: "one instance answers 504", owner: "circuit breaker",
+		script: rogueInstances(respond(http.StatusGatewayTimeout, "")), inject: callBadInstance},
+	{name: "one instance answers 503", owner: "circuit breaker",
+		script: rogueInstances(respond(http.StatusServiceUnavailable, "")), inject: callBadInstance},
+	{name: "one instance resets connections", owner: "circuit breaker",
+		script: rogueInstances(resetConnection), inject: callBadInstance},
+	{name: "one instance does not answer", owner: "circuit breaker", flags: []string{"--attempt-timeout", "250ms"},
+		script: rogueInstances(neverRespond), inject: callBadInstance},
+	{name: "ever-new instances answer 503", owner: "circuit breaker",
+		script: rogueInstances(respond(http.StatusServiceUnavailable, "")), inject: callNewBadInstances},
+	{name: "ever-new instances reset connections", owner: "circuit breaker",
+		script: rogueInstances(resetConnection), inject: callNewBadInstances},
+	{name: "one workflow name resets connections on a shared instance", owner: "circuit breaker",
+		script: rogueName(resetConnection), inject: callBadName},
+	{name: "one instance sends a control character in a header", owner: "circuit breaker",
+		script: rogueInstances(respondRaw(headWith("Set-Cookie: a=b\x01c\r\n"))), inject: callBadInstance},
+	{name: "one instance sends 150 headers", owner: "circuit breaker",
+		script: rogueInstances(respondRaw(headWith(manyHeaders(150)))), inject: callBadInstance},
+	{name: "1000 calls at once while the process gets little CPU time", owner: "circuit breaker",
+		flags: []string{"--connect-timeout", "200ms"}, interval: 250 * time.Millisecond, delays: 2 * starvedFor, alone: true, inject: starveDuringBurst},
+
+	// The server's credential: the replies to one project's calls prove nothing for the others.
+	{name: "one project's calls get 401 and IAM answers 403", owner: "IAM token", credentials: "iam", iamFailure: http.StatusForbidden,
+		script: foreignProject(respond(http.StatusUnauthorized, gatewayError("APIGW.0301", "Incorrect IAM authentication information: project mismatch"))),
+		inject: callForeignProject},
+	{name: "one project's calls get 401 APIGW.0307 and IAM answers 429", owner: "IAM token", credentials: "iam", iamFailure: http.StatusTooManyRequests,
+		script: foreignProject(respond(http.StatusUnauthorized, gatewayError("APIGW.0307", "The token must be updated."))),
+		inject: callForeignProject},
+	{name: "one project's calls get 401 without a signature failure", owner: "key guard", credentials: "env",
+		script: foreignProject(respond(http.StatusUnauthorized, gatewayError("APIGW.0301", "Incorrect IAM authentication information: project mismatch"))),
+		inject: callForeignProject},
+	{name: "one project's calls get 401 for their signature", owner: "key guard", credentials: "env",
+		script: foreignProject(refusedSignature), inject: callForeignProject},
+	{name: "one project's calls get 401 with a truncated body", owner: "key guard", credentials: "env",
+		script: foreignProject(truncated401), inject: callForeignProject},
+	{name: "two replicas with a wrong secret key", owner: "key guard", credentials: "env",
+		script: lockedKey, inject: startWrongReplicas(refusedSignature)},
+	{name: "two replicas with a wrong secret key get truncated replies", owner: "key guard", credentials: "env",
+		script: lockedKey, inject: startWrongReplicas(truncated401)},
+	{name: "one project's 401 has a server time 2 hours ahead", owner: "signing clock", credentials: "env",
+		script: foreignProject(withClock(2*time.Hour, true)), inject: callForeignProject},
+	{name: "one project's 401 has a Date 2 hours ahead", owner: "signing clock", credentials: "env",
+		script: foreignProject(withClock(2*time.Hour, false)), inject: callForeignProject},
+
+	// Limits and budgets: one caller cannot use all of them.
+	{name: "100 different requests of one caller under --upstream-rate", owner: "rate limiter", credentials: "token",
+		flags: []string{"--upstream-rate", "15/500ms"}, interval: 500 * time.Millisecond, delays: time.Second,
+		inject: callManyRequests},
+	{name: "all calls of one caller are retried", owner: "retry budget", script: transientErrors, inject: callBadInstance},
+	{name: "slow calls of one caller", owner: "permits", flags: []string{"--max-in-flight", "32"},
+		script: rogueInstances(neverRespond), inject: holdPermits},
+	{name: "slow calls of one connection", owner: "permits", credentials: "token", flags: []string{"--max-in-flight", "32"},
+		script: rogueInstances(neverRespond), inject: holdPermits},
+	{name: "one caller does not read replies", owner: "permits", flags: []string{"--max-in-flight", "32"}, inject: readNoReplies},
+	{name: "more connections than allowed", owner: "connection limit", flags: []string{"--max-connections", "40"}, alone: true,
+		inject: floodConnections},
+
+	// Throttle windows: a 429 for one token stops the calls with that token and no others.
+	{name: "429 for one token", owner: "throttle windows",
+		script: throttledRogue(tooManyRequests("300")), inject: callGoodInstance},
+	{name: "429 with Retry-After 0", owner: "throttle windows",
+		script: throttledRogue(tooManyRequests("0")), inject: callGoodInstance},
+	{name: "429 with a Retry-After date in the past", owner: "throttle windows",
+		script: throttledRogue(tooManyRequests("Sun, 01 Nov 2020 08:00:00 GMT")), inject: callGoodInstance},
+	{name: "429 for ever-new tokens", owner: "throttle windows", alone: true,
+		script: rogueTokens(tooManyRequests("300")), inject: callWithNewTokens},
+
+	// Coalescing and the cache.
+	{name: "one caller cancels requests that others send", owner: "coalescing", credentials: "token", repeats: true, inject: cancelSharedRequests},
+	{name: "ever-new requests fill the cache", owner: "cache", flags: []string{"--cache-ttl", "1h", "--cache-entries", "100"}, repeats: true,
+		inject: fillCache},
+
+	// Workers and upstream connections.
+	{name: "malformed requests", owner: "workers", alone: true, inject: sendMalformedRequests},
+	{name: "1000 calls at once", owner: "workers", alone: true, inject: burst},
+	{name: "cancelled calls", owner: "upstream connections", alone: true, inject: cancelCalls},
+}
+
+// The gateway's reply to a signature that does not match, and a truncated one.
+var (
+	refusedSignature = respond(http.StatusUnauthorized,
+		gatewayError("APIGW.0301", "Incorrect IAM authentication information: verify aksk signature fail"))
+	truncated401 = respondRaw("HTTP/1.1 401 Unauthorized\r\nContent-Type: application/json\r\nContent-Length: 200\r\n\r\n" +
+		`{"error_code":"APIGW.0301","err`)
+)
+
+// headWith is a reply with these header lines.
+func headWith(lines string) string {
+	return "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n" + lines + "\r\n{}"
+}
+
+func manyHeaders(count int) string {
+	var lines strings.Builder
+	for number := range count {
+		fmt.Fprintf(&lines, "X-Header-%d: a\r\n", number)
+	}
+	return lines.String()
+}
+
+func tooManyRequests(retryAfter string) http.HandlerFunc {
+	return respond(http.StatusTooManyRequests, gatewayError("APIGW.0308", "The throttling threshold has been reached"), "Retry-After", retryAfter)
+}
+
+// ---- Injections ----
+
+func callBadInstance(ctx context.Context, s *stage) error {
+	return s.callAsRogue(ctx, func(number int) taskRequest { return rogueRequest(rogueInstance, number) })
+}
+
+func callNewBadInstances(ctx context.Context, s *stage) error {
+	return s.callAsRogue(ctx, func(number int) taskRequest { return rogueRequest(fmt.Sprint(rogueInstance, "-", number), number) })
+}
+
+func callBadName(ctx context.Context, s *stage) error {
+	return s.callAsRogue(ctx, func(number int) taskRequest {
+		// Workflow ids differ, so that the calls are not coalesced.
+		return taskRequest{projectID, "instance-0", fmt.Sprint("rogue-", number), rogueWorkflowName}
+	})
+}
+
+func callGoodInstance(ctx context.Context, s *stage) error {
+	return s.callAsRogue(ctx, func(number int) taskRequest { return rogueRequest("instance-0", number) })
+}
+
+func callForeignProject(ctx context.Context, s *stage) error {
+	return s.callAsRogue(ctx, func(number int) taskRequest {
+		request := rogueRequest("instance-0", number)
+		request.project = foreignProjectID
+		return request
+	})
+}
+
+// rogueRequest differs from every other rogue request.
+func rogueRequest(instance string, number int) taskRequest {
+	return taskRequest{projectID, instance, "task", fmt.Sprint("rogue call ", number)}
+}
+
+// callAsRogue makes calls with one token on one connection and ignores their ends.
+func (s *stage) callAsRogue(ctx context.Context, request func(number int) taskRequest) error {
+	return s.repeatAsRogue(ctx, rogueWorkers, func(ctx context.Context, connection *grpc.ClientConn, number int) {
+		call(ctx, connection, method, request(number).encoded(), []string{"x-auth-token", rogueToken})
+	})
+}
+
+// repeatAsRogue repeats a call on one connection until the context ends, with a pause after each.
+func (s *stage) repeatAsRogue(ctx context.Context, workers int, once func(ctx context.Context, connection *grpc.ClientConn, number int)) error {
+	connection, err := dial(s.address)
+	if err != nil {
+		return err
+	}
+	defer connection.Close()
+	var numbers atomic.Int64
+	var running sync.WaitGroup
+	for range workers {
+		running.Go(func() {
+			for ctx.Err() == nil {
+				callCtx, cancel := context.WithTimeout(ctx, rogueDeadline)
+				once(callCtx, connection, int(numbers.Add(1)))
+				cancel()
+				pause(ctx, roguePause)
+			}
+		})
+	}
+	running.Wait()
+	return nil
+}
+
+func pause(ctx context.Context, duration time.Duration) {
+	select {
+	case <-ctx.Done():
+	case <-time.After(duration):
+	}
+}
+
+// callManyRequests keeps a hundred different requests in flight, which is what one connection allows.
+func callManyRequests(ctx context.Context, s *stage) error {
+	const inFlight = 100
+	return s.repeatAsRogue(ctx, inFlight, func(ctx context.Context, connection *grpc.ClientConn, number int) {
+		call(ctx, connection, method, rogueRequest("instance-0", number).encoded(), nil)
+	})
+}
+
+// holdPermits keeps a hundred calls in flight that the upstream does not answer.
+func holdPermits(ctx context.Context, s *stage) error {
+	const inFlight = 100
+	return s.repeatAsRogue(ctx, inFlight, func(ctx context.Context, connection *grpc.ClientConn, number int) {
+		call(ctx, connection, method, rogueRequest(rogueInstance, number).encoded(), []string{"x-auth-token", rogueToken})
+	})
+}
+
+// readNoReplies makes a hundred calls on a connection that lets no byte of a reply through.
+func readNoReplies(ctx context.Context, s *stage) error {
+	const calls = 100
+	peer, err := s.open(http2.Setting{ID: http2.SettingInitialWindowSize, Val: 0})
+	if err != nil {
+		return err
+	}
+	defer peer.close()
+	peer.read()
+	for number := range calls {
+		peer.call(streamID(number), pairs([2]string{"x-auth-token", rogueToken}), rogueRequest("instance-0", number))
+	}
+	if err := peer.writer.Flush(); err != nil {
+		return err
+	}
+	<-ctx.Done()
+	return nil
+}
+
+// floodConnections opens connections without a pause and keeps those that are accepted.
+func floodConnections(ctx context.Context, s *stage) error {
+	var opened []net.Conn
+	defer func() {
+		for _, socket := range opened {
+			_ = socket.Close()
+		}
+	}()
+	for ctx.Err() == nil && len(opened) < 5000 {
+		socket, err := net.Dial("tcp", s.address)
+		if err != nil {
+			return err
+		}
+		opened = append(opened, socket)
+		pause(ctx, time.Millisecond)
+	}
+	<-ctx.Done()
+	return s.requireCount("grpc_server_connections_refused_total")
+}
+
+func callWithNewTokens(ctx context.Context, s *stage) error {
+	return s.repeatAsRogue(ctx, rogueWorkers, func(ctx context.Context, connection *grpc.ClientConn, number int) {
+		call(ctx, connection, method, rogueRequest("instance-0", number).encoded(), []string{"x-auth-token", fmt.Sprint(rogueToken, "-", number)})
+	})
+}
+
+// cancelSharedRequests cancels calls for the requests that honest callers send, too, before the upstream has answered: a
+// cancelled leader must not fail its followers.
+func cancelSharedRequests(ctx context.Context, s *stage) error {
+	err := s.repeatAsRogue(ctx, rogueWorkers, func(ctx context.Context, connection *grpc.ClientConn, number int) {
+		ctx, cancel := context.WithTimeout(ctx, upstreamDelay/2)
+		defer cancel()
+		call(ctx, connection, method, honestRequest(0, number, true).encoded(), nil)
+	})
+	return errors.Join(err, s.requireCount("rds_coalesced_calls_total"))
+}
+
+// fillCache sends new requests, whose replies replace those of honest callers in the cache.
+func fillCache(ctx context.Context, s *stage) error {
+	return errors.Join(callGoodInstance(ctx, s), s.requireCount("rds_cache_hits_total"))
+}
+
+// requireCount fails if a counter is zero: then the calls did not reach the state under attack.
+func (s *stage) requireCount(name string) error {
+	metrics, err := s.scrape()
+	if err == nil && metrics.sum(name) == 0 {
+		err = fmt.Errorf("%s is 0", name)
+	}
+	return err
+}
+
+func cancelCalls(ctx context.Context, s *stage) error {
+	const workers = 16
+	return s.repeatAsRogue(ctx, workers, func(ctx context.Context, connection *grpc.ClientConn, number int) {
+		ctx, cancel := context.WithTimeout(ctx, upstreamDelay/2)
+		defer cancel()
+		call(ctx, connection, method, rogueRequest("instance-0", number).encoded(), []string{"x-auth-token", rogueToken})
+	})
+}
+
+// sendMalformedRequests alternates between bytes that are not a message, ids against the rules, an unknown method and
+// calls without a token.
+func sendMalformedRequests(ctx context.Context, s *stage) error {
+	const workers = 16
+	valid := rogueRequest("instance-0", 0).encoded()
+	invalid := rogueRequest("../instance", 0).encoded()
+	var accepted atomic.Int64
+	err := s.repeatAsRogue(ctx, workers, func(ctx context.Context, connection *grpc.ClientConn, number int) {
+		token := []string{"x-auth-token", rogueToken}
+		var got answer
+		switch number % 4 {
+		case 0:
+			got = call(ctx, connection, method, []byte{0xff, 0xff, 0xff}, token)
+		case 1:
+			got = call(ctx, connection, method, invalid, token)
+		case 2:
+			got = call(ctx, connection, "/no/such", valid, token)
+		case 3:
+			got = call(ctx, connection, method, valid, nil)
+		}
+		if got.code == codes.OK {
+			accepted.Add(1)
+		}
+	})
+	if accepted.Load() > 0 {
+		return fmt.Errorf("%d malformed requests succeeded", accepted.Load())
+	}
+	return err
+}
+
+// burst starts a thousand calls at once on ten connections, again and again.
+func burst(ctx context.Context, s *stage) error {
+	return s.burstEvery(ctx, time.Second, 1000, func() {})
+}
+
+// The process runs for 10 ms out of 50 ms, which is a CPU limit of a fifth of a core, for this long.
+const starvedFor = 800 * time.Millisecond
+
+// starveDuringBurst gives the process little CPU time while it opens upstream connections, so that its connects are late.
+func starveDuringBurst(ctx context.Context, s *stage) error {
+	// The process must not stay stopped.
+	defer s.signal(syscall.SIGCONT)
+	return s.burstEvery(ctx, 500*time.Millisecond, 1000, func() {
+		for end := time.Now().Add(starvedFor); time.Now().Before(end) && ctx.Err() == nil; {
+			s.signal(syscall.SIGSTOP)
+			time.Sleep(40 * time.Millisecond)
+			s.signal(syscall.SIGCONT)
+			time.Sleep(10 * time.Millisecond)
+		}
+	})
+}
+
+// burstEvery starts many calls at once on ten connections, runs meanwhile, and repeats that after the interval.
+func (s *stage) burstEvery(ctx context.Context, interval time.Duration, calls int, meanwhile func()) error {
+	const connections = 10
+	var clients []*grpc.ClientConn
+	defer func() {
+		for _, client := range clients {
+			client.Close()
+		}
+	}()
+	for range connections {
+		client, err := dial(s.address)
+		if err != nil {
+			return err
+		}
+		clients = append(clients, client)
+	}
+	var running sync.WaitGroup
+	defer running.Wait()
+	for number := 0; ctx.Err() == nil; pause(ctx, interval) {
+		for range calls {
+			number++
+			request := rogueRequest("instance-0", number)
+			client := clients[number%connections]
+			running.Go(func() {
+				callCtx, cancel := context.WithTimeout(ctx, rogueDeadline)
+				defer cancel()
+				call(callCtx, client, method, request.encoded(), []string{"x-auth-token", rogueToken})
+			})
+		}
+		meanwhile()
+	}
+	return nil
+}
+
+// startWrongReplicas starts two more programs whose secret key is wrong, as a bad rollout does. Their gateway refuses each
+// signature and counts it for the one key that all replicas share.
+func startWrongReplicas(refuse http.HandlerFunc) func(context.Context, *stage) error {
+	return func(ctx context.Context, s *stage) error {
+		gateway, url, err := serveHTTP(http.HandlerFunc(func(reply http.ResponseWriter, request *http.Request) {
+			// A connection that is closed before its request is read would be reset.
+			_, _ = io.Copy(io.Discard, request.Body)
+			s.upstream.badSignatures.Add(1)
+			s.upstream.misbehaved.Add(1)
+			refuse(reply, request)
+		}))
+		if err != nil {
+			return err
+		}
+		defer gateway.Close()
+		environment, flags, err := s.fault.configuration(url, "")
+		if err != nil {
+			return err
+		}
+		const replicas = 2
+		failures := make([]error, replicas)
+		var running sync.WaitGroup
+		for index := range replicas {
+			running.Go(func() {
+				replica, err := startFacadeIn(environment, s.program, url, nil, flags...)
+				if err != nil {
+					failures[index] = err
+					return
+				}
+				defer replica.kill()
+				failures[index] = callBadInstance(ctx, &stage{s.fault, replica, s.upstream, s.program})
+			})
+		}
+		running.Wait()
+		return errors.Join(failures...)
+	}
+}
