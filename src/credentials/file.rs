@@ -132,7 +132,7 @@ mod tests {
     use super::*;
     use crate::{
         credentials::{
-            self,
+            self, TokenEvidence,
             cache::{Cache, OnRejection},
             profile_key,
             secret::parse_token,
@@ -148,7 +148,7 @@ mod tests {
     /// A cache of the token in a file.
     struct Running {
         cache: Cache<String>,
-        ready: watch::Receiver<bool>,
+        latest: watch::Receiver<Option<String>>,
         metrics: Arc<Metrics>,
     }
 
@@ -162,12 +162,12 @@ mod tests {
                 parse,
                 previous: None,
             };
-            let (ready, is_ready) = watch::channel(false);
+            let (sender, latest) = watch::channel(None);
             let metrics = Metrics::new();
-            let (on_rejection, ready) = (OnRejection::Recheck, Arc::new(ready));
+            let on_rejection = OnRejection::Recheck;
             Self {
-                cache: Cache::start("test", source, on_rejection, ready, metrics.clone()),
-                ready: is_ready,
+                cache: Cache::start("test", source, on_rejection, sender, metrics.clone()),
+                latest,
                 metrics,
             }
         }
@@ -177,8 +177,9 @@ mod tests {
         }
 
         async fn refresh(&self, used: u64) -> Option<(String, u64)> {
-            let renewed = self.cache.refresh(used, Deadline::after(PATIENCE)).await;
-            renewed.unwrap()
+            let deadline = Deadline::after(PATIENCE);
+            let refresh = self.cache.refresh(used, TokenEvidence::Unclear, deadline);
+            refresh.await.unwrap()
         }
 
         async fn until_token_is(&self, expected: &str, generation: u64) {
@@ -218,7 +219,7 @@ mod tests {
         fs::write(&file, "one\n").unwrap();
         let running = Running::start(file.path(), SHORT);
         assert_eq!(running.token().await, Ok(("one".to_owned(), 1)));
-        assert!(*running.ready.borrow());
+        assert!(running.latest.borrow().is_some());
 
         let write = |text| fs::write(&file, text).unwrap();
         running
@@ -244,11 +245,11 @@ mod tests {
             panic!("there is no token");
         };
         assert!(retry_after <= INTERVAL, "{retry_after:?}");
-        assert!(!*running.ready.borrow());
+        assert_eq!(*running.latest.borrow(), None);
 
         fs::write(&path, "late").unwrap();
         running.until_token_is("late", 1).await;
-        assert!(*running.ready.borrow());
+        assert!(running.latest.borrow().is_some());
     }
 
     #[tokio::test]

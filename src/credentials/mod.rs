@@ -17,6 +17,7 @@ pub mod key_guard;
 mod metadata;
 mod options;
 pub mod profile;
+mod readiness;
 pub mod secret;
 mod server_time;
 pub mod signer;
@@ -28,12 +29,16 @@ use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
 use aws_lc_rs::{hmac, rand::SystemRandom};
 use http::{HeaderMap, HeaderValue};
 use reqwest::Url;
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
+use tokio_util::task::AbortOnDropHandle;
 
-use self::cache::{Cache, OnRejection};
 pub use self::{
     auth::{AccessKey, Auth, Identity, Token},
     options::{HEADING, Options, Place},
+};
+use self::{
+    cache::{Cache, OnRejection},
+    readiness::Readiness,
 };
 use crate::{
     caller::Caller,
@@ -42,13 +47,13 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// For tokens of the identity service: a rejected token is dead.
-const ON_TOKEN_REJECTED: OnRejection = OnRejection::Replace {
+/// For tokens of the identity service.
+const ON_TOKEN_REJECTED: OnRejection = OnRejection::Fetch {
     spacing: Duration::from_secs(2),
 };
 
 /// For temporary keys: the gateway may have rejected the clock and not the key.
-const ON_KEY_REJECTED: OnRejection = OnRejection::Keep {
+const ON_KEY_REJECTED: OnRejection = OnRejection::Fetch {
     spacing: Duration::from_secs(5 * 60),
 };
 
@@ -88,6 +93,7 @@ pub enum Source {
 pub struct Credentials {
     source: Arc<Running>,
     ready: Arc<watch::Sender<bool>>,
+    _readiness: Option<Arc<AbortOnDropHandle<()>>>,
 }
 
 /// A source at work.
@@ -107,12 +113,8 @@ impl Credentials {
     /// [`BuildError`] when the identity service's proxy or certificates cannot be used.
     pub fn start(config: Config, metrics: Arc<Metrics>) -> Result<Self, BuildError> {
         let ready = Arc::new(watch::Sender::new(false));
-        let profile = |path: PathBuf| {
-            let name = format!("profile {}", path.display());
-            let source = file::Source::new(path, profile_key);
-            let (ready, metrics) = (ready.clone(), metrics.clone());
-            Cache::start(name, source, OnRejection::Recheck, ready, metrics)
-        };
+        let (tokens, latest_token) = watch::channel(None);
+        let (keys, latest_key) = watch::channel(None);
         let source = match config.source {
             Source::Caller => Running::Caller(Box::new(
                 hmac::Key::generate(hmac::HMAC_SHA256, &SystemRandom::new())
@@ -123,35 +125,32 @@ impl Credentials {
             Source::TokenFile(path) => {
                 let name = format!("token file {}", path.display());
                 let source = file::Source::new(path, |text, _| Ok(secret::parse_token(text)?));
-                let cache =
-                    Cache::start(name, source, OnRejection::Recheck, ready.clone(), metrics);
+                let cache = Cache::start(name, source, OnRejection::Recheck, tokens, metrics);
                 Running::CachedToken(cache)
             }
-            Source::Profile(path) => Running::CachedKey(profile(path)),
+            Source::Profile(path) => Running::profile(path, keys, metrics),
             Source::Iam(iam) => {
                 let http = http_client::Config {
                     https_only: iam.endpoint.scheme() == "https",
                     ..config.http
                 };
                 let source = iam::Source::new(fetch::identity_client(&http)?, iam);
-                let cache = Cache::start("iam", source, ON_TOKEN_REJECTED, ready.clone(), metrics);
+                let cache = Cache::start("iam", source, ON_TOKEN_REJECTED, tokens, metrics);
                 Running::CachedToken(cache)
             }
             Source::Metadata(endpoint) => {
                 let source = metadata::Source::new(fetch::metadata_client()?, endpoint.as_str());
-                let cache =
-                    Cache::start("metadata", source, ON_KEY_REJECTED, ready.clone(), metrics);
+                let cache = Cache::start("metadata", source, ON_KEY_REJECTED, keys, metrics);
                 Running::CachedKey(cache)
             }
             Source::Chain(chain) => match chain::choose(&chain) {
                 chain::Choice::Environment(key) => Running::Key(key),
-                chain::Choice::Profile(path) => Running::CachedKey(profile(path)),
+                chain::Choice::Profile(path) => Running::profile(path, keys, metrics),
                 chain::Choice::Metadata(before) => {
                     let client = fetch::metadata_client()?;
                     let metadata = metadata::Source::new(client, chain.metadata_endpoint.as_str());
                     let source = chain::LastLink { metadata, before };
-                    let cache =
-                        Cache::start("chain", source, ON_KEY_REJECTED, ready.clone(), metrics);
+                    let cache = Cache::start("chain", source, ON_KEY_REJECTED, keys, metrics);
                     Running::CachedKey(cache)
                 }
             },
@@ -162,9 +161,17 @@ impl Credentials {
         ) {
             ready.send_replace(true);
         }
+        let readiness = || Readiness(ready.clone());
+        let task = match &source {
+            Running::Caller(_) | Running::Token(_) => None,
+            Running::Key(key) => Some(tokio::spawn(readiness().follow_key(key.clone()))),
+            Running::CachedToken(_) => Some(tokio::spawn(readiness().follow_tokens(latest_token))),
+            Running::CachedKey(_) => Some(tokio::spawn(readiness().follow_keys(latest_key))),
+        };
         Ok(Self {
             source: Arc::new(source),
             ready,
+            _readiness: task.map(|task| Arc::new(AbortOnDropHandle::new(task))),
         })
     }
 
@@ -176,7 +183,8 @@ impl Credentials {
         }
     }
 
-    /// Turns true with the first credential, and stays so. True from the start if callers bring theirs.
+    /// Whether calls can be made: true from the start if callers bring their credentials, else from the first credential on.
+    /// False again while a key that RDS has never accepted rests, and when a task that provides the credential has ended.
     pub fn ready(&self) -> watch::Receiver<bool> {
         self.ready.subscribe()
     }
@@ -227,16 +235,28 @@ impl Credentials {
         }
     }
 
+    /// Upstream accepted `used` in an attempt that was sent then.
+    pub fn accepted(&self, used: &Token, sent_at: Instant) {
+        if let Running::CachedToken(cache) = &*self.source {
+            cache.accepted(used.generation, sent_at);
+        }
+    }
+
     /// Upstream rejected `used`: returns a newer credential for one retry of the call, or `None` if the source has no newer
     /// one, or never has one: a caller's or a fixed token, and keys. A rejected key only makes its source refresh,
     /// because trying keys in turn would lock them.
     ///
     /// # Errors
     /// As [`Credentials::resolve`].
-    pub async fn refresh(&self, used: &Auth, deadline: Deadline) -> Result<Option<Auth>, Error> {
+    pub async fn refresh(
+        &self,
+        used: &Auth,
+        evidence: TokenEvidence,
+        deadline: Deadline,
+    ) -> Result<Option<Auth>, Error> {
         let newer = match (&*self.source, used) {
             (Running::CachedToken(cache), Auth::Token(used)) => {
-                cache.refresh(used.generation, deadline).await?
+                cache.refresh(used.generation, evidence, deadline).await?
             }
             (Running::CachedKey(cache), Auth::Key(used)) => {
                 cache.rejected(|current| Arc::ptr_eq(current, used));
@@ -245,6 +265,19 @@ impl Credentials {
             _ => None,
         };
         Ok(newer.map(|newer| Auth::Token(server_token(newer))))
+    }
+}
+
+impl Running {
+    fn profile(
+        path: PathBuf,
+        keys: watch::Sender<Option<Arc<AccessKey>>>,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        let name = format!("profile {}", path.display());
+        let source = file::Source::new(path, profile_key);
+        let cache = Cache::start(name, source, OnRejection::Recheck, keys, metrics);
+        Self::CachedKey(cache)
     }
 }
 
@@ -314,6 +347,15 @@ pub enum Error {
     /// The deadline passed while waiting.
     #[error("the deadline passed while waiting for a credential")]
     DeadlineExceeded,
+}
+
+/// What a 401 says about the token of the attempt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TokenEvidence {
+    /// The token itself is rejected: it has expired, was revoked or cannot be read.
+    Rejected,
+    /// The call is rejected, perhaps because the token is for another project.
+    Unclear,
 }
 
 /// Who issues the credentials that the facade fetches.

@@ -96,7 +96,13 @@ async fn callers_bring_exactly_one_well_formed_token() {
         );
         if let Ok(auth) = resolved {
             assert_eq!(auth.owner(), Owner::Caller);
-            assert!(credentials.refresh(&auth, soon()).await.unwrap().is_none());
+            assert!(
+                credentials
+                    .refresh(&auth, TokenEvidence::Rejected, soon())
+                    .await
+                    .unwrap()
+                    .is_none()
+            );
         }
     }
 }
@@ -129,7 +135,13 @@ async fn a_token_of_the_facade_is_used_whatever_the_caller_brings() {
 
     assert!(matches!(&auth, Auth::Token(token) if token.value == "ours"));
     assert_eq!(auth.owner(), Owner::Server);
-    assert!(credentials.refresh(&auth, soon()).await.unwrap().is_none());
+    assert!(
+        credentials
+            .refresh(&auth, TokenEvidence::Rejected, soon())
+            .await
+            .unwrap()
+            .is_none()
+    );
 }
 
 #[tokio::test]
@@ -190,7 +202,10 @@ async fn a_thousand_cold_calls_cause_one_token_request_and_a_killed_token_one_mo
                 generation: 1,
                 identity: Identity::Server,
             });
-            match credentials.refresh(&used, soon()).await {
+            match credentials
+                .refresh(&used, TokenEvidence::Rejected, soon())
+                .await
+            {
                 Ok(Some(Auth::Token(token))) => token,
                 other => panic!("{other:?}"),
             }
@@ -329,7 +344,9 @@ async fn no_source_shows_a_secret_in_log_debug_or_error() {
             let metadata = with_tokens(&[b"canary-caller"]);
             let resolved = resolve(&credentials, &metadata).await;
             if let Ok(auth) = &resolved {
-                let renewed = credentials.refresh(auth, soon()).await;
+                let renewed = credentials
+                    .refresh(auth, TokenEvidence::Rejected, soon())
+                    .await;
                 tracing::trace!(?renewed);
             }
             tracing::trace!(?resolved, ?credentials, name);

@@ -1,16 +1,18 @@
 use std::{
     net::{SocketAddr, TcpListener},
+    sync::atomic::{AtomicUsize, Ordering},
     time::{Duration, Instant},
 };
 
+use rds_task_facade::pb::GetTaskDetailRequest;
 use tonic::Code;
 
 use super::{FETCHED, Folder, distinct_request, failures_of, iam, metadata, ready, token_file};
 use crate::{
     credentials,
     support::{
-        Connection, Failure, Program, Sandbox, Step, Upstream, answer, eventually, example,
-        example_request,
+        Connection, Failure, Gate, LONGER_THAN_PATIENCE, Program, Sandbox, Step, Upstream, answer,
+        eventually, example, example_request, upstream::Received,
     },
 };
 
@@ -168,6 +170,180 @@ async fn an_upstream_that_refuses_every_token_costs_one_renewal_and_one_repeat()
     assert_eq!(failure.metadata["credentialOwner"], "server");
     assert_eq!(upstream.requests().len(), 2);
     assert_eq!(iam.token_requests().await, 2);
+}
+
+/// RDS and IAM in one: IAM's first token is `token-1`.
+async fn rds_and_iam(
+    iam: impl Fn(usize) -> Vec<Step> + Send + Sync + 'static,
+    rds: impl Fn(&Received) -> Vec<Step> + Send + Sync + 'static,
+) -> Upstream {
+    let asked = AtomicUsize::new(0);
+    Upstream::start(move |request| {
+        if request.line.starts_with("POST /v3/auth/tokens") {
+            iam(asked.fetch_add(1, Ordering::Relaxed) + 1)
+        } else {
+            rds(request)
+        }
+    })
+    .await
+}
+
+fn issue(number: usize) -> Vec<Step> {
+    let token = format!("token-{number}");
+    answer(201, &[("x-subject-token", &token)], "{}")
+}
+
+/// The first token, then one failure, then more tokens.
+fn issue_and_fail_once(status: u16) -> impl Fn(usize) -> Vec<Step> + Send + Sync {
+    move |number| match number {
+        2 => answer(status, &[], ""),
+        number => issue(number),
+    }
+}
+
+fn token_requests(upstream: &Upstream) -> usize {
+    let requests = upstream.requests();
+    let is_for_token = |request: &&Received| request.line.starts_with("POST /v3/auth/tokens");
+    requests.iter().filter(is_for_token).count()
+}
+
+fn foreign_request() -> GetTaskDetailRequest {
+    GetTaskDetailRequest {
+        project_id: FOREIGN_PROJECT.into(),
+        ..distinct_request()
+    }
+}
+
+const FOREIGN_PROJECT: &str = "ffffffffffffffffffffffffffffffff";
+const NOT_YOUR_PROJECT: &str = r#"{"error_code":"APIGW.0301","error_msg":"Incorrect IAM authentication information: project id does not match"}"#;
+const OUTDATED: &str = r#"{"error_code":"APIGW.0307","error_msg":"The token must be updated."}"#;
+
+#[tokio::test]
+async fn a_401_for_a_foreign_project_is_that_calls_own_even_if_iam_then_fails_once() {
+    for status in [403, 429] {
+        for body in [NOT_YOUR_PROJECT, "", "<html>"] {
+            let upstream = rds_and_iam(issue_and_fail_once(status), move |request| {
+                match request.line.contains(FOREIGN_PROJECT) {
+                    true => answer(401, &[], body),
+                    false => example(),
+                }
+            })
+            .await;
+            let url = upstream.url();
+            let folder = Folder::new();
+            let password_file = folder.file("password", "password");
+            let program = Program::start(&iam(&url, &password_file), &[]);
+            ready(&program).await;
+
+            // Nothing shows yet that the token is good.
+            let first = program.failure(foreign_request()).await;
+            let later = failures_of(&program, 20).await;
+            let second = program.failure(foreign_request()).await;
+            let last = failures_of(&program, 20).await;
+
+            for foreign in [first, second] {
+                assert_eq!(
+                    foreign.code_and_reason(),
+                    (Code::Unauthenticated, "CREDENTIAL_REJECTED"),
+                    "{status} {body}"
+                );
+                let service = foreign.metadata.get("upstreamService");
+                assert_ne!(service.map(String::as_str), Some("IAM"), "{status} {body}");
+            }
+            assert_eq!((later, last), (vec![], vec![]), "{status} {body}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_401_for_a_foreign_project_fetches_no_token_while_other_calls_succeed_with_it() {
+    let upstream = rds_and_iam(issue, |request| {
+        match request.line.contains(FOREIGN_PROJECT) {
+            true => answer(401, &[], NOT_YOUR_PROJECT),
+            false => example(),
+        }
+    })
+    .await;
+    let url = upstream.url();
+    let folder = Folder::new();
+    let password_file = folder.file("password", "password");
+    let program = Program::start(&iam(&url, &password_file), &[]);
+    program.call(distinct_request()).await.expect("a task");
+    let begun = Instant::now();
+
+    for _ in 0..10 {
+        program.failure(foreign_request()).await;
+    }
+
+    // A machine that took longer has let the proof get too old.
+    if begun.elapsed() < Duration::from_secs(60) {
+        assert_eq!(token_requests(&upstream), 1);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_rejected_for_one_call_serves_all_others_while_iam_fails() {
+    for status in [403, 429, 503] {
+        let upstream = rds_and_iam(issue_and_fail_once(status), |request| {
+            let is_foreign = request.line.contains(FOREIGN_PROJECT);
+            match (is_foreign, request.header("x-auth-token")) {
+                (true, Some("token-1")) => answer(401, &[], OUTDATED),
+                _ => example(),
+            }
+        })
+        .await;
+        let url = upstream.url();
+        let folder = Folder::new();
+        let password_file = folder.file("password", "password");
+        let program = Program::start(&iam(&url, &password_file), &[]);
+        program.call(distinct_request()).await.expect("a task");
+
+        let rejected = program.failure(foreign_request()).await;
+        let others = failures_of(&program, 100).await;
+
+        let expected = match status {
+            403 => (Code::Unauthenticated, "CREDENTIAL_REJECTED"),
+            _ => (Code::Unavailable, "CREDENTIAL_UNAVAILABLE"),
+        };
+        assert_eq!(rejected.code_and_reason(), expected, "{status}");
+        assert_eq!(others, [], "{status}");
+    }
+}
+
+#[tokio::test]
+async fn a_401_that_comes_after_the_refresh_is_repeated_with_the_new_token_and_fetches_none() {
+    let gate = Gate::default();
+    let held = gate.clone();
+    let upstream = rds_and_iam(issue, move |request| match request.header("x-auth-token") {
+        Some("token-1") if request.line.contains("straggler") => [
+            vec![Step::WaitFor(held.clone())],
+            answer(401, &[], OUTDATED),
+        ]
+        .concat(),
+        Some("token-1") => answer(401, &[], OUTDATED),
+        _ => example(),
+    })
+    .await;
+    let url = upstream.url();
+    let folder = Folder::new();
+    let password_file = folder.file("password", "password");
+    let patience = ["--attempt-timeout", LONGER_THAN_PATIENCE];
+    let args = [&iam(&url, &password_file)[..], &patience].concat();
+    let program = Program::start(&args, &[]);
+    ready(&program).await;
+    let request = GetTaskDetailRequest {
+        instance_id: "straggler".into(),
+        ..distinct_request()
+    };
+
+    let (straggler, ()) = tokio::join!(program.call(request), async {
+        upstream.wait_for_requests(2).await;
+        program.call(distinct_request()).await.expect("refreshed");
+        gate.open();
+    });
+
+    assert!(straggler.is_ok(), "{straggler:?}");
+    assert_eq!(token_requests(&upstream), 2);
 }
 
 #[tokio::test]
