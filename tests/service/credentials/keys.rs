@@ -1,8 +1,11 @@
 use std::time::Duration;
 
 use tonic::Code;
+use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus};
 
-use super::{FETCHED, SANDBOX_KEY, failures_of, metadata, metadata_service};
+use super::{
+    FETCHED, Folder, SANDBOX_KEY, distinct_request, failures_of, metadata, metadata_service, ready,
+};
 use crate::support::{
     Program, Sandbox, Step, Upstream, answer, eventually, example, example_request,
 };
@@ -58,6 +61,89 @@ async fn a_burst_with_a_key_that_was_never_accepted_sends_one_request_and_then_n
         assert!((240..=300).contains(&delay.as_secs()), "{delay:?}");
         assert!(failure.pushback_ms.is_some());
     }
+}
+
+/// Health and `/readyz`, which must agree.
+async fn is_serving(program: &Program) -> bool {
+    let request = HealthCheckRequest::default();
+    let reply = program.health().await.check(request).await;
+    let status = reply.expect("health replies").into_inner().status();
+    let readyz = program.admin("/readyz").await.0;
+    assert_eq!(status == ServingStatus::Serving, readyz == 200, "{readyz}");
+    status == ServingStatus::Serving
+}
+
+async fn until_serving(program: &Program, expected: bool) {
+    eventually("health and readiness change", async || {
+        let readyz = program.admin("/readyz").await.0;
+        (readyz == 200) == expected
+    })
+    .await;
+    assert_eq!(is_serving(program).await, expected);
+}
+
+#[tokio::test]
+async fn while_a_wrong_key_rests_the_program_is_not_serving() {
+    let sandbox = Sandbox::start();
+    let program = with_key(&sandbox.url(), &WRONG_KEY);
+    assert!(
+        is_serving(&program).await,
+        "nothing is known of the key yet"
+    );
+
+    let first = program.failure(example_request()).await;
+    until_serving(&program, false).await;
+    let later = program.failure(example_request()).await;
+
+    assert_eq!(first.reason, "CREDENTIAL_REJECTED");
+    assert_eq!(later.reason, "CREDENTIAL_LOCKED");
+    assert!(!is_serving(&program).await);
+    assert_eq!(sandbox.count("bad_signatures").await, 1);
+}
+
+#[tokio::test]
+async fn another_key_in_the_profile_file_ends_the_rest() {
+    let sandbox = Sandbox::start();
+    let folder = Folder::new();
+    let profile = folder.file("profile", "[basic]\nak=SANDBOXACCESSKEY\nsk=wrong\n");
+    let program = Program::start(
+        &["--endpoint", &sandbox.url(), "--credentials", "profile"],
+        &[("HUAWEICLOUD_SDK_CREDENTIALS_FILE", &profile)],
+    );
+    ready(&program).await;
+    let rejected = program.failure(example_request()).await;
+    until_serving(&program, false).await;
+
+    folder.file(
+        "profile",
+        "[basic]\nak=SANDBOXACCESSKEY\nsk=sandbox-secret-key\n",
+    );
+    until_serving(&program, true).await;
+    let called = program.call(example_request()).await;
+
+    assert_eq!(rejected.reason, "CREDENTIAL_REJECTED");
+    assert!(called.is_ok(), "{called:?}");
+    assert!(is_serving(&program).await);
+}
+
+#[tokio::test]
+async fn while_a_key_rests_that_was_accepted_before_the_program_keeps_serving() {
+    let upstream = Upstream::start(|request| match request.number {
+        0 => example(),
+        _ => refusal("verify aksk signature fail", &[]),
+    })
+    .await;
+    let program = with_key(&upstream.url(), &SANDBOX_KEY);
+    program.call(distinct_request()).await.expect("accepted");
+
+    let mut reasons = Vec::new();
+    for _ in 0..4 {
+        reasons.push(program.failure(distinct_request()).await.reason);
+        assert!(is_serving(&program).await, "{reasons:?}");
+    }
+
+    assert_eq!(reasons[..3], ["CREDENTIAL_REJECTED"; 3]);
+    assert_eq!(reasons[3], "CREDENTIAL_LOCKED");
 }
 
 #[tokio::test]
