@@ -92,7 +92,7 @@ impl AccessKey {
             access_key_id: access_key_id.to_owned(),
             signing_key: hmac::Key::new(hmac::HMAC_SHA256, secret.as_bytes()),
             security_token,
-            guard: Arc::new(KeyGuard::new()),
+            guard: Arc::new(KeyGuard::default()),
         })
     }
 

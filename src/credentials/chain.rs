@@ -14,7 +14,7 @@ use super::{
 
 /// The links of the chain.
 #[derive(Debug, Clone)]
-pub struct Config {
+pub struct ChainConfig {
     /// The key in the environment.
     pub environment: Option<Arc<AccessKey>>,
     /// The profile file, which need not exist.
@@ -32,7 +32,7 @@ pub(super) enum Choice {
 }
 
 /// Chooses a link. Reads the profile file; blocks.
-pub(super) fn choose(config: &Config) -> Choice {
+pub(super) fn choose(config: &ChainConfig) -> Choice {
     if let Some(key) = &config.environment {
         return Choice::Environment(key.clone());
     }
@@ -51,7 +51,7 @@ pub(super) fn choose(config: &Config) -> Choice {
 
 /// The metadata service as the last link: its errors name the reasons of all three links.
 pub(super) struct LastLink {
-    pub(super) metadata: metadata::Source,
+    pub(super) metadata: metadata::MetadataKeys,
     pub(super) before: String,
 }
 

@@ -79,13 +79,13 @@ pub(super) async fn read_watched(watcher: &mut Watcher) -> Result<Zeroizing<Vec<
 pub(super) type Parse<V> = fn(&str, Option<&V>) -> Result<V, Error>;
 
 /// A file as a source of the cache: its credential has no end, and is read again when the file changes.
-pub(super) struct Source<V> {
+pub(super) struct FileSource<V> {
     watcher: Watcher,
     parse: Parse<V>,
     previous: Option<V>,
 }
 
-impl<V> Source<V> {
+impl<V> FileSource<V> {
     pub(super) fn new(path: PathBuf, parse: Parse<V>) -> Self {
         Self {
             watcher: watch(path, INTERVAL),
@@ -100,7 +100,7 @@ impl<V> Source<V> {
     }
 }
 
-impl<V: Clone + PartialEq + Send + Sync + 'static> Refresh for Source<V> {
+impl<V: Clone + PartialEq + Send + Sync + 'static> Refresh for FileSource<V> {
     type Value = V;
 
     /// An unusable file is read as often as a usable one.
@@ -157,7 +157,7 @@ mod tests {
             let parse = |text: &str, _: Option<&String>| {
                 Ok(parse_token(text)?.to_str().unwrap().to_owned())
             };
-            let source = Source {
+            let source = FileSource {
                 watcher: watch(path.to_owned(), interval),
                 parse,
                 previous: None,
@@ -277,7 +277,7 @@ mod tests {
     #[tokio::test]
     async fn a_key_that_a_profile_file_repeats_keeps_its_guard() {
         let file = NamedTempFile::new().unwrap();
-        let mut source = Source::new(file.path().to_owned(), profile_key);
+        let mut source = FileSource::new(file.path().to_owned(), profile_key);
         let mut read = async |text| {
             fs::write(&file, text).unwrap();
             source.refresh().await.unwrap().value

@@ -1,6 +1,6 @@
 //! Tokens from the identity service, for user and password.
 //!
-//! Source: IAM API reference, "Obtaining a User Token Through Password Authentication" (`POST /v3/auth/tokens`).
+//! IamTokens: IAM API reference, "Obtaining a User Token Through Password Authentication" (`POST /v3/auth/tokens`).
 
 use std::{path::PathBuf, time::Duration};
 
@@ -27,7 +27,7 @@ const REST_AFTER_REJECTION: Duration = Duration::from_secs(15 * 60);
 
 /// The identity service and the user.
 #[derive(Debug, Clone)]
-pub struct Config {
+pub struct IamConfig {
     /// The identity service with its scheme, for example `https://iam.cn-north-4.myhuaweicloud.com`.
     pub endpoint: Url,
     /// Name of the IAM user.
@@ -42,16 +42,16 @@ pub struct Config {
 }
 
 /// The identity service as a source of the cache.
-pub(super) struct Source {
+pub(super) struct IamTokens {
     client: reqwest::Client,
-    config: Config,
+    config: IamConfig,
     password_file: Watcher,
     /// Of the password, if the identity service rejected it.
     rejected: Option<Digest>,
 }
 
-impl Source {
-    pub(super) fn new(client: reqwest::Client, config: Config) -> Self {
+impl IamTokens {
+    pub(super) fn new(client: reqwest::Client, config: IamConfig) -> Self {
         Self {
             client,
             password_file: file::watch(config.password_file.clone(), file::INTERVAL),
@@ -70,7 +70,7 @@ fn parse_password(content: &[u8]) -> Result<Zeroizing<String>, file::Error> {
     Ok(secret::parse_password(file::text(content)?)?)
 }
 
-impl Refresh for Source {
+impl Refresh for IamTokens {
     type Value = HeaderValue;
 
     async fn refresh(&mut self) -> Result<Fetched<HeaderValue>, FetchError> {
@@ -116,7 +116,7 @@ impl Refresh for Source {
     }
 }
 
-fn body(config: &Config, password: &str) -> Vec<u8> {
+fn body(config: &IamConfig, password: &str) -> Vec<u8> {
     let is_id =
         config.project.len() == 32 && config.project.bytes().all(|byte| byte.is_ascii_hexdigit());
     let project = if is_id {
@@ -203,15 +203,15 @@ mod tests {
         file
     }
 
-    fn source(endpoint: &str, password_file: &NamedTempFile) -> Source {
-        let config = Config {
+    fn source(endpoint: &str, password_file: &NamedTempFile) -> IamTokens {
+        let config = IamConfig {
             endpoint: endpoint.parse().unwrap(),
             user: "user".to_owned(),
             domain: "domain".to_owned(),
             password_file: password_file.path().to_owned(),
             project: "cn-north-4".to_owned(),
         };
-        Source::new(fetch::identity_client(&http_config()).unwrap(), config)
+        IamTokens::new(fetch::identity_client(&http_config()).unwrap(), config)
     }
 
     async fn outcome_of(answer: &'static str) -> Result<Fetched<HeaderValue>, FetchError> {
@@ -269,7 +269,7 @@ mod tests {
     fn thirty_two_hexadecimal_digits_are_a_project_id_and_anything_else_is_a_name() {
         let file = password_file();
         let mut config = source("http://127.0.0.1", &file).config;
-        let scope = |config: &Config| {
+        let scope = |config: &IamConfig| {
             let body: Value = serde_json::from_slice(&body(config, "p")).unwrap();
             body["auth"]["scope"]["project"].clone()
         };

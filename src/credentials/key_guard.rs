@@ -40,7 +40,7 @@ pub struct KeyGuard {
     proven: AtomicBool,
     /// Counts the rejections. An admission of an older count was sent before the last rejection.
     epoch: AtomicU64,
-    state: Mutex<State>,
+    state: Mutex<Evidence>,
     /// Wakes the calls that wait for an admission.
     changed: Notify,
     /// Until when a key that was never accepted rests: the server is not ready for so long.
@@ -48,7 +48,7 @@ pub struct KeyGuard {
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct Evidence {
     /// An admission is in flight that others wait for.
     probing: bool,
     /// The projects of the rejections since the last accepted signature.
@@ -63,19 +63,19 @@ struct State {
 impl KeyGuard {
     /// The guard of a key without any evidence.
     pub fn new() -> Self {
-        Self::with(State::default())
+        Self::with(Evidence::default())
     }
 
     /// The guard of a key with the same AK and another secret. The gateway may still count the old secret's bad signatures.
     pub(super) fn for_another_secret(&self) -> Self {
         let old = self.state();
-        Self::with(State {
+        Self::with(Evidence {
             wary: old.wary || !old.rejections.is_empty(),
-            ..State::default()
+            ..Evidence::default()
         })
     }
 
-    fn with(state: State) -> Self {
+    fn with(state: Evidence) -> Self {
         Self {
             proven: AtomicBool::new(false),
             epoch: AtomicU64::new(0),
@@ -99,7 +99,7 @@ impl KeyGuard {
         &'a self,
         project_id: &'a str,
         deadline: Deadline,
-    ) -> Result<Admission<'a>, Error> {
+    ) -> Result<SigningPermit<'a>, Error> {
         loop {
             if self.proven.load(Ordering::Acquire) {
                 return Ok(self.admission(project_id, false));
@@ -118,7 +118,7 @@ impl KeyGuard {
     }
 
     /// `None` while another call's probe is in flight.
-    fn try_probe<'a>(&'a self, project_id: &'a str) -> Option<Result<Admission<'a>, Error>> {
+    fn try_probe<'a>(&'a self, project_id: &'a str) -> Option<Result<SigningPermit<'a>, Error>> {
         let mut state = self.state();
         if let Some(until) = state.rests_until {
             let retry_after = until.saturating_duration_since(Instant::now());
@@ -138,8 +138,8 @@ impl KeyGuard {
         Some(Ok(self.admission(project_id, true)))
     }
 
-    fn admission<'a>(&'a self, project_id: &'a str, probe: bool) -> Admission<'a> {
-        Admission {
+    fn admission<'a>(&'a self, project_id: &'a str, probe: bool) -> SigningPermit<'a> {
+        SigningPermit {
             guard: self,
             project_id,
             epoch: self.epoch.load(Ordering::Acquire),
@@ -147,12 +147,12 @@ impl KeyGuard {
         }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, Evidence> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl State {
+impl Evidence {
     /// Whether this rejection counts: a project that may be the cause itself counts once.
     fn counts(&self, project_id: &str) -> bool {
         let accepted = |projects: &[String]| projects.iter().any(|known| known == project_id);
@@ -170,14 +170,14 @@ impl Default for KeyGuard {
 /// Permission to sign one request. Dropped without evidence (a timeout, a connection that broke) it says nothing about the key.
 #[derive(Debug)]
 #[must_use = "hold it until the reply is there"]
-pub struct Admission<'a> {
+pub struct SigningPermit<'a> {
     guard: &'a KeyGuard,
     project_id: &'a str,
     epoch: u64,
     probe: bool,
 }
 
-impl Admission<'_> {
+impl SigningPermit<'_> {
     /// The gateway accepted the signature, whatever else the reply says.
     pub fn accepted(self) {
         let guard = self.guard;
@@ -224,7 +224,7 @@ impl Admission<'_> {
 }
 
 impl KeyGuard {
-    fn rest(&self, mut state: MutexGuard<'_, State>) {
+    fn rest(&self, mut state: MutexGuard<'_, Evidence>) {
         let until = Instant::now() + KEY_LOCK;
         state.wary = true;
         state.rests_until = Some(until);
@@ -238,7 +238,7 @@ impl KeyGuard {
     }
 }
 
-impl Drop for Admission<'_> {
+impl Drop for SigningPermit<'_> {
     fn drop(&mut self) {
         if self.probe {
             self.guard.state().probing = false;
@@ -259,16 +259,16 @@ mod tests {
         Deadline::after(Duration::from_secs(seconds))
     }
 
-    async fn admit(guard: &KeyGuard) -> Admission<'_> {
+    async fn admit(guard: &KeyGuard) -> SigningPermit<'_> {
         admit_for(guard, "p").await
     }
 
-    async fn admit_for<'a>(guard: &'a KeyGuard, project_id: &'a str) -> Admission<'a> {
+    async fn admit_for<'a>(guard: &'a KeyGuard, project_id: &'a str) -> SigningPermit<'a> {
         guard.admit(project_id, in_seconds(1)).await.unwrap()
     }
 
     async fn proven() -> KeyGuard {
-        let guard = KeyGuard::new();
+        let guard = KeyGuard::default();
         admit(&guard).await.accepted();
         guard
     }
@@ -288,7 +288,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn until_the_first_accepted_reply_one_request_is_in_flight_at_a_time() {
-        let guard = KeyGuard::new();
+        let guard = KeyGuard::default();
         let first = admit(&guard).await;
 
         assert_eq!(
@@ -307,7 +307,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_burst_with_a_key_that_was_never_accepted_sends_one_request_and_with_any_other_three()
     {
-        for (guard, expected) in [(KeyGuard::new(), 1), (proven().await, 3)] {
+        for (guard, expected) in [(KeyGuard::default(), 1), (proven().await, 3)] {
             let guard = Arc::new(guard);
             // The first rejection ends the time of many requests at once.
             if expected == 3 {
@@ -344,7 +344,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn only_the_rest_of_a_key_that_was_never_accepted_is_reported() {
-        let (unproven, proven) = (KeyGuard::new(), proven().await);
+        let (unproven, proven) = (KeyGuard::default(), proven().await);
         let reports = [unproven.unproven_rest(), proven.unproven_rest()];
 
         rejected_times(&unproven, 1).await;
@@ -440,7 +440,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_waiter_that_gives_up_does_not_take_the_turn_of_the_next() {
-        let guard = KeyGuard::new();
+        let guard = KeyGuard::default();
         let probe = admit(&guard).await;
         let ten_milliseconds = Duration::from_millis(10);
 
@@ -485,7 +485,7 @@ mod tests {
                 .build()
                 .unwrap();
             runtime.block_on(async {
-                let guard = KeyGuard::new();
+                let guard = KeyGuard::default();
                 let mut in_flight = Vec::new();
                 // Of requests that were sent after the last accepted reply.
                 let (mut rejected, mut accepted_once) = (0, false);

@@ -1,6 +1,6 @@
 //! Temporary keys from the metadata service of an ECS machine with an agency.
 //!
-//! Source: ECS user guide, "Obtaining Metadata" (`securitykey`), and the vendor's Python SDK 3.1.219 for the hardened mode.
+//! MetadataKeys: ECS user guide, "Obtaining Metadata" (`securitykey`), and the vendor's Python SDK 3.1.219 for the hardened mode.
 
 use std::{sync::Arc, time::Duration};
 
@@ -31,7 +31,7 @@ const NO_AGENCY: &[u8] = b"Please configure Cloud Service Agency first";
 
 /// The metadata service as a source of the cache. Its keys live 24 hours and are replaced 6 hours before their end, so a refresh
 /// at 80 % of the remaining lifetime always finds new ones.
-pub(super) struct Source {
+pub(super) struct MetadataKeys {
     client: reqwest::Client,
     endpoint: String,
     hardened: Hardened,
@@ -46,7 +46,7 @@ enum Hardened {
     Absent { until: Instant },
 }
 
-impl Source {
+impl MetadataKeys {
     pub(super) fn new(client: reqwest::Client, endpoint: &str) -> Self {
         Self {
             client,
@@ -109,7 +109,7 @@ impl Source {
     }
 }
 
-impl Refresh for Source {
+impl Refresh for MetadataKeys {
     type Value = Arc<AccessKey>;
 
     async fn refresh(&mut self) -> Result<Fetched<Arc<AccessKey>>, FetchError> {
@@ -195,8 +195,8 @@ mod tests {
     const PUT: &str = "PUT /meta-data/latest/api/token";
     const GET: &str = "GET /openstack/latest/securitykey";
 
-    fn source(issuer: &FakeIssuer) -> Source {
-        Source::new(fetch::metadata_client().unwrap(), &issuer.endpoint)
+    fn source(issuer: &FakeIssuer) -> MetadataKeys {
+        MetadataKeys::new(fetch::metadata_client().unwrap(), &issuer.endpoint)
     }
 
     fn key() -> String {

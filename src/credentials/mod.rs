@@ -34,7 +34,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 pub use self::{
     auth::{AccessKey, Auth, Identity, Token},
-    options::{HEADING, Options, Place},
+    options::{HEADING, Options, UpstreamContext},
 };
 use self::{
     cache::{Cache, OnRejection},
@@ -77,7 +77,7 @@ pub enum Source {
     /// A token in a file that another program renews.
     TokenFile(PathBuf),
     /// Tokens from the identity service, for user and password.
-    Iam(iam::Config),
+    Iam(iam::IamConfig),
     /// One key for good.
     Key(Arc<AccessKey>),
     /// The key in a profile file of the vendor's SDKs.
@@ -85,7 +85,7 @@ pub enum Source {
     /// Temporary keys from the metadata service at this address, for example `http://169.254.169.254`.
     Metadata(Url),
     /// Environment, profile file, metadata service: the first that holds a key.
-    Chain(chain::Config),
+    Chain(chain::ChainConfig),
 }
 
 /// The credentials of the facade. Clones share everything.
@@ -124,7 +124,7 @@ impl Credentials {
             Source::Key(key) => Running::Key(key),
             Source::TokenFile(path) => {
                 let name = format!("token file {}", path.display());
-                let source = file::Source::new(path, |text, _| Ok(secret::parse_token(text)?));
+                let source = file::FileSource::new(path, |text, _| Ok(secret::parse_token(text)?));
                 let cache = Cache::start(name, source, OnRejection::Recheck, tokens, metrics);
                 Running::CachedToken(cache)
             }
@@ -134,12 +134,13 @@ impl Credentials {
                     https_only: iam.endpoint.scheme() == "https",
                     ..config.http
                 };
-                let source = iam::Source::new(fetch::identity_client(&http)?, iam);
+                let source = iam::IamTokens::new(fetch::identity_client(&http)?, iam);
                 let cache = Cache::start("iam", source, ON_TOKEN_REJECTED, tokens, metrics);
                 Running::CachedToken(cache)
             }
             Source::Metadata(endpoint) => {
-                let source = metadata::Source::new(fetch::metadata_client()?, endpoint.as_str());
+                let source =
+                    metadata::MetadataKeys::new(fetch::metadata_client()?, endpoint.as_str());
                 let cache = Cache::start("metadata", source, ON_KEY_REJECTED, keys, metrics);
                 Running::CachedKey(cache)
             }
@@ -148,7 +149,8 @@ impl Credentials {
                 chain::Choice::Profile(path) => Running::profile(path, keys, metrics),
                 chain::Choice::Metadata(before) => {
                     let client = fetch::metadata_client()?;
-                    let metadata = metadata::Source::new(client, chain.metadata_endpoint.as_str());
+                    let metadata =
+                        metadata::MetadataKeys::new(client, chain.metadata_endpoint.as_str());
                     let source = chain::LastLink { metadata, before };
                     let cache = Cache::start("chain", source, ON_KEY_REJECTED, keys, metrics);
                     Running::CachedKey(cache)
@@ -275,7 +277,7 @@ impl Running {
         metrics: Arc<Metrics>,
     ) -> Self {
         let name = format!("profile {}", path.display());
-        let source = file::Source::new(path, profile_key);
+        let source = file::FileSource::new(path, profile_key);
         let cache = Cache::start(name, source, OnRejection::Recheck, keys, metrics);
         Self::CachedKey(cache)
     }

@@ -41,8 +41,8 @@ const METADATA_ENDPOINT: &str = "http://169.254.169.254";
 pub struct Options {
     /// caller (x-auth-token of each call), token, iam, env, profile, metadata or chain (env, profile, metadata); with
     /// --sandbox the default is token [default: caller]
-    #[arg(long, value_name = "SOURCE", value_parser = Kind::parse)]
-    credentials: Option<Kind>,
+    #[arg(long, value_name = "SOURCE", value_parser = SourceKind::parse)]
+    credentials: Option<SourceKind>,
     /// For token: file with the token, read again when it changes; or the variable RDS_TASK_FACADE_TOKEN
     #[arg(long, value_name = "FILE")]
     token_file: Option<String>,
@@ -75,7 +75,7 @@ impl fmt::Debug for Options {
 
 /// The credential source by its name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
+enum SourceKind {
     Caller,
     Token,
     Iam,
@@ -85,7 +85,7 @@ enum Kind {
     Chain,
 }
 
-impl Kind {
+impl SourceKind {
     fn parse(text: &str) -> Parsed<Self> {
         let kinds = [
             ("caller", Self::Caller),
@@ -102,7 +102,7 @@ impl Kind {
 
 /// Where RDS is, as far as the credential source depends on it.
 #[derive(Debug, Clone, Copy)]
-pub struct Place {
+pub struct UpstreamContext {
     /// The region, if one is configured.
     pub region: Option<Region>,
     /// Whether the embedded sandbox is called.
@@ -113,36 +113,41 @@ pub struct Place {
 
 impl Options {
     /// The source in use; `None` if there are problems with it.
-    pub fn source(&self, place: Place, validation: &mut Validation<'_>) -> Option<Source> {
+    pub fn source(
+        &self,
+        upstream: UpstreamContext,
+        validation: &mut Validation<'_>,
+    ) -> Option<Source> {
         if validation.is_rejected(&["credentials"]) {
             return None;
         }
-        let default = match place.sandbox {
-            true => Kind::Token,
-            false => Kind::Caller,
+        let default = match upstream.sandbox {
+            true => SourceKind::Token,
+            false => SourceKind::Caller,
         };
         match self.credentials.unwrap_or(default) {
-            Kind::Caller => Some(Source::Caller),
-            Kind::Token => self.token(place, validation),
-            Kind::Iam => self.iam(place, validation).map(Source::Iam),
-            Kind::Env => key(validation, true).map(Source::Key),
-            Kind::Profile => profile(validation).map(Source::Profile),
-            Kind::Metadata => self.metadata(place, validation).map(Source::Metadata),
-            Kind::Chain => {
+            SourceKind::Caller => Some(Source::Caller),
+            SourceKind::Token => self.token(upstream, validation),
+            SourceKind::Iam => self.iam(upstream, validation).map(Source::Iam),
+            SourceKind::Env => key(validation, true).map(Source::Key),
+            SourceKind::Profile => profile(validation).map(Source::Profile),
+            SourceKind::Metadata => self.metadata(upstream, validation).map(Source::Metadata),
+            SourceKind::Chain => {
                 let environment = key(validation, false);
                 let profile = profile_path(validation).map(|(_, path)| path);
-                self.metadata(place, validation).map(|metadata_endpoint| {
-                    Source::Chain(chain::Config {
-                        environment,
-                        profile,
-                        metadata_endpoint,
+                self.metadata(upstream, validation)
+                    .map(|metadata_endpoint| {
+                        Source::Chain(chain::ChainConfig {
+                            environment,
+                            profile,
+                            metadata_endpoint,
+                        })
                     })
-                })
             }
         }
     }
 
-    fn token(&self, place: Place, validation: &mut Validation<'_>) -> Option<Source> {
+    fn token(&self, upstream: UpstreamContext, validation: &mut Validation<'_>) -> Option<Source> {
         if let Some(path) = &self.token_file {
             let path = secret_file(path, secret::load_token);
             return validation
@@ -155,7 +160,7 @@ impl Options {
                 .parsed_variable(&variable, secret::parse_token)
                 .map(Source::Token);
         }
-        if place.sandbox {
+        if upstream.sandbox {
             return secret::parse_token(SANDBOX_TOKEN).ok().map(Source::Token);
         }
         let sentence = format!("must be set for --credentials token, or the variable {variable}");
@@ -163,8 +168,12 @@ impl Options {
         None
     }
 
-    fn iam(&self, place: Place, validation: &mut Validation<'_>) -> Option<iam::Config> {
-        let endpoint = self.iam_endpoint(place, validation);
+    fn iam(
+        &self,
+        upstream: UpstreamContext,
+        validation: &mut Validation<'_>,
+    ) -> Option<iam::IamConfig> {
+        let endpoint = self.iam_endpoint(upstream, validation);
         let user = required("iam-user", &self.iam_user, name, validation);
         let domain = required("iam-domain", &self.iam_domain, name, validation);
         let password = |path: &str| secret_file(path, secret::load_password);
@@ -174,13 +183,13 @@ impl Options {
             password,
             validation,
         );
-        let project = match (&self.iam_project, place.region) {
+        let project = match (&self.iam_project, upstream.region) {
             (Some(project), _) => {
                 validation.accept(&validation.name_of("iam-project"), name(project))
             }
             // The name of a region's main project is the region's id.
             (None, Some(region)) => Some(region.id.to_owned()),
-            (None, None) if place.sandbox => Some(SANDBOX_PROJECT.to_owned()),
+            (None, None) if upstream.sandbox => Some(SANDBOX_PROJECT.to_owned()),
             (None, None) => {
                 validation.problem(
                     "--iam-project",
@@ -189,7 +198,7 @@ impl Options {
                 None
             }
         };
-        Some(iam::Config {
+        Some(iam::IamConfig {
             endpoint: endpoint?,
             user: user?,
             domain: domain?,
@@ -198,7 +207,11 @@ impl Options {
         })
     }
 
-    fn iam_endpoint(&self, place: Place, validation: &mut Validation<'_>) -> Option<Url> {
+    fn iam_endpoint(
+        &self,
+        upstream: UpstreamContext,
+        validation: &mut Validation<'_>,
+    ) -> Option<Url> {
         const SDK_VARIABLE: &str = "HUAWEICLOUD_SDK_IAM_ENDPOINT";
         let (name, text) = match &self.iam_endpoint {
             Some(text) => (validation.name_of("iam-endpoint"), Some(text.clone())),
@@ -206,13 +219,13 @@ impl Options {
         };
         if let Some(text) = text {
             let url = validation.accept(&name, url::base(&text))?;
-            let checked = url::check_plain_http(&url, place.allow_plain_http);
+            let checked = url::check_plain_http(&url, upstream.allow_plain_http);
             return validation.accept(&name, checked).map(|()| url);
         }
-        if place.sandbox {
+        if upstream.sandbox {
             return Some(sandbox_url());
         }
-        let url = place.region.and_then(Region::iam_url);
+        let url = upstream.region.and_then(Region::iam_url);
         if url.is_none() {
             validation.problem(
                 "--iam-endpoint",
@@ -222,8 +235,8 @@ impl Options {
         url
     }
 
-    fn metadata(&self, place: Place, validation: &mut Validation<'_>) -> Option<Url> {
-        if place.sandbox && self.metadata_endpoint == METADATA_ENDPOINT {
+    fn metadata(&self, upstream: UpstreamContext, validation: &mut Validation<'_>) -> Option<Url> {
+        if upstream.sandbox && self.metadata_endpoint == METADATA_ENDPOINT {
             return Some(sandbox_url());
         }
         // The metadata service speaks plain http, on a link-local address.

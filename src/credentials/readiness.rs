@@ -85,7 +85,7 @@ impl Readiness {
 mod tests {
     use super::*;
     use crate::{
-        credentials::key_guard::{Admission, KEY_LOCK},
+        credentials::key_guard::{KEY_LOCK, SigningPermit},
         deadline::Deadline,
     };
 
@@ -95,7 +95,7 @@ mod tests {
         Arc::new(AccessKey::parse("AK", secret, None).unwrap())
     }
 
-    async fn admit(key: &AccessKey) -> Admission<'_> {
+    async fn admit(key: &AccessKey) -> SigningPermit<'_> {
         let deadline = Deadline::after(SECOND);
         key.guard.admit("p", deadline).await.unwrap()
     }

@@ -151,7 +151,7 @@ async fn the_chain_takes_environment_then_profile_then_metadata() {
     fs::write(&profile, "[basic]\nak = FROM-PROFILE\nsk = s\n").unwrap();
     let issuer = metadata_issuer().await;
     let chain = |environment, profile| {
-        Source::Chain(chain::Config {
+        Source::Chain(chain::ChainConfig {
             environment,
             profile,
             metadata_endpoint: issuer.endpoint.parse().unwrap(),
@@ -239,7 +239,7 @@ async fn metadata_issuer() -> FakeIssuer {
 fn iam_source(issuer: &FakeIssuer, folder: &TempDir) -> Source {
     let password_file = folder.path().join("password");
     fs::write(&password_file, "canary-password").unwrap();
-    Source::Iam(iam::Config {
+    Source::Iam(iam::IamConfig {
         endpoint: issuer.endpoint.parse().unwrap(),
         user: "user".to_owned(),
         domain: "domain".to_owned(),
@@ -330,7 +330,7 @@ async fn no_source_shows_a_secret_in_log_debug_or_error() {
         ),
         (
             "chain",
-            Source::Chain(chain::Config {
+            Source::Chain(chain::ChainConfig {
                 environment: None,
                 profile: Some(folder.path().join("p2")),
                 metadata_endpoint: echoing.endpoint.parse().unwrap(),

@@ -56,7 +56,7 @@ pub(super) enum Remedy {
 /// The credential of an attempt, until its reply.
 enum Used<'a> {
     Token(&'a Token),
-    Key(key_guard::Admission<'a>),
+    Key(key_guard::SigningPermit<'a>),
 }
 
 /// When an attempt was signed and sent.
@@ -294,7 +294,7 @@ impl Client {
         facts: &Facts,
         headers: &HeaderMap,
         signed: Signed,
-        key: key_guard::Admission<'_>,
+        key: key_guard::SigningPermit<'_>,
     ) -> FailedAttempt {
         let clock = &self.endpoint.clock;
         let clock_skew = |remedy| FailedAttempt {
