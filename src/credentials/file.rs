@@ -17,13 +17,13 @@ use super::{
 };
 use crate::files::{self, Watcher};
 
-/// How often a file is read. A rotated secret has to be in use within a minute; reading costs next to nothing.
+/// How often a file is read, so that a rotated secret is in use within seconds.
 pub(super) const INTERVAL: Duration = Duration::from_secs(5);
 
 /// Larger than any token or profile.
-pub(super) const MAX_BYTES: usize = 64 * 1024;
+const MAX_BYTES: usize = 64 * 1024;
 
-/// Why a file holds no credential. Quotes nothing of its content.
+/// A file without a usable credential. Quotes nothing of its content.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// It cannot be opened or read.
@@ -41,7 +41,7 @@ pub enum Error {
     /// The key in it is malformed.
     #[error(transparent)]
     MalformedKey(#[from] MalformedKey),
-    /// The profile file in it cannot be used.
+    /// The profile in it cannot be used.
     #[error(transparent)]
     Profile(#[from] profile::Error),
 }
@@ -55,9 +55,9 @@ impl From<files::Error> for Error {
     }
 }
 
-/// Reads a file. Blocks.
-pub(super) fn read(path: &Path) -> Result<Zeroizing<Vec<u8>>, Error> {
-    Ok(files::read(path, MAX_BYTES)?)
+/// Reads a file and parses its text. Blocks.
+pub(super) fn load<T>(path: &Path, parse: impl Fn(&str) -> Result<T, Error>) -> Result<T, Error> {
+    parse(text(&files::read(path, MAX_BYTES)?)?)
 }
 
 /// The content of a file as text.
@@ -103,7 +103,7 @@ impl<V> FileSource<V> {
 impl<V: Clone + PartialEq + Send + Sync + 'static> Refresh for FileSource<V> {
     type Value = V;
 
-    /// An unusable file is read as often as a usable one.
+    /// An unusable file is read as often as a usable file.
     const MAX_BACKOFF: Duration = INTERVAL;
 
     async fn refresh(&mut self) -> Result<Fetched<V>, FetchError> {
@@ -117,7 +117,7 @@ impl<V: Clone + PartialEq + Send + Sync + 'static> Refresh for FileSource<V> {
     }
 
     async fn changed(&mut self) {
-        // The refresh that follows reads the file again, and reports what is wrong with it.
+        // The refresh that follows reads the file again and returns its error.
         let _ = self.watcher.changed().await;
     }
 }
@@ -242,7 +242,7 @@ mod tests {
         let running = Running::start(&path, SHORT);
 
         let Err(credentials::Error::Unavailable { retry_after }) = running.token().await else {
-            panic!("there is no token");
+            panic!("a token without a file");
         };
         assert!(retry_after <= INTERVAL, "{retry_after:?}");
         assert_eq!(*running.latest.borrow(), None);
@@ -253,7 +253,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_rejected_token_is_read_again_at_once_and_renewed_only_if_it_has_changed() {
+    async fn a_rejected_token_is_read_again_at_once_and_replaced_only_if_it_has_changed() {
         let file = NamedTempFile::new().unwrap();
         fs::write(&file, "one").unwrap();
         let hour = Duration::from_secs(3600);
@@ -297,14 +297,16 @@ mod tests {
     fn files_that_are_not_text_or_too_long_are_rejected() {
         let file = NamedTempFile::new().unwrap();
 
+        let load = |path: &Path| load(path, |text| Ok(text.to_owned()));
+
         fs::write(&file, vec![b'a'; MAX_BYTES + 1]).unwrap();
-        assert_eq!(read(file.path()), Err(Error::TooLong));
+        assert_eq!(load(file.path()), Err(Error::TooLong));
 
         fs::write(&file, [0xff, 0xfe]).unwrap();
-        assert_eq!(text(&read(file.path()).unwrap()), Err(Error::NotText));
+        assert_eq!(load(file.path()), Err(Error::NotText));
 
         assert_eq!(
-            read(Path::new("/nonexistent/file")),
+            load(Path::new("/nonexistent/file")),
             Err(Error::Unreadable(io::ErrorKind::NotFound))
         );
     }

@@ -1,6 +1,6 @@
 //! Tokens from the identity service, for user and password.
 //!
-//! IamTokens: IAM API reference, "Obtaining a User Token Through Password Authentication" (`POST /v3/auth/tokens`).
+//! Source: IAM API reference, "Obtaining a User Token Through Password Authentication" (`POST /v3/auth/tokens`).
 
 use std::{path::PathBuf, time::Duration};
 
@@ -46,7 +46,7 @@ pub(super) struct IamTokens {
     client: reqwest::Client,
     config: IamConfig,
     password_file: Watcher,
-    /// Of the password, if the identity service rejected it.
+    /// The digest of the password that the identity service rejected, if it did.
     rejected: Option<Digest>,
 }
 
@@ -134,41 +134,36 @@ fn body(config: &IamConfig, password: &str) -> Vec<u8> {
     .into_bytes()
 }
 
-#[derive(Deserialize)]
-struct Body {
+#[derive(Default, Deserialize)]
+struct TokenBody {
     token: Description,
 }
 
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
 struct Description {
     expires_at: Option<String>,
     issued_at: Option<String>,
 }
 
-/// The token is in a header. The body names only its end, so a body that cannot be read counts as one without an end.
-fn token(answer: &Response) -> Result<Fetched<HeaderValue>, FetchError> {
-    let value = answer
+/// The token is in a header. The body holds only its times, so a body that cannot be parsed counts as one without times.
+fn token(response: &Response) -> Result<Fetched<HeaderValue>, FetchError> {
+    let value = response
         .headers
         .get("x-subject-token")
-        .ok_or_else(|| FetchError::unavailable("its answer has no X-Subject-Token"))?;
+        .ok_or_else(|| FetchError::unavailable("the reply has no X-Subject-Token"))?;
     let value = value
         .to_str()
         .ok()
         .and_then(|text| secret::parse_token(text).ok())
-        .ok_or_else(|| FetchError::unavailable("its X-Subject-Token is malformed"))?;
-    let described: Option<Body> = serde_json::from_slice(&answer.body).ok();
-    let time = |text: Option<&String>| server_time::parse(text?);
-    let (expires_at, issued_at) = described.as_ref().map_or((None, None), |body| {
-        (
-            time(body.token.expires_at.as_ref()),
-            time(body.token.issued_at.as_ref()),
-        )
-    });
-    let now = wait::date(&answer.headers)
+        .ok_or_else(|| FetchError::unavailable("the X-Subject-Token in the reply is malformed"))?;
+    let TokenBody { token } = serde_json::from_slice(&response.body).unwrap_or_default();
+    let time = |text: Option<String>| server_time::parse(&text?);
+    let (expires_at, issued_at) = (time(token.expires_at), time(token.issued_at));
+    let now = wait::date(&response.headers)
         .or(issued_at)
         .unwrap_or_else(server_time::our_clock);
     let lifetime = server_time::lifetime(expires_at, now)
-        .ok_or_else(|| FetchError::unavailable("the token it gives has expired already"))?;
+        .ok_or_else(|| FetchError::unavailable("the token in the reply has already expired"))?;
     Ok(Fetched {
         value,
         lifetime: Some(lifetime),
@@ -291,7 +286,7 @@ mod tests {
                 hours(5),
             ),
             (
-                "a body that is no JSON: an hour",
+                "a body that is not JSON: an hour",
                 "HTTP/1.1 201 Created\r\nX-Subject-Token: t\r\n\r\n<html>",
                 hours(1),
             ),
@@ -377,7 +372,7 @@ mod tests {
             .await
             .unwrap_err();
 
-        assert_eq!(error.to_string(), "its answer is longer than 64 KiB");
+        assert_eq!(error.to_string(), "the reply is longer than 64 KiB");
     }
 
     #[tokio::test]

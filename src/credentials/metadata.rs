@@ -1,10 +1,11 @@
 //! Temporary keys from the metadata service of an ECS machine with an agency.
 //!
-//! MetadataKeys: ECS user guide, "Obtaining Metadata" (`securitykey`), and the vendor's Python SDK 3.1.219 for the hardened mode.
+//! Source: ECS user guide, "Obtaining Metadata" (`securitykey`), and the vendor's Python SDK 3.1.219 for the hardened mode.
 
 use std::{sync::Arc, time::Duration};
 
 use http::{HeaderValue, StatusCode};
+use reqwest::Url;
 use serde::Deserialize;
 use tokio::time::Instant;
 
@@ -15,18 +16,18 @@ use super::{
     fetch::{self, FetchError, Response},
     secret, server_time,
 };
-use crate::wait;
+use crate::{options::url, wait};
 
 /// The requested lifetime of a token of the hardened mode, in seconds, as in the vendor's SDK.
 const TOKEN_TTL: &str = "21600";
 
-/// Such a token is replaced after this time, well before its six hours are over.
+/// A token of the hardened mode is replaced after this time, well before its six hours are over.
 const TOKEN_LIFE: Duration = Duration::from_secs(5 * 60 * 60);
 
 /// A machine without the hardened mode is probed for it again after this time.
 const UNHARDENED_FOR: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// In the body of a 401 on a machine without an agency. A new token would not help.
+/// In the body of a 401 on a machine without an agency, where a new token does not help.
 const NO_AGENCY: &[u8] = b"Please configure Cloud Service Agency first";
 
 /// The metadata service as a source of the cache. Its keys live 24 hours and are replaced 6 hours before their end, so a refresh
@@ -34,8 +35,10 @@ const NO_AGENCY: &[u8] = b"Please configure Cloud Service Agency first";
 pub(super) struct MetadataKeys {
     client: reqwest::Client,
     endpoint: String,
+    /// Begins the text of each error.
+    error_prefix: String,
     hardened: Hardened,
-    /// The previous key, whose guard is kept if the service returns it again.
+    /// The previous key, whose guard is reused if the service returns the key again.
     previous: Option<Arc<AccessKey>>,
 }
 
@@ -47,10 +50,15 @@ enum Hardened {
 }
 
 impl MetadataKeys {
-    pub(super) fn new(client: reqwest::Client, endpoint: &str) -> Self {
+    pub(super) fn new(
+        client: reqwest::Client,
+        endpoint: &Url,
+        error_prefix: impl Into<String>,
+    ) -> Self {
         Self {
             client,
-            endpoint: endpoint.trim_end_matches('/').to_owned(),
+            endpoint: url::without_slash(endpoint).to_owned(),
+            error_prefix: error_prefix.into(),
             hardened: Hardened::Unknown,
             previous: None,
         }
@@ -65,14 +73,14 @@ impl MetadataKeys {
             Hardened::Absent { until } if Instant::now() < *until => return Ok(None),
             _ => {}
         }
-        let answer = self.request_token().await?;
-        if matches!(answer.status.as_u16(), 404 | 405 | 503) {
+        let response = self.request_token().await?;
+        if matches!(response.status.as_u16(), 404 | 405 | 503) {
             self.hardened = Hardened::Absent {
                 until: Instant::now() + UNHARDENED_FOR,
             };
             return Ok(None);
         }
-        self.keep_token(&answer).map(Some)
+        self.store_token(&response).map(Some)
     }
 
     async fn request_token(&self) -> Result<Response, FetchError> {
@@ -84,14 +92,16 @@ impl MetadataKeys {
         fetch::send(request).await
     }
 
-    fn keep_token(&mut self, answer: &Response) -> Result<HeaderValue, FetchError> {
-        if answer.status != StatusCode::OK {
-            return Err(unexpected(answer));
+    fn store_token(&mut self, response: &Response) -> Result<HeaderValue, FetchError> {
+        if response.status != StatusCode::OK {
+            return Err(unexpected(response));
         }
-        let value = str::from_utf8(&answer.body)
+        let value = str::from_utf8(&response.body)
             .ok()
             .and_then(|text| secret::parse_token(text).ok())
-            .ok_or_else(|| FetchError::unavailable("its metadata token is malformed"))?;
+            .ok_or_else(|| {
+                FetchError::unavailable("the metadata token in the reply is malformed")
+            })?;
         self.hardened = Hardened::Token {
             value: value.clone(),
             until: Instant::now() + TOKEN_LIFE,
@@ -107,37 +117,41 @@ impl MetadataKeys {
         }
         fetch::send(request).await
     }
+
+    async fn key(&mut self) -> Result<Fetched<Arc<AccessKey>>, FetchError> {
+        let token = self.token().await?;
+        let mut response = self.request_key(token).await?;
+        if response.status == StatusCode::UNAUTHORIZED {
+            let mut parts = response.body.windows(NO_AGENCY.len());
+            if parts.any(|part| part == NO_AGENCY) {
+                return Err(FetchError {
+                    cause: "no agency is configured for this machine".to_owned(),
+                    ..unexpected(&response)
+                });
+            }
+            // The token was rejected, or the hardened mode has just been switched on.
+            self.hardened = Hardened::Unknown;
+            let token = self.request_token().await?;
+            let token = self.store_token(&token)?;
+            response = self.request_key(Some(token)).await?;
+        }
+        if response.status != StatusCode::OK {
+            return Err(unexpected(&response));
+        }
+        let fetched = temporary_key(&response, self.previous.as_deref())?;
+        self.previous = Some(fetched.value.clone());
+        Ok(fetched)
+    }
 }
 
 impl Refresh for MetadataKeys {
     type Value = Arc<AccessKey>;
 
     async fn refresh(&mut self) -> Result<Fetched<Arc<AccessKey>>, FetchError> {
-        let token = self.token().await?;
-        let mut answer = self.request_key(token).await?;
-        if answer.status == StatusCode::UNAUTHORIZED {
-            if answer
-                .body
-                .windows(NO_AGENCY.len())
-                .any(|window| window == NO_AGENCY)
-            {
-                return Err(FetchError {
-                    cause: "no agency is configured for this machine".to_owned(),
-                    ..unexpected(&answer)
-                });
-            }
-            // The token was rejected, or the hardened mode has just been switched on.
-            self.hardened = Hardened::Unknown;
-            let token = self.request_token().await?;
-            let token = self.keep_token(&token)?;
-            answer = self.request_key(Some(token)).await?;
-        }
-        if answer.status != StatusCode::OK {
-            return Err(unexpected(&answer));
-        }
-        let fetched = temporary_key(&answer, self.previous.as_deref())?;
-        self.previous = Some(fetched.value.clone());
-        Ok(fetched)
+        self.key().await.map_err(|error| FetchError {
+            cause: format!("{}{error}", self.error_prefix),
+            ..error
+        })
     }
 }
 
@@ -147,12 +161,12 @@ fn unexpected(response: &Response) -> FetchError {
 }
 
 #[derive(Deserialize)]
-struct Body {
-    credential: Temporary,
+struct SecurityKey {
+    credential: TemporaryKey,
 }
 
 #[derive(Deserialize)]
-struct Temporary {
+struct TemporaryKey {
     access: String,
     secret: String,
     securitytoken: String,
@@ -160,12 +174,12 @@ struct Temporary {
 }
 
 fn temporary_key(
-    answer: &Response,
+    response: &Response,
     previous: Option<&AccessKey>,
 ) -> Result<Fetched<Arc<AccessKey>>, FetchError> {
     // The parser's own message could quote the secret.
-    let Body { credential } = serde_json::from_slice(&answer.body)
-        .map_err(|_| FetchError::unavailable("its answer holds no temporary key"))?;
+    let SecurityKey { credential } = serde_json::from_slice(&response.body)
+        .map_err(|_| FetchError::unavailable("the reply holds no temporary key"))?;
     let key = AccessKey::parse(
         &credential.access,
         &credential.secret,
@@ -176,9 +190,9 @@ fn temporary_key(
         .expires_at
         .as_deref()
         .and_then(server_time::parse);
-    let now = wait::date(&answer.headers).unwrap_or_else(server_time::our_clock);
+    let now = wait::date(&response.headers).unwrap_or_else(server_time::our_clock);
     let lifetime = server_time::lifetime(expires_at, now)
-        .ok_or_else(|| FetchError::unavailable("the keys it gives have expired already"))?;
+        .ok_or_else(|| FetchError::unavailable("the key in the reply has already expired"))?;
     Ok(Fetched {
         value: Arc::new(key.following(previous)),
         lifetime: Some(lifetime),
@@ -196,7 +210,8 @@ mod tests {
     const GET: &str = "GET /openstack/latest/securitykey";
 
     fn source(issuer: &FakeIssuer) -> MetadataKeys {
-        MetadataKeys::new(fetch::metadata_client().unwrap(), &issuer.endpoint)
+        let endpoint = issuer.endpoint.parse().unwrap();
+        MetadataKeys::new(fetch::metadata_client().unwrap(), &endpoint, "")
     }
 
     fn key() -> String {
@@ -279,7 +294,7 @@ mod tests {
 
         let error = source(&issuer).refresh().await.unwrap_err();
 
-        assert_eq!(error, FetchError::unavailable("it answers 404"));
+        assert_eq!(error, FetchError::unavailable("HTTP status 404"));
         assert_eq!(issuer.request_lines(), [PUT, GET, PUT]);
     }
 

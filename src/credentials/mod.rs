@@ -1,9 +1,10 @@
-//! Where the credential of an upstream request comes from, how it is kept fresh, and how a request is signed.
+//! The credential of an upstream request: its source, its refresh, and the signature of a request.
 //!
 //! - [`Credentials`]: the configured source; [`Credentials::resolve`] for each call, [`Credentials::refresh`] after a 401
+//! - [`readiness`]: whether the facade has a usable credential
 //! - [`auth`]: the credential of one request; [`secret`]: the form of tokens and keys
 //! - [`signer`], [`key_guard`]: signing with a key, and keeping it from being locked
-//! - [`iam`], [`metadata`], [`chain`], [`profile`], [`file`](mod@file): the sources; [`cache`]: keeps their credential fresh
+//! - [`iam`], [`metadata`], [`chain`], [`profile`], [`file`](mod@file): the sources; [`cache`]: their current credential
 
 pub mod auth;
 mod cache;
@@ -57,28 +58,19 @@ const ON_KEY_REJECTED: OnRejection = OnRejection::Fetch {
     spacing: Duration::from_secs(5 * 60),
 };
 
-/// Where credentials come from, and how their issuers are reached.
-#[derive(Debug, Clone)]
-pub struct Config {
-    /// The source.
-    pub source: Source,
-    /// How the identity service is reached. The metadata service is always reached directly.
-    pub http: http_client::Config,
-}
-
 /// The source of credentials, chosen at start.
 #[derive(Debug, Clone, Default)]
 pub enum Source {
     /// Each caller brings a token, as `x-auth-token`.
     #[default]
     Caller,
-    /// One token for good.
+    /// A token that never changes.
     Token(HeaderValue),
-    /// A token in a file that another program renews.
+    /// A token in a file that another program replaces.
     TokenFile(PathBuf),
     /// Tokens from the identity service, for user and password.
     Iam(iam::IamConfig),
-    /// One key for good.
+    /// A key that never changes.
     Key(Arc<AccessKey>),
     /// The key in a profile file of the vendor's SDKs.
     Profile(PathBuf),
@@ -107,18 +99,23 @@ enum Running {
 }
 
 impl Credentials {
-    /// Starts the source. One that fetches or reads files gets a task on the current runtime.
+    /// Starts the source, with a task on the current runtime if it fetches or reads files. `http` is for the identity service; the
+    /// metadata service is always reached directly.
     ///
     /// # Errors
     /// [`BuildError`] when the identity service's proxy or certificates cannot be used.
-    pub fn start(config: Config, metrics: Arc<Metrics>) -> Result<Self, BuildError> {
+    pub fn start(
+        source: Source,
+        http: &http_client::Config,
+        metrics: Arc<Metrics>,
+    ) -> Result<Self, BuildError> {
         let ready = Arc::new(watch::Sender::new(false));
         let (tokens, latest_token) = watch::channel(None);
         let (keys, latest_key) = watch::channel(None);
-        let source = match config.source {
+        let source = match source {
             Source::Caller => Running::Caller(Box::new(
                 hmac::Key::generate(hmac::HMAC_SHA256, &SystemRandom::new())
-                    .expect("the system gives random bytes"),
+                    .expect("the system has random bytes"),
             )),
             Source::Token(value) => Running::Token(server_token((value, 0))),
             Source::Key(key) => Running::Key(key),
@@ -132,26 +129,25 @@ impl Credentials {
             Source::Iam(iam) => {
                 let http = http_client::Config {
                     https_only: iam.endpoint.scheme() == "https",
-                    ..config.http
+                    ..http.clone()
                 };
                 let source = iam::IamTokens::new(fetch::identity_client(&http)?, iam);
                 let cache = Cache::start("iam", source, ON_TOKEN_REJECTED, tokens, metrics);
                 Running::CachedToken(cache)
             }
             Source::Metadata(endpoint) => {
-                let source =
-                    metadata::MetadataKeys::new(fetch::metadata_client()?, endpoint.as_str());
+                let client = fetch::metadata_client()?;
+                let source = metadata::MetadataKeys::new(client, &endpoint, "");
                 let cache = Cache::start("metadata", source, ON_KEY_REJECTED, keys, metrics);
                 Running::CachedKey(cache)
             }
             Source::Chain(chain) => match chain::choose(&chain) {
                 chain::Choice::Environment(key) => Running::Key(key),
                 chain::Choice::Profile(path) => Running::profile(path, keys, metrics),
-                chain::Choice::Metadata(before) => {
+                chain::Choice::Metadata(error_prefix) => {
                     let client = fetch::metadata_client()?;
-                    let metadata =
-                        metadata::MetadataKeys::new(client, chain.metadata_endpoint.as_str());
-                    let source = chain::LastLink { metadata, before };
+                    let endpoint = &chain.metadata_endpoint;
+                    let source = metadata::MetadataKeys::new(client, endpoint, error_prefix);
                     let cache = Cache::start("chain", source, ON_KEY_REJECTED, keys, metrics);
                     Running::CachedKey(cache)
                 }
@@ -177,7 +173,7 @@ impl Credentials {
         })
     }
 
-    /// Whose credentials these are.
+    /// The owner of the credentials.
     pub fn owner(&self) -> Owner {
         match &*self.source {
             Running::Caller(_) => Owner::Caller,
@@ -191,7 +187,7 @@ impl Credentials {
         self.ready.subscribe()
     }
 
-    /// The keyed hash of the caller's token, if callers bring their own and this one's is well-formed. The same token has the same hash
+    /// The keyed hash of the caller's token, if callers bring tokens and this token is well-formed. Equal tokens have equal hashes
     /// as long as the process runs.
     pub fn token_hash(&self, metadata: &HeaderMap) -> Option<[u8; 16]> {
         let Running::Caller(key) = &*self.source else {
@@ -204,7 +200,7 @@ impl Credentials {
             .copied()
     }
 
-    /// The credential for a call with this metadata. `caller` is the one of [`Credentials::token_hash`], if there is a hash.
+    /// The credential for a call with this metadata. `caller` holds the [`Credentials::token_hash`], if there is a hash.
     ///
     /// # Errors
     /// - [`Error::Missing`], [`Error::Malformed`]: the caller's token, where callers bring theirs.
@@ -317,7 +313,7 @@ fn caller_token(metadata: &HeaderMap) -> Result<HeaderValue, Error> {
     Ok(value)
 }
 
-/// Why there is no credential for a call.
+/// A call has no credential.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// The caller brought no `x-auth-token`.
@@ -329,7 +325,7 @@ pub enum Error {
     /// The issuer rejected the facade's own credential. Waiting does not help, so it carries no retry time.
     #[error("the issuer rejects the configured credential")]
     Rejected {
-        /// Who rejected it.
+        /// The issuer.
         issuer: Issuer,
         /// HTTP status of the rejection: 401 or 403.
         http_status: u16,
@@ -337,13 +333,13 @@ pub enum Error {
     /// The facade's own credential cannot be fetched now.
     #[error("the configured credential cannot be fetched")]
     Unavailable {
-        /// When the next fetch is due.
+        /// Time until the next fetch.
         retry_after: Duration,
     },
     /// The key is locked, by the gateway or by the key guard.
     #[error("the key is locked after failed signatures")]
     Locked {
-        /// When the lock ends.
+        /// Time until the lock ends.
         retry_after: Duration,
     },
     /// The deadline passed while waiting.
@@ -351,7 +347,7 @@ pub enum Error {
     DeadlineExceeded,
 }
 
-/// What a 401 says about the token of the attempt.
+/// The part of a 401 that is about the token of the attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TokenEvidence {
     /// The token itself is rejected: it has expired, was revoked or cannot be read.
@@ -360,7 +356,7 @@ pub enum TokenEvidence {
     Unclear,
 }
 
-/// Who issues the credentials that the facade fetches.
+/// An issuer of credentials that the facade fetches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Issuer {
     /// The identity service, IAM.
@@ -369,7 +365,7 @@ pub enum Issuer {
     Metadata,
 }
 
-/// Whose credential an upstream request carries.
+/// The owner of the credential of an upstream request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Owner {
     /// The caller's, passed through.

@@ -1,11 +1,6 @@
 //! The options of the credential source. Only those of the source in use are parsed, so all of them are declared as text.
 
-use std::{
-    fmt,
-    net::SocketAddr,
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{fmt, net::SocketAddr, path::PathBuf, sync::Arc};
 
 use reqwest::Url;
 use secrecy::{ExposeSecret, SecretString};
@@ -19,7 +14,7 @@ use crate::{
     regions::Region,
 };
 
-/// What `--help` calls the options of this room.
+/// The heading of these options in `--help`.
 pub const HEADING: &str = "Credentials";
 
 /// The token that the sandbox accepts if none is configured.
@@ -28,10 +23,10 @@ const SANDBOX_TOKEN: &str = "sandbox-token";
 /// The sandbox accepts any project; this is the one of the vendor's example.
 const SANDBOX_PROJECT: &str = "0483b6b16e954cb88930a360d2c4e663";
 
-/// Where the vendor's SDKs look for the path of the profile file.
+/// The variable of the vendor's SDKs for the path of the profile file.
 const PROFILE_VARIABLE: &str = "HUAWEICLOUD_SDK_CREDENTIALS_FILE";
 
-/// Where every machine of the vendor finds its metadata service.
+/// The metadata service of every machine of the vendor.
 const METADATA_ENDPOINT: &str = "http://169.254.169.254";
 
 /// The options of the credential source.
@@ -67,7 +62,7 @@ pub struct Options {
 }
 
 impl fmt::Debug for Options {
-    /// Without the texts: those of a source not in use are not validated and may hold secrets.
+    /// Without the values: those of a source that is not in use are not validated and may hold secrets.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Options").finish_non_exhaustive()
     }
@@ -100,7 +95,7 @@ impl SourceKind {
     }
 }
 
-/// Where RDS is, as far as the credential source depends on it.
+/// The settings of the upstream that the credential source depends on.
 #[derive(Debug, Clone, Copy)]
 pub struct UpstreamContext {
     /// The region, if one is configured.
@@ -112,7 +107,7 @@ pub struct UpstreamContext {
 }
 
 impl Options {
-    /// The source in use; `None` if there are problems with it.
+    /// The source in use; `None` if it has problems.
     pub fn source(
         &self,
         upstream: UpstreamContext,
@@ -149,7 +144,7 @@ impl Options {
 
     fn token(&self, upstream: UpstreamContext, validation: &mut Validation<'_>) -> Option<Source> {
         if let Some(path) = &self.token_file {
-            let path = secret_file(path, secret::load_token);
+            let path = secret_file(path, |text| Ok(secret::parse_token(text)?));
             return validation
                 .accept(&validation.name_of("token-file"), path)
                 .map(Source::TokenFile);
@@ -176,7 +171,7 @@ impl Options {
         let endpoint = self.iam_endpoint(upstream, validation);
         let user = required("iam-user", &self.iam_user, name, validation);
         let domain = required("iam-domain", &self.iam_domain, name, validation);
-        let password = |path: &str| secret_file(path, secret::load_password);
+        let password = |path: &str| secret_file(path, |text| Ok(secret::parse_password(text)?));
         let password_file = required(
             "iam-password-file",
             &self.iam_password_file,
@@ -229,7 +224,7 @@ impl Options {
         if url.is_none() {
             validation.problem(
                 "--iam-endpoint",
-                "must be set for --credentials iam: no region says where IAM is",
+                "must be set for --credentials iam without a --region whose IAM endpoint is known",
             );
         }
         url
@@ -245,13 +240,13 @@ impl Options {
     }
 }
 
-/// The embedded sandbox before it listens. As in an address to listen on, port 0 stands for one that is known later.
+/// The embedded sandbox before it listens. Port 0 is replaced once the sandbox has a port.
 fn sandbox_url() -> Url {
     Url::parse("http://127.0.0.1:0").expect("a URL")
 }
 
 impl Source {
-    /// Enters the sandbox's address wherever it is used.
+    /// Replaces port 0 by the port of the sandbox, if the source uses the sandbox.
     pub fn set_sandbox(&mut self, address: SocketAddr) {
         let url = match self {
             Self::Iam(iam) => &mut iam.endpoint,
@@ -319,7 +314,7 @@ fn shown_url(url: &Url) -> String {
     }
 }
 
-/// The key of the environment: AK and SK, or none.
+/// The key in the environment, if AK and SK are set.
 fn key(validation: &mut Validation<'_>, required: bool) -> Option<Arc<AccessKey>> {
     let secret = |text: &str| visible(text).map(SecretString::from);
     let mut part = |name: &str| {
@@ -344,18 +339,18 @@ fn profile(validation: &mut Validation<'_>) -> Option<PathBuf> {
     let Some((subject, path)) = profile_path(validation) else {
         validation.problem(
             PROFILE_VARIABLE,
-            "must be the path of the profile file, as there is no HOME to look in",
+            "must be the path of the profile file, because HOME is not set",
         );
         return None;
     };
     let path = match path.to_str() {
-        Some(path) => secret_file(path, profile::load),
+        Some(path) => secret_file(path, |text| profile::parse(text, None)),
         None => Err("is not UTF-8".to_owned()),
     };
     validation.accept(subject, path)
 }
 
-/// The path of the profile file and where it comes from: the variable, else the home folder.
+/// The path of the profile file, after the variable or path that an error names.
 fn profile_path(validation: &mut Validation<'_>) -> Option<(&'static str, PathBuf)> {
     match validation.variable(PROFILE_VARIABLE) {
         Some(path) => Some((PROFILE_VARIABLE, PathBuf::from(path))),
@@ -390,12 +385,12 @@ fn name(text: &str) -> Parsed<String> {
     Ok(text.to_owned())
 }
 
-/// A file from which `load` gets a secret.
-fn secret_file<T>(text: &str, load: impl Fn(&Path) -> Result<T, file::Error>) -> Parsed<PathBuf> {
+/// The path of a file whose text `parse` accepts.
+fn secret_file<T>(text: &str, parse: impl Fn(&str) -> Result<T, file::Error>) -> Parsed<PathBuf> {
     let path = options::file(text)?;
-    // A pipe (process substitution of a shell) gives its content once, to the source at work.
+    // A pipe (process substitution of a shell) can be read once, so it is left to the source.
     if path.is_file() {
-        load(&path).map_err(|fault| fault.to_string())?;
+        file::load(&path, parse).map_err(|error| error.to_string())?;
     }
     Ok(path)
 }

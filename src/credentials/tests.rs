@@ -25,10 +25,9 @@ fn start_with(source: Source, proxy: Option<reqwest::Url>) -> Credentials {
         proxy,
         connect_timeout: Duration::from_secs(3),
     };
-    let config = Config { source, http };
-    // Whatever a log or a panic prints of the configuration must be harmless.
-    tracing::trace!(?config);
-    Credentials::start(config, Metrics::new()).unwrap()
+    // A log or a panic may print the configuration.
+    tracing::trace!(?source, ?http);
+    Credentials::start(source, &http, Metrics::new()).unwrap()
 }
 
 /// As the server does it.
@@ -108,7 +107,7 @@ async fn callers_bring_exactly_one_well_formed_token() {
 }
 
 #[tokio::test]
-async fn callers_are_told_apart_by_their_token_and_never_mixed_with_the_facade() {
+async fn each_token_of_a_caller_is_an_identity_apart_from_the_facades() {
     let (credentials, other_process) = (start(Source::Caller), start(Source::Caller));
     let identity = async |credentials: &Credentials, token: &[u8]| {
         let metadata = with_tokens(&[token]);
@@ -126,7 +125,7 @@ async fn callers_are_told_apart_by_their_token_and_never_mixed_with_the_facade()
 }
 
 #[tokio::test]
-async fn a_token_of_the_facade_is_used_whatever_the_caller_brings() {
+async fn the_token_of_the_facade_is_used_even_if_the_caller_brings_another() {
     let credentials = start(Source::Token(secret::parse_token("ours").unwrap()));
 
     let auth = resolve(&credentials, &with_tokens(&[b"theirs", b"theirs"]))
@@ -344,17 +343,17 @@ async fn no_source_shows_a_secret_in_log_debug_or_error() {
             let metadata = with_tokens(&[b"canary-caller"]);
             let resolved = resolve(&credentials, &metadata).await;
             if let Ok(auth) = &resolved {
-                let renewed = credentials
+                let newer = credentials
                     .refresh(auth, TokenEvidence::Rejected, soon())
                     .await;
-                tracing::trace!(?renewed);
+                tracing::trace!(?newer);
             }
             tracing::trace!(?resolved, ?credentials, name);
         }
     }
 
     let log = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
-    assert!(log.contains("metadata that echoes") && log.contains("it answers 400"));
+    assert!(log.contains("metadata that echoes") && log.contains("HTTP status 400"));
     assert!(log.contains("environment: no key; profile "));
     for line in log.lines() {
         // "canary" in base64, at each of the three alignments.
