@@ -179,7 +179,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        credentials::fake_issuer::{FakeIssuer, answer},
+        credentials::fake_issuer::{FakeIssuer, response},
         http_client,
     };
 
@@ -209,15 +209,15 @@ mod tests {
         IamTokens::new(fetch::identity_client(&http_config()).unwrap(), config)
     }
 
-    async fn outcome_of(answer: &'static str) -> Result<Fetched<HeaderValue>, FetchError> {
-        let issuer = FakeIssuer::start(move |_, _| answer.to_owned()).await;
+    async fn refresh_with(response: &'static str) -> Result<Fetched<HeaderValue>, FetchError> {
+        let issuer = FakeIssuer::start(move |_, _| response.to_owned()).await;
         source(&issuer.endpoint, &password_file()).refresh().await
     }
 
     #[tokio::test]
     async fn the_request_is_as_the_page_shows_it_and_the_token_comes_from_the_header() {
         let issuer = FakeIssuer::start(|_, _| {
-            answer(
+            response(
                 "201 Created",
                 "X-Subject-Token: MIIcanary\r\nDate: Fri, 30 Oct 2026 08:00:00 GMT\r\n",
                 r#"{"token":{"expires_at":"2026-10-30T20:00:00.000000Z","issued_at":"2026-10-30T07:00:00.000000Z"}}"#,
@@ -302,8 +302,8 @@ mod tests {
             ),
         ];
 
-        for (name, answer, expected) in cases {
-            let lifetime = outcome_of(answer)
+        for (name, response, expected) in cases {
+            let lifetime = refresh_with(response)
                 .await
                 .ok()
                 .and_then(|fetched| fetched.lifetime);
@@ -349,13 +349,13 @@ mod tests {
             ("canary\r\n\r\n", None, none),
         ];
 
-        for (answer, rejected, wait) in cases {
-            let error = outcome_of(answer).await.unwrap_err();
+        for (response, rejected, wait) in cases {
+            let error = refresh_with(response).await.unwrap_err();
 
             assert!(!format!("{error} {error:?}").contains("can"), "{error:?}");
-            assert_eq!(error.wait, wait, "{answer}");
+            assert_eq!(error.wait, wait, "{response}");
             let rejected = rejected.map(|status| (Issuer::Identity, status));
-            assert_eq!(error.rejected_by, rejected, "{answer}");
+            assert_eq!(error.rejected_by, rejected, "{response}");
         }
     }
 
@@ -363,7 +363,7 @@ mod tests {
     async fn a_response_that_is_too_long_is_cut_off() {
         let issuer = FakeIssuer::start(|_, _| {
             let body = "x".repeat(1024 * 1024);
-            answer("201 Created", "X-Subject-Token: t\r\n", &body)
+            response("201 Created", "X-Subject-Token: t\r\n", &body)
         })
         .await;
 
@@ -378,7 +378,7 @@ mod tests {
     #[tokio::test]
     async fn the_configured_proxy_is_used_with_its_password_which_is_not_shown() {
         let proxy =
-            FakeIssuer::start(|_, _| answer("201 Created", "X-Subject-Token: t\r\n", "{}")).await;
+            FakeIssuer::start(|_, _| response("201 Created", "X-Subject-Token: t\r\n", "{}")).await;
         let url = proxy.endpoint.replace("http://", "http://user:canary@");
         let through = http_client::Config {
             proxy: Some(url.parse().unwrap()),
@@ -399,7 +399,7 @@ mod tests {
 
     #[tokio::test]
     async fn after_a_rejection_only_another_password_counts_as_a_change() {
-        let issuer = FakeIssuer::start(|_, _| answer("401 Unauthorized", "", "")).await;
+        let issuer = FakeIssuer::start(|_, _| response("401 Unauthorized", "", "")).await;
         let file = password_file();
         let mut source = source(&issuer.endpoint, &file);
         let interval = Duration::from_millis(5);
@@ -422,7 +422,7 @@ mod tests {
 
     #[tokio::test]
     async fn without_a_rejection_nothing_counts_as_a_change() {
-        let issuer = FakeIssuer::start(|_, _| answer("503 Unavailable", "", "")).await;
+        let issuer = FakeIssuer::start(|_, _| response("503 Unavailable", "", "")).await;
         let file = password_file();
         let mut source = source(&issuer.endpoint, &file);
         let interval = Duration::from_millis(5);

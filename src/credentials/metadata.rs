@@ -202,7 +202,7 @@ fn temporary_key(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::credentials::fake_issuer::{FakeIssuer, answer};
+    use crate::credentials::fake_issuer::{FakeIssuer, response};
 
     const KEY: &str = r#"{"credential":{"access":"AK","secret":"canary-sk","securitytoken":"canary-st","expires_at":"2026-10-30T20:00:00.000000Z"}}"#;
     const DATE: &str = "Date: Fri, 30 Oct 2026 08:00:00 GMT\r\n";
@@ -215,11 +215,11 @@ mod tests {
     }
 
     fn key() -> String {
-        answer("200 OK", DATE, KEY)
+        response("200 OK", DATE, KEY)
     }
 
     fn status(status: &str) -> String {
-        answer(status, "", "canary")
+        response(status, "", "canary")
     }
 
     #[tokio::test]
@@ -250,7 +250,7 @@ mod tests {
     async fn in_the_hardened_mode_one_token_serves_several_fetches() {
         let issuer = FakeIssuer::start(|_, request| {
             if request.starts_with("PUT") {
-                answer("200 OK", "", "metadata-token\n")
+                response("200 OK", "", "metadata-token\n")
             } else if request.contains("x-metadata-token: metadata-token\r\n") {
                 key()
             } else {
@@ -270,7 +270,7 @@ mod tests {
     #[tokio::test]
     async fn a_rejected_metadata_token_is_replaced_once() {
         let issuer = FakeIssuer::start(|nth, request| match (nth, request.starts_with("PUT")) {
-            (_, true) => answer("200 OK", "", &format!("token-{nth}")),
+            (_, true) => response("200 OK", "", &format!("token-{nth}")),
             (_, false) if request.contains("token-3") => key(),
             (_, false) => status("401 Unauthorized"),
         })
@@ -302,10 +302,10 @@ mod tests {
     async fn a_machine_without_an_agency_is_a_rejection_that_no_new_token_is_fetched_for() {
         let issuer = FakeIssuer::start(|_, request| {
             if request.starts_with("PUT") {
-                answer("200 OK", "", "t")
+                response("200 OK", "", "t")
             } else {
                 let body = "{\"message\":\"Please configure Cloud Service Agency first.\"}";
-                answer("401 Unauthorized", "", body)
+                response("401 Unauthorized", "", body)
             }
         })
         .await;
@@ -324,27 +324,30 @@ mod tests {
     async fn every_other_response_is_an_error_that_quotes_nothing_of_it() {
         let expired = KEY.replace("2026-10-30T20", "2026-10-30T07");
         let cases = [
-            ("no JSON", answer("200 OK", DATE, "canary")),
-            ("no key", answer("200 OK", DATE, "{\"credential\":{}}")),
+            ("no JSON", response("200 OK", DATE, "canary")),
+            ("no key", response("200 OK", DATE, "{\"credential\":{}}")),
             (
                 "a number for the secret",
-                answer("200 OK", DATE, &KEY.replace("\"canary-sk\"", "4711")),
+                response("200 OK", DATE, &KEY.replace("\"canary-sk\"", "4711")),
             ),
             (
                 "a blank in the secret",
-                answer("200 OK", DATE, &KEY.replace("canary-sk", "canary sk")),
+                response("200 OK", DATE, &KEY.replace("canary-sk", "canary sk")),
             ),
-            ("expired", answer("200 OK", DATE, &expired)),
+            ("expired", response("200 OK", DATE, &expired)),
             ("error", status("500 Internal Server Error")),
-            ("redirect", answer("302 Found", "Location: /canary\r\n", "")),
+            (
+                "redirect",
+                response("302 Found", "Location: /canary\r\n", ""),
+            ),
         ];
 
-        for (name, answer) in cases {
+        for (name, response) in cases {
             let issuer = FakeIssuer::start(move |_, request| {
                 if request.starts_with("PUT") {
                     status("404 Not Found")
                 } else {
-                    answer.clone()
+                    response.clone()
                 }
             })
             .await;
@@ -367,7 +370,7 @@ mod tests {
             } else if nth < 4 {
                 key()
             } else {
-                answer("200 OK", DATE, &KEY.replace("AK", "AK2"))
+                response("200 OK", DATE, &KEY.replace("AK", "AK2"))
             }
         })
         .await;

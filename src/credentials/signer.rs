@@ -22,8 +22,8 @@ pub struct SigningRequest<'a> {
     pub path: &'a str,
     /// Names and values of the query before percent-encoding. It must be sent encoded as [`canonical_request`] does.
     pub query: &'a [(&'a str, &'a str)],
-    /// The headers to sign besides the signer's own: lower-case names, in any order. `host` must be among them, with the
-    /// port where the URL has one.
+    /// The headers to sign, without those of the signer: lower-case names, in any order. `host` is required, with the port if the
+    /// URL has one.
     pub headers: &'a [(&'a str, &'a str)],
     /// The bytes that are sent.
     pub body: &'a [u8],
@@ -131,7 +131,7 @@ pub fn signature(key: &AccessKey, string_to_sign: &str) -> String {
 }
 
 fn x_sdk_date(at: SystemTime) -> String {
-    // Years beyond 9999 do not fit the format; no clock that a gateway accepts shows one.
+    // Years beyond 9999 do not fit the format. A gateway accepts no such clock.
     let at = Timestamp::try_from(at).unwrap_or(Timestamp::UNIX_EPOCH);
     at.strftime("%Y%m%dT%H%M%SZ").to_string()
 }

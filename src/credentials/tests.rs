@@ -4,7 +4,7 @@ use tempfile::TempDir;
 use tracing_subscriber::fmt::MakeWriter;
 
 use super::{
-    fake_issuer::{FakeIssuer, answer},
+    fake_issuer::{FakeIssuer, response},
     *,
 };
 
@@ -30,7 +30,7 @@ fn start_with(source: Source, proxy: Option<reqwest::Url>) -> Credentials {
     Credentials::start(source, &http, Metrics::new()).unwrap()
 }
 
-/// As the server does it.
+/// Resolves a credential as the server does.
 async fn resolve(credentials: &Credentials, metadata: &HeaderMap) -> Result<Auth, Error> {
     let caller = match credentials.token_hash(metadata) {
         Some(hash) => Caller::Token(hash),
@@ -173,7 +173,7 @@ async fn the_chain_takes_environment_then_profile_then_metadata() {
 }
 
 #[tokio::test]
-async fn a_thousand_cold_calls_cause_one_token_request_and_a_killed_token_one_more() {
+async fn a_thousand_cold_calls_cause_one_token_request_and_a_revoked_token_another() {
     let folder = tempfile::tempdir().unwrap();
     let issuer = identity_issuer(|nth| format!("token-{nth}")).await;
     let credentials = start_directly(iam_source(&issuer, &folder));
@@ -194,7 +194,7 @@ async fn a_thousand_cold_calls_cause_one_token_request_and_a_killed_token_one_mo
     assert_eq!(issuer.requests().len(), 1);
     assert!(*credentials.ready().borrow());
 
-    let killed = all(|credentials| {
+    let revoked = all(|credentials| {
         Box::pin(async move {
             let used = Auth::Token(Token {
                 value: HeaderValue::from_static("token-1"),
@@ -211,14 +211,14 @@ async fn a_thousand_cold_calls_cause_one_token_request_and_a_killed_token_one_mo
         })
     })
     .await;
-    assert!(killed.iter().all(|token| token.value == "token-2"));
+    assert!(revoked.iter().all(|token| token.value == "token-2"));
     assert_eq!(issuer.requests().len(), 2);
 }
 
 async fn identity_issuer(token: fn(usize) -> String) -> FakeIssuer {
     FakeIssuer::start(move |nth, _| {
         let header = format!("X-Subject-Token: {}\r\n", token(nth));
-        answer("201 Created", &header, "{}")
+        response("201 Created", &header, "{}")
     })
     .await
 }
@@ -226,10 +226,10 @@ async fn identity_issuer(token: fn(usize) -> String) -> FakeIssuer {
 async fn metadata_issuer() -> FakeIssuer {
     FakeIssuer::start(|_, request| {
         if request.starts_with("PUT") {
-            answer("200 OK", "", "canary-metadata-token")
+            response("200 OK", "", "canary-metadata-token")
         } else {
             let body = r#"{"credential":{"access":"FROM-METADATA","secret":"canary-sk","securitytoken":"canary-st"}}"#;
-            answer("200 OK", "", body)
+            response("200 OK", "", body)
         }
     })
     .await
@@ -247,7 +247,7 @@ fn iam_source(issuer: &FakeIssuer, folder: &TempDir) -> Source {
     })
 }
 
-/// Collects what is logged.
+/// Collects the log.
 #[derive(Clone, Default)]
 struct Log(Arc<Mutex<Vec<u8>>>);
 
@@ -269,7 +269,7 @@ impl<'a> MakeWriter<'a> for Log {
     }
 }
 
-/// Runs each source well and badly, and looks for its secrets in the log at TRACE, in `Debug` and in errors.
+/// Runs each source with good and bad replies, and searches the log at TRACE, `Debug` output and errors for its secrets.
 #[tokio::test]
 async fn no_source_shows_a_secret_in_log_debug_or_error() {
     let log = Log::default();
@@ -284,7 +284,7 @@ async fn no_source_shows_a_secret_in_log_debug_or_error() {
         fs::write(&path, text).unwrap();
         path
     };
-    let echoing = FakeIssuer::start(|_, request| answer("400 Bad Request", "", request)).await;
+    let echoing = FakeIssuer::start(|_, request| response("400 Bad Request", "", request)).await;
     let (tokens, keys) = (
         identity_issuer(|_| "canary-token".to_owned()).await,
         metadata_issuer().await,

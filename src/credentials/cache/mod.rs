@@ -57,7 +57,7 @@ pub(super) trait Refresh: Send + 'static {
     /// The credential. A refreshed value that equals the current one is the same credential: calls see no new generation.
     type Value: Clone + PartialEq + Send + Sync + 'static;
 
-    /// The longest pause after a failure, unless the issuer asks for a longer one.
+    /// The longest pause after a failure, unless the reply of the issuer requests a longer pause.
     const MAX_BACKOFF: Duration = Duration::from_secs(60);
 
     /// Fetches a value. Dropped when it takes too long.
@@ -498,8 +498,8 @@ impl<R: Refresh> Refresher<R> {
     }
 }
 
-/// The pause before a value of this lifetime is replaced: 75 to 85 % of it, so that many facades do not ask at the same
-/// moment, and an issuer that is down has hours to come back before a token of 24 hours ends.
+/// The pause before a value of this lifetime is replaced: a random 75 to 85 % of it, so that many facades do not fetch at the same
+/// time, and an issuer that is down has hours to recover before a token of 24 hours ends.
 fn refresh_delay(lifetime: Duration) -> Duration {
     lifetime
         .mul_f64(0.75 + 0.1 * fastrand::f64())

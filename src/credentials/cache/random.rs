@@ -10,7 +10,7 @@ use tokio::task::JoinSet;
 
 use super::*;
 
-/// How one fetch ends.
+/// The outcome of one fetch.
 #[derive(Debug, Clone)]
 struct Fetch {
     takes: Duration,
@@ -19,13 +19,13 @@ struct Fetch {
     rejects: bool,
 }
 
-/// What one call does.
+/// The behaviour of one call.
 #[derive(Debug, Clone)]
 struct Call {
     begins: Duration,
-    /// It is dropped after this time, whatever it waits for.
+    /// It is cancelled after this time.
     patience: Duration,
-    /// What it reports about the value it got.
+    /// Its report about the value it got.
     report: Report,
 }
 
@@ -37,12 +37,12 @@ enum Report {
     Rejected,
 }
 
-/// A value as the issuer gave it out.
+/// A value from the issuer.
 #[derive(Debug, Clone)]
 struct Issued {
     began: Instant,
     usable_until: Instant,
-    given_out: Instant,
+    fetched_at: Instant,
 }
 
 #[derive(Default)]
@@ -107,12 +107,12 @@ impl Refresh for Issuer {
                 FetchError::unavailable("down")
             });
         };
-        let given_out = Instant::now();
-        let usable_until = given_out + lifetime - LAST_USE_BEFORE_END.min(lifetime / 10);
+        let fetched_at = Instant::now();
+        let usable_until = fetched_at + lifetime - LAST_USE_BEFORE_END.min(lifetime / 10);
         let issued = Issued {
             began,
             usable_until,
-            given_out,
+            fetched_at,
         };
         self.seen().issued.insert(number, issued);
         Ok(Fetched {
@@ -136,7 +136,7 @@ impl Seen {
         );
         assert!(
             Instant::now() < self.issued[&value].usable_until,
-            "given out after its end"
+            "used after its end"
         );
     }
 
@@ -154,9 +154,9 @@ impl Seen {
         let is_fetched = matches!(on_rejection, OnRejection::Fetch { .. });
         // The cache discards a value if the one before was rejected during its fetch.
         let was_discarded = self.rejections.iter().any(|(at, _, evidence)| {
-            (issued.began..=issued.given_out).contains(at) && *evidence == TokenEvidence::Rejected
+            (issued.began..=issued.fetched_at).contains(at) && *evidence == TokenEvidence::Rejected
         });
-        issued.given_out < now && now < issued.usable_until && !(is_fetched && was_discarded)
+        issued.fetched_at < now && now < issued.usable_until && !(is_fetched && was_discarded)
     }
 
     /// Like [`Self::has_value`], and upstream has not rejected the value, or accepted it since.
@@ -308,7 +308,7 @@ proptest! {
             let seen = issuer.seen();
             for pair in seen.fetches.windows(2) {
                 let rejected = seen.rejections.iter().any(|(at, ..)| (pair[0]..=pair[1]).contains(at));
-                assert!(rejected || pair[1] - pair[0] >= SHORTEST_PAUSE, "fetches on each other's heels");
+                assert!(rejected || pair[1] - pair[0] >= SHORTEST_PAUSE, "two fetches without a pause");
             }
         });
     }

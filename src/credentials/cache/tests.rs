@@ -14,14 +14,14 @@ const UNCLEAR: TokenEvidence = TokenEvidence::Unclear;
 
 type Outcome = Result<Fetched<usize>, FetchError>;
 
-/// An issuer whose n-th answer (from 1) comes from a script, after a delay.
+/// An issuer whose n-th reply (from 1) comes from a script, after a delay.
 #[derive(Clone)]
 struct Issuer {
     fetches: Arc<AtomicUsize>,
     /// Points in time at which fetches began.
     times: Arc<Mutex<Vec<Instant>>>,
     delay: Duration,
-    answer: fn(usize) -> Outcome,
+    reply: fn(usize) -> Outcome,
     replaced: Arc<Notify>,
 }
 
@@ -32,7 +32,7 @@ impl Refresh for Issuer {
         let nth = self.fetches.fetch_add(1, SeqCst) + 1;
         self.times.lock().unwrap().push(Instant::now());
         sleep(self.delay).await;
-        (self.answer)(nth)
+        (self.reply)(nth)
     }
 
     async fn changed(&mut self) {
@@ -40,12 +40,12 @@ impl Refresh for Issuer {
     }
 }
 
-fn issuer(answer: fn(usize) -> Outcome) -> Issuer {
+fn issuer(reply: fn(usize) -> Outcome) -> Issuer {
     Issuer {
         fetches: Arc::default(),
         times: Arc::default(),
         delay: SECOND,
-        answer,
+        reply,
         replaced: Arc::default(),
     }
 }
@@ -74,7 +74,10 @@ impl Issuer {
     }
 }
 
-#[expect(clippy::unnecessary_wraps, reason = "the shape of an issuer's answer")]
+#[expect(
+    clippy::unnecessary_wraps,
+    reason = "the signature of an issuer's reply"
+)]
 fn good(value: usize) -> Outcome {
     Ok(Fetched {
         value,
@@ -188,13 +191,9 @@ async fn a_fetch_that_began_before_a_rejection_is_discarded_and_repeated() {
     .await
     .expect("the value is replaced before its end");
 
-    let renewed = cache.refresh(used, REJECTED, soon()).await;
+    let newer = cache.refresh(used, REJECTED, soon()).await;
 
-    assert_eq!(
-        renewed,
-        Ok(Some((3, 2))),
-        "the second fetch's value is gone"
-    );
+    assert_eq!(newer, Ok(Some((3, 2))), "the second fetch's value is gone");
     assert_eq!(issuer.fetches(), 3);
 }
 
@@ -273,21 +272,21 @@ async fn a_success_with_the_previous_value_does_not_prove_its_successor() {
 #[tokio::test(start_paused = true)]
 async fn if_the_fetch_fails_a_value_stays_in_use_unless_upstream_and_issuer_both_reject_us() {
     let unavailable = |nth| if nth == 1 { good(1) } else { down() };
-    let refused = |nth| if nth == 1 { good(1) } else { rejected() };
-    // Whether a call was accepted a moment before the rejection, and whether one was accepted after it.
+    let issuer_rejects = |nth| if nth == 1 { good(1) } else { rejected() };
+    // Then: a call was accepted a second before the rejection; a call was accepted after it; the value stays in use.
     type Case = (fn(usize) -> Outcome, TokenEvidence, bool, bool, bool);
     let cases: [Case; 7] = [
         (unavailable, REJECTED, false, false, true),
         (unavailable, UNCLEAR, false, false, true),
-        (refused, UNCLEAR, false, false, true),
-        (refused, REJECTED, false, false, false),
-        (refused, REJECTED, true, false, true),
-        (refused, REJECTED, false, true, true),
-        (refused, UNCLEAR, true, true, true),
+        (issuer_rejects, UNCLEAR, false, false, true),
+        (issuer_rejects, REJECTED, false, false, false),
+        (issuer_rejects, REJECTED, true, false, true),
+        (issuer_rejects, REJECTED, false, true, true),
+        (issuer_rejects, UNCLEAR, true, true, true),
     ];
 
-    for (index, (answer, evidence, before, after, in_use)) in cases.into_iter().enumerate() {
-        let issuer = issuer(answer);
+    for (index, (reply, evidence, before, after, in_use)) in cases.into_iter().enumerate() {
+        let issuer = issuer(reply);
         let cache = issuer.start();
         cache.current(soon()).await.unwrap();
         if before {
@@ -380,7 +379,7 @@ async fn a_fetch_that_began_before_a_rejection_is_used_if_a_success_came_after_t
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_rejected_value_that_is_kept_serves_on_while_one_fetch_looks_for_another() {
+async fn a_rejected_value_stays_in_use_during_the_one_fetch_that_replaces_it() {
     let issuer = issuer(good);
     let cache = issuer.start_with(OnRejection::Fetch {
         spacing: 300 * SECOND,
@@ -435,7 +434,7 @@ async fn a_value_that_is_still_good_hides_failures_and_its_end_shows_them() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_value_is_given_out_until_a_minute_before_its_end_and_not_at_that_moment() {
+async fn a_value_is_used_until_just_before_the_last_minute_of_its_life() {
     let issuer = issuer(|nth| if nth == 1 { good(1) } else { down() });
     let cache = issuer.start();
     let now = Deadline::after(Duration::ZERO);
@@ -494,7 +493,7 @@ async fn without_a_value_a_failure_is_returned_at_once_with_the_time_of_the_next
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_fetch_without_an_answer_ends_after_ten_seconds() {
+async fn a_fetch_without_a_reply_ends_after_ten_seconds() {
     let issuer = Issuer {
         delay: HOUR,
         ..issuer(good)
@@ -509,7 +508,7 @@ async fn a_fetch_without_an_answer_ends_after_ten_seconds() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_rejection_rests_for_fifteen_minutes_whatever_is_rejected_meanwhile() {
+async fn after_a_rejection_by_the_issuer_it_is_not_asked_for_fifteen_minutes() {
     let issuer = issuer(|nth| if nth == 1 { good(1) } else { rejected() });
     let cache = issuer.start();
     let (_, used) = cache.current(soon()).await.unwrap();
@@ -576,7 +575,7 @@ async fn a_changed_source_is_asked_again_while_its_value_is_good() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_same_value_fetched_again_is_no_new_generation() {
+async fn fetching_an_equal_value_makes_no_new_generation() {
     let issuer = issuer(|_| good(7));
     let cache = issuer.start();
     cache.current(soon()).await.unwrap();
@@ -587,7 +586,10 @@ async fn the_same_value_fetched_again_is_no_new_generation() {
     assert_eq!(cache.current(soon()).await, Ok((7, 1)));
 }
 
-#[expect(clippy::unnecessary_wraps, reason = "the shape of an issuer's answer")]
+#[expect(
+    clippy::unnecessary_wraps,
+    reason = "the signature of an issuer's reply"
+)]
 fn endless(value: usize) -> Outcome {
     Ok(Fetched {
         value,
@@ -596,7 +598,7 @@ fn endless(value: usize) -> Outcome {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_value_without_an_end_is_neither_replaced_nor_withheld() {
+async fn a_value_without_an_end_is_used_forever_and_not_fetched_again() {
     let issuer = issuer(endless);
     let cache = issuer.start();
     cache.current(soon()).await.unwrap();
@@ -661,7 +663,7 @@ async fn with_recheck_each_rejection_asks_the_source_and_a_failure_keeps_the_val
     assert_eq!(
         cache.refresh(1, REJECTED, soon()).await,
         Ok(None),
-        "down once more"
+        "still down"
     );
     let begun = Instant::now();
     assert_eq!(cache.refresh(1, REJECTED, soon()).await, Ok(Some((5, 2))));
@@ -671,7 +673,7 @@ async fn with_recheck_each_rejection_asks_the_source_and_a_failure_keeps_the_val
 }
 
 #[tokio::test(start_paused = true)]
-async fn with_recheck_a_new_value_is_published_whatever_is_rejected_meanwhile() {
+async fn with_recheck_a_new_value_is_published_although_the_old_one_is_rejected_meanwhile() {
     let issuer = issuer(endless);
     let cache = issuer.start_with(OnRejection::Recheck);
     cache.current(soon()).await.unwrap();

@@ -88,7 +88,7 @@ async fn a_call_waits_for_the_first_token_no_longer_than_its_own_deadline() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_token_killed_under_a_hundred_calls_costs_one_renewal_and_no_failed_call() {
+async fn a_token_revoked_under_a_hundred_calls_costs_one_refresh_and_no_failed_call() {
     let iam = Iam::new("sandbox-password");
     let program = iam.program();
     assert_eq!(failures_of(&program, 100).await, []);
@@ -106,56 +106,56 @@ async fn a_token_killed_under_a_hundred_calls_costs_one_renewal_and_no_failed_ca
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_token_killed_twice_three_seconds_apart_fails_no_call_either() {
+async fn a_token_revoked_twice_three_seconds_apart_fails_no_call() {
     let iam = Iam::new("sandbox-password");
     let program = iam.program();
     ready(&program).await;
 
-    for killed in 1..=2 {
+    for times in 1..=2 {
         let (failures, ()) =
             tokio::join!(failures_of(&program, 100), iam.sandbox.set("revoke-tokens"));
         let later = failures_of(&program, 100).await;
 
-        assert_eq!((failures, later), (vec![], vec![]), "killed {killed} times");
-        assert_eq!(iam.token_requests().await, 1 + killed);
+        assert_eq!((failures, later), (vec![], vec![]), "revoked {times} times");
+        assert_eq!(iam.token_requests().await, 1 + times);
         tokio::time::sleep(Duration::from_secs(3)).await;
     }
 }
 
 #[tokio::test]
-async fn a_token_killed_again_within_two_seconds_is_told_as_refused_and_replaced_soon_after() {
+async fn a_token_revoked_again_within_two_seconds_fails_the_call_and_is_replaced_soon_after() {
     let iam = Iam::new("sandbox-password");
     let program = iam.program();
     ready(&program).await;
     let begun = Instant::now();
     iam.sandbox.set("revoke-tokens").await;
-    program.call(distinct_request()).await.expect("renewed");
+    program.call(distinct_request()).await.expect("refreshed");
 
     iam.sandbox.set("revoke-tokens").await;
-    let killed_again = program.call(distinct_request()).await;
+    let revoked_again = program.call(distinct_request()).await;
     let at_once = begun.elapsed() < Duration::from_secs(2);
-    eventually("another renewal", async || {
+    eventually("another refresh", async || {
         program.call(distinct_request()).await.is_ok()
     })
     .await;
 
-    // A machine that took longer than that has given the time for another renewal.
+    // A machine that took longer than that has left the time for another refresh.
     if at_once {
-        let told = Failure::of(&killed_again.expect_err("no renewal so soon"));
+        let failure = Failure::of(&revoked_again.expect_err("no refresh so soon"));
         assert_eq!(
-            told.code_and_reason(),
+            failure.code_and_reason(),
             (Code::Unauthenticated, "CREDENTIAL_REJECTED")
         );
-        assert_eq!(told.metadata["credentialOwner"], "server");
+        assert_eq!(failure.metadata["credentialOwner"], "server");
     }
     assert_eq!(iam.token_requests().await, 3);
 }
 
 #[tokio::test]
-async fn an_upstream_that_refuses_every_token_costs_one_renewal_and_one_repeat() {
+async fn an_upstream_that_rejects_every_token_costs_one_refresh_and_one_retry() {
     let iam = Iam::new("sandbox-password");
-    let refusal = r#"{"error_code":"APIGW.0307","error_msg":"The token must be updated."}"#;
-    let upstream = Upstream::always(answer(401, &[], refusal)).await;
+    let rejection = r#"{"error_code":"APIGW.0307","error_msg":"The token must be updated."}"#;
+    let upstream = Upstream::always(answer(401, &[], rejection)).await;
     let upstream_url = upstream.url();
     let mut args = credentials::iam(&iam.url, &iam.password_file);
     args[1] = &upstream_url;
@@ -355,14 +355,14 @@ async fn a_token_that_is_still_good_hides_that_iam_is_down() {
     iam.sandbox.set("fail-iam?status=503&times=1").await;
 
     program.wait_for_log(|line| line["msg"] == "credential cannot be fetched");
-    let answered = program.call(example_request()).await;
+    let reply = program.call(example_request()).await;
 
-    assert!(answered.is_ok(), "{answered:?}");
+    assert!(reply.is_ok(), "{reply:?}");
     assert!(iam.token_requests().await >= 2);
 }
 
 #[tokio::test]
-async fn without_a_token_calls_are_told_to_come_back_and_the_program_serves_once_iam_does() {
+async fn without_a_token_calls_fail_with_a_retry_delay_until_iam_has_recovered() {
     for (status, calls) in [(500, 1), (503, 1), (429, 100)] {
         let iam = Iam::new("sandbox-password");
         iam.sandbox
@@ -387,10 +387,10 @@ async fn without_a_token_calls_are_told_to_come_back_and_the_program_serves_once
             assert!(failure.pushback_ms.is_some(), "{status}");
         }
         assert_eq!(health, 503, "{status}");
-        let asked = iam.token_requests().await;
+        let token_requests = iam.token_requests().await;
         assert!(
-            asked < 15,
-            "{status}: {asked} token requests, one by one with backoff"
+            token_requests < 15,
+            "{status}: {token_requests} token requests, one by one with backoff"
         );
         assert_eq!(iam.sandbox.count("task_requests").await, 0, "{status}");
 
@@ -436,10 +436,10 @@ async fn a_rejected_password_is_not_tried_again_and_a_changed_one_is_used() {
 
     let failures = failures_of(&program, 50).await;
     tokio::time::sleep(Duration::from_secs(6)).await;
-    let asked = iam.token_requests().await;
+    let token_requests = iam.token_requests().await;
     iam.folder.file("password", "sandbox-password\n");
     ready(&program).await;
-    let answered = program.call(example_request()).await;
+    let reply = program.call(example_request()).await;
 
     assert_eq!(failures.len(), 50);
     for failure in failures {
@@ -451,8 +451,8 @@ async fn a_rejected_password_is_not_tried_again_and_a_changed_one_is_used() {
         assert_eq!(failure.metadata["upstreamService"], "IAM");
         assert_eq!(failure.metadata["httpStatus"], "401");
     }
-    assert_eq!(asked, 1, "the wrong password went out once");
-    assert!(answered.is_ok(), "{answered:?}");
+    assert_eq!(token_requests, 1, "the wrong password went out once");
+    assert!(reply.is_ok(), "{reply:?}");
     assert_eq!(iam.token_requests().await, 2);
 }
 
@@ -504,11 +504,11 @@ async fn a_rotated_token_file_is_used_without_a_restart_and_a_bad_one_changes_no
 }
 
 #[tokio::test]
-async fn a_refused_token_is_replaced_at_once_by_what_the_file_holds_now() {
-    let refusal = r#"{"error_code":"APIGW.0301","error_msg":"Incorrect IAM authentication information: decrypt token fail"}"#;
+async fn a_rejected_token_is_replaced_at_once_by_the_new_content_of_the_file() {
+    let rejection = r#"{"error_code":"APIGW.0301","error_msg":"Incorrect IAM authentication information: decrypt token fail"}"#;
     let upstream = Upstream::start(move |request| match request.header("x-auth-token") {
         Some("second") => example(),
-        _ => answer(401, &[], refusal),
+        _ => answer(401, &[], rejection),
     })
     .await;
     let folder = Folder::new();
@@ -527,6 +527,6 @@ async fn a_refused_token_is_replaced_at_once_by_what_the_file_holds_now() {
     assert_eq!(
         upstream.requests().len(),
         3,
-        "nothing newer, nothing repeated"
+        "without a newer token there is no retry"
     );
 }
