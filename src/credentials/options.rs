@@ -26,6 +26,10 @@ const SANDBOX_PROJECT: &str = "0483b6b16e954cb88930a360d2c4e663";
 /// The variable of the vendor's SDKs for the path of the profile file.
 const PROFILE_VARIABLE: &str = "HUAWEICLOUD_SDK_CREDENTIALS_FILE";
 
+const AK_VARIABLE: &str = "HUAWEICLOUD_SDK_AK";
+const SK_VARIABLE: &str = "HUAWEICLOUD_SDK_SK";
+const SECURITY_TOKEN_VARIABLE: &str = "HUAWEICLOUD_SDK_SECURITY_TOKEN";
+
 /// The metadata service of every machine of the vendor.
 const METADATA_ENDPOINT: &str = "http://169.254.169.254";
 
@@ -277,11 +281,11 @@ impl Source {
     pub fn shown(&self) -> Vec<(&'static str, String)> {
         let set = |name| (name, "set".to_owned());
         let key = |key: &AccessKey| {
-            let mut shown = vec![set("HUAWEICLOUD_SDK_AK"), set("HUAWEICLOUD_SDK_SK")];
+            let mut shown = vec![set(AK_VARIABLE), set(SK_VARIABLE)];
             shown.extend(
                 key.security_token
-                    .is_some()
-                    .then(|| set("HUAWEICLOUD_SDK_SECURITY_TOKEN")),
+                    .iter()
+                    .map(|_| set(SECURITY_TOKEN_VARIABLE)),
             );
             shown
         };
@@ -323,9 +327,9 @@ fn key(validation: &mut Validation<'_>, required: bool) -> Option<Arc<AccessKey>
         }
         validation.parsed_variable(name, secret)
     };
-    let access_key_id = part("HUAWEICLOUD_SDK_AK");
-    let secret_access_key = part("HUAWEICLOUD_SDK_SK");
-    let security_token = validation.parsed_variable("HUAWEICLOUD_SDK_SECURITY_TOKEN", secret);
+    let access_key_id = part(AK_VARIABLE);
+    let secret_access_key = part(SK_VARIABLE);
+    let security_token = validation.parsed_variable(SECURITY_TOKEN_VARIABLE, secret);
     let key = AccessKey::parse(
         access_key_id?.expose_secret(),
         secret_access_key?.expose_secret(),

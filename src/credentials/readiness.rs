@@ -11,6 +11,7 @@ use tokio::{
 };
 
 use super::auth::AccessKey;
+use crate::deadline::THIRTY_YEARS;
 
 /// Sets readiness, and withdraws it when the task that holds this ends, even by a panic.
 pub(super) struct Readiness(pub(super) Arc<watch::Sender<bool>>);
@@ -66,14 +67,8 @@ impl Readiness {
                     "not ready: RDS rejected a key that it has never accepted"
                 );
             }
-            let end_of_rest = async {
-                match until {
-                    Some(until) => sleep_until(until).await,
-                    None => std::future::pending().await,
-                }
-            };
             tokio::select! {
-                () = end_of_rest => {}
+                () = sleep_until(until.unwrap_or(now + THIRTY_YEARS)) => {}
                 // The guard holds the sender.
                 _ = rest.changed() => {}
             }

@@ -394,7 +394,12 @@ impl<R: Refresh> Refresher<R> {
                     failures = failures.saturating_add(1);
                     self.record_failure(&error, pause, rejections);
                     if last_error.as_ref() != Some(&error) {
-                        self.log_failure(&error, pause);
+                        tracing::warn!(
+                            source = self.name,
+                            %error,
+                            retry_seconds = pause.as_secs(),
+                            "credential cannot be fetched"
+                        );
                     }
                     last_error = Some(error);
                     // A rejected value does not shorten the wait of an issuer that fails or rejects us.
@@ -486,15 +491,6 @@ impl<R: Refresh> Refresher<R> {
                 next_fetch_at: Instant::now() + pause,
             });
         });
-    }
-
-    fn log_failure(&self, error: &FetchError, pause: Duration) {
-        tracing::warn!(
-            source = self.name,
-            %error,
-            retry_seconds = pause.as_secs(),
-            "credential cannot be fetched"
-        );
     }
 }
 
