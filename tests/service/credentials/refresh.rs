@@ -78,7 +78,7 @@ async fn a_call_waits_for_the_first_token_no_longer_than_its_own_deadline() {
         program.call(example_request())
     );
 
-    let short = short.expect("an answer").status().expect("a status");
+    let short = short.expect("a reply").status().expect("a status");
     assert_eq!(
         Failure::of(&short).code_and_reason(),
         (Code::DeadlineExceeded, "DEADLINE_EXCEEDED")
