@@ -13,7 +13,7 @@ use http::{HeaderMap, HeaderValue};
 use rds_task_facade::{
     coalescer::Coalescer,
     credentials::{
-        AccessKey, Config as CredentialsConfig, Credentials, Identity, Owner, Source,
+        AccessKey, Credentials, Identity, Owner, Source,
         signer::{self, SigningRequest},
     },
     error::{Error, FailedLookup},
@@ -172,11 +172,8 @@ fn start_facade(sandbox: SocketAddr) -> SocketAddr {
                 proxy: None,
                 connect_timeout: Duration::from_secs(3),
             };
-            let credentials = CredentialsConfig {
-                source: Source::Token(HeaderValue::from_static("sandbox-token")),
-                http: http.clone(),
-            };
-            let credentials = Credentials::start(credentials, Arc::clone(&metrics));
+            let source = Source::Token(HeaderValue::from_static("sandbox-token"));
+            let credentials = Credentials::start(source, &http, Arc::clone(&metrics));
             let credentials = credentials.expect("a token needs nothing");
             let coalescer = Coalescer::new(&defaults(), Arc::clone(&metrics));
             let endpoint = upstream::Endpoint::new(

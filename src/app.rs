@@ -19,7 +19,7 @@ use crate::{
     admin,
     cli::Serve,
     coalescer::Coalescer,
-    credentials::{self, Credentials, Source},
+    credentials::{Credentials, Source},
     http_client::{self, SystemRoots},
     options::url::without_slash,
     rpc::Facade,
@@ -103,13 +103,7 @@ async fn run(options: Serve, metrics: Arc<Metrics>, access: Access) -> Result<()
         false => SystemRoots::Ignored,
     };
     let http = options.upstream.http_config(&base_url, system_roots)?;
-    let credentials = Credentials::start(
-        credentials::Config {
-            source,
-            http: http.clone(),
-        },
-        Arc::clone(&metrics),
-    )?;
+    let credentials = Credentials::start(source, &http, Arc::clone(&metrics))?;
     let facades = facades(&options, &base_url, &http, &credentials, &metrics)?;
 
     let serving = watch::Sender::new(false);

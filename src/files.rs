@@ -90,7 +90,7 @@ pub struct Watcher {
     paths: Arc<[PathBuf]>,
     max_bytes: usize,
     interval: Duration,
-    /// Of the contents that were read last; `None` before the first read, and when it failed.
+    /// The digest of the contents that were read last; `None` before the first read, and if the last read failed.
     last_read: Option<Digest>,
     /// The reading thread; `None` while it could not be started.
     reader: Option<mpsc::Sender<Reply>>,
@@ -99,7 +99,7 @@ pub struct Watcher {
 type Reply = oneshot::Sender<Result<Contents, Error>>;
 
 impl Watcher {
-    /// A watcher, with its thread, that has read nothing yet. `last_read` is the digest of contents already in use, if any.
+    /// Starts the reading thread. `last_read` is the digest of contents already in use, if any.
     pub fn new(
         paths: Vec<PathBuf>,
         max_bytes: usize,
@@ -108,7 +108,7 @@ impl Watcher {
     ) -> Self {
         let paths: Arc<[PathBuf]> = paths.into();
         Self {
-            // The first read tries again, and returns the error if that fails too.
+            // The first read tries again, and returns the error if it fails.
             reader: start_reader(paths.clone(), max_bytes).ok(),
             paths,
             max_bytes,
@@ -169,7 +169,7 @@ fn start_reader(paths: Arc<[PathBuf]>, max_bytes: usize) -> io::Result<mpsc::Sen
         .name("files".to_owned())
         .spawn(move || {
             while let Some(reply) = requests.blocking_recv() {
-                // The receiver is dropped if the caller has given up waiting.
+                // The receiver is gone if the caller has stopped waiting.
                 let _ = reply.send(read_all(&paths, max_bytes));
             }
         })?;
@@ -186,7 +186,7 @@ mod tests {
 
     const MAX_BYTES: usize = 16;
     const INTERVAL: Duration = Duration::from_millis(5);
-    /// Longer than anything here takes.
+    /// Longer than any test takes.
     const PATIENCE: Duration = Duration::from_secs(20);
 
     fn watcher(paths: &[&Path]) -> Watcher {
@@ -254,7 +254,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_same_content_written_again_is_no_change() {
+    async fn writing_equal_content_is_not_a_change() {
         let file = tempfile::NamedTempFile::new().unwrap();
         fs::write(&file, "same").unwrap();
         let mut watcher = watcher(&[file.path()]);
@@ -277,7 +277,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_change_since_the_contents_in_use_is_noticed_by_the_first_look() {
+    async fn contents_that_differ_from_those_in_use_are_a_change() {
         let file = tempfile::NamedTempFile::new().unwrap();
         fs::write(&file, "new").unwrap();
         let in_use = Some(digest(&["old"]));

@@ -11,7 +11,7 @@ pub struct Region {
     pub id: &'static str,
     /// Host of RDS.
     pub rds_host: &'static str,
-    /// Host of IAM; `None` where the SDK knows none and its fallback belongs to another site (`eu-west-101`).
+    /// Host of IAM; `None` if the table has only a fallback of another site (`eu-west-101`).
     pub iam_host: Option<&'static str>,
 }
 
@@ -21,7 +21,7 @@ impl Region {
         parse_host(self.rds_host)
     }
 
-    /// The base URL of IAM, where it is known.
+    /// The base URL of IAM, if it is known.
     pub fn iam_url(self) -> Option<Url> {
         self.iam_host.map(parse_host)
     }
@@ -35,7 +35,7 @@ fn parse_host(host: &str) -> Url {
 /// Columns: region, RDS host, IAM host, where the IAM host comes from (`table`, or the global `fallback`), STS host.
 const TABLE: &str = include_str!("regions.tsv");
 
-/// Every region, in the order of its id.
+/// Every region, ordered by id.
 pub fn all() -> impl Iterator<Item = Region> {
     TABLE.lines().skip(1).filter_map(|line| {
         let mut columns = line.split('\t');

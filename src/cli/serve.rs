@@ -6,7 +6,7 @@ use clap::ArgMatches;
 
 use crate::{
     admin, coalescer,
-    credentials::{self, Place, Source},
+    credentials::{self, Source, UpstreamContext},
     options::{Validation, boolean},
     rpc,
     server::{self, tls},
@@ -81,12 +81,12 @@ impl Serve {
         validation: &mut Validation<'_>,
     ) {
         self.upstream.validate(validation);
-        let place = Place {
+        let upstream = UpstreamContext {
             region: self.upstream.region,
             sandbox: self.upstream.sandbox,
             allow_plain_http: self.upstream.allow_insecure_upstream,
         };
-        if let Some(source) = self.credentials.source(place, validation) {
+        if let Some(source) = self.credentials.source(upstream, validation) {
             self.source = source;
         }
         if let Some(files) = &self.server.tls {

@@ -21,7 +21,7 @@ pub enum Auth {
 }
 
 impl Auth {
-    /// Whose credential it is.
+    /// The owner of the credential.
     pub fn owner(&self) -> Owner {
         match self.identity() {
             Identity::Caller(_) => Owner::Caller,
@@ -29,7 +29,7 @@ impl Auth {
         }
     }
 
-    /// In whose name the request is made. The facade distinguishes callers by their tokens.
+    /// The identity of the request. The facade distinguishes callers by their tokens.
     pub fn identity(&self) -> Identity {
         match self {
             Self::Token(token) => token.identity,
@@ -38,7 +38,7 @@ impl Auth {
     }
 }
 
-/// In whose name a request is made. Equal identities may share responses and throttle windows.
+/// The identity of a request. Equal identities may share responses and throttle windows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Identity {
     /// The facade itself.
@@ -54,7 +54,7 @@ pub struct Token {
     pub value: HeaderValue,
     /// Grows with each refresh; 0 for tokens that are not refreshed.
     pub generation: u64,
-    /// In whose name the request is made.
+    /// The identity of the request.
     pub identity: Identity,
 }
 
@@ -71,7 +71,7 @@ pub struct AccessKey {
 }
 
 impl AccessKey {
-    /// Reads a key from the text of its parts. An empty security token is none.
+    /// Parses the parts of a key. An empty security token counts as absent.
     ///
     /// # Errors
     /// [`MalformedKey`] names the part that does not hold 1 to 16 KiB of visible ASCII.
@@ -92,12 +92,12 @@ impl AccessKey {
             access_key_id: access_key_id.to_owned(),
             signing_key: hmac::Key::new(hmac::HMAC_SHA256, secret.as_bytes()),
             security_token,
-            guard: Arc::new(KeyGuard::new()),
+            guard: Arc::new(KeyGuard::default()),
         })
     }
 
-    /// Takes over the state of the previous key's guard if both have the same AK: the gateway counts bad signatures by AK,
-    /// whatever the secret.
+    /// Takes over the evidence of the previous key's guard if both have the same AK: the gateway counts bad signatures by AK, with
+    /// any secret.
     pub(super) fn following(mut self, previous: Option<&Self>) -> Self {
         if let Some(previous) =
             previous.filter(|previous| previous.access_key_id == self.access_key_id)
@@ -117,7 +117,7 @@ impl AccessKey {
     }
 }
 
-/// Equal keys make the same signatures, whatever their guards have seen.
+/// Equal keys make the same signatures. Their guards are not compared.
 impl PartialEq for AccessKey {
     fn eq(&self, other: &Self) -> bool {
         self.access_key_id == other.access_key_id

@@ -1,4 +1,4 @@
-//! The scripted upstream of all tests in the place of an issuer of credentials, with texts in and out.
+//! A scripted issuer of credentials, whose requests and responses are texts.
 
 use crate::test_support::upstream::{Step, Upstream};
 
@@ -9,13 +9,13 @@ pub(super) struct FakeIssuer {
 }
 
 impl FakeIssuer {
-    /// `answer` takes the number of the request, from 1, and its text, and returns the complete response.
+    /// `response` takes the number of the request, from 1, and its text, and returns the complete response.
     pub(super) async fn start(
-        answer: impl Fn(usize, &str) -> String + Send + Sync + 'static,
+        response: impl Fn(usize, &str) -> String + Send + Sync + 'static,
     ) -> Self {
         let upstream = Upstream::start(move |request| {
-            let answer = answer(request.number + 1, &request.text);
-            vec![Step::Send(answer.into_bytes()), Step::Close]
+            let response = response(request.number + 1, &request.text);
+            vec![Step::Send(response.into_bytes()), Step::Close]
         })
         .await;
         Self {
@@ -40,7 +40,7 @@ impl FakeIssuer {
 }
 
 /// A response with this status line, these header lines and this body.
-pub(super) fn answer(status: &str, headers: &str, body: &str) -> String {
+pub(super) fn response(status: &str, headers: &str, body: &str) -> String {
     format!(
         "HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\n{headers}\r\n{body}",
         body.len()

@@ -1,4 +1,4 @@
-//! One bounded HTTP exchange with an issuer of credentials. Response bodies hold secrets, so no error quotes them.
+//! One bounded HTTP request to an issuer of credentials. Response bodies hold secrets, so no error quotes them.
 
 use std::{error::Error as _, fmt, time::Duration};
 
@@ -16,13 +16,13 @@ use crate::{
 /// Far more than any response of an issuer without its service catalog.
 const MAX_BODY_BYTES: usize = 64 * 1024;
 
-/// Connect and read timeout of the metadata service, as in the vendor's SDK. It answers from the same host.
+/// Connect and read timeout of the metadata service, as in the vendor's SDK. The service runs on the same host.
 const METADATA_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// Why a refresh brought no credential. Holds no secret and no part of a body.
+/// A failed refresh. Holds no secret and no part of a body.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct FetchError {
-    /// Who rejected our own credential, and with which HTTP status: 401 or 403.
+    /// The issuer that rejected the facade's user or agency, and the HTTP status: 401 or 403.
     pub(super) rejected_by: Option<(Issuer, u16)>,
     /// The shortest wait before the next attempt.
     pub(super) wait: Duration,
@@ -58,17 +58,17 @@ impl FetchError {
             } else {
                 requested
             },
-            cause: format!("it answers {status}"),
+            cause: format!("HTTP status {status}"),
         }
     }
 
     fn from_transport(error: &reqwest::Error) -> Self {
         let what = if error.is_timeout() {
-            "it does not answer in time"
+            "no reply in time"
         } else if error.is_connect() {
-            "it cannot be reached"
+            "cannot connect"
         } else {
-            "its answer is broken"
+            "the reply is broken"
         };
         // The message of the outermost error holds the URL, so only its sources are shown.
         let cause = error
@@ -119,7 +119,7 @@ pub(super) async fn send(request: RequestBuilder) -> Result<Response, FetchError
     let body = http_client::read_body(&mut response, MAX_BODY_BYTES)
         .await
         .map_err(|error| match error {
-            BodyError::TooLarge => FetchError::unavailable("its answer is longer than 64 KiB"),
+            BodyError::TooLarge => FetchError::unavailable("the reply is longer than 64 KiB"),
             BodyError::Broken(error) => FetchError::from_transport(&error),
         })?;
     Ok(Response {

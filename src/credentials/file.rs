@@ -17,13 +17,13 @@ use super::{
 };
 use crate::files::{self, Watcher};
 
-/// How often a file is read. A rotated secret has to be in use within a minute; reading costs next to nothing.
+/// How often a file is read, so that a rotated secret is in use within seconds.
 pub(super) const INTERVAL: Duration = Duration::from_secs(5);
 
 /// Larger than any token or profile.
-pub(super) const MAX_BYTES: usize = 64 * 1024;
+const MAX_BYTES: usize = 64 * 1024;
 
-/// Why a file holds no credential. Quotes nothing of its content.
+/// A file without a usable credential. Quotes nothing of its content.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// It cannot be opened or read.
@@ -41,7 +41,7 @@ pub enum Error {
     /// The key in it is malformed.
     #[error(transparent)]
     MalformedKey(#[from] MalformedKey),
-    /// The profile file in it cannot be used.
+    /// The profile in it cannot be used.
     #[error(transparent)]
     Profile(#[from] profile::Error),
 }
@@ -55,9 +55,9 @@ impl From<files::Error> for Error {
     }
 }
 
-/// Reads a file. Blocks.
-pub(super) fn read(path: &Path) -> Result<Zeroizing<Vec<u8>>, Error> {
-    Ok(files::read(path, MAX_BYTES)?)
+/// Reads a file and parses its text. Blocks.
+pub(super) fn load<T>(path: &Path, parse: impl Fn(&str) -> Result<T, Error>) -> Result<T, Error> {
+    parse(text(&files::read(path, MAX_BYTES)?)?)
 }
 
 /// The content of a file as text.
@@ -79,13 +79,13 @@ pub(super) async fn read_watched(watcher: &mut Watcher) -> Result<Zeroizing<Vec<
 pub(super) type Parse<V> = fn(&str, Option<&V>) -> Result<V, Error>;
 
 /// A file as a source of the cache: its credential has no end, and is read again when the file changes.
-pub(super) struct Source<V> {
+pub(super) struct FileSource<V> {
     watcher: Watcher,
     parse: Parse<V>,
     previous: Option<V>,
 }
 
-impl<V> Source<V> {
+impl<V> FileSource<V> {
     pub(super) fn new(path: PathBuf, parse: Parse<V>) -> Self {
         Self {
             watcher: watch(path, INTERVAL),
@@ -100,10 +100,10 @@ impl<V> Source<V> {
     }
 }
 
-impl<V: Clone + PartialEq + Send + Sync + 'static> Refresh for Source<V> {
+impl<V: Clone + PartialEq + Send + Sync + 'static> Refresh for FileSource<V> {
     type Value = V;
 
-    /// An unusable file is read as often as a usable one.
+    /// An unusable file is read as often as a usable file.
     const MAX_BACKOFF: Duration = INTERVAL;
 
     async fn refresh(&mut self) -> Result<Fetched<V>, FetchError> {
@@ -117,7 +117,7 @@ impl<V: Clone + PartialEq + Send + Sync + 'static> Refresh for Source<V> {
     }
 
     async fn changed(&mut self) {
-        // The refresh that follows reads the file again, and reports what is wrong with it.
+        // The refresh that follows reads the file again and returns its error.
         let _ = self.watcher.changed().await;
     }
 }
@@ -132,7 +132,7 @@ mod tests {
     use super::*;
     use crate::{
         credentials::{
-            self,
+            self, TokenEvidence,
             cache::{Cache, OnRejection},
             profile_key,
             secret::parse_token,
@@ -148,7 +148,7 @@ mod tests {
     /// A cache of the token in a file.
     struct Running {
         cache: Cache<String>,
-        ready: watch::Receiver<bool>,
+        latest: watch::Receiver<Option<String>>,
         metrics: Arc<Metrics>,
     }
 
@@ -157,17 +157,17 @@ mod tests {
             let parse = |text: &str, _: Option<&String>| {
                 Ok(parse_token(text)?.to_str().unwrap().to_owned())
             };
-            let source = Source {
+            let source = FileSource {
                 watcher: watch(path.to_owned(), interval),
                 parse,
                 previous: None,
             };
-            let (ready, is_ready) = watch::channel(false);
+            let (sender, latest) = watch::channel(None);
             let metrics = Metrics::new();
-            let (on_rejection, ready) = (OnRejection::Recheck, Arc::new(ready));
+            let on_rejection = OnRejection::Recheck;
             Self {
-                cache: Cache::start("test", source, on_rejection, ready, metrics.clone()),
-                ready: is_ready,
+                cache: Cache::start("test", source, on_rejection, sender, metrics.clone()),
+                latest,
                 metrics,
             }
         }
@@ -177,8 +177,9 @@ mod tests {
         }
 
         async fn refresh(&self, used: u64) -> Option<(String, u64)> {
-            let renewed = self.cache.refresh(used, Deadline::after(PATIENCE)).await;
-            renewed.unwrap()
+            let deadline = Deadline::after(PATIENCE);
+            let refresh = self.cache.refresh(used, TokenEvidence::Unclear, deadline);
+            refresh.await.unwrap()
         }
 
         async fn until_token_is(&self, expected: &str, generation: u64) {
@@ -218,7 +219,7 @@ mod tests {
         fs::write(&file, "one\n").unwrap();
         let running = Running::start(file.path(), SHORT);
         assert_eq!(running.token().await, Ok(("one".to_owned(), 1)));
-        assert!(*running.ready.borrow());
+        assert!(running.latest.borrow().is_some());
 
         let write = |text| fs::write(&file, text).unwrap();
         running
@@ -241,18 +242,18 @@ mod tests {
         let running = Running::start(&path, SHORT);
 
         let Err(credentials::Error::Unavailable { retry_after }) = running.token().await else {
-            panic!("there is no token");
+            panic!("a token without a file");
         };
         assert!(retry_after <= INTERVAL, "{retry_after:?}");
-        assert!(!*running.ready.borrow());
+        assert_eq!(*running.latest.borrow(), None);
 
         fs::write(&path, "late").unwrap();
         running.until_token_is("late", 1).await;
-        assert!(*running.ready.borrow());
+        assert!(running.latest.borrow().is_some());
     }
 
     #[tokio::test]
-    async fn a_rejected_token_is_read_again_at_once_and_renewed_only_if_it_has_changed() {
+    async fn a_rejected_token_is_read_again_at_once_and_replaced_only_if_it_has_changed() {
         let file = NamedTempFile::new().unwrap();
         fs::write(&file, "one").unwrap();
         let hour = Duration::from_secs(3600);
@@ -276,7 +277,7 @@ mod tests {
     #[tokio::test]
     async fn a_key_that_a_profile_file_repeats_keeps_its_guard() {
         let file = NamedTempFile::new().unwrap();
-        let mut source = Source::new(file.path().to_owned(), profile_key);
+        let mut source = FileSource::new(file.path().to_owned(), profile_key);
         let mut read = async |text| {
             fs::write(&file, text).unwrap();
             source.refresh().await.unwrap().value
@@ -296,14 +297,16 @@ mod tests {
     fn files_that_are_not_text_or_too_long_are_rejected() {
         let file = NamedTempFile::new().unwrap();
 
+        let load = |path: &Path| load(path, |text| Ok(text.to_owned()));
+
         fs::write(&file, vec![b'a'; MAX_BYTES + 1]).unwrap();
-        assert_eq!(read(file.path()), Err(Error::TooLong));
+        assert_eq!(load(file.path()), Err(Error::TooLong));
 
         fs::write(&file, [0xff, 0xfe]).unwrap();
-        assert_eq!(text(&read(file.path()).unwrap()), Err(Error::NotText));
+        assert_eq!(load(file.path()), Err(Error::NotText));
 
         assert_eq!(
-            read(Path::new("/nonexistent/file")),
+            load(Path::new("/nonexistent/file")),
             Err(Error::Unreadable(io::ErrorKind::NotFound))
         );
     }

@@ -27,7 +27,7 @@ const REST_AFTER_REJECTION: Duration = Duration::from_secs(15 * 60);
 
 /// The identity service and the user.
 #[derive(Debug, Clone)]
-pub struct Config {
+pub struct IamConfig {
     /// The identity service with its scheme, for example `https://iam.cn-north-4.myhuaweicloud.com`.
     pub endpoint: Url,
     /// Name of the IAM user.
@@ -42,16 +42,16 @@ pub struct Config {
 }
 
 /// The identity service as a source of the cache.
-pub(super) struct Source {
+pub(super) struct IamTokens {
     client: reqwest::Client,
-    config: Config,
+    config: IamConfig,
     password_file: Watcher,
-    /// Of the password, if the identity service rejected it.
+    /// The digest of the password that the identity service rejected, if it did.
     rejected: Option<Digest>,
 }
 
-impl Source {
-    pub(super) fn new(client: reqwest::Client, config: Config) -> Self {
+impl IamTokens {
+    pub(super) fn new(client: reqwest::Client, config: IamConfig) -> Self {
         Self {
             client,
             password_file: file::watch(config.password_file.clone(), file::INTERVAL),
@@ -70,7 +70,7 @@ fn parse_password(content: &[u8]) -> Result<Zeroizing<String>, file::Error> {
     Ok(secret::parse_password(file::text(content)?)?)
 }
 
-impl Refresh for Source {
+impl Refresh for IamTokens {
     type Value = HeaderValue;
 
     async fn refresh(&mut self) -> Result<Fetched<HeaderValue>, FetchError> {
@@ -116,7 +116,7 @@ impl Refresh for Source {
     }
 }
 
-fn body(config: &Config, password: &str) -> Vec<u8> {
+fn body(config: &IamConfig, password: &str) -> Vec<u8> {
     let is_id =
         config.project.len() == 32 && config.project.bytes().all(|byte| byte.is_ascii_hexdigit());
     let project = if is_id {
@@ -134,41 +134,36 @@ fn body(config: &Config, password: &str) -> Vec<u8> {
     .into_bytes()
 }
 
-#[derive(Deserialize)]
-struct Body {
+#[derive(Default, Deserialize)]
+struct TokenBody {
     token: Description,
 }
 
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
 struct Description {
     expires_at: Option<String>,
     issued_at: Option<String>,
 }
 
-/// The token is in a header. The body names only its end, so a body that cannot be read counts as one without an end.
-fn token(answer: &Response) -> Result<Fetched<HeaderValue>, FetchError> {
-    let value = answer
+/// The token is in a header. The body holds only its times, so a body that cannot be parsed counts as one without times.
+fn token(response: &Response) -> Result<Fetched<HeaderValue>, FetchError> {
+    let value = response
         .headers
         .get("x-subject-token")
-        .ok_or_else(|| FetchError::unavailable("its answer has no X-Subject-Token"))?;
+        .ok_or_else(|| FetchError::unavailable("the reply has no X-Subject-Token"))?;
     let value = value
         .to_str()
         .ok()
         .and_then(|text| secret::parse_token(text).ok())
-        .ok_or_else(|| FetchError::unavailable("its X-Subject-Token is malformed"))?;
-    let described: Option<Body> = serde_json::from_slice(&answer.body).ok();
-    let time = |text: Option<&String>| server_time::parse(text?);
-    let (expires_at, issued_at) = described.as_ref().map_or((None, None), |body| {
-        (
-            time(body.token.expires_at.as_ref()),
-            time(body.token.issued_at.as_ref()),
-        )
-    });
-    let now = wait::date(&answer.headers)
+        .ok_or_else(|| FetchError::unavailable("the X-Subject-Token in the reply is malformed"))?;
+    let TokenBody { token } = serde_json::from_slice(&response.body).unwrap_or_default();
+    let time = |text: Option<String>| server_time::parse(&text?);
+    let (expires_at, issued_at) = (time(token.expires_at), time(token.issued_at));
+    let now = wait::date(&response.headers)
         .or(issued_at)
         .unwrap_or_else(server_time::our_clock);
     let lifetime = server_time::lifetime(expires_at, now)
-        .ok_or_else(|| FetchError::unavailable("the token it gives has expired already"))?;
+        .ok_or_else(|| FetchError::unavailable("the token in the reply has already expired"))?;
     Ok(Fetched {
         value,
         lifetime: Some(lifetime),
@@ -184,7 +179,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        credentials::fake_issuer::{FakeIssuer, answer},
+        credentials::fake_issuer::{FakeIssuer, response},
         http_client,
     };
 
@@ -203,26 +198,26 @@ mod tests {
         file
     }
 
-    fn source(endpoint: &str, password_file: &NamedTempFile) -> Source {
-        let config = Config {
+    fn source(endpoint: &str, password_file: &NamedTempFile) -> IamTokens {
+        let config = IamConfig {
             endpoint: endpoint.parse().unwrap(),
             user: "user".to_owned(),
             domain: "domain".to_owned(),
             password_file: password_file.path().to_owned(),
             project: "cn-north-4".to_owned(),
         };
-        Source::new(fetch::identity_client(&http_config()).unwrap(), config)
+        IamTokens::new(fetch::identity_client(&http_config()).unwrap(), config)
     }
 
-    async fn outcome_of(answer: &'static str) -> Result<Fetched<HeaderValue>, FetchError> {
-        let issuer = FakeIssuer::start(move |_, _| answer.to_owned()).await;
+    async fn refresh_with(response: &'static str) -> Result<Fetched<HeaderValue>, FetchError> {
+        let issuer = FakeIssuer::start(move |_, _| response.to_owned()).await;
         source(&issuer.endpoint, &password_file()).refresh().await
     }
 
     #[tokio::test]
     async fn the_request_is_as_the_page_shows_it_and_the_token_comes_from_the_header() {
         let issuer = FakeIssuer::start(|_, _| {
-            answer(
+            response(
                 "201 Created",
                 "X-Subject-Token: MIIcanary\r\nDate: Fri, 30 Oct 2026 08:00:00 GMT\r\n",
                 r#"{"token":{"expires_at":"2026-10-30T20:00:00.000000Z","issued_at":"2026-10-30T07:00:00.000000Z"}}"#,
@@ -269,7 +264,7 @@ mod tests {
     fn thirty_two_hexadecimal_digits_are_a_project_id_and_anything_else_is_a_name() {
         let file = password_file();
         let mut config = source("http://127.0.0.1", &file).config;
-        let scope = |config: &Config| {
+        let scope = |config: &IamConfig| {
             let body: Value = serde_json::from_slice(&body(config, "p")).unwrap();
             body["auth"]["scope"]["project"].clone()
         };
@@ -291,7 +286,7 @@ mod tests {
                 hours(5),
             ),
             (
-                "a body that is no JSON: an hour",
+                "a body that is not JSON: an hour",
                 "HTTP/1.1 201 Created\r\nX-Subject-Token: t\r\n\r\n<html>",
                 hours(1),
             ),
@@ -307,8 +302,8 @@ mod tests {
             ),
         ];
 
-        for (name, answer, expected) in cases {
-            let lifetime = outcome_of(answer)
+        for (name, response, expected) in cases {
+            let lifetime = refresh_with(response)
                 .await
                 .ok()
                 .and_then(|fetched| fetched.lifetime);
@@ -354,13 +349,13 @@ mod tests {
             ("canary\r\n\r\n", None, none),
         ];
 
-        for (answer, rejected, wait) in cases {
-            let error = outcome_of(answer).await.unwrap_err();
+        for (response, rejected, wait) in cases {
+            let error = refresh_with(response).await.unwrap_err();
 
             assert!(!format!("{error} {error:?}").contains("can"), "{error:?}");
-            assert_eq!(error.wait, wait, "{answer}");
+            assert_eq!(error.wait, wait, "{response}");
             let rejected = rejected.map(|status| (Issuer::Identity, status));
-            assert_eq!(error.rejected_by, rejected, "{answer}");
+            assert_eq!(error.rejected_by, rejected, "{response}");
         }
     }
 
@@ -368,7 +363,7 @@ mod tests {
     async fn a_response_that_is_too_long_is_cut_off() {
         let issuer = FakeIssuer::start(|_, _| {
             let body = "x".repeat(1024 * 1024);
-            answer("201 Created", "X-Subject-Token: t\r\n", &body)
+            response("201 Created", "X-Subject-Token: t\r\n", &body)
         })
         .await;
 
@@ -377,13 +372,13 @@ mod tests {
             .await
             .unwrap_err();
 
-        assert_eq!(error.to_string(), "its answer is longer than 64 KiB");
+        assert_eq!(error.to_string(), "the reply is longer than 64 KiB");
     }
 
     #[tokio::test]
     async fn the_configured_proxy_is_used_with_its_password_which_is_not_shown() {
         let proxy =
-            FakeIssuer::start(|_, _| answer("201 Created", "X-Subject-Token: t\r\n", "{}")).await;
+            FakeIssuer::start(|_, _| response("201 Created", "X-Subject-Token: t\r\n", "{}")).await;
         let url = proxy.endpoint.replace("http://", "http://user:canary@");
         let through = http_client::Config {
             proxy: Some(url.parse().unwrap()),
@@ -404,7 +399,7 @@ mod tests {
 
     #[tokio::test]
     async fn after_a_rejection_only_another_password_counts_as_a_change() {
-        let issuer = FakeIssuer::start(|_, _| answer("401 Unauthorized", "", "")).await;
+        let issuer = FakeIssuer::start(|_, _| response("401 Unauthorized", "", "")).await;
         let file = password_file();
         let mut source = source(&issuer.endpoint, &file);
         let interval = Duration::from_millis(5);
@@ -427,7 +422,7 @@ mod tests {
 
     #[tokio::test]
     async fn without_a_rejection_nothing_counts_as_a_change() {
-        let issuer = FakeIssuer::start(|_, _| answer("503 Unavailable", "", "")).await;
+        let issuer = FakeIssuer::start(|_, _| response("503 Unavailable", "", "")).await;
         let file = password_file();
         let mut source = source(&issuer.endpoint, &file);
         let interval = Duration::from_millis(5);

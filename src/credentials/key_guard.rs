@@ -1,9 +1,9 @@
 //! Keeps the gateway from locking a wrong key, and fails calls at once while a key is locked.
 //!
 //! The gateway locks a key for five minutes after more than five bad signatures in a row ("API request signing guide"), for every
-//! program that uses it. So a key that has never been accepted in this process rests after its first rejection, and any other after the
-//! third one in a row. Until it is accepted, and again after a rejection, one request is in flight at a time. Once it is proven, an
-//! admission costs one atomic load.
+//! program that uses it. So a key that has never been accepted in this process rests after its first rejection, and any other key
+//! after its third rejection in a row. Until a key is accepted, and again after a rejection, one request is in flight at a time. A
+//! permit for a proven key costs one atomic load.
 //!
 //! A rejection may be about the project of the call and not about the key: a project for which the key has never been accepted, although
 //! it has been for another one, counts once. A success that was sent after the rejections clears them.
@@ -27,65 +27,54 @@ use crate::deadline::Deadline;
 /// How long the gateway locks a key after too many bad signatures. Source: "API request signing guide", FAQ.
 pub const KEY_LOCK: Duration = Duration::from_secs(5 * 60);
 
-/// Refusals in a row after which a proven key rests. The gateway counts to five; the others are for other programs that use the key.
+/// Rejections in a row after which a proven key rests. The gateway allows five; the rest is for other programs that use the key.
 const REJECTIONS_BEFORE_REST: usize = 3;
 
 /// Projects that are remembered as accepted.
 const MAX_PROJECTS: usize = 64;
 
 /// The guard of one key.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct KeyGuard {
     /// The latest evidence is an accepted signature, and the key does not rest.
     proven: AtomicBool,
-    /// Counts the rejections. An admission of an older count was sent before the last rejection.
+    /// Counts the rejections. A request whose permit has an older count was sent before the last rejection.
     epoch: AtomicU64,
-    state: Mutex<State>,
-    /// Wakes the calls that wait for an admission.
+    evidence: Mutex<Evidence>,
+    /// Wakes the calls that wait for a permit.
     changed: Notify,
-    /// Until when a key that was never accepted rests: the server is not ready for so long.
+    /// The end of the rest of a key that was never accepted: the server is not ready before it.
     unproven_rest: watch::Sender<Option<Instant>>,
 }
 
 #[derive(Debug, Default)]
-struct State {
-    /// An admission is in flight that others wait for.
+struct Evidence {
+    /// A request is in flight whose outcome other calls wait for.
     probing: bool,
     /// The projects of the rejections since the last accepted signature.
     rejections: Vec<String>,
     /// Projects for which the key has been accepted.
     accepted: Vec<String>,
-    /// Another rejection rests the key at once: it was locked, or has another secret than the one that was rejected.
+    /// The next rejection starts a rest: the key was locked, or its previous secret was rejected.
     wary: bool,
     rests_until: Option<Instant>,
 }
 
 impl KeyGuard {
-    /// The guard of a key without any evidence.
-    pub fn new() -> Self {
-        Self::with(State::default())
-    }
-
     /// The guard of a key with the same AK and another secret. The gateway may still count the old secret's bad signatures.
     pub(super) fn for_another_secret(&self) -> Self {
-        let old = self.state();
-        Self::with(State {
+        let old = self.evidence();
+        let evidence = Evidence {
             wary: old.wary || !old.rejections.is_empty(),
-            ..State::default()
-        })
-    }
-
-    fn with(state: State) -> Self {
+            ..Evidence::default()
+        };
         Self {
-            proven: AtomicBool::new(false),
-            epoch: AtomicU64::new(0),
-            state: Mutex::new(state),
-            changed: Notify::new(),
-            unproven_rest: watch::Sender::new(None),
+            evidence: Mutex::new(evidence),
+            ..Self::default()
         }
     }
 
-    /// Until when a key that was never accepted rests.
+    /// The end of the rest of a key that was never accepted, if it has rested.
     pub fn unproven_rest(&self) -> watch::Receiver<Option<Instant>> {
         self.unproven_rest.subscribe()
     }
@@ -94,17 +83,17 @@ impl KeyGuard {
     ///
     /// # Errors
     /// - [`Error::Locked`]: the key rests; no call waits for that.
-    /// - [`Error::DeadlineExceeded`]: other calls were trying the key out all the time.
+    /// - [`Error::DeadlineExceeded`]: the requests of other calls that try the key out took too long.
     pub async fn admit<'a>(
         &'a self,
         project_id: &'a str,
         deadline: Deadline,
-    ) -> Result<Admission<'a>, Error> {
+    ) -> Result<SigningPermit<'a>, Error> {
         loop {
             if self.proven.load(Ordering::Acquire) {
                 return Ok(self.admission(project_id, false));
             }
-            // Listens before it looks, so that the end of a probe in between is not missed.
+            // Registers before the check, so that the end of a probe between the two wakes this call.
             let mut changed = std::pin::pin!(self.changed.notified());
             changed.as_mut().enable();
             if let Some(admitted) = self.try_probe(project_id) {
@@ -117,29 +106,29 @@ impl KeyGuard {
         }
     }
 
-    /// `None` while another call's probe is in flight.
-    fn try_probe<'a>(&'a self, project_id: &'a str) -> Option<Result<Admission<'a>, Error>> {
-        let mut state = self.state();
-        if let Some(until) = state.rests_until {
+    /// Admits a call whose request tries the key out. `None` while the probe of another call is in flight.
+    fn try_probe<'a>(&'a self, project_id: &'a str) -> Option<Result<SigningPermit<'a>, Error>> {
+        let mut evidence = self.evidence();
+        if let Some(until) = evidence.rests_until {
             let retry_after = until.saturating_duration_since(Instant::now());
             if !retry_after.is_zero() {
                 return Some(Err(Error::Locked { retry_after }));
             }
-            state.rests_until = None;
+            evidence.rests_until = None;
         }
         // The key may have been proven before this call took the mutex.
         if self.proven.load(Ordering::Acquire) {
             return Some(Ok(self.admission(project_id, false)));
         }
-        if state.probing {
+        if evidence.probing {
             return None;
         }
-        state.probing = true;
+        evidence.probing = true;
         Some(Ok(self.admission(project_id, true)))
     }
 
-    fn admission<'a>(&'a self, project_id: &'a str, probe: bool) -> Admission<'a> {
-        Admission {
+    fn admission<'a>(&'a self, project_id: &'a str, probe: bool) -> SigningPermit<'a> {
+        SigningPermit {
             guard: self,
             project_id,
             epoch: self.epoch.load(Ordering::Acquire),
@@ -147,13 +136,26 @@ impl KeyGuard {
         }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn rest(&self, mut evidence: MutexGuard<'_, Evidence>) {
+        let until = Instant::now() + KEY_LOCK;
+        evidence.wary = true;
+        evidence.rests_until = Some(until);
+        if evidence.accepted.is_empty() {
+            self.unproven_rest.send_replace(Some(until));
+        }
+        self.epoch.fetch_add(1, Ordering::AcqRel);
+        self.proven.store(false, Ordering::Release);
+        drop(evidence);
+        self.changed.notify_waiters();
+    }
+
+    fn evidence(&self) -> MutexGuard<'_, Evidence> {
+        self.evidence.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl State {
-    /// Whether this rejection counts: a project that may be the cause itself counts once.
+impl Evidence {
+    /// Whether a rejection for this project counts: a project that may be the cause counts once.
     fn counts(&self, project_id: &str) -> bool {
         let accepted = |projects: &[String]| projects.iter().any(|known| known == project_id);
         let is_foreign = !self.accepted.is_empty() && !accepted(&self.accepted);
@@ -161,41 +163,39 @@ impl State {
     }
 }
 
-impl Default for KeyGuard {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
-/// Permission to sign one request. Dropped without evidence (a timeout, a connection that broke) it says nothing about the key.
+/// Permission to sign one request. Dropping it (after a timeout or a broken connection) leaves the evidence about the key unchanged.
 #[derive(Debug)]
 #[must_use = "hold it until the reply is there"]
-pub struct Admission<'a> {
+pub struct SigningPermit<'a> {
     guard: &'a KeyGuard,
     project_id: &'a str,
     epoch: u64,
     probe: bool,
 }
 
-impl Admission<'_> {
-    /// The gateway accepted the signature, whatever else the reply says.
+impl SigningPermit<'_> {
+    /// The gateway accepted the signature. The rest of the reply does not matter.
     pub fn accepted(self) {
         let guard = self.guard;
         let is_proven = guard.proven.load(Ordering::Acquire);
-        let mut state = guard.state();
-        if !state.accepted.iter().any(|known| known == self.project_id) {
-            if state.accepted.len() == MAX_PROJECTS {
-                state.accepted.remove(0);
+        let mut evidence = guard.evidence();
+        if !evidence
+            .accepted
+            .iter()
+            .any(|known| known == self.project_id)
+        {
+            if evidence.accepted.len() == MAX_PROJECTS {
+                evidence.accepted.remove(0);
             }
-            state.accepted.push(self.project_id.to_owned());
+            evidence.accepted.push(self.project_id.to_owned());
         }
-        // After a rejection the reply to an older request is no news.
-        let is_news = self.epoch == guard.epoch.load(Ordering::Acquire);
-        if is_news && !is_proven && state.rests_until.is_none() {
-            state.rejections.clear();
-            state.wary = false;
+        // The reply to a request that was sent before the last rejection proves nothing.
+        let is_current = self.epoch == guard.epoch.load(Ordering::Acquire);
+        if is_current && !is_proven && evidence.rests_until.is_none() {
+            evidence.rejections.clear();
+            evidence.wary = false;
             guard.proven.store(true, Ordering::Release);
-            drop(state);
+            drop(evidence);
             guard.changed.notify_waiters();
         }
     }
@@ -203,14 +203,14 @@ impl Admission<'_> {
     /// The gateway rejected the signature or the key.
     pub fn rejected(self) {
         let guard = self.guard;
-        let mut state = guard.state();
-        if !state.counts(self.project_id) {
+        let mut evidence = guard.evidence();
+        if !evidence.counts(self.project_id) {
             return;
         }
-        state.rejections.push(self.project_id.to_owned());
-        let is_unproven = state.accepted.is_empty();
-        if is_unproven || state.wary || state.rejections.len() >= REJECTIONS_BEFORE_REST {
-            guard.rest(state);
+        evidence.rejections.push(self.project_id.to_owned());
+        let is_unproven = evidence.accepted.is_empty();
+        if is_unproven || evidence.wary || evidence.rejections.len() >= REJECTIONS_BEFORE_REST {
+            guard.rest(evidence);
         } else {
             guard.epoch.fetch_add(1, Ordering::AcqRel);
             guard.proven.store(false, Ordering::Release);
@@ -219,29 +219,14 @@ impl Admission<'_> {
 
     /// The gateway has locked the key.
     pub fn locked(self) {
-        self.guard.rest(self.guard.state());
+        self.guard.rest(self.guard.evidence());
     }
 }
 
-impl KeyGuard {
-    fn rest(&self, mut state: MutexGuard<'_, State>) {
-        let until = Instant::now() + KEY_LOCK;
-        state.wary = true;
-        state.rests_until = Some(until);
-        if state.accepted.is_empty() {
-            self.unproven_rest.send_replace(Some(until));
-        }
-        self.epoch.fetch_add(1, Ordering::AcqRel);
-        self.proven.store(false, Ordering::Release);
-        drop(state);
-        self.changed.notify_waiters();
-    }
-}
-
-impl Drop for Admission<'_> {
+impl Drop for SigningPermit<'_> {
     fn drop(&mut self) {
         if self.probe {
-            self.guard.state().probing = false;
+            self.guard.evidence().probing = false;
             self.guard.changed.notify_one();
         }
     }
@@ -259,16 +244,16 @@ mod tests {
         Deadline::after(Duration::from_secs(seconds))
     }
 
-    async fn admit(guard: &KeyGuard) -> Admission<'_> {
+    async fn admit(guard: &KeyGuard) -> SigningPermit<'_> {
         admit_for(guard, "p").await
     }
 
-    async fn admit_for<'a>(guard: &'a KeyGuard, project_id: &'a str) -> Admission<'a> {
+    async fn admit_for<'a>(guard: &'a KeyGuard, project_id: &'a str) -> SigningPermit<'a> {
         guard.admit(project_id, in_seconds(1)).await.unwrap()
     }
 
     async fn proven() -> KeyGuard {
-        let guard = KeyGuard::new();
+        let guard = KeyGuard::default();
         admit(&guard).await.accepted();
         guard
     }
@@ -288,7 +273,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn until_the_first_accepted_reply_one_request_is_in_flight_at_a_time() {
-        let guard = KeyGuard::new();
+        let guard = KeyGuard::default();
         let first = admit(&guard).await;
 
         assert_eq!(
@@ -307,7 +292,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_burst_with_a_key_that_was_never_accepted_sends_one_request_and_with_any_other_three()
     {
-        for (guard, expected) in [(KeyGuard::new(), 1), (proven().await, 3)] {
+        for (guard, expected) in [(KeyGuard::default(), 1), (proven().await, 3)] {
             let guard = Arc::new(guard);
             // The first rejection ends the time of many requests at once.
             if expected == 3 {
@@ -344,7 +329,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn only_the_rest_of_a_key_that_was_never_accepted_is_reported() {
-        let (unproven, proven) = (KeyGuard::new(), proven().await);
+        let (unproven, proven) = (KeyGuard::default(), proven().await);
         let reports = [unproven.unproven_rest(), proven.unproven_rest()];
 
         rejected_times(&unproven, 1).await;
@@ -390,7 +375,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_reply_to_an_older_request_neither_ends_a_rest_nor_proves_a_refused_key() {
+    async fn a_reply_to_an_older_request_neither_ends_a_rest_nor_proves_a_rejected_key() {
         let guard = proven().await;
         let (older, another) = (admit(&guard).await, admit(&guard).await);
 
@@ -440,7 +425,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_waiter_that_gives_up_does_not_take_the_turn_of_the_next() {
-        let guard = KeyGuard::new();
+        let guard = KeyGuard::default();
         let probe = admit(&guard).await;
         let ten_milliseconds = Duration::from_millis(10);
 
@@ -462,7 +447,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn another_secret_for_a_refused_key_may_fail_only_once() {
+    async fn another_secret_for_a_rejected_key_may_fail_only_once() {
         let guard = proven().await;
         rejected_times(&guard, 1).await;
 
@@ -476,7 +461,7 @@ mod tests {
         /// In any order of admissions and replies: no more than three rejected signatures in a row reach the gateway with a proven key,
         /// beyond those that were in flight when the first of them came, and only one with a key that was never accepted.
         #[test]
-        fn refused_signatures_are_few(
+        fn rejected_signatures_are_few(
             steps in prop::collection::vec((any::<bool>(), 0..3u8, 0..4usize), 1..100),
         ) {
             let runtime = tokio::runtime::Builder::new_current_thread()
@@ -485,9 +470,9 @@ mod tests {
                 .build()
                 .unwrap();
             runtime.block_on(async {
-                let guard = KeyGuard::new();
+                let guard = KeyGuard::default();
                 let mut in_flight = Vec::new();
-                // Of requests that were sent after the last accepted reply.
+                // Rejections of requests that were sent after the last accepted reply.
                 let (mut rejected, mut accepted_once) = (0, false);
                 for (sends, reply, index) in steps {
                     if sends {

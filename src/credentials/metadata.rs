@@ -5,6 +5,7 @@
 use std::{sync::Arc, time::Duration};
 
 use http::{HeaderValue, StatusCode};
+use reqwest::Url;
 use serde::Deserialize;
 use tokio::time::Instant;
 
@@ -15,27 +16,29 @@ use super::{
     fetch::{self, FetchError, Response},
     secret, server_time,
 };
-use crate::wait;
+use crate::{options::url, wait};
 
 /// The requested lifetime of a token of the hardened mode, in seconds, as in the vendor's SDK.
 const TOKEN_TTL: &str = "21600";
 
-/// Such a token is replaced after this time, well before its six hours are over.
+/// A token of the hardened mode is replaced after this time, well before its six hours are over.
 const TOKEN_LIFE: Duration = Duration::from_secs(5 * 60 * 60);
 
 /// A machine without the hardened mode is probed for it again after this time.
 const UNHARDENED_FOR: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// In the body of a 401 on a machine without an agency. A new token would not help.
+/// In the body of a 401 on a machine without an agency, where a new token does not help.
 const NO_AGENCY: &[u8] = b"Please configure Cloud Service Agency first";
 
 /// The metadata service as a source of the cache. Its keys live 24 hours and are replaced 6 hours before their end, so a refresh
 /// at 80 % of the remaining lifetime always finds new ones.
-pub(super) struct Source {
+pub(super) struct MetadataKeys {
     client: reqwest::Client,
     endpoint: String,
+    /// Begins the text of each error.
+    error_prefix: String,
     hardened: Hardened,
-    /// The previous key, whose guard is kept if the service returns it again.
+    /// The previous key, whose guard is reused if the service returns the key again.
     previous: Option<Arc<AccessKey>>,
 }
 
@@ -46,11 +49,16 @@ enum Hardened {
     Absent { until: Instant },
 }
 
-impl Source {
-    pub(super) fn new(client: reqwest::Client, endpoint: &str) -> Self {
+impl MetadataKeys {
+    pub(super) fn new(
+        client: reqwest::Client,
+        endpoint: &Url,
+        error_prefix: impl Into<String>,
+    ) -> Self {
         Self {
             client,
-            endpoint: endpoint.trim_end_matches('/').to_owned(),
+            endpoint: url::without_slash(endpoint).to_owned(),
+            error_prefix: error_prefix.into(),
             hardened: Hardened::Unknown,
             previous: None,
         }
@@ -65,14 +73,14 @@ impl Source {
             Hardened::Absent { until } if Instant::now() < *until => return Ok(None),
             _ => {}
         }
-        let answer = self.request_token().await?;
-        if matches!(answer.status.as_u16(), 404 | 405 | 503) {
+        let response = self.request_token().await?;
+        if matches!(response.status.as_u16(), 404 | 405 | 503) {
             self.hardened = Hardened::Absent {
                 until: Instant::now() + UNHARDENED_FOR,
             };
             return Ok(None);
         }
-        self.keep_token(&answer).map(Some)
+        self.store_token(&response).map(Some)
     }
 
     async fn request_token(&self) -> Result<Response, FetchError> {
@@ -84,14 +92,16 @@ impl Source {
         fetch::send(request).await
     }
 
-    fn keep_token(&mut self, answer: &Response) -> Result<HeaderValue, FetchError> {
-        if answer.status != StatusCode::OK {
-            return Err(unexpected(answer));
+    fn store_token(&mut self, response: &Response) -> Result<HeaderValue, FetchError> {
+        if response.status != StatusCode::OK {
+            return Err(unexpected(response));
         }
-        let value = str::from_utf8(&answer.body)
+        let value = str::from_utf8(&response.body)
             .ok()
             .and_then(|text| secret::parse_token(text).ok())
-            .ok_or_else(|| FetchError::unavailable("its metadata token is malformed"))?;
+            .ok_or_else(|| {
+                FetchError::unavailable("the metadata token in the reply is malformed")
+            })?;
         self.hardened = Hardened::Token {
             value: value.clone(),
             until: Instant::now() + TOKEN_LIFE,
@@ -107,37 +117,41 @@ impl Source {
         }
         fetch::send(request).await
     }
-}
 
-impl Refresh for Source {
-    type Value = Arc<AccessKey>;
-
-    async fn refresh(&mut self) -> Result<Fetched<Arc<AccessKey>>, FetchError> {
+    async fn key(&mut self) -> Result<Fetched<Arc<AccessKey>>, FetchError> {
         let token = self.token().await?;
-        let mut answer = self.request_key(token).await?;
-        if answer.status == StatusCode::UNAUTHORIZED {
-            if answer
-                .body
-                .windows(NO_AGENCY.len())
-                .any(|window| window == NO_AGENCY)
-            {
+        let mut response = self.request_key(token).await?;
+        if response.status == StatusCode::UNAUTHORIZED {
+            let mut parts = response.body.windows(NO_AGENCY.len());
+            if parts.any(|part| part == NO_AGENCY) {
                 return Err(FetchError {
                     cause: "no agency is configured for this machine".to_owned(),
-                    ..unexpected(&answer)
+                    ..unexpected(&response)
                 });
             }
             // The token was rejected, or the hardened mode has just been switched on.
             self.hardened = Hardened::Unknown;
             let token = self.request_token().await?;
-            let token = self.keep_token(&token)?;
-            answer = self.request_key(Some(token)).await?;
+            let token = self.store_token(&token)?;
+            response = self.request_key(Some(token)).await?;
         }
-        if answer.status != StatusCode::OK {
-            return Err(unexpected(&answer));
+        if response.status != StatusCode::OK {
+            return Err(unexpected(&response));
         }
-        let fetched = temporary_key(&answer, self.previous.as_deref())?;
+        let fetched = temporary_key(&response, self.previous.as_deref())?;
         self.previous = Some(fetched.value.clone());
         Ok(fetched)
+    }
+}
+
+impl Refresh for MetadataKeys {
+    type Value = Arc<AccessKey>;
+
+    async fn refresh(&mut self) -> Result<Fetched<Arc<AccessKey>>, FetchError> {
+        self.key().await.map_err(|error| FetchError {
+            cause: format!("{}{error}", self.error_prefix),
+            ..error
+        })
     }
 }
 
@@ -147,12 +161,12 @@ fn unexpected(response: &Response) -> FetchError {
 }
 
 #[derive(Deserialize)]
-struct Body {
-    credential: Temporary,
+struct SecurityKey {
+    credential: TemporaryKey,
 }
 
 #[derive(Deserialize)]
-struct Temporary {
+struct TemporaryKey {
     access: String,
     secret: String,
     securitytoken: String,
@@ -160,12 +174,12 @@ struct Temporary {
 }
 
 fn temporary_key(
-    answer: &Response,
+    response: &Response,
     previous: Option<&AccessKey>,
 ) -> Result<Fetched<Arc<AccessKey>>, FetchError> {
     // The parser's own message could quote the secret.
-    let Body { credential } = serde_json::from_slice(&answer.body)
-        .map_err(|_| FetchError::unavailable("its answer holds no temporary key"))?;
+    let SecurityKey { credential } = serde_json::from_slice(&response.body)
+        .map_err(|_| FetchError::unavailable("the reply holds no temporary key"))?;
     let key = AccessKey::parse(
         &credential.access,
         &credential.secret,
@@ -176,9 +190,9 @@ fn temporary_key(
         .expires_at
         .as_deref()
         .and_then(server_time::parse);
-    let now = wait::date(&answer.headers).unwrap_or_else(server_time::our_clock);
+    let now = wait::date(&response.headers).unwrap_or_else(server_time::our_clock);
     let lifetime = server_time::lifetime(expires_at, now)
-        .ok_or_else(|| FetchError::unavailable("the keys it gives have expired already"))?;
+        .ok_or_else(|| FetchError::unavailable("the key in the reply has already expired"))?;
     Ok(Fetched {
         value: Arc::new(key.following(previous)),
         lifetime: Some(lifetime),
@@ -188,23 +202,24 @@ fn temporary_key(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::credentials::fake_issuer::{FakeIssuer, answer};
+    use crate::credentials::fake_issuer::{FakeIssuer, response};
 
     const KEY: &str = r#"{"credential":{"access":"AK","secret":"canary-sk","securitytoken":"canary-st","expires_at":"2026-10-30T20:00:00.000000Z"}}"#;
     const DATE: &str = "Date: Fri, 30 Oct 2026 08:00:00 GMT\r\n";
     const PUT: &str = "PUT /meta-data/latest/api/token";
     const GET: &str = "GET /openstack/latest/securitykey";
 
-    fn source(issuer: &FakeIssuer) -> Source {
-        Source::new(fetch::metadata_client().unwrap(), &issuer.endpoint)
+    fn source(issuer: &FakeIssuer) -> MetadataKeys {
+        let endpoint = issuer.endpoint.parse().unwrap();
+        MetadataKeys::new(fetch::metadata_client().unwrap(), &endpoint, "")
     }
 
     fn key() -> String {
-        answer("200 OK", DATE, KEY)
+        response("200 OK", DATE, KEY)
     }
 
     fn status(status: &str) -> String {
-        answer(status, "", "canary")
+        response(status, "", "canary")
     }
 
     #[tokio::test]
@@ -235,7 +250,7 @@ mod tests {
     async fn in_the_hardened_mode_one_token_serves_several_fetches() {
         let issuer = FakeIssuer::start(|_, request| {
             if request.starts_with("PUT") {
-                answer("200 OK", "", "metadata-token\n")
+                response("200 OK", "", "metadata-token\n")
             } else if request.contains("x-metadata-token: metadata-token\r\n") {
                 key()
             } else {
@@ -255,7 +270,7 @@ mod tests {
     #[tokio::test]
     async fn a_rejected_metadata_token_is_replaced_once() {
         let issuer = FakeIssuer::start(|nth, request| match (nth, request.starts_with("PUT")) {
-            (_, true) => answer("200 OK", "", &format!("token-{nth}")),
+            (_, true) => response("200 OK", "", &format!("token-{nth}")),
             (_, false) if request.contains("token-3") => key(),
             (_, false) => status("401 Unauthorized"),
         })
@@ -279,7 +294,7 @@ mod tests {
 
         let error = source(&issuer).refresh().await.unwrap_err();
 
-        assert_eq!(error, FetchError::unavailable("it answers 404"));
+        assert_eq!(error, FetchError::unavailable("HTTP status 404"));
         assert_eq!(issuer.request_lines(), [PUT, GET, PUT]);
     }
 
@@ -287,10 +302,10 @@ mod tests {
     async fn a_machine_without_an_agency_is_a_rejection_that_no_new_token_is_fetched_for() {
         let issuer = FakeIssuer::start(|_, request| {
             if request.starts_with("PUT") {
-                answer("200 OK", "", "t")
+                response("200 OK", "", "t")
             } else {
                 let body = "{\"message\":\"Please configure Cloud Service Agency first.\"}";
-                answer("401 Unauthorized", "", body)
+                response("401 Unauthorized", "", body)
             }
         })
         .await;
@@ -309,27 +324,30 @@ mod tests {
     async fn every_other_response_is_an_error_that_quotes_nothing_of_it() {
         let expired = KEY.replace("2026-10-30T20", "2026-10-30T07");
         let cases = [
-            ("no JSON", answer("200 OK", DATE, "canary")),
-            ("no key", answer("200 OK", DATE, "{\"credential\":{}}")),
+            ("no JSON", response("200 OK", DATE, "canary")),
+            ("no key", response("200 OK", DATE, "{\"credential\":{}}")),
             (
                 "a number for the secret",
-                answer("200 OK", DATE, &KEY.replace("\"canary-sk\"", "4711")),
+                response("200 OK", DATE, &KEY.replace("\"canary-sk\"", "4711")),
             ),
             (
                 "a blank in the secret",
-                answer("200 OK", DATE, &KEY.replace("canary-sk", "canary sk")),
+                response("200 OK", DATE, &KEY.replace("canary-sk", "canary sk")),
             ),
-            ("expired", answer("200 OK", DATE, &expired)),
+            ("expired", response("200 OK", DATE, &expired)),
             ("error", status("500 Internal Server Error")),
-            ("redirect", answer("302 Found", "Location: /canary\r\n", "")),
+            (
+                "redirect",
+                response("302 Found", "Location: /canary\r\n", ""),
+            ),
         ];
 
-        for (name, answer) in cases {
+        for (name, response) in cases {
             let issuer = FakeIssuer::start(move |_, request| {
                 if request.starts_with("PUT") {
                     status("404 Not Found")
                 } else {
-                    answer.clone()
+                    response.clone()
                 }
             })
             .await;
@@ -352,7 +370,7 @@ mod tests {
             } else if nth < 4 {
                 key()
             } else {
-                answer("200 OK", DATE, &KEY.replace("AK", "AK2"))
+                response("200 OK", DATE, &KEY.replace("AK", "AK2"))
             }
         })
         .await;

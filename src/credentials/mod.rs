@@ -1,9 +1,10 @@
-//! Where the credential of an upstream request comes from, how it is kept fresh, and how a request is signed.
+//! The credential of an upstream request: its source, its refresh, and the signature of a request.
 //!
 //! - [`Credentials`]: the configured source; [`Credentials::resolve`] for each call, [`Credentials::refresh`] after a 401
+//! - [`readiness`]: whether the facade has a usable credential
 //! - [`auth`]: the credential of one request; [`secret`]: the form of tokens and keys
 //! - [`signer`], [`key_guard`]: signing with a key, and keeping it from being locked
-//! - [`iam`], [`metadata`], [`chain`], [`profile`], [`file`](mod@file): the sources; [`cache`]: keeps their credential fresh
+//! - [`iam`], [`metadata`], [`chain`], [`profile`], [`file`](mod@file): the sources; [`cache`]: their current credential
 
 pub mod auth;
 mod cache;
@@ -17,6 +18,7 @@ pub mod key_guard;
 mod metadata;
 mod options;
 pub mod profile;
+mod readiness;
 pub mod secret;
 mod server_time;
 pub mod signer;
@@ -28,12 +30,16 @@ use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
 use aws_lc_rs::{hmac, rand::SystemRandom};
 use http::{HeaderMap, HeaderValue};
 use reqwest::Url;
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
+use tokio_util::task::AbortOnDropHandle;
 
-use self::cache::{Cache, OnRejection};
 pub use self::{
     auth::{AccessKey, Auth, Identity, Token},
-    options::{HEADING, Options, Place},
+    options::{HEADING, Options, UpstreamContext},
+};
+use self::{
+    cache::{Cache, OnRejection},
+    readiness::Readiness,
 };
 use crate::{
     caller::Caller,
@@ -42,24 +48,15 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// For tokens of the identity service: a rejected token is dead.
-const ON_TOKEN_REJECTED: OnRejection = OnRejection::Replace {
+/// For tokens of the identity service.
+const ON_TOKEN_REJECTED: OnRejection = OnRejection::Fetch {
     spacing: Duration::from_secs(2),
 };
 
 /// For temporary keys: the gateway may have rejected the clock and not the key.
-const ON_KEY_REJECTED: OnRejection = OnRejection::Keep {
+const ON_KEY_REJECTED: OnRejection = OnRejection::Fetch {
     spacing: Duration::from_secs(5 * 60),
 };
-
-/// Where credentials come from, and how their issuers are reached.
-#[derive(Debug, Clone)]
-pub struct Config {
-    /// The source.
-    pub source: Source,
-    /// How the identity service is reached. The metadata service is always reached directly.
-    pub http: http_client::Config,
-}
 
 /// The source of credentials, chosen at start.
 #[derive(Debug, Clone, Default)]
@@ -67,20 +64,20 @@ pub enum Source {
     /// Each caller brings a token, as `x-auth-token`.
     #[default]
     Caller,
-    /// One token for good.
+    /// A token that never changes.
     Token(HeaderValue),
-    /// A token in a file that another program renews.
+    /// A token in a file that another program replaces.
     TokenFile(PathBuf),
     /// Tokens from the identity service, for user and password.
-    Iam(iam::Config),
-    /// One key for good.
+    Iam(iam::IamConfig),
+    /// A key that never changes.
     Key(Arc<AccessKey>),
     /// The key in a profile file of the vendor's SDKs.
     Profile(PathBuf),
     /// Temporary keys from the metadata service at this address, for example `http://169.254.169.254`.
     Metadata(Url),
     /// Environment, profile file, metadata service: the first that holds a key.
-    Chain(chain::Config),
+    Chain(chain::ChainConfig),
 }
 
 /// The credentials of the facade. Clones share everything.
@@ -88,6 +85,7 @@ pub enum Source {
 pub struct Credentials {
     source: Arc<Running>,
     ready: Arc<watch::Sender<bool>>,
+    _readiness: Option<Arc<AbortOnDropHandle<()>>>,
 }
 
 /// A source at work.
@@ -101,57 +99,56 @@ enum Running {
 }
 
 impl Credentials {
-    /// Starts the source. One that fetches or reads files gets a task on the current runtime.
+    /// Starts the source, with a task on the current runtime if it fetches or reads files. `http` is for the identity service; the
+    /// metadata service is always reached directly.
     ///
     /// # Errors
     /// [`BuildError`] when the identity service's proxy or certificates cannot be used.
-    pub fn start(config: Config, metrics: Arc<Metrics>) -> Result<Self, BuildError> {
+    pub fn start(
+        source: Source,
+        http: &http_client::Config,
+        metrics: Arc<Metrics>,
+    ) -> Result<Self, BuildError> {
         let ready = Arc::new(watch::Sender::new(false));
-        let profile = |path: PathBuf| {
-            let name = format!("profile {}", path.display());
-            let source = file::Source::new(path, profile_key);
-            let (ready, metrics) = (ready.clone(), metrics.clone());
-            Cache::start(name, source, OnRejection::Recheck, ready, metrics)
-        };
-        let source = match config.source {
+        let (tokens, latest_token) = watch::channel(None);
+        let (keys, latest_key) = watch::channel(None);
+        let source = match source {
             Source::Caller => Running::Caller(Box::new(
                 hmac::Key::generate(hmac::HMAC_SHA256, &SystemRandom::new())
-                    .expect("the system gives random bytes"),
+                    .expect("the system has random bytes"),
             )),
             Source::Token(value) => Running::Token(server_token((value, 0))),
             Source::Key(key) => Running::Key(key),
             Source::TokenFile(path) => {
                 let name = format!("token file {}", path.display());
-                let source = file::Source::new(path, |text, _| Ok(secret::parse_token(text)?));
-                let cache =
-                    Cache::start(name, source, OnRejection::Recheck, ready.clone(), metrics);
+                let source = file::FileSource::new(path, |text, _| Ok(secret::parse_token(text)?));
+                let cache = Cache::start(name, source, OnRejection::Recheck, tokens, metrics);
                 Running::CachedToken(cache)
             }
-            Source::Profile(path) => Running::CachedKey(profile(path)),
+            Source::Profile(path) => Running::profile(path, keys, metrics),
             Source::Iam(iam) => {
                 let http = http_client::Config {
                     https_only: iam.endpoint.scheme() == "https",
-                    ..config.http
+                    ..http.clone()
                 };
-                let source = iam::Source::new(fetch::identity_client(&http)?, iam);
-                let cache = Cache::start("iam", source, ON_TOKEN_REJECTED, ready.clone(), metrics);
+                let source = iam::IamTokens::new(fetch::identity_client(&http)?, iam);
+                let cache = Cache::start("iam", source, ON_TOKEN_REJECTED, tokens, metrics);
                 Running::CachedToken(cache)
             }
             Source::Metadata(endpoint) => {
-                let source = metadata::Source::new(fetch::metadata_client()?, endpoint.as_str());
-                let cache =
-                    Cache::start("metadata", source, ON_KEY_REJECTED, ready.clone(), metrics);
+                let client = fetch::metadata_client()?;
+                let source = metadata::MetadataKeys::new(client, &endpoint, "");
+                let cache = Cache::start("metadata", source, ON_KEY_REJECTED, keys, metrics);
                 Running::CachedKey(cache)
             }
             Source::Chain(chain) => match chain::choose(&chain) {
                 chain::Choice::Environment(key) => Running::Key(key),
-                chain::Choice::Profile(path) => Running::CachedKey(profile(path)),
-                chain::Choice::Metadata(before) => {
+                chain::Choice::Profile(path) => Running::profile(path, keys, metrics),
+                chain::Choice::Metadata(error_prefix) => {
                     let client = fetch::metadata_client()?;
-                    let metadata = metadata::Source::new(client, chain.metadata_endpoint.as_str());
-                    let source = chain::LastLink { metadata, before };
-                    let cache =
-                        Cache::start("chain", source, ON_KEY_REJECTED, ready.clone(), metrics);
+                    let endpoint = &chain.metadata_endpoint;
+                    let source = metadata::MetadataKeys::new(client, endpoint, error_prefix);
+                    let cache = Cache::start("chain", source, ON_KEY_REJECTED, keys, metrics);
                     Running::CachedKey(cache)
                 }
             },
@@ -162,13 +159,21 @@ impl Credentials {
         ) {
             ready.send_replace(true);
         }
+        let readiness = || Readiness(ready.clone());
+        let task = match &source {
+            Running::Caller(_) | Running::Token(_) => None,
+            Running::Key(key) => Some(tokio::spawn(readiness().follow_key(key.clone()))),
+            Running::CachedToken(_) => Some(tokio::spawn(readiness().follow_tokens(latest_token))),
+            Running::CachedKey(_) => Some(tokio::spawn(readiness().follow_keys(latest_key))),
+        };
         Ok(Self {
             source: Arc::new(source),
             ready,
+            _readiness: task.map(|task| Arc::new(AbortOnDropHandle::new(task))),
         })
     }
 
-    /// Whose credentials these are.
+    /// The owner of the credentials.
     pub fn owner(&self) -> Owner {
         match &*self.source {
             Running::Caller(_) => Owner::Caller,
@@ -176,12 +181,13 @@ impl Credentials {
         }
     }
 
-    /// Turns true with the first credential, and stays so. True from the start if callers bring theirs.
+    /// Whether calls can be made: true from the start if callers bring their credentials, else from the first credential on.
+    /// False again while a key that RDS has never accepted rests, and when a task that provides the credential has ended.
     pub fn ready(&self) -> watch::Receiver<bool> {
         self.ready.subscribe()
     }
 
-    /// The keyed hash of the caller's token, if callers bring their own and this one's is well-formed. The same token has the same hash
+    /// The keyed hash of the caller's token, if callers bring tokens and this token is well-formed. Equal tokens have equal hashes
     /// as long as the process runs.
     pub fn token_hash(&self, metadata: &HeaderMap) -> Option<[u8; 16]> {
         let Running::Caller(key) = &*self.source else {
@@ -194,7 +200,7 @@ impl Credentials {
             .copied()
     }
 
-    /// The credential for a call with this metadata. `caller` is the one of [`Credentials::token_hash`], if there is a hash.
+    /// The credential for a call with this metadata. `caller` holds the [`Credentials::token_hash`], if there is a hash.
     ///
     /// # Errors
     /// - [`Error::Missing`], [`Error::Malformed`]: the caller's token, where callers bring theirs.
@@ -227,16 +233,28 @@ impl Credentials {
         }
     }
 
+    /// Upstream accepted `used` in an attempt that was sent then.
+    pub fn accepted(&self, used: &Token, sent_at: Instant) {
+        if let Running::CachedToken(cache) = &*self.source {
+            cache.accepted(used.generation, sent_at);
+        }
+    }
+
     /// Upstream rejected `used`: returns a newer credential for one retry of the call, or `None` if the source has no newer
     /// one, or never has one: a caller's or a fixed token, and keys. A rejected key only makes its source refresh,
     /// because trying keys in turn would lock them.
     ///
     /// # Errors
     /// As [`Credentials::resolve`].
-    pub async fn refresh(&self, used: &Auth, deadline: Deadline) -> Result<Option<Auth>, Error> {
+    pub async fn refresh(
+        &self,
+        used: &Auth,
+        evidence: TokenEvidence,
+        deadline: Deadline,
+    ) -> Result<Option<Auth>, Error> {
         let newer = match (&*self.source, used) {
             (Running::CachedToken(cache), Auth::Token(used)) => {
-                cache.refresh(used.generation, deadline).await?
+                cache.refresh(used.generation, evidence, deadline).await?
             }
             (Running::CachedKey(cache), Auth::Key(used)) => {
                 cache.rejected(|current| Arc::ptr_eq(current, used));
@@ -245,6 +263,19 @@ impl Credentials {
             _ => None,
         };
         Ok(newer.map(|newer| Auth::Token(server_token(newer))))
+    }
+}
+
+impl Running {
+    fn profile(
+        path: PathBuf,
+        keys: watch::Sender<Option<Arc<AccessKey>>>,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        let name = format!("profile {}", path.display());
+        let source = file::FileSource::new(path, profile_key);
+        let cache = Cache::start(name, source, OnRejection::Recheck, keys, metrics);
+        Self::CachedKey(cache)
     }
 }
 
@@ -282,7 +313,7 @@ fn caller_token(metadata: &HeaderMap) -> Result<HeaderValue, Error> {
     Ok(value)
 }
 
-/// Why there is no credential for a call.
+/// A call has no credential.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// The caller brought no `x-auth-token`.
@@ -294,7 +325,7 @@ pub enum Error {
     /// The issuer rejected the facade's own credential. Waiting does not help, so it carries no retry time.
     #[error("the issuer rejects the configured credential")]
     Rejected {
-        /// Who rejected it.
+        /// The issuer.
         issuer: Issuer,
         /// HTTP status of the rejection: 401 or 403.
         http_status: u16,
@@ -302,13 +333,13 @@ pub enum Error {
     /// The facade's own credential cannot be fetched now.
     #[error("the configured credential cannot be fetched")]
     Unavailable {
-        /// When the next fetch is due.
+        /// Time until the next fetch.
         retry_after: Duration,
     },
     /// The key is locked, by the gateway or by the key guard.
     #[error("the key is locked after failed signatures")]
     Locked {
-        /// When the lock ends.
+        /// Time until the lock ends.
         retry_after: Duration,
     },
     /// The deadline passed while waiting.
@@ -316,7 +347,16 @@ pub enum Error {
     DeadlineExceeded,
 }
 
-/// Who issues the credentials that the facade fetches.
+/// The part of a 401 that is about the token of the attempt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TokenEvidence {
+    /// The token itself is rejected: it has expired, was revoked or cannot be read.
+    Rejected,
+    /// The call is rejected, perhaps because the token is for another project.
+    Unclear,
+}
+
+/// An issuer of credentials that the facade fetches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Issuer {
     /// The identity service, IAM.
@@ -325,7 +365,7 @@ pub enum Issuer {
     Metadata,
 }
 
-/// Whose credential an upstream request carries.
+/// The owner of the credential of an upstream request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Owner {
     /// The caller's, passed through.

@@ -1,11 +1,6 @@
 //! The options of the credential source. Only those of the source in use are parsed, so all of them are declared as text.
 
-use std::{
-    fmt,
-    net::SocketAddr,
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{fmt, net::SocketAddr, path::PathBuf, sync::Arc};
 
 use reqwest::Url;
 use secrecy::{ExposeSecret, SecretString};
@@ -19,7 +14,7 @@ use crate::{
     regions::Region,
 };
 
-/// What `--help` calls the options of this room.
+/// The heading of these options in `--help`.
 pub const HEADING: &str = "Credentials";
 
 /// The token that the sandbox accepts if none is configured.
@@ -28,10 +23,14 @@ const SANDBOX_TOKEN: &str = "sandbox-token";
 /// The sandbox accepts any project; this is the one of the vendor's example.
 const SANDBOX_PROJECT: &str = "0483b6b16e954cb88930a360d2c4e663";
 
-/// Where the vendor's SDKs look for the path of the profile file.
+/// The variable of the vendor's SDKs for the path of the profile file.
 const PROFILE_VARIABLE: &str = "HUAWEICLOUD_SDK_CREDENTIALS_FILE";
 
-/// Where every machine of the vendor finds its metadata service.
+const AK_VARIABLE: &str = "HUAWEICLOUD_SDK_AK";
+const SK_VARIABLE: &str = "HUAWEICLOUD_SDK_SK";
+const SECURITY_TOKEN_VARIABLE: &str = "HUAWEICLOUD_SDK_SECURITY_TOKEN";
+
+/// The metadata service of every machine of the vendor.
 const METADATA_ENDPOINT: &str = "http://169.254.169.254";
 
 /// The options of the credential source.
@@ -41,8 +40,8 @@ const METADATA_ENDPOINT: &str = "http://169.254.169.254";
 pub struct Options {
     /// caller (x-auth-token of each call), token, iam, env, profile, metadata or chain (env, profile, metadata); with
     /// --sandbox the default is token [default: caller]
-    #[arg(long, value_name = "SOURCE", value_parser = Kind::parse)]
-    credentials: Option<Kind>,
+    #[arg(long, value_name = "SOURCE", value_parser = SourceKind::parse)]
+    credentials: Option<SourceKind>,
     /// For token: file with the token, read again when it changes; or the variable RDS_TASK_FACADE_TOKEN
     #[arg(long, value_name = "FILE")]
     token_file: Option<String>,
@@ -67,7 +66,7 @@ pub struct Options {
 }
 
 impl fmt::Debug for Options {
-    /// Without the texts: those of a source not in use are not validated and may hold secrets.
+    /// Without the values: those of a source that is not in use are not validated and may hold secrets.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Options").finish_non_exhaustive()
     }
@@ -75,7 +74,7 @@ impl fmt::Debug for Options {
 
 /// The credential source by its name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
+enum SourceKind {
     Caller,
     Token,
     Iam,
@@ -85,7 +84,7 @@ enum Kind {
     Chain,
 }
 
-impl Kind {
+impl SourceKind {
     fn parse(text: &str) -> Parsed<Self> {
         let kinds = [
             ("caller", Self::Caller),
@@ -100,9 +99,9 @@ impl Kind {
     }
 }
 
-/// Where RDS is, as far as the credential source depends on it.
+/// The settings of the upstream that the credential source depends on.
 #[derive(Debug, Clone, Copy)]
-pub struct Place {
+pub struct UpstreamContext {
     /// The region, if one is configured.
     pub region: Option<Region>,
     /// Whether the embedded sandbox is called.
@@ -112,39 +111,44 @@ pub struct Place {
 }
 
 impl Options {
-    /// The source in use; `None` if there are problems with it.
-    pub fn source(&self, place: Place, validation: &mut Validation<'_>) -> Option<Source> {
+    /// The source in use; `None` if it has problems.
+    pub fn source(
+        &self,
+        upstream: UpstreamContext,
+        validation: &mut Validation<'_>,
+    ) -> Option<Source> {
         if validation.is_rejected(&["credentials"]) {
             return None;
         }
-        let default = match place.sandbox {
-            true => Kind::Token,
-            false => Kind::Caller,
+        let default = match upstream.sandbox {
+            true => SourceKind::Token,
+            false => SourceKind::Caller,
         };
         match self.credentials.unwrap_or(default) {
-            Kind::Caller => Some(Source::Caller),
-            Kind::Token => self.token(place, validation),
-            Kind::Iam => self.iam(place, validation).map(Source::Iam),
-            Kind::Env => key(validation, true).map(Source::Key),
-            Kind::Profile => profile(validation).map(Source::Profile),
-            Kind::Metadata => self.metadata(place, validation).map(Source::Metadata),
-            Kind::Chain => {
+            SourceKind::Caller => Some(Source::Caller),
+            SourceKind::Token => self.token(upstream, validation),
+            SourceKind::Iam => self.iam(upstream, validation).map(Source::Iam),
+            SourceKind::Env => key(validation, true).map(Source::Key),
+            SourceKind::Profile => profile(validation).map(Source::Profile),
+            SourceKind::Metadata => self.metadata(upstream, validation).map(Source::Metadata),
+            SourceKind::Chain => {
                 let environment = key(validation, false);
                 let profile = profile_path(validation).map(|(_, path)| path);
-                self.metadata(place, validation).map(|metadata_endpoint| {
-                    Source::Chain(chain::Config {
-                        environment,
-                        profile,
-                        metadata_endpoint,
+                self.metadata(upstream, validation)
+                    .map(|metadata_endpoint| {
+                        Source::Chain(chain::ChainConfig {
+                            environment,
+                            profile,
+                            metadata_endpoint,
+                        })
                     })
-                })
             }
         }
     }
 
-    fn token(&self, place: Place, validation: &mut Validation<'_>) -> Option<Source> {
+    fn token(&self, upstream: UpstreamContext, validation: &mut Validation<'_>) -> Option<Source> {
         if let Some(path) = &self.token_file {
-            let path = secret_file(path, secret::load_token);
+            let path = secret_file(path, |text| Ok(secret::parse_token(text)?));
             return validation
                 .accept(&validation.name_of("token-file"), path)
                 .map(Source::TokenFile);
@@ -155,7 +159,7 @@ impl Options {
                 .parsed_variable(&variable, secret::parse_token)
                 .map(Source::Token);
         }
-        if place.sandbox {
+        if upstream.sandbox {
             return secret::parse_token(SANDBOX_TOKEN).ok().map(Source::Token);
         }
         let sentence = format!("must be set for --credentials token, or the variable {variable}");
@@ -163,24 +167,28 @@ impl Options {
         None
     }
 
-    fn iam(&self, place: Place, validation: &mut Validation<'_>) -> Option<iam::Config> {
-        let endpoint = self.iam_endpoint(place, validation);
+    fn iam(
+        &self,
+        upstream: UpstreamContext,
+        validation: &mut Validation<'_>,
+    ) -> Option<iam::IamConfig> {
+        let endpoint = self.iam_endpoint(upstream, validation);
         let user = required("iam-user", &self.iam_user, name, validation);
         let domain = required("iam-domain", &self.iam_domain, name, validation);
-        let password = |path: &str| secret_file(path, secret::load_password);
+        let password = |path: &str| secret_file(path, |text| Ok(secret::parse_password(text)?));
         let password_file = required(
             "iam-password-file",
             &self.iam_password_file,
             password,
             validation,
         );
-        let project = match (&self.iam_project, place.region) {
+        let project = match (&self.iam_project, upstream.region) {
             (Some(project), _) => {
                 validation.accept(&validation.name_of("iam-project"), name(project))
             }
             // The name of a region's main project is the region's id.
             (None, Some(region)) => Some(region.id.to_owned()),
-            (None, None) if place.sandbox => Some(SANDBOX_PROJECT.to_owned()),
+            (None, None) if upstream.sandbox => Some(SANDBOX_PROJECT.to_owned()),
             (None, None) => {
                 validation.problem(
                     "--iam-project",
@@ -189,7 +197,7 @@ impl Options {
                 None
             }
         };
-        Some(iam::Config {
+        Some(iam::IamConfig {
             endpoint: endpoint?,
             user: user?,
             domain: domain?,
@@ -198,7 +206,11 @@ impl Options {
         })
     }
 
-    fn iam_endpoint(&self, place: Place, validation: &mut Validation<'_>) -> Option<Url> {
+    fn iam_endpoint(
+        &self,
+        upstream: UpstreamContext,
+        validation: &mut Validation<'_>,
+    ) -> Option<Url> {
         const SDK_VARIABLE: &str = "HUAWEICLOUD_SDK_IAM_ENDPOINT";
         let (name, text) = match &self.iam_endpoint {
             Some(text) => (validation.name_of("iam-endpoint"), Some(text.clone())),
@@ -206,24 +218,24 @@ impl Options {
         };
         if let Some(text) = text {
             let url = validation.accept(&name, url::base(&text))?;
-            let checked = url::check_plain_http(&url, place.allow_plain_http);
+            let checked = url::check_plain_http(&url, upstream.allow_plain_http);
             return validation.accept(&name, checked).map(|()| url);
         }
-        if place.sandbox {
+        if upstream.sandbox {
             return Some(sandbox_url());
         }
-        let url = place.region.and_then(Region::iam_url);
+        let url = upstream.region.and_then(Region::iam_url);
         if url.is_none() {
             validation.problem(
                 "--iam-endpoint",
-                "must be set for --credentials iam: no region says where IAM is",
+                "must be set for --credentials iam without a --region whose IAM endpoint is known",
             );
         }
         url
     }
 
-    fn metadata(&self, place: Place, validation: &mut Validation<'_>) -> Option<Url> {
-        if place.sandbox && self.metadata_endpoint == METADATA_ENDPOINT {
+    fn metadata(&self, upstream: UpstreamContext, validation: &mut Validation<'_>) -> Option<Url> {
+        if upstream.sandbox && self.metadata_endpoint == METADATA_ENDPOINT {
             return Some(sandbox_url());
         }
         // The metadata service speaks plain http, on a link-local address.
@@ -232,13 +244,13 @@ impl Options {
     }
 }
 
-/// The embedded sandbox before it listens. As in an address to listen on, port 0 stands for one that is known later.
+/// The embedded sandbox before it listens. Port 0 is replaced once the sandbox has a port.
 fn sandbox_url() -> Url {
     Url::parse("http://127.0.0.1:0").expect("a URL")
 }
 
 impl Source {
-    /// Enters the sandbox's address wherever it is used.
+    /// Replaces port 0 by the port of the sandbox, if the source uses the sandbox.
     pub fn set_sandbox(&mut self, address: SocketAddr) {
         let url = match self {
             Self::Iam(iam) => &mut iam.endpoint,
@@ -269,11 +281,11 @@ impl Source {
     pub fn shown(&self) -> Vec<(&'static str, String)> {
         let set = |name| (name, "set".to_owned());
         let key = |key: &AccessKey| {
-            let mut shown = vec![set("HUAWEICLOUD_SDK_AK"), set("HUAWEICLOUD_SDK_SK")];
+            let mut shown = vec![set(AK_VARIABLE), set(SK_VARIABLE)];
             shown.extend(
                 key.security_token
-                    .is_some()
-                    .then(|| set("HUAWEICLOUD_SDK_SECURITY_TOKEN")),
+                    .iter()
+                    .map(|_| set(SECURITY_TOKEN_VARIABLE)),
             );
             shown
         };
@@ -306,7 +318,7 @@ fn shown_url(url: &Url) -> String {
     }
 }
 
-/// The key of the environment: AK and SK, or none.
+/// The key in the environment, if AK and SK are set.
 fn key(validation: &mut Validation<'_>, required: bool) -> Option<Arc<AccessKey>> {
     let secret = |text: &str| visible(text).map(SecretString::from);
     let mut part = |name: &str| {
@@ -315,9 +327,9 @@ fn key(validation: &mut Validation<'_>, required: bool) -> Option<Arc<AccessKey>
         }
         validation.parsed_variable(name, secret)
     };
-    let access_key_id = part("HUAWEICLOUD_SDK_AK");
-    let secret_access_key = part("HUAWEICLOUD_SDK_SK");
-    let security_token = validation.parsed_variable("HUAWEICLOUD_SDK_SECURITY_TOKEN", secret);
+    let access_key_id = part(AK_VARIABLE);
+    let secret_access_key = part(SK_VARIABLE);
+    let security_token = validation.parsed_variable(SECURITY_TOKEN_VARIABLE, secret);
     let key = AccessKey::parse(
         access_key_id?.expose_secret(),
         secret_access_key?.expose_secret(),
@@ -331,18 +343,18 @@ fn profile(validation: &mut Validation<'_>) -> Option<PathBuf> {
     let Some((subject, path)) = profile_path(validation) else {
         validation.problem(
             PROFILE_VARIABLE,
-            "must be the path of the profile file, as there is no HOME to look in",
+            "must be the path of the profile file, because HOME is not set",
         );
         return None;
     };
     let path = match path.to_str() {
-        Some(path) => secret_file(path, profile::load),
+        Some(path) => secret_file(path, |text| profile::parse(text, None)),
         None => Err("is not UTF-8".to_owned()),
     };
     validation.accept(subject, path)
 }
 
-/// The path of the profile file and where it comes from: the variable, else the home folder.
+/// The path of the profile file, after the variable or path that an error names.
 fn profile_path(validation: &mut Validation<'_>) -> Option<(&'static str, PathBuf)> {
     match validation.variable(PROFILE_VARIABLE) {
         Some(path) => Some((PROFILE_VARIABLE, PathBuf::from(path))),
@@ -377,12 +389,12 @@ fn name(text: &str) -> Parsed<String> {
     Ok(text.to_owned())
 }
 
-/// A file from which `load` gets a secret.
-fn secret_file<T>(text: &str, load: impl Fn(&Path) -> Result<T, file::Error>) -> Parsed<PathBuf> {
+/// The path of a file whose text `parse` accepts.
+fn secret_file<T>(text: &str, parse: impl Fn(&str) -> Result<T, file::Error>) -> Parsed<PathBuf> {
     let path = options::file(text)?;
-    // A pipe (process substitution of a shell) gives its content once, to the source at work.
+    // A pipe (process substitution of a shell) can be read once, so it is left to the source.
     if path.is_file() {
-        load(&path).map_err(|fault| fault.to_string())?;
+        file::load(&path, parse).map_err(|error| error.to_string())?;
     }
     Ok(path)
 }

@@ -2,11 +2,9 @@
 //!
 //! A `%` stands for itself, as in the Go SDK; the Python SDK reads `%%` as one `%`.
 
-use std::path::Path;
-
 use super::{auth::AccessKey, file};
 
-/// Why a profile file holds no usable key.
+/// A profile file without a usable key.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// Not an INI file.
@@ -48,8 +46,8 @@ pub fn parse(text: &str, previous: Option<&AccessKey>) -> Result<AccessKey, file
     }
 }
 
-/// Names and values of the section, as written: quotes, escapes, continued lines and comments after a value mean nothing,
-/// because reading them could change a secret.
+/// Names and values of the section, as written: quotes, escapes, continued lines and comments after a value are not interpreted,
+/// because that could change a secret.
 fn section_basic(text: &str) -> Result<Vec<(&str, &str)>, Error> {
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let mut basic = None;
@@ -81,14 +79,6 @@ fn section_basic(text: &str) -> Result<Vec<(&str, &str)>, Error> {
     basic.ok_or(Error::NoSection)
 }
 
-/// Reads a profile file. Blocks.
-///
-/// # Errors
-/// [`file::Error`] names what is wrong and quotes nothing of the content.
-pub fn load(path: &Path) -> Result<AccessKey, file::Error> {
-    parse(file::text(&file::read(path)?)?, None)
-}
-
 #[cfg(test)]
 mod tests {
     use aws_lc_rs::hmac;
@@ -113,7 +103,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_without_a_usable_key_says_what_is_missing() {
+    fn the_error_of_a_file_without_a_usable_key_names_what_is_missing() {
         let cases = [
             ("ak = a\nsk = b", "the section [basic] is missing"),
             (

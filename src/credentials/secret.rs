@@ -1,11 +1,7 @@
 //! The form that tokens, keys and passwords must have. Errors name what is wrong and never repeat the value.
 
-use std::path::Path;
-
 use http::HeaderValue;
 use zeroize::Zeroizing;
-
-use super::file;
 
 /// The longest accepted token or key. The vendor's tokens take several KiB; its gateway rejects a header of 32 KB.
 const MAX_BYTES: usize = 16 * 1024;
@@ -30,7 +26,7 @@ pub enum Malformed {
     TooLong,
 }
 
-/// Reads a token for `X-Auth-Token`. A final line break is removed, because files often end with one.
+/// Parses a token for `X-Auth-Token`. A final line break is removed, because files often end with one.
 ///
 /// # Errors
 /// [`Malformed`] when it is empty, over 16 KiB, or holds anything but visible ASCII.
@@ -41,7 +37,7 @@ pub fn parse_token(text: &str) -> Result<HeaderValue, Malformed> {
     Ok(value)
 }
 
-/// Reads a password: any text on one line, without the line break at its end.
+/// Parses a password: any text on one line, without the line break at its end.
 pub(super) fn parse_password(text: &str) -> Result<Zeroizing<String>, Malformed> {
     let text = without_final_line_break(text);
     if text.is_empty() {
@@ -51,22 +47,6 @@ pub(super) fn parse_password(text: &str) -> Result<Zeroizing<String>, Malformed>
         return Err(Malformed::LineBreak);
     }
     Ok(Zeroizing::new(text.to_owned()))
-}
-
-/// Reads a token file as [`parse_token`] does. Blocks.
-///
-/// # Errors
-/// [`file::Error`] names what is wrong and quotes nothing of the content.
-pub fn load_token(path: &Path) -> Result<HeaderValue, file::Error> {
-    Ok(parse_token(file::text(&file::read(path)?)?)?)
-}
-
-/// Reads a password file. Blocks.
-///
-/// # Errors
-/// [`file::Error`] names what is wrong and quotes nothing of the content.
-pub fn load_password(path: &Path) -> Result<Zeroizing<String>, file::Error> {
-    Ok(parse_password(file::text(&file::read(path)?)?)?)
 }
 
 /// The text without one final line break, if it is 1 to 16 KiB of visible ASCII.

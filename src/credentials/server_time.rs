@@ -5,8 +5,7 @@ use std::time::{Duration, SystemTime};
 /// The vendor's longest lifetime of tokens and temporary keys; a longer one is wrong.
 const MAX: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// The assumed lifetime if the response names no end: short compared with the 24 hours that both kinds live, long compared
-/// with a fetch.
+/// The assumed lifetime if the response has no end: short compared with the 24 hours of tokens and keys, long compared with a fetch.
 const DEFAULT: Duration = Duration::from_secs(60 * 60);
 
 /// The remaining lifetime, at most 24 hours; `None` if it is over.
@@ -23,7 +22,7 @@ pub(super) fn parse(text: &str) -> Option<SystemTime> {
     SystemTime::try_from(text.parse::<jiff::Timestamp>().ok()?).ok()
 }
 
-/// The facade's own clock: for the metric of the expiry, and for a lifetime if the issuer names no time.
+/// The facade's clock: for the metric of the expiry, and for a lifetime if the reply of the issuer has no date.
 #[expect(
     clippy::disallowed_methods,
     reason = "credentials come with points in time; everything else here is monotonic"

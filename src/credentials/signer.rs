@@ -2,15 +2,12 @@
 //!
 //! Sources: "API request signing guide", and what the vendor's Python SDK 3.1.219 does (`tests/fixtures/signing`).
 
-use std::{
-    borrow::Cow,
-    fmt::Write as _,
-    time::{SystemTime, UNIX_EPOCH},
-};
+use std::time::SystemTime;
 
 use aws_lc_rs::{digest, hmac};
 use http::HeaderValue;
-use jiff::{Timestamp, tz::Offset};
+use jiff::Timestamp;
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
 
 use super::auth::AccessKey;
 
@@ -25,8 +22,8 @@ pub struct SigningRequest<'a> {
     pub path: &'a str,
     /// Names and values of the query before percent-encoding. It must be sent encoded as [`canonical_request`] does.
     pub query: &'a [(&'a str, &'a str)],
-    /// The headers to sign besides the signer's own: lower-case names, in any order. `host` must be among them, with the
-    /// port where the URL has one.
+    /// The headers to sign, without those of the signer: lower-case names, in any order. `host` is required, with the port if the
+    /// URL has one.
     pub headers: &'a [(&'a str, &'a str)],
     /// The bytes that are sent.
     pub body: &'a [u8],
@@ -134,24 +131,15 @@ pub fn signature(key: &AccessKey, string_to_sign: &str) -> String {
 }
 
 fn x_sdk_date(at: SystemTime) -> String {
-    // Years beyond 9999 do not fit the format; no clock that a gateway accepts shows one.
-    let at = Timestamp::try_from(at)
-        .unwrap_or_else(|_| Timestamp::try_from(UNIX_EPOCH).expect("the epoch is representable"));
-    let utc = Offset::UTC.to_datetime(at);
-    format!(
-        "{:04}{:02}{:02}T{:02}{:02}{:02}Z",
-        utc.year(),
-        utc.month(),
-        utc.day(),
-        utc.hour(),
-        utc.minute(),
-        utc.second()
-    )
+    // Years beyond 9999 do not fit the format. A gateway accepts no such clock.
+    let at = Timestamp::try_from(at).unwrap_or(Timestamp::UNIX_EPOCH);
+    at.strftime("%Y%m%dT%H%M%SZ").to_string()
 }
 
 /// The path decoded, encoded again part by part, and with a slash at its end, which the requested path need not have.
 fn push_path(text: &mut String, path: &str) {
-    let decoded = percent_decoded(path);
+    // A `%` without two hex digits stays, and bytes that are not UTF-8 become U+FFFD.
+    let decoded = percent_decode_str(path).decode_utf8_lossy();
     for (index, part) in decoded.split('/').enumerate() {
         if index > 0 {
             text.push('/');
@@ -185,37 +173,15 @@ fn push_names(text: &mut String, headers: &[(&str, &str)]) {
     }
 }
 
-/// Percent-encodes everything except letters, digits, `-`, `_`, `.` and `~`.
-fn push_encoded(text: &mut String, part: &str) {
-    for byte in part.bytes() {
-        if byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.' | b'~') {
-            text.push(char::from(byte));
-        } else {
-            write!(text, "%{byte:02X}").expect("writing to a String does not fail");
-        }
-    }
-}
+/// Everything except letters, digits, `-`, `_`, `.` and `~` is percent-encoded.
+const ENCODED: &AsciiSet = &NON_ALPHANUMERIC
+    .remove(b'-')
+    .remove(b'_')
+    .remove(b'.')
+    .remove(b'~');
 
-/// Decodes `%` with two hex digits; any other `%` stays, and bytes that are not UTF-8 become U+FFFD.
-fn percent_decoded(path: &str) -> Cow<'_, str> {
-    if !path.contains('%') {
-        return Cow::Borrowed(path);
-    }
-    let mut decoded = Vec::with_capacity(path.len());
-    let mut rest = path.as_bytes();
-    while let Some((&byte, after)) = rest.split_first() {
-        let escaped = after
-            .first_chunk::<2>()
-            .filter(|digits| byte == b'%' && digits.iter().all(u8::is_ascii_hexdigit))
-            .and_then(|digits| u8::from_str_radix(str::from_utf8(digits).ok()?, 16).ok());
-        decoded.push(escaped.unwrap_or(byte));
-        rest = if escaped.is_some() {
-            &after[2..]
-        } else {
-            after
-        };
-    }
-    Cow::Owned(String::from_utf8_lossy(&decoded).into_owned())
+fn push_encoded(text: &mut String, part: &str) {
+    text.extend(utf8_percent_encode(part, ENCODED));
 }
 
 fn push_hex(text: &mut String, bytes: &[u8]) {
@@ -362,7 +328,7 @@ mod tests {
             body: b"",
         };
 
-        let printed = format!("{:?}", sign(&request, &key, UNIX_EPOCH));
+        let printed = format!("{:?}", sign(&request, &key, SystemTime::UNIX_EPOCH));
 
         assert!(
             !printed.contains("canary") && !printed.contains("Signature"),

@@ -4,7 +4,7 @@ use tempfile::TempDir;
 use tracing_subscriber::fmt::MakeWriter;
 
 use super::{
-    fake_issuer::{FakeIssuer, answer},
+    fake_issuer::{FakeIssuer, response},
     *,
 };
 
@@ -25,13 +25,12 @@ fn start_with(source: Source, proxy: Option<reqwest::Url>) -> Credentials {
         proxy,
         connect_timeout: Duration::from_secs(3),
     };
-    let config = Config { source, http };
-    // Whatever a log or a panic prints of the configuration must be harmless.
-    tracing::trace!(?config);
-    Credentials::start(config, Metrics::new()).unwrap()
+    // A log or a panic may print the configuration.
+    tracing::trace!(?source, ?http);
+    Credentials::start(source, &http, Metrics::new()).unwrap()
 }
 
-/// As the server does it.
+/// Resolves a credential as the server does.
 async fn resolve(credentials: &Credentials, metadata: &HeaderMap) -> Result<Auth, Error> {
     let caller = match credentials.token_hash(metadata) {
         Some(hash) => Caller::Token(hash),
@@ -96,13 +95,19 @@ async fn callers_bring_exactly_one_well_formed_token() {
         );
         if let Ok(auth) = resolved {
             assert_eq!(auth.owner(), Owner::Caller);
-            assert!(credentials.refresh(&auth, soon()).await.unwrap().is_none());
+            assert!(
+                credentials
+                    .refresh(&auth, TokenEvidence::Rejected, soon())
+                    .await
+                    .unwrap()
+                    .is_none()
+            );
         }
     }
 }
 
 #[tokio::test]
-async fn callers_are_told_apart_by_their_token_and_never_mixed_with_the_facade() {
+async fn each_token_of_a_caller_is_an_identity_apart_from_the_facades() {
     let (credentials, other_process) = (start(Source::Caller), start(Source::Caller));
     let identity = async |credentials: &Credentials, token: &[u8]| {
         let metadata = with_tokens(&[token]);
@@ -120,7 +125,7 @@ async fn callers_are_told_apart_by_their_token_and_never_mixed_with_the_facade()
 }
 
 #[tokio::test]
-async fn a_token_of_the_facade_is_used_whatever_the_caller_brings() {
+async fn the_token_of_the_facade_is_used_even_if_the_caller_brings_another() {
     let credentials = start(Source::Token(secret::parse_token("ours").unwrap()));
 
     let auth = resolve(&credentials, &with_tokens(&[b"theirs", b"theirs"]))
@@ -129,7 +134,13 @@ async fn a_token_of_the_facade_is_used_whatever_the_caller_brings() {
 
     assert!(matches!(&auth, Auth::Token(token) if token.value == "ours"));
     assert_eq!(auth.owner(), Owner::Server);
-    assert!(credentials.refresh(&auth, soon()).await.unwrap().is_none());
+    assert!(
+        credentials
+            .refresh(&auth, TokenEvidence::Rejected, soon())
+            .await
+            .unwrap()
+            .is_none()
+    );
 }
 
 #[tokio::test]
@@ -139,7 +150,7 @@ async fn the_chain_takes_environment_then_profile_then_metadata() {
     fs::write(&profile, "[basic]\nak = FROM-PROFILE\nsk = s\n").unwrap();
     let issuer = metadata_issuer().await;
     let chain = |environment, profile| {
-        Source::Chain(chain::Config {
+        Source::Chain(chain::ChainConfig {
             environment,
             profile,
             metadata_endpoint: issuer.endpoint.parse().unwrap(),
@@ -162,7 +173,7 @@ async fn the_chain_takes_environment_then_profile_then_metadata() {
 }
 
 #[tokio::test]
-async fn a_thousand_cold_calls_cause_one_token_request_and_a_killed_token_one_more() {
+async fn a_thousand_cold_calls_cause_one_token_request_and_a_revoked_token_another() {
     let folder = tempfile::tempdir().unwrap();
     let issuer = identity_issuer(|nth| format!("token-{nth}")).await;
     let credentials = start_directly(iam_source(&issuer, &folder));
@@ -183,28 +194,31 @@ async fn a_thousand_cold_calls_cause_one_token_request_and_a_killed_token_one_mo
     assert_eq!(issuer.requests().len(), 1);
     assert!(*credentials.ready().borrow());
 
-    let killed = all(|credentials| {
+    let revoked = all(|credentials| {
         Box::pin(async move {
             let used = Auth::Token(Token {
                 value: HeaderValue::from_static("token-1"),
                 generation: 1,
                 identity: Identity::Server,
             });
-            match credentials.refresh(&used, soon()).await {
+            match credentials
+                .refresh(&used, TokenEvidence::Rejected, soon())
+                .await
+            {
                 Ok(Some(Auth::Token(token))) => token,
                 other => panic!("{other:?}"),
             }
         })
     })
     .await;
-    assert!(killed.iter().all(|token| token.value == "token-2"));
+    assert!(revoked.iter().all(|token| token.value == "token-2"));
     assert_eq!(issuer.requests().len(), 2);
 }
 
 async fn identity_issuer(token: fn(usize) -> String) -> FakeIssuer {
     FakeIssuer::start(move |nth, _| {
         let header = format!("X-Subject-Token: {}\r\n", token(nth));
-        answer("201 Created", &header, "{}")
+        response("201 Created", &header, "{}")
     })
     .await
 }
@@ -212,10 +226,10 @@ async fn identity_issuer(token: fn(usize) -> String) -> FakeIssuer {
 async fn metadata_issuer() -> FakeIssuer {
     FakeIssuer::start(|_, request| {
         if request.starts_with("PUT") {
-            answer("200 OK", "", "canary-metadata-token")
+            response("200 OK", "", "canary-metadata-token")
         } else {
             let body = r#"{"credential":{"access":"FROM-METADATA","secret":"canary-sk","securitytoken":"canary-st"}}"#;
-            answer("200 OK", "", body)
+            response("200 OK", "", body)
         }
     })
     .await
@@ -224,7 +238,7 @@ async fn metadata_issuer() -> FakeIssuer {
 fn iam_source(issuer: &FakeIssuer, folder: &TempDir) -> Source {
     let password_file = folder.path().join("password");
     fs::write(&password_file, "canary-password").unwrap();
-    Source::Iam(iam::Config {
+    Source::Iam(iam::IamConfig {
         endpoint: issuer.endpoint.parse().unwrap(),
         user: "user".to_owned(),
         domain: "domain".to_owned(),
@@ -233,7 +247,7 @@ fn iam_source(issuer: &FakeIssuer, folder: &TempDir) -> Source {
     })
 }
 
-/// Collects what is logged.
+/// Collects the log.
 #[derive(Clone, Default)]
 struct Log(Arc<Mutex<Vec<u8>>>);
 
@@ -255,7 +269,7 @@ impl<'a> MakeWriter<'a> for Log {
     }
 }
 
-/// Runs each source well and badly, and looks for its secrets in the log at TRACE, in `Debug` and in errors.
+/// Runs each source with good and bad replies, and searches the log at TRACE, `Debug` output and errors for its secrets.
 #[tokio::test]
 async fn no_source_shows_a_secret_in_log_debug_or_error() {
     let log = Log::default();
@@ -270,7 +284,7 @@ async fn no_source_shows_a_secret_in_log_debug_or_error() {
         fs::write(&path, text).unwrap();
         path
     };
-    let echoing = FakeIssuer::start(|_, request| answer("400 Bad Request", "", request)).await;
+    let echoing = FakeIssuer::start(|_, request| response("400 Bad Request", "", request)).await;
     let (tokens, keys) = (
         identity_issuer(|_| "canary-token".to_owned()).await,
         metadata_issuer().await,
@@ -315,7 +329,7 @@ async fn no_source_shows_a_secret_in_log_debug_or_error() {
         ),
         (
             "chain",
-            Source::Chain(chain::Config {
+            Source::Chain(chain::ChainConfig {
                 environment: None,
                 profile: Some(folder.path().join("p2")),
                 metadata_endpoint: echoing.endpoint.parse().unwrap(),
@@ -329,15 +343,17 @@ async fn no_source_shows_a_secret_in_log_debug_or_error() {
             let metadata = with_tokens(&[b"canary-caller"]);
             let resolved = resolve(&credentials, &metadata).await;
             if let Ok(auth) = &resolved {
-                let renewed = credentials.refresh(auth, soon()).await;
-                tracing::trace!(?renewed);
+                let newer = credentials
+                    .refresh(auth, TokenEvidence::Rejected, soon())
+                    .await;
+                tracing::trace!(?newer);
             }
             tracing::trace!(?resolved, ?credentials, name);
         }
     }
 
     let log = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
-    assert!(log.contains("metadata that echoes") && log.contains("it answers 400"));
+    assert!(log.contains("metadata that echoes") && log.contains("HTTP status 400"));
     assert!(log.contains("environment: no key; profile "));
     for line in log.lines() {
         // "canary" in base64, at each of the three alignments.

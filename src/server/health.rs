@@ -12,14 +12,14 @@ use tonic_health::{
 
 use crate::{method::TASK_SERVICE, pb::DESCRIPTORS};
 
-/// The names that health answers for: the whole server, and the service.
+/// The names of the health service: the whole server, and the task service.
 const NAMES: [&str; 2] = ["", TASK_SERVICE];
 
 /// The longest request, in bytes: a name of a service, file or symbol.
 const MAX_REQUEST_BYTES: usize = 4 * 1024;
 
-/// Whether we take calls, as health, `/readyz` and nobody else decide it. It never follows upstream's health: then all
-/// instances would leave at once.
+/// Whether the server takes calls, for health and `/readyz`. It never follows upstream's health, because all instances would then
+/// leave the balancer at once.
 #[derive(Debug)]
 pub(super) struct Health {
     reporter: HealthReporter,
@@ -27,7 +27,7 @@ pub(super) struct Health {
 }
 
 impl Health {
-    /// `NOT_SERVING`; `serving` is kept equal to it.
+    /// `NOT_SERVING`; `serving` follows it.
     pub(super) async fn new(serving: watch::Sender<bool>) -> Self {
         let health = Self {
             reporter: HealthReporter::new(),
@@ -37,7 +37,7 @@ impl Health {
         health
     }
 
-    /// Says SERVING or `NOT_SERVING`.
+    /// Sets SERVING or `NOT_SERVING`.
     pub(super) async fn set(&self, serving: bool) {
         let status = if serving {
             ServingStatus::Serving
@@ -56,11 +56,11 @@ impl Health {
             let ready = *ready.borrow_and_update();
             self.set(ready).await;
         }
-        // Nobody will change it any more.
+        // The sender is gone, so the last value stays.
         std::future::pending().await
     }
 
-    /// Ends all open `Watch` streams, which would keep their connections alive; `Check` still says `NOT_SERVING`.
+    /// Ends all open `Watch` streams, which would keep their connections alive; `Check` still returns `NOT_SERVING`.
     pub(super) async fn end_watches(&self) {
         for name in NAMES {
             self.reporter.clone().clear_service_status(name).await;
@@ -68,7 +68,7 @@ impl Health {
         self.set(false).await;
     }
 
-    /// The services that stand beside the task service.
+    /// The auxiliary services: health, and reflection if it is on.
     pub(super) fn routes(&self, reflection: bool) -> Routes {
         let health = HealthService::from_health_reporter(self.reporter.clone());
         let mut routes = RoutesBuilder::default();

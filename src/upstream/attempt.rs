@@ -11,7 +11,7 @@ use super::{
     Client, Error, Rejection, breaker,
     client::LookupContext,
     clock,
-    key_evidence::KeyEvidence,
+    key_evidence::{self, KeyEvidence},
     rejection::{self, KEY_LOCK},
     request::TaskRequest,
     retry,
@@ -20,7 +20,7 @@ use super::{
     wire::{NotATask, TaskDetail, parse_task_detail},
 };
 use crate::{
-    credentials::{self, Auth, key_guard},
+    credentials::{self, Auth, Token, TokenEvidence, key_guard},
     http_client::{Error as HttpError, Response},
     lateness::is_late,
     reason::Reason,
@@ -47,15 +47,23 @@ pub(super) struct FailedAttempt {
 pub(super) enum Remedy {
     None,
     /// Another credential.
-    RefreshCredential,
+    RefreshCredential(TokenEvidence),
     /// A signature of the corrected time.
     SignAgain,
 }
 
-/// The time in an attempt's signature.
+/// The credential of an attempt, until its reply.
+enum Used<'a> {
+    Token(&'a Token),
+    Key(key_guard::SigningPermit<'a>),
+}
+
+/// The times of an attempt.
 #[derive(Debug, Clone, Copy)]
 struct Signed {
+    /// The time in the signature.
     at: SystemTime,
+    sent_at: Instant,
     /// Whether an earlier attempt of this lookup has corrected the clock.
     clock_corrected: bool,
 }
@@ -144,11 +152,11 @@ impl Client {
             caller: lookup.caller,
         };
         endpoint.throttle.check(identity).map_err(throttled)?;
-        let key = match auth {
-            Auth::Token(_) => None,
+        let used = match auth {
+            Auth::Token(token) => Used::Token(token),
             Auth::Key(key) => {
                 let admission = key.guard.admit(&lookup.query.project_id, deadline);
-                Some(admission.await.map_err(key_unavailable)?)
+                Used::Key(admission.await.map_err(key_unavailable)?)
             }
         };
         if let Some(pacing) = &endpoint.pacing {
@@ -168,6 +176,7 @@ impl Client {
 
         let signed = Signed {
             at: endpoint.clock.now(),
+            sent_at: Instant::now(),
             clock_corrected,
         };
         let progress = lookup.progress;
@@ -178,7 +187,7 @@ impl Client {
         });
         let mut record =
             AttemptRecord::start(&endpoint.metrics, request.url(), lookup.span, resend_count);
-        let until = Instant::now() + endpoint.options.attempt_timeout;
+        let until = signed.sent_at + endpoint.options.attempt_timeout;
         let message = request.with(auth, signed.at, &record);
         let mut reply = match tokio::time::timeout_at(until, self.http.send(message)).await {
             Ok(Ok(reply)) => reply,
@@ -205,7 +214,7 @@ impl Client {
             Err(_) => return Err(timed_out(record, admission, until, false)),
         };
         record.finish(AttemptOutcome::Reply);
-        let outcome = self.interpret(&reply, &body, signed, admission, key, progress);
+        let outcome = self.interpret(&reply, &body, signed, admission, used, progress);
         if let Err(FailedAttempt {
             error: Error::Rejected(rejection),
             ..
@@ -222,7 +231,7 @@ impl Client {
         body: &[u8],
         signed: Signed,
         admission: breaker::Admission<'_>,
-        key: Option<key_guard::Admission<'_>>,
+        used: Used<'_>,
         progress: &Progress,
     ) -> Result<TaskDetail, FailedAttempt> {
         let (headers, now) = (reply.headers(), self.endpoint.clock.now());
@@ -231,8 +240,9 @@ impl Client {
             (200, false) => match parse_task_detail(body) {
                 Ok(task) => {
                     admission.succeeded();
-                    if let Some(key) = key {
-                        key.accepted();
+                    match used {
+                        Used::Token(token) => self.credentials.accepted(token, signed.sent_at),
+                        Used::Key(key) => key.accepted(),
                     }
                     return Ok(task);
                 }
@@ -255,10 +265,35 @@ impl Client {
                 ..facts.clone()
             };
         });
-        Err(match key {
-            Some(key) => self.with_key(rejection, &facts, headers, signed, key),
-            None => with_token(rejection),
+        Err(match used {
+            Used::Key(key) => self.with_key(rejection, &facts, headers, signed, key),
+            Used::Token(token) => self.with_token(rejection, &facts, signed, token),
         })
+    }
+
+    /// A rejected token may have a successor.
+    fn with_token(
+        &self,
+        rejection: Rejection,
+        facts: &Facts,
+        signed: Signed,
+        token: &Token,
+    ) -> FailedAttempt {
+        let code = facts.upstream_code.as_deref();
+        let remedy = if rejection.verdict.credential == Credential::Renewable {
+            let evidence = key_evidence::about_token(code, &rejection.message);
+            Remedy::RefreshCredential(evidence)
+        } else {
+            // The service itself replied, so the gateway has accepted the token.
+            if code.unwrap_or_default().starts_with("DBS.") {
+                self.credentials.accepted(token, signed.sent_at);
+            }
+            Remedy::None
+        };
+        FailedAttempt {
+            remedy,
+            ..FailedAttempt::rejected(rejection)
+        }
     }
 
     /// A rejected signature is never retried, because rejections lock the key. The exception is a wrong clock, which gets one more attempt.
@@ -268,7 +303,7 @@ impl Client {
         facts: &Facts,
         headers: &HeaderMap,
         signed: Signed,
-        key: key_guard::Admission<'_>,
+        key: key_guard::SigningPermit<'_>,
     ) -> FailedAttempt {
         let clock = &self.endpoint.clock;
         let clock_skew = |remedy| FailedAttempt {
@@ -319,7 +354,7 @@ impl Client {
                 key.rejected();
                 // Requests a new key, in case a temporary one was revoked, but does not retry this call.
                 FailedAttempt {
-                    remedy: Remedy::RefreshCredential,
+                    remedy: Remedy::RefreshCredential(TokenEvidence::Unclear),
                     ..FailedAttempt::rejected(rejection)
                 }
             }
@@ -346,18 +381,6 @@ fn circuit_open(retry_after: Duration) -> FailedAttempt {
 fn malformed(admission: breaker::Admission<'_>) -> FailedAttempt {
     admission.succeeded();
     FailedAttempt::permanent(Error::Malformed, Reason::UpstreamMalformedResponse)
-}
-
-fn with_token(rejection: Rejection) -> FailedAttempt {
-    let renewable = rejection.verdict.credential == Credential::Renewable;
-    FailedAttempt {
-        remedy: if renewable {
-            Remedy::RefreshCredential
-        } else {
-            Remedy::None
-        },
-        ..FailedAttempt::rejected(rejection)
-    }
 }
 
 fn key_unavailable(error: credentials::Error) -> FailedAttempt {

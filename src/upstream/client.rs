@@ -77,7 +77,7 @@ pub struct LookupContext<'a> {
 pub struct Client {
     pub(super) http: http_client::Client,
     pub(super) endpoint: Arc<Endpoint>,
-    credentials: Credentials,
+    pub(super) credentials: Credentials,
 }
 
 impl Client {
@@ -120,9 +120,12 @@ impl Client {
                 Err(failed) => failed,
             };
             match failed.remedy {
-                Remedy::RefreshCredential if !refreshed => {
+                Remedy::RefreshCredential(evidence) if !refreshed => {
                     refreshed = true;
-                    let newer = self.credentials.refresh(auth, deadline.deadline()).await;
+                    let refresh = self
+                        .credentials
+                        .refresh(auth, evidence, deadline.deadline());
+                    let newer = refresh.await;
                     if let Some(newer) = newer.map_err(Error::Credentials)? {
                         *auth = newer;
                         let metrics = &self.endpoint.metrics;

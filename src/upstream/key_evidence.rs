@@ -1,9 +1,11 @@
-//! Evidence in a 401 about the key that signed the attempt. All callers share the key, and the gateway also replies with 401 to calls for
-//! projects and endpoints that the key's owner may not use: such replies must not count against the key.
+//! Evidence in a 401 about the key or token of the attempt. All callers share it, and the gateway also replies with 401 to calls for
+//! projects and endpoints that its owner may not use: such replies must not count against it.
 
 use std::time::{Duration, SystemTime};
 
 use jiff::{civil::DateTime, tz::TimeZone};
+
+use crate::credentials::TokenEvidence;
 
 /// The gateway's code for a failed authentication. Only the text shows the cause.
 const AUTHENTICATION_FAILED: &str = "APIGW.0301";
@@ -57,6 +59,19 @@ pub fn read(is_object: bool, error_code: Option<&str>, message: &str) -> KeyEvid
     }
 }
 
+/// Reads the rejection of an attempt with a token.
+pub fn about_token(error_code: Option<&str>, message: &str) -> TokenEvidence {
+    let is_rejected = match error_code {
+        Some("APIGW.0307" | "IAM.0066" | "IAM.0067" | "DBS.280056") => true,
+        Some(AUTHENTICATION_FAILED) => message.to_ascii_lowercase().contains("decrypt token fail"),
+        _ => false,
+    };
+    match is_rejected {
+        true => TokenEvidence::Rejected,
+        false => TokenEvidence::Unclear,
+    }
+}
+
 /// The time in `signature time:20230527T000431Z,server time:20230527T020608Z`.
 fn server_time(text: &str) -> Option<SystemTime> {
     let (_, rest) = text.split_once("server time:")?;
@@ -105,6 +120,28 @@ mod tests {
         for (text, expected) in cases {
             let read = read(true, Some("APIGW.0301"), &format!("{prefix}{text}"));
             assert_eq!(read, expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn only_some_codes_and_texts_reject_the_token_itself() {
+        let cases = [
+            (Some("APIGW.0307"), "The token must be updated.", true),
+            (Some("APIGW.0301"), "...: Decrypt token fail", true),
+            (Some("APIGW.0301"), "...: project id does not match", false),
+            (Some("IAM.0066"), "", true),
+            (Some("IAM.0067"), "", true),
+            (Some("DBS.280056"), "Invalid token.", true),
+            (Some("IAM.0001"), "decrypt token fail", false),
+            (None, "decrypt token fail", false),
+        ];
+
+        for (code, message, is_rejected) in cases {
+            let expected = match is_rejected {
+                true => TokenEvidence::Rejected,
+                false => TokenEvidence::Unclear,
+            };
+            assert_eq!(about_token(code, message), expected, "{code:?} {message}");
         }
     }
 

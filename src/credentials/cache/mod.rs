@@ -1,19 +1,27 @@
-//! Keeps one credential of the facade fresh, wherever it comes from.
+//! Keeps one credential of the facade fresh.
 //!
 //! ```text
-//! calls ---- read / wait for ---------------> State <---- publishes ---- refresher ---- refresh ----> source
-//!       ---- "upstream rejected this one" --->       ----- wakes ------->
+//! calls ---- read / wait for ---------> State <---- publishes ---- refresher ---- refresh ----> source
+//!       ---- rejected by upstream ---->       ----- wakes ------->
 //! ```
 //!
-//! Only the refresher task fetches, so there is one fetch at a time whatever the calls do, and none ends with its caller. A value
-//! that is still good hides every failure. Times are monotonic: setting the clock back or ahead changes nothing.
+//! Only the refresher task fetches, so there is one fetch at a time and none ends with the call that wanted it. A fetched value
+//! stays in use until its successor is published or its life ends, even if upstream rejects it for one call: the rejection may
+//! be about that call. Times are monotonic: setting the clock changes nothing.
 
 #[cfg(test)]
 mod random;
 #[cfg(test)]
 mod tests;
 
-use std::{future::Future, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use tokio::{
     sync::watch,
@@ -21,33 +29,35 @@ use tokio::{
 };
 use tokio_util::task::AbortOnDropHandle;
 
-use super::{Error, Issuer, fetch::FetchError, server_time};
+use super::{Error, Issuer, TokenEvidence, fetch::FetchError, server_time};
 use crate::{
     deadline::{Deadline, THIRTY_YEARS},
     telemetry::metrics::Metrics,
     wait,
 };
 
-/// Bound of one refresh, with all exchanges that belong to it.
+/// Upper bound of one refresh, which may take several requests.
 const FETCH_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The backoff after the first failure; it doubles up to [`Refresh::MAX_BACKOFF`].
 const FIRST_BACKOFF: Duration = Duration::from_secs(1);
 
-/// The shortest pause between two refreshes, whatever lifetime and jitter give. Only the refresh that replaces a result
-/// overtaken by a rejection follows at once.
+/// The shortest pause between two refreshes. Only a refresh that was overtaken by a rejection is repeated at once.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(100);
 
-/// A value is given out until this long before its end, or until the last tenth of its life: longer than a call takes, so
-/// that no request starts with a token that expires on the way.
+/// A value is used until this long before its end, or until the last tenth of its life: longer than a call takes, so that no
+/// request starts with a token that expires on the way.
 const LAST_USE_BEFORE_END: Duration = Duration::from_secs(60);
+
+/// A value that upstream accepted within this time is still good: an unclear rejection is about the call.
+const PROOF_LASTS: Duration = Duration::from_secs(60);
 
 /// A source of credentials.
 pub(super) trait Refresh: Send + 'static {
     /// The credential. A refreshed value that equals the current one is the same credential: calls see no new generation.
     type Value: Clone + PartialEq + Send + Sync + 'static;
 
-    /// The longest pause after a failure, unless the issuer asks for a longer one.
+    /// The longest pause after a failure, unless the reply of the issuer requests a longer pause.
     const MAX_BACKOFF: Duration = Duration::from_secs(60);
 
     /// Fetches a value. Dropped when it takes too long.
@@ -70,13 +80,10 @@ pub(super) struct Fetched<V> {
 /// What the cache does when upstream rejects the current value.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum OnRejection {
-    /// Drops the value and fetches another one. Rejections within `spacing` of the previous one are ignored: an upstream that
-    /// rejects every value must not cause a fetch for each call.
-    Replace { spacing: Duration },
-    /// Fetches another value, spaced in the same way, and gives out the current one until then.
-    Keep { spacing: Duration },
-    /// Refreshes at once, even during backoff, and makes the rejected call wait for the outcome; gives out the current value
-    /// until another one is there. For sources that cost nothing to ask.
+    /// Fetches a successor, unless the previous rejection that did so is less than `spacing` ago: an upstream that rejects every
+    /// value must not cause a fetch for each call.
+    Fetch { spacing: Duration },
+    /// Refreshes at once, even during backoff. For files, which cost nothing to read.
     Recheck,
 }
 
@@ -84,10 +91,10 @@ pub(super) enum OnRejection {
 pub(super) struct Cache<V> {
     state: Arc<watch::Sender<State<V>>>,
     on_rejection: OnRejection,
+    last_success: Arc<LastSuccess>,
     _refresher: AbortOnDropHandle<()>,
 }
 
-/// What the calls see.
 struct State<V> {
     lease: Option<Lease<V>>,
     /// Set if the last refresh failed.
@@ -96,15 +103,19 @@ struct State<V> {
     generation: u64,
     /// Counts the rejections that require a refresh.
     rejections: u64,
+    /// The time of the last one.
     rejected_at: Option<Instant>,
-    /// The rejections that preceded the last finished refresh.
+    /// The value of `rejections` up to which a refresh has ended.
     refreshed_after: u64,
+    last_success: Arc<LastSuccess>,
 }
 
 struct Lease<V> {
     value: V,
     /// `None` for a value without an end.
     usable_until: Option<Instant>,
+    /// When upstream last rejected the value itself.
+    rejected_at: Option<Instant>,
 }
 
 struct FailedFetch {
@@ -112,59 +123,149 @@ struct FailedFetch {
     next_fetch_at: Instant,
 }
 
-impl<V: Clone> State<V> {
-    /// The value with its generation, or why there is none; `None` until the first refresh has ended, and while a rejected
-    /// value is being replaced.
-    fn current(&self) -> Option<Result<(V, u64), Error>> {
-        let now = Instant::now();
-        let usable = |lease: &&Lease<V>| lease.usable_until.is_none_or(|until| now < until);
-        if let Some(lease) = self.lease.as_ref().filter(usable) {
-            return Some(Ok((lease.value.clone(), self.generation)));
-        }
-        let failed = self.failed.as_ref()?;
-        Some(Err(match failed.rejected_by {
+impl FailedFetch {
+    fn error(&self) -> Error {
+        match self.rejected_by {
             Some((issuer, http_status)) => Error::Rejected {
                 issuer,
                 http_status,
             },
             None => Error::Unavailable {
-                retry_after: failed
+                retry_after: self
                     .next_fetch_at
-                    .saturating_duration_since(now)
+                    .saturating_duration_since(Instant::now())
                     .max(FIRST_BACKOFF),
             },
-        }))
+        }
+    }
+}
+
+/// The last attempt that upstream accepted. Each call writes it, so it is one atomic number: the generation of the value, then the
+/// milliseconds from `epoch` to the sending of the attempt. A later attempt has a larger number.
+struct LastSuccess {
+    epoch: Instant,
+    stamp: AtomicU64,
+}
+
+impl LastSuccess {
+    /// Enough for 34 years.
+    const TIME_BITS: u32 = 40;
+
+    fn new() -> Self {
+        Self {
+            epoch: Instant::now(),
+            stamp: AtomicU64::new(0),
+        }
     }
 
-    /// Notes that upstream rejected the current value. Returns whether that requires a refresh.
-    fn reject(&mut self, on_rejection: OnRejection) -> bool {
+    fn record(&self, generation: u64, sent_at: Instant) {
+        let millis = sent_at.saturating_duration_since(self.epoch).as_millis() as u64;
+        let stamp = (generation << Self::TIME_BITS) | millis;
+        // Most calls share a millisecond with another one, and then need not write.
+        if self.stamp.load(Ordering::Relaxed) < stamp {
+            self.stamp.fetch_max(stamp, Ordering::Relaxed);
+        }
+    }
+
+    /// When the attempt with this generation was sent, if there was one; rounded down.
+    fn sent_at(&self, generation: u64) -> Option<Instant> {
+        let stamp = self.stamp.load(Ordering::Relaxed);
+        let millis = stamp & ((1 << Self::TIME_BITS) - 1);
+        (stamp >> Self::TIME_BITS == generation).then(|| self.epoch + Duration::from_millis(millis))
+    }
+}
+
+impl<V: Clone> State<V> {
+    /// The value with its generation, or the reason for not having one; `None` until the first refresh has ended.
+    fn current(&self) -> Option<Result<(V, u64), Error>> {
         let now = Instant::now();
-        let spacing = match on_rejection {
-            OnRejection::Replace { spacing } | OnRejection::Keep { spacing } => spacing,
-            OnRejection::Recheck => Duration::ZERO,
+        let is_usable = |lease: &&Lease<V>| {
+            lease.usable_until.is_none_or(|until| now < until) && !self.is_withheld(lease, now)
         };
-        let too_soon = self.rejected_at.is_some_and(|at| now < at + spacing);
-        if self.lease.is_none() || too_soon {
+        if let Some(lease) = self.lease.as_ref().filter(is_usable) {
+            return Some(Ok((lease.value.clone(), self.generation)));
+        }
+        self.failed.as_ref().map(|failed| Err(failed.error()))
+    }
+
+    /// Both upstream and the issuer have rejected us, and no call shows the contrary.
+    fn is_withheld(&self, lease: &Lease<V>, now: Instant) -> bool {
+        let rejected_by_issuer = |failed: &FailedFetch| failed.rejected_by.is_some();
+        self.failed.as_ref().is_some_and(rejected_by_issuer)
+            && self.is_suspect(lease)
+            && !self.is_proven(now)
+    }
+
+    /// Whether upstream has rejected the value itself and accepted no attempt since.
+    fn is_suspect(&self, lease: &Lease<V>) -> bool {
+        let success = self.last_success.sent_at(self.generation);
+        lease
+            .rejected_at
+            .is_some_and(|rejected_at| success.is_none_or(|sent_at| sent_at <= rejected_at))
+    }
+
+    /// Whether upstream has accepted the value not long ago.
+    fn is_proven(&self, now: Instant) -> bool {
+        let success = self.last_success.sent_at(self.generation);
+        success.is_some_and(|sent_at| now < sent_at + PROOF_LASTS)
+    }
+
+    /// The outcome for a call whose value of generation `used` was rejected: `None` while the refresh after `awaited` rejections has
+    /// not ended.
+    fn successor(&self, used: u64, awaited: u64) -> Option<Result<Option<(V, u64)>, Error>> {
+        if self.generation == used {
+            if self.refreshed_after < awaited {
+                return None;
+            }
+            let suspect = self.lease.as_ref().filter(|lease| self.is_suspect(lease));
+            if let (Some(_), Some(failed)) = (suspect, &self.failed) {
+                return Some(Err(failed.error()));
+            }
+        }
+        let newer = |(value, generation)| (generation > used).then_some((value, generation));
+        self.current().map(|current| current.map(newer))
+    }
+
+    /// Records a rejection of the current value. Returns whether a refresh follows that the rejected call can wait for.
+    fn reject(&mut self, evidence: TokenEvidence, on_rejection: OnRejection) -> bool {
+        let now = Instant::now();
+        let is_proven = self.is_proven(now);
+        let is_pending = self.is_refresh_pending();
+        let Some(lease) = &mut self.lease else {
             return false;
+        };
+        if let OnRejection::Fetch { spacing } = on_rejection {
+            match evidence {
+                TokenEvidence::Unclear if is_proven => return false,
+                TokenEvidence::Unclear => {}
+                TokenEvidence::Rejected => lease.rejected_at = Some(now),
+            }
+            // After a failure the next refresh comes when the issuer can be asked again.
+            let too_soon = self.rejected_at.is_some_and(|at| now < at + spacing);
+            if is_pending || self.failed.is_some() || too_soon {
+                return is_pending;
+            }
         }
         self.rejected_at = Some(now);
         self.rejections += 1;
-        if matches!(on_rejection, OnRejection::Replace { .. }) {
-            self.lease = None;
-        }
         true
+    }
+
+    fn is_refresh_pending(&self) -> bool {
+        self.refreshed_after < self.rejections
     }
 }
 
 impl<V: Clone + PartialEq + Send + Sync + 'static> Cache<V> {
-    /// Starts the refresher. `ready` turns true with the first value; `name` is the source in the log.
+    /// Starts the refresher. It sends each new value to `latest`; `name` is the source in the log.
     pub(super) fn start<R: Refresh<Value = V>>(
         name: impl Into<String>,
         source: R,
         on_rejection: OnRejection,
-        ready: Arc<watch::Sender<bool>>,
+        latest: watch::Sender<Option<V>>,
         metrics: Arc<Metrics>,
     ) -> Self {
+        let last_success = Arc::new(LastSuccess::new());
         let state = Arc::new(watch::Sender::new(State {
             lease: None,
             failed: None,
@@ -172,66 +273,70 @@ impl<V: Clone + PartialEq + Send + Sync + 'static> Cache<V> {
             rejections: 0,
             rejected_at: None,
             refreshed_after: 0,
+            last_success: last_success.clone(),
         }));
         let refresher = Refresher {
             name: name.into(),
             source,
             on_rejection,
             state: state.clone(),
-            ready,
+            latest,
             metrics,
         };
         Self {
             state,
             on_rejection,
+            last_success,
             _refresher: AbortOnDropHandle::new(tokio::spawn(refresher.run())),
         }
     }
 
-    /// The value with its generation. Waits only for the first refresh, and while a rejected value is being replaced.
+    /// The value with its generation. Waits only for the first refresh.
     pub(super) async fn current(&self, deadline: Deadline) -> Result<(V, u64), Error> {
         self.wait_for(State::current, deadline).await
     }
 
-    /// Upstream rejected the value of generation `used`: returns a newer one, fetched for all who ask at the same time.
-    /// `None` if the source has no newer value, or is not asked again so soon.
+    /// Upstream accepted the value of generation `used` in an attempt that was sent then.
+    pub(super) fn accepted(&self, used: u64, sent_at: Instant) {
+        self.last_success.record(used, sent_at);
+    }
+
+    /// Upstream rejected the value of generation `used`: returns a newer one, fetched once for all calls that want it. `None` if
+    /// the source has no newer value or is not asked now: the rejection is about the call.
     pub(super) async fn refresh(
         &self,
         used: u64,
+        evidence: TokenEvidence,
         deadline: Deadline,
     ) -> Result<Option<(V, u64)>, Error> {
         let mut awaited = 0;
         self.state.send_if_modified(|state| {
-            let refresh = state.generation == used && state.reject(self.on_rejection);
-            if refresh && matches!(self.on_rejection, OnRejection::Recheck) {
+            let before = state.rejections;
+            if state.generation == used && state.reject(evidence, self.on_rejection) {
                 awaited = state.rejections;
             }
-            refresh
+            state.rejections != before
         });
-        let refreshed = |state: &State<V>| match state.refreshed_after >= awaited {
-            true => state.current(),
-            false => None,
-        };
-        let (value, generation) = self.wait_for(refreshed, deadline).await?;
-        Ok((generation > used).then_some((value, generation)))
+        self.wait_for(|state| state.successor(used, awaited), deadline)
+            .await
     }
 
-    /// Upstream rejected a value, which may be the current one; the caller does not wait for another.
+    /// Upstream rejected a value, which may be the current one: fetches another in the background.
     pub(super) fn rejected(&self, is_rejected: impl Fn(&V) -> bool) {
         self.state.send_if_modified(|state| {
             state
                 .lease
                 .as_ref()
                 .is_some_and(|lease| is_rejected(&lease.value))
-                && state.reject(self.on_rejection)
+                && state.reject(TokenEvidence::Unclear, self.on_rejection)
         });
     }
 
-    async fn wait_for(
+    async fn wait_for<T>(
         &self,
-        find: impl Fn(&State<V>) -> Option<Result<(V, u64), Error>>,
+        find: impl Fn(&State<V>) -> Option<Result<T, Error>>,
         deadline: Deadline,
-    ) -> Result<(V, u64), Error> {
+    ) -> Result<T, Error> {
         if let Some(found) = find(&self.state.borrow()) {
             return found;
         }
@@ -258,7 +363,7 @@ struct Refresher<R: Refresh> {
     source: R,
     on_rejection: OnRejection,
     state: Arc<watch::Sender<State<R::Value>>>,
-    ready: Arc<watch::Sender<bool>>,
+    latest: watch::Sender<Option<R::Value>>,
     metrics: Arc<Metrics>,
 }
 
@@ -287,51 +392,64 @@ impl<R: Refresh> Refresher<R> {
                 Err(error) => {
                     let pause = backoff(failures, R::MAX_BACKOFF).max(error.wait);
                     failures = failures.saturating_add(1);
-                    self.note_failure(&error, pause, rejections);
+                    self.record_failure(&error, pause, rejections);
                     if last_error.as_ref() != Some(&error) {
-                        self.log_failure(&error, pause);
+                        tracing::warn!(
+                            source = self.name,
+                            %error,
+                            retry_seconds = pause.as_secs(),
+                            "credential cannot be fetched"
+                        );
                     }
                     last_error = Some(error);
-                    // A rejected value does not shorten the wait of an issuer that fails or rejects.
+                    // A rejected value does not shorten the wait of an issuer that fails or rejects us.
                     (pause, matches!(self.on_rejection, OnRejection::Recheck))
                 }
             };
             tokio::select! {
                 () = sleep(pause) => {}
                 () = self.source.changed() => {}
-                _ = changes.wait_for(|state| state.rejections != rejections), if rejection_ends_pause => {}
+                _ = changes.wait_for(State::is_refresh_pending), if rejection_ends_pause => {}
             }
         }
     }
 
-    /// Makes a value the current one. Not if the value before it was replaced because of a rejection during this fetch: the
-    /// fetched value may have been revoked with it, so false asks for another fetch.
+    /// Makes a value the current one. Returns false for another fetch if the current value was rejected during this one: the fetched
+    /// value may have been revoked with it.
     fn publish(&self, fetched: Fetched<R::Value>, rejections: u64) -> bool {
         let Fetched { value, lifetime } = fetched;
         let usable = lifetime.map(|lifetime| lifetime - LAST_USE_BEFORE_END.min(lifetime / 10));
-        let mut unchanged = false;
+        let mut new = None;
         let mut generation = 0;
         let published = self.state.send_if_modified(|state| {
-            let overtaken = state.rejections != rejections;
-            if overtaken && matches!(self.on_rejection, OnRejection::Replace { .. }) {
+            let is_suspect = |lease: &Lease<R::Value>| state.is_suspect(lease);
+            if state.rejections != rejections
+                && matches!(self.on_rejection, OnRejection::Fetch { .. })
+                && state.lease.as_ref().is_some_and(is_suspect)
+            {
                 return false;
             }
-            let value = match state.lease.take() {
-                Some(lease) if lease.value == value => {
-                    unchanged = true;
+            let previous = state.lease.take();
+            // An equal value is not replaced, because calls compare keys by their address.
+            let value = match previous.filter(|lease| lease.value == value) {
+                Some(lease) => {
+                    state.refreshed_after = rejections;
                     lease.value
                 }
-                _ => {
+                None => {
                     state.generation += 1;
+                    // All rejections so far were about the previous value.
+                    state.refreshed_after = state.rejections;
+                    new = Some(value.clone());
                     value
                 }
             };
             generation = state.generation;
             state.failed = None;
-            state.refreshed_after = rejections;
             state.lease = Some(Lease {
                 value,
                 usable_until: usable.map(|usable| Instant::now() + usable),
+                rejected_at: None,
             });
             true
         });
@@ -339,13 +457,16 @@ impl<R: Refresh> Refresher<R> {
             self.metrics.credential_refreshed(true);
             return false;
         }
-        self.ready.send_replace(true);
+        let is_new = new.is_some();
+        if is_new {
+            self.latest.send_replace(new);
+        }
         if let Some(lifetime) = lifetime {
             self.metrics
                 .credential_expires(server_time::our_clock() + lifetime);
         }
         // A file read again without a change is not reported: every rejected call causes such a read.
-        if lifetime.is_some() || !unchanged {
+        if lifetime.is_some() || is_new {
             self.metrics.credential_refreshed(true);
             tracing::info!(
                 source = self.name,
@@ -357,29 +478,24 @@ impl<R: Refresh> Refresher<R> {
         true
     }
 
-    fn note_failure(&self, error: &FetchError, pause: Duration, rejections: u64) {
+    fn record_failure(&self, error: &FetchError, pause: Duration, rejections: u64) {
         self.metrics.credential_refreshed(false);
         self.state.send_modify(|state| {
-            state.refreshed_after = rejections;
+            state.refreshed_after = match self.on_rejection {
+                // No rejection causes another refresh before the pause is over.
+                OnRejection::Fetch { .. } => state.rejections,
+                OnRejection::Recheck => rejections,
+            };
             state.failed = Some(FailedFetch {
                 rejected_by: error.rejected_by,
                 next_fetch_at: Instant::now() + pause,
             });
         });
     }
-
-    fn log_failure(&self, error: &FetchError, pause: Duration) {
-        tracing::warn!(
-            source = self.name,
-            %error,
-            retry_seconds = pause.as_secs(),
-            "credential cannot be fetched"
-        );
-    }
 }
 
-/// The pause before a value of this lifetime is replaced: 75 to 85 % of it, so that many facades do not ask at the same
-/// moment, and an issuer that is down has hours to come back before a token of 24 hours ends.
+/// The pause before a value of this lifetime is replaced: a random 75 to 85 % of it, so that many facades do not fetch at the same
+/// time, and an issuer that is down has hours to recover before a token of 24 hours ends.
 fn refresh_delay(lifetime: Duration) -> Duration {
     lifetime
         .mul_f64(0.75 + 0.1 * fastrand::f64())

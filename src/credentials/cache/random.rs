@@ -1,4 +1,4 @@
-//! Calls that come, wait, leave and report rejections at random, while an issuer answers, fails, stalls and expires at random.
+//! Calls that come, wait, leave and report successes and rejections at random, while an issuer replies, fails and stalls at random.
 
 use std::{
     collections::BTreeMap,
@@ -10,7 +10,7 @@ use tokio::task::JoinSet;
 
 use super::*;
 
-/// How one fetch ends.
+/// The outcome of one fetch.
 #[derive(Debug, Clone)]
 struct Fetch {
     takes: Duration,
@@ -19,29 +19,30 @@ struct Fetch {
     rejects: bool,
 }
 
-/// What one call does.
+/// The behaviour of one call.
 #[derive(Debug, Clone)]
 struct Call {
     begins: Duration,
-    /// It is dropped after this time, whatever it waits for.
+    /// It is cancelled after this time.
     patience: Duration,
-    /// What it reports about the value it got.
+    /// Its report about the value it got.
     report: Report,
 }
 
 #[derive(Debug, Clone, Copy)]
 enum Report {
     Nothing,
-    Refresh,
+    Accepted,
+    Refresh(TokenEvidence),
     Rejected,
 }
 
-/// A value as the issuer gave it out.
+/// A value from the issuer.
 #[derive(Debug, Clone)]
 struct Issued {
     began: Instant,
     usable_until: Instant,
-    given_out: Instant,
+    fetched_at: Instant,
 }
 
 #[derive(Default)]
@@ -51,7 +52,11 @@ struct Seen {
     issued: BTreeMap<usize, Issued>,
     /// The value of each generation that a call got.
     generations: BTreeMap<u64, usize>,
-    rejections: Vec<(Instant, usize)>,
+    /// Whether the last fetch failed because the issuer rejected us.
+    rejected_by_issuer: bool,
+    rejections: Vec<(Instant, usize, TokenEvidence)>,
+    /// When the accepted attempts were sent.
+    successes: Vec<(Instant, usize)>,
 }
 
 #[derive(Clone)]
@@ -90,6 +95,7 @@ impl Refresh for Issuer {
         let _fetching = Fetching(self.clone());
         let fetch = self.script[number % self.script.len()].clone();
         sleep(fetch.takes).await;
+        self.seen().rejected_by_issuer = fetch.lifetime.is_none() && fetch.rejects;
         let Some(lifetime) = fetch.lifetime else {
             return Err(if fetch.rejects {
                 FetchError {
@@ -101,12 +107,12 @@ impl Refresh for Issuer {
                 FetchError::unavailable("down")
             });
         };
-        let given_out = Instant::now();
-        let usable_until = given_out + lifetime - LAST_USE_BEFORE_END.min(lifetime / 10);
+        let fetched_at = Instant::now();
+        let usable_until = fetched_at + lifetime - LAST_USE_BEFORE_END.min(lifetime / 10);
         let issued = Issued {
             began,
             usable_until,
-            given_out,
+            fetched_at,
         };
         self.seen().issued.insert(number, issued);
         Ok(Fetched {
@@ -130,27 +136,52 @@ impl Seen {
         );
         assert!(
             Instant::now() < self.issued[&value].usable_until,
-            "given out after its end"
+            "used after its end"
         );
     }
 
-    /// A failure is returned only if the last value has ended, or has been rejected and is not kept.
-    fn got_none(&self, on_rejection: OnRejection) {
+    /// Whether a call must get a value: the last one has not ended, was not discarded, and is not rejected on both sides.
+    fn has_good_value(&self, on_rejection: OnRejection) -> bool {
+        self.has_trusted_value(on_rejection)
+            || (self.has_value(on_rejection) && !self.is_withheld())
+    }
+
+    fn has_value(&self, on_rejection: OnRejection) -> bool {
         let now = Instant::now();
-        let Some((number, issued)) = self.issued.last_key_value() else {
-            return;
+        let Some((_, issued)) = self.issued.last_key_value() else {
+            return false;
         };
-        // The cache may have discarded a value if another was rejected during its fetch.
-        let during = |at: &Instant| (issued.began..=issued.given_out).contains(at);
-        let discarded = self.rejections.iter().any(|(at, _)| during(at));
-        let rejected = self.rejections.iter().any(|(_, value)| value == number);
-        let replaces = matches!(on_rejection, OnRejection::Replace { .. });
-        assert!(
-            now >= issued.usable_until
-                || now <= issued.given_out
-                || (replaces && (discarded || rejected)),
-            "a failure although {number} is good"
-        );
+        let is_fetched = matches!(on_rejection, OnRejection::Fetch { .. });
+        // The cache discards a value if the one before was rejected during its fetch.
+        let was_discarded = self.rejections.iter().any(|(at, _, evidence)| {
+            (issued.began..=issued.fetched_at).contains(at) && *evidence == TokenEvidence::Rejected
+        });
+        issued.fetched_at < now && now < issued.usable_until && !(is_fetched && was_discarded)
+    }
+
+    /// Like [`Self::has_value`], and upstream has not rejected the value, or accepted it since.
+    fn has_trusted_value(&self, on_rejection: OnRejection) -> bool {
+        let last = self.issued.keys().next_back().copied();
+        let last_success = self
+            .successes
+            .iter()
+            .filter(|(_, value)| Some(*value) == last);
+        let last_success = last_success.map(|(at, _)| *at).max();
+        let is_suspect = self.rejections.iter().any(|(at, value, evidence)| {
+            Some(*value) == last
+                && *evidence == TokenEvidence::Rejected
+                && last_success.is_none_or(|success| success <= *at)
+        });
+        self.has_value(on_rejection)
+            && (matches!(on_rejection, OnRejection::Recheck) || !is_suspect)
+    }
+
+    fn is_withheld(&self) -> bool {
+        let last = self.issued.keys().next_back().copied();
+        let is_recent = |at: &Instant| at.elapsed() < PROOF_LASTS;
+        let mut successes = self.successes.iter();
+        self.rejected_by_issuer
+            && !successes.any(|(at, value)| Some(*value) == last && is_recent(at))
     }
 }
 
@@ -159,30 +190,48 @@ async fn run(cache: Arc<Cache<usize>>, issuer: Issuer, call: Call, on_rejection:
     let soon = Deadline::after(Duration::from_secs(60));
     let newest = || issuer.seen().generations.keys().next_back().copied();
     let newest_before = newest();
-    let (value, used) = match timeout(call.patience, cache.current(soon)).await {
+    let begun = Instant::now();
+    let had_good_value = issuer.seen().has_good_value(on_rejection);
+    let found = timeout(call.patience, cache.current(soon)).await;
+    let waited = begun.elapsed();
+    assert!(!had_good_value || waited.is_zero(), "waited {waited:?}");
+    let (value, used) = match found {
         Err(_) | Ok(Err(Error::DeadlineExceeded)) => return,
-        Ok(Err(_)) => return issuer.seen().got_none(on_rejection),
+        Ok(Err(error)) => {
+            let is_good = issuer.seen().has_good_value(on_rejection);
+            assert!(!is_good, "{error} although the value is good");
+            return;
+        }
         Ok(Ok(found)) => found,
     };
     issuer.seen().got(value, used, newest_before);
+    let sent_at = Instant::now();
     sleep(call.patience / 2).await;
-    let reject = || issuer.seen().rejections.push((Instant::now(), value));
+    let reject = |evidence| {
+        let rejection = (Instant::now(), value, evidence);
+        issuer.seen().rejections.push(rejection);
+    };
     match call.report {
         Report::Nothing => {}
+        Report::Accepted => {
+            issuer.seen().successes.push((sent_at, value));
+            cache.accepted(used, sent_at);
+        }
         Report::Rejected => {
-            reject();
+            reject(TokenEvidence::Unclear);
             cache.rejected(|known| *known == value);
         }
-        Report::Refresh => {
+        Report::Refresh(evidence) => {
             let newest_before = newest();
-            reject();
-            match timeout(call.patience, cache.refresh(used, soon)).await {
+            reject(evidence);
+            match timeout(call.patience, cache.refresh(used, evidence, soon)).await {
                 Ok(Ok(Some((newer, generation)))) => {
                     assert!(generation > used);
                     issuer.seen().got(newer, generation, newest_before);
                 }
-                Ok(Err(Error::Unavailable { .. } | Error::Rejected { .. })) => {
-                    issuer.seen().got_none(on_rejection);
+                Ok(Err(error @ (Error::Unavailable { .. } | Error::Rejected { .. }))) => {
+                    let is_trusted = issuer.seen().has_trusted_value(on_rejection);
+                    assert!(!is_trusted, "{error} although the value is good");
                 }
                 _ => {}
             }
@@ -211,7 +260,9 @@ fn fetch() -> impl Strategy<Value = Fetch> {
 fn call() -> impl Strategy<Value = Call> {
     let report = prop_oneof![
         3 => Just(Report::Nothing),
-        1 => Just(Report::Refresh),
+        2 => Just(Report::Accepted),
+        1 => Just(Report::Refresh(TokenEvidence::Rejected)),
+        1 => Just(Report::Refresh(TokenEvidence::Unclear)),
         1 => Just(Report::Rejected),
     ];
     (millis(120_000), millis(12_000), report).prop_map(|(begins, patience, report)| Call {
@@ -224,8 +275,7 @@ fn call() -> impl Strategy<Value = Call> {
 fn on_rejection() -> impl Strategy<Value = OnRejection> {
     let spacing = Duration::from_secs(2);
     prop_oneof![
-        Just(OnRejection::Replace { spacing }),
-        Just(OnRejection::Keep { spacing }),
+        Just(OnRejection::Fetch { spacing }),
         Just(OnRejection::Recheck),
     ]
 }
@@ -246,8 +296,8 @@ proptest! {
             .unwrap();
         runtime.block_on(async {
             let issuer = Issuer { script: Arc::new(script), seen: Arc::default() };
-            let ready = Arc::new(watch::Sender::new(false));
-            let cache = Cache::start("test", issuer.clone(), on_rejection, ready, Metrics::new());
+            let latest = watch::Sender::new(None);
+            let cache = Cache::start("test", issuer.clone(), on_rejection, latest, Metrics::new());
             let cache = Arc::new(cache);
 
             let runs = calls
@@ -257,8 +307,8 @@ proptest! {
 
             let seen = issuer.seen();
             for pair in seen.fetches.windows(2) {
-                let rejected = seen.rejections.iter().any(|(at, _)| (pair[0]..=pair[1]).contains(at));
-                assert!(rejected || pair[1] - pair[0] >= SHORTEST_PAUSE, "fetches on each other's heels");
+                let rejected = seen.rejections.iter().any(|(at, ..)| (pair[0]..=pair[1]).contains(at));
+                assert!(rejected || pair[1] - pair[0] >= SHORTEST_PAUSE, "two fetches without a pause");
             }
         });
     }

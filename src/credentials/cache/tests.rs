@@ -9,17 +9,19 @@ use super::*;
 
 const HOUR: Duration = Duration::from_secs(3600);
 const SECOND: Duration = Duration::from_secs(1);
+const REJECTED: TokenEvidence = TokenEvidence::Rejected;
+const UNCLEAR: TokenEvidence = TokenEvidence::Unclear;
 
 type Outcome = Result<Fetched<usize>, FetchError>;
 
-/// An issuer whose n-th answer (from 1) comes from a script, after a delay.
+/// An issuer whose n-th reply (from 1) comes from a script, after a delay.
 #[derive(Clone)]
 struct Issuer {
     fetches: Arc<AtomicUsize>,
     /// Points in time at which fetches began.
     times: Arc<Mutex<Vec<Instant>>>,
     delay: Duration,
-    answer: fn(usize) -> Outcome,
+    reply: fn(usize) -> Outcome,
     replaced: Arc<Notify>,
 }
 
@@ -30,7 +32,7 @@ impl Refresh for Issuer {
         let nth = self.fetches.fetch_add(1, SeqCst) + 1;
         self.times.lock().unwrap().push(Instant::now());
         sleep(self.delay).await;
-        (self.answer)(nth)
+        (self.reply)(nth)
     }
 
     async fn changed(&mut self) {
@@ -38,31 +40,32 @@ impl Refresh for Issuer {
     }
 }
 
-fn issuer(answer: fn(usize) -> Outcome) -> Issuer {
+fn issuer(reply: fn(usize) -> Outcome) -> Issuer {
     Issuer {
         fetches: Arc::default(),
         times: Arc::default(),
         delay: SECOND,
-        answer,
+        reply,
         replaced: Arc::default(),
     }
 }
 
 impl Issuer {
     fn start(&self) -> Arc<Cache<usize>> {
-        self.start_with(OnRejection::Replace {
+        self.start_with(OnRejection::Fetch {
             spacing: 10 * SECOND,
         })
     }
 
     fn start_with(&self, on_rejection: OnRejection) -> Arc<Cache<usize>> {
-        let ready = Arc::new(watch::Sender::new(false));
+        let latest = watch::Sender::new(None);
+        let metrics = Metrics::new();
         Arc::new(Cache::start(
             "test",
             self.clone(),
             on_rejection,
-            ready,
-            Metrics::new(),
+            latest,
+            metrics,
         ))
     }
 
@@ -71,7 +74,10 @@ impl Issuer {
     }
 }
 
-#[expect(clippy::unnecessary_wraps, reason = "the shape of an issuer's answer")]
+#[expect(
+    clippy::unnecessary_wraps,
+    reason = "the signature of an issuer's reply"
+)]
 fn good(value: usize) -> Outcome {
     Ok(Fetched {
         value,
@@ -145,7 +151,7 @@ async fn a_hundred_rejections_of_one_value_cause_one_fetch_and_all_get_the_new_v
     let calls: Vec<_> = (0..100)
         .map(|_| {
             let cache = cache.clone();
-            tokio::spawn(async move { cache.refresh(used, soon()).await })
+            tokio::spawn(async move { cache.refresh(used, REJECTED, soon()).await })
         })
         .collect();
     for call in calls {
@@ -160,10 +166,10 @@ async fn a_straggler_gets_the_newer_value_without_a_fetch() {
     let issuer = issuer(good);
     let cache = issuer.start();
     let (_, used) = cache.current(soon()).await.unwrap();
-    cache.refresh(used, soon()).await.unwrap();
+    cache.refresh(used, REJECTED, soon()).await.unwrap();
     sleep(HOUR).await;
 
-    let straggler = cache.refresh(used, soon()).await;
+    let straggler = cache.refresh(used, REJECTED, soon()).await;
 
     assert_eq!(straggler, Ok(Some((2, 2))));
     assert_eq!(issuer.fetches(), 2);
@@ -185,13 +191,9 @@ async fn a_fetch_that_began_before_a_rejection_is_discarded_and_repeated() {
     .await
     .expect("the value is replaced before its end");
 
-    let renewed = cache.refresh(used, soon()).await;
+    let newer = cache.refresh(used, REJECTED, soon()).await;
 
-    assert_eq!(
-        renewed,
-        Ok(Some((3, 2))),
-        "the second fetch's value is gone"
-    );
+    assert_eq!(newer, Ok(Some((3, 2))), "the second fetch's value is gone");
     assert_eq!(issuer.fetches(), 3);
 }
 
@@ -203,7 +205,7 @@ async fn an_upstream_that_rejects_every_value_does_not_cause_a_fetch_for_each_ca
 
     let (_, mut used) = cache.current(soon()).await.unwrap();
     for _ in 0..100 {
-        match cache.refresh(used, soon()).await.unwrap() {
+        match cache.refresh(used, REJECTED, soon()).await.unwrap() {
             Some((_, newer)) => used = newer,
             None => nothing_newer += 1,
         }
@@ -215,9 +217,171 @@ async fn an_upstream_that_rejects_every_value_does_not_cause_a_fetch_for_each_ca
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_rejected_value_that_is_kept_serves_on_while_one_fetch_looks_for_another() {
+async fn while_the_successor_is_fetched_the_rejected_call_waits_and_all_others_use_the_value() {
+    for evidence in [REJECTED, UNCLEAR] {
+        let issuer = issuer(good);
+        let cache = issuer.start();
+        cache.current(soon()).await.unwrap();
+
+        let (newer, others) = tokio::join!(cache.refresh(1, evidence, soon()), async {
+            sleep(SECOND / 2).await;
+            cache.current(Deadline::after(Duration::ZERO)).await
+        });
+
+        assert_eq!(others, Ok((1, 1)), "{evidence:?}");
+        assert_eq!(newer, Ok(Some((2, 2))), "{evidence:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_unclear_rejection_of_a_value_that_was_accepted_in_the_last_minute_causes_no_fetch() {
+    for (pause, evidence, fetches) in [
+        (60 * SECOND - SECOND / 1000, UNCLEAR, 1),
+        (60 * SECOND, UNCLEAR, 2),
+        (SECOND, REJECTED, 2),
+    ] {
+        let issuer = issuer(good);
+        let cache = issuer.start();
+        cache.current(soon()).await.unwrap();
+        cache.accepted(1, Instant::now());
+        sleep(pause).await;
+
+        let newer = cache.refresh(1, evidence, soon()).await;
+
+        assert_eq!(
+            newer.unwrap().is_some(),
+            fetches == 2,
+            "{pause:?} {evidence:?}"
+        );
+        assert_eq!(issuer.fetches(), fetches, "{pause:?} {evidence:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_success_with_the_previous_value_does_not_prove_its_successor() {
     let issuer = issuer(good);
-    let cache = issuer.start_with(OnRejection::Keep {
+    let cache = issuer.start();
+    cache.current(soon()).await.unwrap();
+    cache.refresh(1, REJECTED, soon()).await.unwrap();
+    cache.accepted(1, Instant::now());
+    sleep(10 * SECOND).await;
+
+    assert_eq!(cache.refresh(2, UNCLEAR, soon()).await, Ok(Some((3, 3))));
+}
+
+#[tokio::test(start_paused = true)]
+async fn if_the_fetch_fails_a_value_stays_in_use_unless_upstream_and_issuer_both_reject_us() {
+    let unavailable = |nth| if nth == 1 { good(1) } else { down() };
+    let issuer_rejects = |nth| if nth == 1 { good(1) } else { rejected() };
+    // Then: a call was accepted a second before the rejection; a call was accepted after it; the value stays in use.
+    type Case = (fn(usize) -> Outcome, TokenEvidence, bool, bool, bool);
+    let cases: [Case; 7] = [
+        (unavailable, REJECTED, false, false, true),
+        (unavailable, UNCLEAR, false, false, true),
+        (issuer_rejects, UNCLEAR, false, false, true),
+        (issuer_rejects, REJECTED, false, false, false),
+        (issuer_rejects, REJECTED, true, false, true),
+        (issuer_rejects, REJECTED, false, true, true),
+        (issuer_rejects, UNCLEAR, true, true, true),
+    ];
+
+    for (index, (reply, evidence, before, after, in_use)) in cases.into_iter().enumerate() {
+        let issuer = issuer(reply);
+        let cache = issuer.start();
+        cache.current(soon()).await.unwrap();
+        if before {
+            cache.accepted(1, Instant::now());
+        }
+        sleep(SECOND).await;
+
+        let (newer, ()) = tokio::join!(cache.refresh(1, evidence, soon()), async {
+            sleep(SECOND / 2).await;
+            if after {
+                cache.accepted(1, Instant::now());
+            }
+        });
+
+        let is_suspect = evidence == REJECTED && !after;
+        assert_eq!(newer.is_err(), is_suspect, "{index}: {newer:?}");
+        assert!(!matches!(newer, Ok(Some(_))), "{index}: {newer:?}");
+        let later = cache.current(soon()).await;
+        assert_eq!(later.is_ok(), in_use, "{index}: {later:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_value_that_upstream_and_issuer_reject_is_withheld_a_minute_after_its_last_success() {
+    let issuer = issuer(|nth| if nth == 1 { good(1) } else { rejected() });
+    let cache = issuer.start();
+    cache.current(soon()).await.unwrap();
+    cache.accepted(1, Instant::now());
+    cache.refresh(1, REJECTED, soon()).await.unwrap_err();
+    assert_eq!(cache.current(soon()).await, Ok((1, 1)));
+
+    sleep(60 * SECOND).await;
+    assert!(matches!(
+        cache.current(soon()).await,
+        Err(Error::Rejected { .. })
+    ));
+
+    // The reply to an attempt that was sent before.
+    cache.accepted(1, Instant::now());
+    assert_eq!(cache.current(soon()).await, Ok((1, 1)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_rejection_does_not_wait_for_an_issuer_that_has_failed() {
+    let issuer = issuer(|nth| match nth {
+        1 => good(1),
+        2 => Err(FetchError {
+            wait: 120 * SECOND,
+            ..FetchError::unavailable("429")
+        }),
+        _ => good(nth),
+    });
+    let cache = issuer.start();
+    cache.current(soon()).await.unwrap();
+    cache.refresh(1, UNCLEAR, soon()).await.unwrap();
+
+    let begun = Instant::now();
+    assert_eq!(cache.refresh(1, UNCLEAR, soon()).await, Ok(None));
+    let suspect = cache.refresh(1, REJECTED, soon()).await;
+
+    assert!(
+        matches!(suspect, Err(Error::Unavailable { .. })),
+        "{suspect:?}"
+    );
+    assert_eq!(begun.elapsed(), Duration::ZERO);
+    assert_eq!(issuer.fetches(), 2);
+    sleep(122 * SECOND).await;
+    assert_eq!(cache.current(soon()).await, Ok((3, 2)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_fetch_that_began_before_a_rejection_is_used_if_a_success_came_after_the_rejection() {
+    let issuer = Issuer {
+        delay: 8 * SECOND,
+        ..issuer(good)
+    };
+    let cache = issuer.start();
+    cache.current(soon()).await.unwrap();
+    issuer.replaced.notify_one();
+    sleep(SECOND).await;
+
+    let (newer, ()) = tokio::join!(cache.refresh(1, REJECTED, soon()), async {
+        sleep(SECOND).await;
+        cache.accepted(1, Instant::now());
+    });
+
+    assert_eq!(newer, Ok(Some((2, 2))));
+    sleep(HOUR).await;
+    assert_eq!(issuer.fetches(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_rejected_value_stays_in_use_during_the_one_fetch_that_replaces_it() {
+    let issuer = issuer(good);
+    let cache = issuer.start_with(OnRejection::Fetch {
         spacing: 300 * SECOND,
     });
     cache.current(soon()).await.unwrap();
@@ -270,7 +434,7 @@ async fn a_value_that_is_still_good_hides_failures_and_its_end_shows_them() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_value_is_given_out_until_a_minute_before_its_end_and_not_at_that_moment() {
+async fn a_value_is_used_until_just_before_the_last_minute_of_its_life() {
     let issuer = issuer(|nth| if nth == 1 { good(1) } else { down() });
     let cache = issuer.start();
     let now = Deadline::after(Duration::ZERO);
@@ -290,7 +454,7 @@ async fn a_value_is_given_out_until_a_minute_before_its_end_and_not_at_that_mome
 async fn a_rejection_after_the_spacing_causes_a_fetch_and_one_within_it_does_not() {
     for (wait, fetches) in [(10 * SECOND - SECOND / 1000, 2), (10 * SECOND, 3)] {
         let issuer = issuer(good);
-        let cache = issuer.start_with(OnRejection::Keep {
+        let cache = issuer.start_with(OnRejection::Fetch {
             spacing: 10 * SECOND,
         });
         cache.current(soon()).await.unwrap();
@@ -329,7 +493,7 @@ async fn without_a_value_a_failure_is_returned_at_once_with_the_time_of_the_next
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_fetch_without_an_answer_ends_after_ten_seconds() {
+async fn a_fetch_without_a_reply_ends_after_ten_seconds() {
     let issuer = Issuer {
         delay: HOUR,
         ..issuer(good)
@@ -344,14 +508,14 @@ async fn a_fetch_without_an_answer_ends_after_ten_seconds() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_rejection_rests_for_fifteen_minutes_whatever_is_rejected_meanwhile() {
+async fn after_a_rejection_by_the_issuer_it_is_not_asked_for_fifteen_minutes() {
     let issuer = issuer(|nth| if nth == 1 { good(1) } else { rejected() });
     let cache = issuer.start();
     let (_, used) = cache.current(soon()).await.unwrap();
 
-    let error = cache.refresh(used, soon()).await.unwrap_err();
+    let error = cache.refresh(used, REJECTED, soon()).await.unwrap_err();
     for _ in 0..10 {
-        cache.refresh(used, soon()).await.unwrap_err();
+        cache.refresh(used, REJECTED, soon()).await.unwrap_err();
         sleep(30 * SECOND).await;
     }
 
@@ -380,18 +544,22 @@ async fn a_changed_source_is_asked_again_at_once_after_a_rejection() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn readiness_comes_with_the_first_value_and_stays() {
+async fn each_new_value_is_sent_to_those_who_follow() {
     let issuer = issuer(|nth| if nth < 3 { down() } else { good(nth) });
-    let ready = Arc::new(watch::Sender::new(false));
-    let mut is_ready = ready.subscribe();
-    let on_rejection = OnRejection::Replace { spacing: SECOND };
-    let cache = Cache::start("test", issuer.clone(), on_rejection, ready, Metrics::new());
+    let (latest, mut followed) = watch::channel(None);
+    let on_rejection = OnRejection::Fetch { spacing: SECOND };
+    let cache = Cache::start("test", issuer.clone(), on_rejection, latest, Metrics::new());
     cache.current(soon()).await.unwrap_err();
-    assert!(!*is_ready.borrow());
+    assert_eq!(*followed.borrow(), None);
 
-    is_ready.wait_for(|ready| *ready).await.unwrap();
+    followed.changed().await.unwrap();
 
+    assert_eq!(*followed.borrow_and_update(), Some(3));
     assert_eq!(issuer.fetches(), 3);
+    cache.refresh(1, REJECTED, soon()).await.unwrap();
+    assert_eq!(*followed.borrow_and_update(), Some(4));
+    drop(cache);
+    assert!(followed.changed().await.is_err(), "the refresher has ended");
 }
 
 #[tokio::test(start_paused = true)]
@@ -407,7 +575,7 @@ async fn a_changed_source_is_asked_again_while_its_value_is_good() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_same_value_fetched_again_is_no_new_generation() {
+async fn fetching_an_equal_value_makes_no_new_generation() {
     let issuer = issuer(|_| good(7));
     let cache = issuer.start();
     cache.current(soon()).await.unwrap();
@@ -418,7 +586,10 @@ async fn the_same_value_fetched_again_is_no_new_generation() {
     assert_eq!(cache.current(soon()).await, Ok((7, 1)));
 }
 
-#[expect(clippy::unnecessary_wraps, reason = "the shape of an issuer's answer")]
+#[expect(
+    clippy::unnecessary_wraps,
+    reason = "the signature of an issuer's reply"
+)]
 fn endless(value: usize) -> Outcome {
     Ok(Fetched {
         value,
@@ -427,7 +598,7 @@ fn endless(value: usize) -> Outcome {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_value_without_an_end_is_neither_replaced_nor_withheld() {
+async fn a_value_without_an_end_is_used_forever_and_not_fetched_again() {
     let issuer = issuer(endless);
     let cache = issuer.start();
     cache.current(soon()).await.unwrap();
@@ -450,7 +621,7 @@ async fn with_recheck_rejected_calls_wait_for_the_source_and_all_others_use_the_
     let calls: Vec<_> = (0..100)
         .map(|_| {
             let cache = cache.clone();
-            tokio::spawn(async move { cache.refresh(1, soon()).await })
+            tokio::spawn(async move { cache.refresh(1, REJECTED, soon()).await })
         })
         .collect();
     sleep(SECOND / 2).await;
@@ -461,7 +632,7 @@ async fn with_recheck_rejected_calls_wait_for_the_source_and_all_others_use_the_
         assert_eq!(call.await.unwrap(), Ok(Some((2, 2))));
     }
     assert_eq!(
-        cache.refresh(1, soon()).await,
+        cache.refresh(1, REJECTED, soon()).await,
         Ok(Some((2, 2))),
         "a straggler"
     );
@@ -478,23 +649,31 @@ async fn with_recheck_each_rejection_asks_the_source_and_a_failure_keeps_the_val
     let cache = issuer.start_with(OnRejection::Recheck);
     cache.current(soon()).await.unwrap();
 
-    assert_eq!(cache.refresh(1, soon()).await, Ok(None), "nothing newer");
     assert_eq!(
-        cache.refresh(1, soon()).await,
+        cache.refresh(1, REJECTED, soon()).await,
+        Ok(None),
+        "nothing newer"
+    );
+    assert_eq!(
+        cache.refresh(1, REJECTED, soon()).await,
         Ok(None),
         "the source is down"
     );
     assert_eq!(cache.current(soon()).await, Ok((1, 1)));
-    assert_eq!(cache.refresh(1, soon()).await, Ok(None), "down once more");
+    assert_eq!(
+        cache.refresh(1, REJECTED, soon()).await,
+        Ok(None),
+        "still down"
+    );
     let begun = Instant::now();
-    assert_eq!(cache.refresh(1, soon()).await, Ok(Some((5, 2))));
+    assert_eq!(cache.refresh(1, REJECTED, soon()).await, Ok(Some((5, 2))));
 
     assert_eq!(begun.elapsed(), SECOND, "a rejection ends the backoff");
     assert_eq!(issuer.fetches(), 5);
 }
 
 #[tokio::test(start_paused = true)]
-async fn with_recheck_a_new_value_is_published_whatever_is_rejected_meanwhile() {
+async fn with_recheck_a_new_value_is_published_although_the_old_one_is_rejected_meanwhile() {
     let issuer = issuer(endless);
     let cache = issuer.start_with(OnRejection::Recheck);
     cache.current(soon()).await.unwrap();
@@ -511,10 +690,10 @@ async fn with_recheck_a_new_value_is_published_whatever_is_rejected_meanwhile() 
 #[tokio::test(start_paused = true)]
 async fn the_metric_of_the_expiry_is_the_end_of_the_life_by_our_clock() {
     let metrics = Metrics::new();
-    let ready = Arc::new(watch::Sender::new(false));
-    let on_rejection = OnRejection::Replace { spacing: SECOND };
+    let latest = watch::Sender::new(None);
+    let on_rejection = OnRejection::Fetch { spacing: SECOND };
     let now = server_time::our_clock();
-    let cache = Cache::start("test", issuer(good), on_rejection, ready, metrics.clone());
+    let cache = Cache::start("test", issuer(good), on_rejection, latest, metrics.clone());
 
     cache.current(soon()).await.unwrap();
 

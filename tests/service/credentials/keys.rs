@@ -1,8 +1,11 @@
 use std::time::Duration;
 
 use tonic::Code;
+use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus};
 
-use super::{FETCHED, SANDBOX_KEY, failures_of, metadata, metadata_service};
+use super::{
+    FETCHED, Folder, SANDBOX_KEY, distinct_request, failures_of, metadata, metadata_service, ready,
+};
 use crate::support::{
     Program, Sandbox, Step, Upstream, answer, eventually, example, example_request,
 };
@@ -16,8 +19,8 @@ fn with_key(url: &str, key: &[(&str, &str)]) -> Program {
     Program::start(&["--endpoint", url, "--credentials", "env"], key)
 }
 
-/// The gateway's refusal of a signature.
-fn refusal(what: &str, headers: &[(&str, &str)]) -> Vec<Step> {
+/// The gateway's rejection of a signature.
+fn rejection(what: &str, headers: &[(&str, &str)]) -> Vec<Step> {
     let body = format!(
         r#"{{"error_msg":"Incorrect IAM authentication information: {what}","error_code":"APIGW.0301","request_id":"r"}}"#
     );
@@ -39,11 +42,11 @@ async fn a_burst_with_a_key_that_was_never_accepted_sends_one_request_and_then_n
         "four replicas with it are short of the gateway's lock"
     );
     assert_eq!(failures.len(), 200);
-    let (refused, locked): (Vec<_>, Vec<_>) = failures
+    let (rejected, locked): (Vec<_>, Vec<_>) = failures
         .into_iter()
         .partition(|failure| failure.reason == "CREDENTIAL_REJECTED");
-    assert_eq!(refused.len(), 1);
-    for failure in refused {
+    assert_eq!(rejected.len(), 1);
+    for failure in rejected {
         assert_eq!(failure.code, Code::Unauthenticated);
         assert_eq!(failure.metadata["credentialOwner"], "server");
         assert_eq!(failure.retry_delay, None);
@@ -60,9 +63,89 @@ async fn a_burst_with_a_key_that_was_never_accepted_sends_one_request_and_then_n
     }
 }
 
+/// Health and `/readyz`, which must agree.
+async fn is_serving(program: &Program) -> bool {
+    let request = HealthCheckRequest::default();
+    let reply = program.health().await.check(request).await;
+    let status = reply.expect("health replies").into_inner().status();
+    let readyz = program.admin("/readyz").await.0;
+    assert_eq!(status == ServingStatus::Serving, readyz == 200, "{readyz}");
+    status == ServingStatus::Serving
+}
+
+async fn until_serving(program: &Program, expected: bool) {
+    eventually("health and readiness change", async || {
+        let readyz = program.admin("/readyz").await.0;
+        (readyz == 200) == expected
+    })
+    .await;
+    assert_eq!(is_serving(program).await, expected);
+}
+
+#[tokio::test]
+async fn while_a_wrong_key_rests_the_program_is_not_serving() {
+    let sandbox = Sandbox::start();
+    let program = with_key(&sandbox.url(), &WRONG_KEY);
+    assert!(is_serving(&program).await, "the key has not been used yet");
+
+    let first = program.failure(example_request()).await;
+    until_serving(&program, false).await;
+    let later = program.failure(example_request()).await;
+
+    assert_eq!(first.reason, "CREDENTIAL_REJECTED");
+    assert_eq!(later.reason, "CREDENTIAL_LOCKED");
+    assert!(!is_serving(&program).await);
+    assert_eq!(sandbox.count("bad_signatures").await, 1);
+}
+
+#[tokio::test]
+async fn another_key_in_the_profile_file_ends_the_rest() {
+    let sandbox = Sandbox::start();
+    let folder = Folder::new();
+    let profile = folder.file("profile", "[basic]\nak=SANDBOXACCESSKEY\nsk=wrong\n");
+    let program = Program::start(
+        &["--endpoint", &sandbox.url(), "--credentials", "profile"],
+        &[("HUAWEICLOUD_SDK_CREDENTIALS_FILE", &profile)],
+    );
+    ready(&program).await;
+    let rejected = program.failure(example_request()).await;
+    until_serving(&program, false).await;
+
+    folder.file(
+        "profile",
+        "[basic]\nak=SANDBOXACCESSKEY\nsk=sandbox-secret-key\n",
+    );
+    until_serving(&program, true).await;
+    let called = program.call(example_request()).await;
+
+    assert_eq!(rejected.reason, "CREDENTIAL_REJECTED");
+    assert!(called.is_ok(), "{called:?}");
+    assert!(is_serving(&program).await);
+}
+
+#[tokio::test]
+async fn while_a_key_rests_that_was_accepted_before_the_program_keeps_serving() {
+    let upstream = Upstream::start(|request| match request.number {
+        0 => example(),
+        _ => rejection("verify aksk signature fail", &[]),
+    })
+    .await;
+    let program = with_key(&upstream.url(), &SANDBOX_KEY);
+    program.call(distinct_request()).await.expect("accepted");
+
+    let mut reasons = Vec::new();
+    for _ in 0..4 {
+        reasons.push(program.failure(distinct_request()).await.reason);
+        assert!(is_serving(&program).await, "{reasons:?}");
+    }
+
+    assert_eq!(reasons[..3], ["CREDENTIAL_REJECTED"; 3]);
+    assert_eq!(reasons[3], "CREDENTIAL_LOCKED");
+}
+
 #[tokio::test]
 async fn the_gateways_own_lock_stops_all_calls_with_the_key() {
-    let lock = refusal("AK access failed to reach the limit", &[]);
+    let lock = rejection("AK access failed to reach the limit", &[]);
     let upstream = Upstream::always(lock).await;
     let program = with_key(&upstream.url(), &SANDBOX_KEY);
 
@@ -82,7 +165,7 @@ async fn the_gateways_own_lock_stops_all_calls_with_the_key() {
 }
 
 #[tokio::test]
-async fn a_refused_signature_is_never_repeated() {
+async fn a_call_with_a_rejected_signature_is_never_retried() {
     for status in [401, 403] {
         let upstream = Upstream::start(move |_| {
             let body = r#"{"error_msg":"verify aksk signature fail","error_code":"APIGW.0301"}"#;
@@ -110,9 +193,9 @@ async fn each_attempt_is_signed_anew() {
     .await;
     let program = with_key(&upstream.url(), &SANDBOX_KEY);
 
-    let answered = program.call(example_request()).await;
+    let reply = program.call(example_request()).await;
 
-    assert!(answered.is_ok(), "{answered:?}");
+    assert!(reply.is_ok(), "{reply:?}");
     let requests = upstream.requests();
     assert_eq!(requests.len(), 2);
     for header in ["x-sdk-date", "authorization"] {
@@ -134,9 +217,9 @@ async fn repeated_attempts_carry_good_signatures() {
     let mut request = example_request();
     request.instance_id = "flaky-2".into();
 
-    let answered = program.call(request).await;
+    let reply = program.call(request).await;
 
-    assert!(answered.is_ok(), "{answered:?}");
+    assert!(reply.is_ok(), "{reply:?}");
     assert_eq!(sandbox.count("task_requests").await, 3);
     assert_eq!(sandbox.count("bad_signatures").await, 0);
 }
@@ -169,7 +252,7 @@ async fn a_clock_within_the_window_needs_no_repeat_and_one_beyond_it_a_single_on
         assert_eq!(
             sandbox.count("task_requests").await,
             requests + 1,
-            "{minutes} min: the offset is kept"
+            "{minutes} min: the offset is remembered"
         );
     }
 }
@@ -199,11 +282,11 @@ async fn a_clock_that_jumps_under_a_hundred_calls_fails_none_of_them() {
 
 #[tokio::test]
 async fn a_date_that_does_not_help_is_a_clock_skew_of_the_facade() {
-    let lie = refusal(
+    let wrong_date = rejection(
         "signature expired",
         &[("date", "Sun, 06 Nov 1994 08:49:37 GMT")],
     );
-    let upstream = Upstream::always(lie).await;
+    let upstream = Upstream::always(wrong_date).await;
     let program = with_key(&upstream.url(), &SANDBOX_KEY);
 
     let failure = program.failure(example_request()).await;
@@ -233,14 +316,14 @@ async fn a_wrong_key_with_a_wrong_clock_stays_short_of_the_gateways_lock() {
     assert_eq!(
         sandbox.count("task_requests").await,
         2,
-        "one learns the time for all"
+        "one call corrects the clock for all"
     );
-    let told = |reason| failures.iter().filter(|f| f.reason == reason).count();
-    // The call that learnt the time signs again, and may find that another one was quicker.
-    let skewed = told("CLOCK_SKEW");
+    let count = |reason| failures.iter().filter(|f| f.reason == reason).count();
+    // The call that corrected the clock signs again, and another call may have used the key before it.
+    let skewed = count("CLOCK_SKEW");
     assert!(skewed <= 1, "{skewed}");
-    assert!(skewed + told("CREDENTIAL_REJECTED") <= 2);
-    assert!(told("CREDENTIAL_LOCKED") >= 48);
+    assert!(skewed + count("CREDENTIAL_REJECTED") <= 2);
+    assert!(count("CREDENTIAL_LOCKED") >= 48);
 }
 
 #[tokio::test]
@@ -260,7 +343,7 @@ async fn a_fresh_temporary_key_that_is_wrong_is_guarded_like_any_other() {
 }
 
 #[tokio::test]
-async fn a_refused_temporary_key_is_replaced_at_once_and_not_when_its_life_is_over() {
+async fn a_rejected_temporary_key_is_replaced_at_once_and_not_when_its_life_is_over() {
     let service = metadata_service(|request| {
         let access = match request.number {
             1 => "FIRST",
@@ -274,13 +357,13 @@ async fn a_refused_temporary_key_is_replaced_at_once_and_not_when_its_life_is_ov
     .await;
     let upstream = Upstream::start(|request| match request.header("authorization") {
         Some(signature) if signature.contains("Access=SECOND,") => example(),
-        _ => refusal("verify aksk signature fail", &[]),
+        _ => rejection("verify aksk signature fail", &[]),
     })
     .await;
     let (url, metadata_url) = (upstream.url(), service.url());
     let program = Program::start(&metadata("metadata", &url, &metadata_url), &[]);
 
-    let refused = program.failure(example_request()).await;
+    let rejected = program.failure(example_request()).await;
     service.wait_for_requests(3).await;
     eventually("the second key is there", async || {
         program.metric(FETCHED).await >= 2.0
@@ -289,9 +372,9 @@ async fn a_refused_temporary_key_is_replaced_at_once_and_not_when_its_life_is_ov
     let later = program.call(example_request()).await;
 
     assert_eq!(
-        refused.code_and_reason(),
+        rejected.code_and_reason(),
         (Code::Unauthenticated, "CREDENTIAL_REJECTED")
     );
     assert!(later.is_ok(), "{later:?}");
-    assert_eq!(upstream.requests().len(), 2, "no call is repeated");
+    assert_eq!(upstream.requests().len(), 2, "no call is retried");
 }

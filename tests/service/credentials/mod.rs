@@ -1,7 +1,7 @@
 /// Signing: wrong keys, locks, clocks, repeated attempts.
 mod keys;
-/// Fetched tokens and files: fetched once, renewed in time, failures told.
-mod renewal;
+/// Tokens from IAM and from files: fetched once, replaced in time, and in use while a fetch fails.
+mod refresh;
 /// Secrets stay secret, and malformed ones are found at start.
 mod secrets;
 /// Each source makes calls.
@@ -26,7 +26,7 @@ const SANDBOX_KEY: [(&str, &str); 2] = [
     ("HUAWEICLOUD_SDK_SK", "sandbox-secret-key"),
 ];
 
-/// A request like no other, so that it is not merged with one; the sandbox has a task for it.
+/// A request that differs from all others, so that it is not coalesced. The sandbox has a task for it.
 fn distinct_request() -> GetTaskDetailRequest {
     static MADE: AtomicUsize = AtomicUsize::new(0);
     GetTaskDetailRequest {
@@ -37,7 +37,7 @@ fn distinct_request() -> GetTaskDetailRequest {
     }
 }
 
-/// `count` different calls at once over ten connections, and what became of those that failed.
+/// The failures of `count` different calls at once over ten connections.
 async fn failures_of(program: &Program, count: usize) -> Vec<Failure> {
     let mut calls = JoinSet::new();
     for connection in 0..10 {
@@ -92,7 +92,7 @@ fn token_file<'a>(url: &'a str, file: &'a str) -> [&'a str; 6] {
     ]
 }
 
-/// The flags of a source that asks this metadata service.
+/// The flags of a source that uses this metadata service.
 fn metadata<'a>(source: &'a str, url: &'a str, metadata_url: &'a str) -> [&'a str; 6] {
     [
         "--endpoint",
@@ -132,7 +132,7 @@ impl Folder {
         let new = path.with_extension("new");
         std::fs::create_dir_all(path.parent().expect("it is in the folder")).expect("a folder");
         std::fs::write(&new, text).expect("a file");
-        std::fs::rename(&new, &path).expect("a file takes another's place");
+        std::fs::rename(&new, &path).expect("the new file replaces the old one");
         path.to_str().expect("a UTF-8 path").to_owned()
     }
 }

@@ -13,15 +13,15 @@ use crate::support::{
 
 type Variables<'a> = &'a [(&'a str, &'a str)];
 
-/// What the vendor's services do with a request; all of it repeats what they know.
+/// The behaviour of the vendor's services. Each reply echoes the request.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Mood {
     Fine,
-    /// RDS refuses the credential and repeats the request, as the gateway really does.
-    Refusing,
-    /// IAM and the metadata service refuse.
-    IssuersRefusing,
-    /// IAM and the metadata service give something that is no token or key.
+    /// RDS rejects the credential and echoes the request, as the gateway really does.
+    Rejecting,
+    /// IAM and the metadata service reject the request.
+    IssuersRejecting,
+    /// IAM and the metadata service reply with a malformed token or key.
     IssuersMalformed,
     Malformed,
     Page,
@@ -29,20 +29,17 @@ enum Mood {
 
 const MOODS: [Mood; 6] = [
     Mood::Fine,
-    Mood::Refusing,
-    Mood::IssuersRefusing,
+    Mood::Rejecting,
+    Mood::IssuersRejecting,
     Mood::IssuersMalformed,
     Mood::Malformed,
     Mood::Page,
 ];
 
 fn services(mood: Mood, request: &Received) -> Vec<Step> {
-    let echo = format!(
-        "canary-of-the-answer {:?} {}",
-        request.headers, request.body
-    );
+    let echo = format!("canary-of-the-reply {:?} {}", request.headers, request.body);
     let is_issuer = !request.line.contains("/task-center-detail");
-    if is_issuer && mood == Mood::IssuersRefusing {
+    if is_issuer && mood == Mood::IssuersRejecting {
         return answer(401, &[], json!({"error": {"message": echo}}).to_string());
     }
     let blank = if mood == Mood::IssuersMalformed {
@@ -69,7 +66,7 @@ fn services(mood: Mood, request: &Received) -> Vec<Step> {
         return answer(200, &[], json!({"credential": key}).to_string());
     }
     match mood {
-        Mood::Refusing => {
+        Mood::Rejecting => {
             let message = format!("verify aksk signature fail, canonicalRequest:{echo}");
             let body = json!({"error_code": "APIGW.0301", "error_msg": message});
             answer(401, &[], body.to_string())
@@ -85,7 +82,7 @@ fn services(mood: Mood, request: &Received) -> Vec<Step> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_source_shows_a_secret_whatever_happens_to_it() {
+async fn no_source_shows_a_secret_with_good_or_bad_replies() {
     let folder = Folder::new();
     let file_of_token = folder.file("token", "canary-token\n");
     let password_file = folder.file("password", "canary-password\n");
@@ -98,7 +95,7 @@ async fn no_source_shows_a_secret_whatever_happens_to_it() {
     for mood in MOODS {
         let services = Upstream::start(move |request| services(mood, request)).await;
         let url = services.url();
-        let of = |source| metadata(source, &url, &url).to_vec();
+        let with_metadata = |source| metadata(source, &url, &url).to_vec();
         let key = vec![
             ("HUAWEICLOUD_SDK_AK", "canary-ak"),
             ("HUAWEICLOUD_SDK_SK", "canary-sk"),
@@ -106,20 +103,23 @@ async fn no_source_shows_a_secret_whatever_happens_to_it() {
         ];
         let file = |path| vec![("HUAWEICLOUD_SDK_CREDENTIALS_FILE", path)];
         let cases = [
-            (of("caller"), vec![]),
-            (of("token"), vec![("RDS_TASK_FACADE_TOKEN", "canary-token")]),
+            (with_metadata("caller"), vec![]),
+            (
+                with_metadata("token"),
+                vec![("RDS_TASK_FACADE_TOKEN", "canary-token")],
+            ),
             (token_file(&url, &file_of_token).to_vec(), vec![]),
             (iam(&url, &password_file), vec![]),
-            (of("env"), key.clone()),
-            (of("profile"), file(profile.as_str())),
-            (of("metadata"), vec![]),
-            (of("chain"), key),
-            (of("chain"), file(profile.as_str())),
-            (of("chain"), file(bad_profile.as_str())),
+            (with_metadata("env"), key.clone()),
+            (with_metadata("profile"), file(profile.as_str())),
+            (with_metadata("metadata"), vec![]),
+            (with_metadata("chain"), key),
+            (with_metadata("chain"), file(profile.as_str())),
+            (with_metadata("chain"), file(bad_profile.as_str())),
         ];
         for (args, mut env) in cases {
-            let place = format!("{} with services {mood:?}", args[3]);
-            assert_no_canary_printed(&place, &args, &env);
+            let case = format!("{} with services {mood:?}", args[3]);
+            assert_no_canary_printed(&case, &args, &env);
             env.push(("RUST_LOG", "trace"));
             let program = Program::start(&args, &env);
 
@@ -132,12 +132,12 @@ async fn no_source_shows_a_secret_whatever_happens_to_it() {
                 ];
                 match program.call_with(request, &metadata).await {
                     Ok(_) => {}
-                    Err(status) => assert_no_canary_in_status(&place, &status),
+                    Err(status) => assert_no_canary_in_status(&case, &status),
                 }
             }
 
             program.wait_for_log(|line| line.get("grpc_code").is_some());
-            assert_no_canary_shown(&place, &program).await;
+            assert_no_canary_shown(&case, &program).await;
         }
     }
 }
@@ -217,14 +217,14 @@ fn a_malformed_secret_ends_the_start_with_one_line_that_does_not_show_it() {
         assert_eq!(about_it.len(), 1, "{expected}: {err}");
         assert!(
             err.contains("--max-attempts: "),
-            "all mistakes are told at once: {err}"
+            "all problems are reported at once: {err}"
         );
         assert_no_canary(expected, &err);
     }
 }
 
 #[tokio::test]
-async fn a_trailing_line_break_of_a_mounted_file_is_no_part_of_the_secret() {
+async fn a_trailing_line_break_of_a_mounted_file_is_not_part_of_the_secret() {
     let upstream = Upstream::start(|_| answer(200, &[], r#"{"job_id":"1"}"#)).await;
     let folder = Folder::new();
     let url = upstream.url();

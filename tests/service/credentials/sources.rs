@@ -25,14 +25,14 @@ async fn each_source_makes_calls_with_its_own_credential_and_no_other() {
     let home = folder.0.path().to_str().expect("a UTF-8 path");
     let mut by_name = iam(&url, &password_file);
     *by_name.last_mut().expect("the project comes last") = "cn-north-4";
-    let of = |source| vec!["--endpoint", &url, "--credentials", source];
-    let of_metadata = |source| metadata(source, &url, &url).to_vec();
+    let args = |source| vec!["--endpoint", &url, "--credentials", source];
+    let metadata_args = |source| metadata(source, &url, &url).to_vec();
     let mut temporary = SANDBOX_KEY.to_vec();
     temporary.push(("HUAWEICLOUD_SDK_SECURITY_TOKEN", "sandbox-security-token"));
     let named = vec![("HUAWEICLOUD_SDK_CREDENTIALS_FILE", profile.as_str())];
     let token = vec![("RDS_TASK_FACADE_TOKEN", "sandbox-token")];
     let cases: Vec<(&str, Vec<&str>, Variables<'_>, &[&str])> = vec![
-        ("token", of("token"), token, TOKEN),
+        ("token", args("token"), token, TOKEN),
         (
             "token file",
             token_file(&url, &file).to_vec(),
@@ -41,21 +41,21 @@ async fn each_source_makes_calls_with_its_own_credential_and_no_other() {
         ),
         ("iam, project id", iam(&url, &password_file), vec![], TOKEN),
         ("iam, project name", by_name, vec![], TOKEN),
-        ("env", of("env"), SANDBOX_KEY.to_vec(), KEY),
+        ("env", args("env"), SANDBOX_KEY.to_vec(), KEY),
         (
             "env, temporary",
-            of("env"),
+            args("env"),
             temporary.clone(),
             TEMPORARY_KEY,
         ),
-        ("profile, named", of("profile"), named.clone(), KEY),
-        ("profile, home", of("profile"), vec![("HOME", home)], KEY),
-        ("metadata", of_metadata("metadata"), vec![], TEMPORARY_KEY),
-        ("chain, env", of("chain"), SANDBOX_KEY.to_vec(), KEY),
-        ("chain, profile", of("chain"), named, KEY),
+        ("profile, named", args("profile"), named.clone(), KEY),
+        ("profile, home", args("profile"), vec![("HOME", home)], KEY),
+        ("metadata", metadata_args("metadata"), vec![], TEMPORARY_KEY),
+        ("chain, env", args("chain"), SANDBOX_KEY.to_vec(), KEY),
+        ("chain, profile", args("chain"), named, KEY),
         (
             "chain, metadata",
-            of_metadata("chain"),
+            metadata_args("chain"),
             vec![],
             TEMPORARY_KEY,
         ),
@@ -69,9 +69,9 @@ async fn each_source_makes_calls_with_its_own_credential_and_no_other() {
             ("x-auth-token", "the-callers"),
             ("authorization", "Bearer x"),
         ];
-        let answered = program.call_with(example_request(), &brought).await;
+        let reply = program.call_with(example_request(), &brought).await;
 
-        let job = answered.map(|answer| answer.into_inner().job_id);
+        let job = reply.map(|reply| reply.into_inner().job_id);
         assert_eq!(
             job.as_deref().ok(),
             Some("102772a9-31fa-4129-b9f8-7638e2792f3b"),
@@ -93,7 +93,7 @@ async fn each_source_makes_calls_with_its_own_credential_and_no_other() {
 }
 
 #[tokio::test]
-async fn hardened_metadata_gives_its_key_against_a_metadata_token_only() {
+async fn hardened_metadata_returns_its_key_only_for_a_metadata_token() {
     let sandbox = Sandbox::start();
     sandbox.set("hardened?on=true").await;
     let url = sandbox.url();
@@ -138,9 +138,9 @@ async fn every_source_works_against_the_embedded_sandbox() {
     ] {
         let program = Program::sandboxed(args);
 
-        let answered = program.call(example_request()).await;
+        let reply = program.call(example_request()).await;
 
-        assert!(answered.is_ok(), "{args:?}: {answered:?}");
+        assert!(reply.is_ok(), "{args:?}: {reply:?}");
     }
 }
 
@@ -157,7 +157,7 @@ async fn a_callers_token_is_passed_on_and_is_the_callers_to_correct() {
         .await;
 
     assert!(good.is_ok(), "{good:?}");
-    let bad = Failure::of(&bad.expect_err("nobody knows the token"));
+    let bad = Failure::of(&bad.expect_err("an unknown token"));
     assert_eq!(
         bad.code_and_reason(),
         (Code::Unauthenticated, "CREDENTIAL_REJECTED")
@@ -166,12 +166,12 @@ async fn a_callers_token_is_passed_on_and_is_the_callers_to_correct() {
     assert_eq!(
         sandbox.count("task_requests").await,
         2,
-        "nothing to renew, nothing repeated"
+        "no refresh and no retry"
     );
 }
 
 #[tokio::test]
-async fn callers_without_one_good_token_are_told_so_before_any_upstream_work() {
+async fn calls_without_one_good_token_fail_before_any_upstream_work() {
     let upstream = Upstream::always(answer(500, &[], "")).await;
     let program = Program::start(&["--endpoint", &upstream.url()], &[]);
     let token = ("x-auth-token", "one");
@@ -191,9 +191,9 @@ async fn callers_without_one_good_token_are_told_so_before_any_upstream_work() {
     ];
 
     for (case, metadata, reason) in cases {
-        let refused = program.call_with(example_request(), metadata).await;
+        let reply = program.call_with(example_request(), metadata).await;
 
-        let failure = Failure::of(&refused.expect_err("no good token"));
+        let failure = Failure::of(&reply.expect_err("no good token"));
         assert_eq!(
             failure.code_and_reason(),
             (Code::Unauthenticated, reason),
@@ -218,19 +218,19 @@ async fn a_chain_whose_links_all_fail_is_not_ready_and_its_log_names_all_three()
         (Code::Unavailable, "CREDENTIAL_UNAVAILABLE")
     );
     assert_eq!(program.admin("/readyz").await.0, 503);
-    let told = program.wait_for_log(|line| line["source"] == "chain");
-    let error = told["error"].as_str().expect("a text");
+    let line = program.wait_for_log(|line| line["source"] == "chain");
+    let error = line["error"].as_str().expect("a text");
     for link in [
         "environment: ",
         "profile: ",
-        "metadata service: it answers 500",
+        "metadata service: HTTP status 500",
     ] {
         assert!(error.contains(link), "{error}");
     }
 }
 
 #[tokio::test]
-async fn a_machine_without_an_agency_is_told_as_a_refusal_of_the_metadata_service() {
+async fn a_machine_without_an_agency_is_a_rejection_by_the_metadata_service() {
     let body = r#"{"message":"Please configure Cloud Service Agency first."}"#;
     let service = metadata_service(move |_| answer(401, &[], body)).await;
     let url = service.url();

@@ -1,16 +1,18 @@
 use std::{
     net::{SocketAddr, TcpListener},
+    sync::atomic::{AtomicUsize, Ordering},
     time::{Duration, Instant},
 };
 
+use rds_task_facade::pb::GetTaskDetailRequest;
 use tonic::Code;
 
 use super::{FETCHED, Folder, distinct_request, failures_of, iam, metadata, ready, token_file};
 use crate::{
     credentials,
     support::{
-        Connection, Failure, Program, Sandbox, Step, Upstream, answer, eventually, example,
-        example_request,
+        Connection, Failure, Gate, LONGER_THAN_PATIENCE, Program, Sandbox, Step, Upstream, answer,
+        eventually, example, example_request, upstream::Received,
     },
 };
 
@@ -76,7 +78,7 @@ async fn a_call_waits_for_the_first_token_no_longer_than_its_own_deadline() {
         program.call(example_request())
     );
 
-    let short = short.expect("an answer").status().expect("a status");
+    let short = short.expect("a reply").status().expect("a status");
     assert_eq!(
         Failure::of(&short).code_and_reason(),
         (Code::DeadlineExceeded, "DEADLINE_EXCEEDED")
@@ -86,7 +88,7 @@ async fn a_call_waits_for_the_first_token_no_longer_than_its_own_deadline() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_token_killed_under_a_hundred_calls_costs_one_renewal_and_no_failed_call() {
+async fn a_token_revoked_under_a_hundred_calls_costs_one_refresh_and_no_failed_call() {
     let iam = Iam::new("sandbox-password");
     let program = iam.program();
     assert_eq!(failures_of(&program, 100).await, []);
@@ -104,56 +106,56 @@ async fn a_token_killed_under_a_hundred_calls_costs_one_renewal_and_no_failed_ca
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_token_killed_twice_three_seconds_apart_fails_no_call_either() {
+async fn a_token_revoked_twice_three_seconds_apart_fails_no_call() {
     let iam = Iam::new("sandbox-password");
     let program = iam.program();
     ready(&program).await;
 
-    for killed in 1..=2 {
+    for times in 1..=2 {
         let (failures, ()) =
             tokio::join!(failures_of(&program, 100), iam.sandbox.set("revoke-tokens"));
         let later = failures_of(&program, 100).await;
 
-        assert_eq!((failures, later), (vec![], vec![]), "killed {killed} times");
-        assert_eq!(iam.token_requests().await, 1 + killed);
+        assert_eq!((failures, later), (vec![], vec![]), "revoked {times} times");
+        assert_eq!(iam.token_requests().await, 1 + times);
         tokio::time::sleep(Duration::from_secs(3)).await;
     }
 }
 
 #[tokio::test]
-async fn a_token_killed_again_within_two_seconds_is_told_as_refused_and_replaced_soon_after() {
+async fn a_token_revoked_again_within_two_seconds_fails_the_call_and_is_replaced_soon_after() {
     let iam = Iam::new("sandbox-password");
     let program = iam.program();
     ready(&program).await;
     let begun = Instant::now();
     iam.sandbox.set("revoke-tokens").await;
-    program.call(distinct_request()).await.expect("renewed");
+    program.call(distinct_request()).await.expect("refreshed");
 
     iam.sandbox.set("revoke-tokens").await;
-    let killed_again = program.call(distinct_request()).await;
+    let revoked_again = program.call(distinct_request()).await;
     let at_once = begun.elapsed() < Duration::from_secs(2);
-    eventually("another renewal", async || {
+    eventually("another refresh", async || {
         program.call(distinct_request()).await.is_ok()
     })
     .await;
 
-    // A machine that took longer than that has given the time for another renewal.
+    // A machine that took longer than that has left the time for another refresh.
     if at_once {
-        let told = Failure::of(&killed_again.expect_err("no renewal so soon"));
+        let failure = Failure::of(&revoked_again.expect_err("no refresh so soon"));
         assert_eq!(
-            told.code_and_reason(),
+            failure.code_and_reason(),
             (Code::Unauthenticated, "CREDENTIAL_REJECTED")
         );
-        assert_eq!(told.metadata["credentialOwner"], "server");
+        assert_eq!(failure.metadata["credentialOwner"], "server");
     }
     assert_eq!(iam.token_requests().await, 3);
 }
 
 #[tokio::test]
-async fn an_upstream_that_refuses_every_token_costs_one_renewal_and_one_repeat() {
+async fn an_upstream_that_rejects_every_token_costs_one_refresh_and_one_retry() {
     let iam = Iam::new("sandbox-password");
-    let refusal = r#"{"error_code":"APIGW.0307","error_msg":"The token must be updated."}"#;
-    let upstream = Upstream::always(answer(401, &[], refusal)).await;
+    let rejection = r#"{"error_code":"APIGW.0307","error_msg":"The token must be updated."}"#;
+    let upstream = Upstream::always(answer(401, &[], rejection)).await;
     let upstream_url = upstream.url();
     let mut args = credentials::iam(&iam.url, &iam.password_file);
     args[1] = &upstream_url;
@@ -170,6 +172,180 @@ async fn an_upstream_that_refuses_every_token_costs_one_renewal_and_one_repeat()
     assert_eq!(iam.token_requests().await, 2);
 }
 
+/// RDS and IAM in one: IAM's first token is `token-1`.
+async fn rds_and_iam(
+    iam: impl Fn(usize) -> Vec<Step> + Send + Sync + 'static,
+    rds: impl Fn(&Received) -> Vec<Step> + Send + Sync + 'static,
+) -> Upstream {
+    let asked = AtomicUsize::new(0);
+    Upstream::start(move |request| {
+        if request.line.starts_with("POST /v3/auth/tokens") {
+            iam(asked.fetch_add(1, Ordering::Relaxed) + 1)
+        } else {
+            rds(request)
+        }
+    })
+    .await
+}
+
+fn issue(number: usize) -> Vec<Step> {
+    let token = format!("token-{number}");
+    answer(201, &[("x-subject-token", &token)], "{}")
+}
+
+/// The first token, then one failure, then more tokens.
+fn issue_and_fail_once(status: u16) -> impl Fn(usize) -> Vec<Step> + Send + Sync {
+    move |number| match number {
+        2 => answer(status, &[], ""),
+        number => issue(number),
+    }
+}
+
+fn token_requests(upstream: &Upstream) -> usize {
+    let requests = upstream.requests();
+    let is_for_token = |request: &&Received| request.line.starts_with("POST /v3/auth/tokens");
+    requests.iter().filter(is_for_token).count()
+}
+
+fn foreign_request() -> GetTaskDetailRequest {
+    GetTaskDetailRequest {
+        project_id: FOREIGN_PROJECT.into(),
+        ..distinct_request()
+    }
+}
+
+const FOREIGN_PROJECT: &str = "ffffffffffffffffffffffffffffffff";
+const NOT_YOUR_PROJECT: &str = r#"{"error_code":"APIGW.0301","error_msg":"Incorrect IAM authentication information: project id does not match"}"#;
+const OUTDATED: &str = r#"{"error_code":"APIGW.0307","error_msg":"The token must be updated."}"#;
+
+#[tokio::test]
+async fn a_401_for_a_foreign_project_is_that_calls_own_even_if_iam_then_fails_once() {
+    for status in [403, 429] {
+        for body in [NOT_YOUR_PROJECT, "", "<html>"] {
+            let upstream = rds_and_iam(issue_and_fail_once(status), move |request| {
+                match request.line.contains(FOREIGN_PROJECT) {
+                    true => answer(401, &[], body),
+                    false => example(),
+                }
+            })
+            .await;
+            let url = upstream.url();
+            let folder = Folder::new();
+            let password_file = folder.file("password", "password");
+            let program = Program::start(&iam(&url, &password_file), &[]);
+            ready(&program).await;
+
+            // Nothing shows yet that the token is good.
+            let first = program.failure(foreign_request()).await;
+            let later = failures_of(&program, 20).await;
+            let second = program.failure(foreign_request()).await;
+            let last = failures_of(&program, 20).await;
+
+            for foreign in [first, second] {
+                assert_eq!(
+                    foreign.code_and_reason(),
+                    (Code::Unauthenticated, "CREDENTIAL_REJECTED"),
+                    "{status} {body}"
+                );
+                let service = foreign.metadata.get("upstreamService");
+                assert_ne!(service.map(String::as_str), Some("IAM"), "{status} {body}");
+            }
+            assert_eq!((later, last), (vec![], vec![]), "{status} {body}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_401_for_a_foreign_project_fetches_no_token_while_other_calls_succeed_with_it() {
+    let upstream = rds_and_iam(issue, |request| {
+        match request.line.contains(FOREIGN_PROJECT) {
+            true => answer(401, &[], NOT_YOUR_PROJECT),
+            false => example(),
+        }
+    })
+    .await;
+    let url = upstream.url();
+    let folder = Folder::new();
+    let password_file = folder.file("password", "password");
+    let program = Program::start(&iam(&url, &password_file), &[]);
+    program.call(distinct_request()).await.expect("a task");
+    let begun = Instant::now();
+
+    for _ in 0..10 {
+        program.failure(foreign_request()).await;
+    }
+
+    // A machine that took longer has let the proof get too old.
+    if begun.elapsed() < Duration::from_secs(60) {
+        assert_eq!(token_requests(&upstream), 1);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_rejected_for_one_call_serves_all_others_while_iam_fails() {
+    for status in [403, 429, 503] {
+        let upstream = rds_and_iam(issue_and_fail_once(status), |request| {
+            let is_foreign = request.line.contains(FOREIGN_PROJECT);
+            match (is_foreign, request.header("x-auth-token")) {
+                (true, Some("token-1")) => answer(401, &[], OUTDATED),
+                _ => example(),
+            }
+        })
+        .await;
+        let url = upstream.url();
+        let folder = Folder::new();
+        let password_file = folder.file("password", "password");
+        let program = Program::start(&iam(&url, &password_file), &[]);
+        program.call(distinct_request()).await.expect("a task");
+
+        let rejected = program.failure(foreign_request()).await;
+        let others = failures_of(&program, 100).await;
+
+        let expected = match status {
+            403 => (Code::Unauthenticated, "CREDENTIAL_REJECTED"),
+            _ => (Code::Unavailable, "CREDENTIAL_UNAVAILABLE"),
+        };
+        assert_eq!(rejected.code_and_reason(), expected, "{status}");
+        assert_eq!(others, [], "{status}");
+    }
+}
+
+#[tokio::test]
+async fn a_401_that_comes_after_the_refresh_is_repeated_with_the_new_token_and_fetches_none() {
+    let gate = Gate::default();
+    let held = gate.clone();
+    let upstream = rds_and_iam(issue, move |request| match request.header("x-auth-token") {
+        Some("token-1") if request.line.contains("straggler") => [
+            vec![Step::WaitFor(held.clone())],
+            answer(401, &[], OUTDATED),
+        ]
+        .concat(),
+        Some("token-1") => answer(401, &[], OUTDATED),
+        _ => example(),
+    })
+    .await;
+    let url = upstream.url();
+    let folder = Folder::new();
+    let password_file = folder.file("password", "password");
+    let patience = ["--attempt-timeout", LONGER_THAN_PATIENCE];
+    let args = [&iam(&url, &password_file)[..], &patience].concat();
+    let program = Program::start(&args, &[]);
+    ready(&program).await;
+    let request = GetTaskDetailRequest {
+        instance_id: "straggler".into(),
+        ..distinct_request()
+    };
+
+    let (straggler, ()) = tokio::join!(program.call(request), async {
+        upstream.wait_for_requests(2).await;
+        program.call(distinct_request()).await.expect("refreshed");
+        gate.open();
+    });
+
+    assert!(straggler.is_ok(), "{straggler:?}");
+    assert_eq!(token_requests(&upstream), 2);
+}
+
 #[tokio::test]
 async fn a_token_that_is_still_good_hides_that_iam_is_down() {
     let iam = Iam::new("sandbox-password");
@@ -179,14 +355,14 @@ async fn a_token_that_is_still_good_hides_that_iam_is_down() {
     iam.sandbox.set("fail-iam?status=503&times=1").await;
 
     program.wait_for_log(|line| line["msg"] == "credential cannot be fetched");
-    let answered = program.call(example_request()).await;
+    let reply = program.call(example_request()).await;
 
-    assert!(answered.is_ok(), "{answered:?}");
+    assert!(reply.is_ok(), "{reply:?}");
     assert!(iam.token_requests().await >= 2);
 }
 
 #[tokio::test]
-async fn without_a_token_calls_are_told_to_come_back_and_the_program_serves_once_iam_does() {
+async fn without_a_token_calls_fail_with_a_retry_delay_until_iam_has_recovered() {
     for (status, calls) in [(500, 1), (503, 1), (429, 100)] {
         let iam = Iam::new("sandbox-password");
         iam.sandbox
@@ -211,10 +387,10 @@ async fn without_a_token_calls_are_told_to_come_back_and_the_program_serves_once
             assert!(failure.pushback_ms.is_some(), "{status}");
         }
         assert_eq!(health, 503, "{status}");
-        let asked = iam.token_requests().await;
+        let token_requests = iam.token_requests().await;
         assert!(
-            asked < 15,
-            "{status}: {asked} token requests, one by one with backoff"
+            token_requests < 15,
+            "{status}: {token_requests} token requests, one by one with backoff"
         );
         assert_eq!(iam.sandbox.count("task_requests").await, 0, "{status}");
 
@@ -260,10 +436,10 @@ async fn a_rejected_password_is_not_tried_again_and_a_changed_one_is_used() {
 
     let failures = failures_of(&program, 50).await;
     tokio::time::sleep(Duration::from_secs(6)).await;
-    let asked = iam.token_requests().await;
+    let token_requests = iam.token_requests().await;
     iam.folder.file("password", "sandbox-password\n");
     ready(&program).await;
-    let answered = program.call(example_request()).await;
+    let reply = program.call(example_request()).await;
 
     assert_eq!(failures.len(), 50);
     for failure in failures {
@@ -275,8 +451,8 @@ async fn a_rejected_password_is_not_tried_again_and_a_changed_one_is_used() {
         assert_eq!(failure.metadata["upstreamService"], "IAM");
         assert_eq!(failure.metadata["httpStatus"], "401");
     }
-    assert_eq!(asked, 1, "the wrong password went out once");
-    assert!(answered.is_ok(), "{answered:?}");
+    assert_eq!(token_requests, 1, "the wrong password went out once");
+    assert!(reply.is_ok(), "{reply:?}");
     assert_eq!(iam.token_requests().await, 2);
 }
 
@@ -328,11 +504,11 @@ async fn a_rotated_token_file_is_used_without_a_restart_and_a_bad_one_changes_no
 }
 
 #[tokio::test]
-async fn a_refused_token_is_replaced_at_once_by_what_the_file_holds_now() {
-    let refusal = r#"{"error_code":"APIGW.0301","error_msg":"Incorrect IAM authentication information: decrypt token fail"}"#;
+async fn a_rejected_token_is_replaced_at_once_by_the_new_content_of_the_file() {
+    let rejection = r#"{"error_code":"APIGW.0301","error_msg":"Incorrect IAM authentication information: decrypt token fail"}"#;
     let upstream = Upstream::start(move |request| match request.header("x-auth-token") {
         Some("second") => example(),
-        _ => answer(401, &[], refusal),
+        _ => answer(401, &[], rejection),
     })
     .await;
     let folder = Folder::new();
@@ -351,6 +527,6 @@ async fn a_refused_token_is_replaced_at_once_by_what_the_file_holds_now() {
     assert_eq!(
         upstream.requests().len(),
         3,
-        "nothing newer, nothing repeated"
+        "without a newer token there is no retry"
     );
 }
