@@ -1,4 +1,4 @@
-//! The listener for operators: `/metrics`, `/livez` and `/readyz` over plain HTTP/1.1. No secrets and no ids are there.
+//! The listener for operators: `/metrics`, `/livez` and `/readyz` over plain HTTP/1.1. Its replies contain no secrets and no ids.
 
 use std::{convert::Infallible, future::Future, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -38,33 +38,33 @@ fn address_or_off(text: &str) -> Parsed<Option<SocketAddr>> {
     }
 }
 
-/// Some probes and scrapers; a peer that opens more waits in the listener's backlog.
+/// Open connections; further ones wait in the listener's backlog.
 const MAX_CONNECTIONS: usize = 32;
 
-/// From connection to the end of the request's headers.
+/// The time from accept to the end of the request headers.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The whole exchange, so that a peer that reads slowly frees its place.
+/// The time from accept to the end of the response, so that a slow reader releases its permit.
 const CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Pause after a failed accept: without file descriptors the next one would fail at once, over and over.
+/// The pause after a failed accept, which would otherwise fail in a busy loop while descriptors are exhausted.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// Answers until `shutdown` is over, then drops what is open. `ready` decides `/readyz`.
+/// Serves until `shutdown` resolves, then drops the open connections. `ready` decides the status of `/readyz`.
 pub async fn serve(
     listener: TcpListener,
     metrics: Arc<Metrics>,
     ready: watch::Receiver<bool>,
     shutdown: impl Future<Output = ()>,
 ) {
-    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     // Aborts the open connections when it is dropped.
     let mut connections = JoinSet::new();
     let accept = async {
         loop {
-            let place = Arc::clone(&places)
+            let permit = Arc::clone(&permits)
                 .acquire_owned()
                 .await
                 .expect("the semaphore is never closed");
@@ -77,10 +77,10 @@ pub async fn serve(
                 }
             };
             while connections.try_join_next().is_some() {}
-            let exchange = exchange(stream, Arc::clone(&metrics), ready.clone());
+            let connection = serve_connection(stream, Arc::clone(&metrics), ready.clone());
             connections.spawn(async move {
-                exchange.await;
-                drop(place);
+                connection.await;
+                drop(permit);
             });
         }
     };
@@ -90,22 +90,22 @@ pub async fn serve(
     }
 }
 
-/// One connection, one request: scrapes are rare, and an idle connection would take a place.
-async fn exchange(stream: TcpStream, metrics: Arc<Metrics>, ready: watch::Receiver<bool>) {
+/// Serves one request and closes the connection: scrapes are rare, and an idle connection would hold a permit.
+async fn serve_connection(stream: TcpStream, metrics: Arc<Metrics>, ready: watch::Receiver<bool>) {
     let service = service_fn(|request| {
-        let answer = answer(&request, &metrics, *ready.borrow());
-        async { Ok::<_, Infallible>(answer) }
+        let response = respond(&request, &metrics, *ready.borrow());
+        async { Ok::<_, Infallible>(response) }
     });
     let connection = http1::Builder::new()
         .keep_alive(false)
         .timer(TokioTimer::new())
         .header_read_timeout(HEADER_TIMEOUT)
         .serve_connection(TokioIo::new(stream), service);
-    // How a scraper's connection ends is of no interest.
+    // An error here is the scraper's or the network's.
     let _ = tokio::time::timeout(CONNECTION_TIMEOUT, connection).await;
 }
 
-fn answer(request: &Request<Incoming>, metrics: &Metrics, ready: bool) -> Response<Full<Bytes>> {
+fn respond(request: &Request<Incoming>, metrics: &Metrics, ready: bool) -> Response<Full<Bytes>> {
     let known = matches!(request.uri().path(), "/metrics" | "/livez" | "/readyz");
     match (request.method(), request.uri().path()) {
         (&Method::GET, "/metrics") => {
@@ -119,7 +119,7 @@ fn answer(request: &Request<Incoming>, metrics: &Metrics, ready: bool) -> Respon
         (&Method::GET, "/readyz") if ready => text(StatusCode::OK, "ok\n"),
         (&Method::GET, "/readyz") => text(StatusCode::SERVICE_UNAVAILABLE, "not ready\n"),
         _ if known => {
-            let mut response = text(StatusCode::METHOD_NOT_ALLOWED, "only GET\n");
+            let mut response = text(StatusCode::METHOD_NOT_ALLOWED, "use GET\n");
             response
                 .headers_mut()
                 .insert(header::ALLOW, HeaderValue::from_static("GET"));
@@ -127,7 +127,7 @@ fn answer(request: &Request<Incoming>, metrics: &Metrics, ready: bool) -> Respon
         }
         _ => text(
             StatusCode::NOT_FOUND,
-            "there are /metrics, /livez and /readyz\n",
+            "not found; try /metrics, /livez or /readyz\n",
         ),
     }
 }
@@ -174,17 +174,17 @@ mod tests {
         }
     }
 
-    async fn ask(address: std::net::SocketAddr, request_line: &str) -> String {
+    async fn send(address: std::net::SocketAddr, request_line: &str) -> String {
         let mut stream = TcpStream::connect(address).await.unwrap();
         let request = format!("{request_line} HTTP/1.1\r\nhost: x\r\n\r\n");
         stream.write_all(request.as_bytes()).await.unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).await.unwrap();
-        answer
+        let mut response = String::new();
+        stream.read_to_string(&mut response).await.unwrap();
+        response
     }
 
     #[tokio::test]
-    async fn each_path_and_method_has_its_answer() {
+    async fn each_path_and_method_has_its_status() {
         let admin = start().await;
         let cases = [
             ("GET /livez", "200"),
@@ -199,38 +199,38 @@ mod tests {
         ];
 
         for (request, status) in cases {
-            let answer = ask(admin.address, request).await;
+            let response = send(admin.address, request).await;
             assert!(
-                answer.starts_with(&format!("HTTP/1.1 {status} ")),
-                "{request}: {answer}"
+                response.starts_with(&format!("HTTP/1.1 {status} ")),
+                "{request}: {response}"
             );
         }
     }
 
     #[tokio::test]
-    async fn readyz_follows_the_health() {
+    async fn readyz_follows_the_health_status() {
         let admin = start().await;
 
         admin.ready.send(true).unwrap();
-        let serving = ask(admin.address, "GET /readyz").await;
+        let serving = send(admin.address, "GET /readyz").await;
         admin.ready.send(false).unwrap();
-        let draining = ask(admin.address, "GET /readyz").await;
+        let draining = send(admin.address, "GET /readyz").await;
 
         assert!(serving.starts_with("HTTP/1.1 200 "), "{serving}");
         assert!(draining.starts_with("HTTP/1.1 503 "), "{draining}");
     }
 
     #[tokio::test]
-    async fn metrics_are_open_metrics_with_process_and_build() {
+    async fn metrics_are_open_metrics_with_process_and_build_information() {
         let admin = start().await;
 
-        let answer = ask(admin.address, "GET /metrics").await;
+        let response = send(admin.address, "GET /metrics").await;
 
         assert!(
-            answer.contains(&format!("content-type: {OPEN_METRICS}\r\n")),
-            "{answer}"
+            response.contains(&format!("content-type: {OPEN_METRICS}\r\n")),
+            "{response}"
         );
-        assert!(answer.ends_with("# EOF\n"));
+        assert!(response.ends_with("# EOF\n"));
         let names = [
             "\nbuild_info{version=\"",
             "\nprocess_cpu_seconds_total ",
@@ -242,39 +242,39 @@ mod tests {
             "\nlog_lines_dropped_total 0",
         ];
         for name in names {
-            assert!(answer.contains(name), "{name}: {answer}");
+            assert!(response.contains(name), "{name}: {response}");
         }
     }
 
     #[tokio::test]
-    async fn silent_peers_do_not_keep_it_from_stopping() {
+    async fn silent_peers_do_not_delay_the_shutdown() {
         let admin = start().await;
         let mut silent = TcpStream::connect(admin.address).await.unwrap();
 
         admin.stop.send(()).unwrap();
         admin.task.await.unwrap();
 
-        // The connection was dropped, or never accepted: either way it ends without an answer.
+        // The connection was dropped or never accepted: it ends without a response in both cases.
         let mut rest = Vec::new();
         let _ = silent.read_to_end(&mut rest).await;
         assert!(rest.is_empty());
     }
 
     #[tokio::test]
-    async fn a_request_with_a_body_gets_one_answer_and_the_connection_ends() {
+    async fn a_connection_serves_one_request() {
         let admin = start().await;
         let mut stream = TcpStream::connect(admin.address).await.unwrap();
         let pipelined =
             "GET /livez HTTP/1.1\r\nhost: x\r\n\r\nGET /livez HTTP/1.1\r\nhost: x\r\n\r\n";
 
         stream.write_all(pipelined.as_bytes()).await.unwrap();
-        let mut answer = Vec::new();
-        let _ = stream.read_to_end(&mut answer).await;
+        let mut received = Vec::new();
+        let _ = stream.read_to_end(&mut received).await;
 
-        let answers = String::from_utf8(answer)
+        let responses = String::from_utf8(received)
             .unwrap()
             .matches("HTTP/1.1 200")
             .count();
-        assert_eq!(answers, 1);
+        assert_eq!(responses, 1);
     }
 }

@@ -1,31 +1,31 @@
-//! The context of one call, made when its headers arrive and handed down from the edge to the method's handler.
+//! The context of one call, created when its headers arrive and passed from the edge to the method's handler.
 
 use std::time::Duration;
 
 use tokio::sync::OwnedSemaphorePermit;
 
-use crate::{caller::Caller, deadline::Deadline, fair_limit, telemetry::Record};
+use crate::{caller::Caller, deadline::Deadline, fair_limit::FairPermit, telemetry::Record};
 
 /// One call, from its headers to the last byte of its reply.
 #[derive(Debug)]
 pub struct Call {
-    /// When the call must be over.
+    /// When the call must end.
     pub deadline: Deadline,
     /// The caller's own deadline, if it set one.
     pub caller_deadline: Option<Deadline>,
-    /// Who makes it.
+    /// Who makes the call.
     pub caller: Caller,
-    /// What is reported at its end.
+    /// What metrics, log and trace report at its end.
     pub record: Record,
-    /// Released when the call is over: its reply has been read, or the caller has gone.
+    /// Released when the call ends: its reply has been read, or the client has disconnected.
     permit: Option<Permit>,
 }
 
-/// Of one of the limits on concurrency.
+/// A permit of one of the concurrency limits.
 #[derive(Debug)]
 pub enum Permit {
     /// A unary call of the task service.
-    InFlight(fair_limit::Permit),
+    InFlight(FairPermit),
     /// An auxiliary stream: health, reflection, a request that is not gRPC.
     Auxiliary(OwnedSemaphorePermit),
 }
@@ -53,7 +53,7 @@ impl Call {
             .map_or(Duration::MAX, Deadline::remaining)
     }
 
-    /// Keeps a permit until the call is over.
+    /// Holds a permit until the call ends.
     pub fn hold(&mut self, permit: Permit) {
         self.permit = Some(permit);
     }

@@ -1,7 +1,6 @@
-//! Who makes a call, as far as fairness between callers goes: permits, turns of the rate limiter and retries are shared among
-//! callers.
+//! The identity by which permits, turns of the rate limiter and retries are shared fairly among callers.
 
-/// The token if callers bring their own, else the client certificate, else the connection.
+/// Who makes a call: the token if callers send their own, else the client certificate, else the connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Caller {
     /// The keyed hash of the caller's `x-auth-token`.
