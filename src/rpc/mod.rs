@@ -1,4 +1,4 @@
-//! The methods of the task service: one file each, and what they share.
+//! The task service: one file per method, and the state that the methods share.
 
 pub mod get_task_detail;
 mod options;
@@ -17,9 +17,9 @@ use crate::{
     upstream,
 };
 
-/// The task service as the server calls it, once a call has passed the edge's checks.
+/// The task service as the server calls it, after the checks of the edge.
 pub trait Service: Clone + Send + Sync + 'static {
-    /// The keyed hash of the caller's token, if callers bring their own and this one's is well-formed.
+    /// The keyed hash of the caller's token, if callers send their own and this one is well-formed.
     fn token_hash(&self, metadata: &HeaderMap) -> Option<[u8; 16]>;
 
     /// `GetTaskDetail`.
@@ -37,7 +37,7 @@ pub struct Facade {
     credentials: Credentials,
     coalescer: Arc<Coalescer>,
     upstream: upstream::Client,
-    /// `None` allows any.
+    /// `None` allows any project.
     allowed_projects: Option<Arc<HashSet<String>>>,
 }
 
