@@ -4,7 +4,8 @@ use std::{
     future, io,
     net::{Ipv4Addr, SocketAddr},
     process::ExitCode,
-    sync::{Arc, Mutex, OnceLock, PoisonError},
+    sync::{Arc, OnceLock},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -24,7 +25,7 @@ use crate::{
     options::url::without_slash,
     rpc::Facade,
     sandbox::Sandbox,
-    server,
+    server::{self, Server},
     telemetry::{self, Access, Sinks, metrics::Metrics},
     upstream,
 };
@@ -122,7 +123,6 @@ async fn run(options: Serve, metrics: Arc<Metrics>, access: Access) -> Result<()
             future::pending(),
         ));
     }
-    let server_options = options.server.clone();
     let shutdown_takes = options.server.drain_delay + options.server.shutdown_grace;
     let tracer = match &options.telemetry.tracing {
         Some(tracing) => Some(telemetry::start_tracing(
@@ -140,37 +140,28 @@ async fn run(options: Serve, metrics: Arc<Metrics>, access: Access) -> Result<()
             let _ = stopping.set(Instant::now());
         }
     };
-    let started = move || {
-        tracing::info!(
-            version = env!("CARGO_PKG_VERSION"),
-            listen = %listen,
-            metrics_listen = %metrics_listen.map_or_else(|| "off".to_owned(), |address| address.to_string()),
-            upstream = without_slash(&base_url),
-            config = options.summary(),
-            "serving"
-        );
-        if sandbox {
-            tracing::warn!("the upstream is the embedded sandbox: no answer is real");
-        }
-        if let Some(warning) = options.exposure_warning() {
-            tracing::warn!("{warning}");
-        }
-    };
-    let parts = server::Parts {
-        facade: move || {
-            let mut facades = facades.lock().unwrap_or_else(PoisonError::into_inner);
-            facades.pop().expect("there is one for each worker")
-        },
-        ready: credentials.ready(),
-        serving,
-        sinks: Arc::new(Sinks {
-            metrics,
-            access,
-            tracer: tracer.clone(),
-        }),
-        started: Box::new(started),
-    };
-    server::serve(listener, server_options, parts, shutdown).await?;
+    let sinks = Arc::new(Sinks {
+        metrics,
+        access,
+        tracer: tracer.clone(),
+    });
+    let server_options = options.server.clone();
+    let server = Server::start(listener, server_options, facades, serving, sinks).await?;
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        listen = %listen,
+        metrics_listen = %metrics_listen.map_or_else(|| "off".to_owned(), |address| address.to_string()),
+        upstream = without_slash(&base_url),
+        config = options.summary(),
+        "serving"
+    );
+    if sandbox {
+        tracing::warn!("the upstream is the embedded sandbox: no answer is real");
+    }
+    if let Some(warning) = options.exposure_warning() {
+        tracing::warn!("{warning}");
+    }
+    server.run(credentials.ready(), shutdown).await;
     if let Some(tracer) = tracer {
         let spent = stopping.get().map(Instant::elapsed).unwrap_or_default();
         let left = shutdown_takes.saturating_sub(spent);
@@ -207,7 +198,7 @@ fn shutdown_signal() -> Result<impl Future<Output = ()>, Error> {
         let _ = first.send(());
         next().await;
         // Blocks the drain too, which must not end well in the meantime.
-        std::thread::sleep(LAST_LINES);
+        thread::sleep(LAST_LINES);
         std::process::exit(1);
     });
     Ok(async move {
@@ -230,14 +221,14 @@ async fn upstream_place(options: &Serve) -> Result<(Url, Source, bool), Error> {
     Ok((url, source, true))
 }
 
-/// One facade for each worker, made before any thread starts, so that an option that cannot be used ends the start.
+/// One facade for each worker, and one worker for each core that the process may use.
 fn facades(
     options: &Serve,
     base_url: &Url,
     http: &http_client::Config,
     credentials: &Credentials,
     metrics: &Arc<Metrics>,
-) -> Result<Mutex<Vec<Facade>>, Error> {
+) -> Result<Vec<Facade>, Error> {
     let shared = upstream::Endpoint::new(
         base_url.clone(),
         options.upstream.clone(),
@@ -257,6 +248,6 @@ fn facades(
             &options.rpc,
         ))
     };
-    let facades: Result<Vec<_>, Error> = (0..options.server.workers).map(facade).collect();
-    Ok(Mutex::new(facades?))
+    let workers = thread::available_parallelism().map_or(1, usize::from);
+    (0..workers).map(facade).collect()
 }

@@ -215,7 +215,7 @@ async fn new_certificates_are_used_without_a_lost_call_and_bad_ones_are_not() {
     upstream.wait_for_requests(1).await;
 
     Pair::of_server(&new, "localhost").write(folder.path(), "server");
-    program.wait_for_log(|line| line["msg"] == "certificates read again");
+    program.wait_for_log(|line| line["msg"] == "certificates reloaded");
     let with_new = call(program.grpc, client(&new, None)).await;
     let with_old = call(program.grpc, client(&old, None)).await;
     let on_connection = connection.call_within("20S", &example_request()).await;
