@@ -1,6 +1,6 @@
 //! The listener for operators: `/metrics`, `/livez` and `/readyz` over plain HTTP/1.1. Its replies contain no secrets and no ids.
 
-use std::{convert::Infallible, future::Future, net::SocketAddr, sync::Arc, time::Duration};
+use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
@@ -52,41 +52,34 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// Serves until `shutdown` resolves, then drops the open connections. `ready` decides the status of `/readyz`.
+/// Serves until the future is dropped, which also drops the open connections. `ready` decides the status of `/readyz`.
 pub async fn serve(
     listener: TcpListener,
     metrics: Arc<Metrics>,
     ready: watch::Receiver<bool>,
-    shutdown: impl Future<Output = ()>,
-) {
+) -> Infallible {
     let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     // Aborts the open connections when it is dropped.
     let mut connections = JoinSet::new();
-    let accept = async {
-        loop {
-            let permit = Arc::clone(&permits)
-                .acquire_owned()
-                .await
-                .expect("the semaphore is never closed");
-            let stream = match listener.accept().await {
-                Ok((stream, _)) => stream,
-                Err(error) => {
-                    tracing::warn!(%error, "cannot accept a connection for /metrics");
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
-                    continue;
-                }
-            };
-            while connections.try_join_next().is_some() {}
-            let connection = serve_connection(stream, Arc::clone(&metrics), ready.clone());
-            connections.spawn(async move {
-                connection.await;
-                drop(permit);
-            });
-        }
-    };
-    tokio::select! {
-        () = accept => {}
-        () = shutdown => {}
+    loop {
+        let permit = Arc::clone(&permits)
+            .acquire_owned()
+            .await
+            .expect("the semaphore is never closed");
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a connection for /metrics");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        while connections.try_join_next().is_some() {}
+        let connection = serve_connection(stream, Arc::clone(&metrics), ready.clone());
+        connections.spawn(async move {
+            connection.await;
+            drop(permit);
+        });
     }
 }
 
@@ -146,7 +139,7 @@ fn text(status: StatusCode, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
 mod tests {
     use tokio::{
         io::{AsyncReadExt as _, AsyncWriteExt as _},
-        sync::oneshot,
+        task::JoinHandle,
     };
 
     use super::*;
@@ -154,22 +147,17 @@ mod tests {
     struct Admin {
         address: std::net::SocketAddr,
         ready: watch::Sender<bool>,
-        stop: oneshot::Sender<()>,
-        task: tokio::task::JoinHandle<()>,
+        task: JoinHandle<Infallible>,
     }
 
     async fn start() -> Admin {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (ready, ready_seen) = watch::channel(false);
-        let (stop, stopped) = oneshot::channel();
-        let task = tokio::spawn(serve(listener, Metrics::new(), ready_seen, async {
-            let _ = stopped.await;
-        }));
+        let task = tokio::spawn(serve(listener, Metrics::new(), ready_seen));
         Admin {
             address,
             ready,
-            stop,
             task,
         }
     }
@@ -247,12 +235,12 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn silent_peers_do_not_delay_the_shutdown() {
+    async fn dropping_the_server_closes_silent_connections() {
         let admin = start().await;
         let mut silent = TcpStream::connect(admin.address).await.unwrap();
 
-        admin.stop.send(()).unwrap();
-        admin.task.await.unwrap();
+        admin.task.abort();
+        admin.task.await.unwrap_err();
 
         // The connection was dropped or never accepted: it ends without a response in both cases.
         let mut rest = Vec::new();

@@ -116,12 +116,7 @@ async fn run(options: Serve, metrics: Arc<Metrics>, access: Access) -> Result<()
     let serving = watch::Sender::new(false);
     if let Some(listener) = admin {
         let ready = serving.subscribe();
-        tokio::spawn(admin::serve(
-            listener,
-            Arc::clone(&metrics),
-            ready,
-            future::pending(),
-        ));
+        tokio::spawn(admin::serve(listener, Arc::clone(&metrics), ready));
     }
     let shutdown_takes = options.server.drain_delay + options.server.shutdown_grace;
     let tracer = match &options.telemetry.tracing {

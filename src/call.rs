@@ -18,7 +18,7 @@ pub struct Call {
     /// What metrics, log and trace report at its end.
     pub record: Record,
     /// Released when the call ends: its reply has been read, or the client has disconnected.
-    permit: Option<Permit>,
+    pub permit: Option<Permit>,
 }
 
 /// A permit of one of the concurrency limits.
@@ -31,30 +31,9 @@ pub enum Permit {
 }
 
 impl Call {
-    /// A call without a permit.
-    pub fn new(
-        deadline: Deadline,
-        caller_deadline: Option<Deadline>,
-        caller: Caller,
-        record: Record,
-    ) -> Self {
-        Self {
-            deadline,
-            caller_deadline,
-            caller,
-            record,
-            permit: None,
-        }
-    }
-
     /// The time that the caller has left.
     pub fn caller_remaining(&self) -> Duration {
         self.caller_deadline
             .map_or(Duration::MAX, Deadline::remaining)
-    }
-
-    /// Holds a permit until the call ends.
-    pub fn hold(&mut self, permit: Permit) {
-        self.permit = Some(permit);
     }
 }

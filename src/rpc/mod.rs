@@ -37,8 +37,8 @@ pub struct Facade {
     credentials: Credentials,
     coalescer: Arc<Coalescer>,
     upstream: upstream::Client,
-    /// `None` allows any project.
-    allowed_projects: Option<Arc<HashSet<String>>>,
+    /// Empty if all projects are allowed.
+    allowed_projects: Arc<HashSet<String>>,
 }
 
 impl Facade {
@@ -49,19 +49,19 @@ impl Facade {
         upstream: upstream::Client,
         options: &Options,
     ) -> Self {
-        let allowed: HashSet<String> = options.allow_project.iter().cloned().collect();
         Self {
             credentials,
             coalescer,
             upstream,
-            allowed_projects: (!allowed.is_empty()).then(|| Arc::new(allowed)),
+            allowed_projects: Arc::new(options.allow_project.iter().cloned().collect()),
         }
     }
 
     fn check_allowed(&self, project_id: &str) -> Result<(), Error> {
-        match &self.allowed_projects {
-            Some(allowed) if !allowed.contains(project_id) => Err(Error::ProjectNotAllowed),
-            _ => Ok(()),
+        if self.allowed_projects.is_empty() || self.allowed_projects.contains(project_id) {
+            Ok(())
+        } else {
+            Err(Error::ProjectNotAllowed)
         }
     }
 }

@@ -86,9 +86,13 @@ impl<S: Service> Edge<S> {
             Arc::clone(&connection.peer),
             headers,
         );
-        let caller_deadline = caller_timeout.ok().flatten().map(Deadline::after);
-        let deadline = Deadline::after(timeout);
-        let call = Box::new(Call::new(deadline, caller_deadline, caller, record));
+        let call = Box::new(Call {
+            deadline: Deadline::after(timeout),
+            caller_deadline: caller_timeout.ok().flatten().map(Deadline::after),
+            caller,
+            record,
+            permit: None,
+        });
 
         if request.method() != HttpMethod::POST {
             let text = "gRPC calls use POST\n";
@@ -126,7 +130,7 @@ impl<S: Service> Edge<S> {
         let Some(permit) = self.in_flight.try_acquire(call.caller) else {
             return reply::failure(call, &Error::Overloaded);
         };
-        call.hold(Permit::InFlight(permit));
+        call.permit = Some(Permit::InFlight(permit));
         let result = self.get_task_detail(&mut call, request).await;
         match result.and_then(|message| message::encode(&message)) {
             Ok(message) => reply::unary(call, message),
@@ -174,7 +178,7 @@ impl<S: Service> Edge<S> {
         let Some(permit) = self.auxiliary_permit(connection) else {
             return reply::failure(call, &Error::Overloaded);
         };
-        call.hold(Permit::Auxiliary(permit));
+        call.permit = Some(Permit::Auxiliary(permit));
         let response = AssertUnwindSafe(self.routes.clone().call(*request)).catch_unwind();
         // Boxed, because it is larger than all that a call of the task service needs.
         match Box::pin(call.deadline.bound(response)).await {
@@ -198,7 +202,7 @@ impl<S: Service> Edge<S> {
         text: &'static str,
     ) -> Response<ReplyBody> {
         if let Some(permit) = self.auxiliary_permit(connection) {
-            call.hold(Permit::Auxiliary(permit));
+            call.permit = Some(Permit::Auxiliary(permit));
             let mut rest = Limited::new(request.into_body(), message::MAX_BYTES);
             let end = async { while let Some(Ok(_)) = rest.frame().await {} };
             // A body that is too long or too slow is not read to its end.

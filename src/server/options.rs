@@ -5,7 +5,7 @@ use std::{net::SocketAddr, time::Duration};
 use clap::ArgAction;
 
 use super::tls;
-use crate::options::{self, address, boolean, duration, duration_or_zero, limit};
+use crate::options::{address, boolean, duration, duration_or_zero, limit};
 
 /// The options of the gRPC listener.
 #[derive(Debug, Clone, clap::Args)]
@@ -71,10 +71,4 @@ pub struct Timings {
     /// The time for calls in flight after that GOAWAY.
     #[arg(skip = Duration::from_secs(30))]
     pub max_connection_age_grace: Duration,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        options::defaults()
-    }
 }

@@ -32,6 +32,7 @@ use super::{Error, Options, Server, Timings};
 use crate::{
     call::Call,
     code, error,
+    options::defaults,
     pb::{GetTaskDetailRequest, GetTaskDetailResponse},
     rpc::Service,
     telemetry::{Access, Sinks, metrics::Metrics},
@@ -187,7 +188,7 @@ fn options() -> Options {
     Options {
         timeout: LONGER_THAN_PATIENCE,
         shutdown_grace: LONGER_THAN_PATIENCE,
-        ..Options::default()
+        ..defaults()
     }
 }
 
