@@ -20,7 +20,7 @@ pub enum Reason {
     PermissionDenied,
     /// A quota other than the call rate is used up.
     QuotaExhausted,
-    /// Too many calls; wait as `RetryInfo` says.
+    /// Too many calls; retry after the delay in `RetryInfo`.
     Throttled,
     /// RDS rejected an argument that passed validation.
     UpstreamInvalidArgument,
@@ -66,7 +66,7 @@ pub enum Reason {
     CredentialMissing,
     /// The credential was rejected; `credentialOwner` names its owner.
     CredentialRejected,
-    /// The key is locked after failed signatures; wait as `RetryInfo` says.
+    /// The key is locked after failed signatures; retry after the delay in `RetryInfo`.
     CredentialLocked,
     /// The facade's credential cannot be fetched now.
     CredentialUnavailable,

@@ -1,4 +1,4 @@
-//! How long to wait before a retry: the wait that a response asks for, and backoff if it asks for none.
+//! How long to wait before a retry: `Retry-After` of a response, or backoff.
 
 use std::time::{Duration, SystemTime};
 

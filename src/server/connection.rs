@@ -36,7 +36,7 @@ const CONNECTION_WINDOW: u32 = 1024 * 1024;
 const MAX_REMOTE_RESETS: usize = MAX_STREAMS as usize;
 /// Streams that the server may reset for protocol errors of the client; beyond that the connection ends likewise.
 const MAX_LOCAL_RESETS: usize = 256;
-/// Auxiliary streams that every connection may open whatever other connections do: a health check and a health watch.
+/// Auxiliary streams that every connection may open regardless of other connections: a health check and a health watch.
 const RESERVED_AUXILIARY_STREAMS: usize = 2;
 /// The time that a connection without a complete preface has left once a drain has begun: enough for bytes in transit.
 const DRAIN_PREFACE_TIMEOUT: Duration = Duration::from_millis(200);

@@ -27,7 +27,7 @@ pub(super) struct HealthState {
 }
 
 impl HealthState {
-    /// Starts with `NOT_SERVING`; `serving` is kept equal to the status.
+    /// Starts with `NOT_SERVING`; `serving` always holds the status.
     pub(super) async fn new(serving: watch::Sender<bool>) -> Self {
         let health = Self {
             reporter: HealthReporter::new(),

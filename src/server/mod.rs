@@ -81,7 +81,7 @@ impl<S> fmt::Debug for Server<S> {
 }
 
 impl<S: Service> Server<S> {
-    /// Loads the certificates and starts one worker for each of `services`. `serving` is kept equal to the health status, for
+    /// Loads the certificates and starts one worker for each of `services`. `serving` always holds the health status, for
     /// `/readyz`.
     ///
     /// # Errors
@@ -141,7 +141,7 @@ impl<S: Service> Server<S> {
     }
 
     /// Serves until `shutdown`, then drains: `NOT_SERVING`, `drain_delay`, GOAWAY, calls in flight finish. Returns at most
-    /// `shutdown_grace` after GOAWAY, whatever clients do. `ready` says whether the first credential is available.
+    /// `shutdown_grace` after GOAWAY, even if clients misbehave. `ready` holds whether the first credential is available.
     pub async fn run(self, mut ready: watch::Receiver<bool>, shutdown: impl Future<Output = ()>) {
         let Self {
             options,

@@ -65,7 +65,7 @@ pub struct Timings {
     /// The time for the acknowledgement of a PING.
     #[arg(skip = Duration::from_secs(10))]
     pub keepalive_timeout: Duration,
-    /// Age at which a connection gets GOAWAY, plus or minus 10 per cent; 0s for none
+    /// Age at which a connection gets GOAWAY, plus or minus 10 per cent; 0s for no limit
     #[arg(long, value_name = "DURATION", default_value = "30m", value_parser = duration_or_zero)]
     pub max_connection_age: Duration,
     /// The time for calls in flight after that GOAWAY.

@@ -14,7 +14,7 @@ pub(super) const MALFORMED_TOKEN: &str =
     "x-auth-token is repeated or malformed: send one token, exactly as IAM issued it";
 pub(super) const MESSAGE_TOO_LONG: &str =
     "the request message is too long: send only the fields of the proto";
-pub(crate) const UNKNOWN_ENCODING: &str = "the message encoding is not supported: send the message uncompressed or as grpc-accept-encoding says";
+pub(crate) const UNKNOWN_ENCODING: &str = "the message encoding is not supported: send the message uncompressed or in an encoding of grpc-accept-encoding";
 pub(crate) const UNKNOWN_METHOD: &str =
     "unknown method: check service and method name against the server's reflection or proto";
 pub(super) const UNKNOWN_SERVICE: &str =
@@ -26,10 +26,10 @@ pub(crate) const UNREADABLE_REQUEST: &str =
 pub(super) fn for_reason(reason: Reason) -> &'static str {
     match reason {
         Reason::TaskNotFound => {
-            "RDS does not know this task: check workflow_id; a task started seconds ago may not be registered yet"
+            "RDS does not find the task: check workflow_id; a task started seconds ago may not be registered yet"
         }
         Reason::InstanceNotFound => {
-            "RDS does not know this instance: check instance_id and project_id"
+            "RDS does not find the instance: check instance_id and project_id"
         }
         Reason::ResourceNotFound => {
             "RDS does not find a resource that the request names: check project_id, instance_id and workflow_id"

@@ -42,12 +42,12 @@ async fn http1_gets_505_and_an_orderly_close() {
         .await
         .unwrap();
 
-    let mut answer = String::new();
-    within(socket.read_to_string(&mut answer))
+    let mut response = String::new();
+    within(socket.read_to_string(&mut response))
         .await
         .expect("closed without a reset");
 
-    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    let (head, body) = response.split_once("\r\n\r\n").unwrap();
     assert!(head.starts_with("HTTP/1.1 505 "), "{head}");
     assert!(
         head.contains(&format!("content-length: {}\r\n", body.len())),
@@ -104,13 +104,13 @@ async fn connections_are_spread_evenly_over_the_workers() {
     // Hanging calls on four connections; the services of the workers share the script.
     for _ in 0..4 {
         let (client, _) = connect(running.address).await;
-        let answer = hanging(&running, &client).await;
-        clients.push((client, answer));
+        let response = hanging(&running, &client).await;
+        clients.push((client, response));
     }
     running.script.released.send_replace(true);
 
-    for (_, answer) in clients {
-        assert_eq!(receive(answer).await.unwrap().code(), Code::Ok);
+    for (_, response) in clients {
+        assert_eq!(receive(response).await.unwrap().code(), Code::Ok);
     }
     let threads = running.script.threads.lock().unwrap().clone();
     let mut counts: Vec<_> = threads.values().copied().collect();
@@ -124,14 +124,14 @@ async fn an_old_connection_gets_goaway_and_its_call_completes() {
     let running = start(with_timings(|timings| timings.max_connection_age = age));
     let started = Instant::now();
     let (client, connection) = connect(running.address).await;
-    let answer = hanging(&running, &client).await;
+    let response = hanging(&running, &client).await;
 
     goaway(&client).await;
     let lasted = started.elapsed();
     running.script.released.send_replace(true);
 
     assert!(lasted >= age.mul_f64(0.9), "{lasted:?}");
-    assert_eq!(receive(answer).await.unwrap().code(), Code::Ok);
+    assert_eq!(receive(response).await.unwrap().code(), Code::Ok);
     within(connection).await.unwrap().unwrap();
 }
 
@@ -143,9 +143,9 @@ async fn a_call_that_outlives_connection_age_and_grace_period_is_cancelled() {
     }));
     let (client, connection) = connect(running.address).await;
 
-    let answer = hanging(&running, &client).await;
+    let response = hanging(&running, &client).await;
 
-    assert!(receive(answer).await.is_err());
+    assert!(receive(response).await.is_err());
     let _ = within(connection).await.unwrap();
     assert_eq!(running.ended(1).await, [Code::Cancelled]);
 }

@@ -27,7 +27,7 @@ async fn a_drain_before_the_first_credential_ends_before_the_grace_period() {
 async fn the_drain_ends_when_the_call_in_flight_completes() {
     let running = start(options());
     let (client, connection) = connect(running.address).await;
-    let answer = hanging(&running, &client).await;
+    let response = hanging(&running, &client).await;
     let script = running.script.clone();
     let metrics = Arc::clone(&running.metrics);
 
@@ -36,7 +36,7 @@ async fn the_drain_ends_when_the_call_in_flight_completes() {
     assert!(!stopping.is_finished());
     script.released.send_replace(true);
 
-    assert_eq!(receive(answer).await.unwrap().code(), Code::Ok);
+    assert_eq!(receive(response).await.unwrap().code(), Code::Ok);
     within(stopping).await.unwrap();
     within(connection).await.unwrap().unwrap();
     assert_eq!(ended(&metrics), [Code::Ok]);
@@ -76,9 +76,9 @@ async fn silent_clients_and_open_health_watches_do_not_delay_the_drain() {
     let mut half = TcpStream::connect(running.address).await.unwrap();
     half.write_all(b"PRI * HT").await.unwrap();
     let (mut client, _) = connect(running.address).await;
-    let (answer, mut body) = client.send_request(head(WATCH), false).unwrap();
+    let (response, mut body) = client.send_request(head(WATCH), false).unwrap();
     body.send_data(framed(0, &[]), true).unwrap();
-    let (_, mut watch) = within(answer).await.unwrap().into_parts();
+    let (_, mut watch) = within(response).await.unwrap().into_parts();
     let status = |update: Bytes| HealthCheckResponse::decode(&update[5..]).unwrap().status();
     let first = within(watch.data()).await.unwrap().unwrap();
 
@@ -108,10 +108,10 @@ async fn during_the_drain_delay_calls_are_served_and_health_is_not_serving() {
     let stopping = tokio::spawn(running.stop());
     within(serving.wait_for(|serving| !serving)).await.unwrap();
     let (client, connection) = connect(address).await;
-    let answer = call(&client, "i").await.unwrap();
+    let response = call(&client, "i").await.unwrap();
     let health = send(&client, head(CHECK), &[framed(0, &[])]).await.unwrap();
 
-    assert_eq!(answer.code(), Code::Ok);
+    assert_eq!(response.code(), Code::Ok);
     let health = HealthCheckResponse::decode(&health.data[5..]).unwrap();
     assert_eq!(health.status(), ServingStatus::NotServing);
     assert!(!stopping.is_finished());
@@ -137,9 +137,9 @@ async fn a_connection_in_the_accept_queue_is_served_when_the_drain_begins() {
     let stopping = tokio::spawn(running.stop());
     let (client, connection) = within(h2::client::handshake(waiting)).await.unwrap();
     let connection = tokio::spawn(connection);
-    let answer = call(&client, "i").await.unwrap();
+    let response = call(&client, "i").await.unwrap();
 
-    assert_eq!(answer.code(), Code::Ok);
+    assert_eq!(response.code(), Code::Ok);
     script.left(1).await;
     within(stopping).await.unwrap();
     within(connection).await.unwrap().unwrap();
@@ -155,8 +155,8 @@ async fn a_rolling_restart_under_load_loses_no_call() {
             let mut replies = 0;
             let (client, _) = connect(old).await;
             // Until the GOAWAY; the client library reports which calls were never processed.
-            while let Ok(answer) = call(&client, "i").await {
-                assert_eq!(answer.code(), Code::Ok);
+            while let Ok(response) = call(&client, "i").await {
+                assert_eq!(response.code(), Code::Ok);
                 replies += 1;
             }
             replies

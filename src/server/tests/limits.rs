@@ -37,8 +37,8 @@ async fn a_cancelled_call_stops_its_handler_and_is_counted_once() {
     });
     let (client, _) = connect(running.address).await;
 
-    let answer = hanging(&running, &client).await;
-    drop(answer);
+    let response = hanging(&running, &client).await;
+    drop(response);
     running.script.left(1).await;
 
     assert_eq!(running.ended(1).await, [Code::Cancelled]);
@@ -71,11 +71,11 @@ async fn a_stream_whose_reply_is_not_read_is_reset_one_second_after_the_deadline
     let mut client = deaf(running.address).await;
 
     let started = Instant::now();
-    let (answer, mut body) = client
+    let (response, mut body) = client
         .send_request(head_with("grpc-timeout", "50m"), false)
         .unwrap();
     body.send_data(instance("i"), true).unwrap();
-    let error = receive(answer).await.unwrap_err();
+    let error = receive(response).await.unwrap_err();
 
     assert!(error.is_reset(), "{error:?}");
     let took = started.elapsed();
@@ -109,9 +109,9 @@ async fn streams_of_health_and_non_grpc_requests_are_reset_too_if_not_read() {
 
     for (name, head, message) in [("health", health, named("")), ("html", html, Bytes::new())] {
         let mut deaf = deaf(running.address).await;
-        let (answer, mut body) = deaf.send_request(head, false).unwrap();
+        let (response, mut body) = deaf.send_request(head, false).unwrap();
         body.send_data(message, true).unwrap();
-        let mut unread = within(answer).await.unwrap().into_body();
+        let mut unread = within(response).await.unwrap().into_body();
 
         let error = within(unread.data()).await.unwrap().unwrap_err();
 
@@ -124,12 +124,12 @@ async fn a_stream_whose_reply_is_read_only_partly_is_reset() {
     let running = start(options());
     let (mut client, _) = connect(running.address).await;
 
-    let (answer, mut body) = client
+    let (response, mut body) = client
         .send_request(head_with("grpc-timeout", "50m"), false)
         .unwrap();
     body.send_data(instance("big-300000"), true).unwrap();
     // The window is 64 KiB and nothing is released.
-    let (_, mut unread) = within(answer).await.unwrap().into_parts();
+    let (_, mut unread) = within(response).await.unwrap().into_parts();
     let mut received = 0;
     let error = loop {
         match within(unread.data()).await.unwrap() {
@@ -180,9 +180,9 @@ async fn a_call_whose_reply_is_not_read_keeps_its_permit() {
     });
     let mut deaf = deaf(running.address).await;
 
-    let (answer, mut body) = deaf.send_request(head(GET_TASK_DETAIL), false).unwrap();
+    let (response, mut body) = deaf.send_request(head(GET_TASK_DETAIL), false).unwrap();
     body.send_data(instance("i"), true).unwrap();
-    let unread = within(answer).await.unwrap();
+    let unread = within(response).await.unwrap();
     let (client, _) = connect(running.address).await;
     let second = call(&client, "i").await.unwrap();
     // The client library resets the stream when both halves are dropped.
@@ -196,9 +196,9 @@ async fn a_call_whose_reply_is_not_read_keeps_its_permit() {
 /// Opens a health watch: the code if it fails, and the stream, which stays open until it is dropped.
 async fn watching(client: &Client) -> (Option<Code>, h2::RecvStream) {
     let mut client = within(client.clone().ready()).await.unwrap();
-    let (answer, mut body) = client.send_request(head(WATCH), false).unwrap();
+    let (response, mut body) = client.send_request(head(WATCH), false).unwrap();
     body.send_data(named(""), true).unwrap();
-    let (head, body) = within(answer).await.unwrap().into_parts();
+    let (head, body) = within(response).await.unwrap().into_parts();
     (
         Status::from_header_map(&head.headers).map(|status| status.code()),
         body,
@@ -244,26 +244,26 @@ async fn reading_the_rest_of_a_non_grpc_request_needs_a_permit() {
     let endless = async || {
         let mut client = within(client.clone().ready()).await.unwrap();
         let head = Request::post("http://facade/").body(()).unwrap();
-        let (answer, mut body) = client.send_request(head, false).unwrap();
+        let (response, mut body) = client.send_request(head, false).unwrap();
         body.send_data(Bytes::from_static(b"a"), false).unwrap();
-        (answer, body)
+        (response, body)
     };
 
     let started = Instant::now();
     let mut waiting = [endless().await, endless().await, endless().await];
-    let (answer, _body) = endless().await;
-    let answered = within(answer).await.unwrap();
-    for (answer, _body) in &mut waiting {
+    let (response, _body) = endless().await;
+    let response = within(response).await.unwrap();
+    for (response, _body) in &mut waiting {
         assert!(
-            poll!(answer).is_pending(),
+            poll!(response).is_pending(),
             "reply before the end of the request"
         );
     }
-    for (answer, _body) in waiting {
-        assert_eq!(within(answer).await.unwrap().status(), 415);
+    for (response, _body) in waiting {
+        assert_eq!(within(response).await.unwrap().status(), 415);
     }
 
-    assert_eq!(answered.status(), 415);
+    assert_eq!(response.status(), 415);
     assert!(started.elapsed() >= Duration::from_secs(5));
 }
 
@@ -275,11 +275,11 @@ async fn a_long_health_request_is_rejected_before_it_is_complete() {
     half.truncate(100);
 
     let mut client = within(client.clone().ready()).await.unwrap();
-    let (answer, mut body) = client.send_request(head(CHECK), false).unwrap();
+    let (response, mut body) = client.send_request(head(CHECK), false).unwrap();
     body.send_data(Bytes::from(half), false).unwrap();
-    let answer = receive(answer).await.unwrap();
+    let response = receive(response).await.unwrap();
 
-    answer.assert_failed(Code::ResourceExhausted, "5000 bytes");
+    response.assert_failed(Code::ResourceExhausted, "5000 bytes");
 }
 
 #[tokio::test]
@@ -288,9 +288,9 @@ async fn health_is_serving_under_both_names_once_the_first_credential_is_availab
     let (client, _) = connect(running.address).await;
 
     for name in ["", "huaweicloud.rds.task.v1.TaskService"] {
-        let answer = check(&client, name).await;
+        let response = check(&client, name).await;
         assert_eq!(
-            health_status(&answer),
+            health_status(&response),
             ServingStatus::NotServing,
             "{name:?}"
         );
@@ -301,8 +301,8 @@ async fn health_is_serving_under_both_names_once_the_first_credential_is_availab
     within(state.wait_for(|serving| *serving)).await.unwrap();
 
     for name in ["", "huaweicloud.rds.task.v1.TaskService"] {
-        let answer = check(&client, name).await;
-        assert_eq!(health_status(&answer), ServingStatus::Serving, "{name:?}");
+        let response = check(&client, name).await;
+        assert_eq!(health_status(&response), ServingStatus::Serving, "{name:?}");
     }
     check(&client, "unknown")
         .await
@@ -322,11 +322,11 @@ async fn a_health_watch_outlives_the_timeout_but_not_the_callers_deadline() {
         .insert("grpc-timeout", "300m".parse().unwrap());
 
     let started = Instant::now();
-    let answer = send(&client, bounded, &[named("")]).await.unwrap();
+    let response = send(&client, bounded, &[named("")]).await.unwrap();
 
     assert!(started.elapsed() >= Duration::from_millis(300));
-    answer.assert_failed(Code::DeadlineExceeded, "watch");
-    assert_eq!(answer.data.len(), 7, "one update came before");
+    response.assert_failed(Code::DeadlineExceeded, "watch");
+    assert_eq!(response.data.len(), 7, "one update came before");
 }
 
 #[tokio::test]
@@ -352,10 +352,11 @@ async fn reflection_lists_every_service_in_both_versions_and_can_be_off() {
     let running = start(options());
     let (client, _) = connect(running.address).await;
     for path in paths {
-        let answer = send(&client, head(path), &[framed(0, &list.encode_to_vec())]).await;
+        let response = send(&client, head(path), &[framed(0, &list.encode_to_vec())]).await;
 
         // Both versions have the same fields.
-        let reply = v1alpha::ServerReflectionResponse::decode(&answer.unwrap().data[5..]).unwrap();
+        let reply =
+            v1alpha::ServerReflectionResponse::decode(&response.unwrap().data[5..]).unwrap();
         let Some(v1alpha::server_reflection_response::MessageResponse::ListServicesResponse(list)) =
             reply.message_response
         else {
@@ -371,8 +372,8 @@ async fn reflection_lists_every_service_in_both_versions_and_can_be_off() {
     });
     let (client, _) = connect(running.address).await;
     for path in paths {
-        let answer = send(&client, head(path), &[framed(0, &list.encode_to_vec())]).await;
+        let response = send(&client, head(path), &[framed(0, &list.encode_to_vec())]).await;
 
-        answer.unwrap().assert_failed(Code::Unimplemented, path);
+        response.unwrap().assert_failed(Code::Unimplemented, path);
     }
 }

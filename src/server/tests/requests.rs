@@ -20,10 +20,10 @@ async fn a_valid_call_gets_a_reply_and_is_counted_once() {
     let running = start(options());
     let (client, _) = connect(running.address).await;
 
-    let answer = call(&client, "i").await.unwrap();
+    let response = call(&client, "i").await.unwrap();
 
-    assert_eq!((answer.http, answer.code()), (200, Code::Ok));
-    let reply = GetTaskDetailResponse::decode(&answer.data[5..]).unwrap();
+    assert_eq!((response.http, response.code()), (200, Code::Ok));
+    let reply = GetTaskDetailResponse::decode(&response.data[5..]).unwrap();
     assert_eq!(reply.job_id, "w");
     assert_eq!(running.ended(1).await, [Code::Ok]);
     assert_eq!(running.metric("grpc_server_started_total{grpc_type=\"unary\",grpc_service=\"huaweicloud.rds.task.v1.TaskService\",grpc_method=\"GetTaskDetail\"}"), 1);
@@ -60,12 +60,12 @@ async fn a_request_that_is_not_grpc_gets_an_http_status_and_does_not_reach_the_s
     ];
 
     for (name, head, http) in cases {
-        let answer = send(&client, head, &[instance("i")]).await.unwrap();
+        let response = send(&client, head, &[instance("i")]).await.unwrap();
 
-        assert_eq!(answer.http, http, "{name}");
-        assert!(answer.headers.get("grpc-status").is_none(), "{name}");
-        assert_eq!(answer.headers["content-type"], "text/plain", "{name}");
-        let allow = answer.headers.get("allow").map(|value| value.as_bytes());
+        assert_eq!(response.http, http, "{name}");
+        assert!(response.headers.get("grpc-status").is_none(), "{name}");
+        assert_eq!(response.headers["content-type"], "text/plain", "{name}");
+        let allow = response.headers.get("allow").map(|value| value.as_bytes());
         assert_eq!(allow, (http == 405).then_some(&b"POST"[..]), "{name}");
     }
     assert_eq!(running.ended(7).await, [Code::Unknown; 7]);
@@ -82,9 +82,9 @@ async fn all_spellings_of_the_grpc_content_type_are_accepted() {
         "application/grpc;charset=utf-8",
         "Application/GRPC",
     ] {
-        let answer = send(&client, head_with("content-type", kind), &[instance("i")]).await;
+        let response = send(&client, head_with("content-type", kind), &[instance("i")]).await;
 
-        assert_eq!(answer.unwrap().code(), Code::Ok, "{kind}");
+        assert_eq!(response.unwrap().code(), Code::Ok, "{kind}");
     }
 }
 
@@ -225,9 +225,9 @@ async fn a_malformed_call_gets_a_status_with_details_and_does_not_reach_the_serv
     let count = cases.len();
 
     for (name, head, pieces, code) in cases {
-        let answer = send(&client, head, &pieces).await.unwrap();
+        let response = send(&client, head, &pieces).await.unwrap();
 
-        answer.assert_failed(code, name);
+        response.assert_failed(code, name);
     }
     assert_eq!(running.ended(count).await.len(), count);
     assert_eq!(*running.script.entered.borrow(), 0);
@@ -244,9 +244,9 @@ async fn a_message_of_the_maximum_size_in_many_pieces_is_accepted() {
     let whole = framed(0, &message);
 
     let pieces: Vec<_> = whole.chunks(1000).map(Bytes::copy_from_slice).collect();
-    let answer = send(&client, head(GET_TASK_DETAIL), &pieces).await.unwrap();
+    let response = send(&client, head(GET_TASK_DETAIL), &pieces).await.unwrap();
 
-    assert_eq!(answer.code(), Code::Ok, "{:?}", answer.status());
+    assert_eq!(response.code(), Code::Ok, "{:?}", response.status());
 }
 
 #[tokio::test]
@@ -265,11 +265,11 @@ async fn a_valid_request_id_of_the_caller_is_echoed_and_any_other_is_replaced() 
     ];
 
     for (id, is_echoed) in cases {
-        let answer = send(&client, head_with("x-request-id", id), &[instance("i")])
+        let response = send(&client, head_with("x-request-id", id), &[instance("i")])
             .await
             .unwrap();
 
-        let echoed = answer.headers["x-request-id"].to_str().unwrap();
+        let echoed = response.headers["x-request-id"].to_str().unwrap();
         assert_eq!(echoed == id, is_echoed, "{id:?}");
         assert!(is_echoed || echoed.len() == 32, "{id:?}");
     }
@@ -338,9 +338,9 @@ async fn oversized_metadata_gets_431_and_the_connection_survives() {
         ("one value", head_with("k", "v".repeat(17 << 10))),
         ("many keys", many),
     ] {
-        let answer = send(&client, head, &[instance("i")]).await.unwrap();
+        let response = send(&client, head, &[instance("i")]).await.unwrap();
 
-        assert_eq!(answer.http, 431, "{name}");
+        assert_eq!(response.http, 431, "{name}");
     }
     assert_eq!(call(&client, "i").await.unwrap().code(), Code::Ok);
 }
@@ -350,11 +350,11 @@ async fn malformed_binary_metadata_is_ignored() {
     let running = start(options());
     let (client, _) = connect(running.address).await;
 
-    let answer = send(&client, head_with("k-bin", "%%%"), &[instance("i")])
+    let response = send(&client, head_with("k-bin", "%%%"), &[instance("i")])
         .await
         .unwrap();
 
-    assert_eq!(answer.code(), Code::Ok);
+    assert_eq!(response.code(), Code::Ok);
 }
 
 #[tokio::test]
@@ -362,10 +362,10 @@ async fn a_panic_fails_one_call_with_internal() {
     let running = start(options());
     let (client, _) = connect(running.address).await;
 
-    let answer = call(&client, "panic").await.unwrap();
+    let response = call(&client, "panic").await.unwrap();
 
-    answer.assert_failed(Code::Internal, "panic");
-    assert!(!answer.status().message().contains("on purpose"));
+    response.assert_failed(Code::Internal, "panic");
+    assert!(!response.status().message().contains("on purpose"));
     assert_eq!(running.metric("panics_total"), 1);
     assert_eq!(call(&client, "i").await.unwrap().code(), Code::Ok);
 }
@@ -391,7 +391,7 @@ async fn an_expired_deadline_gets_a_prompt_reply() {
 
     for _ in 0..5 {
         let started = Instant::now();
-        let answer = send(
+        let response = send(
             &client,
             head_with("grpc-timeout", "100m"),
             &[instance("hang")],
@@ -399,7 +399,7 @@ async fn an_expired_deadline_gets_a_prompt_reply() {
         .await
         .unwrap();
 
-        answer.assert_failed(Code::DeadlineExceeded, "100 ms");
+        response.assert_failed(Code::DeadlineExceeded, "100 ms");
         late.push(
             started
                 .elapsed()
@@ -434,9 +434,9 @@ async fn the_timeout_bounds_calls_without_a_deadline_or_with_a_longer_one() {
         head(GET_TASK_DETAIL),
         head_with("grpc-timeout", "99999999H"),
     ] {
-        let answer = send(&client, head, &[instance("hang")]).await.unwrap();
+        let response = send(&client, head, &[instance("hang")]).await.unwrap();
 
-        answer.assert_failed(Code::DeadlineExceeded, "timeout");
+        response.assert_failed(Code::DeadlineExceeded, "timeout");
     }
 }
 
@@ -446,7 +446,7 @@ async fn a_call_whose_deadline_has_passed_on_arrival_does_not_reach_the_service(
     let (client, _) = connect(running.address).await;
 
     for timeout in ["0m", "1n", "0H"] {
-        let answer = send(
+        let response = send(
             &client,
             head_with("grpc-timeout", timeout),
             &[instance("i")],
@@ -454,7 +454,7 @@ async fn a_call_whose_deadline_has_passed_on_arrival_does_not_reach_the_service(
         .await
         .unwrap();
 
-        answer.assert_failed(Code::DeadlineExceeded, timeout);
+        response.assert_failed(Code::DeadlineExceeded, timeout);
     }
     assert_eq!(*running.script.entered.borrow(), 0);
 }
@@ -464,12 +464,12 @@ async fn a_body_that_never_ends_is_bounded_by_the_deadline() {
     let running = start(options());
     let (mut client, _) = connect(running.address).await;
 
-    let (answer, mut body) = client
+    let (response, mut body) = client
         .send_request(head_with("grpc-timeout", "50m"), false)
         .unwrap();
     body.send_data(Bytes::from_static(&[0, 0]), false).unwrap();
 
-    receive(answer)
+    receive(response)
         .await
         .unwrap()
         .assert_failed(Code::DeadlineExceeded, "half a body");
@@ -480,11 +480,11 @@ async fn a_second_message_is_rejected_before_the_body_ends() {
     let running = start(options());
     let (mut client, _) = connect(running.address).await;
 
-    let (answer, mut body) = client.send_request(head(GET_TASK_DETAIL), false).unwrap();
+    let (response, mut body) = client.send_request(head(GET_TASK_DETAIL), false).unwrap();
     body.send_data([instance("i"), instance("i")].concat().into(), false)
         .unwrap();
-    let answer = receive(answer).await.unwrap();
+    let response = receive(response).await.unwrap();
 
-    answer.assert_failed(Code::Internal, "two messages");
-    assert!(answer.status().message().ends_with("found more"));
+    response.assert_failed(Code::Internal, "two messages");
+    assert!(response.status().message().ends_with("found more"));
 }

@@ -123,28 +123,28 @@ async fn calls_work_over_tls_and_the_certificate_expiry_is_a_metric() {
 #[tokio::test]
 async fn only_clients_with_a_valid_certificate_are_accepted_if_a_client_ca_is_set() {
     let folder = tempfile::tempdir().unwrap();
-    let ours = authority();
+    let trusted = authority();
     let other = authority();
-    write(folder.path(), &issue(&ours, 2061));
-    let running = start(with_tls(files(folder.path(), Some(&ours))));
-    let mut no_protocol = trusting(&ours, Some(&issue(&ours, 2061)));
+    write(folder.path(), &issue(&trusted, 2061));
+    let running = start(with_tls(files(folder.path(), Some(&trusted))));
+    let mut no_protocol = trusting(&trusted, Some(&issue(&trusted, 2061)));
     no_protocol.alpn_protocols.clear();
-    let mut http1 = trusting(&ours, Some(&issue(&ours, 2061)));
+    let mut http1 = trusting(&trusted, Some(&issue(&trusted, 2061)));
     http1.alpn_protocols = vec![b"http/1.1".to_vec()];
     let refused = [
-        ("no certificate", trusting(&ours, None)),
+        ("no certificate", trusting(&trusted, None)),
         (
             "another authority's",
-            trusting(&ours, Some(&issue(&other, 2061))),
+            trusting(&trusted, Some(&issue(&other, 2061))),
         ),
-        ("expired", trusting(&ours, Some(&issue(&ours, 2020)))),
+        ("expired", trusting(&trusted, Some(&issue(&trusted, 2020)))),
         ("no protocol offered", no_protocol),
         ("HTTP/1.1 offered", http1),
     ];
 
     for (name, config) in refused {
         assert_eq!(call_over_tls(running.address, config).await, None, "{name}");
-        let good = trusting(&ours, Some(&issue(&ours, 2061)));
+        let good = trusting(&trusted, Some(&issue(&trusted, 2061)));
         assert_eq!(
             call_over_tls(running.address, good).await,
             Some(Code::Ok),
