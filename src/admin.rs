@@ -50,6 +50,7 @@ const CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
 /// The pause after a failed accept, which would otherwise fail in a busy loop while descriptors are exhausted.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
+const TEXT: &str = "text/plain; charset=utf-8";
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// Serves until the future is dropped, which also drops the open connections. `ready` decides the status of `/readyz`.
@@ -99,39 +100,33 @@ async fn serve_connection(stream: TcpStream, metrics: Arc<Metrics>, ready: watch
 }
 
 fn respond(request: &Request<Incoming>, metrics: &Metrics, ready: bool) -> Response<Full<Bytes>> {
-    let known = matches!(request.uri().path(), "/metrics" | "/livez" | "/readyz");
-    match (request.method(), request.uri().path()) {
-        (&Method::GET, "/metrics") => {
-            let mut response = text(StatusCode::OK, metrics.encode());
-            response
-                .headers_mut()
-                .insert(header::CONTENT_TYPE, HeaderValue::from_static(OPEN_METRICS));
-            response
-        }
-        (&Method::GET, "/livez") => text(StatusCode::OK, "ok\n"),
-        (&Method::GET, "/readyz") if ready => text(StatusCode::OK, "ok\n"),
-        (&Method::GET, "/readyz") => text(StatusCode::SERVICE_UNAVAILABLE, "not ready\n"),
-        _ if known => {
-            let mut response = text(StatusCode::METHOD_NOT_ALLOWED, "use GET\n");
-            response
-                .headers_mut()
-                .insert(header::ALLOW, HeaderValue::from_static("GET"));
-            response
-        }
-        _ => text(
-            StatusCode::NOT_FOUND,
-            "not found; try /metrics, /livez or /readyz\n",
-        ),
+    let path = request.uri().path();
+    if !matches!(path, "/metrics" | "/livez" | "/readyz") {
+        let body = "not found; try /metrics, /livez or /readyz\n";
+        return response(StatusCode::NOT_FOUND, TEXT, body);
+    }
+    if request.method() != Method::GET {
+        let mut response = response(StatusCode::METHOD_NOT_ALLOWED, TEXT, "use GET\n");
+        let headers = response.headers_mut();
+        headers.insert(header::ALLOW, HeaderValue::from_static("GET"));
+        return response;
+    }
+    match path {
+        "/metrics" => response(StatusCode::OK, OPEN_METRICS, metrics.encode()),
+        "/readyz" if !ready => response(StatusCode::SERVICE_UNAVAILABLE, TEXT, "not ready\n"),
+        _ => response(StatusCode::OK, TEXT, "ok\n"),
     }
 }
 
-fn text(status: StatusCode, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
+fn response(
+    status: StatusCode,
+    content_type: &'static str,
+    body: impl Into<Bytes>,
+) -> Response<Full<Bytes>> {
     let mut response = Response::new(Full::new(body.into()));
     *response.status_mut() = status;
-    response.headers_mut().insert(
-        header::CONTENT_TYPE,
-        HeaderValue::from_static("text/plain; charset=utf-8"),
-    );
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
     response
 }
 

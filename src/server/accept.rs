@@ -8,7 +8,6 @@ use tokio::{
     sync::Semaphore,
     time::{Instant, sleep},
 };
-use tokio_util::task::TaskTracker;
 
 use super::worker::Worker;
 use crate::{rpc::Service, telemetry::metrics::Metrics};
@@ -24,8 +23,6 @@ pub(super) struct Acceptor<S> {
     pub(super) workers: Vec<Worker<S>>,
     /// One permit per connection.
     pub(super) connections: Arc<Semaphore>,
-    /// Tracks every open connection.
-    pub(super) tracker: TaskTracker,
     pub(super) metrics: Arc<Metrics>,
 }
 
@@ -84,7 +81,7 @@ impl<S: Service> Acceptor<S> {
             .and_then(|()| socket.set_nodelay(true));
         match (permit, worker, prepared) {
             (Ok(permit), Some(worker), Ok(())) => {
-                worker.serve(socket, peer, permit, &self.metrics, &self.tracker);
+                worker.serve(socket, peer, permit, &self.metrics);
             }
             _ => {
                 self.metrics.connections_refused.inc();

@@ -36,7 +36,7 @@ use tokio::{
     sync::{Semaphore, watch},
     time::{Instant, sleep, timeout_at},
 };
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::sync::CancellationToken;
 
 pub use options::{Options, Timings};
 
@@ -102,7 +102,6 @@ impl<S: Service> Server<S> {
         let in_flight = FairLimit::new(options.max_in_flight);
         let auxiliary_permits = Arc::new(Semaphore::new(options.max_connections));
         let cut_off = CancellationToken::new();
-        let tracker = TaskTracker::new();
         let start_worker = |(index, service)| {
             let context = WorkerContext {
                 edge: Edge {
@@ -125,7 +124,6 @@ impl<S: Service> Server<S> {
         let acceptor = Acceptor {
             workers: workers.map_err(Error::Worker)?,
             connections: Arc::new(Semaphore::new(options.max_connections)),
-            tracker,
             metrics: Arc::clone(&sinks.metrics),
         };
         listener.set_nonblocking(true).map_err(Error::Listener)?;
@@ -171,7 +169,6 @@ impl<S: Service> Server<S> {
         let Acceptor {
             workers,
             connections,
-            tracker,
             ..
         } = acceptor;
         workers.iter().for_each(Worker::go_away);
@@ -179,18 +176,15 @@ impl<S: Service> Server<S> {
         // Calls that outlive the grace period get a reply in its last moments, and the exit comes before its end.
         let cut_off_time = (options.shutdown_grace / 10).min(MAX_CUT_OFF_TIME);
         health.end_watches().await;
-        tracker.close();
-        if timeout_at(end - cut_off_time, tracker.wait())
-            .await
-            .is_err()
-        {
+        let drained = || join_all(workers.iter().map(Worker::drained));
+        if timeout_at(end - cut_off_time, drained()).await.is_err() {
             tracing::warn!(
                 connections = options.max_connections - connections.available_permits(),
                 calls = in_flight.held(),
                 "cut off at the end of the shutdown grace"
             );
             cut_off.cancel();
-            let _ = timeout_at(end - cut_off_time / 2, tracker.wait()).await;
+            let _ = timeout_at(end - cut_off_time / 2, drained()).await;
         }
         // A worker ends at once unless something on it blocks, which must not delay the exit.
         let stopping = join_all(workers.into_iter().map(Worker::stop));

@@ -2,16 +2,7 @@
 //! connections that the accept loop hands to it. A multi-threaded runtime costs up to twice the CPU per call, because every reply
 //! becomes a separate write.
 
-use std::{
-    io,
-    net::SocketAddr,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
-    thread,
-    time::Duration,
-};
+use std::{io, net::SocketAddr, sync::Arc, thread, time::Duration};
 
 use prometheus_client::metrics::gauge::Gauge;
 use tokio::{
@@ -35,7 +26,7 @@ const EVENTS_PER_POLL: usize = 8;
 pub(super) struct Worker<S> {
     handle: Handle,
     context: Arc<WorkerContext<S>>,
-    connections: Arc<AtomicUsize>,
+    connections: TaskTracker,
     go_away: CancellationToken,
     stop: oneshot::Sender<()>,
     stopped: oneshot::Receiver<()>,
@@ -64,7 +55,7 @@ impl<S: Service> Worker<S> {
         Ok(Self {
             handle,
             context: Arc::new(context),
-            connections: Arc::default(),
+            connections: TaskTracker::new(),
             go_away: CancellationToken::new(),
             stop,
             stopped,
@@ -73,7 +64,7 @@ impl<S: Service> Worker<S> {
 
     /// The number of open connections.
     pub(super) fn connections(&self) -> usize {
-        self.connections.load(Ordering::Relaxed)
+        self.connections.len()
     }
 
     /// Serves a connection on this worker.
@@ -82,14 +73,13 @@ impl<S: Service> Worker<S> {
         socket: std::net::TcpStream,
         peer: SocketAddr,
         permit: OwnedSemaphorePermit,
-        metrics: &Arc<Metrics>,
-        tracker: &TaskTracker,
+        metrics: &Metrics,
     ) {
-        let counted = CountedConnection::new(&self.connections, metrics.connections.clone());
+        let counted = CountedConnection::new(metrics.connections.clone());
         let context = Arc::clone(&self.context);
         let go_away = self.go_away.clone();
         let refused = metrics.connections_refused.clone();
-        tracker.spawn_on(
+        self.connections.spawn_on(
             async move {
                 let _held = (permit, counted);
                 if !connection::serve(socket, peer, context, go_away).await {
@@ -105,6 +95,12 @@ impl<S: Service> Worker<S> {
         self.go_away.cancel();
     }
 
+    /// Waits until no connection is open; no new one may be served.
+    pub(super) async fn drained(&self) {
+        self.connections.close();
+        self.connections.wait().await;
+    }
+
     /// Ends the thread and drops its connections.
     pub(super) async fn stop(self) {
         drop(self.stop);
@@ -112,26 +108,18 @@ impl<S: Service> Worker<S> {
     }
 }
 
-/// Counts an open connection, for its worker and for the metric, until it is dropped.
-struct CountedConnection {
-    in_worker: Arc<AtomicUsize>,
-    total: Gauge,
-}
+/// Counts an open connection in the metric until it is dropped.
+struct CountedConnection(Gauge);
 
 impl CountedConnection {
-    fn new(in_worker: &Arc<AtomicUsize>, total: Gauge) -> Self {
-        in_worker.fetch_add(1, Ordering::Relaxed);
-        total.inc();
-        Self {
-            in_worker: Arc::clone(in_worker),
-            total,
-        }
+    fn new(gauge: Gauge) -> Self {
+        gauge.inc();
+        Self(gauge)
     }
 }
 
 impl Drop for CountedConnection {
     fn drop(&mut self) {
-        self.in_worker.fetch_sub(1, Ordering::Relaxed);
-        self.total.dec();
+        self.0.dec();
     }
 }
