@@ -22,7 +22,7 @@ use rds_task_facade::{
     pb::{GetTaskDetailRequest, task_service_client::TaskServiceClient},
     rpc::Facade,
     sandbox::Sandbox,
-    server::{self, Parts},
+    server::Server,
     status::Failure,
     telemetry::{Access, Sinks, metrics::Metrics},
     upstream::{self, TaskQuery, rejection, wire},
@@ -188,23 +188,15 @@ fn start_facade(sandbox: SocketAddr) -> SocketAddr {
             );
             let ready = credentials.ready();
             let facade = Facade::new(credentials, coalescer, client, &defaults());
-            let parts = Parts {
-                facade: move || facade.clone(),
-                ready,
-                serving: watch::Sender::new(false),
-                sinks: Arc::new(Sinks {
-                    metrics,
-                    access: Access::off(),
-                    tracer: None,
-                }),
-                started: Box::new(|| {}),
-            };
-            let options = server::Options {
-                workers: 1,
-                ..defaults()
-            };
-            let served = server::serve(listener, options, parts, std::future::pending());
-            served.await.expect("the listener is served");
+            let sinks = Arc::new(Sinks {
+                metrics,
+                access: Access::off(),
+                tracer: None,
+            });
+            let serving = watch::Sender::new(false);
+            let server = Server::start(listener, defaults(), vec![facade], serving, sinks).await;
+            let server = server.expect("the server starts");
+            server.run(ready, std::future::pending()).await;
         });
     });
     address

@@ -1,6 +1,6 @@
-//! The listener for operators: `/metrics`, `/livez` and `/readyz` over plain HTTP/1.1. No secrets and no ids are there.
+//! The listener for operators: `/metrics`, `/livez` and `/readyz` over plain HTTP/1.1. Its replies contain no secrets and no ids.
 
-use std::{convert::Infallible, future::Future, net::SocketAddr, sync::Arc, time::Duration};
+use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
@@ -38,107 +38,95 @@ fn address_or_off(text: &str) -> Parsed<Option<SocketAddr>> {
     }
 }
 
-/// Some probes and scrapers; a peer that opens more waits in the listener's backlog.
+/// Open connections; further ones wait in the listener's backlog.
 const MAX_CONNECTIONS: usize = 32;
 
-/// From connection to the end of the request's headers.
+/// The time from accept to the end of the request headers.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The whole exchange, so that a peer that reads slowly frees its place.
+/// The time from accept to the end of the response, so that a slow reader releases its permit.
 const CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Pause after a failed accept: without file descriptors the next one would fail at once, over and over.
+/// The pause after a failed accept, which would otherwise fail in a busy loop while descriptors are exhausted.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
+const TEXT: &str = "text/plain; charset=utf-8";
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// Answers until `shutdown` is over, then drops what is open. `ready` decides `/readyz`.
+/// Serves until the future is dropped, which also drops the open connections. `ready` decides the status of `/readyz`.
 pub async fn serve(
     listener: TcpListener,
     metrics: Arc<Metrics>,
     ready: watch::Receiver<bool>,
-    shutdown: impl Future<Output = ()>,
-) {
-    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+) -> Infallible {
+    let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     // Aborts the open connections when it is dropped.
     let mut connections = JoinSet::new();
-    let accept = async {
-        loop {
-            let place = Arc::clone(&places)
-                .acquire_owned()
-                .await
-                .expect("the semaphore is never closed");
-            let stream = match listener.accept().await {
-                Ok((stream, _)) => stream,
-                Err(error) => {
-                    tracing::warn!(%error, "cannot accept a connection for /metrics");
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
-                    continue;
-                }
-            };
-            while connections.try_join_next().is_some() {}
-            let exchange = exchange(stream, Arc::clone(&metrics), ready.clone());
-            connections.spawn(async move {
-                exchange.await;
-                drop(place);
-            });
-        }
-    };
-    tokio::select! {
-        () = accept => {}
-        () = shutdown => {}
+    loop {
+        let permit = Arc::clone(&permits)
+            .acquire_owned()
+            .await
+            .expect("the semaphore is never closed");
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a connection for /metrics");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        while connections.try_join_next().is_some() {}
+        let connection = serve_connection(stream, Arc::clone(&metrics), ready.clone());
+        connections.spawn(async move {
+            connection.await;
+            drop(permit);
+        });
     }
 }
 
-/// One connection, one request: scrapes are rare, and an idle connection would take a place.
-async fn exchange(stream: TcpStream, metrics: Arc<Metrics>, ready: watch::Receiver<bool>) {
+/// Serves one request and closes the connection: scrapes are rare, and an idle connection would hold a permit.
+async fn serve_connection(stream: TcpStream, metrics: Arc<Metrics>, ready: watch::Receiver<bool>) {
     let service = service_fn(|request| {
-        let answer = answer(&request, &metrics, *ready.borrow());
-        async { Ok::<_, Infallible>(answer) }
+        let response = respond(&request, &metrics, *ready.borrow());
+        async { Ok::<_, Infallible>(response) }
     });
     let connection = http1::Builder::new()
         .keep_alive(false)
         .timer(TokioTimer::new())
         .header_read_timeout(HEADER_TIMEOUT)
         .serve_connection(TokioIo::new(stream), service);
-    // How a scraper's connection ends is of no interest.
+    // An error here is the scraper's or the network's.
     let _ = tokio::time::timeout(CONNECTION_TIMEOUT, connection).await;
 }
 
-fn answer(request: &Request<Incoming>, metrics: &Metrics, ready: bool) -> Response<Full<Bytes>> {
-    let known = matches!(request.uri().path(), "/metrics" | "/livez" | "/readyz");
-    match (request.method(), request.uri().path()) {
-        (&Method::GET, "/metrics") => {
-            let mut response = text(StatusCode::OK, metrics.encode());
-            response
-                .headers_mut()
-                .insert(header::CONTENT_TYPE, HeaderValue::from_static(OPEN_METRICS));
-            response
-        }
-        (&Method::GET, "/livez") => text(StatusCode::OK, "ok\n"),
-        (&Method::GET, "/readyz") if ready => text(StatusCode::OK, "ok\n"),
-        (&Method::GET, "/readyz") => text(StatusCode::SERVICE_UNAVAILABLE, "not ready\n"),
-        _ if known => {
-            let mut response = text(StatusCode::METHOD_NOT_ALLOWED, "only GET\n");
-            response
-                .headers_mut()
-                .insert(header::ALLOW, HeaderValue::from_static("GET"));
-            response
-        }
-        _ => text(
-            StatusCode::NOT_FOUND,
-            "there are /metrics, /livez and /readyz\n",
-        ),
+fn respond(request: &Request<Incoming>, metrics: &Metrics, ready: bool) -> Response<Full<Bytes>> {
+    let path = request.uri().path();
+    if !matches!(path, "/metrics" | "/livez" | "/readyz") {
+        let body = "not found; try /metrics, /livez or /readyz\n";
+        return response(StatusCode::NOT_FOUND, TEXT, body);
+    }
+    if request.method() != Method::GET {
+        let mut response = response(StatusCode::METHOD_NOT_ALLOWED, TEXT, "use GET\n");
+        let headers = response.headers_mut();
+        headers.insert(header::ALLOW, HeaderValue::from_static("GET"));
+        return response;
+    }
+    match path {
+        "/metrics" => response(StatusCode::OK, OPEN_METRICS, metrics.encode()),
+        "/readyz" if !ready => response(StatusCode::SERVICE_UNAVAILABLE, TEXT, "not ready\n"),
+        _ => response(StatusCode::OK, TEXT, "ok\n"),
     }
 }
 
-fn text(status: StatusCode, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
+fn response(
+    status: StatusCode,
+    content_type: &'static str,
+    body: impl Into<Bytes>,
+) -> Response<Full<Bytes>> {
     let mut response = Response::new(Full::new(body.into()));
     *response.status_mut() = status;
-    response.headers_mut().insert(
-        header::CONTENT_TYPE,
-        HeaderValue::from_static("text/plain; charset=utf-8"),
-    );
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
     response
 }
 
@@ -146,7 +134,7 @@ fn text(status: StatusCode, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
 mod tests {
     use tokio::{
         io::{AsyncReadExt as _, AsyncWriteExt as _},
-        sync::oneshot,
+        task::JoinHandle,
     };
 
     use super::*;
@@ -154,37 +142,32 @@ mod tests {
     struct Admin {
         address: std::net::SocketAddr,
         ready: watch::Sender<bool>,
-        stop: oneshot::Sender<()>,
-        task: tokio::task::JoinHandle<()>,
+        task: JoinHandle<Infallible>,
     }
 
     async fn start() -> Admin {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (ready, ready_seen) = watch::channel(false);
-        let (stop, stopped) = oneshot::channel();
-        let task = tokio::spawn(serve(listener, Metrics::new(), ready_seen, async {
-            let _ = stopped.await;
-        }));
+        let task = tokio::spawn(serve(listener, Metrics::new(), ready_seen));
         Admin {
             address,
             ready,
-            stop,
             task,
         }
     }
 
-    async fn ask(address: std::net::SocketAddr, request_line: &str) -> String {
+    async fn send(address: std::net::SocketAddr, request_line: &str) -> String {
         let mut stream = TcpStream::connect(address).await.unwrap();
         let request = format!("{request_line} HTTP/1.1\r\nhost: x\r\n\r\n");
         stream.write_all(request.as_bytes()).await.unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).await.unwrap();
-        answer
+        let mut response = String::new();
+        stream.read_to_string(&mut response).await.unwrap();
+        response
     }
 
     #[tokio::test]
-    async fn each_path_and_method_has_its_answer() {
+    async fn each_path_and_method_has_its_status() {
         let admin = start().await;
         let cases = [
             ("GET /livez", "200"),
@@ -199,38 +182,38 @@ mod tests {
         ];
 
         for (request, status) in cases {
-            let answer = ask(admin.address, request).await;
+            let response = send(admin.address, request).await;
             assert!(
-                answer.starts_with(&format!("HTTP/1.1 {status} ")),
-                "{request}: {answer}"
+                response.starts_with(&format!("HTTP/1.1 {status} ")),
+                "{request}: {response}"
             );
         }
     }
 
     #[tokio::test]
-    async fn readyz_follows_the_health() {
+    async fn readyz_follows_the_health_status() {
         let admin = start().await;
 
         admin.ready.send(true).unwrap();
-        let serving = ask(admin.address, "GET /readyz").await;
+        let serving = send(admin.address, "GET /readyz").await;
         admin.ready.send(false).unwrap();
-        let draining = ask(admin.address, "GET /readyz").await;
+        let draining = send(admin.address, "GET /readyz").await;
 
         assert!(serving.starts_with("HTTP/1.1 200 "), "{serving}");
         assert!(draining.starts_with("HTTP/1.1 503 "), "{draining}");
     }
 
     #[tokio::test]
-    async fn metrics_are_open_metrics_with_process_and_build() {
+    async fn metrics_are_open_metrics_with_process_and_build_information() {
         let admin = start().await;
 
-        let answer = ask(admin.address, "GET /metrics").await;
+        let response = send(admin.address, "GET /metrics").await;
 
         assert!(
-            answer.contains(&format!("content-type: {OPEN_METRICS}\r\n")),
-            "{answer}"
+            response.contains(&format!("content-type: {OPEN_METRICS}\r\n")),
+            "{response}"
         );
-        assert!(answer.ends_with("# EOF\n"));
+        assert!(response.ends_with("# EOF\n"));
         let names = [
             "\nbuild_info{version=\"",
             "\nprocess_cpu_seconds_total ",
@@ -242,39 +225,39 @@ mod tests {
             "\nlog_lines_dropped_total 0",
         ];
         for name in names {
-            assert!(answer.contains(name), "{name}: {answer}");
+            assert!(response.contains(name), "{name}: {response}");
         }
     }
 
     #[tokio::test]
-    async fn silent_peers_do_not_keep_it_from_stopping() {
+    async fn dropping_the_server_closes_silent_connections() {
         let admin = start().await;
         let mut silent = TcpStream::connect(admin.address).await.unwrap();
 
-        admin.stop.send(()).unwrap();
-        admin.task.await.unwrap();
+        admin.task.abort();
+        admin.task.await.unwrap_err();
 
-        // The connection was dropped, or never accepted: either way it ends without an answer.
+        // The connection was dropped or never accepted: it ends without a response in both cases.
         let mut rest = Vec::new();
         let _ = silent.read_to_end(&mut rest).await;
         assert!(rest.is_empty());
     }
 
     #[tokio::test]
-    async fn a_request_with_a_body_gets_one_answer_and_the_connection_ends() {
+    async fn a_connection_serves_one_request() {
         let admin = start().await;
         let mut stream = TcpStream::connect(admin.address).await.unwrap();
         let pipelined =
             "GET /livez HTTP/1.1\r\nhost: x\r\n\r\nGET /livez HTTP/1.1\r\nhost: x\r\n\r\n";
 
         stream.write_all(pipelined.as_bytes()).await.unwrap();
-        let mut answer = Vec::new();
-        let _ = stream.read_to_end(&mut answer).await;
+        let mut received = Vec::new();
+        let _ = stream.read_to_end(&mut received).await;
 
-        let answers = String::from_utf8(answer)
+        let responses = String::from_utf8(received)
             .unwrap()
             .matches("HTTP/1.1 200")
             .count();
-        assert_eq!(answers, 1);
+        assert_eq!(responses, 1);
     }
 }

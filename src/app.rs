@@ -4,7 +4,8 @@ use std::{
     future, io,
     net::{Ipv4Addr, SocketAddr},
     process::ExitCode,
-    sync::{Arc, Mutex, OnceLock, PoisonError},
+    sync::{Arc, OnceLock},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -24,7 +25,7 @@ use crate::{
     options::url::without_slash,
     rpc::Facade,
     sandbox::Sandbox,
-    server,
+    server::{self, Server},
     telemetry::{self, Access, Sinks, metrics::Metrics},
     upstream,
 };
@@ -109,14 +110,8 @@ async fn run(options: Serve, metrics: Arc<Metrics>, access: Access) -> Result<()
     let serving = watch::Sender::new(false);
     if let Some(listener) = admin {
         let ready = serving.subscribe();
-        tokio::spawn(admin::serve(
-            listener,
-            Arc::clone(&metrics),
-            ready,
-            future::pending(),
-        ));
+        tokio::spawn(admin::serve(listener, Arc::clone(&metrics), ready));
     }
-    let server_options = options.server.clone();
     let shutdown_time = options.server.drain_delay + options.server.shutdown_grace;
     let tracer = match &options.telemetry.tracing {
         Some(tracing) => Some(telemetry::start_tracing(
@@ -134,37 +129,28 @@ async fn run(options: Serve, metrics: Arc<Metrics>, access: Access) -> Result<()
             let _ = stopping.set(Instant::now());
         }
     };
-    let started = move || {
-        tracing::info!(
-            version = env!("CARGO_PKG_VERSION"),
-            listen = %listen,
-            metrics_listen = %metrics_listen.map_or_else(|| "off".to_owned(), |address| address.to_string()),
-            upstream = without_slash(&base_url),
-            config = options.summary(),
-            "serving"
-        );
-        if sandbox {
-            tracing::warn!("the upstream is the embedded sandbox: replies are not real");
-        }
-        if let Some(warning) = options.exposure_warning() {
-            tracing::warn!("{warning}");
-        }
-    };
-    let parts = server::Parts {
-        facade: move || {
-            let mut facades = facades.lock().unwrap_or_else(PoisonError::into_inner);
-            facades.pop().expect("one facade per worker")
-        },
-        ready: credentials.ready(),
-        serving,
-        sinks: Arc::new(Sinks {
-            metrics,
-            access,
-            tracer: tracer.clone(),
-        }),
-        started: Box::new(started),
-    };
-    server::serve(listener, server_options, parts, shutdown).await?;
+    let sinks = Arc::new(Sinks {
+        metrics,
+        access,
+        tracer: tracer.clone(),
+    });
+    let server_options = options.server.clone();
+    let server = Server::start(listener, server_options, facades, serving, sinks).await?;
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        listen = %listen,
+        metrics_listen = %metrics_listen.map_or_else(|| "off".to_owned(), |address| address.to_string()),
+        upstream = without_slash(&base_url),
+        config = options.summary(),
+        "serving"
+    );
+    if sandbox {
+        tracing::warn!("the upstream is the embedded sandbox: replies are not real");
+    }
+    if let Some(warning) = options.exposure_warning() {
+        tracing::warn!("{warning}");
+    }
+    server.run(credentials.ready(), shutdown).await;
     if let Some(tracer) = tracer {
         let spent = stopping.get().map(Instant::elapsed).unwrap_or_default();
         let left = shutdown_time.saturating_sub(spent);
@@ -201,7 +187,7 @@ fn shutdown_signal() -> Result<impl Future<Output = ()>, Error> {
         let _ = first.send(());
         next().await;
         // Blocks the drain too, so that it cannot end the process with exit code 0 meanwhile.
-        std::thread::sleep(LAST_LINES_DELAY);
+        thread::sleep(LAST_LINES_DELAY);
         std::process::exit(1);
     });
     Ok(async move {
@@ -224,14 +210,14 @@ async fn resolve_upstream(options: &Serve) -> Result<(Url, Source, bool), Error>
     Ok((url, source, true))
 }
 
-/// One facade per worker, created before any worker starts, so that an invalid option ends the program.
+/// One facade for each worker, and one worker for each core that the process may use.
 fn facades(
     options: &Serve,
     base_url: &Url,
     http: &http_client::Config,
     credentials: &Credentials,
     metrics: &Arc<Metrics>,
-) -> Result<Mutex<Vec<Facade>>, Error> {
+) -> Result<Vec<Facade>, Error> {
     let shared = upstream::Endpoint::new(
         base_url.clone(),
         options.upstream.clone(),
@@ -251,6 +237,6 @@ fn facades(
             &options.rpc,
         ))
     };
-    let facades: Result<Vec<_>, Error> = (0..options.server.workers).map(facade).collect();
-    Ok(Mutex::new(facades?))
+    let workers = thread::available_parallelism().map_or(1, usize::from);
+    (0..workers).map(facade).collect()
 }

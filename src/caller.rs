@@ -1,6 +1,6 @@
-//! The identity of a caller for fair sharing of permits, of the upstream rate and of the retry budget.
+//! The identity by which permits, the upstream rate and the retry budget are shared fairly among callers.
 
-/// The token if callers bring their own, else the client certificate, else the connection.
+/// Who makes a call: the token if callers send their own, else the client certificate, else the connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Caller {
     /// The keyed hash of the caller's `x-auth-token`.

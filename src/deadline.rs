@@ -1,5 +1,5 @@
-//! One deadline per RPC: a point in monotonic time, made when the call's headers arrive and handed down to every wait.
-//! Nothing below the edge makes a longer one.
+//! The deadline of a call: a point in monotonic time, set when the call's headers arrive and passed down to every wait. Nothing below
+//! the edge extends it.
 
 use std::{
     future::Future,
@@ -12,19 +12,19 @@ use std::{
 
 use tokio::time::Instant;
 
-/// Nobody outlives it, and adding it to a clock cannot overflow.
+/// The longest duration of any setting or deadline: adding it to the current time cannot overflow.
 pub const THIRTY_YEARS: Duration = Duration::from_secs(30 * 365 * 24 * 60 * 60);
 
-/// The point in time at which an RPC must be over.
+/// The point in time at which a call must end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Deadline(Instant);
 
-/// The deadline came before the awaited event.
+/// The deadline passed before the awaited event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Passed;
 
 impl Deadline {
-    /// The deadline `timeout` from now. A timeout beyond what the clock can hold becomes 30 years, which nobody outlives.
+    /// The deadline `timeout` from now, at most [`THIRTY_YEARS`].
     pub fn after(timeout: Duration) -> Self {
         Self(Instant::now() + timeout.min(THIRTY_YEARS))
     }
@@ -34,7 +34,7 @@ impl Deadline {
         self.0
     }
 
-    /// What is left; zero once it has passed.
+    /// The time left; zero once the deadline has passed.
     pub fn remaining(self) -> Duration {
         self.0.saturating_duration_since(Instant::now())
     }
@@ -42,7 +42,7 @@ impl Deadline {
     /// Awaits `event`, but not beyond the deadline.
     ///
     /// # Errors
-    /// [`Passed`] when the deadline came first; `event` is dropped.
+    /// [`Passed`] if the deadline comes first; `event` is dropped.
     pub async fn bound<F: Future>(self, event: F) -> Result<F::Output, Passed> {
         tokio::time::timeout_at(self.0, event)
             .await
@@ -61,7 +61,7 @@ pub struct SharedDeadline {
 }
 
 impl SharedDeadline {
-    /// The deadline of work that one call has started.
+    /// The deadline of work that one call starts.
     pub fn new(first: Deadline) -> Self {
         let shared = Self {
             base: Instant::now(),
@@ -71,7 +71,7 @@ impl SharedDeadline {
         shared
     }
 
-    /// Takes the deadline of another call that waits for the work into account.
+    /// Includes the deadline of another call that waits for the work.
     pub fn extend(&self, joined: Deadline) {
         let nanos = joined.0.saturating_duration_since(self.base).as_nanos();
         self.nanos
@@ -84,9 +84,7 @@ impl SharedDeadline {
     }
 }
 
-/// Reads the value of the `grpc-timeout` metadata: 1 to 8 digits and one of `H M S m u n`.
-///
-/// `None` when it is anything else; gRPC over HTTP/2, section "Requests", allows no sign, blank or fraction.
+/// Parses the value of the `grpc-timeout` metadata: 1 to 8 digits and one of `H M S m u n` ("gRPC over HTTP/2", section "Requests").
 pub fn parse_grpc_timeout(value: &[u8]) -> Option<Duration> {
     let (unit, digits) = value.split_last()?;
     if digits.is_empty() || digits.len() > 8 || !digits.iter().all(u8::is_ascii_digit) {
@@ -111,7 +109,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_unit_of_grpc_timeout_is_read() {
+    fn every_unit_of_grpc_timeout_is_parsed() {
         let cases = [
             ("2H", Duration::from_secs(7200)),
             ("3M", Duration::from_secs(180)),
@@ -133,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn malformed_grpc_timeout_is_refused() {
+    fn malformed_grpc_timeout_is_rejected() {
         let cases = [
             "",
             "S",

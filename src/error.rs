@@ -11,34 +11,34 @@ use crate::{
 pub enum Error {
     /// The request breaks the rules of the proto. Holds every violation.
     InvalidRequest(Vec<Violation>),
-    /// The call breaks the rules of gRPC over HTTP/2: the code says which, the text what.
+    /// The call breaks a rule of gRPC over HTTP/2: the code and the message of its status.
     Protocol(tonic::Code, &'static str),
-    /// The operator does not serve this project.
+    /// The operator does not allow this project.
     ProjectNotAllowed,
-    /// There is no credential for the call.
+    /// No credential is available for the call.
     Credentials(credentials::Error),
     /// The lookup failed.
     Upstream(Box<FailedLookup>),
     /// The deadline passed outside of the lookup.
     DeadlineExceeded,
-    /// Too many calls at once.
+    /// Too many calls are in flight.
     Overloaded,
-    /// The process ends before the call does.
+    /// The shutdown grace period ended before the call.
     ShuttingDown,
-    /// A fault of the facade (a panic).
+    /// A bug in the facade: the handler panicked.
     Internal,
 }
 
-/// A failed lookup, with what its status names.
+/// A failed lookup, with all that its status reports.
 #[derive(Debug, Clone)]
 pub struct FailedLookup {
-    /// What happened.
+    /// The cause.
     pub error: upstream::Error,
     /// What the attempts showed.
     pub facts: Facts,
     /// Whose credential was used.
     pub owner: Owner,
-    /// What was asked, to name what is missing.
+    /// The query, from which a `NOT_FOUND` status names the missing resource.
     pub query: TaskQuery,
 }
 
@@ -47,6 +47,6 @@ pub struct FailedLookup {
 pub struct Violation {
     /// The proto's field name.
     pub field: &'static str,
-    /// What is wrong and which form is accepted; never the whole value.
+    /// What is wrong and the accepted form; never the whole value.
     pub description: String,
 }

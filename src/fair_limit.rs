@@ -13,15 +13,15 @@ use crate::caller::Caller;
 /// How long a caller without a permit counts as active after its last request.
 const ACTIVE: Duration = Duration::from_secs(1);
 
-/// The part of the limit that is reserved for each active caller: 1/64, at least one permit.
+/// A 64th of the limit, at least one permit, is reserved for each active caller.
 const RESERVES: usize = 64;
 
-/// Limit on tracked callers without permits.
+/// From this number of callers on, inactive ones are removed with each request.
 const MAX_CALLERS: usize = 4096;
 
-/// At most `max` permits. A caller alone may hold them all. Once half of them are held, a caller is denied a free permit
-/// - if it holds its share: the limit divided by the callers that hold permits;
-/// - if the free ones are reserved for other active callers.
+/// At most `max` permits, all of which a single caller may hold. While at least half of them are held, a caller is denied a free permit
+/// - if it holds its share: the limit divided by the number of callers that hold permits;
+/// - if the free permits are reserved for other active callers.
 #[derive(Debug)]
 pub struct FairLimit {
     max: usize,
@@ -37,12 +37,12 @@ struct State {
 #[derive(Debug)]
 struct Holder {
     held: usize,
-    asked_at: Instant,
+    last_request: Instant,
 }
 
 /// One permit, released on drop.
 #[derive(Debug)]
-pub struct Permit {
+pub struct FairPermit {
     limit: Arc<FairLimit>,
     caller: Caller,
 }
@@ -56,18 +56,18 @@ impl FairLimit {
         })
     }
 
-    /// A permit for `caller`, if one is available to it.
-    pub fn try_acquire(self: &Arc<Self>, caller: Caller) -> Option<Permit> {
+    /// A permit for `caller`, unless the limit or fairness denies it.
+    pub fn try_acquire(self: &Arc<Self>, caller: Caller) -> Option<FairPermit> {
         let now = Instant::now();
         let mut state = self.state();
         if state.callers.len() >= MAX_CALLERS {
-            state.evict_inactive(now);
+            state.remove_inactive(now);
         }
         let holder = state.callers.entry(caller).or_insert(Holder {
             held: 0,
-            asked_at: now,
+            last_request: now,
         });
-        holder.asked_at = now;
+        holder.last_request = now;
         let own = holder.held;
         if state.held >= self.max
             || (state.held >= self.max / 2 && self.is_reserved_for_others(&mut state, own, now))
@@ -78,19 +78,19 @@ impl FairLimit {
         if let Some(holder) = state.callers.get_mut(&caller) {
             holder.held += 1;
         }
-        Some(Permit {
+        Some(FairPermit {
             limit: Arc::clone(self),
             caller,
         })
     }
 
-    /// Whether the free permits are reserved for callers other than one that holds `own`.
+    /// Whether the free permits are reserved for callers other than one that holds `own` permits.
     fn is_reserved_for_others(&self, state: &mut State, own: usize, now: Instant) -> bool {
         let reserve = (self.max / RESERVES).max(1);
         if own < reserve {
             return false;
         }
-        state.evict_inactive(now);
+        state.remove_inactive(now);
         let (mut holders, mut reserved) = (0, 0);
         for holder in state.callers.values() {
             holders += usize::from(holder.held > 0);
@@ -100,7 +100,7 @@ impl FairLimit {
         own >= self.max / holders.max(1) || free <= reserved.min(self.max / 2)
     }
 
-    /// The number of held permits.
+    /// The number of permits held now.
     pub fn held(&self) -> usize {
         self.state().held
     }
@@ -111,14 +111,15 @@ impl FairLimit {
 }
 
 impl State {
-    fn evict_inactive(&mut self, now: Instant) {
-        let is_active = |holder: &Holder| now.saturating_duration_since(holder.asked_at) < ACTIVE;
+    fn remove_inactive(&mut self, now: Instant) {
+        let is_active =
+            |holder: &Holder| now.saturating_duration_since(holder.last_request) < ACTIVE;
         self.callers
             .retain(|_, holder| holder.held > 0 || is_active(holder));
     }
 }
 
-impl Drop for Permit {
+impl Drop for FairPermit {
     fn drop(&mut self) {
         let mut state = self.limit.state();
         state.held -= 1;
@@ -137,14 +138,14 @@ mod tests {
     const ANN: Caller = Caller::Connection(1);
     const BOB: Caller = Caller::Connection(2);
 
-    fn take(limit: &Arc<FairLimit>, caller: Caller, count: usize) -> Vec<Permit> {
+    fn take(limit: &Arc<FairLimit>, caller: Caller, count: usize) -> Vec<FairPermit> {
         (0..count)
             .filter_map(|_| limit.try_acquire(caller))
             .collect()
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_caller_alone_may_hold_the_whole_limit() {
+    async fn a_single_caller_may_hold_the_whole_limit() {
         for max in [1, 3, 2048] {
             let limit = FairLimit::new(max);
             let mut held = take(&limit, ANN, max + 9);
@@ -157,7 +158,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_caller_that_asks_for_all_leaves_those_that_hold_permits_their_share() {
+    async fn a_greedy_caller_leaves_callers_with_permits_their_share() {
         let limit = FairLimit::new(100);
         let others = [2, 3, 4].map(|number| take(&limit, Caller::Connection(number), 5));
 
@@ -177,7 +178,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_caller_that_asks_for_all_leaves_room_for_those_that_were_active_a_moment_ago() {
+    async fn a_greedy_caller_leaves_permits_for_recently_active_callers() {
         let limit = FairLimit::new(640);
         let brief = [2, 3, 4].map(|number| take(&limit, Caller::Connection(number), 1));
         drop(brief);
@@ -192,7 +193,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn of_a_full_limit_what_is_released_goes_to_the_callers_with_less_than_their_share() {
+    async fn released_permits_of_a_full_limit_go_to_callers_below_their_share() {
         let limit = FairLimit::new(10);
         let mut hog = take(&limit, ANN, 10);
         assert!(limit.try_acquire(BOB).is_none(), "all are held");
@@ -204,7 +205,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn ever_new_callers_are_not_all_remembered() {
+    async fn the_number_of_tracked_callers_is_bounded() {
         let limit = FairLimit::new(10);
         for number in 0..20 * MAX_CALLERS as u64 {
             tokio::time::advance(Duration::from_millis(5)).await;
@@ -216,12 +217,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_more_than_the_limit_and_no_caller_is_refused_its_reserve_while_there_is_room(
+        fn the_limit_holds_and_no_caller_is_denied_its_reserve_while_permits_are_free(
             max in 1..200usize,
             steps in prop::collection::vec((0..5u64, any::<bool>()), 0..600),
         ) {
             let limit = FairLimit::new(max);
-            let mut held: HashMap<u64, Vec<Permit>> = HashMap::new();
+            let mut held: HashMap<u64, Vec<FairPermit>> = HashMap::new();
             for (caller, acquires) in steps {
                 let own = held.entry(caller).or_default();
                 if !acquires {
@@ -232,7 +233,6 @@ mod tests {
                 let total: usize = held.values().map(Vec::len).sum();
                 let permit = limit.try_acquire(Caller::Connection(caller));
                 prop_assert!(permit.is_none() || total < max);
-                // Its reserve.
                 if own_before < (max / 64).max(1) && total < max {
                     prop_assert!(permit.is_some(), "{own_before} of {max}, {total} held");
                 }

@@ -1,35 +1,52 @@
 //! A gRPC facade over one REST call of Huawei Cloud RDS, "Obtaining Task Information" (`ShowTaskDetail`).
 //!
-//! # A request's path
+//! # The path of a call
 //!
 //! ```text
-//! caller -> server (connection, deadline, limits) -> rpc (validate) -> credentials (token or key)
-//!        -> coalescer (cache, single-flight) -> upstream (throttle window, rate limiter, attempts) -> http_client -> RDS
+//! client -> server (connection, limits, deadline) -> rpc (validation) -> credentials (token or key)
+//!        -> coalescer (cache, single-flight) -> upstream (throttle, pacing, attempts) -> http_client -> RDS
 //! ```
 //!
-//! and back: [`upstream`] says what an answer means, [`rpc`] turns it into the reply, [`status`] turns every failure into
-//! the one gRPC status.
+//! On the way back, [`upstream`] maps a reply of RDS to a task or an error, [`rpc`] converts the task to the reply of the call, and
+//! [`status`] converts every error to a gRPC status.
 //!
-//! # Layout
+//! # Modules
 //!
-//! - [`app`]: the composition root of `serve` and `sandbox`: starts the rooms below, runs them until a signal
-//! - [`cli`]: the command line: merges flags and variables, validates, reports all problems together
-//! - [`options`], [`regions`]: what the options of all rooms share; the vendor's regions
-//! - [`server`]: the gRPC listener: accept loop, TLS, limits, drain, and what every RPC passes on its way in and out
-//! - [`rpc`]: one file per RPC: validation, the path through the rooms below, the reply
-//! - [`credentials`]: where tokens and keys come from, how they are renewed, how a request is signed
-//! - [`coalescer`]: coalesces identical calls, caches their results for a short time
-//! - [`upstream`]: the vendor's operation: request, throttling, pace, attempts, retry, breaker, wire format, meaning of errors
-//! - [`http_client`]: one bounded HTTP exchange; the HTTP client of the request's path, and what every HTTP client has in common
-//! - [`wait`]: how long to wait before something is tried again
-//! - [`error_chain`]: walks an error and its sources
-//! - [`files`]: reads and watches small files: certificates, tokens, passwords
-//! - [`deadline`], [`reason`], [`code`], [`status`]: the RPC's deadline, the closed list of reasons, names of codes, the
-//!   only maker of statuses
-//! - [`telemetry`]: log, access line, metrics, traces
+//! Start and configuration:
+//!
+//! - [`app`]: the composition root of `serve` and `sandbox`: starts the other modules and runs them until a signal
+//! - [`cli`]: the command line: merges flags and variables, validates them, reports all problems together
+//! - [`options`], [`regions`]: the option parsers that all modules share; the regions of RDS
+//!
+//! The service:
+//!
+//! - [`server`]: the gRPC server: accept loop, TLS, limits, drain, the checks and the reply of every call
+//! - [`method`]: the table of methods that routing, metrics, access log and traces read
+//! - [`call`], [`caller`], [`deadline`]: the context of a call: who makes it, and when it must end
+//! - [`fair_limit`]: the limit of calls in flight, shared fairly among callers
+//! - [`rpc`]: one file per method of the task service: validation, handler, reply
+//! - [`coalescer`]: coalesces identical lookups in flight and caches results
+//! - [`error`], [`reason`], [`code`], [`status`]: why a call fails, and the gRPC status for it
 //! - [`admin`]: `/metrics`, `/livez`, `/readyz`
+//!
+//! RDS and its credentials:
+//!
+//! - [`upstream`]: the operation of RDS: request, throttling, pacing, attempts, retry, breaker, wire format, meaning of errors
+//! - [`credentials`]: the sources of tokens and keys, their refresh, the signature of a request
+//! - [`http_client`]: the HTTP clients for the vendor's endpoints and their limits
+//! - [`wait`]: `Retry-After` and backoff
+//!
+//! Used by all:
+//!
+//! - [`telemetry`]: log, access log, metrics, traces
+//! - [`files`]: reads and watches small files: certificates, tokens, passwords
+//! - [`error_chain`]: walks an error and its sources
+//! - [`lateness`]: whether this thread lacks CPU time, so that a timeout is not evidence against a peer
+//!
+//! Tools:
+//!
 //! - [`client`]: the subcommands `call` and `health`
-//! - [`sandbox`]: an embedded imitation of RDS, IAM and the metadata service
+//! - [`sandbox`]: an embedded fake of RDS, IAM and the metadata service
 
 pub mod admin;
 pub mod app;
@@ -56,7 +73,7 @@ pub mod sandbox;
 pub mod server;
 pub mod status;
 pub mod telemetry;
-/// Shared with the service tests, which use all of it.
+/// Helpers that the service tests share.
 #[cfg(test)]
 #[allow(dead_code)]
 #[path = "../tests/support/mod.rs"]
@@ -64,7 +81,7 @@ mod test_support;
 pub mod upstream;
 pub mod wait;
 
-/// What the proto generates, and its descriptor set.
+/// The code generated from the proto, and its descriptor set.
 #[allow(missing_docs, unreachable_pub, clippy::all, clippy::doc_markdown)]
 pub mod pb {
     tonic::include_proto!("huaweicloud.rds.task.v1");

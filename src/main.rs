@@ -15,7 +15,7 @@ use rds_task_facade::{
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
-/// The exit code for problems with the command line or the environment.
+/// The exit code for invalid flags, variables and files.
 const EXIT_USAGE: u8 = 2;
 
 fn main() -> ExitCode {
@@ -47,7 +47,7 @@ fn run(command: Command) -> ExitCode {
         Command::Serve(options) => runtime.block_on(app::serve(*options)),
         Command::Sandbox(options) => runtime.block_on(app::sandbox(options.listen)),
     };
-    // Without waiting for a name lookup or a file read that hangs in a helper thread.
+    // Does not wait for a name lookup or a file read that hangs in a helper thread.
     runtime.shutdown_background();
     code
 }

@@ -1,5 +1,5 @@
-//! The methods that the server knows, in one table. Routing, metrics, access log and traces all read it, so a new method is one
-//! row. The list is closed: a caller cannot add a label value or a name to the log.
+//! The methods of the server, in one table that routing, metrics, access log and traces read. The list is closed: callers cannot add
+//! label values or log field values.
 
 /// A method, or [`Method::Other`] for every path that is not in the table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -16,20 +16,20 @@ pub enum Method {
     Other,
 }
 
-/// What kind of call a method is, as the label `grpc_type` names it.
+/// The kind of a method: the label `grpc_type`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub enum MethodKind {
     /// One request, one reply.
     Unary,
     /// One request, a stream of replies.
     ServerStream,
-    /// Two streams.
+    /// A stream of requests, a stream of replies.
     BidiStream,
-    /// Unknown.
+    /// An unknown method.
     Other,
 }
 
-impl Kind {
+impl MethodKind {
     /// The value of the label `grpc_type`.
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -41,46 +41,39 @@ impl Kind {
     }
 }
 
-/// One row of the table.
-struct Row {
-    method: Method,
-    kind: Kind,
-    service: &'static str,
-    name: &'static str,
-    /// Service and name, as log and traces show them; with a slash in front it is the path.
-    full_name: &'static str,
-}
-
-const fn row(
-    method: Method,
-    kind: Kind,
-    service: &'static str,
-    name: &'static str,
-    full_name: &'static str,
-) -> Row {
-    Row {
-        method,
-        kind,
-        service,
-        name,
-        full_name,
-    }
-}
-
-/// Indexed by `Method as usize`.
-#[rustfmt::skip]
-const TABLE: [Row; Method::COUNT] = [
-    row(Method::GetTaskDetail, Kind::Unary, TASK_SERVICE, "GetTaskDetail", "huaweicloud.rds.task.v1.TaskService/GetTaskDetail"),
-    row(Method::HealthCheck, Kind::Unary, "grpc.health.v1.Health", "Check", "grpc.health.v1.Health/Check"),
-    row(Method::HealthWatch, Kind::ServerStream, "grpc.health.v1.Health", "Watch", "grpc.health.v1.Health/Watch"),
-    row(Method::Reflection, Kind::BidiStream, "grpc.reflection.v1.ServerReflection", "ServerReflectionInfo", "grpc.reflection.v1.ServerReflection/ServerReflectionInfo"),
-    row(Method::Other, Kind::Other, "other", "other", "other"),
+/// Each method with its kind and its full name: service and method, as log and traces show them. With a leading slash the full name
+/// is the path. Indexed by `Method as usize`.
+const TABLE: [(Method, MethodKind, &str); Method::COUNT] = [
+    (
+        Method::GetTaskDetail,
+        MethodKind::Unary,
+        "huaweicloud.rds.task.v1.TaskService/GetTaskDetail",
+    ),
+    (
+        Method::HealthCheck,
+        MethodKind::Unary,
+        "grpc.health.v1.Health/Check",
+    ),
+    (
+        Method::HealthWatch,
+        MethodKind::ServerStream,
+        "grpc.health.v1.Health/Watch",
+    ),
+    (
+        Method::Reflection,
+        MethodKind::BidiStream,
+        "grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+    ),
+    (Method::Other, MethodKind::Other, OTHER),
 ];
+
+/// Service and method name of [`Method::Other`].
+const OTHER: &str = "other";
 
 /// The full name of the task service.
 pub const TASK_SERVICE: &str = "huaweicloud.rds.task.v1.TaskService";
 
-/// The older version of reflection, which many tools still ask for, counts as the newer one.
+/// The older version of reflection, which many tools still use. It counts as the newer one.
 const REFLECTION_V1ALPHA: &str = "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo";
 
 impl Method {
@@ -88,44 +81,43 @@ impl Method {
 
     /// Every method, in the order of the table.
     pub fn all() -> [Self; Self::COUNT] {
-        TABLE.each_ref().map(|row| row.method)
+        TABLE.map(|(method, ..)| method)
     }
 
     /// The method that the path of an HTTP/2 request names.
     pub fn from_path(path: &str) -> Self {
         match path.strip_prefix('/') {
             Some(REFLECTION_V1ALPHA) => Self::Reflection,
-            Some(full_name) => TABLE
+            Some(requested) => TABLE
                 .iter()
-                // Without a slash it names no path.
-                .find(|row| row.full_name == full_name && row.method != Self::Other)
-                .map_or(Self::Other, |row| row.method),
+                .find(|(_, _, full_name)| *full_name == requested)
+                .map_or(Self::Other, |(method, ..)| *method),
             None => Self::Other,
         }
     }
 
     /// Unary or streaming.
-    pub fn kind(self) -> Kind {
-        self.row().kind
+    pub fn kind(self) -> MethodKind {
+        TABLE[self as usize].1
     }
 
     /// The label `grpc_service`.
     pub fn service(self) -> &'static str {
-        self.row().service
+        self.full_name()
+            .split_once('/')
+            .map_or(OTHER, |(service, _)| service)
     }
 
     /// The label `grpc_method`.
     pub fn name(self) -> &'static str {
-        self.row().name
+        self.full_name()
+            .split_once('/')
+            .map_or(OTHER, |(_, name)| name)
     }
 
-    /// Service and method as one name; `other` for an unknown method, whatever path the caller sent.
+    /// Service and method as one name; `other` for an unknown method.
     pub fn full_name(self) -> &'static str {
-        self.row().full_name
-    }
-
-    fn row(self) -> &'static Row {
-        &TABLE[self as usize]
+        TABLE[self as usize].2
     }
 }
 
@@ -134,15 +126,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_row_belongs_to_its_method_and_is_found_by_its_path() {
-        for (index, row) in TABLE.iter().enumerate() {
-            assert_eq!(row.method as usize, index, "{}", row.full_name);
-            if row.method != Method::Other {
-                assert_eq!(row.full_name, format!("{}/{}", row.service, row.name));
-            }
-            let path = format!("/{}", row.full_name);
-            assert_eq!(Method::from_path(&path), row.method, "{path}");
+    fn each_row_is_at_the_index_of_its_method_and_is_found_by_its_path() {
+        for (index, (method, _, full_name)) in TABLE.into_iter().enumerate() {
+            assert_eq!(method as usize, index, "{full_name}");
+            let path = format!("/{full_name}");
+            assert_eq!(Method::from_path(&path), method, "{path}");
         }
+        let method = Method::GetTaskDetail;
+        assert_eq!(method.service(), TASK_SERVICE);
+        assert_eq!(method.name(), "GetTaskDetail");
+        assert_eq!(
+            (Method::Other.service(), Method::Other.name()),
+            (OTHER, OTHER)
+        );
     }
 
     #[test]

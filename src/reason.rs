@@ -1,89 +1,89 @@
-//! The closed list of reasons that a failed RPC can carry in `google.rpc.ErrorInfo`.
+//! The closed list of reasons that a failed call can carry in `google.rpc.ErrorInfo`.
 
-/// Why an RPC failed. Clients switch on [`Reason::as_str`]; the gRPC code that goes with it is decided where the failure
-/// is understood (`upstream::verdict` for answers, `status` for everything of our own).
+/// Why a call failed. Clients switch on [`Reason::as_str`]. The gRPC code of a reply from RDS is decided in `upstream::verdict`, that of
+/// any other error in `status`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Reason {
-    /// The task does not exist, is over for more than a month, or is not registered yet.
+    /// The task does not exist, ended more than a month ago, or is not registered yet.
     TaskNotFound,
     /// The instance does not exist.
     InstanceNotFound,
-    /// Something else that the request names does not exist.
+    /// Another resource that the request names does not exist.
     ResourceNotFound,
-    /// Something of that name exists already.
+    /// A resource of that name already exists.
     AlreadyExists,
     /// Another operation is running on the instance.
     InstanceBusy,
-    /// The state of the instance, account or project forbids it until somebody changes that state.
+    /// The state of the instance, account or project forbids the call until that state is changed.
     PreconditionFailed,
-    /// The identity lacks the right.
+    /// The identity lacks the permission.
     PermissionDenied,
     /// A quota other than the call rate is used up.
     QuotaExhausted,
-    /// Too many calls; wait as `RetryInfo` says.
+    /// Too many calls; retry after the delay in `RetryInfo`.
     Throttled,
-    /// RDS refused an argument that passed our own rules.
+    /// RDS rejected an argument that passed validation.
     UpstreamInvalidArgument,
-    /// RDS or its gateway is passingly not able to answer.
+    /// RDS or its gateway is temporarily unavailable.
     UpstreamUnavailable,
-    /// An attempt, or the gateway's own backend call, took too long.
+    /// An attempt, or the gateway's call to its backend, timed out.
     UpstreamTimeout,
-    /// RDS failed.
+    /// RDS had an internal error.
     UpstreamInternal,
-    /// The API is not there: wrong endpoint, region or path.
+    /// The endpoint does not offer the API: wrong endpoint, region or path.
     UpstreamApiNotFound,
-    /// RDS refused a header or the form of our request; not the caller's doing.
+    /// RDS rejected a header or the form of the request; the caller cannot fix that.
     UpstreamRejectedRequest,
-    /// A final status that this call never has.
+    /// An HTTP status that this operation never returns.
     UpstreamUnexpectedStatus,
     /// A redirect, which is never followed.
     UpstreamRedirect,
-    /// An error that says nothing known.
+    /// An unknown error.
     UpstreamUnknown,
     /// The endpoint's name does not resolve.
     UpstreamDns,
-    /// No connection.
+    /// No connection could be established.
     UpstreamConnect,
     /// The TLS handshake failed.
     UpstreamTls,
-    /// The connection broke before an answer.
+    /// The connection closed before a reply.
     UpstreamReset,
-    /// The answer broke off.
+    /// The reply is incomplete.
     UpstreamTruncated,
-    /// The answer is not HTTP.
+    /// The reply is not HTTP.
     UpstreamProtocol,
-    /// The answer cannot be read.
+    /// The reply cannot be decoded.
     UpstreamMalformedResponse,
-    /// The answer is over 1 MiB.
+    /// The reply is over 1 MiB.
     UpstreamResponseTooLarge,
-    /// The RPC's own deadline passed.
+    /// The deadline of the call passed.
     DeadlineExceeded,
     /// The request breaks the rules of the proto or of gRPC.
     InvalidRequest,
-    /// The operator serves other projects only.
+    /// The operator does not allow the project.
     ProjectNotAllowed,
-    /// No `x-auth-token`, where the caller has to bring one.
+    /// The caller must send `x-auth-token` and did not.
     CredentialMissing,
-    /// The credential was refused; `credentialOwner` tells whose.
+    /// The credential was rejected; `credentialOwner` names its owner.
     CredentialRejected,
-    /// The key is locked after failed signatures; wait as `RetryInfo` says.
+    /// The key is locked after failed signatures; retry after the delay in `RetryInfo`.
     CredentialLocked,
-    /// Our own credential cannot be fetched now.
+    /// The facade's credential cannot be fetched now.
     CredentialUnavailable,
-    /// Our clock and the gateway's differ too much for a signature.
+    /// The clocks of the facade and the gateway differ too much for a signature.
     ClockSkew,
-    /// Too many RPCs at once.
+    /// Too many calls are in flight.
     Overloaded,
-    /// The facade ends, and the call outlived the grace for calls in flight.
+    /// The call did not end within the shutdown grace period.
     ShuttingDown,
-    /// RDS failed so often that calls are held back.
+    /// The circuit breaker is open, because RDS failed too often.
     CircuitOpen,
-    /// A fault of the facade.
+    /// A bug in the facade.
     Internal,
 }
 
 impl Reason {
-    /// The `UPPER_SNAKE_CASE` text of the wire.
+    /// The text on the wire, in `UPPER_SNAKE_CASE`.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::TaskNotFound => "TASK_NOT_FOUND",

@@ -1,4 +1,4 @@
-//! How long to wait before a retry: the wait that a response asks for, and backoff if it asks for none.
+//! How long to wait before a retry: `Retry-After` of a response, or backoff.
 
 use std::time::{Duration, SystemTime};
 
@@ -13,7 +13,7 @@ pub const MAX_RETRY_AFTER: Duration = Duration::from_secs(5 * 60);
 /// Parses `Retry-After`, in seconds or as an HTTP date. At most [`MAX_RETRY_AFTER`]; zero for a date in the past.
 ///
 /// `None` if there is no valid value; a date is valid only with `now`, the peer's time of day. The longest of several values
-/// counts, because it is the safe one.
+/// counts, because it is the safe choice.
 pub fn retry_after(headers: &HeaderMap, now: Option<SystemTime>) -> Option<Duration> {
     let waits = headers.get_all(RETRY_AFTER).iter().filter_map(|value| {
         let until = match seconds(value.to_str().ok()?.trim()) {
@@ -73,20 +73,16 @@ mod tests {
         let cases = [
             ("seconds", "7", Some(7)),
             ("zero", "0", Some(0)),
-            ("blanks around", " 7 ", Some(7)),
-            ("longest", "300", Some(300)),
-            ("over the longest", "301", Some(300)),
+            ("surrounding blanks", " 7 ", Some(7)),
+            ("maximum", "300", Some(300)),
+            ("over the maximum", "301", Some(300)),
             ("a billion", "1000000000", Some(300)),
-            (
-                "more than a number holds",
-                "99999999999999999999999",
-                Some(300),
-            ),
+            ("larger than a u64", "99999999999999999999999", Some(300)),
             ("date ahead", "Mon, 05 Jan 2026 12:00:30 GMT", Some(30)),
             ("date far ahead", "Mon, 05 Jan 2026 13:00:00 GMT", Some(300)),
             ("date in the past", "Mon, 05 Jan 2026 11:00:00 GMT", Some(0)),
             (
-                "date of the old kind",
+                "obsolete date format",
                 "Monday, 05-Jan-26 12:00:30 GMT",
                 Some(30),
             ),
@@ -121,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn a_date_counts_from_the_peers_own_time_and_is_invalid_without_it() {
+    fn a_date_is_relative_to_the_peers_time_and_invalid_without_it() {
         let mut headers = retry_after_headers(["Mon, 05 Jan 2026 12:00:30 GMT"]);
         assert_eq!(retry_after(&headers, date(&headers)), None);
 

@@ -1,9 +1,8 @@
-//! Makes the number of upstream requests follow the number of distinct lookups, not the number of callers, because the vendor
-//! allows few requests (60 a minute and user): identical lookups in flight share one upstream request, and results are cached for a
-//! short time if the operator wants that.
+//! Coalesces identical lookups in flight into one upstream request and, if the operator enables it, caches results for a short time:
+//! the vendor allows only 60 requests per minute and user.
 //!
-//! Nothing is shared between identities: the identity is a part of the key. Throttle windows and pacing belong to each attempt, and
-//! so to [`crate::upstream`].
+//! Nothing is shared between identities: the identity is part of the key. Throttle windows and pacing apply to each attempt and are in
+//! [`crate::upstream`].
 
 mod single_flight;
 #[cfg(test)]
@@ -30,31 +29,31 @@ use crate::{
     upstream::{Error, TaskQuery, wire::TaskDetail},
 };
 
-/// Larger results are not cached: a few of them would outweigh all others.
+/// Larger results are not cached: a few of them would take more memory than all others.
 const MAX_CACHED_BYTES: usize = 64 << 10;
 
-/// What is looked up, and by whom. Made by [`Coalescer::key`].
+/// Identifies a lookup: the task and the identity. Created by [`Coalescer::key`].
 #[derive(Debug, PartialEq, Eq)]
-pub struct Key {
-    /// Hash of the other fields, computed once for all maps that use the key. The hash function is keyed with random bits of this
-    /// process, so that callers cannot make keys that collide.
+pub struct LookupKey {
+    /// The hash of the other fields, computed once for all maps that use the key. The hash function is keyed with random bits, so that
+    /// callers cannot construct colliding keys.
     hash: u64,
-    /// Whose credential is used.
+    /// The identity of the credential.
     pub identity: Identity,
     /// The task.
     pub query: TaskQuery,
 }
 
-impl Hash for Key {
+impl Hash for LookupKey {
     fn hash<H: Hasher>(&self, state: &mut H) {
         state.write_u64(self.hash);
     }
 }
 
-/// A lookup that is over, shared by all calls that waited for it.
+/// A finished lookup, shared by all calls that waited for it.
 #[derive(Debug, Clone)]
 pub struct Lookup {
-    /// The task, or why there is none.
+    /// The task or the error.
     pub result: Result<TaskDetail, Error>,
     /// What the attempts showed.
     pub progress: Arc<Progress>,
@@ -65,10 +64,10 @@ pub struct Lookup {
 #[group(skip)]
 #[command(next_help_heading = "Cache")]
 pub struct Options {
-    /// How long a reply is cached; 0s coalesces equal calls in flight and caches nothing
+    /// How long a reply is cached; 0s caches nothing, but still coalesces identical calls in flight
     #[arg(long, value_name = "DURATION", default_value = "0s", value_parser = options::duration_or_zero)]
     pub cache_ttl: Duration,
-    /// Cache entries at most
+    /// Maximum number of cache entries
     #[arg(long, value_name = "NUMBER", default_value = "10000", value_parser = options::limit)]
     pub cache_entries: usize,
 }
@@ -78,7 +77,7 @@ pub struct Options {
 pub struct Coalescer {
     hasher: RandomState,
     in_flight: Arc<SingleFlight>,
-    cache: Option<Cache<Arc<Key>, Arc<Lookup>>>,
+    cache: Option<Cache<Arc<LookupKey>, Arc<Lookup>>>,
     metrics: Arc<Metrics>,
 }
 
@@ -100,19 +99,19 @@ impl Coalescer {
     }
 
     /// The key of a lookup of `query` by `identity`.
-    pub fn key(&self, identity: Identity, query: TaskQuery) -> Arc<Key> {
-        Arc::new(Key {
+    pub fn key(&self, identity: Identity, query: TaskQuery) -> Arc<LookupKey> {
+        Arc::new(LookupKey {
             hash: self.hasher.hash_one((&identity, &query)),
             identity,
             query,
         })
     }
 
-    /// Returns a cached result, or joins an identical lookup in flight, or starts `work`. `follow` is given the progress of the
-    /// lookup that the caller waits for. The caller stops waiting by dropping the future.
+    /// Returns a cached result, joins an identical lookup in flight, or starts `work`. Passes `follow` the progress of the lookup that
+    /// the call waits for. Dropping the future ends the wait.
     pub async fn look_up<F>(
         self: &Arc<Self>,
-        key: &Arc<Key>,
+        key: &Arc<LookupKey>,
         deadline: Deadline,
         mut follow: impl FnMut(&Arc<Progress>),
         work: impl Fn(SharedDeadline, Arc<Progress>) -> F,
@@ -142,7 +141,7 @@ impl Coalescer {
             }
             follow(&progress);
             let lookup = lookup.await;
-            if !(is_follower && ran_out_of_others_time(&lookup, deadline)) {
+            if !(is_follower && ended_by_shorter_deadline(&lookup, deadline)) {
                 break lookup;
             }
         };
@@ -152,15 +151,15 @@ impl Coalescer {
         lookup
     }
 
-    /// The leader's work. A panic becomes a result: otherwise it would reach only the waiter that happens to poll, and the others
-    /// would wait on.
+    /// Runs the leader's work. A panic becomes a result: otherwise it would reach only the waiter that happens to poll, and the others
+    /// would keep waiting.
     fn run(
         self: Arc<Self>,
-        key: Arc<Key>,
+        key: Arc<LookupKey>,
         progress: Arc<Progress>,
         work: impl Future<Output = Result<TaskDetail, Error>>,
     ) -> impl Future<Output = Arc<Lookup>> {
-        // Not an `async` block, which would hold the work twice: every call would pay for moving it.
+        // Not an `async` block, which would hold the work twice, and every call would pay for moving it.
         AssertUnwindSafe(work).catch_unwind().map(move |result| {
             let result = result.unwrap_or_else(|_| {
                 self.metrics.panics.inc();
@@ -177,13 +176,13 @@ impl Coalescer {
     }
 }
 
-/// Whether the lookup failed for lack of time while the follower, who joined at its end, has more of it.
-fn ran_out_of_others_time(lookup: &Lookup, deadline: Deadline) -> bool {
+/// Whether the lookup failed for lack of time although this follower, which joined at the end of the lookup, has time left.
+fn ended_by_shorter_deadline(lookup: &Lookup, deadline: Deadline) -> bool {
     let remaining = deadline.remaining();
     match &lookup.result {
         Err(Error::DeadlineExceeded)
         | Err(Error::Credentials(credentials::Error::DeadlineExceeded)) => !remaining.is_zero(),
-        // Pacing refuses what does not fit before the deadline that it was given.
+        // Pacing rejects an attempt whose turn comes after the deadline of the lookup.
         Err(Error::Throttled { retry_after, .. }) => *retry_after < remaining,
         _ => false,
     }

@@ -1,7 +1,7 @@
 //! Single-flight: the leader of identical lookups starts the work, its followers wait for the same result.
 //!
-//! The work is one future that every waiting call polls. It goes on while any call waits, and is dropped with the last one. No task
-//! is spawned, so that a lookup without followers costs little more than the bare work.
+//! The work is one future that every waiting call polls. It runs while any call waits, and is dropped with the last one. No task is
+//! spawned, so a lookup without followers costs little more than its work.
 
 use std::{
     collections::{HashMap, hash_map::Entry},
@@ -14,13 +14,13 @@ use futures_util::{
     future::{BoxFuture, Shared, WeakShared},
 };
 
-use super::{Key, Lookup};
+use super::{Lookup, LookupKey};
 use crate::{
     deadline::{Deadline, SharedDeadline},
     telemetry::Progress,
 };
 
-/// Enough that workers rarely contend for one lock.
+/// Enough shards that workers rarely contend for a lock.
 const SHARDS: usize = 32;
 
 /// All lookups in flight: at most one entry per call in flight.
@@ -29,21 +29,21 @@ pub(super) struct SingleFlight {
     shards: [Mutex<Shard>; SHARDS],
 }
 
-type Shard = HashMap<Arc<Key>, InFlight>;
+type Shard = HashMap<Arc<LookupKey>, LookupInFlight>;
 
 #[derive(Debug)]
-struct InFlight {
+struct LookupInFlight {
     lookup: WeakShared<BoxFuture<'static, Arc<Lookup>>>,
     deadline: SharedDeadline,
-    /// Also identifies the entry.
+    /// Its address also identifies the entry.
     progress: Arc<Progress>,
 }
 
-/// What a call gets when it joins.
+/// The lookup that a call has joined or started.
 pub(super) struct Joined {
     pub(super) lookup: Shared<BoxFuture<'static, Arc<Lookup>>>,
     pub(super) progress: Arc<Progress>,
-    /// Whether another call has started the work.
+    /// Whether another call started the work.
     pub(super) is_follower: bool,
 }
 
@@ -57,7 +57,7 @@ impl SingleFlight {
     /// Joins an identical lookup, or starts one with the future that `start` returns.
     pub(super) fn join<F>(
         self: &Arc<Self>,
-        key: &Arc<Key>,
+        key: &Arc<LookupKey>,
         deadline: Deadline,
         start: impl FnOnce(SharedDeadline, Arc<Progress>) -> F,
     ) -> Joined
@@ -85,12 +85,12 @@ impl SingleFlight {
             progress: Arc::clone(&progress),
         };
         let work = start(deadline.clone(), Arc::clone(&progress));
-        // The entry goes before the result is handed out, so that no call joins a lookup that is over.
+        // The entry is removed before the result is returned, so that no call joins a finished lookup.
         let lookup = work.inspect(move |_| drop(removal)).boxed().shared();
         let weak = lookup
             .downgrade()
-            .expect("a future that was never polled is not over");
-        entry.insert_entry(InFlight {
+            .expect("a future that was never polled is not finished");
+        entry.insert_entry(LookupInFlight {
             lookup: weak,
             deadline,
             progress: Arc::clone(&progress),
@@ -108,7 +108,7 @@ impl SingleFlight {
         self.shards.iter().map(lock).sum()
     }
 
-    fn shard(&self, key: &Key) -> MutexGuard<'_, Shard> {
+    fn shard(&self, key: &LookupKey) -> MutexGuard<'_, Shard> {
         self.shards[key.hash as usize % SHARDS]
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -118,14 +118,14 @@ impl SingleFlight {
 /// Removes the entry of a lookup when its work is done or dropped.
 struct Removal {
     lookups: Arc<SingleFlight>,
-    key: Arc<Key>,
+    key: Arc<LookupKey>,
     progress: Arc<Progress>,
 }
 
 impl Drop for Removal {
     fn drop(&mut self) {
         let mut shard = self.lookups.shard(&self.key);
-        // The entry may belong to a new lookup already, started after the last call had stopped waiting for this one.
+        // The entry may already belong to a newer lookup, started after the last call stopped waiting for this one.
         if let Entry::Occupied(in_flight) = shard.entry(Arc::clone(&self.key))
             && Arc::ptr_eq(&in_flight.get().progress, &self.progress)
         {

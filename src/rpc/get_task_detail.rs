@@ -1,4 +1,4 @@
-//! `GetTaskDetail`: the path of one call, the rules of its request, and its reply.
+//! `GetTaskDetail`: its handler, the validation of its request, and its reply.
 
 use std::sync::Arc;
 
@@ -12,11 +12,11 @@ use crate::{
     upstream::{LookupContext, TaskQuery, wire},
 };
 
-const MAX_ID: usize = 64;
+pub(super) const MAX_ID: usize = 64;
 const MAX_WORKFLOW_ID: usize = 128;
 const MAX_WORKFLOW_NAME: usize = 256;
 
-/// validate -> allowed project -> credentials -> coalescer -> upstream -> reply.
+/// Handles one call: validation, allowed projects, credentials, coalescer, upstream, reply.
 pub(super) async fn handle(
     facade: &Facade,
     call: &mut Call,
@@ -37,8 +37,8 @@ pub(super) async fn handle(
         call.deadline,
         |progress| call.record.follow(Arc::clone(progress)),
         |deadline, progress| {
-            // Identical calls share the work, so it owns what it needs. Its attempts belong to the span of the leader, even if
-            // followers still wait when that call has ended.
+            // Identical calls share the work, so it owns its inputs. Its attempts belong to the leader's span, even if followers
+            // still wait when the leader's call has ended.
             let (upstream, key) = (facade.upstream.clone(), Arc::clone(&key));
             let (mut auth, span) = (auth.clone(), span.clone());
             async move {
@@ -54,7 +54,7 @@ pub(super) async fn handle(
         },
     );
     let lookup = Arc::unwrap_or_clone(lookup.await);
-    lookup.result.map(reply).map_err(|error| {
+    lookup.result.map(to_reply).map_err(|error| {
         Error::Upstream(Box::new(FailedLookup {
             error,
             facts: lookup.progress.facts(),
@@ -64,20 +64,25 @@ pub(super) async fn handle(
     })
 }
 
-/// Checks every rule of the proto, so that one answer names all that is wrong.
+/// Checks every rule of the proto, so that one reply lists all violations.
 pub fn validate(request: GetTaskDetailRequest) -> Result<TaskQuery, Error> {
-    let mut violations = Vec::new();
-    check_id(&mut violations, "project_id", &request.project_id, MAX_ID);
-    check_id(&mut violations, "instance_id", &request.instance_id, MAX_ID);
-    check_id(
-        &mut violations,
-        "workflow_id",
-        &request.workflow_id,
-        MAX_WORKFLOW_ID,
-    );
-    if let Some(name) = &request.workflow_name {
-        check_name(&mut violations, "workflow_name", name);
-    }
+    let name = request.workflow_name.as_deref();
+    let problems = [
+        ("project_id", id_problem(&request.project_id, MAX_ID)),
+        ("instance_id", id_problem(&request.instance_id, MAX_ID)),
+        (
+            "workflow_id",
+            id_problem(&request.workflow_id, MAX_WORKFLOW_ID),
+        ),
+        ("workflow_name", name.and_then(name_problem)),
+    ];
+    let violations: Vec<_> = problems
+        .into_iter()
+        .filter_map(|(field, problem)| {
+            let description = problem?;
+            Some(Violation { field, description })
+        })
+        .collect();
     if !violations.is_empty() {
         return Err(Error::InvalidRequest(violations));
     }
@@ -89,42 +94,37 @@ pub fn validate(request: GetTaskDetailRequest) -> Result<TaskQuery, Error> {
     })
 }
 
-fn check_id(violations: &mut Vec<Violation>, field: &'static str, value: &str, max: usize) {
-    let fits = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
-    let description = if value.is_empty() {
-        "is required".to_owned()
-    } else if let Some(at) = value.bytes().position(|byte| !fits(byte)) {
-        // What stands before it is ASCII, so this is the place of a character, too.
-        let unfit = value[at..].chars().next().unwrap_or_default();
-        format!(
-            "may hold letters, digits, '-' and '_'; found {unfit:?} at position {}",
-            at + 1
-        )
-    } else if value.len() > max {
-        format!("may hold at most {max} characters; found {}", value.len())
-    } else {
-        return;
-    };
-    violations.push(Violation { field, description });
+/// Why `id` is not 1 to `max` letters, digits, `-` and `_`, if so.
+pub(super) fn id_problem(id: &str, max: usize) -> Option<String> {
+    let is_allowed = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+    if id.is_empty() {
+        return Some("is required".to_owned());
+    }
+    // All characters before the first invalid one are ASCII, so its byte index is its position.
+    if let Some((index, invalid)) = id.char_indices().find(|(_, c)| !is_allowed(*c)) {
+        let position = index + 1;
+        return Some(format!(
+            "may contain letters, digits, '-' and '_'; found {invalid:?} at position {position}"
+        ));
+    }
+    (id.len() > max).then(|| format!("may have at most {max} characters; found {}", id.len()))
 }
 
-fn check_name(violations: &mut Vec<Violation>, field: &'static str, value: &str) {
-    let length = value.chars().count();
-    let description = if length > MAX_WORKFLOW_NAME {
-        format!("may hold at most {MAX_WORKFLOW_NAME} characters; found {length}")
-    } else if let Some(at) = value.chars().position(char::is_control) {
-        format!(
-            "may hold no control characters; found one at character {}",
-            at + 1
-        )
-    } else {
-        return;
-    };
-    violations.push(Violation { field, description });
+fn name_problem(name: &str) -> Option<String> {
+    let length = name.chars().count();
+    if length > MAX_WORKFLOW_NAME {
+        return Some(format!(
+            "may have at most {MAX_WORKFLOW_NAME} characters; found {length}"
+        ));
+    }
+    let position = name.chars().position(char::is_control)? + 1;
+    Some(format!(
+        "may contain no control characters; found one at position {position}"
+    ))
 }
 
-/// Upstream's answer in the proto's words. The border between the two vocabularies.
-pub(super) fn reply(task: wire::TaskDetail) -> GetTaskDetailResponse {
+/// Converts the task from RDS's wire format to the proto.
+pub(super) fn to_reply(task: wire::TaskDetail) -> GetTaskDetailResponse {
     GetTaskDetailResponse {
         instance_id: task.instance_id,
         instance_name: task.instance_name,
@@ -134,11 +134,11 @@ pub(super) fn reply(task: wire::TaskDetail) -> GetTaskDetailResponse {
         update_at: task.update_at,
         process: task.process,
         status: task.status,
-        sub_task_list: task.sub_task_list.into_iter().map(part).collect(),
+        sub_task_list: task.sub_task_list.into_iter().map(to_sub_task).collect(),
     }
 }
 
-fn part(part: wire::SubTask) -> SubTask {
+fn to_sub_task(part: wire::SubTask) -> SubTask {
     SubTask {
         sub_task_name: part.sub_task_name,
         percent: part.percent,
@@ -174,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn ids_that_could_change_the_path_are_refused() {
+    fn ids_that_could_change_the_path_are_rejected() {
         let cases = [
             "", ".", "..", "a/b", "a\\b", "%2e%2e", "a?b", "a#b", "a;b", "a b", "a\r\nb", "a\0",
             "\u{4e2d}", "a.b", "~",
@@ -201,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn lengths_are_accepted_to_the_last_character_and_not_beyond() {
+    fn values_of_the_maximum_length_are_valid_and_longer_ones_are_not() {
         let at_the_limit = GetTaskDetailRequest {
             project_id: "p".repeat(64),
             instance_id: "i".repeat(64),
@@ -223,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn an_absent_name_an_empty_name_and_a_name_stay_three_things() {
+    fn an_absent_name_and_an_empty_name_stay_distinct() {
         for name in [None, Some(""), Some("a \"name\" \u{4e2d}")] {
             let named = GetTaskDetailRequest {
                 workflow_name: name.map(str::to_owned),
@@ -237,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn control_characters_in_the_name_are_refused_with_their_place() {
+    fn control_characters_in_the_name_are_rejected_with_their_position() {
         for name in ["a\nb", "a\u{7f}b", "a\u{85}b", "a\0b"] {
             let named = GetTaskDetailRequest {
                 workflow_name: Some(name.to_owned()),
@@ -248,7 +248,7 @@ mod tests {
                 violations(named),
                 [(
                     "workflow_name",
-                    "may hold no control characters; found one at character 2".to_owned()
+                    "may contain no control characters; found one at position 2".to_owned()
                 )],
                 "{name:?}"
             );
@@ -256,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn the_reply_says_what_the_task_says_and_leaves_unset_what_it_leaves_unset() {
+    fn the_reply_has_the_fields_of_the_task_and_no_others() {
         let text = |text: &str| Some(text.to_owned());
         let task = wire::TaskDetail {
             instance_id: "1".into(),
@@ -301,15 +301,15 @@ mod tests {
             ],
         };
 
-        assert_eq!(reply(task), expected);
+        assert_eq!(to_reply(task), expected);
         assert_eq!(
-            reply(wire::TaskDetail::default()),
+            to_reply(wire::TaskDetail::default()),
             GetTaskDetailResponse::default()
         );
     }
 
     #[test]
-    fn a_violation_names_the_character_and_its_place() {
+    fn a_violation_names_the_character_and_its_position() {
         let slashed = GetTaskDetailRequest {
             instance_id: "ab/c".into(),
             ..request()
@@ -319,7 +319,7 @@ mod tests {
             violations(slashed),
             [(
                 "instance_id",
-                "may hold letters, digits, '-' and '_'; found '/' at position 3".to_owned()
+                "may contain letters, digits, '-' and '_'; found '/' at position 3".to_owned()
             )]
         );
     }

@@ -1,4 +1,4 @@
-//! The methods of the task service: one file each, and what they share.
+//! The task service: one file per method, and the state that the methods share.
 
 pub mod get_task_detail;
 mod options;
@@ -17,9 +17,9 @@ use crate::{
     upstream,
 };
 
-/// The task service as the server calls it, once a call has passed the edge's checks.
+/// The task service as the server calls it, after the checks of the edge.
 pub trait Service: Clone + Send + Sync + 'static {
-    /// The keyed hash of the caller's token, if callers bring their own and this one's is well-formed.
+    /// The keyed hash of the caller's token, if callers send their own and this one is well-formed.
     fn token_hash(&self, metadata: &HeaderMap) -> Option<[u8; 16]>;
 
     /// `GetTaskDetail`.
@@ -37,8 +37,8 @@ pub struct Facade {
     credentials: Credentials,
     coalescer: Arc<Coalescer>,
     upstream: upstream::Client,
-    /// `None` allows any.
-    allowed_projects: Option<Arc<HashSet<String>>>,
+    /// Empty if all projects are allowed.
+    allowed_projects: Arc<HashSet<String>>,
 }
 
 impl Facade {
@@ -49,19 +49,19 @@ impl Facade {
         upstream: upstream::Client,
         options: &Options,
     ) -> Self {
-        let allowed: HashSet<String> = options.allow_project.iter().cloned().collect();
         Self {
             credentials,
             coalescer,
             upstream,
-            allowed_projects: (!allowed.is_empty()).then(|| Arc::new(allowed)),
+            allowed_projects: Arc::new(options.allow_project.iter().cloned().collect()),
         }
     }
 
     fn check_allowed(&self, project_id: &str) -> Result<(), Error> {
-        match &self.allowed_projects {
-            Some(allowed) if !allowed.contains(project_id) => Err(Error::ProjectNotAllowed),
-            _ => Ok(()),
+        if self.allowed_projects.is_empty() || self.allowed_projects.contains(project_id) {
+            Ok(())
+        } else {
+            Err(Error::ProjectNotAllowed)
         }
     }
 }

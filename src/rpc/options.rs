@@ -1,27 +1,27 @@
-//! The options of the RPCs.
+//! The options of the task service.
 
-use crate::options::Parsed;
+use super::get_task_detail::{MAX_ID, id_problem};
+use crate::options::{Parsed, not};
 
-/// The options of the RPCs.
+/// The options of the task service.
 #[derive(Debug, Clone, clap::Args)]
 #[group(skip)]
 #[command(next_help_heading = "Access")]
 pub struct Options {
-    /// Serve these project ids only; may be repeated; by default any
+    /// Allow only these project ids; may be repeated; by default any
     #[arg(long, value_name = "ID,...", value_delimiter = ',', value_parser = project_id)]
     pub allow_project: Vec<String>,
 }
 
 fn project_id(text: &str) -> Parsed<String> {
     let id = text.trim();
-    let allowed = |b: u8| b.is_ascii_alphanumeric() || b == b'-' || b == b'_';
-    if !(1..=64).contains(&id.len()) || !id.bytes().all(allowed) {
-        return Err(
-            "must be project ids separated by commas, each 1 to 64 of letters, digits, '-' and '_'"
-                .to_owned(),
-        );
+    match id_problem(id, MAX_ID) {
+        None => Ok(id.to_owned()),
+        Some(_) => Err(not(
+            id,
+            "a project id; separate ids by commas, each 1 to 64 of letters, digits, '-' and '_'",
+        )),
     }
-    Ok(id.to_owned())
 }
 
 #[cfg(test)]
@@ -29,7 +29,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn project_ids_have_the_form_of_the_vendor() {
+    fn project_ids_have_the_vendors_form() {
         let longest = "a".repeat(64);
         let too_long = "a".repeat(65);
         let cases = [

@@ -1,5 +1,5 @@
-//! The accept loop. One loop for all workers: the spread is even whatever the kernel's hash says, and a second process on
-//! the same port fails loudly instead of taking half of the connections.
+//! The accept loop. One loop for all workers: it spreads connections evenly, which the kernel's hash with `SO_REUSEPORT` does not, and
+//! a second process on the same port fails loudly instead of taking half of the connections.
 
 use std::{convert::Infallible, io, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -8,43 +8,41 @@ use tokio::{
     sync::Semaphore,
     time::{Instant, sleep},
 };
-use tokio_util::task::TaskTracker;
 
 use super::worker::Worker;
 use crate::{rpc::Service, telemetry::metrics::Metrics};
 
-/// The pause after the first failed accept; it doubles to [`MAX_PAUSE`] while they go on failing.
+/// The pause after the first failed accept; it doubles up to [`MAX_PAUSE`] with each further failure in a row.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const MAX_PAUSE: Duration = Duration::from_secs(1);
-/// At most one line per this time says that connections cannot be accepted.
+/// At most one log line per interval reports that connections cannot be accepted.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
 
-/// Where connections go, and how many may.
-#[derive(Debug)]
-pub(super) struct Door<S> {
+/// Accepts connections within the connection limit and distributes them over the workers.
+pub(super) struct Acceptor<S> {
     pub(super) workers: Vec<Worker<S>>,
+    /// One permit per connection.
     pub(super) connections: Arc<Semaphore>,
     pub(super) metrics: Arc<Metrics>,
-    pub(super) tracker: TaskTracker,
 }
 
-impl<S: Service> Door<S> {
-    /// Lets the listener's connections in until it is dropped.
-    pub(super) async fn open(&self, listener: &TcpListener) -> Infallible {
+impl<S: Service> Acceptor<S> {
+    /// Accepts the listener's connections until the future is dropped.
+    pub(super) async fn accept_from(&self, listener: &TcpListener) -> Infallible {
         let mut pause = FIRST_PAUSE;
         let mut logged: Option<Instant> = None;
         loop {
             match accept(listener).await {
                 Ok((socket, peer)) => {
                     pause = FIRST_PAUSE;
-                    self.admit(socket, peer);
+                    self.dispatch(socket, peer);
                 }
-                Err(error) if of_one_connection(&error) => {}
+                Err(error) if is_connection_error(&error) => {}
                 // Out of descriptors or memory. The waiting connection stays in the queue, so without a pause this loop
                 // would take a whole core.
                 Err(error) => {
                     if logged.is_none_or(|at| at.elapsed() >= LOG_INTERVAL) {
-                        tracing::error!(%error, "cannot accept connections; will go on trying");
+                        tracing::error!(%error, "cannot accept connections; retrying");
                         logged = Some(Instant::now());
                     }
                     sleep(pause).await;
@@ -54,39 +52,36 @@ impl<S: Service> Door<S> {
         }
     }
 
-    /// Lets in what the kernel has already accepted, and closes the listener.
-    pub(super) fn close(self, listener: TcpListener) -> Vec<Worker<S>> {
-        // Asks the kernel itself: the runtime may not have heard of the last connections yet. One that the kernel completes
-        // between the last answer and the close is reset before it has said a word, so no call is lost with it.
+    /// Accepts the connections that the kernel has already completed, and closes the listener.
+    pub(super) fn close(&self, listener: TcpListener) {
+        // Calls accept(2) itself, because the runtime may not have seen the last connections yet. A connection that the kernel
+        // completes between the last accept and the close is reset before it carries a call.
         let Ok(pending) = listener.into_std() else {
-            return self.workers;
+            return;
         };
         loop {
             match pending.accept() {
-                Ok((socket, peer)) => self.admit(socket, peer),
-                Err(error) if of_one_connection(&error) => {}
-                Err(_) => break,
+                Ok((socket, peer)) => self.dispatch(socket, peer),
+                Err(error) if is_connection_error(&error) => {}
+                Err(_) => return,
             }
         }
-        self.workers
     }
 
-    fn admit(&self, socket: std::net::TcpStream, peer: SocketAddr) {
-        let Ok(permit) = Arc::clone(&self.connections).try_acquire_owned() else {
-            self.metrics.connections_refused.inc();
-            return;
-        };
+    /// Hands a connection to the worker with the fewest, or closes it if the limit is reached.
+    fn dispatch(&self, socket: std::net::TcpStream, peer: SocketAddr) {
+        let permit = Arc::clone(&self.connections).try_acquire_owned();
         let worker = self
             .workers
             .iter()
             .min_by_key(|worker| worker.connections());
-        // Without the second an answer waits for the acknowledgement of the one before: 40 ms.
+        // TCP_NODELAY: with Nagle's algorithm a reply waits for the peer's delayed ACK of the previous one (40 ms).
         let prepared = socket
             .set_nonblocking(true)
             .and_then(|()| socket.set_nodelay(true));
-        match (prepared, worker) {
-            (Ok(()), Some(worker)) => {
-                worker.take(socket, peer, permit, &self.metrics, &self.tracker);
+        match (permit, worker, prepared) {
+            (Ok(permit), Some(worker), Ok(())) => {
+                worker.serve(socket, peer, permit, &self.metrics);
             }
             _ => {
                 self.metrics.connections_refused.inc();
@@ -95,14 +90,14 @@ impl<S: Service> Door<S> {
     }
 }
 
-/// The next connection, taken out of this runtime: a worker will put it into its own.
+/// The next connection, detached from this runtime so that a worker can register it with its own.
 async fn accept(listener: &TcpListener) -> io::Result<(std::net::TcpStream, SocketAddr)> {
     let (socket, peer) = listener.accept().await?;
     Ok((socket.into_std()?, peer))
 }
 
-/// Whether a failed accept concerns one connection only, which ended before we had it.
-fn of_one_connection(error: &io::Error) -> bool {
+/// Whether a failed accept concerns one connection only, which ended before it was accepted.
+fn is_connection_error(error: &io::Error) -> bool {
     matches!(
         error.kind(),
         io::ErrorKind::ConnectionAborted

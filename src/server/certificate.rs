@@ -1,4 +1,4 @@
-//! Reads when a certificate expires; rustls checks the rest of it. Written by hand because a parser for X.509 would add more than
+//! Parses the expiry date of a certificate; rustls checks the rest of it. Hand-written, because an X.509 parser would add more than
 //! ten crates for one date.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -11,7 +11,7 @@ const GENERALIZED_TIME: u8 = 0x18;
 const SEQUENCE: u8 = 0x30;
 const VERSION: u8 = 0xa0;
 
-/// The `notAfter` of a certificate in DER (RFC 5280, section 4.1); `None` if it does not have that form.
+/// The `notAfter` of a certificate in DER (RFC 5280, section 4.1); `None` if it is malformed.
 pub(super) fn expires_at(certificate: &[u8]) -> Option<SystemTime> {
     let (_, certificate, _) = element(certificate)?;
     let (_, mut fields, _) = element(certificate)?;
@@ -80,10 +80,10 @@ mod tests {
     }
 
     #[test]
-    fn the_end_of_validity_is_read_in_both_forms_of_time() {
+    fn both_time_formats_of_the_expiry_are_parsed() {
         let cases = [
-            ("two digits of the year", 2031, 1_930_176_000),
-            ("four digits of the year", 2061, 2_876_947_200),
+            ("two-digit year", 2031, 1_930_176_000),
+            ("four-digit year", 2061, 2_876_947_200),
         ];
 
         for (name, year, seconds) in cases {
@@ -98,7 +98,7 @@ mod tests {
     }
 
     #[test]
-    fn a_certificate_cut_off_anywhere_before_its_validity_has_no_end_and_does_not_panic() {
+    fn a_truncated_certificate_has_no_expiry_and_does_not_panic() {
         let whole = certificate(2031);
 
         for length in 0..whole.len() {

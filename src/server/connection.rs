@@ -1,4 +1,4 @@
-//! One connection from its acceptance to its end: TLS, preface, HTTP/2, age, drain. Every wait in it is bounded.
+//! One connection: TLS, preface, HTTP/2, age, drain. Every wait in it is bounded.
 
 use std::{convert::Infallible, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
@@ -8,77 +8,69 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpStream,
-    sync::{Semaphore, watch},
+    sync::Semaphore,
     time::{Instant, sleep, timeout},
 };
 use tokio_rustls::server::TlsStream;
+use tokio_util::sync::CancellationToken;
 
 use super::{
     Timings,
     edge::{self, Edge},
-    preface::{self, Greeted},
+    preface::{self, Replay},
     stream::Streams,
     tls::Tls,
 };
 use crate::{caller::Caller, rpc::Service, telemetry::Peer};
 
-/// Streams of one connection at once; the excess gets `REFUSED_STREAM`, which a client may repeat.
+/// Concurrent streams of one connection; further ones get `REFUSED_STREAM`, which is safe to retry.
 const MAX_STREAMS: u32 = 100;
-/// All headers of one request, as HTTP/2 counts them, in bytes; more is answered with HTTP 431.
+/// All headers of one request, as HTTP/2 counts them, in bytes; the reply to more is HTTP 431.
 const MAX_HEADER_BYTES: u32 = 16 * 1024;
-/// A whole message of the largest size fits, so a well-behaved caller never waits for a window.
+/// Fits a message of the maximum size, so a well-behaved client never waits for a window update.
 const STREAM_WINDOW: u32 = 128 * 1024;
-/// Bounds what one connection can make us hold in unread request bytes.
+/// Bounds the unread request bytes of one connection.
 const CONNECTION_WINDOW: u32 = 1024 * 1024;
-/// Streams that the peer resets before we saw them, after which the connection ends with `ENHANCE_YOUR_CALM`. A caller
-/// may cancel all it has open in one go, so no lower than [`MAX_STREAMS`].
-const MAX_RESET_STREAMS: usize = MAX_STREAMS as usize;
-/// Streams that we reset for the peer's faults, with the same end.
-const MAX_FAULTY_STREAMS: usize = 256;
-/// Streams beside the task service that each connection has in any case: a health check, and one that watches.
-const OWN_STREAMS: usize = 2;
-/// What a connection that has not said its preface is still given once a drain has begun: enough for bytes under way.
-const LAST_CALL: Duration = Duration::from_millis(200);
-
-/// What connections have to know of a drain.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Phase {
-    /// Calls are taken.
-    Serve,
-    /// GOAWAY: calls in flight finish, no connection outlives them.
-    GoAway,
-}
+/// Streams that the client may reset before they are accepted; beyond that the connection ends with `ENHANCE_YOUR_CALM`. Not
+/// below [`MAX_STREAMS`], because a client may cancel all its streams at once.
+const MAX_REMOTE_RESETS: usize = MAX_STREAMS as usize;
+/// Streams that the server may reset for protocol errors of the client; beyond that the connection ends likewise.
+const MAX_LOCAL_RESETS: usize = 256;
+/// Auxiliary streams that every connection may open regardless of other connections: a health check and a health watch.
+const RESERVED_AUXILIARY_STREAMS: usize = 2;
+/// The time that a connection without a complete preface has left once a drain has begun: enough for bytes in transit.
+const DRAIN_PREFACE_TIMEOUT: Duration = Duration::from_millis(200);
 
 /// What all connections of one worker share.
-pub(super) struct Shared<S> {
+pub(super) struct WorkerContext<S> {
     pub(super) edge: Edge<S>,
     pub(super) tls: Option<Arc<Tls>>,
     pub(super) timings: Timings,
 }
 
-/// Serves one connection to its end. `false` when it never became one: handshake or preface failed or took too long.
+/// Serves one connection to its end. Returns `false` if the handshake or the preface failed or timed out.
 pub(super) async fn serve<S: Service>(
     socket: std::net::TcpStream,
     peer: SocketAddr,
-    shared: Arc<Shared<S>>,
-    phase: watch::Receiver<Phase>,
+    context: Arc<WorkerContext<S>>,
+    go_away: CancellationToken,
 ) -> bool {
     let Ok(socket) = TcpStream::from_std(socket) else {
         return false;
     };
     let connection = Caller::Connection(fastrand::u64(..));
-    match &shared.tls {
-        None => greet_and_serve(socket, peer, connection, &shared, phase).await,
+    match &context.tls {
+        None => read_preface_and_serve(socket, peer, connection, &context, &go_away).await,
         Some(tls) => {
-            // In boxes, here and below, which the rest of the connection's life does not keep.
+            // Boxed, as is the preface below, to free its memory for the rest of the connection's life.
             let handshake = Box::pin(timeout(
-                shared.timings.handshake_timeout,
+                context.timings.handshake_timeout,
                 tls.handshake(socket),
             ));
-            match before_drain(handshake, phase.clone()).await {
+            match before_drain(handshake, &go_away).await {
                 Some(Ok(Some(io))) => {
                     let caller = client_certificate(&io).unwrap_or(connection);
-                    greet_and_serve(io, peer, caller, &shared, phase).await
+                    read_preface_and_serve(io, peer, caller, &context, &go_away).await
                 }
                 _ => false,
             }
@@ -86,27 +78,27 @@ pub(super) async fn serve<S: Service>(
     }
 }
 
-async fn greet_and_serve<S: Service, I>(
+async fn read_preface_and_serve<S: Service, I>(
     io: I,
     peer: SocketAddr,
     caller: Caller,
-    shared: &Arc<Shared<S>>,
-    phase: watch::Receiver<Phase>,
+    context: &Arc<WorkerContext<S>>,
+    go_away: &CancellationToken,
 ) -> bool
 where
     I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let greeting = Box::pin(timeout(shared.timings.preface_timeout, preface::read(io)));
-    match before_drain(greeting, phase.clone()).await {
+    let preface = Box::pin(timeout(context.timings.preface_timeout, preface::read(io)));
+    match before_drain(preface, go_away).await {
         Some(Ok(Some(io))) => {
-            http2(io, peer, caller, shared, phase).await;
+            serve_http2(io, peer, caller, context, go_away).await;
             true
         }
         _ => false,
     }
 }
 
-/// The caller that a client certificate stands for.
+/// The caller that the client certificate identifies, if there is one.
 fn client_certificate(io: &TlsStream<TcpStream>) -> Option<Caller> {
     let (_, tls) = io.get_ref();
     let certificate = tls.peer_certificates()?.first()?;
@@ -118,40 +110,35 @@ fn client_certificate(io: &TlsStream<TcpStream>) -> Option<Caller> {
         .map(Caller::Certificate)
 }
 
-/// `event`, unless a drain leaves it behind.
-async fn before_drain<F: Future>(event: F, mut phase: watch::Receiver<Phase>) -> Option<F::Output> {
+/// Awaits `event`, but not beyond [`DRAIN_PREFACE_TIMEOUT`] after the GOAWAY of a drain.
+async fn before_drain<F: Future>(event: F, go_away: &CancellationToken) -> Option<F::Output> {
     tokio::select! {
         biased;
         output = event => Some(output),
-        () = async { go_away(&mut phase).await; sleep(LAST_CALL).await } => None,
+        () = async { go_away.cancelled().await; sleep(DRAIN_PREFACE_TIMEOUT).await } => None,
     }
 }
 
-/// Waits for the GOAWAY of a drain. A sender that is gone means that the process is ending, so it counts too.
-async fn go_away(phase: &mut watch::Receiver<Phase>) {
-    let _ = phase.wait_for(|phase| *phase == Phase::GoAway).await;
-}
-
-async fn http2<S: Service, I>(
-    io: Greeted<I>,
+async fn serve_http2<S: Service, I>(
+    io: Replay<I>,
     peer: SocketAddr,
     caller: Caller,
-    shared: &Arc<Shared<S>>,
-    mut phase: watch::Receiver<Phase>,
+    context: &Arc<WorkerContext<S>>,
+    go_away: &CancellationToken,
 ) where
     I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let timings = &shared.timings;
+    let timings = &context.timings;
     let connection = Arc::new(edge::Connection {
         peer: Arc::new(Peer::new(peer)),
         caller,
-        auxiliary: Arc::new(Semaphore::new(OWN_STREAMS)),
+        auxiliary: Arc::new(Semaphore::new(RESERVED_AUXILIARY_STREAMS)),
     });
     let service = service_fn(|request| {
-        let (shared, connection) = (Arc::clone(shared), Arc::clone(&connection));
-        // In a box, because each future on its way would hold it once more, and every call pays for moving it.
+        let (context, connection) = (Arc::clone(context), Arc::clone(&connection));
+        // Boxed, because each future that it passes through would hold a copy, and every call would pay for moving it.
         let request = Box::new(request);
-        async move { Ok::<_, Infallible>(shared.edge.answer(&connection, request).await) }
+        async move { Ok::<_, Infallible>(context.edge.handle(&connection, request).await) }
     });
     let mut connection = pin!(
         http2::Builder::new(Streams)
@@ -160,39 +147,39 @@ async fn http2<S: Service, I>(
             .max_header_list_size(MAX_HEADER_BYTES)
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
-            .max_pending_accept_reset_streams(MAX_RESET_STREAMS)
-            .max_local_error_reset_streams(MAX_FAULTY_STREAMS)
+            .max_pending_accept_reset_streams(MAX_REMOTE_RESETS)
+            .max_local_error_reset_streams(MAX_LOCAL_RESETS)
             .keep_alive_interval(timings.keepalive_interval)
             .keep_alive_timeout(timings.keepalive_timeout)
             .auto_date_header(false)
             .serve_connection(TokioIo::new(io), service)
     );
-    let ages = !timings.max_connection_age.is_zero();
+    let has_max_age = !timings.max_connection_age.is_zero();
     let mut age = pin!(sleep(with_jitter(timings.max_connection_age)));
     let mut draining = false;
-    let mut old = false;
+    let mut is_old = false;
     loop {
         tokio::select! {
             biased;
-            // An error is the peer's doing or its network's; the calls that it cost are counted as theirs.
+            // An error comes from the client or the network; the calls that it ends are counted as cancelled.
             _ = connection.as_mut() => return,
-            () = go_away(&mut phase), if !draining => {
+            () = go_away.cancelled(), if !draining => {
                 connection.as_mut().graceful_shutdown();
                 draining = true;
             }
-            () = age.as_mut(), if ages => {
-                if old {
+            () = age.as_mut(), if has_max_age => {
+                if is_old {
                     return;
                 }
                 connection.as_mut().graceful_shutdown();
-                old = true;
+                is_old = true;
                 age.as_mut().reset(Instant::now() + timings.max_connection_age_grace);
             }
         }
     }
 }
 
-/// `age`, longer or shorter by up to a tenth, so that connections opened together do not end together.
+/// `age`, longer or shorter by up to 10 %, so that connections opened together do not end together.
 fn with_jitter(age: Duration) -> Duration {
     age.mul_f64(0.9 + 0.2 * fastrand::f64())
 }

@@ -1,4 +1,4 @@
-//! The way in of a call: every check and limit that it passes before its handler sees it, in order, and none twice.
+//! The checks and limits of a call before its handler runs, in this order:
 //!
 //! ```text
 //! record -> method, content type -> deadline -> permit -> message -> handler -> reply
@@ -17,7 +17,7 @@ use tower_service::Service as _;
 
 use super::{
     message,
-    reply::{self, REQUEST_ID, Reply},
+    reply::{self, REQUEST_ID, ReplyBody},
 };
 use crate::{
     call::{Call, Permit},
@@ -28,53 +28,47 @@ use crate::{
     method::Method,
     pb::GetTaskDetailResponse,
     rpc::Service,
+    status,
     telemetry::{Peer, Record, Sinks},
 };
-
-/// The permits that all workers share.
-#[derive(Debug, Clone)]
-pub(super) struct Limits {
-    /// Unary calls of the task service.
-    pub(super) in_flight: Arc<FairLimit>,
-    /// Auxiliary streams (health, reflection, requests that are not gRPC), beyond those that each connection has for itself.
-    pub(super) auxiliary: Arc<Semaphore>,
-}
 
 /// What all calls of one connection share.
 #[derive(Debug)]
 pub(super) struct Connection {
     pub(super) peer: Arc<Peer>,
-    /// Who calls, if calls carry no token of their own.
+    /// The caller of the calls that carry no token.
     pub(super) caller: Caller,
-    /// The permits for auxiliary streams that no other connection can take.
+    /// The permits for auxiliary streams that are reserved for this connection.
     pub(super) auxiliary: Arc<Semaphore>,
 }
 
 /// What all calls of one worker share.
-#[derive(Clone)]
 pub(super) struct Edge<S> {
-    pub(super) tasks: S,
-    /// Health and, unless it is off, reflection.
-    pub(super) auxiliary: Routes,
+    pub(super) service: S,
+    /// Health and, if it is on, reflection.
+    pub(super) routes: Routes,
     pub(super) reflection: bool,
     /// Upper bound of one unary call.
     pub(super) timeout: Duration,
-    pub(super) limits: Limits,
+    /// Permits for unary calls of the task service, shared by all workers.
+    pub(super) in_flight: Arc<FairLimit>,
+    /// Permits for auxiliary streams (health, reflection, requests that are not gRPC) beyond those that are reserved for each
+    /// connection, shared by all workers.
+    pub(super) auxiliary_permits: Arc<Semaphore>,
     /// Cancelled shortly before the end of the shutdown grace period.
-    pub(super) cut: CancellationToken,
+    pub(super) cut_off: CancellationToken,
     pub(super) sinks: Arc<Sinks>,
 }
 
 impl<S: Service> Edge<S> {
-    /// Answers one request, whatever it is.
-    pub(super) async fn answer(
+    /// Replies to one request of any kind.
+    pub(super) async fn handle(
         &self,
         connection: &Connection,
         request: Box<Request<Incoming>>,
-    ) -> Response<Reply> {
-        let own = &connection.auxiliary;
+    ) -> Response<ReplyBody> {
         let headers = request.headers();
-        let caller = match self.tasks.token_hash(headers) {
+        let caller = match self.service.token_hash(headers) {
             Some(hash) => Caller::Token(hash),
             None => connection.caller,
         };
@@ -92,51 +86,51 @@ impl<S: Service> Edge<S> {
             Arc::clone(&connection.peer),
             headers,
         );
-        let caller_deadline = caller_timeout.ok().flatten().map(Deadline::after);
-        let deadline = Deadline::after(timeout);
-        let call = Box::new(Call::new(deadline, caller_deadline, caller, record));
+        let call = Box::new(Call {
+            deadline: Deadline::after(timeout),
+            caller_deadline: caller_timeout.ok().flatten().map(Deadline::after),
+            caller,
+            record,
+            permit: None,
+        });
 
         if request.method() != HttpMethod::POST {
             let text = "gRPC calls use POST\n";
             let status = StatusCode::METHOD_NOT_ALLOWED;
-            return self.not_grpc(call, own, request, status, text).await;
+            return self.not_grpc(call, connection, request, status, text).await;
         }
         if !is_grpc(headers) {
             let text = "the content type must be application/grpc or application/grpc+proto\n";
             let status = StatusCode::UNSUPPORTED_MEDIA_TYPE;
-            return self.not_grpc(call, own, request, status, text).await;
+            return self.not_grpc(call, connection, request, status, text).await;
         }
         if let Err(text) = caller_timeout {
             return reply::failure(call, &Error::Protocol(Code::InvalidArgument, text));
         }
-        match method {
-            Method::GetTaskDetail => self.unary(call, request).await,
-            Method::HealthCheck => {
-                let until = Some(call.deadline);
-                self.auxiliary(call, own, until, request).await
-            }
+        let until = match method {
+            Method::GetTaskDetail => return self.unary(call, request).await,
+            Method::HealthCheck => Some(call.deadline),
             // A stream ends with the caller's deadline, not with the server's maximum.
-            Method::HealthWatch => {
-                let until = call.caller_deadline;
-                self.auxiliary(call, own, until, request).await
-            }
-            Method::Reflection if self.reflection => {
-                let until = call.caller_deadline;
-                self.auxiliary(call, own, until, request).await
-            }
+            Method::HealthWatch => call.caller_deadline,
+            Method::Reflection if self.reflection => call.caller_deadline,
             Method::Reflection | Method::Other => {
-                let error = Error::Protocol(Code::Unimplemented, "unknown service or method");
-                reply::failure(call, &error)
+                let error = Error::Protocol(Code::Unimplemented, status::UNKNOWN_METHOD);
+                return reply::failure(call, &error);
             }
-        }
+        };
+        self.auxiliary(call, connection, until, request).await
     }
 
     /// A unary call of the task service.
-    async fn unary(&self, mut call: Box<Call>, request: Box<Request<Incoming>>) -> Response<Reply> {
-        let Some(permit) = self.limits.in_flight.try_acquire(call.caller) else {
+    async fn unary(
+        &self,
+        mut call: Box<Call>,
+        request: Box<Request<Incoming>>,
+    ) -> Response<ReplyBody> {
+        let Some(permit) = self.in_flight.try_acquire(call.caller) else {
             return reply::failure(call, &Error::Overloaded);
         };
-        call.hold(Permit::InFlight(permit));
+        call.permit = Some(Permit::InFlight(permit));
         let result = self.get_task_detail(&mut call, request).await;
         match result.and_then(|message| message::encode(&message)) {
             Ok(message) => reply::unary(call, message),
@@ -160,9 +154,9 @@ impl<S: Service> Edge<S> {
         }
         let metadata = request.headers();
         let message = message::decode(metadata, &message)?;
-        let work = self.tasks.get_task_detail(call, metadata, message);
+        let work = self.service.get_task_detail(call, metadata, message);
         let work = deadline.bound(AssertUnwindSafe(work).catch_unwind());
-        match self.cut.run_until_cancelled(work).await {
+        match self.cut_off.run_until_cancelled(work).await {
             Some(Ok(Ok(result))) => result,
             Some(Ok(Err(_))) => {
                 self.sinks.metrics.panics.inc();
@@ -173,21 +167,21 @@ impl<S: Service> Edge<S> {
         }
     }
 
-    /// Health and reflection: outside the limit of calls in flight. `until` ends their streams.
+    /// A call of health or reflection, which the limit of calls in flight does not cover. `until` ends its stream.
     async fn auxiliary(
         &self,
         mut call: Box<Call>,
-        own: &Arc<Semaphore>,
+        connection: &Connection,
         until: Option<Deadline>,
         request: Box<Request<Incoming>>,
-    ) -> Response<Reply> {
-        let Some(permit) = self.auxiliary_permit(own) else {
+    ) -> Response<ReplyBody> {
+        let Some(permit) = self.auxiliary_permit(connection) else {
             return reply::failure(call, &Error::Overloaded);
         };
-        call.hold(Permit::Auxiliary(permit));
-        let answer = AssertUnwindSafe(self.auxiliary.clone().call(*request)).catch_unwind();
-        // In a box, because it is larger than everything that a call of the task service needs.
-        match Box::pin(call.deadline.bound(answer)).await {
+        call.permit = Some(Permit::Auxiliary(permit));
+        let response = AssertUnwindSafe(self.routes.clone().call(*request)).catch_unwind();
+        // Boxed, because it is larger than all that a call of the task service needs.
+        match Box::pin(call.deadline.bound(response)).await {
             Ok(Ok(Ok::<_, Infallible>(response))) => reply::auxiliary(call, response, until),
             Ok(Err(_)) => {
                 self.sinks.metrics.panics.inc();
@@ -197,51 +191,51 @@ impl<S: Service> Edge<S> {
         }
     }
 
-    /// Answers a request that is not gRPC. Reads its body first if a permit is free, because many HTTP clients ignore a response
+    /// Replies to a request that is not gRPC. Reads its body first if a permit is free, because many HTTP clients ignore a response
     /// until they have sent everything.
     async fn not_grpc(
         &self,
         mut call: Box<Call>,
-        own: &Arc<Semaphore>,
+        connection: &Connection,
         request: Box<Request<Incoming>>,
         status: StatusCode,
         text: &'static str,
-    ) -> Response<Reply> {
-        if let Some(permit) = self.auxiliary_permit(own) {
-            call.hold(Permit::Auxiliary(permit));
+    ) -> Response<ReplyBody> {
+        if let Some(permit) = self.auxiliary_permit(connection) {
+            call.permit = Some(Permit::Auxiliary(permit));
             let mut rest = Limited::new(request.into_body(), message::MAX_BYTES);
             let end = async { while let Some(Ok(_)) = rest.frame().await {} };
-            // A body that is too long or too slow is answered before its end.
+            // A body that is too long or too slow is not read to its end.
             let _ = call.deadline.bound(end).await;
         }
         reply::not_grpc(call, status, text)
     }
 
-    /// A permit for an auxiliary stream: one of the connection's own, so that no other connection can take health away from it, or
-    /// one of those that all connections share.
-    fn auxiliary_permit(&self, own: &Arc<Semaphore>) -> Option<OwnedSemaphorePermit> {
-        [own, &self.limits.auxiliary]
+    /// A permit for an auxiliary stream: one that is reserved for the connection, so that other connections cannot block its health
+    /// checks, or else a shared one.
+    fn auxiliary_permit(&self, connection: &Connection) -> Option<OwnedSemaphorePermit> {
+        [&connection.auxiliary, &self.auxiliary_permits]
             .into_iter()
             .find_map(|permits| Arc::clone(permits).try_acquire_owned().ok())
     }
 }
 
-/// The caller's `grpc-timeout`, if any, or what is wrong with it.
+/// The caller's `grpc-timeout`, if any, or an error message.
 fn caller_timeout(headers: &HeaderMap) -> Result<Option<Duration>, &'static str> {
     let mut values = headers.get_all("grpc-timeout").iter();
     let Some(value) = values.next() else {
         return Ok(None);
     };
     if values.next().is_some() {
-        return Err("grpc-timeout: may be given once only");
+        return Err("grpc-timeout: send it only once");
     }
-    parse_grpc_timeout(value.as_bytes())
-        .map(Some)
-        .ok_or("grpc-timeout: must be 1 to 8 digits and one of H, M, S, m, u, n")
+    parse_grpc_timeout(value.as_bytes()).map(Some).ok_or(
+        "grpc-timeout: must be 1 to 8 digits and a unit (H, M, S, m, u or n), for example 5S",
+    )
 }
 
-/// Whether the content type is gRPC with protobuf: gRPC over HTTP/2, section "Requests". gRPC-Web has a type of its own
-/// and is not supported, nor are other encodings of the message.
+/// Whether the content type is gRPC with protobuf ("gRPC over HTTP/2", section "Requests"). gRPC-Web and other message encodings are
+/// not supported.
 fn is_grpc(headers: &HeaderMap) -> bool {
     let Some(value) = headers.get(header::CONTENT_TYPE) else {
         return false;

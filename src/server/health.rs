@@ -12,22 +12,22 @@ use tonic_health::{
 
 use crate::{method::TASK_SERVICE, pb::DESCRIPTORS};
 
-/// The names of the health service: the whole server, and the task service.
+/// The service names that health checks accept: the whole server, and the task service.
 const NAMES: [&str; 2] = ["", TASK_SERVICE];
 
 /// The longest request, in bytes: a name of a service, file or symbol.
 const MAX_REQUEST_BYTES: usize = 4 * 1024;
 
-/// Whether the server takes calls, for health and `/readyz`. It never follows upstream's health, because all instances would then
-/// leave the balancer at once.
+/// Whether the server accepts calls, as health and `/readyz` report it. It never follows the health of RDS: otherwise all replicas
+/// would become unready at once.
 #[derive(Debug)]
-pub(super) struct Health {
+pub(super) struct HealthState {
     reporter: HealthReporter,
     serving: watch::Sender<bool>,
 }
 
-impl Health {
-    /// `NOT_SERVING`; `serving` follows it.
+impl HealthState {
+    /// Starts with `NOT_SERVING`; `serving` always holds the status.
     pub(super) async fn new(serving: watch::Sender<bool>) -> Self {
         let health = Self {
             reporter: HealthReporter::new(),
@@ -56,7 +56,7 @@ impl Health {
             let ready = *ready.borrow_and_update();
             self.set(ready).await;
         }
-        // The sender is gone, so the last value stays.
+        // The sender is gone: it never changes again.
         std::future::pending().await
     }
 
@@ -68,14 +68,14 @@ impl Health {
         self.set(false).await;
     }
 
-    /// The auxiliary services: health, and reflection if it is on.
+    /// The auxiliary services: health and, if `reflection` is set, reflection.
     pub(super) fn routes(&self, reflection: bool) -> Routes {
         let health = HealthService::from_health_reporter(self.reporter.clone());
         let mut routes = RoutesBuilder::default();
         routes.add_service(HealthServer::new(health).max_decoding_message_size(MAX_REQUEST_BYTES));
         if reflection {
-            // Many tools still know v1alpha only; without the descriptors of google.rpc and health they show the details
-            // of an error as raw bytes and refuse to call health.
+            // Many tools still use v1alpha only. Without the descriptors of google.rpc and health, they show error details as raw
+            // bytes and cannot call health.
             routes
                 .add_service(
                     descriptors()

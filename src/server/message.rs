@@ -1,7 +1,7 @@
-//! The one message of a unary call: read whole and under a limit, then decoded; and its reply, encoded.
+//! Reads and decodes the request message of a unary call, within a size limit, and encodes its reply.
 //!
-//! gRPC over HTTP/2 frames a message as one flag byte, four bytes of length, and the message. The gRPC library's own reader accepts a
-//! second message of a unary call and answers a large one with `OUT_OF_RANGE`.
+//! gRPC over HTTP/2 frames a message as one flag byte, four bytes of length, and the message. The reader of the gRPC library is not
+//! used: it accepts a second message in a unary call and rejects a large one with `OUT_OF_RANGE`.
 
 use std::io::Read as _;
 
@@ -12,31 +12,29 @@ use http_body_util::BodyExt as _;
 use prost::Message;
 use tonic::Code;
 
-use crate::error::Error;
+use crate::{error::Error, status};
 
 /// The longest message of a request, compressed or not, in bytes.
 pub(super) const MAX_BYTES: usize = 64 * 1024;
 /// The longest message of a reply, in bytes: what gRPC clients accept by default.
 const MAX_REPLY_BYTES: usize = 4 * 1024 * 1024;
+/// The length of the frame prefix, in bytes.
 const PREFIX: usize = 5;
 
 const TOO_LONG: Error = Error::Protocol(
     Code::ResourceExhausted,
-    "the request message is over the limit of 64 KiB",
+    "the request message is over the limit of 64 KiB: send only the fields of the proto",
 );
-const UNREADABLE: Error = Error::Protocol(
-    Code::Internal,
-    "the request cannot be decoded: send one protobuf message as the proto defines it",
-);
+const UNREADABLE: Error = Error::Protocol(Code::Internal, status::UNREADABLE_REQUEST);
 
-/// The encodings of a request that are read; sent to a client that uses another one.
+/// The supported encodings of a request message, as `grpc-accept-encoding` lists them.
 pub(super) const ACCEPTED_ENCODINGS: &str = "gzip,identity";
 
 /// Reads the body to its end and returns the one message in it, prefix included.
 ///
 /// # Errors
-/// [`Error::Protocol`]: `RESOURCE_EXHAUSTED` for a message over [`MAX_BYTES`], CANCELLED when the caller went away, INTERNAL for no
-/// message, more than one, or half a message.
+/// [`Error::Protocol`]: `RESOURCE_EXHAUSTED` for a message over [`MAX_BYTES`], CANCELLED if the client disconnects, INTERNAL for no
+/// message, more than one, or an incomplete one.
 pub(super) async fn read<B>(mut body: B) -> Result<Bytes, Error>
 where
     B: http_body::Body<Data = Bytes> + Unpin,
@@ -44,14 +42,14 @@ where
     let mut message = Bytes::new();
     while let Some(frame) = body.frame().await {
         let Ok(frame) = frame else {
-            return Err(Error::Protocol(Code::Cancelled, "the caller went away"));
+            return Err(Error::Protocol(Code::Cancelled, "the client disconnected"));
         };
-        // Trailers of a request have no meaning in gRPC.
+        // gRPC ignores request trailers.
         let Ok(data) = frame.into_data() else {
             continue;
         };
         message = join(message, data);
-        if let Some(length) = length(&message) {
+        if let Some(length) = announced_length(&message) {
             if length > MAX_BYTES {
                 return Err(TOO_LONG);
             }
@@ -63,7 +61,7 @@ where
             }
         }
     }
-    match length(&message) {
+    match announced_length(&message) {
         Some(length) if message.len() == PREFIX + length => Ok(message),
         _ if message.is_empty() => Err(Error::Protocol(
             Code::Internal,
@@ -76,7 +74,7 @@ where
     }
 }
 
-/// Decodes a message that [`read`] returned. `headers` say how it is compressed.
+/// Decodes a message that [`read`] returned. The `headers` name its compression.
 ///
 /// # Errors
 /// [`Error::Protocol`]: UNIMPLEMENTED for an unknown encoding, `RESOURCE_EXHAUSTED` for a message that expands to more than
@@ -91,7 +89,7 @@ pub(super) fn decode<M: Message + Default>(
         Some(_) => {
             return Err(Error::Protocol(
                 Code::Unimplemented,
-                "the message encoding is not supported: send the message uncompressed or as grpc-accept-encoding says",
+                status::UNKNOWN_ENCODING,
             ));
         }
     };
@@ -99,13 +97,13 @@ pub(super) fn decode<M: Message + Default>(
     let decoded = match (message[0], is_gzip) {
         (0, _) => M::decode(payload),
         (1, true) => M::decode(&*decompress(payload)?),
-        // A compressed message without an encoding, or a flag that does not exist.
+        // A compressed message without an encoding, or an undefined flag.
         _ => return Err(UNREADABLE),
     };
     decoded.map_err(|_| UNREADABLE)
 }
 
-/// Copies only if a message arrives in more than one piece, which small ones never do.
+/// Appends `data`. Copies only if the message arrives in more than one frame, which small ones never do.
 fn join(message: Bytes, data: Bytes) -> Bytes {
     if message.is_empty() {
         return data;
@@ -115,13 +113,13 @@ fn join(message: Bytes, data: Bytes) -> Bytes {
     joined.freeze()
 }
 
-/// The announced length, once the prefix is there.
-fn length(message: &Bytes) -> Option<usize> {
+/// The length that the prefix announces, once the prefix is complete.
+fn announced_length(message: &Bytes) -> Option<usize> {
     let mut prefix = message.get(1..PREFIX)?;
     Some(prefix.get_u32() as usize)
 }
 
-/// Stops at the limit, whatever the compressed bytes expand to.
+/// Decompresses at most [`MAX_BYTES`].
 fn decompress(compressed: &[u8]) -> Result<Vec<u8>, Error> {
     let mut message = Vec::new();
     GzDecoder::new(compressed)
@@ -134,10 +132,10 @@ fn decompress(compressed: &[u8]) -> Result<Vec<u8>, Error> {
     Ok(message)
 }
 
-/// The reply with its prefix, uncompressed.
+/// Encodes the reply with its prefix, uncompressed.
 ///
 /// # Errors
-/// [`Error::Protocol`]: `RESOURCE_EXHAUSTED` for a reply that is longer than clients accept.
+/// [`Error::Protocol`]: `RESOURCE_EXHAUSTED` for a reply longer than clients accept.
 pub(super) fn encode(reply: &impl Message) -> Result<Bytes, Error> {
     let length = reply.encoded_len();
     if length > MAX_REPLY_BYTES {

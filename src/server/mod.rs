@@ -1,12 +1,12 @@
-//! The gRPC listener: accept loop, TLS, limits, drain, and what every RPC passes on its way in and out.
+//! The gRPC server: accept loop, TLS, limits, drain, and the checks and the reply of every call.
 //!
-//! tonic's own server is not used; its generated service, its `Status`, health and reflection are. That server cannot hold
-//! what a caller may rely on here: a passed deadline answered as such, a drain that ends whatever peers do, an age limit
-//! that spares calls in flight, bounded handshakes, a connection limit, certificates read again.
+//! It uses the generated types, `Status`, health and reflection of tonic, but not tonic's server, which lacks guarantees that callers
+//! rely on here: `DEADLINE_EXCEEDED` as the reply to an expired deadline, a drain of bounded length, a maximum connection age that
+//! spares calls in flight, bounded handshakes, a connection limit, certificate reload.
 //!
 //! ```text
 //! main thread: accept loop, health, certificates, drain      accept.rs health.rs tls.rs mod.rs
-//!   | one socket to the worker with the fewest
+//!   | each socket goes to the worker with the fewest connections
 //! worker thread, one runtime each                            worker.rs
 //!   connection: TLS -> preface -> HTTP/2 -> age, GOAWAY       connection.rs preface.rs stream.rs
 //!     call: checks, deadline, permit, message -> handler      edge.rs message.rs
@@ -36,36 +36,20 @@ use tokio::{
     sync::{Semaphore, watch},
     time::{Instant, sleep, timeout_at},
 };
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::sync::CancellationToken;
 
 pub use options::{Options, Timings};
 
+use self::{
+    accept::Acceptor, connection::WorkerContext, edge::Edge, health::HealthState, tls::Tls,
+    worker::Worker,
+};
 use crate::{fair_limit::FairLimit, rpc::Service, telemetry::Sinks};
 
-/// How much of the shutdown grace is kept for telling calls that they are cut off, and for ending.
-const MAX_FAREWELL: Duration = Duration::from_millis(500);
+/// Cap of the part of the shutdown grace that is reserved for replies to calls that are cut off, and for ending the workers.
+const MAX_CUT_OFF_TIME: Duration = Duration::from_millis(500);
 
-/// What the listener works with.
-pub struct Parts<F> {
-    /// Makes the service; called once on each worker, inside its runtime.
-    pub facade: F,
-    /// Whether a first credential is there.
-    pub ready: watch::Receiver<bool>,
-    /// Kept at whether we are SERVING, for `/readyz`.
-    pub serving: watch::Sender<bool>,
-    /// Where calls and connections are reported.
-    pub sinks: Arc<Sinks>,
-    /// Called once, when nothing can fail any more and connections are let in.
-    pub started: Box<dyn FnOnce() + Send>,
-}
-
-impl<F> fmt::Debug for Parts<F> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Parts").finish_non_exhaustive()
-    }
-}
-
-/// Why the listener did not start.
+/// Why the server did not start.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A certificate, key or client CA cannot be used.
@@ -79,116 +63,131 @@ pub enum Error {
     Worker(#[source] io::Error),
 }
 
-/// Serves until `shutdown`, then drains: `NOT_SERVING`, `drain_delay`, GOAWAY, calls in flight finish. Returns at the latest
-/// `shutdown_grace` after GOAWAY, whatever peers do.
-///
-/// # Errors
-/// Only before the first connection: see [`Error`].
-pub async fn serve<S, F>(
-    listener: std::net::TcpListener,
+/// The gRPC server: its listener and its workers, started and not yet accepting connections.
+pub struct Server<S> {
     options: Options,
-    parts: Parts<F>,
-    shutdown: impl Future<Output = ()>,
-) -> Result<(), Error>
-where
-    S: Service,
-    F: Fn() -> S + Send + Sync + 'static,
-{
-    let Parts {
-        facade,
-        mut ready,
-        serving,
-        sinks,
-        started,
-    } = parts;
-    let metrics = Arc::clone(&sinks.metrics);
-    let tls = match &options.tls {
-        Some(files) => Some(Arc::new(tls::Tls::load(files.clone(), &metrics)?)),
-        None => None,
-    };
-    let health = health::Health::new(serving).await;
-    let routes = health.routes(options.reflection);
-    let limits = edge::Limits {
-        in_flight: FairLimit::new(options.max_in_flight),
-        auxiliary: Arc::new(Semaphore::new(options.max_connections)),
-    };
-    let cut = CancellationToken::new();
-    let facade = Arc::new(facade);
-    let mut workers = Vec::with_capacity(options.workers);
-    for index in 0..options.workers.max(1) {
-        let (facade, routes, limits, tls) = (
-            Arc::clone(&facade),
-            routes.clone(),
-            limits.clone(),
-            tls.clone(),
-        );
-        let (timeout, reflection, timings) =
-            (options.timeout, options.reflection, options.timings.clone());
-        let (cut, sinks) = (cut.child_token(), Arc::clone(&sinks));
-        let shared = move || connection::Shared {
-            edge: edge::Edge {
-                tasks: facade(),
-                auxiliary: routes,
-                reflection,
-                timeout,
-                limits,
-                cut,
-                sinks,
-            },
-            tls,
-            timings,
+    listener: TcpListener,
+    acceptor: Acceptor<S>,
+    health: HealthState,
+    tls: Option<Arc<Tls>>,
+    in_flight: Arc<FairLimit>,
+    cut_off: CancellationToken,
+}
+
+impl<S> fmt::Debug for Server<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Server").finish_non_exhaustive()
+    }
+}
+
+impl<S: Service> Server<S> {
+    /// Loads the certificates and starts one worker for each of `services`. `serving` always holds the health status, for
+    /// `/readyz`.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn start(
+        listener: std::net::TcpListener,
+        options: Options,
+        services: Vec<S>,
+        serving: watch::Sender<bool>,
+        sinks: Arc<Sinks>,
+    ) -> Result<Self, Error> {
+        let tls = match &options.tls {
+            Some(files) => Some(Arc::new(Tls::load(files.clone(), &sinks.metrics)?)),
+            None => None,
         };
-        workers.push(
-            worker::Worker::start(index, shared)
-                .await
-                .map_err(Error::Worker)?,
-        );
+        let health = HealthState::new(serving).await;
+        let routes = health.routes(options.reflection);
+        let in_flight = FairLimit::new(options.max_in_flight);
+        let auxiliary_permits = Arc::new(Semaphore::new(options.max_connections));
+        let cut_off = CancellationToken::new();
+        let start_worker = |(index, service)| {
+            let context = WorkerContext {
+                edge: Edge {
+                    service,
+                    routes: routes.clone(),
+                    reflection: options.reflection,
+                    timeout: options.timeout,
+                    in_flight: Arc::clone(&in_flight),
+                    auxiliary_permits: Arc::clone(&auxiliary_permits),
+                    cut_off: cut_off.child_token(),
+                    sinks: Arc::clone(&sinks),
+                },
+                tls: tls.clone(),
+                timings: options.timings.clone(),
+            };
+            Worker::start(index, context)
+        };
+        let workers: io::Result<Vec<_>> =
+            services.into_iter().enumerate().map(start_worker).collect();
+        let acceptor = Acceptor {
+            workers: workers.map_err(Error::Worker)?,
+            connections: Arc::new(Semaphore::new(options.max_connections)),
+            metrics: Arc::clone(&sinks.metrics),
+        };
+        listener.set_nonblocking(true).map_err(Error::Listener)?;
+        Ok(Self {
+            listener: TcpListener::from_std(listener).map_err(Error::Listener)?,
+            options,
+            acceptor,
+            health,
+            tls,
+            in_flight,
+            cut_off,
+        })
     }
-    listener.set_nonblocking(true).map_err(Error::Listener)?;
-    let listener = TcpListener::from_std(listener).map_err(Error::Listener)?;
-    let tracker = TaskTracker::new();
-    let door = accept::Door {
-        workers,
-        connections: Arc::new(Semaphore::new(options.max_connections)),
-        metrics,
-        tracker: tracker.clone(),
-    };
 
-    started();
-    let first = *ready.borrow_and_update();
-    health.set(first).await;
-    tokio::select! {
-        biased;
-        () = shutdown => {}
-        never = door.open(&listener) => match never {},
-        never = health.follow(ready) => match never {},
-        never = tls::follow(tls.as_deref()) => match never {},
-    }
+    /// Serves until `shutdown`, then drains: `NOT_SERVING`, `drain_delay`, GOAWAY, calls in flight finish. Returns at most
+    /// `shutdown_grace` after GOAWAY, even if clients misbehave. `ready` holds whether the first credential is available.
+    pub async fn run(self, mut ready: watch::Receiver<bool>, shutdown: impl Future<Output = ()>) {
+        let Self {
+            options,
+            listener,
+            acceptor,
+            health,
+            tls,
+            in_flight,
+            cut_off,
+        } = self;
+        let is_ready = *ready.borrow_and_update();
+        health.set(is_ready).await;
+        tokio::select! {
+            biased;
+            () = shutdown => {}
+            never = acceptor.accept_from(&listener) => match never {},
+            never = health.follow(ready) => match never {},
+            never = tls::follow(tls.as_deref()) => match never {},
+        }
 
-    health.set(false).await;
-    tokio::select! {
-        never = door.open(&listener) => match never {},
-        () = sleep(options.drain_delay) => {}
+        health.set(false).await;
+        tokio::select! {
+            never = acceptor.accept_from(&listener) => match never {},
+            () = sleep(options.drain_delay) => {}
+        }
+        acceptor.close(listener);
+        let Acceptor {
+            workers,
+            connections,
+            ..
+        } = acceptor;
+        workers.iter().for_each(Worker::go_away);
+        let end = Instant::now() + options.shutdown_grace;
+        // Calls that outlive the grace period get a reply in its last moments, and the exit comes before its end.
+        let cut_off_time = (options.shutdown_grace / 10).min(MAX_CUT_OFF_TIME);
+        health.end_watches().await;
+        let drained = || join_all(workers.iter().map(Worker::drained));
+        if timeout_at(end - cut_off_time, drained()).await.is_err() {
+            tracing::warn!(
+                connections = options.max_connections - connections.available_permits(),
+                calls = in_flight.held(),
+                "cut off at the end of the shutdown grace"
+            );
+            cut_off.cancel();
+            let _ = timeout_at(end - cut_off_time / 2, drained()).await;
+        }
+        // A worker ends at once unless something on it blocks, which must not delay the exit.
+        let stopping = join_all(workers.into_iter().map(Worker::stop));
+        let _ = timeout_at(end - cut_off_time / 4, stopping).await;
     }
-    let connections = Arc::clone(&door.connections);
-    let workers = door.close(listener);
-    workers.iter().for_each(worker::Worker::go_away);
-    let end = Instant::now() + options.shutdown_grace;
-    // Calls that outlive the grace are told so in its last moments, and the exit comes before its end.
-    let farewell = (options.shutdown_grace / 10).min(MAX_FAREWELL);
-    health.end_watches().await;
-    tracker.close();
-    if timeout_at(end - farewell, tracker.wait()).await.is_err() {
-        tracing::warn!(
-            connections = options.max_connections - connections.available_permits(),
-            calls = limits.in_flight.held(),
-            "cut off at the end of the shutdown grace"
-        );
-        cut.cancel();
-        let _ = timeout_at(end - farewell / 2, tracker.wait()).await;
-    }
-    // A worker ends at once unless something on it blocks, which must not hold up the exit.
-    let stopping = join_all(workers.into_iter().map(worker::Worker::stop));
-    let _ = timeout_at(end - farewell / 4, stopping).await;
-    Ok(())
 }

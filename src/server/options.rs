@@ -5,7 +5,7 @@ use std::{net::SocketAddr, time::Duration};
 use clap::ArgAction;
 
 use super::tls;
-use crate::options::{self, address, boolean, duration, duration_or_zero, limit};
+use crate::options::{address, boolean, duration, duration_or_zero, limit};
 
 /// The options of the gRPC listener.
 #[derive(Debug, Clone, clap::Args)]
@@ -18,10 +18,10 @@ pub struct Options {
     /// Upper bound of one call, also when the caller sets no deadline or a longer one
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = duration)]
     pub timeout: Duration,
-    /// Calls in flight; beyond it RESOURCE_EXHAUSTED at once
+    /// Calls in flight; further calls fail at once with RESOURCE_EXHAUSTED
     #[arg(long, value_name = "NUMBER", default_value = "2048", value_parser = limit)]
     pub max_in_flight: usize,
-    /// gRPC connections at once
+    /// Open gRPC connections; further ones are closed at once
     #[arg(long, value_name = "NUMBER", default_value = "1000", value_parser = limit)]
     pub max_connections: usize,
     /// Time between NOT_SERVING and GOAWAY on shutdown
@@ -41,10 +41,7 @@ pub struct Options {
         action = ArgAction::Set
     )]
     pub reflection: bool,
-    /// Worker threads: one per core that the process may use.
-    #[arg(skip = std::thread::available_parallelism().map_or(1, usize::from))]
-    pub workers: usize,
-    /// The times of one connection.
+    /// The time limits of one connection.
     #[command(flatten)]
     pub timings: Timings,
     /// TLS; `None` for plaintext.
@@ -52,32 +49,26 @@ pub struct Options {
     pub tls: Option<tls::Files>,
 }
 
-/// The times of one connection. All but the age are fixed outside of tests.
+/// The time limits of one connection. All but the age are fixed outside of tests.
 #[derive(Debug, Clone, clap::Args)]
 #[group(skip)]
 pub struct Timings {
     /// From accept to the end of the TLS handshake.
     #[arg(skip = Duration::from_secs(5))]
     pub handshake_timeout: Duration,
-    /// From there to the end of the HTTP/2 preface.
+    /// From the end of the handshake to the end of the HTTP/2 preface.
     #[arg(skip = Duration::from_secs(10))]
     pub preface_timeout: Duration,
-    /// Between PINGs on a silent connection.
+    /// The interval between PINGs on a silent connection.
     #[arg(skip = Duration::from_secs(30))]
     pub keepalive_interval: Duration,
-    /// For the acknowledgement of a PING.
+    /// The time for the acknowledgement of a PING.
     #[arg(skip = Duration::from_secs(10))]
     pub keepalive_timeout: Duration,
-    /// Age at which a connection gets GOAWAY, plus or minus 10 per cent; 0s for none
+    /// Age at which a connection gets GOAWAY, plus or minus 10 per cent; 0s for no limit
     #[arg(long, value_name = "DURATION", default_value = "30m", value_parser = duration_or_zero)]
     pub max_connection_age: Duration,
-    /// For calls in flight after that.
+    /// The time for calls in flight after that GOAWAY.
     #[arg(skip = Duration::from_secs(30))]
     pub max_connection_age_grace: Duration,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        options::defaults()
-    }
 }

@@ -1,5 +1,5 @@
-//! The first 24 bytes of a connection. They are read before the HTTP library sees the connection, because only here their
-//! time can be bounded and something other than HTTP/2 answered and closed in an orderly way.
+//! The HTTP/2 preface: the first 24 bytes of a connection. They are read before the HTTP library sees the connection, to bound the
+//! time that they may take and to close a connection of another protocol in an orderly way.
 
 use std::{
     io::{self, IoSlice},
@@ -17,7 +17,7 @@ const NOT_HTTP2: &[u8] = b"HTTP/1.1 505 HTTP Version Not Supported\r\n\
     content-type: text/plain\r\ncontent-length: 40\r\nconnection: close\r\n\r\n\
     This port speaks gRPC over HTTP/2 only.\n";
 
-/// How requests of HTTP/1.1 begin; only their senders can read the answer.
+/// The beginnings of HTTP/1.1 requests; only their clients can read [`NOT_HTTP2`].
 const HTTP1: [&[u8]; 7] = [
     b"GET ",
     b"HEAD ",
@@ -28,15 +28,15 @@ const HTTP1: [&[u8]; 7] = [
     b"OPTIONS ",
 ];
 
-/// A connection whose preface has been read and is handed to the HTTP library once more.
+/// A connection that replays the preface, which has been read already, to the HTTP library.
 #[derive(Debug)]
-pub(super) struct Greeted<I> {
+pub(super) struct Replay<I> {
     io: I,
     replayed: usize,
 }
 
-/// Reads the preface. `None` when the peer speaks something else or goes away; it has been told, where that can help.
-pub(super) async fn read<I: AsyncRead + AsyncWrite + Unpin>(mut io: I) -> Option<Greeted<I>> {
+/// Reads the preface. Returns `None` if the peer closes the connection or speaks another protocol, after a reply if that is HTTP/1.1.
+pub(super) async fn read<I: AsyncRead + AsyncWrite + Unpin>(mut io: I) -> Option<Replay<I>> {
     let mut bytes = [0; PREFACE.len()];
     let mut have = 0;
     while have < PREFACE.len() {
@@ -51,23 +51,22 @@ pub(super) async fn read<I: AsyncRead + AsyncWrite + Unpin>(mut io: I) -> Option
             return None;
         }
     }
-    Some(Greeted { io, replayed: 0 })
+    Some(Replay { io, replayed: 0 })
 }
 
-/// Says farewell and waits a moment for the peer to close: closing with unread bytes would reset the connection and could
-/// take the farewell with it.
-async fn close<I: AsyncRead + AsyncWrite + Unpin>(mut io: I, farewell: &[u8]) {
+/// Sends `reply` and waits up to 500 ms for the peer to close: closing with unread bytes would reset the connection, and the peer
+/// could lose the reply.
+async fn close<I: AsyncRead + AsyncWrite + Unpin>(mut io: I, reply: &[u8]) {
     const MAX_BYTES: u64 = 64 * 1024;
     let closing = async {
-        io.write_all(farewell).await?;
+        io.write_all(reply).await?;
         io.shutdown().await?;
         tokio::io::copy(&mut (&mut io).take(MAX_BYTES), &mut tokio::io::sink()).await
     };
-    // Whatever comes of it, the connection is closed.
     let _ = tokio::time::timeout(Duration::from_millis(500), closing).await;
 }
 
-impl<I: AsyncRead + Unpin> AsyncRead for Greeted<I> {
+impl<I: AsyncRead + Unpin> AsyncRead for Replay<I> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -84,7 +83,7 @@ impl<I: AsyncRead + Unpin> AsyncRead for Greeted<I> {
     }
 }
 
-impl<I: AsyncWrite + Unpin> AsyncWrite for Greeted<I> {
+impl<I: AsyncWrite + Unpin> AsyncWrite for Replay<I> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,

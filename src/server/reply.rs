@@ -1,7 +1,6 @@
-//! The way out of a call: its status on the wire, and the body that ends the call's record when its last byte is handed over.
+//! The response of a call: its status on the wire, and the body, which finishes the call's record with the last byte.
 //!
-//! Health and reflection are services of the gRPC library, whose statuses arrive encoded: only theirs are decoded here, to add
-//! details.
+//! Health and reflection are services of the gRPC library. Their statuses arrive encoded and are decoded here to add details.
 
 use std::{
     convert::Infallible,
@@ -28,51 +27,51 @@ use crate::{
     status::{self, Failure},
 };
 
-/// The reply's id header, on success and failure alike.
+/// Carries the request id, on success and failure.
 pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const GRPC_STATUS: &str = "grpc-status";
 const GRPC_CONTENT_TYPE: HeaderValue = HeaderValue::from_static("application/grpc");
-/// The longest DATA frame, in bytes: what a reader that has stopped can keep in memory after its stream is over.
-const PIECE: usize = 16 * 1024;
+/// The longest DATA frame, in bytes: bounds what a client that stops reading keeps in memory after its stream has ended.
+const MAX_FRAME_BYTES: usize = 16 * 1024;
 /// How long after its deadline a reply may still be read.
 const READ_SLACK: Duration = Duration::from_secs(1);
 
 /// The body of every response.
 #[derive(Debug, Default)]
-pub(super) enum Reply {
-    /// Nothing: the headers are the whole response.
+pub(super) enum ReplyBody {
+    /// No body: the headers are the whole response.
     #[default]
     Empty,
-    /// A line for a person whose request is not gRPC.
+    /// The text of a response to a request that is not gRPC.
     Text(&'static str),
     /// The message and the trailers of a unary success.
     Message {
-        /// What is left of the message, prefix included.
+        /// The rest of the message, prefix included.
         data: Bytes,
-        /// Ends with the trailers.
+        /// Finished with the trailers.
         call: Box<Call>,
     },
     /// Health and reflection.
     Auxiliary {
-        /// What the library's service sends.
+        /// The body of the library's response.
         body: tonic::body::Body,
-        /// When the stream ends, if its caller set a deadline.
+        /// When the stream ends, if the caller set a deadline.
         until: Option<Pin<Box<Sleep>>>,
-        /// Ends with the trailers.
+        /// Finished with the trailers.
         call: Box<Call>,
     },
 }
 
-/// A plain HTTP response to a request that is not gRPC.
+/// The plain HTTP response to a request that is not gRPC.
 pub(super) fn not_grpc(
     mut call: Box<Call>,
     status: StatusCode,
     text: &'static str,
-) -> Response<Reply> {
+) -> Response<ReplyBody> {
     call.record.fail(Reason::InvalidRequest);
     call.record.finish(Code::Unknown);
-    stream::read_by(call.deadline.at() + READ_SLACK);
-    let mut response = Response::new(Reply::Text(text));
+    stream::set_read_deadline(call.deadline.at() + READ_SLACK);
+    let mut response = Response::new(ReplyBody::Text(text));
     *response.status_mut() = status;
     let headers = response.headers_mut();
     headers.insert(REQUEST_ID, id_value(&call));
@@ -84,11 +83,11 @@ pub(super) fn not_grpc(
 }
 
 /// The response to a failed call: headers only.
-pub(super) fn failure(mut call: Box<Call>, error: &Error) -> Response<Reply> {
+pub(super) fn failure(mut call: Box<Call>, error: &Error) -> Response<ReplyBody> {
     let failure = Failure::from_error(error);
     call.record.fail(failure.reason);
     call.record.finish(failure.code);
-    let mut response: Response<Reply> = failure
+    let mut response: Response<ReplyBody> = failure
         .to_status(call.record.request_id(), call.caller_remaining())
         .into_http();
     let headers = response.headers_mut();
@@ -100,16 +99,16 @@ pub(super) fn failure(mut call: Box<Call>, error: &Error) -> Response<Reply> {
     response
 }
 
-/// The response to a successful unary call, its message with the prefix.
-pub(super) fn unary(call: Box<Call>, message: Bytes) -> Response<Reply> {
+/// The response to a successful unary call; `message` includes the prefix.
+pub(super) fn unary(call: Box<Call>, message: Bytes) -> Response<ReplyBody> {
     let mut headers = HeaderMap::with_capacity(4);
     headers.insert(CONTENT_TYPE, GRPC_CONTENT_TYPE);
     headers.insert(REQUEST_ID, id_value(&call));
     if let Some(id) = status::upstream_id_value(&call.record.facts()) {
         headers.insert("x-upstream-request-id", id);
     }
-    stream::read_by(call.deadline.at() + READ_SLACK);
-    let mut response = Response::new(Reply::Message {
+    stream::set_read_deadline(call.deadline.at() + READ_SLACK);
+    let mut response = Response::new(ReplyBody::Message {
         data: message,
         call,
     });
@@ -122,21 +121,21 @@ pub(super) fn auxiliary(
     mut call: Box<Call>,
     response: Response<tonic::body::Body>,
     until: Option<Deadline>,
-) -> Response<Reply> {
+) -> Response<ReplyBody> {
     let (mut head, body) = response.into_parts();
     head.headers.insert(REQUEST_ID, id_value(&call));
     if head.headers.contains_key(GRPC_STATUS) {
         complete(&mut head.headers, &mut call);
-        return Response::from_parts(head, Reply::Empty);
+        return Response::from_parts(head, ReplyBody::Empty);
     }
     if let Some(deadline) = until {
-        stream::read_by(deadline.at() + READ_SLACK);
+        stream::set_read_deadline(deadline.at() + READ_SLACK);
     }
     let until = until.map(|deadline| Box::pin(sleep_until(deadline.at())));
-    Response::from_parts(head, Reply::Auxiliary { body, until, call })
+    Response::from_parts(head, ReplyBody::Auxiliary { body, until, call })
 }
 
-/// Ends a call with the status in `headers`, which the library has encoded already. A failed one gets its details here.
+/// Finishes a call with the status in `headers`, which the library has encoded, and adds details to a failure.
 fn complete(headers: &mut HeaderMap, call: &mut Call) {
     let Some(status) = Status::from_header_map(headers) else {
         return call.record.finish(Code::Unknown);
@@ -148,7 +147,7 @@ fn complete(headers: &mut HeaderMap, call: &mut Call) {
     write_trailers(&failure, headers, call);
 }
 
-/// Ends a call with this failure.
+/// Finishes a call with this failure.
 fn write_trailers(failure: &Failure<'_>, headers: &mut HeaderMap, call: &mut Call) {
     call.record.fail(failure.reason);
     call.record.finish(failure.code);
@@ -161,13 +160,13 @@ fn write_trailers(failure: &Failure<'_>, headers: &mut HeaderMap, call: &mut Cal
 fn id_value(call: &Call) -> HeaderValue {
     let mut id = HeaderValue::from_str(call.record.request_id())
         .expect("request ids hold letters, digits, . _ -");
-    // Not secret, but never repeated: each would take an entry of both sides' HPACK tables and evict headers that do repeat
-    // (RFC 7541, section 6.2.3).
+    // Marked sensitive only to keep it out of the HPACK tables: each id is new and would evict headers that repeat (RFC 7541,
+    // section 6.2.3).
     id.set_sensitive(true);
     id
 }
 
-impl http_body::Body for Reply {
+impl http_body::Body for ReplyBody {
     type Data = Bytes;
     type Error = Infallible;
 
@@ -179,9 +178,9 @@ impl http_body::Body for Reply {
             Self::Empty => return Poll::Ready(None),
             Self::Text(text) => Frame::data(Bytes::from_static(text.as_bytes())),
             Self::Message { data, call } if !data.is_empty() => {
-                let piece = data.split_to(data.len().min(PIECE));
-                call.record.sent(piece.len());
-                return Poll::Ready(Some(Ok(Frame::data(piece))));
+                let frame = data.split_to(data.len().min(MAX_FRAME_BYTES));
+                call.record.sent(frame.len());
+                return Poll::Ready(Some(Ok(Frame::data(frame))));
             }
             Self::Message { call, .. } => {
                 call.record.finish(Code::Ok);

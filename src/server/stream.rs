@@ -1,22 +1,25 @@
-//! Runs the HTTP library's futures of one HTTP/2 stream each, and ends a stream whose reader has stopped.
+//! Runs the HTTP library's future of each HTTP/2 stream, and resets a stream whose reply is not read in time.
 //!
-//! The library waits without limit for a peer that opens no window for the answer. Our answer says until when it may be
-//! read, through a cell of the thread that polls both; only a stream that is stuck after that pays for a timer.
+//! The library waits without limit for a client that opens no window for the reply. The reply sets its read deadline in a
+//! thread-local cell while the stream is polled; only a stream that is still pending after that poll pays for a timer.
 
 use std::{
     cell::Cell,
-    mem,
     panic::{AssertUnwindSafe, catch_unwind},
     pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll, Wake, Waker},
 };
 
+use futures_util::task::AtomicWaker;
 use pin_project_lite::pin_project;
 use tokio::time::{Instant, Sleep, sleep_until};
 
 thread_local! {
-    static READ_BY: Cell<Option<Instant>> = const { Cell::new(None) };
+    static READ_DEADLINE: Cell<Option<Instant>> = const { Cell::new(None) };
 }
 
 /// Spawns streams on the runtime of the worker that polls the connection.
@@ -30,74 +33,53 @@ where
     fn execute(&self, stream: F) {
         let mut stream = Box::pin(Bounded {
             stream,
-            limit: None,
-            before: None,
+            read_timer: None,
+            early: None,
         });
-        // A connection takes in all its new streams before any task runs, and a thousand connections can bring a hundred
-        // each. Most of those are refused at once, so they are over here, one after the other, and never all in memory.
-        let before = Arc::new(BeforeTask::default());
-        let waker = Waker::from(Arc::clone(&before));
+        // Polled once before it becomes a task: a connection accepts all its new streams before any task runs, and a thousand
+        // connections can bring a hundred each. Most of those fail at once with RESOURCE_EXHAUSTED, so they end here one by one
+        // and are never all in memory.
+        let early = Arc::new(EarlyWaker::default());
+        let waker = Waker::from(Arc::clone(&early));
         let mut context = Context::from_waker(&waker);
         let first = catch_unwind(AssertUnwindSafe(|| stream.as_mut().poll(&mut context)));
-        // A panic costs this stream and no other of the connection, whose task this is.
+        // A panic ends this stream only: this is the task of the whole connection.
         if matches!(first, Ok(Poll::Pending)) {
-            *stream.as_mut().project().before = Some(before);
+            *stream.as_mut().project().early = Some(early);
             tokio::spawn(stream);
         }
     }
 }
 
-/// Says, from within the stream that is polled now, that its answer must have been read at `at`.
-pub(super) fn read_by(at: Instant) {
-    READ_BY.set(Some(at));
+/// Sets the time by which the client must have read the reply of the stream that is being polled.
+pub(super) fn set_read_deadline(at: Instant) {
+    READ_DEADLINE.set(Some(at));
 }
 
-/// Wakes a stream that was polled before it had a task. It keeps the wake until the task asks, so that the task need not poll
-/// at once only to leave its own waker.
+/// The waker of a stream that was polled before it had a task. It remembers a wake-up for the task, which therefore need not poll
+/// the stream again only to register its own waker.
 #[derive(Debug, Default)]
-struct BeforeTask(Mutex<Woken>);
-
-#[derive(Debug, Default)]
-enum Woken {
-    #[default]
-    NotYet,
-    /// Not yet, and the task wants to know.
-    Tell(Waker),
-    Yes,
+struct EarlyWaker {
+    woken: AtomicBool,
+    task: AtomicWaker,
 }
 
-impl BeforeTask {
-    /// Whether the stream was woken; `task` is woken later if it was not.
-    fn woken_or_tell(&self, task: &Waker) -> bool {
-        let mut woken = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if matches!(*woken, Woken::Yes) {
-            return true;
-        }
-        *woken = Woken::Tell(task.clone());
-        false
-    }
-}
-
-impl Wake for BeforeTask {
+impl Wake for EarlyWaker {
     fn wake(self: Arc<Self>) {
-        let mut woken = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = mem::replace(&mut *woken, Woken::Yes);
-        drop(woken);
-        if let Woken::Tell(task) = before {
-            task.wake();
-        }
+        self.woken.store(true, Ordering::Release);
+        self.task.wake();
     }
 }
 
 pin_project! {
-    /// A stream that ends, which resets it, when its reader has not taken the answer in time. An `async` block would hold
-    /// the stream twice, and every call pays for moving it.
+    /// A stream that ends, and is thereby reset, if the client has not read the reply in time. An `async` block would hold the
+    /// stream twice, and every call would pay for moving it.
     struct Bounded<F> {
         #[pin]
         stream: F,
-        limit: Option<Pin<Box<Sleep>>>,
-        // Until the stream's task has to poll it.
-        before: Option<Arc<BeforeTask>>,
+        read_timer: Option<Pin<Box<Sleep>>>,
+        // Set until the task polls the stream for the first time.
+        early: Option<Arc<EarlyWaker>>,
     }
 }
 
@@ -106,21 +88,22 @@ impl<F: Future<Output = ()>> Future for Bounded<F> {
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
         let this = self.project();
-        if let Some(before) = this.before {
-            if !before.woken_or_tell(context.waker()) {
+        if let Some(early) = this.early {
+            early.task.register(context.waker());
+            if !early.woken.load(Ordering::Acquire) {
                 return Poll::Pending;
             }
-            *this.before = None;
+            *this.early = None;
         }
         let done = this.stream.poll(context);
-        let read_by = READ_BY.take();
+        let read_deadline = READ_DEADLINE.take();
         if done.is_ready() {
             return Poll::Ready(());
         }
-        if let Some(at) = read_by {
-            *this.limit = Some(Box::pin(sleep_until(at)));
+        if let Some(at) = read_deadline {
+            *this.read_timer = Some(Box::pin(sleep_until(at)));
         }
-        match this.limit {
+        match this.read_timer {
             Some(timer) => timer.as_mut().poll(context),
             None => Poll::Pending,
         }
@@ -141,7 +124,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_stream_that_is_answered_at_once_is_over_before_the_next_one_is_taken() {
+    async fn a_stream_that_completes_at_once_needs_no_task() {
         let steps = Arc::new(AtomicUsize::new(0));
         let seen = Arc::clone(&steps);
 
@@ -154,7 +137,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_stream_that_waits_goes_on_by_itself() {
+    async fn a_stream_that_waits_completes_as_a_task() {
         let steps = Arc::new(AtomicUsize::new(0));
         let seen = Arc::clone(&steps);
 
@@ -172,8 +155,8 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_stream_that_waits_is_polled_again_when_it_is_woken_and_not_before() {
-        for turns_of_its_task in [0, 1, 2] {
+    async fn a_waiting_stream_is_polled_only_when_it_is_woken() {
+        for task_turns in [0, 1, 2] {
             let polls = Arc::new(AtomicUsize::new(0));
             let (wake, mut woken) = oneshot::channel::<()>();
             let seen = Arc::clone(&polls);
@@ -182,16 +165,16 @@ mod tests {
                 seen.fetch_add(1, Ordering::Relaxed);
                 woken.poll_unpin(context).map(drop)
             }));
-            for _ in 0..turns_of_its_task {
+            for _ in 0..task_turns {
                 yield_now().await;
             }
-            assert_eq!(polls.load(Ordering::Relaxed), 1, "{turns_of_its_task}");
+            assert_eq!(polls.load(Ordering::Relaxed), 1, "{task_turns}");
             wake.send(()).expect("the stream waits");
             for _ in 0..3 {
                 yield_now().await;
             }
 
-            assert_eq!(polls.load(Ordering::Relaxed), 2, "{turns_of_its_task}");
+            assert_eq!(polls.load(Ordering::Relaxed), 2, "{task_turns}");
             assert_eq!(Arc::strong_count(&polls), 1, "it is over");
         }
     }

@@ -1,4 +1,4 @@
-//! TLS on the listener: which files, which protocol versions, and how a change of the files reaches new handshakes.
+//! TLS of the listener: its files, its protocol versions, and the reload of changed files.
 
 use std::{
     convert::Infallible,
@@ -25,14 +25,14 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// The one protocol spoken inside TLS.
+/// The only application protocol.
 const HTTP2: &[u8] = b"h2";
-/// Concurrent handshakes over all workers: bounds the memory and CPU that they take from calls.
+/// Concurrent handshakes of all workers: bounds the memory and CPU that they take from calls.
 const MAX_HANDSHAKES: usize = 256;
 /// Far more than a bundle of all public CA certificates.
 const MAX_FILE_BYTES: usize = 4 << 20;
 
-/// The files of certificates. The first two are set together.
+/// The certificate files. Certificate and key are set together.
 #[derive(Debug, Clone, clap::Args)]
 #[group(id = "tls")]
 pub struct Files {
@@ -45,13 +45,13 @@ pub struct Files {
     /// PEM file of the CAs of client certificates, which become mandatory; read again when it changes
     #[arg(long = "tls-client-ca", value_name = "FILE", value_parser = options::file)]
     pub client_ca: Option<PathBuf>,
-    /// How often the files are read to find a change. Their content counts, because Kubernetes swaps a directory.
+    /// How often the files are read to detect a change of their content: Kubernetes replaces them by swapping a directory.
     #[arg(skip = Duration::from_secs(10))]
     pub reload_interval: Duration,
 }
 
 impl Files {
-    /// In the order of [`build`]'s contents.
+    /// In the order in which [`build`] expects the contents.
     fn paths(&self) -> Vec<PathBuf> {
         let files = [
             Some(&self.certificate),
@@ -62,19 +62,19 @@ impl Files {
     }
 }
 
-/// Why certificates cannot be used. Quotes nothing of a file.
+/// Why certificates cannot be used. Holds no content of a file.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A file cannot be read.
     #[error(transparent)]
     Read(#[from] files::Error),
-    /// A file holds no certificate in PEM.
-    #[error("{}: must hold at least one certificate in PEM form", .0.display())]
+    /// A file contains no certificate in PEM.
+    #[error("{}: must contain at least one certificate in PEM form", .0.display())]
     NoCertificate(PathBuf),
-    /// A file holds no private key in PEM.
-    #[error("{}: must hold a private key in PEM form (PKCS#8, PKCS#1 or SEC1), not encrypted", .0.display())]
+    /// A file contains no private key in PEM.
+    #[error("{}: must contain an unencrypted private key in PEM form (PKCS#8, PKCS#1 or SEC1)", .0.display())]
     NoKey(PathBuf),
-    /// Certificate and key do not go together, or the TLS library does not support one of them.
+    /// Certificate and key do not match, or the TLS library does not support one of them.
     #[error("{} and {} cannot be used together: {reason}", certificate.display(), key.display())]
     Pair {
         /// The certificate's file.
@@ -85,7 +85,7 @@ pub enum Error {
         reason: String,
     },
     /// A client CA cannot be used.
-    #[error("{}: cannot be used as client CA: {reason}", path.display())]
+    #[error("{}: cannot be used as a client CA: {reason}", path.display())]
     ClientCa {
         /// The file.
         path: PathBuf,
@@ -110,7 +110,7 @@ pub(super) struct Tls {
     current: ArcSwap<ServerConfig>,
     handshakes: Semaphore,
     metrics: Arc<Metrics>,
-    /// Of the contents at the start.
+    /// The digest of the files that were loaded at the start.
     loaded: Digest,
 }
 
@@ -132,9 +132,9 @@ impl Tls {
         })
     }
 
-    /// The handshake with one client; `None` when it fails. The caller bounds its time.
+    /// Performs the handshake with one client; `None` if it fails. The caller bounds its time.
     pub(super) async fn handshake(&self, socket: TcpStream) -> Option<TlsStream<TcpStream>> {
-        // A peer that sends nothing takes no permit.
+        // Waits for the first bytes, so that a silent peer takes no permit.
         socket.readable().await.ok()?;
         let _permit = self.handshakes.acquire().await.ok()?;
         let acceptor = TlsAcceptor::from(self.current.load_full());
@@ -144,13 +144,13 @@ impl Tls {
             .await
             .inspect_err(|error| tracing::warn!(%peer, %error, "TLS handshake failed"))
             .ok()?;
-        // The library accepts a client that offers no protocol at all.
+        // rustls accepts a client that offers no protocol.
         (stream.get_ref().1.alpn_protocol() == Some(HTTP2)).then_some(stream)
     }
 }
 
-/// Reads the files again at each interval until it is dropped; new handshakes use what changed. A change that cannot be used is
-/// logged once, and the certificates in use stay.
+/// Reloads changed files for new handshakes until the future is dropped. Changed files that cannot be used are logged once, and the
+/// current certificates stay in use.
 pub(super) async fn follow(tls: Option<&Tls>) -> Infallible {
     let Some(tls) = tls else {
         return std::future::pending().await;
@@ -163,10 +163,10 @@ pub(super) async fn follow(tls: Option<&Tls>) -> Infallible {
             Ok((config, expires)) => {
                 record_expiry(&tls.metrics, expires);
                 tls.current.store(Arc::new(config));
-                tracing::info!("certificates read again");
+                tracing::info!("certificates reloaded");
             }
             Err(error) => {
-                tracing::error!(%error, "changed certificates cannot be used; the old ones stay")
+                tracing::error!(%error, "changed certificates cannot be used; the current ones stay in use")
             }
         }
     }
@@ -179,7 +179,7 @@ fn record_expiry(metrics: &Metrics, expires: Option<SystemTime>) {
     }
 }
 
-/// Makes the configuration of the TLS library from the contents of [`Files::paths`], and returns when the certificate expires.
+/// Builds the TLS configuration from the contents of [`Files::paths`], and returns when the certificate expires.
 fn build(contents: &Contents, files: &Files) -> Result<(ServerConfig, Option<SystemTime>), Error> {
     let chain = certificates(&contents[0], &files.certificate)?;
     let key =
@@ -188,7 +188,7 @@ fn build(contents: &Contents, files: &Files) -> Result<(ServerConfig, Option<Sys
     let provider = Arc::new(default_provider());
     let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
         .with_protocol_versions(&[&TLS13, &TLS12])
-        .expect("the provider knows TLS 1.2 and 1.3");
+        .expect("the provider supports TLS 1.2 and 1.3");
     let builder = match &files.client_ca {
         None => builder.with_no_client_auth(),
         Some(path) => {

@@ -1,111 +1,86 @@
-//! The worker threads. Each has a runtime of one thread, a service of its own (so its own pool of upstream connections),
-//! and the connections that the accept loop gives it. Measured, a runtime of several threads costs up to twice the CPU
-//! per call, because every answer becomes a write of its own.
+//! The worker threads. Each has a single-threaded runtime, its own service (with its own pool of upstream connections), and the
+//! connections that the accept loop hands to it. A multi-threaded runtime costs up to twice the CPU per call, because every reply
+//! becomes a separate write.
 
-use std::{
-    fmt, io,
-    net::SocketAddr,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
-    thread,
-};
+use std::{io, net::SocketAddr, sync::Arc, thread};
 
 use prometheus_client::metrics::gauge::Gauge;
 use tokio::{
     runtime::{Builder, Handle},
-    sync::{OwnedSemaphorePermit, oneshot, watch},
+    sync::{OwnedSemaphorePermit, oneshot},
 };
-use tokio_util::task::TaskTracker;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use super::connection::{self, Phase, Shared};
+use super::connection::{self, WorkerContext};
 use crate::{lateness, rpc::Service, telemetry::metrics::Metrics};
 
-/// Sockets that are ready, taken from the kernel at once. What they wake runs before the next are taken, so a call's memory is
-/// still in the processor's cache when its answer goes out: of a thousand at once, each would push the others out.
-const EVENTS_AT_A_TIME: usize = 8;
+/// Events taken per `epoll_wait`. Few at a time let a call finish while its data is still in the CPU cache.
+const EVENTS_PER_POLL: usize = 8;
 
 /// One worker, as the accept loop sees it.
 pub(super) struct Worker<S> {
     handle: Handle,
-    shared: Arc<Shared<S>>,
-    connections: Arc<AtomicUsize>,
-    phase: watch::Sender<Phase>,
+    context: Arc<WorkerContext<S>>,
+    connections: TaskTracker,
+    go_away: CancellationToken,
     stop: oneshot::Sender<()>,
     stopped: oneshot::Receiver<()>,
 }
 
-impl<S> fmt::Debug for Worker<S> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Worker").finish_non_exhaustive()
-    }
-}
-
 impl<S: Service> Worker<S> {
-    /// Starts a thread, and makes what its connections share on it, inside its runtime.
-    pub(super) async fn start(
-        index: usize,
-        shared: impl FnOnce() -> Shared<S> + Send + 'static,
-    ) -> io::Result<Self> {
+    /// Starts the thread.
+    pub(super) fn start(index: usize, context: WorkerContext<S>) -> io::Result<Self> {
         let runtime = Builder::new_current_thread()
             .enable_all()
-            .max_io_events_per_tick(EVENTS_AT_A_TIME)
+            .max_io_events_per_tick(EVENTS_PER_POLL)
             .build()?;
         let handle = runtime.handle().clone();
-        let (started, start) = oneshot::channel();
-        let (stop, mut end) = oneshot::channel::<()>();
+        let (stop, stop_requested) = oneshot::channel::<()>();
         let (running, stopped) = oneshot::channel::<()>();
         thread::Builder::new()
             .name(format!("worker-{index}"))
             .spawn(move || {
                 runtime.block_on(async {
-                    // The accept loop may be gone already; then `end` says so too.
-                    let _ = started.send(Arc::new(shared()));
                     tokio::select! {
-                        _ = &mut end => {}
+                        _ = stop_requested => {}
                         () = lateness::measure() => {}
                     }
                 });
-                // Without waiting for a name lookup that may hang in a helper thread.
+                // Does not wait for a name lookup that may hang in a helper thread.
                 runtime.shutdown_background();
                 drop(running);
             })?;
-        let shared = start
-            .await
-            .map_err(|_| io::Error::other("a worker thread ended while it started"))?;
         Ok(Self {
             handle,
-            shared,
-            connections: Arc::default(),
-            phase: watch::Sender::new(Phase::Serve),
+            context: Arc::new(context),
+            connections: TaskTracker::new(),
+            go_away: CancellationToken::new(),
             stop,
             stopped,
         })
     }
 
-    /// Connections that it holds.
+    /// The number of open connections.
     pub(super) fn connections(&self) -> usize {
-        self.connections.load(Ordering::Relaxed)
+        self.connections.len()
     }
 
-    /// Serves `socket` here.
-    pub(super) fn take(
+    /// Serves a connection on this worker.
+    pub(super) fn serve(
         &self,
         socket: std::net::TcpStream,
         peer: SocketAddr,
         permit: OwnedSemaphorePermit,
-        metrics: &Arc<Metrics>,
-        tracker: &TaskTracker,
+        metrics: &Metrics,
     ) {
-        let open = Open::new(&self.connections, permit, metrics.connections.clone());
-        let shared = Arc::clone(&self.shared);
-        let phase = self.phase.subscribe();
+        let counted = CountedConnection::new(metrics.connections.clone());
+        let context = Arc::clone(&self.context);
+        let go_away = self.go_away.clone();
         let refused = metrics.connections_refused.clone();
-        tracker.spawn_on(
+        self.connections.spawn_on(
             async move {
-                let _open = open;
-                if !connection::serve(socket, peer, shared, phase).await {
+                let _held = (permit, counted);
+                if !connection::serve(socket, peer, context, go_away).await {
                     refused.inc();
                 }
             },
@@ -115,38 +90,34 @@ impl<S: Service> Worker<S> {
 
     /// Sends GOAWAY on every connection.
     pub(super) fn go_away(&self) {
-        self.phase.send_replace(Phase::GoAway);
+        self.go_away.cancel();
     }
 
-    /// Ends the thread; what is still open there is dropped.
+    /// Waits until no connection is open; no new one may be served.
+    pub(super) async fn drained(&self) {
+        self.connections.close();
+        self.connections.wait().await;
+    }
+
+    /// Ends the thread and drops its connections.
     pub(super) async fn stop(self) {
         drop(self.stop);
         let _ = self.stopped.await;
     }
 }
 
-/// One open connection, counted as long as it lives.
-struct Open {
-    _permit: OwnedSemaphorePermit,
-    of_worker: Arc<AtomicUsize>,
-    of_process: Gauge,
-}
+/// Counts an open connection in the metric until it is dropped.
+struct CountedConnection(Gauge);
 
-impl Open {
-    fn new(of_worker: &Arc<AtomicUsize>, permit: OwnedSemaphorePermit, of_process: Gauge) -> Self {
-        of_worker.fetch_add(1, Ordering::Relaxed);
-        of_process.inc();
-        Self {
-            _permit: permit,
-            of_worker: Arc::clone(of_worker),
-            of_process,
-        }
+impl CountedConnection {
+    fn new(gauge: Gauge) -> Self {
+        gauge.inc();
+        Self(gauge)
     }
 }
 
-impl Drop for Open {
+impl Drop for CountedConnection {
     fn drop(&mut self) {
-        self.of_worker.fetch_sub(1, Ordering::Relaxed);
-        self.of_process.dec();
+        self.0.dec();
     }
 }

@@ -1,4 +1,4 @@
-//! Writes a failure down: `google.rpc` details within 4 KiB, and the metadata that goes with them.
+//! Encodes a failure as a status: `google.rpc` details of at most 4 KiB, and metadata.
 
 use std::{collections::HashMap, time::Duration};
 
@@ -16,13 +16,13 @@ use crate::{
 
 /// `ErrorInfo.domain` of every failure.
 pub(super) const DOMAIN: &str = "rds-task-facade";
-/// Of the encoded `google.rpc.Status`. In base64 it is a third longer and has to fit, with everything else, into the 8 KiB
-/// of trailers from which gRPC's C core drops them.
+/// The size limit of the encoded `google.rpc.Status`. Base64 makes it a third longer; together with all other trailers it must stay
+/// below 8 KiB, from which on gRPC's C core drops them.
 pub(super) const MAX_DETAILS_BYTES: usize = 4096;
 
 const AUTHORIZATION_KEY: &str = "encodedAuthorizationMessage";
 
-pub(super) fn write(failure: &Failure<'_>, request_id: &str, remaining: Duration) -> Status {
+pub(super) fn encode(failure: &Failure<'_>, request_id: &str, remaining: Duration) -> Status {
     let mut authorization = failure.encoded_authorization_message.unwrap_or_default();
     let mut violations = failure.violations;
     loop {
@@ -69,7 +69,7 @@ fn build(
     if failure.reason == Reason::Throttled {
         details.add_quota_failure_violation(
             failure.throttled_subject.unwrap_or_default(),
-            "calls to rds within a time window",
+            "calls to RDS within a time window",
         );
     }
     if let (Code::NotFound, Some((resource, name))) = (failure.code, failure.resource) {
@@ -86,7 +86,7 @@ fn build(
 fn error_metadata(failure: &Failure<'_>, authorization: &str) -> HashMap<String, String> {
     let facts = failure.facts;
     let code = facts.and_then(|facts| facts.upstream_code.as_deref());
-    let (service, http_status) = match failure.refused_by {
+    let (service, http_status) = match failure.rejected_by {
         Some((Issuer::Identity, http_status)) => (Some("IAM"), Some(http_status)),
         Some((Issuer::Metadata, http_status)) => (Some("METADATA"), Some(http_status)),
         None => (
@@ -116,15 +116,15 @@ fn error_metadata(failure: &Failure<'_>, authorization: &str) -> HashMap<String,
         .collect()
 }
 
-/// The value of `x-upstream-request-id`. Not secret, but rarely repeated: marked sensitive so that it takes no entry of HPACK's tables.
+/// The value of `x-upstream-request-id`. Marked sensitive only to keep it out of the HPACK tables: it rarely repeats.
 pub(crate) fn upstream_id_value(facts: &Facts) -> Option<HeaderValue> {
     let mut value = HeaderValue::from_str(facts.upstream_request_id.as_deref()?).ok()?;
     value.set_sensitive(true);
     Some(value)
 }
 
-/// When a client with a retry policy should retry, in milliseconds, rounded up. Negative, which means never, if that is after its
-/// deadline: it would wait in vain and lose this status (gRFC A6).
+/// The delay after which a client with a retry policy should retry, in milliseconds, rounded up. Negative ("do not retry") if that is
+/// after its deadline: the client would wait in vain and lose this status (gRFC A6).
 fn pushback(wait: Duration, remaining: Duration) -> HeaderValue {
     if wait >= remaining {
         return HeaderValue::from_static("-1");
@@ -133,18 +133,18 @@ fn pushback(wait: Duration, remaining: Duration) -> HeaderValue {
     HeaderValue::from(u64::try_from(milliseconds).unwrap_or(u64::MAX))
 }
 
-/// Type and description of what is missing.
+/// Type and description of the missing resource.
 fn describe(resource: Resource) -> (&'static str, &'static str) {
     match resource {
         Resource::Task => (
             "task",
-            "unknown to rds, over for more than a month, or started seconds ago and not registered yet",
+            "unknown to RDS, ended more than a month ago, or started seconds ago and not registered yet",
         ),
-        Resource::Instance => ("instance", "unknown to rds in this project"),
-        Resource::Project => ("project", "unknown to iam"),
+        Resource::Instance => ("instance", "unknown to RDS in this project"),
+        Resource::Project => ("project", "unknown to IAM"),
         Resource::Other => (
             "resource",
-            "what the answer of rds calls missing; named by its error code",
+            "the resource that the RDS error code reports as missing",
         ),
     }
 }

@@ -1,4 +1,4 @@
-//! What each error means to the caller: code, reason, and which facts go with it.
+//! Maps each error to the code, reason and details that the caller receives.
 
 use std::time::Duration;
 
@@ -13,35 +13,35 @@ use crate::{
     upstream::{self, Rejection, throttling_text::Subject, verdict::Resource},
 };
 
-/// An overloaded server is worth another try this soon: calls end within seconds.
+/// The retry delay of an overloaded server: calls end within seconds.
 const OVERLOADED_WAIT: Duration = Duration::from_secs(1);
 
-/// An error in the caller's terms.
+/// An error as the caller sees it.
 #[derive(Debug)]
 pub struct Failure<'a> {
     /// The gRPC code.
     pub code: Code,
-    /// The reason, for `ErrorInfo` and for the access line.
+    /// The reason, for `ErrorInfo` and the access log.
     pub reason: Reason,
-    /// For a person; clean and short.
+    /// The message, cleaned and at most 256 characters long.
     pub(super) message: String,
-    /// The wait of `RetryInfo`.
+    /// The delay of `RetryInfo`.
     pub(super) retry_after: Option<Duration>,
-    /// Whose credential the failure is about.
+    /// The owner of the credential.
     pub(super) owner: Option<Owner>,
-    /// Who refused to give us a credential, and with which HTTP status.
-    pub(super) refused_by: Option<(Issuer, u16)>,
+    /// The service that rejected the server's login, and its HTTP status.
+    pub(super) rejected_by: Option<(Issuer, u16)>,
     pub(super) facts: Option<&'a Facts>,
     pub(super) violations: &'a [Violation],
-    /// Whose calls are counted, of a throttled call.
+    /// The subject whose calls the vendor counts, if the call was throttled.
     pub(super) throttled_subject: Option<&'static str>,
-    /// What is missing, and its name.
+    /// The missing resource and its name.
     pub(super) resource: Option<(Resource, &'a str)>,
     pub(super) encoded_authorization_message: Option<&'a str>,
 }
 
 impl<'a> Failure<'a> {
-    /// With a sentence of ours and nothing else.
+    /// A failure with the message of its reason and no details.
     fn new(code: Code, reason: Reason) -> Self {
         Self {
             code,
@@ -49,7 +49,7 @@ impl<'a> Failure<'a> {
             message: sentence::for_reason(reason).to_owned(),
             retry_after: None,
             owner: None,
-            refused_by: None,
+            rejected_by: None,
             facts: None,
             violations: &[],
             throttled_subject: None,
@@ -65,7 +65,7 @@ impl<'a> Failure<'a> {
         }
     }
 
-    /// About a credential, so the sentence depends on whose it is.
+    /// Sets the owner of the credential and the message that depends on it.
     fn owned(self, owner: Owner) -> Self {
         Self {
             message: sentence::for_credential(self.reason, owner).to_owned(),
@@ -74,7 +74,7 @@ impl<'a> Failure<'a> {
         }
     }
 
-    /// What `error` means to the caller.
+    /// Maps an error of a call.
     pub fn from_error(error: &'a Error) -> Self {
         match error {
             Error::InvalidRequest(violations) => Self {
@@ -103,10 +103,10 @@ impl<'a> Failure<'a> {
         }
     }
 
-    /// The status, with all its details. `remaining` is the time that the caller has left: a client is told not to retry if the wait is
-    /// longer.
+    /// The status with all its details. `remaining` is the time that the caller has left: a longer retry delay becomes "do not
+    /// retry".
     pub fn to_status(&self, request_id: &str, remaining: Duration) -> Status {
-        details::write(self, request_id, remaining)
+        details::encode(self, request_id, remaining)
     }
 
     fn from_credentials(error: &credentials::Error) -> Self {
@@ -122,7 +122,7 @@ impl<'a> Failure<'a> {
                 issuer,
                 http_status,
             } => Self {
-                refused_by: Some((*issuer, *http_status)),
+                rejected_by: Some((*issuer, *http_status)),
                 ..Self::new(Code::Unauthenticated, Reason::CredentialRejected).owned(Owner::Server)
             },
             credentials::Error::Unavailable { retry_after } => {
@@ -183,15 +183,12 @@ impl<'a> Failure<'a> {
             ..
         } = lookup;
         let verdict = &rejection.verdict;
-        let ours = Self::new(verdict.code, verdict.reason);
-        let ours = match verdict.code {
-            Code::Unauthenticated | Code::PermissionDenied => ours.owned(*owner),
-            _ => ours,
+        let failure = Self::new(verdict.code, verdict.reason);
+        let failure = match verdict.code {
+            Code::Unauthenticated | Code::PermissionDenied => failure.owned(*owner),
+            _ => failure,
         };
-        let message = match sentence::for_rejection(rejection, facts) {
-            Some(theirs) => theirs,
-            None => ours.message,
-        };
+        let message = sentence::for_rejection(rejection, facts).unwrap_or(failure.message);
         let resource = verdict.resource.map(|resource| {
             let name = match resource {
                 Resource::Task => query.workflow_id.as_str(),
@@ -207,18 +204,17 @@ impl<'a> Failure<'a> {
             throttled_subject: rejection.throttled_subject.map(Subject::as_str),
             resource,
             encoded_authorization_message: rejection.encoded_authorization_message.as_deref(),
-            // Quotas, rights and what can be seen all depend on whose credential asked.
+            // Quotas, permissions and visible resources all depend on the credential.
             owner: Some(*owner),
-            ..ours
+            ..failure
         }
     }
 
-    /// What a status of the gRPC library means, which it makes for a call that it cannot decode or route. A message over the limit
-    /// becomes `RESOURCE_EXHAUSTED`, as gRPC demands. The library's text can repeat parts of the payload, so a message of this
-    /// module replaces it.
+    /// Maps a status of the gRPC library, which it returns for a call of health or reflection that it cannot decode. Its text can repeat
+    /// parts of the payload, so a message of this module replaces it.
     pub fn from_library(code: Code, message: &str) -> Self {
         let (code, sentence) = match code {
-            // gRPC over HTTP/2 demands RESOURCE_EXHAUSTED for a message over the limit.
+            // gRPC requires RESOURCE_EXHAUSTED for a message over the limit.
             Code::OutOfRange | Code::ResourceExhausted => {
                 (Code::ResourceExhausted, sentence::MESSAGE_TOO_LONG)
             }
@@ -226,7 +222,7 @@ impl<'a> Failure<'a> {
                 (Code::Unimplemented, sentence::UNKNOWN_ENCODING)
             }
             Code::Unimplemented => (Code::Unimplemented, sentence::UNKNOWN_METHOD),
-            // Only health asks the library for something by name.
+            // Only health returns it: for an unknown service name.
             Code::NotFound => (Code::NotFound, sentence::UNKNOWN_SERVICE),
             Code::DeadlineExceeded => {
                 return Self::new(Code::DeadlineExceeded, Reason::DeadlineExceeded);

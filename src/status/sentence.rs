@@ -1,4 +1,4 @@
-//! What a person is told: a sentence of ours, or upstream's own text where it is safe and helps.
+//! The messages of statuses: a sentence of this module, or the text of RDS where it is safe and helps.
 
 use crate::{
     credentials::Owner, error::Violation, reason::Reason, telemetry::Facts, upstream::Rejection,
@@ -6,135 +6,139 @@ use crate::{
 use tonic::Code;
 
 const MAX_CHARS: usize = 256;
-/// Bytes of the message as `grpc-message` carries it, percent-encoded. With 5.5 KiB of encoded details all trailers stay
-/// below 8 KiB, from where gRPC's C core drops them.
+/// The size limit of the message in bytes, percent-encoded as in `grpc-message`. With 5.5 KiB of encoded details, all trailers stay
+/// below 8 KiB, from which on gRPC's C core drops them.
 const MAX_ENCODED_BYTES: usize = 1536;
 
 pub(super) const MALFORMED_TOKEN: &str =
     "x-auth-token is repeated or malformed: send one token, exactly as IAM issued it";
 pub(super) const MESSAGE_TOO_LONG: &str =
     "the request message is too long: send only the fields of the proto";
-pub(super) const UNKNOWN_ENCODING: &str = "the message encoding is not supported: send the message uncompressed or as grpc-accept-encoding says";
-pub(super) const UNKNOWN_METHOD: &str =
-    "no such method: check service and method name against the server's reflection or proto";
+pub(crate) const UNKNOWN_ENCODING: &str = "the message encoding is not supported: send the message uncompressed or in an encoding of grpc-accept-encoding";
+pub(crate) const UNKNOWN_METHOD: &str =
+    "unknown method: check service and method name against the server's reflection or proto";
 pub(super) const UNKNOWN_SERVICE: &str =
-    "no such service: health is known of \"\" and huaweicloud.rds.task.v1.TaskService";
-pub(super) const UNREADABLE_REQUEST: &str =
+    "unknown service: check the health of \"\" or huaweicloud.rds.task.v1.TaskService";
+pub(crate) const UNREADABLE_REQUEST: &str =
     "the request cannot be decoded: send one protobuf message as the proto defines it";
 
-/// Our sentence for a reason, with the next step in it.
+/// The message for a reason; it names the next step.
 pub(super) fn for_reason(reason: Reason) -> &'static str {
     match reason {
         Reason::TaskNotFound => {
-            "rds knows no such task: check workflow_id; a task started seconds ago may not be registered yet"
+            "RDS does not find the task: check workflow_id; a task started seconds ago may not be registered yet"
         }
-        Reason::InstanceNotFound => "rds knows no such instance: check instance_id and project_id",
+        Reason::InstanceNotFound => {
+            "RDS does not find the instance: check instance_id and project_id"
+        }
         Reason::ResourceNotFound => {
-            "rds does not find what the request names: check project_id, instance_id and workflow_id"
+            "RDS does not find a resource that the request names: check project_id, instance_id and workflow_id"
         }
-        Reason::AlreadyExists => "rds says that it is already there: choose another name",
+        Reason::AlreadyExists => "the resource already exists in RDS: choose another name",
         Reason::InstanceBusy => "another operation is running on the instance: try again later",
         Reason::PreconditionFailed => {
             "the state of the instance, project or account forbids the call: change that state first"
         }
         Reason::PermissionDenied => {
-            "rds denies the call: ask an administrator for the permission rds:task:listAll on the project"
+            "RDS denies the call: ask an administrator for the permission rds:task:listAll on the project"
         }
         Reason::QuotaExhausted => {
-            "a quota or limit of the account is used up: raise it or free some of it"
+            "a quota or limit of the account is used up: raise it or release resources"
         }
-        Reason::Throttled => "too many calls for this identity: wait as long as RetryInfo says",
+        Reason::Throttled => "too many calls for this identity: wait for the delay in RetryInfo",
         Reason::UpstreamInvalidArgument => {
-            "rds refuses an argument: check project_id, instance_id, workflow_id and workflow_name"
+            "RDS rejected an argument: check project_id, instance_id, workflow_id and workflow_name"
         }
-        Reason::UpstreamUnavailable => "rds cannot answer at the moment: try again",
-        Reason::UpstreamTimeout => "rds did not answer in time: try again",
+        Reason::UpstreamUnavailable => "RDS is temporarily unavailable: try again",
+        Reason::UpstreamTimeout => "RDS did not reply in time: try again",
         Reason::UpstreamInternal => {
-            "rds failed: try again later, and report upstreamRequestId to its support if it stays"
+            "RDS had an internal error: try again later, and report upstreamRequestId to RDS support if it persists"
         }
         Reason::UpstreamApiNotFound => {
             "the endpoint does not offer this call: the operator has to check region and endpoint"
         }
         Reason::UpstreamRejectedRequest => {
-            "rds refuses the form of the request: the operator has to check endpoint, proxy and credential"
+            "RDS rejected the form of the request: the operator has to check endpoint, proxy and credential"
         }
         Reason::UpstreamUnexpectedStatus => {
-            "the endpoint answered with a status that this call never has: the operator has to check it"
+            "the endpoint replied with an HTTP status that RDS never returns: the operator has to check the endpoint"
         }
         Reason::UpstreamRedirect => {
-            "the endpoint answered with a redirect, which is never followed: the operator has to check it"
+            "the endpoint replied with a redirect, which is never followed: the operator has to check the endpoint"
         }
         Reason::UpstreamUnknown => {
-            "rds answered with an unknown error: look up upstreamCode and httpStatus in its documentation"
+            "RDS replied with an unknown error: look up upstreamCode and httpStatus in the RDS documentation"
         }
         Reason::UpstreamDns => {
-            "the name of the rds endpoint does not resolve: try again; the operator has to check it if it stays"
+            "the name of the RDS endpoint does not resolve: try again; the operator has to check it if the error persists"
         }
         Reason::UpstreamConnect => {
-            "no connection to the rds endpoint: try again; the operator has to check the network if it stays"
+            "no connection to the RDS endpoint: try again; the operator has to check the network if the error persists"
         }
         Reason::UpstreamTls => {
-            "the tls handshake with the rds endpoint failed: the operator has to check certificate and clock"
+            "the TLS handshake with the RDS endpoint failed: the operator has to check certificate and clock"
         }
-        Reason::UpstreamReset => "the connection to rds broke before an answer came: try again",
-        Reason::UpstreamTruncated => "the answer of rds broke off: try again",
+        Reason::UpstreamReset => "the connection to RDS closed before a reply arrived: try again",
+        Reason::UpstreamTruncated => "the reply of RDS is incomplete: try again",
         Reason::UpstreamProtocol => {
-            "the endpoint does not speak http as expected: try again; the operator has to check it if it stays"
+            "the endpoint violates HTTP: try again; the operator has to check the endpoint if the error persists"
         }
         Reason::UpstreamMalformedResponse => {
-            "the answer of rds cannot be read as a task: report upstreamRequestId to its support"
+            "the reply of RDS cannot be decoded as a task: report upstreamRequestId to RDS support"
         }
         Reason::UpstreamResponseTooLarge => {
-            "the answer of rds is over 1 MiB: report upstreamRequestId to its support"
+            "the reply of RDS is over 1 MiB: report upstreamRequestId to RDS support"
         }
         Reason::DeadlineExceeded => {
-            "the deadline passed: the caller's own, or this service's limit where that is shorter"
+            "the deadline passed: the caller's, or the server's limit if that is shorter"
         }
         Reason::InvalidRequest => "the request breaks the rules of the proto: correct it",
         Reason::ProjectNotAllowed => {
-            "this server does not serve that project: use another project_id or ask the operator"
+            "this server does not allow the project: use another project_id or ask the operator"
         }
         Reason::CredentialMissing => {
-            "no credential: send your rds token in the metadata x-auth-token"
+            "no credential: send your RDS token in the metadata x-auth-token"
         }
-        Reason::CredentialRejected => "the credential was refused: get a new one",
+        Reason::CredentialRejected => "the credential was rejected: get a new one",
         Reason::CredentialLocked => {
-            "the access key is locked after failed signatures: wait as long as RetryInfo says"
+            "the access key is locked after failed signatures: wait for the delay in RetryInfo"
         }
         Reason::CredentialUnavailable => {
-            "the server cannot get its own credential at the moment: wait as long as RetryInfo says"
+            "the server cannot get its credential at the moment: wait for the delay in RetryInfo"
         }
         Reason::ClockSkew => {
-            "the clock of the server differs too much from that of rds: the operator has to set it"
+            "the clocks of the server and RDS differ too much: the operator has to set the server's clock"
         }
         Reason::Overloaded => {
-            "the server has too many calls at once: wait as long as RetryInfo says"
+            "too many calls are in flight on the server: wait for the delay in RetryInfo"
         }
-        Reason::ShuttingDown => "the server is shutting down: call again, another instance answers",
+        Reason::ShuttingDown => {
+            "the server is shutting down: try again; another replica will serve the call"
+        }
         Reason::CircuitOpen => {
-            "rds failed too often, calls are held back: wait as long as RetryInfo says"
+            "RDS failed too often, so calls are paused: wait for the delay in RetryInfo"
         }
-        Reason::Internal => "the server failed: report x-request-id to its operator",
+        Reason::Internal => "internal error of the server: report x-request-id to its operator",
     }
 }
 
-/// As [`for_reason`], where it matters whose credential it was.
+/// As [`for_reason`], for reasons whose message depends on the owner of the credential.
 pub(super) fn for_credential(reason: Reason, owner: Owner) -> &'static str {
     match (reason, owner) {
         (Reason::CredentialRejected, Owner::Caller) => {
-            "the token in x-auth-token was refused: get a new one for this project and region"
+            "the token in x-auth-token was rejected: get a new one for this project and region"
         }
         (Reason::CredentialRejected, Owner::Server) => {
-            "the server's own credential was refused: its operator has to check it; yours is not at fault"
+            "the server's credential was rejected, not the caller's: the operator of the server has to check it"
         }
         (Reason::PermissionDenied, Owner::Server) => {
-            "rds denies the call to the server's own identity: its operator has to grant rds:task:listAll"
+            "RDS denies the call to the server's identity: the operator has to grant rds:task:listAll"
         }
         _ => for_reason(reason),
     }
 }
 
-/// All violations in one line, as far as there is room; `BadRequest` has them all.
+/// The violations in one line, cut to the size limit; `BadRequest` lists them all.
 pub(super) fn for_violations(violations: &[Violation]) -> String {
     let parts: Vec<String> = violations
         .iter()
@@ -143,11 +147,11 @@ pub(super) fn for_violations(violations: &[Violation]) -> String {
     clean(&parts.join("; "))
 }
 
-/// Upstream's own text, cleaned; `None` where it is missing, no text for people, or may repeat a credential.
+/// The cleaned message of RDS; `None` if it is missing, is markup, or may repeat a credential.
 pub(super) fn for_rejection(rejection: &Rejection, facts: &Facts) -> Option<String> {
     let message = clean(&rejection.message);
-    // Asked of both: the cut may hide a name that makes the rest suspect, and what is taken out may have parted one.
-    if about_a_credential(rejection, facts)
+    // Checks both: cutting can remove a header name, and removing control characters can join the parts of one.
+    if is_about_credential(rejection, facts)
         || repeats_a_header(&rejection.message)
         || repeats_a_header(&message)
     {
@@ -157,8 +161,8 @@ pub(super) fn for_rejection(rejection: &Rejection, facts: &Facts) -> Option<Stri
     (!message.is_empty() && !markup).then_some(message)
 }
 
-/// The gateway's text on a failed authentication can repeat request headers and keys.
-fn about_a_credential(rejection: &Rejection, facts: &Facts) -> bool {
+/// Whether the reply reports a failed authentication: the gateway's text can then repeat request headers and keys.
+fn is_about_credential(rejection: &Rejection, facts: &Facts) -> bool {
     let gateway = facts
         .upstream_code
         .as_deref()
@@ -181,7 +185,7 @@ fn repeats_a_header(message: &str) -> bool {
     .any(|name| message.contains(name))
 }
 
-/// One line of at most 256 characters: line ends become blanks, other control characters are taken out.
+/// One line of at most 256 characters: line breaks become blanks, other control characters are removed.
 pub(super) fn clean(text: &str) -> String {
     let mut encoded_bytes = 0;
     let line: String = text
@@ -189,13 +193,13 @@ pub(super) fn clean(text: &str) -> String {
         .chars()
         .filter_map(|c| match c {
             '\n' | '\r' | '\t' | '\u{2028}' | '\u{2029}' => Some(' '),
-            // Marks that turn the direction of writing let a text look like another one.
+            // Marks that change the writing direction can make a text look like another one.
             '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => None,
             c => (!c.is_control()).then_some(c),
         })
         .take(MAX_CHARS)
         .take_while(|c| {
-            // Percent-encoding makes three bytes of one; which ASCII it spares does not matter for a bound.
+            // Percent-encoding triples a byte; counting all punctuation as encoded is good enough for a bound.
             encoded_bytes += if c.is_ascii_alphanumeric() {
                 1
             } else {

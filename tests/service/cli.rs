@@ -32,8 +32,8 @@ fn flags_of_help() -> BTreeMap<String, Option<String>> {
 }
 
 #[test]
-fn the_readmes_table_and_help_name_the_same_flags_and_defaults() {
-    let mut of_readme = BTreeMap::new();
+fn the_readme_table_and_the_help_list_the_same_flags_and_defaults() {
+    let mut readme_flags = BTreeMap::new();
     let table = README
         .split("| flag of `serve` | default | |")
         .nth(1)
@@ -47,15 +47,15 @@ fn the_readmes_table_and_help_name_the_same_flags_and_defaults() {
         // A default in backticks is literal; any other text describes the absence of one.
         let default = cells[1].split('`').nth(1).map(str::to_owned);
         for flag in cells[0].split('`').filter(|word| word.starts_with("--")) {
-            of_readme.insert(flag.to_owned(), default.clone());
+            readme_flags.insert(flag.to_owned(), default.clone());
         }
     }
 
-    assert_eq!(of_readme, flags_of_help());
+    assert_eq!(readme_flags, flags_of_help());
 }
 
 #[test]
-fn problems_with_values_are_reported_together_with_exit_code_2_and_no_secret() {
+fn invalid_values_are_reported_together_with_exit_code_2_and_without_secrets() {
     let args = [
         "serve",
         "--endpoint",
@@ -102,7 +102,7 @@ fn problems_with_values_are_reported_together_with_exit_code_2_and_no_secret() {
 }
 
 #[test]
-fn the_printed_configuration_shows_that_a_secret_is_set_and_not_its_value() {
+fn the_printed_configuration_shows_which_secrets_are_set_but_not_their_values() {
     let args = [
         "serve",
         "--region",
@@ -128,7 +128,7 @@ fn the_printed_configuration_shows_that_a_secret_is_set_and_not_its_value() {
 }
 
 #[test]
-fn an_unknown_flag_is_one_line_with_exit_code_2_that_suggests_a_flag_and_hides_the_value() {
+fn an_unknown_flag_is_one_line_with_exit_code_2_and_a_suggestion_and_without_the_value() {
     for args in [
         ["--tokn-file=canary", "--sandbox"],
         ["--tokn-file", "canary"],
@@ -144,7 +144,7 @@ fn an_unknown_flag_is_one_line_with_exit_code_2_that_suggests_a_flag_and_hides_t
 }
 
 #[test]
-fn problems_are_json_where_the_log_is_and_name_the_variable_that_holds_the_value() {
+fn invalid_values_are_json_if_the_log_is_and_name_their_variable() {
     let env = [
         ("RDS_TASK_FACADE_LOG_FORMAT", "json"),
         ("RDS_TASK_FACADE_TIMEOUT", "soon"),
@@ -200,7 +200,7 @@ async fn call_prints_the_reply_or_the_status_with_its_details() {
 }
 
 #[tokio::test]
-async fn call_passes_a_token_on_and_reads_no_variable_of_serve() {
+async fn call_sends_its_token_and_ignores_the_variables_of_serve() {
     let upstream = Upstream::start(|request| match request.header("x-auth-token") {
         Some("mine") => example(),
         _ => answer(401, &[], ""),
@@ -244,9 +244,9 @@ async fn health_exits_with_0_only_when_serving() {
 }
 
 #[tokio::test]
-async fn every_documented_test_id_of_the_sandbox_comes_out_as_documented() {
-    // What is remembered between calls (throttling, the breaker, a locked key) or takes long has a program of its own.
-    let own = [
+async fn every_test_id_of_the_sandbox_fails_as_documented() {
+    // Scenarios that affect later calls (throttling, the breaker, a locked key) or take long get a separate program.
+    let isolated = [
         "throttle", "429", "50", "reset", "close", "cut", "garbage", "bad-", "token-", "flaky",
         "dribble", "slow", "hang",
     ];
@@ -261,8 +261,11 @@ async fn every_documented_test_id_of_the_sandbox_comes_out_as_documented() {
     for scenario in rds_task_facade::sandbox::SCENARIOS {
         let (shared, at_once) = (Arc::clone(&shared), Arc::clone(&at_once));
         calls.spawn(async move {
-            let _turn = at_once.acquire().await;
-            let program = if own.iter().any(|part| scenario.instance_id.contains(part)) {
+            let _permit = at_once.acquire().await;
+            let program = if isolated
+                .iter()
+                .any(|part| scenario.instance_id.contains(part))
+            {
                 Arc::new(Program::sandboxed(&[]))
             } else {
                 shared

@@ -10,7 +10,7 @@ use crate::support::{Connection, Program, Step, Upstream, eventually, example_re
 
 const REFUSED: &str = "grpc_server_connections_refused_total";
 
-/// Time on a processor that all threads of the program have used until now.
+/// The CPU time that all threads of the program have used so far.
 fn processor_time(program: &Program) -> Duration {
     let tasks = fs::read_dir(format!("/proc/{}/task", program.pid())).expect("it runs");
     let used = |task: std::io::Result<fs::DirEntry>| -> Option<u64> {
@@ -20,7 +20,7 @@ fn processor_time(program: &Program) -> Duration {
     Duration::from_nanos(tasks.filter_map(used).sum())
 }
 
-/// Whether a call on a new connection works. `false` too when nobody answers.
+/// Whether a call on a new connection succeeds; `false` also if there is no reply within 5 s.
 async fn is_served(program: &Program) -> bool {
     let call = async {
         let stream = TcpStream::connect(program.grpc).await.ok()?;
@@ -34,7 +34,7 @@ async fn is_served(program: &Program) -> bool {
 }
 
 #[tokio::test]
-async fn an_idle_program_with_open_connections_uses_hardly_any_processor_time() {
+async fn an_idle_program_with_open_connections_uses_less_than_a_thousandth_of_a_core() {
     let folder = tempfile::tempdir().expect("a folder");
     let token = folder.path().join("token");
     fs::write(&token, "sandbox-token").expect("a file");
@@ -48,7 +48,7 @@ async fn an_idle_program_with_open_connections_uses_hardly_any_processor_time() 
             .expect("the example");
         clients.push(client);
     }
-    // What the calls leave to be done is over.
+    // Lets work that follows the calls finish.
     tokio::time::sleep(Duration::from_secs(1)).await;
 
     let before = processor_time(&program);
@@ -65,7 +65,7 @@ async fn an_idle_program_with_open_connections_uses_hardly_any_processor_time() 
 }
 
 #[tokio::test]
-async fn without_descriptors_the_program_rests_keeps_its_connections_and_recovers() {
+async fn without_descriptors_the_program_pauses_keeps_its_connections_and_recovers() {
     let shell = ["/bin/sh", "-c", "ulimit -n 40 && exec \"$@\"", "sh"];
     let program = Program::start_under(&shell, "127.0.0.1:0", &["--sandbox"], &[]);
     let mut client = program.client().await;
@@ -86,7 +86,7 @@ async fn without_descriptors_the_program_rests_keeps_its_connections_and_recover
     let before = processor_time(&program);
     tokio::time::sleep(Duration::from_secs(2)).await;
     let used = processor_time(&program) - before;
-    // The upstream connection of the first call is still there.
+    // This call uses the upstream connection of the first call.
     let meanwhile = client.get_task_detail(example_request()).await;
     drop(crowd);
     eventually("served again", async || is_served(&program).await).await;
@@ -99,11 +99,11 @@ async fn without_descriptors_the_program_rests_keeps_its_connections_and_recover
         .iter()
         .filter(|line| line.contains("\"ERROR\""))
         .count();
-    assert_eq!(errors, 1, "one line however long it lasts");
+    assert_eq!(errors, 1, "one line per minute");
 }
 
 #[tokio::test]
-async fn connections_beyond_the_limit_are_refused_and_those_within_it_unhurt() {
+async fn connections_beyond_the_limit_are_refused_and_the_others_keep_working() {
     let program = Program::sandboxed(&["--max-connections", "5"]);
     let mut first = program.client().await;
     first
@@ -120,11 +120,11 @@ async fn connections_beyond_the_limit_are_refused_and_those_within_it_unhurt() {
             .await
             .expect("the queue takes it");
         let mut byte = [0];
-        // Closed or reset, but at once and without a word.
+        // Closed or reset at once, without a byte.
         let read = within("the end of the connection", beyond.read(&mut byte)).await;
         assert!(!matches!(read, Ok(1..)));
     }
-    let unhurt = first.get_task_detail(example_request()).await;
+    let within_limit = first.get_task_detail(example_request()).await;
     let refused = program.metric(REFUSED).await;
     drop(others);
     eventually("a closed connection makes room", async || {
@@ -132,12 +132,12 @@ async fn connections_beyond_the_limit_are_refused_and_those_within_it_unhurt() {
     })
     .await;
 
-    assert!(unhurt.is_ok(), "{unhurt:?}");
+    assert!(within_limit.is_ok(), "{within_limit:?}");
     assert_eq!(refused, 20.0);
 }
 
 #[tokio::test]
-async fn http1_on_the_grpc_port_is_told_so_and_floods_no_log() {
+async fn http1_on_the_grpc_port_gets_505_and_does_not_flood_the_log() {
     use tokio::io::AsyncWriteExt as _;
     let program = Program::sandboxed(&[]);
     let lines = program.logs().len();
@@ -147,21 +147,21 @@ async fn http1_on_the_grpc_port_is_told_so_and_floods_no_log() {
         peer.write_all(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
             .await
             .expect("it reads");
-        let mut told = String::new();
-        within("an orderly end", peer.read_to_string(&mut told))
+        let mut response = String::new();
+        within("an orderly close", peer.read_to_string(&mut response))
             .await
-            .expect("an orderly end");
-        assert!(told.starts_with("HTTP/1.1 505 "), "{told}");
+            .expect("an orderly close");
+        assert!(response.starts_with("HTTP/1.1 505 "), "{response}");
     }
 
     assert!(is_served(&program).await);
-    // The access line of that one call.
+    // The access log line of that call.
     assert!(program.logs().len() <= lines + 2, "{:#?}", program.logs());
 }
 
 #[tokio::test]
-async fn an_upstream_that_takes_no_connection_is_given_up_after_the_connect_timeout() {
-    // A listener whose queue is full: the kernel answers no further hello, as a black hole does.
+async fn an_upstream_that_accepts_no_connection_fails_after_the_connect_timeout() {
+    // A listener whose queue is full: the kernel drops further connection attempts silently.
     let socket =
         socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).expect("a socket");
     let any: std::net::SocketAddr = "127.0.0.1:0".parse().expect("an address");
@@ -196,23 +196,23 @@ async fn an_upstream_that_takes_no_connection_is_given_up_after_the_connect_time
 }
 
 #[tokio::test]
-async fn a_lost_connection_ends_its_calls_and_leaves_nothing_behind() {
+async fn a_lost_connection_cancels_its_calls_and_their_upstream_requests() {
     let upstream = Upstream::always(vec![Step::Hold]).await;
     let program = Program::patient(&upstream.url(), &[]);
     let socket = TcpStream::connect(program.grpc).await.expect("it listens");
-    // Its end will be a reset.
+    // Closing it sends a reset.
     socket.set_zero_linger().expect("a TCP option");
     let (send, connection) = h2::client::handshake(socket).await.expect("HTTP/2");
     let connection = tokio::spawn(connection);
     let mut send = send.ready().await.expect("ready");
-    let mut answers = Vec::new();
+    let mut results = Vec::new();
     for number in 0..5 {
         let mut request = example_request();
         request.workflow_id = format!("w-{number}");
         let head = crate::support::raw::headers().body(()).expect("a request");
         let (answer, mut body) = send.send_request(head, false).expect("a stream");
         // Dropping it would cancel the call.
-        answers.push(answer);
+        results.push(answer);
         body.send_data(crate::support::raw::framed(&request), true)
             .expect("room");
         send = send.ready().await.expect("ready");
@@ -222,7 +222,7 @@ async fn a_lost_connection_ends_its_calls_and_leaves_nothing_behind() {
     connection.abort();
     drop(send);
     upstream.wait_for_closed(5).await;
-    eventually("calls and connection are counted as over", async || {
+    eventually("calls and connection have ended", async || {
         program.handled("Canceled").await >= 5.0
             && program.metric("grpc_server_connections").await == 0.0
     })

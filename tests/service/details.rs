@@ -4,9 +4,9 @@ use tonic::Code;
 
 use crate::support::{Connection, Failure, Program, Step, Upstream, answer, example_request};
 
-const ERROR: &str = r#"{"error_code":"X.1","error_msg":"said so"}"#;
+const ERROR: &str = r#"{"error_code":"X.1","error_msg":"text of RDS"}"#;
 
-/// Answers every call as the script says, asked once per call.
+/// A program without retries and its scripted upstream.
 struct Setting {
     upstream: Upstream,
     program: Program,
@@ -25,7 +25,7 @@ impl Setting {
 }
 
 #[tokio::test]
-async fn every_status_without_a_row_of_its_own_has_the_one_of_its_class() {
+async fn an_undocumented_http_status_maps_like_its_class() {
     let unexpected = (Code::Internal, "UPSTREAM_UNEXPECTED_STATUS");
     let redirect = (Code::Internal, "UPSTREAM_REDIRECT");
     let unknown = (Code::Unknown, "UPSTREAM_UNKNOWN");
@@ -60,7 +60,7 @@ async fn every_status_without_a_row_of_its_own_has_the_one_of_its_class() {
 }
 
 #[tokio::test]
-async fn without_an_error_object_the_status_alone_decides_and_no_code_is_told() {
+async fn without_an_error_object_the_http_status_decides_and_no_upstream_code_is_set() {
     let cases = [
         (400, Code::InvalidArgument),
         (401, Code::Unauthenticated),
@@ -98,7 +98,7 @@ async fn without_an_error_object_the_status_alone_decides_and_no_code_is_told() 
 }
 
 #[tokio::test]
-async fn a_wait_that_upstream_names_is_told_where_waiting_helps() {
+async fn retry_after_of_a_reply_becomes_retry_info_where_a_retry_can_help() {
     let in_two_minutes = httpdate::fmt_http_date(now() + Duration::from_secs(120));
     let yesterday = httpdate::fmt_http_date(now() - Duration::from_secs(86_400));
     let seconds = |number| Some(Duration::from_secs(number));
@@ -143,16 +143,14 @@ async fn a_wait_that_upstream_names_is_told_where_waiting_helps() {
     }
 }
 
-#[expect(
-    clippy::disallowed_methods,
-    reason = "HTTP dates are of the time of day"
-)]
+#[expect(clippy::disallowed_methods, reason = "HTTP dates are wall-clock times")]
 fn now() -> SystemTime {
     SystemTime::now()
 }
 
 #[tokio::test]
-async fn the_details_stay_small_and_harmless_whatever_upstream_writes() {
+async fn message_and_details_of_hostile_replies_stay_within_their_limits_without_control_characters()
+ {
     let long = "ä".repeat(100_000);
     let cases = [
         ("long text", long.as_str()),
@@ -183,7 +181,7 @@ async fn the_details_stay_small_and_harmless_whatever_upstream_writes() {
 }
 
 #[tokio::test]
-async fn a_refused_credential_is_told_in_our_words_and_with_its_owner() {
+async fn a_rejected_credential_gets_a_message_of_the_facade_and_its_owner() {
     let body = r#"{"error_code":"APIGW.0301","error_msg":"Incorrect IAM authentication information: header x-auth-token canary"}"#;
     let setting = Setting::always(answer(401, &[], body)).await;
 
@@ -200,27 +198,27 @@ async fn a_refused_credential_is_told_in_our_words_and_with_its_owner() {
 }
 
 #[tokio::test]
-async fn each_failure_has_one_error_info_and_the_request_id_of_its_metadata() {
+async fn each_failure_has_one_error_info_and_the_same_request_id_in_details_and_metadata() {
     let kinds = [
-        ("upstream's", answer(500, &[], ERROR)),
-        ("a broken connection's", vec![Step::Close]),
+        ("error reply", answer(500, &[], ERROR)),
+        ("closed connection", vec![Step::Close]),
     ];
 
     for (case, steps) in kinds {
         let setting = Setting::always(steps).await;
         let connection = Connection::open(setting.program.grpc).await;
         let ended = connection.call_within("5S", &example_request()).await;
-        let raw = ended.expect("an answer");
+        let raw = ended.expect("a reply");
         let status = raw.status().expect("a status");
 
         let id = raw
             .headers
             .get("x-request-id")
             .or(raw.trailers.get("x-request-id"));
-        let told = Failure::of(&status).request_id;
+        let in_details = Failure::of(&status).request_id;
         assert_eq!(
             id.and_then(|id| id.to_str().ok()),
-            told.as_deref(),
+            in_details.as_deref(),
             "{case}"
         );
         let kind = b"type.googleapis.com/google.rpc.ErrorInfo";

@@ -14,15 +14,15 @@ use crate::support::{
 
 const SAMPLES: usize = 60;
 
-/// The example task under another workflow id, so that calls are not merged.
+/// A request with a distinct workflow id, so that calls are not coalesced.
 fn numbered(number: usize) -> rds_task_facade::pb::GetTaskDetailRequest {
     let mut request = example_request();
     request.workflow_id = format!("w-{number}");
     request
 }
 
-/// Panics unless the samples are prompt: the quarter that the machine disturbed least is within `limit` plus a few of the round
-/// trips measured in the same run. A busy machine stops this process or the program at any time for longer than any limit.
+/// Asserts that the first quartile of the samples is within `limit` plus four round trips of the same run. The other samples do not
+/// count, because a busy machine can pause this process or the program for longer than any limit.
 #[track_caller]
 fn assert_prompt(what: &str, samples: Vec<Duration>, limit: Duration, round_trips: Vec<Duration>) {
     let round_trip = quarter("round trip", round_trips);
@@ -33,17 +33,17 @@ fn assert_prompt(what: &str, samples: Vec<Duration>, limit: Duration, round_trip
     );
 }
 
-/// The time of a call that fails without any upstream work: its deadline has passed on arrival.
+/// The duration of a call without upstream work: its deadline has passed on arrival.
 async fn round_trip(connection: &Connection) -> Duration {
     let started = Instant::now();
     let ended = connection.call_within("0m", &example_request()).await;
     let took = started.elapsed();
-    let status = ended.expect("an answer").status().expect("a status");
+    let status = ended.expect("a reply").status().expect("a status");
     assert_eq!(status.code(), Code::DeadlineExceeded);
     took
 }
 
-/// The first quartile of the samples; prints the others too.
+/// The first quartile of the samples; also prints median, 90 % and maximum.
 fn quarter(what: &str, mut samples: Vec<Duration>) -> Duration {
     samples.sort();
     let at = |percent: usize| samples[(samples.len() - 1) * percent / 100];
@@ -59,7 +59,7 @@ fn quarter(what: &str, mut samples: Vec<Duration>) -> Duration {
 }
 
 #[tokio::test]
-async fn a_passed_deadline_is_answered_promptly() {
+async fn an_expired_deadline_gets_a_prompt_reply() {
     let upstream = Upstream::always(vec![Step::Hold]).await;
     let program = Program::over(&upstream.url(), &[]);
     let connection = Connection::open(program.grpc).await;
@@ -71,7 +71,7 @@ async fn a_passed_deadline_is_answered_promptly() {
         let ended = connection.call_within("100m", &numbered(number)).await;
         let took = started.elapsed();
 
-        let status = ended.expect("an answer").status().expect("a status");
+        let status = ended.expect("a reply").status().expect("a status");
         assert_eq!(status.code(), Code::DeadlineExceeded);
         assert!(took >= deadline, "{took:?}");
         late.push(took - deadline);
@@ -114,7 +114,7 @@ async fn a_cancelled_call_ends_its_upstream_request_promptly() {
 }
 
 #[tokio::test]
-async fn beyond_the_limit_calls_are_refused_promptly_and_health_answers() {
+async fn beyond_the_limit_calls_fail_promptly_and_health_checks_succeed() {
     let upstream = Upstream::always(vec![Step::Hold]).await;
     let program = Program::patient(&upstream.url(), &["--max-in-flight", "10"]);
     let client = program.client().await;
@@ -132,29 +132,29 @@ async fn beyond_the_limit_calls_are_refused_promptly_and_health_answers() {
         let started = Instant::now();
         let ended = connection.call_within("60S", &numbered(number)).await;
         refused.push(started.elapsed());
-        let failure = Failure::of(&ended.expect("an answer").status().expect("a status"));
+        let failure = Failure::of(&ended.expect("a reply").status().expect("a status"));
         assert_eq!(
             failure.code_and_reason(),
             (Code::ResourceExhausted, "OVERLOADED")
         );
         let started = Instant::now();
-        let answer = health.check(HealthCheckRequest::default()).await;
+        let response = health.check(HealthCheckRequest::default()).await;
         checked.push(started.elapsed());
-        let status = answer.expect("health answers").into_inner().status();
+        let status = response.expect("a health reply").into_inner().status();
         assert_eq!(status, ServingStatus::Serving);
     }
 
     let most = quarter("health during overload", checked.clone());
     assert!(most <= Duration::from_millis(100), "{most:?}");
     assert_prompt("refusal", refused, Duration::from_millis(10), checked);
-    assert_eq!(upstream.requests().len(), 10, "nothing was queued");
+    assert_eq!(upstream.requests().len(), 10, "no call was queued");
     calls.abort_all();
 }
 
 #[tokio::test]
-async fn beyond_the_limit_nearly_as_many_calls_succeed_as_at_the_limit() {
-    // A reply takes 200 ms, so five permits allow 25 calls a second; the crowd makes some 100. Both take turns, so that the
-    // machine treats them alike.
+async fn overload_keeps_at_least_80_percent_of_the_goodput() {
+    // A reply takes 200 ms, so 5 permits allow 25 calls per second; 20 callers make about 100. Both loads alternate, so that
+    // disturbances of the machine affect them equally.
     let slow = [vec![Step::Wait(Duration::from_millis(200))], example()].concat();
     let upstream = Upstream::always(slow).await;
     let program = Program::over(&upstream.url(), &["--max-in-flight", "5"]);
@@ -196,7 +196,7 @@ async fn beyond_the_limit_nearly_as_many_calls_succeed_as_at_the_limit() {
 }
 
 #[tokio::test]
-async fn a_slow_upstream_holds_all_permits_and_nothing_else() {
+async fn a_slow_upstream_blocks_no_more_calls_than_there_are_permits() {
     let upstream = Upstream::always(vec![Step::Hold]).await;
     let program = Program::over(
         &upstream.url(),
@@ -212,7 +212,9 @@ async fn a_slow_upstream_holds_all_permits_and_nothing_else() {
     let mut codes = Vec::new();
     let ready = program.admin("/readyz").await.0;
     while let Some(ended) = calls.join_next().await {
-        let status = ended.expect("no panic").expect_err("nothing answers");
+        let status = ended
+            .expect("no panic")
+            .expect_err("upstream never replies");
         codes.push(status.code());
     }
 
@@ -224,7 +226,7 @@ async fn a_slow_upstream_holds_all_permits_and_nothing_else() {
 }
 
 #[tokio::test]
-async fn a_failing_upstream_sees_few_requests_and_gets_calls_again_soon_after_it_recovers() {
+async fn the_breaker_limits_requests_to_a_failing_upstream_and_closes_after_it_recovers() {
     let healthy = Arc::new(std::sync::atomic::AtomicBool::new(false));
     let seen = Arc::clone(&healthy);
     let upstream = Upstream::start(move |_| {
@@ -239,7 +241,7 @@ async fn a_failing_upstream_sees_few_requests_and_gets_calls_again_soon_after_it
     let mut client = program.client().await;
     let calls = 300;
     let connection = Connection::open(program.grpc).await;
-    let (mut held_back, mut round_trips) = (Vec::new(), Vec::new());
+    let (mut rejected, mut round_trips) = (Vec::new(), Vec::new());
 
     for number in 0..calls {
         let started = Instant::now();
@@ -250,12 +252,12 @@ async fn a_failing_upstream_sees_few_requests_and_gets_calls_again_soon_after_it
         let failure = Failure::of(&status);
         assert_eq!(failure.code, Code::Unavailable);
         if failure.reason == "CIRCUIT_OPEN" {
-            held_back.push(started.elapsed());
+            rejected.push(started.elapsed());
             round_trips.push(round_trip(&connection).await);
             assert!(failure.retry_delay.is_some());
         }
     }
-    let asked = upstream.requests().len();
+    let requests = upstream.requests().len();
     healthy.store(true, std::sync::atomic::Ordering::Relaxed);
     let recovering = Instant::now();
     eventually("calls succeed again", async || {
@@ -264,22 +266,25 @@ async fn a_failing_upstream_sees_few_requests_and_gets_calls_again_soon_after_it
     .await;
 
     println!(
-        "{calls} calls, {asked} upstream requests, back after {:?}",
+        "{calls} calls, {requests} upstream requests, back after {:?}",
         recovering.elapsed()
     );
-    assert!(asked * 5 <= calls * 6, "{asked} requests for {calls} calls");
-    assert!(held_back.len() > calls / 2, "{}", held_back.len());
+    assert!(
+        requests * 5 <= calls * 6,
+        "{requests} requests for {calls} calls"
+    );
+    assert!(rejected.len() > calls / 2, "{}", rejected.len());
     // A release build takes less than 5 ms.
     assert_prompt(
         "open breaker",
-        held_back,
+        rejected,
         Duration::from_millis(20),
         round_trips,
     );
 }
 
 #[tokio::test]
-async fn a_noisy_connection_takes_its_own_streams_and_the_others_are_served() {
+async fn a_flood_on_one_connection_does_not_fail_calls_on_others() {
     let upstream = Upstream::start(|request| match request.line.contains("noisy") {
         true => vec![Step::Hold],
         false => example(),
@@ -294,13 +299,13 @@ async fn a_noisy_connection_takes_its_own_streams_and_the_others_are_served() {
         request.instance_id = "noisy".to_owned();
         noise.spawn(async move { client.get_task_detail(request).await });
     }
-    // What one connection may have open at once.
+    // The maximum number of concurrent streams per connection.
     upstream.wait_for_requests(100).await;
 
     let mut client = program.client().await;
     for number in 0..100 {
-        let answered = client.get_task_detail(numbered(number)).await;
-        assert!(answered.is_ok(), "{number}: {answered:?}");
+        let result = client.get_task_detail(numbered(number)).await;
+        assert!(result.is_ok(), "{number}: {result:?}");
     }
 
     assert_eq!(noise.len(), 500);
@@ -308,7 +313,7 @@ async fn a_noisy_connection_takes_its_own_streams_and_the_others_are_served() {
 }
 
 #[tokio::test]
-async fn a_thousand_small_keys_are_no_harm_and_none_of_them_reaches_upstream() {
+async fn oversized_metadata_gets_431_and_no_metadata_of_the_caller_reaches_upstream() {
     let upstream = Upstream::always(example()).await;
     let program = Program::over(&upstream.url(), &[]);
     let connection = Connection::open(program.grpc).await;
@@ -325,11 +330,11 @@ async fn a_thousand_small_keys_are_no_harm_and_none_of_them_reaches_upstream() {
         .header("k-1", "v");
 
     let refused = connection.exchange(many, framed(&example_request())).await;
-    let answered = connection.exchange(some, framed(&example_request())).await;
+    let result = connection.exchange(some, framed(&example_request())).await;
 
-    assert_eq!(refused.expect("an answer").http_status, 431);
-    let answered = answered.expect("the connection lives");
-    assert_eq!(answered.reply().job_name, "CreateMysqlSingleHAInstance");
+    assert_eq!(refused.expect("a reply").http_status, 431);
+    let result = result.expect("the connection survives");
+    assert_eq!(result.reply().job_name, "CreateMysqlSingleHAInstance");
     let [request] = &upstream.requests()[..] else {
         panic!("one request: {:?}", upstream.requests());
     };
@@ -346,7 +351,7 @@ async fn a_thousand_small_keys_are_no_harm_and_none_of_them_reaches_upstream() {
 }
 
 #[tokio::test]
-async fn hostile_ids_and_traces_neither_stop_the_call_nor_forge_a_line() {
+async fn hostile_ids_and_trace_headers_neither_fail_the_call_nor_forge_a_log_line() {
     let program = Program::sandboxed(&[]);
     let long = "x".repeat(3_000);
     let hostile = [
@@ -363,9 +368,9 @@ async fn hostile_ids_and_traces_neither_stop_the_call_nor_forge_a_line() {
                 request.metadata_mut().insert(name, value);
             }
         }
-        let answered = program.client().await.get_task_detail(request).await;
-        let answered = answered.expect("the call works");
-        let id = answered.metadata().get("x-request-id").expect("an id");
+        let result = program.client().await.get_task_detail(request).await;
+        let result = result.expect("the call works");
+        let id = result.metadata().get("x-request-id").expect("an id");
         let id = id.to_str().expect("ASCII");
 
         assert_ne!(id, value);

@@ -25,7 +25,7 @@ async fn upstream_sees_exactly_the_documented_request() {
     program
         .call_with(example_request(), &metadata)
         .await
-        .expect("an answer");
+        .expect("a reply");
 
     let requests = upstream.requests();
     assert_eq!(requests.len(), 1);
@@ -55,7 +55,7 @@ async fn upstream_sees_exactly_the_documented_request() {
 }
 
 #[tokio::test]
-async fn nothing_in_the_metadata_chooses_where_what_or_as_whom_upstream_is_asked() {
+async fn metadata_cannot_change_the_endpoint_path_or_identity_of_the_upstream_request() {
     let upstream = Upstream::always(example()).await;
     let elsewhere = Upstream::always(example()).await;
     let program = Program::over(&upstream.url(), &["--allow-project", "another"]);
@@ -88,7 +88,7 @@ async fn nothing_in_the_metadata_chooses_where_what_or_as_whom_upstream_is_asked
     program
         .call_with(allowed, &metadata)
         .await
-        .expect("an answer");
+        .expect("a reply");
 
     assert_eq!(
         Failure::of(&refused).code_and_reason(),
@@ -110,7 +110,7 @@ async fn nothing_in_the_metadata_chooses_where_what_or_as_whom_upstream_is_asked
 }
 
 #[tokio::test]
-async fn the_name_is_sent_only_when_the_caller_set_it() {
+async fn the_workflow_name_is_sent_only_if_the_caller_set_it() {
     let upstream = Upstream::always(example()).await;
     let program = Program::over(&upstream.url(), &[]);
 
@@ -119,7 +119,7 @@ async fn the_name_is_sent_only_when_the_caller_set_it() {
             workflow_name: name.map(str::to_owned),
             ..example_request()
         };
-        program.call(request).await.expect("an answer");
+        program.call(request).await.expect("a reply");
     }
 
     let bodies: Vec<_> = upstream
@@ -138,7 +138,7 @@ async fn the_name_is_sent_only_when_the_caller_set_it() {
 }
 
 #[tokio::test]
-async fn every_known_field_of_the_reply_is_passed_on_as_upstream_writes_it() {
+async fn every_known_field_of_the_upstream_reply_is_passed_on_unchanged() {
     let body = r#"{
         "instance_id": "i", "instance_name": "n", "job_id": "j", "job_name": "m",
         "created_at": "2025-12-09T08:09:10+0800", "update_at": "", "process": 60, "status": "Running",
@@ -154,7 +154,7 @@ async fn every_known_field_of_the_reply_is_passed_on_as_upstream_writes_it() {
     let reply = program
         .call(example_request())
         .await
-        .expect("an answer")
+        .expect("a reply")
         .into_inner();
 
     let text = |text: &str| Some(text.to_owned());
@@ -200,7 +200,7 @@ async fn absent_and_null_fields_stay_empty_or_unset() {
     let reply = program
         .call(example_request())
         .await
-        .expect("an answer")
+        .expect("a reply")
         .into_inner();
 
     let expected = GetTaskDetailResponse {
@@ -211,7 +211,7 @@ async fn absent_and_null_fields_stay_empty_or_unset() {
 }
 
 #[tokio::test]
-async fn all_violations_come_in_one_answer_before_any_upstream_work() {
+async fn all_violations_are_reported_together_before_any_upstream_work() {
     let upstream = Upstream::always(example()).await;
     let program = Program::over(&upstream.url(), &[]);
     let request = GetTaskDetailRequest {
@@ -240,7 +240,7 @@ async fn all_violations_come_in_one_answer_before_any_upstream_work() {
 }
 
 #[tokio::test]
-async fn the_callers_token_is_passed_on_and_its_absence_is_told() {
+async fn the_callers_token_is_passed_on_and_a_missing_or_malformed_one_is_rejected() {
     let upstream = Upstream::always(example()).await;
     let program = Program::start(
         &["--endpoint", &upstream.url(), "--credentials", "caller"],
@@ -250,7 +250,7 @@ async fn the_callers_token_is_passed_on_and_its_absence_is_told() {
     program
         .call_with(example_request(), &[("x-auth-token", "MIItoken")])
         .await
-        .expect("an answer");
+        .expect("a reply");
     let cases: [(&[_], _); 5] = [
         (&[], "CREDENTIAL_MISSING"),
         (
@@ -295,7 +295,7 @@ async fn the_callers_token_is_passed_on_and_its_absence_is_told() {
 }
 
 #[tokio::test]
-async fn other_projects_are_refused_before_any_upstream_work() {
+async fn projects_that_are_not_allowed_are_rejected_before_any_upstream_work() {
     let upstream = Upstream::always(example()).await;
     let program = Program::over(
         &upstream.url(),
@@ -317,7 +317,7 @@ async fn other_projects_are_refused_before_any_upstream_work() {
 }
 
 #[tokio::test]
-async fn request_ids_are_echoed_or_made_and_upstreams_is_told_on_success_and_failure() {
+async fn request_ids_are_echoed_or_generated_and_the_upstream_id_is_returned() {
     let upstream = Upstream::start(|request| match request.number {
         0 => answer(
             200,
@@ -333,10 +333,10 @@ async fn request_ids_are_echoed_or_made_and_upstreams_is_told_on_success_and_fai
     .await;
     let program = Program::over(&upstream.url(), &[]);
 
-    let answered = program
+    let result = program
         .call_with(example_request(), &[("x-request-id", "mine.1_a-B")])
         .await
-        .expect("an answer");
+        .expect("a reply");
     let refused = program
         .call_with(example_request(), &[("x-request-id", "not mine\\n")])
         .await
@@ -348,23 +348,23 @@ async fn request_ids_are_echoed_or_made_and_upstreams_is_told_on_success_and_fai
             .map(|value| value.to_str().expect("ASCII").to_owned())
     };
     assert_eq!(
-        id(answered.metadata(), "x-request-id").as_deref(),
+        id(result.metadata(), "x-request-id").as_deref(),
         Some("mine.1_a-B")
     );
     assert_eq!(
-        id(answered.metadata(), "x-upstream-request-id").as_deref(),
+        id(result.metadata(), "x-upstream-request-id").as_deref(),
         Some("up-1")
     );
-    let ours = id(refused.metadata(), "x-request-id").expect("an id of ours");
+    let generated = id(refused.metadata(), "x-request-id").expect("a generated id");
     assert!(
-        ours.len() >= 16 && ours.bytes().all(|b| b.is_ascii_alphanumeric()),
-        "{ours}"
+        generated.len() >= 16 && generated.bytes().all(|b| b.is_ascii_alphanumeric()),
+        "{generated}"
     );
     assert_eq!(
         id(refused.metadata(), "x-upstream-request-id").as_deref(),
         Some("up-2")
     );
-    assert_eq!(Failure::of(&refused).request_id, Some(ours));
+    assert_eq!(Failure::of(&refused).request_id, Some(generated));
     assert_eq!(
         Failure::of(&refused)
             .metadata

@@ -20,8 +20,8 @@ async fn check(health: &mut HealthClient<Channel>, service: &str) -> ServingStat
     let request = HealthCheckRequest {
         service: service.to_owned(),
     };
-    let answer = health.check(request).await.expect("health answers");
-    answer.into_inner().status()
+    let response = health.check(request).await.expect("a health reply");
+    response.into_inner().status()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -37,16 +37,16 @@ async fn a_call_in_flight_at_the_signal_completes_and_the_exit_code_is_0() {
         program.signal(signal);
         program.wait_for_log(|line| line["msg"] == "signal: draining");
         gate.open();
-        let answered = call.await.expect("no panic");
+        let result = call.await.expect("no panic");
         let ended = program.wait();
 
-        assert!(answered.is_ok(), "{signal}: {answered:?}");
+        assert!(result.is_ok(), "{signal}: {result:?}");
         assert_eq!(ended.code(), Some(0), "{signal}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_idle_program_does_not_use_up_the_grace_though_connections_are_open() {
+async fn an_idle_program_with_open_connections_exits_before_the_grace_period_ends() {
     let mut program = Program::sandboxed(&["--shutdown-grace", "60s"]);
     let mut client = program.client().await;
     client
@@ -61,7 +61,7 @@ async fn an_idle_program_does_not_use_up_the_grace_though_connections_are_open()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_second_signal_ends_the_program_before_the_grace_is_over_and_not_with_0() {
+async fn the_second_signal_ends_the_program_at_once_with_a_failure_exit_code() {
     for [first, second] in [["TERM", "TERM"], ["INT", "INT"], ["TERM", "INT"]] {
         let upstream = Upstream::always(vec![Step::Hold]).await;
         let mut program = Program::patient(&upstream.url(), &["--shutdown-grace", "60s"]);
@@ -80,7 +80,7 @@ async fn the_second_signal_ends_the_program_before_the_grace_is_over_and_not_wit
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn during_the_drain_delay_calls_are_served_and_health_and_readiness_announce_the_end() {
+async fn during_the_drain_delay_calls_are_served_and_health_and_readyz_report_not_serving() {
     let program = Program::sandboxed(&["--drain-delay", "60s"]);
     let mut client = program.client().await;
     let mut old = program.health().await;
@@ -108,7 +108,7 @@ async fn during_the_drain_delay_calls_are_served_and_health_and_readiness_announ
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_program_ends_after_the_drain_delay_and_not_before() {
+async fn the_program_does_not_exit_before_the_end_of_the_drain_delay() {
     let mut program = Program::sandboxed(&["--drain-delay", "1500ms"]);
 
     let signalled = Instant::now();
@@ -120,7 +120,7 @@ async fn the_program_ends_after_the_drain_delay_and_not_before() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn peers_that_do_nothing_do_not_hold_up_the_exit_beyond_the_grace() {
+async fn silent_clients_do_not_delay_the_exit_beyond_the_grace_period() {
     let mut program = Program::sandboxed(&["--shutdown-grace", "1s"]);
     let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
     let settings = [0, 0, 0, 4, 0, 0, 0, 0, 0];
@@ -128,14 +128,14 @@ async fn peers_that_do_nothing_do_not_hold_up_the_exit_beyond_the_grace() {
     for opening in [
         Vec::new(),
         preface[..10].to_vec(),
-        // Says its preface and answers no PING after that.
+        // Sends its preface and then does not acknowledge PINGs.
         [&preface[..], &settings].concat(),
     ] {
         let mut peer = TcpStream::connect(program.grpc).await.expect("it listens");
         peer.write_all(&opening).await.expect("it reads");
         peers.push(peer);
     }
-    // The last one is known to HTTP/2 when its settings are there.
+    // Once the settings of the program arrive, the last connection is served by HTTP/2.
     let mut frame = [0; 9];
     let mute = peers.last_mut().expect("there are three");
     within("the program's settings", mute.read_exact(&mut frame))
@@ -157,11 +157,11 @@ async fn peers_that_do_nothing_do_not_hold_up_the_exit_beyond_the_grace() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_call_that_outlives_the_grace_gets_shutting_down_and_the_exit_comes_within_it() {
+async fn a_call_that_outlives_the_grace_period_gets_shutting_down_before_the_exit() {
     let grace = Duration::from_secs(5);
     let mut late = Vec::new();
-    // The call is cut off half a second before the grace is over. A busy machine may take longer than that to end the program
-    // and may lose the reply, but not each of five times.
+    // The call is cut off 500 ms before the grace period ends. A busy machine may take longer than that to end the program and may
+    // lose the reply, but not five times in a row.
     while late.len() < 5 {
         let upstream = Upstream::always(vec![Step::Hold]).await;
         let mut program = Program::patient(&upstream.url(), &["--shutdown-grace", "5s"]);
@@ -192,11 +192,11 @@ async fn a_call_that_outlives_the_grace_gets_shutting_down_and_the_exit_comes_wi
         assert_eq!(line["calls"], 1);
         return;
     }
-    panic!("never within the grace: {late:?}");
+    panic!("never within the grace period: {late:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn after_a_kill_callers_see_unavailable_and_a_new_process_serves_as_soon_as_the_first() {
+async fn after_a_kill_callers_get_unavailable_and_a_new_process_serves_again() {
     let upstream = Upstream::start(|request| match request.number {
         1 => vec![Step::Hold],
         _ => example(),
@@ -204,7 +204,7 @@ async fn after_a_kill_callers_see_unavailable_and_a_new_process_serves_as_soon_a
     .await;
     let started = Instant::now();
     let mut program = Program::over(&upstream.url(), &[]);
-    program.call(example_request()).await.expect("an answer");
+    program.call(example_request()).await.expect("a reply");
     let first_took = started.elapsed();
     let address = program.grpc.to_string();
     let mut client = program.client().await;
@@ -222,7 +222,7 @@ async fn after_a_kill_callers_see_unavailable_and_a_new_process_serves_as_soon_a
         &["--endpoint", &upstream.url(), "--credentials", "token"],
         &[("RDS_TASK_FACADE_TOKEN", "a-token")],
     );
-    let answered = again.call(example_request()).await;
+    let result = again.call(example_request()).await;
     let took = killed.elapsed();
     let same_client = client.get_task_detail(example_request()).await;
 
@@ -230,7 +230,7 @@ async fn after_a_kill_callers_see_unavailable_and_a_new_process_serves_as_soon_a
         matches!(lost.code(), Code::Unavailable | Code::Unknown),
         "{lost:?}"
     );
-    assert!(answered.is_ok(), "{answered:?}");
+    assert!(result.is_ok(), "{result:?}");
     assert!(
         took < 5 * first_took + Duration::from_secs(2),
         "{took:?}, the first {first_took:?}"

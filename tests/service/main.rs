@@ -1,6 +1,6 @@
 //! Service tests: the built program over real sockets, against the embedded sandbox or a scripted upstream.
 
-/// Scripted upstreams, and waits with a deadline; the unit tests use them too.
+/// Scripted upstreams, and waits with a deadline; shared with the unit tests.
 #[path = "../support/mod.rs"]
 mod shared;
 /// Starts the program, calls it, reads statuses.
@@ -12,13 +12,13 @@ mod cli;
 mod connections;
 /// The facade's own credentials: sources, renewal, keys, secrets.
 mod credentials;
-/// What goes with a failure besides its code: waits, texts, ids, and their limits.
+/// The details of a failure: retry delays, messages, ids, and their limits.
 mod details;
-/// One call: what a caller may send, how prompt the answer is, overload.
+/// The edge: hostile metadata, prompt replies, overload.
 mod edge;
-/// What the caller is told for every answer and every broken answer of upstream.
+/// The status for every error reply and every incomplete reply of upstream.
 mod errors;
-/// The request upstream receives, the reply, the rules of the request.
+/// The request that upstream receives, the reply, and validation.
 mod get_task_detail;
 /// Signals, drain, restart.
 mod lifecycle;
@@ -26,11 +26,11 @@ mod lifecycle;
 mod quota;
 /// Attempts, deadlines, cancellation, breaker, overload.
 mod resilience;
-/// What the program needs to start, and what it says when it cannot.
+/// What the program needs to start, and its message if it cannot.
 mod startup;
 /// Log lines that cannot be forged, spans without secrets, the start line.
 mod telemetry;
-/// TLS on both sides, and the proxy on the way to upstream.
+/// TLS on both sides, and the upstream proxy.
 mod tls;
-/// Which certificates each of the program's own clients trusts.
+/// The CA certificates that each client of the program trusts.
 mod trust;

@@ -13,7 +13,7 @@ use crate::support::{
 
 const RETRIES: &str = "rds_upstream_retries_total";
 
-/// Fails the first `failures` requests with `steps`, then answers.
+/// An upstream that fails the first `failures` requests with `steps` and then replies.
 async fn recovering(failures: usize, steps: Vec<Step>) -> Upstream {
     Upstream::start(move |request| {
         if request.number < failures {
@@ -26,7 +26,7 @@ async fn recovering(failures: usize, steps: Vec<Step>) -> Upstream {
 }
 
 #[tokio::test]
-async fn passing_failures_are_healed_by_a_retry() {
+async fn transient_failures_are_recovered_by_a_retry() {
     let cut = Step::Send(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{\"job".to_vec());
     let cases = [
         ("close", vec![Step::Close], "UPSTREAM_RESET"),
@@ -50,9 +50,9 @@ async fn passing_failures_are_healed_by_a_retry() {
         let upstream = recovering(1, steps).await;
         let program = Program::over(&upstream.url(), &["--attempt-timeout", "2s"]);
 
-        let answered = program.call(example_request()).await;
+        let result = program.call(example_request()).await;
 
-        assert!(answered.is_ok(), "{case}: {answered:?}");
+        assert!(result.is_ok(), "{case}: {result:?}");
         assert_eq!(upstream.requests().len(), 2, "{case}");
         assert_eq!(
             program
@@ -65,7 +65,7 @@ async fn passing_failures_are_healed_by_a_retry() {
 }
 
 #[tokio::test]
-async fn what_is_repeated_is_repeated_no_more_often_than_allowed() {
+async fn each_http_status_is_attempted_as_often_as_documented() {
     let cases = [
         (400, 1),
         (401, 1),
@@ -95,7 +95,7 @@ async fn what_is_repeated_is_repeated_no_more_often_than_allowed() {
 }
 
 #[tokio::test]
-async fn an_unreadable_200_and_a_timeout_in_the_body_are_not_repeated() {
+async fn an_unreadable_200_and_a_timeout_in_the_body_are_not_retried() {
     let half = Step::Send(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{\"job".to_vec());
 
     for (case, steps) in [
@@ -112,7 +112,7 @@ async fn an_unreadable_200_and_a_timeout_in_the_body_are_not_repeated() {
 }
 
 #[tokio::test]
-async fn a_head_over_the_limit_would_come_again_and_is_not_asked_for_twice() {
+async fn a_response_head_over_the_limit_is_not_retried() {
     let many = format!("HTTP/1.1 200 OK\r\n{}\r\n", "a: b\r\n".repeat(200));
     let long = format!("HTTP/1.1 200 OK\r\na: {}\r\n\r\n", "b".repeat(3_000_000));
 
@@ -129,15 +129,15 @@ async fn a_head_over_the_limit_would_come_again_and_is_not_asked_for_twice() {
 }
 
 #[tokio::test]
-async fn retry_after_is_waited_for_within_the_deadline_and_told_beyond_it() {
+async fn retry_after_is_respected_within_the_deadline_and_returned_beyond_it() {
     let upstream = recovering(1, answer(503, &[("retry-after", "1")], "")).await;
     let program = Program::over(&upstream.url(), &[]);
 
     let started = Instant::now();
-    program.call(example_request()).await.expect("healed");
+    program.call(example_request()).await.expect("recovered");
     let waited = started.elapsed();
-    let hurried = Upstream::always(answer(503, &[("retry-after", "60")], "")).await;
-    let program = Program::over(&hurried.url(), &[]);
+    let slow = Upstream::always(answer(503, &[("retry-after", "60")], "")).await;
+    let program = Program::over(&slow.url(), &[]);
     let started = Instant::now();
     let failure = Failure::of(
         &program
@@ -145,7 +145,7 @@ async fn retry_after_is_waited_for_within_the_deadline_and_told_beyond_it() {
             .await
             .expect_err("no time"),
     );
-    let told_after = started.elapsed();
+    let replied_after = started.elapsed();
 
     assert!(waited >= Duration::from_secs(1), "{waited:?}");
     assert_eq!(
@@ -153,11 +153,11 @@ async fn retry_after_is_waited_for_within_the_deadline_and_told_beyond_it() {
         (Code::Unavailable, "UPSTREAM_UNAVAILABLE")
     );
     assert_eq!(failure.retry_delay, Some(Duration::from_secs(60)));
-    assert!(told_after < Duration::from_secs(10), "{told_after:?}");
+    assert!(replied_after < Duration::from_secs(10), "{replied_after:?}");
 }
 
 #[tokio::test]
-async fn the_callers_deadline_ends_the_call_in_time_and_the_upstream_request_with_it() {
+async fn the_callers_deadline_ends_the_call_and_its_upstream_request() {
     let upstream = Upstream::always(vec![Step::Hold]).await;
     let program = Program::patient(&upstream.url(), &[]);
     let connection = Connection::open(program.grpc).await;
@@ -166,7 +166,7 @@ async fn the_callers_deadline_ends_the_call_in_time_and_the_upstream_request_wit
     let ended = connection
         .call_within("2S", &example_request())
         .await
-        .expect("an answer");
+        .expect("a reply");
     let took = started.elapsed();
     let failure = Failure::of(&ended.status().expect("a status"));
 
@@ -188,7 +188,7 @@ async fn the_callers_deadline_ends_the_call_in_time_and_the_upstream_request_wit
 }
 
 #[tokio::test]
-async fn our_own_timeout_bounds_a_call_without_a_deadline_or_with_a_longer_one() {
+async fn the_timeout_bounds_a_call_without_a_deadline_or_with_a_longer_one() {
     let upstream = Upstream::always(vec![Step::Hold]).await;
     let program = Program::over(&upstream.url(), &["--timeout", "150ms"]);
 
@@ -209,14 +209,14 @@ async fn our_own_timeout_bounds_a_call_without_a_deadline_or_with_a_longer_one()
 }
 
 #[tokio::test]
-async fn a_deadline_that_is_over_costs_no_upstream_call() {
+async fn an_expired_deadline_causes_no_upstream_request() {
     let upstream = Upstream::always(example()).await;
     let program = Program::over(&upstream.url(), &[]);
 
     for timeout in ["0m", "1n", "0H"] {
         let connection = Connection::open(program.grpc).await;
         let ended = connection.call_within(timeout, &example_request()).await;
-        let status = ended.expect("an answer").status().expect("a status");
+        let status = ended.expect("a reply").status().expect("a status");
         assert_eq!(status.code(), Code::DeadlineExceeded, "{timeout}");
     }
 
@@ -246,8 +246,8 @@ async fn a_cancelled_call_ends_the_upstream_request_and_is_counted_once() {
 }
 
 #[tokio::test]
-async fn a_stale_pooled_connection_is_healed() {
-    // Answers once on each connection, and closes it when the next request comes.
+async fn a_stale_pooled_connection_is_replaced() {
+    // Replies once on the first connection, and closes it on the next request.
     let upstream = Upstream::start(|request| {
         if request.number == 1 {
             vec![Step::Close]
@@ -259,19 +259,19 @@ async fn a_stale_pooled_connection_is_healed() {
     let program = Program::over(&upstream.url(), &[]);
     let mut client = program.client().await;
 
-    let answers = [
+    let results = [
         client.get_task_detail(example_request()).await,
         client.get_task_detail(example_request()).await,
     ];
 
-    assert!(answers.iter().all(Result::is_ok), "{answers:?}");
+    assert!(results.iter().all(Result::is_ok), "{results:?}");
     assert_eq!(upstream.connections().opened, 2);
 }
 
 #[tokio::test]
-async fn the_retry_budget_bounds_what_a_failing_upstream_sees() {
+async fn the_retry_budget_bounds_the_requests_to_a_failing_upstream() {
     let upstream = Upstream::start(|request| {
-        // Every other answer is no failure for the breaker, so that only the budget holds back.
+        // Neither status counts for the breaker, so only the budget limits retries.
         if request.number.is_multiple_of(2) {
             answer(408, &[], "")
         } else {
@@ -298,7 +298,7 @@ async fn the_retry_budget_bounds_what_a_failing_upstream_sees() {
 }
 
 #[tokio::test]
-async fn the_breaker_opens_answers_without_upstream_and_closes_after_a_good_probe() {
+async fn the_breaker_opens_rejects_calls_and_closes_after_a_successful_probe() {
     let healthy = Arc::new(AtomicBool::new(false));
     let seen = Arc::clone(&healthy);
     let upstream = Upstream::start(move |_| {
@@ -322,9 +322,9 @@ async fn the_breaker_opens_answers_without_upstream_and_closes_after_a_good_prob
         &client
             .get_task_detail(example_request())
             .await
-            .expect_err("held back"),
+            .expect_err("breaker open"),
     );
-    let asked = upstream.requests().len();
+    let requests = upstream.requests().len();
     healthy.store(true, Ordering::Relaxed);
     eventually("calls succeed again", async || {
         client.get_task_detail(example_request()).await.is_ok()
@@ -336,11 +336,11 @@ async fn the_breaker_opens_answers_without_upstream_and_closes_after_a_good_prob
         open.retry_delay
             .is_some_and(|delay| !delay.is_zero() && delay <= Duration::from_secs(5))
     );
-    assert_eq!(asked, 8);
+    assert_eq!(requests, 8);
 }
 
 #[tokio::test]
-async fn refusals_do_not_open_the_breaker() {
+async fn error_replies_do_not_open_the_breaker() {
     for status in [400, 401, 403, 404, 409, 500] {
         let upstream = Upstream::always(answer(
             status,
@@ -363,7 +363,7 @@ async fn refusals_do_not_open_the_breaker() {
 }
 
 #[tokio::test]
-async fn calls_beyond_the_limit_are_shed_while_the_others_wait_and_health_is_not() {
+async fn calls_beyond_the_limit_fail_at_once_and_the_program_stays_ready() {
     let upstream = Upstream::always(vec![Step::Hold]).await;
     let program = Program::patient(&upstream.url(), &["--max-in-flight", "3"]);
     let client = program.client().await;
@@ -376,17 +376,17 @@ async fn calls_beyond_the_limit_are_shed_while_the_others_wait_and_health_is_not
     }
     upstream.wait_for_requests(3).await;
 
-    let shed = program.failure(example_request()).await;
+    let rejected = program.failure(example_request()).await;
     let (ready, _) = program.admin("/readyz").await;
 
     assert_eq!(
-        shed.code_and_reason(),
+        rejected.code_and_reason(),
         (Code::ResourceExhausted, "OVERLOADED")
     );
-    assert!(shed.retry_delay.is_some());
+    assert!(rejected.retry_delay.is_some());
     assert!(
         calls.try_join_next().is_none(),
-        "shed while the others wait"
+        "the calls within the limit still wait"
     );
     assert_eq!(ready, 200);
     assert_eq!(upstream.requests().len(), 3);

@@ -7,7 +7,7 @@ use crate::support::{
     program::run,
 };
 
-/// Name, arguments, environment, exit code, and what the line names.
+/// Name, arguments, environment, exit code, and a part of the line.
 type Case<'a> = (
     &'a str,
     Vec<&'a str>,
@@ -16,7 +16,7 @@ type Case<'a> = (
     &'a str,
 );
 
-/// What a run that must fail has written.
+/// Exit code, output lines and duration of a start that must fail.
 fn refused(args: &[&str], env: &[(&str, &str)]) -> (i32, Vec<String>, Duration) {
     let started = Instant::now();
     let (code, out, err) = run(&[&["serve", "--metrics-listen", "off"], args].concat(), env);
@@ -25,7 +25,7 @@ fn refused(args: &[&str], env: &[(&str, &str)]) -> (i32, Vec<String>, Duration) 
 }
 
 #[tokio::test]
-async fn a_start_that_cannot_work_ends_at_once_with_one_line_that_says_why() {
+async fn a_failed_start_exits_within_five_seconds_with_one_line_that_names_the_cause() {
     let folder = tempfile::tempdir().expect("a folder");
     let file = |name: &str, content: &str| {
         let path = folder.path().join(name);
@@ -65,28 +65,28 @@ async fn a_start_that_cannot_work_ends_at_once_with_one_line_that_says_why() {
             "192.0.2.1:50051",
         ),
         (
-            "no address",
+            "host name instead of an address",
             vec!["--sandbox", "--listen", "localhost"],
             &[],
             2,
             "--listen",
         ),
         (
-            "host that is no address",
+            "malformed address in the endpoint",
             [&free[..], &["--endpoint", "https://10.0.0.256"]].concat(),
             &[],
             2,
             "--endpoint",
         ),
         (
-            "proxy that is no address",
+            "malformed address in the proxy URL",
             [&free[..], &["--sandbox"]].concat(),
             &[("RDS_TASK_FACADE_UPSTREAM_PROXY", "http://1.2.3.4.5:3128")],
             2,
             "RDS_TASK_FACADE_UPSTREAM_PROXY",
         ),
         (
-            "certificate that is not there",
+            "missing certificate file",
             [
                 &free[..],
                 &["--sandbox", "--tls-cert", nowhere, "--tls-key", &key],
@@ -97,7 +97,7 @@ async fn a_start_that_cannot_work_ends_at_once_with_one_line_that_says_why() {
             "--tls-cert",
         ),
         (
-            "certificate that is none",
+            "certificate file without a certificate",
             [
                 &free[..],
                 &["--sandbox", "--tls-cert", &garbage, "--tls-key", &key],
@@ -119,7 +119,7 @@ async fn a_start_that_cannot_work_ends_at_once_with_one_line_that_says_why() {
             "o.pem",
         ),
         (
-            "upstream CA that is none",
+            "upstream CA file without a certificate",
             [&free[..], &https, &["--upstream-ca", &garbage]].concat(),
             &[],
             2,
@@ -154,7 +154,7 @@ async fn a_start_that_cannot_work_ends_at_once_with_one_line_that_says_why() {
 }
 
 #[tokio::test]
-async fn a_machine_without_certificates_is_enough_where_none_of_them_is_needed() {
+async fn system_certificates_are_not_required_if_no_connection_uses_them() {
     let folder = tempfile::tempdir().expect("a folder");
     let ca = Authority::new().write(folder.path(), "ca");
     let cases = [
@@ -177,7 +177,7 @@ async fn a_machine_without_certificates_is_enough_where_none_of_them_is_needed()
 }
 
 #[tokio::test]
-async fn no_file_is_written_and_neither_home_nor_a_writable_folder_is_needed() {
+async fn the_program_writes_no_file_and_needs_no_home_or_writable_folder() {
     let upstream = Upstream::always(example()).await;
     // A write to any file would end the process with SIGXFSZ; the log goes to a pipe.
     let shell = [
@@ -193,16 +193,16 @@ async fn no_file_is_written_and_neither_home_nor_a_writable_folder_is_needed() {
         &["--endpoint", &upstream.url(), "--credentials", "token"],
         &[("RDS_TASK_FACADE_TOKEN", "a-token")],
     );
-    let answered = program.call(example_request()).await;
+    let result = program.call(example_request()).await;
     program.signal("TERM");
     let ended = program.wait();
 
-    assert!(answered.is_ok(), "{answered:?}");
+    assert!(result.is_ok(), "{result:?}");
     assert_eq!(ended.code(), Some(0));
 }
 
 #[tokio::test]
-async fn one_processor_is_enough_for_calls_health_and_drain() {
+async fn one_cpu_is_enough_for_calls_readyz_and_drain() {
     let mut program = Program::start_under(
         &["/usr/bin/taskset", "-c", "0"],
         "127.0.0.1:0",
@@ -218,12 +218,12 @@ async fn one_processor_is_enough_for_calls_health_and_drain() {
         calls.spawn(async move { client.get_task_detail(request).await });
     }
 
-    let answers = calls.join_all().await;
+    let results = calls.join_all().await;
     let ready = program.admin("/readyz").await.0;
     program.signal("TERM");
     let ended = program.wait();
 
-    assert!(answers.iter().all(Result::is_ok), "{answers:?}");
+    assert!(results.iter().all(Result::is_ok), "{results:?}");
     assert_eq!(ready, 200);
     assert_eq!(ended.code(), Some(0));
 }

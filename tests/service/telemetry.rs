@@ -6,10 +6,10 @@ use crate::support::{
     raw::{framed, headers},
 };
 
-/// What a line must never be made of: the end of a line, a terminal's commands, another object.
+/// Text that must not alter a log line: line breaks, terminal escapes, another JSON object.
 const FORGERY: &str = "x\r\n{\"level\":\"ERROR\",\"msg\":\"forged\"}\u{1b}[2J\u{202e}\u{2028}\u{9b}\0\"},{\"forged\":\"";
 
-/// The same as far as HTTP lets it into a header.
+/// Similar bytes that HTTP allows in a header.
 const IN_A_HEADER: &[u8] = b"x\t\\\"}{\"msg\":\"forged\"\xc2\x9b\xff\x80 [2J";
 
 fn forging_upstream(status: u16) -> Vec<Step> {
@@ -22,7 +22,7 @@ fn forging_upstream(status: u16) -> Vec<Step> {
 }
 
 #[tokio::test]
-async fn nothing_that_a_caller_or_upstream_sends_forges_a_line() {
+async fn neither_callers_nor_upstream_can_forge_a_log_line() {
     let collector = Upstream::always(answer(200, &[], "")).await;
     let upstream = Upstream::start(|request| match request.number % 3 {
         0 => forging_upstream(400),
@@ -70,7 +70,7 @@ async fn nothing_that_a_caller_or_upstream_sends_forges_a_line() {
     for field in fields {
         for _ in 0..3 {
             let mut request = headers();
-            request.headers_mut().expect("sound").remove(field);
+            request.headers_mut().expect("valid headers").remove(field);
             let mut message = example_request();
             message.workflow_name = Some(format!("name-{calls}"));
             let done = connection
@@ -90,14 +90,14 @@ async fn nothing_that_a_caller_or_upstream_sends_forges_a_line() {
             _ => message.workflow_name = Some(text),
         }
         let done = connection.exchange(headers(), framed(&message)).await;
-        done.expect("an answer");
+        done.expect("a reply");
         calls += 1;
     }
     let marked = headers().header("x-request-id", "the-last");
     let done = connection
         .exchange(marked, framed(&example_request()))
         .await;
-    done.expect("an answer");
+    done.expect("a reply");
     program.access_line("the-last");
 
     let lines = program.logs();
@@ -108,15 +108,15 @@ async fn nothing_that_a_caller_or_upstream_sends_forges_a_line() {
         assert!(object.is_object(), "{line}");
         assert_ne!(object["msg"], "forged", "{line}");
         assert!(object.get("forged").is_none(), "{line}");
-        let unruly = |c: char| c.is_control() || matches!(c, '\u{202e}' | '\u{2028}');
-        assert!(!line.contains(unruly), "{line:?}");
+        let is_unsafe = |c: char| c.is_control() || matches!(c, '\u{202e}' | '\u{2028}');
+        assert!(!line.contains(is_unsafe), "{line:?}");
         access += usize::from(object["target"] == "access");
     }
     assert_eq!(access, calls + 1, "one line for each call: {lines:#?}");
 }
 
 #[tokio::test]
-async fn no_span_and_no_setting_of_the_export_shows_a_secret() {
+async fn no_span_log_line_or_printed_setting_contains_a_secret() {
     let collector = Upstream::always(answer(200, &[], "")).await;
     let echo = |request: &crate::support::upstream::Received| {
         let echo = format!("canary {:?} {}", request.headers, request.body);
@@ -167,7 +167,7 @@ async fn no_span_and_no_setting_of_the_export_shows_a_secret() {
         let refused = program.call_with(request, &metadata).await;
 
         assert!(refused.is_err(), "{source}");
-        // One request for both spans, or one for each.
+        // Both spans come in one request or in two.
         collector.wait_for_requests(before + 1).await;
         program.access_line("the-call");
         for received in &collector.requests()[before..] {
@@ -196,7 +196,7 @@ async fn no_span_and_no_setting_of_the_export_shows_a_secret() {
 }
 
 #[tokio::test]
-async fn the_start_line_tells_version_addresses_and_every_setting() {
+async fn the_start_line_contains_version_addresses_and_settings() {
     let program = Program::sandboxed(&["--max-attempts", "2"]);
 
     let line = program.wait_for_log(|line| line["msg"] == "serving");

@@ -32,7 +32,7 @@ const HELLO_OF_TLS_1_1: &[u8] = &[
     0, 0, 4, 0xc0, 0x13, 0, 0x2f, 1, 0, // no session, two ciphers, no compression
 ];
 
-/// A program that lets in only clients of this authority, and the file with the authority's certificate.
+/// A program that accepts only clients with a certificate of this authority, and the file of the authority's certificate.
 fn mutual(folder: &Path, authority: &Authority) -> (Program, String) {
     let ca = authority.write(folder, "ca");
     let (cert, key) = Pair::of_server(authority, "localhost").write(folder, "server");
@@ -48,7 +48,7 @@ fn mutual(folder: &Path, authority: &Authority) -> (Program, String) {
 }
 
 #[tokio::test]
-async fn call_and_health_reach_a_tls_listener_with_the_right_files_only() {
+async fn call_and_health_reach_a_tls_listener_only_with_the_right_files() {
     let folder = tempfile::tempdir().expect("a folder");
     let (authority, stranger) = (Authority::new(), Authority::new());
     let other_ca = stranger.write(folder.path(), "other");
@@ -59,7 +59,7 @@ async fn call_and_health_reach_a_tls_listener_with_the_right_files_only() {
     let with = ["--cert", &client_cert, "--key", &client_key];
     let cases = [
         ("right CA", &plain, &ca, &[][..], 0),
-        ("CA of somebody else", &plain, &other_ca, &[], 1),
+        ("another CA", &plain, &other_ca, &[], 1),
         ("with a client certificate", &mutual, &ca, &with, 0),
         ("without a client certificate", &mutual, &ca, &[], 1),
     ];
@@ -76,7 +76,7 @@ async fn call_and_health_reach_a_tls_listener_with_the_right_files_only() {
 }
 
 #[tokio::test]
-async fn call_and_health_say_in_one_sentence_why_they_were_not_let_in() {
+async fn call_and_health_explain_a_rejected_client_certificate_in_one_line() {
     let folder = tempfile::tempdir().expect("a folder");
     let (authority, stranger) = (Authority::new(), Authority::new());
     let (program, ca) = mutual(folder.path(), &authority);
@@ -98,8 +98,8 @@ async fn call_and_health_say_in_one_sentence_why_they_were_not_let_in() {
             let cause = err
                 .strip_prefix(&format!("rds-task-facade: no reply from {target}: "))
                 .and_then(|rest| rest.strip_suffix(advice));
-            // The server's alert, or what the operating system says when the client was still writing.
-            let told = [
+            // The server's alert, or the error of the operating system if the client was still writing.
+            let causes = [
                 "alert: Certificate",
                 "alert: Decrypt",
                 "closed",
@@ -107,7 +107,7 @@ async fn call_and_health_say_in_one_sentence_why_they_were_not_let_in() {
                 "reset",
             ];
             assert!(
-                cause.is_some_and(|cause| told.iter().any(|part| cause.contains(part))),
+                cause.is_some_and(|cause| causes.iter().any(|part| cause.contains(part))),
                 "{command} {files:?}: {err}"
             );
         }
@@ -115,7 +115,7 @@ async fn call_and_health_say_in_one_sentence_why_they_were_not_let_in() {
 }
 
 #[tokio::test]
-async fn connecting_and_asking_for_health_share_one_timeout() {
+async fn connection_and_health_check_share_one_timeout() {
     let folder = tempfile::tempdir().expect("a folder");
     let authority = Authority::new();
     let ca = authority.write(folder.path(), "ca");
@@ -132,22 +132,22 @@ async fn connecting_and_asking_for_health_share_one_timeout() {
         let _ = silent.read_to_end(&mut Vec::new()).await;
     });
     let target = format!("https://localhost:{port}");
-    let begun = Instant::now();
+    let started = Instant::now();
 
-    let asked = tokio::task::spawn_blocking(move || {
+    let checked = tokio::task::spawn_blocking(move || {
         let with = ["--target", &target, "--ca", &ca, "--timeout", "4s"];
         run(&[&["health"], &with[..]].concat(), &[])
     });
-    let (code, _, err) = asked.await.expect("no panic");
+    let (code, _, err) = checked.await.expect("no panic");
 
     assert_eq!(code, 1);
     assert!(err.contains("no reply within 4s"), "{err}");
-    // Two timeouts of their own would have allowed for the handshake and then for 4 s more.
-    assert!(begun.elapsed() < handshake + timeout, "{err}");
+    // With separate timeouts, the health check alone would take 4 s after the handshake.
+    assert!(started.elapsed() < handshake + timeout, "{err}");
 }
 
 #[tokio::test]
-async fn peers_that_may_not_come_in_are_refused_and_the_next_client_is_served() {
+async fn unauthorized_clients_are_refused_and_the_next_client_is_served() {
     let folder = tempfile::tempdir().expect("a folder");
     let (authority, stranger) = (Authority::new(), Authority::new());
     let (program, _) = mutual(folder.path(), &authority);
@@ -180,19 +180,19 @@ async fn peers_that_may_not_come_in_are_refused_and_the_next_client_is_served() 
     ] {
         let mut peer = TcpStream::connect(program.grpc).await.expect("it listens");
         peer.write_all(bytes).await.expect("it reads");
-        let mut told = Vec::new();
-        let _ = within("the end of the connection", peer.read_to_end(&mut told)).await;
+        let mut received = Vec::new();
+        let _ = within("the end of the connection", peer.read_to_end(&mut received)).await;
 
-        // A TLS alert, and nothing else: no HTTP in plain text.
-        assert_eq!(told.first(), Some(&0x15), "{case}: {told:?}");
-        assert_eq!(told.len(), 7, "{case}: {told:?}");
+        // Only a TLS alert, no plaintext HTTP.
+        assert_eq!(received.first(), Some(&0x15), "{case}: {received:?}");
+        assert_eq!(received.len(), 7, "{case}: {received:?}");
         assert_eq!(call(program.grpc, good.clone()).await, Some(Code::Ok));
     }
     assert_eq!(program.metric(REFUSED).await, 7.0);
 }
 
 #[tokio::test]
-async fn new_certificates_are_used_without_a_lost_call_and_bad_ones_are_not() {
+async fn changed_certificates_are_used_without_a_failed_call_and_invalid_ones_are_ignored() {
     let folder = tempfile::tempdir().expect("a folder");
     let (old, new) = (Authority::new(), Authority::new());
     let (cert, key) = Pair::of_server(&old, "localhost").write(folder.path(), "server");
@@ -215,7 +215,7 @@ async fn new_certificates_are_used_without_a_lost_call_and_bad_ones_are_not() {
     upstream.wait_for_requests(1).await;
 
     Pair::of_server(&new, "localhost").write(folder.path(), "server");
-    program.wait_for_log(|line| line["msg"] == "certificates read again");
+    program.wait_for_log(|line| line["msg"] == "certificates reloaded");
     let with_new = call(program.grpc, client(&new, None)).await;
     let with_old = call(program.grpc, client(&old, None)).await;
     let on_connection = connection.call_within("20S", &example_request()).await;
@@ -225,19 +225,19 @@ async fn new_certificates_are_used_without_a_lost_call_and_bad_ones_are_not() {
         .expect("no panic");
     fs::write(&key, "no key").expect("a file");
     program.wait_for_log(|line| line["level"] == "ERROR");
-    let with_kept = call(program.grpc, client(&new, None)).await;
+    let with_current = call(program.grpc, client(&new, None)).await;
 
     assert_eq!(with_new, Some(Code::Ok));
-    assert_eq!(with_old, None, "the old certificate is shown no more");
+    assert_eq!(with_old, None, "the old certificate is no longer presented");
     for answer in [on_connection, slow] {
-        let status = answer.expect("an answer").status().expect("a status");
+        let status = answer.expect("a reply").status().expect("a status");
         assert_eq!(status.code(), Code::Ok);
     }
-    assert_eq!(with_kept, Some(Code::Ok));
+    assert_eq!(with_current, Some(Code::Ok));
 }
 
 #[tokio::test]
-async fn upstream_is_called_only_when_its_certificate_is_good_and_a_bad_one_is_asked_once() {
+async fn upstream_is_called_only_if_its_certificate_is_valid_and_an_invalid_one_is_not_retried() {
     let folder = tempfile::tempdir().expect("a folder");
     let (authority, stranger) = (Authority::new(), Authority::new());
     let ca = authority.write(folder.path(), "ca");
@@ -265,8 +265,8 @@ async fn upstream_is_called_only_when_its_certificate_is_good_and_a_bad_one_is_a
         let program = Program::over(&upstream.url(), &["--upstream-ca", &ca]);
 
         if good {
-            let answered = program.call(example_request()).await;
-            assert!(answered.is_ok(), "{case}: {answered:?}");
+            let result = program.call(example_request()).await;
+            assert!(result.is_ok(), "{case}: {result:?}");
             assert_eq!(upstream.requests().len(), 1, "{case}");
         } else {
             let failure = program.failure(example_request()).await;
@@ -279,7 +279,7 @@ async fn upstream_is_called_only_when_its_certificate_is_good_and_a_bad_one_is_a
 }
 
 #[tokio::test]
-async fn the_configured_proxy_is_used_and_its_refusal_is_told() {
+async fn the_configured_proxy_is_used_and_its_error_is_upstream_connect() {
     let folder = tempfile::tempdir().expect("a folder");
     let authority = Authority::new();
     let ca = authority.write(folder.path(), "ca");
@@ -320,18 +320,18 @@ async fn the_configured_proxy_is_used_and_its_refusal_is_told() {
             ],
         );
 
-        let answered = program.call(example_request()).await;
+        let result = program.call(example_request()).await;
 
-        let asked = &proxy.requests()[0];
+        let request = &proxy.requests()[0];
         let target = format!("CONNECT localhost:{} HTTP/1.1", upstream.address.port());
-        assert_eq!(asked.line, target, "{answer}");
+        assert_eq!(request.line, target, "{answer}");
         // "user:proxy-password" in base 64.
         assert_eq!(
-            asked.header("proxy-authorization"),
+            request.header("proxy-authorization"),
             Some("Basic dXNlcjpwcm94eS1wYXNzd29yZA=="),
             "{answer}"
         );
-        match answered {
+        match result {
             Ok(_) => assert!(good, "{answer}"),
             Err(status) => {
                 assert!(!good, "{answer}: {status:?}");
@@ -346,7 +346,7 @@ async fn the_configured_proxy_is_used_and_its_refusal_is_told() {
 }
 
 #[tokio::test]
-async fn the_proxies_of_the_environment_are_not_used() {
+async fn proxy_variables_of_the_environment_are_ignored() {
     let upstream = Upstream::always(example()).await;
     let elsewhere = Upstream::always(example()).await;
     let url = elsewhere.url();
@@ -365,8 +365,8 @@ async fn the_proxies_of_the_environment_are_not_used() {
         &env,
     );
 
-    let answered = program.call(example_request()).await;
+    let result = program.call(example_request()).await;
 
-    assert!(answered.is_ok(), "{answered:?}");
+    assert!(result.is_ok(), "{result:?}");
     assert_eq!(elsewhere.connections().opened, 0);
 }

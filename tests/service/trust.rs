@@ -7,7 +7,7 @@ use crate::support::{
     example, example_request,
 };
 
-/// An authority that the system trusts, one that a file names, and where both are written.
+/// An authority among the system certificates, one in a separate file, and the paths of both.
 struct Authorities {
     systems: Authority,
     named: Authority,
@@ -30,7 +30,7 @@ impl Authorities {
     }
 }
 
-/// An upstream over TLS with a certificate of this authority, and its base URL.
+/// An upstream over TLS with a certificate of this authority, and its URL.
 async fn https(authority: &Authority, steps: Vec<Step>) -> (Upstream, String) {
     let pair = Pair::of_server(authority, "localhost");
     let upstream = Upstream::always_over_tls(pair.server(), steps).await;
@@ -39,14 +39,19 @@ async fn https(authority: &Authority, steps: Vec<Step>) -> (Upstream, String) {
 }
 
 #[tokio::test]
-async fn rds_is_trusted_by_the_systems_certificates_alone_and_beside_those_of_a_file() {
+async fn rds_is_verified_with_the_system_certificates_and_those_of_upstream_ca() {
     let known = Authorities::new();
     let file = ["--upstream-ca", known.named_file.as_str()];
     let cases: [(_, &Authority, &[&str], _); 4] = [
-        ("the system's, alone", &known.systems, &[], true),
-        ("nobody's", &known.named, &[], false),
-        ("the system's, beside", &known.systems, &file, true),
-        ("the file's, beside", &known.named, &file, true),
+        ("system certificate", &known.systems, &[], true),
+        ("unknown authority", &known.named, &[], false),
+        (
+            "system certificate, with a file",
+            &known.systems,
+            &file,
+            true,
+        ),
+        ("certificate of the file", &known.named, &file, true),
     ];
 
     for (case, authority, args, good) in cases {
@@ -58,12 +63,12 @@ async fn rds_is_trusted_by_the_systems_certificates_alone_and_beside_those_of_a_
         ];
         let program = Program::start(&args, &env);
 
-        let answered = program.call(example_request()).await;
+        let result = program.call(example_request()).await;
 
         if good {
-            assert!(answered.is_ok(), "{case}: {answered:?}");
+            assert!(result.is_ok(), "{case}: {result:?}");
         } else {
-            let failure = Failure::of(&answered.expect_err(case));
+            let failure = Failure::of(&result.expect_err(case));
             let expected = (Code::Unavailable, "UPSTREAM_TLS");
             assert_eq!(failure.code_and_reason(), expected, "{case}");
         }
@@ -73,10 +78,10 @@ async fn rds_is_trusted_by_the_systems_certificates_alone_and_beside_those_of_a_
 }
 
 #[tokio::test]
-async fn a_certificate_of_the_system_that_cannot_be_read_costs_a_warning_and_nothing_else() {
+async fn an_unreadable_system_certificate_causes_only_a_warning() {
     let known = Authorities::new();
     let good = std::fs::read_to_string(&known.systems_file).expect("a file");
-    // Base64 of four bytes that are no certificate.
+    // Base64 of four bytes that are not a certificate.
     let unfit = "-----BEGIN CERTIFICATE-----\nAAAAAA==\n-----END CERTIFICATE-----\n";
     std::fs::write(&known.systems_file, [unfit, &good].concat()).expect("a file");
     let (_upstream, url) = https(&known.systems, example()).await;
@@ -86,15 +91,15 @@ async fn a_certificate_of_the_system_that_cannot_be_read_costs_a_warning_and_not
     ];
     let program = Program::start(&["--endpoint", &url, "--credentials", "token"], &env);
 
-    let answered = program.call(example_request()).await;
+    let result = program.call(example_request()).await;
 
-    assert!(answered.is_ok(), "{answered:?}");
+    assert!(result.is_ok(), "{result:?}");
     let warning = program.wait_for_log(|line| line["ignored"] == 1);
     assert_eq!(warning["level"], "WARN");
 }
 
 #[tokio::test]
-async fn the_identity_service_is_trusted_by_the_systems_certificates_also_where_rds_is_plain() {
+async fn iam_is_verified_with_the_system_certificates_even_if_rds_uses_plain_http() {
     let known = Authorities::new();
     let password = tempfile::NamedTempFile::new().expect("a file");
     std::fs::write(&password, "password").expect("a file");
@@ -115,27 +120,32 @@ async fn the_identity_service_is_trusted_by_the_systems_certificates_also_where_
     let env = [("SSL_CERT_FILE", known.systems_file.as_str())];
     let program = Program::start(args.as_flattened(), &env);
 
-    let answered = program.call(example_request()).await;
+    let result = program.call(example_request()).await;
 
-    assert!(answered.is_ok(), "{answered:?}");
+    assert!(result.is_ok(), "{result:?}");
     assert_eq!(rds.requests()[0].header("x-auth-token"), Some("token-1"));
 }
 
-// Of several threads: waiting for a line of the log blocks one.
+// Several threads, because waiting for a log line blocks one.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_collector_is_trusted_by_the_systems_certificates_or_by_those_of_its_file_instead() {
+async fn the_collector_is_verified_with_its_certificate_file_or_else_the_system_certificates() {
     let known = Authorities::new();
     let file = [("OTEL_EXPORTER_OTLP_CERTIFICATE", known.named_file.as_str())];
     let cases: [(_, &Authority, &[_], _); 4] = [
-        ("the system's, alone", &known.systems, &[], true),
-        ("nobody's", &known.named, &[], false),
-        ("the file's, instead", &known.named, &file, true),
-        ("the system's, with a file", &known.systems, &file, false),
+        ("system certificate", &known.systems, &[], true),
+        ("unknown authority", &known.named, &[], false),
+        ("certificate of the file", &known.named, &file, true),
+        (
+            "system certificate, with a file",
+            &known.systems,
+            &file,
+            false,
+        ),
     ];
 
     for (case, authority, certificate, good) in cases {
         let (collector, url) = https(authority, answer(200, &[], "")).await;
-        // What fails is tried again until then.
+        // A failed export is retried until this timeout.
         let timeout = if good { "10000" } else { "1000" };
         let env = [
             &[
@@ -149,9 +159,9 @@ async fn the_collector_is_trusted_by_the_systems_certificates_or_by_those_of_its
         .concat();
         let program = Program::start(&["--sandbox"], &env);
 
-        let answered = program.call(example_request()).await;
+        let result = program.call(example_request()).await;
 
-        assert!(answered.is_ok(), "{case}: {answered:?}");
+        assert!(result.is_ok(), "{case}: {result:?}");
         if good {
             collector.wait_for_requests(1).await;
         } else {
@@ -162,7 +172,7 @@ async fn the_collector_is_trusted_by_the_systems_certificates_or_by_those_of_its
     }
 }
 
-/// The body with which the identity service hands out a token.
+/// The body of a token reply of IAM.
 fn json_token() -> String {
     serde_json::json!({"token": {
         "expires_at": "2061-01-01T00:00:00.000000Z",

@@ -52,7 +52,8 @@ fn all_problems_are_reported_one_line_each() {
 
     found.sort();
     let expected = [
-        "--allow-project: must be project ids separated by commas, each 1 to 64 of letters, digits, '-' and '_'",
+        "--allow-project: \"/\" is not a project id; separate ids by commas, each 1 to 64 of letters, digits, '-' and '_'",
+        "--allow-project: is not a project id; separate ids by commas, each 1 to 64 of letters, digits, '-' and '_'",
         "--cache-ttl: is not a duration; write it like 250ms, 10s, 5m or 1h",
         "--endpoint: plain http is allowed for loopback only; use https, or set --allow-insecure-upstream",
         "--listen: \"nowhere\" is not an address; write it like 127.0.0.1:50051, 0.0.0.0:50051 or [::1]:50051",

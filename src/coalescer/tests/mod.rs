@@ -1,8 +1,8 @@
-/// What is kept, for whom, and for how long.
+/// The cache: what it stores, for which identity, and for how long.
 mod cache;
-/// Random calls that come and leave in any order.
+/// Random calls that join and leave in any order.
 mod random;
-/// Equal questions in flight.
+/// Identical lookups in flight.
 mod single_flight;
 
 use std::time::SystemTime;
@@ -57,8 +57,9 @@ fn rejected(http_status: u16, body: &str) -> Error {
 fn in_seconds(seconds: u64) -> Deadline {
     Deadline::after(Duration::from_secs(seconds))
 }
-/// One call whose work ends at once with `outcome`.
-async fn ask(
+
+/// One call whose work completes at once with `outcome`.
+async fn look_up(
     coalescer: &Arc<Coalescer>,
     identity: Identity,
     task: &str,

@@ -8,26 +8,26 @@ use tokio::{
 
 use super::*;
 
-/// One call of a random run.
+/// A call of a random run.
 #[derive(Debug, Clone)]
-struct Asker {
+struct RandomCall {
     identity: u8,
     task: u8,
-    begins: Duration,
-    /// How long it waits before it leaves.
+    starts_after: Duration,
+    /// How long the call waits before it gives up.
     patience: Duration,
-    /// How long the work takes, should this call begin it.
+    /// How long the work takes if this call is the leader.
     work: Duration,
     outcome: u8,
 }
 
-fn asker() -> impl Strategy<Value = Asker> {
+fn random_call() -> impl Strategy<Value = RandomCall> {
     let millis = |most: u64| (0..most).prop_map(Duration::from_millis);
     (0..4u8, 0..3u8, millis(60), millis(40), millis(30), 0..8u8).prop_map(
-        |(identity, task, begins, patience, work, outcome)| Asker {
+        |(identity, task, starts_after, patience, work, outcome)| RandomCall {
             identity,
             task,
-            begins,
+            starts_after,
             patience,
             work,
             outcome,
@@ -35,19 +35,19 @@ fn asker() -> impl Strategy<Value = Asker> {
     )
 }
 
-/// Asks, and leaves when out of patience. A task that comes names whose credential found it, and what was asked.
-async fn run(coalescer: Arc<Coalescer>, asker: Asker) -> Option<String> {
-    sleep(asker.begins).await;
-    let name = format!("{}/{}", asker.identity, asker.task);
+/// Runs the call. The job id of a task that it receives names the identity and the task of the lookup.
+async fn run(coalescer: Arc<Coalescer>, call: RandomCall) -> Option<String> {
+    sleep(call.starts_after).await;
+    let name = format!("{}/{}", call.identity, call.task);
     let key = coalescer.key(
-        Identity::Caller([asker.identity; 16]),
-        query(asker.task.to_string()),
+        Identity::Caller([call.identity; 16]),
+        query(call.task.to_string()),
     );
     let work = |_, _| {
-        let (name, asker) = (name.clone(), asker.clone());
+        let (name, call) = (name.clone(), call.clone());
         async move {
-            sleep(asker.work).await;
-            match asker.outcome {
+            sleep(call.work).await;
+            match call.outcome {
                 0 => panic!("on purpose"),
                 1 => Err(Error::DeadlineExceeded),
                 2 => Err(rejected(404, "")),
@@ -55,8 +55,8 @@ async fn run(coalescer: Arc<Coalescer>, asker: Asker) -> Option<String> {
             }
         }
     };
-    let answer = coalescer.look_up(&key, in_seconds(1), |_| {}, work);
-    let lookup = timeout(asker.patience, answer).await.ok()?;
+    let lookup = coalescer.look_up(&key, in_seconds(1), |_| {}, work);
+    let lookup = timeout(call.patience, lookup).await.ok()?;
     let task = lookup.result.as_ref().ok()?;
     assert_eq!(task.job_id, name);
     Some(name)
@@ -64,8 +64,8 @@ async fn run(coalescer: Arc<Coalescer>, asker: Asker) -> Option<String> {
 
 proptest! {
     #[test]
-    fn nobody_sees_the_answer_of_another_credential_or_question(
-        askers in prop::collection::vec(asker(), 1..80),
+    fn no_call_receives_the_result_of_another_identity_or_task(
+        calls in prop::collection::vec(random_call(), 1..80),
         cached in any::<bool>(),
     ) {
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -75,7 +75,7 @@ proptest! {
             .unwrap();
         runtime.block_on(async {
             let coalescer = if cached { with_cache() } else { without_cache() };
-            let runs = askers.into_iter().map(|asker| run(Arc::clone(&coalescer), asker));
+            let runs = calls.into_iter().map(|call| run(Arc::clone(&coalescer), call));
             runs.collect::<JoinSet<_>>().join_all().await;
             assert_eq!(coalescer.in_flight.count(), 0);
         });
@@ -90,10 +90,10 @@ fn calls_of_several_workers_share_work_and_leave_no_entry_behind() {
         let coalescer = Arc::clone(&coalescer);
         thread::spawn(move || {
             let mut random = fastrand::Rng::with_seed(seed);
-            let mut asker = || Asker {
+            let mut call = || RandomCall {
                 identity: random.u8(0..2),
                 task: random.u8(0..2),
-                begins: Duration::from_millis(random.u64(0..300)),
+                starts_after: Duration::from_millis(random.u64(0..300)),
                 patience: Duration::from_millis(random.u64(1..20)),
                 work: Duration::from_millis(random.u64(0..10)),
                 outcome: random.u8(1..8),
@@ -102,14 +102,14 @@ fn calls_of_several_workers_share_work_and_leave_no_entry_behind() {
                 .enable_time()
                 .build()
                 .unwrap();
-            let runs = (0..2000).map(|_| run(Arc::clone(&coalescer), asker()));
+            let runs = (0..2000).map(|_| run(Arc::clone(&coalescer), call()));
             let seen = runtime.block_on(async { runs.collect::<JoinSet<_>>().join_all().await });
             seen.into_iter().flatten().collect::<HashSet<_>>()
         })
     });
     let seen: HashSet<_> = workers
         .into_iter()
-        .flat_map(|worker| worker.join().expect("every answer is its own"))
+        .flat_map(|worker| worker.join().expect("every call receives its own result"))
         .collect();
 
     assert_eq!(seen.len(), 4);
@@ -117,23 +117,23 @@ fn calls_of_several_workers_share_work_and_leave_no_entry_behind() {
     assert_eq!(coalescer.in_flight.count(), 0);
 }
 
-/// `cargo test --release --lib cost_of_a_question -- --ignored --nocapture`
+/// `cargo test --release --lib cost_of_an_unshared_lookup -- --ignored --nocapture`
 #[tokio::test]
-#[ignore = "measures, and decides nothing"]
-async fn cost_of_a_question_that_nobody_shares() {
-    const QUESTIONS: u32 = 1_000_000;
+#[ignore = "a measurement without assertions"]
+async fn cost_of_an_unshared_lookup() {
+    const LOOKUPS: u32 = 1_000_000;
     let coalescer = without_cache();
 
-    let begun = std::time::Instant::now();
-    for number in 0..QUESTIONS {
-        let answer = ask(
+    let started = std::time::Instant::now();
+    for number in 0..LOOKUPS {
+        let lookup = look_up(
             &coalescer,
             ANN,
             "102772a9-31fa-4129-b9f8-7638e2792f3b",
             || Ok(TaskDetail::default()),
         );
-        assert!(answer.await.result.is_ok(), "{number}");
+        assert!(lookup.await.result.is_ok(), "{number}");
     }
 
-    println!("{:?} a question", begun.elapsed() / QUESTIONS);
+    println!("{:?} per lookup", started.elapsed() / LOOKUPS);
 }

@@ -15,41 +15,41 @@ use tokio::{
 
 use super::*;
 
-/// The upstream of a test: it counts the work that begins and that is dropped, and lets work end when told.
+/// A scripted upstream: counts work that starts and work that is dropped, and completes work on `release`.
 struct Upstream {
-    begun: AtomicUsize,
+    started: AtomicUsize,
     dropped: AtomicUsize,
     deadlines: Mutex<Vec<SharedDeadline>>,
-    goes_on: Notify,
+    release: Notify,
     outcome: Box<dyn Fn() -> Result<TaskDetail, Error> + Send + Sync>,
 }
 
 impl Upstream {
-    fn that(outcome: impl Fn() -> Result<TaskDetail, Error> + Send + Sync + 'static) -> Arc<Self> {
+    fn with(outcome: impl Fn() -> Result<TaskDetail, Error> + Send + Sync + 'static) -> Arc<Self> {
         Arc::new(Self {
-            begun: AtomicUsize::new(0),
+            started: AtomicUsize::new(0),
             dropped: AtomicUsize::new(0),
             deadlines: Mutex::default(),
-            goes_on: Notify::new(),
+            release: Notify::new(),
             outcome: Box::new(outcome),
         })
     }
 
     fn finds() -> Arc<Self> {
-        Self::that(|| Ok(task("found")))
+        Self::with(|| Ok(task("found")))
     }
 
     async fn work(self: Arc<Self>, deadline: SharedDeadline) -> Result<TaskDetail, Error> {
-        let unless_dropped = Dropped(Arc::clone(&self));
-        self.begun.fetch_add(1, Ordering::Relaxed);
+        let drop_counter = Dropped(Arc::clone(&self));
+        self.started.fetch_add(1, Ordering::Relaxed);
         self.deadlines.lock().unwrap().push(deadline);
-        self.goes_on.notified().await;
-        std::mem::forget(unless_dropped);
+        self.release.notified().await;
+        std::mem::forget(drop_counter);
         (self.outcome)()
     }
 
-    fn begun(&self) -> usize {
-        self.begun.load(Ordering::Relaxed)
+    fn started(&self) -> usize {
+        self.started.load(Ordering::Relaxed)
     }
 
     fn dropped(&self) -> usize {
@@ -65,7 +65,7 @@ impl Drop for Dropped {
     }
 }
 
-/// A call of `identity` for one task; it has been polled when this returns.
+/// A call of `identity` for one task, polled once before this returns.
 async fn call(
     coalescer: &Arc<Coalescer>,
     upstream: &Arc<Upstream>,
@@ -75,32 +75,33 @@ async fn call(
     let (coalescer, upstream) = (Arc::clone(coalescer), Arc::clone(upstream));
     let call = tokio::spawn(async move {
         let key = coalescer.key(identity, query("w"));
-        let work = |limit, _| Arc::clone(&upstream).work(limit);
+        let work = |deadline, _| Arc::clone(&upstream).work(deadline);
         coalescer.look_up(&key, deadline, |_| {}, work).await
     });
     yield_now().await;
     call
 }
+
 #[tokio::test(start_paused = true)]
-async fn equal_questions_in_flight_share_one_answer_and_each_that_joined_counts_once() {
+async fn identical_lookups_in_flight_share_one_result_and_each_follower_counts_once() {
     let (coalescer, upstream) = (without_cache(), Upstream::finds());
     let mut calls = Vec::new();
     for _ in 0..5 {
         calls.push(call(&coalescer, &upstream, ANN, in_seconds(9)).await);
     }
 
-    upstream.goes_on.notify_one();
+    upstream.release.notify_one();
 
     for call in calls {
         assert_eq!(job_id(&call.await.unwrap()), "found");
     }
-    assert_eq!(upstream.begun(), 1);
+    assert_eq!(upstream.started(), 1);
     assert_eq!(coalescer.metrics.coalesced.get(), 4);
     assert_eq!(coalescer.in_flight.count(), 0);
 }
 
 #[test]
-fn questions_that_differ_have_hashes_that_differ() {
+fn different_lookups_have_different_hashes() {
     let coalescer = without_cache();
     let hasher = RandomState::new();
 
@@ -108,25 +109,25 @@ fn questions_that_differ_have_hashes_that_differ() {
         .flat_map(|task| {
             [ANN, BOB].map(|identity| coalescer.key(identity, query(task.to_string())))
         })
-        .map(|question| hasher.hash_one(question))
+        .map(|key| hasher.hash_one(key))
         .collect();
 
     assert_eq!(hashes.len(), 200);
 }
 
 #[tokio::test(start_paused = true)]
-async fn questions_of_different_identities_are_not_merged() {
+async fn lookups_of_different_identities_are_not_coalesced() {
     let (coalescer, upstream) = (without_cache(), Upstream::finds());
 
     let _ann = call(&coalescer, &upstream, ANN, in_seconds(9)).await;
     let _bob = call(&coalescer, &upstream, BOB, in_seconds(9)).await;
 
-    assert_eq!(upstream.begun(), 2);
+    assert_eq!(upstream.started(), 2);
     assert_eq!(coalescer.metrics.coalesced.get(), 0);
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_work_goes_on_while_anyone_waits_and_is_dropped_with_the_last() {
+async fn the_work_continues_while_any_call_waits_and_is_dropped_with_the_last() {
     for leaves_first in [0, 1] {
         let (coalescer, upstream) = (without_cache(), Upstream::finds());
         let mut calls = vec![
@@ -145,30 +146,30 @@ async fn the_work_goes_on_while_anyone_waits_and_is_dropped_with_the_last() {
         }
 
         assert_eq!((upstream.dropped(), coalescer.in_flight.count()), (1, 0));
-        assert_eq!(upstream.begun(), 1);
-        let anew = call(&coalescer, &upstream, ANN, in_seconds(9)).await;
-        upstream.goes_on.notify_one();
-        assert_eq!(job_id(&anew.await.unwrap()), "found");
-        assert_eq!(upstream.begun(), 2);
+        assert_eq!(upstream.started(), 1);
+        let next = call(&coalescer, &upstream, ANN, in_seconds(9)).await;
+        upstream.release.notify_one();
+        assert_eq!(job_id(&next.await.unwrap()), "found");
+        assert_eq!(upstream.started(), 2);
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_stays_gets_the_answer_after_the_first_has_left() {
+async fn a_follower_gets_the_result_after_the_leader_has_left() {
     let (coalescer, upstream) = (without_cache(), Upstream::finds());
     let first = call(&coalescer, &upstream, ANN, in_seconds(9)).await;
     let second = call(&coalescer, &upstream, ANN, in_seconds(9)).await;
 
     first.abort();
     let _ = first.await;
-    upstream.goes_on.notify_one();
+    upstream.release.notify_one();
 
     assert_eq!(job_id(&second.await.unwrap()), "found");
-    assert_eq!(upstream.begun(), 1);
+    assert_eq!(upstream.started(), 1);
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_limit_of_the_work_is_that_of_the_call_with_the_longest_deadline() {
+async fn the_deadline_of_the_work_is_the_latest_of_its_calls() {
     let (coalescer, upstream) = (without_cache(), Upstream::finds());
     let longest = in_seconds(30);
 
@@ -182,13 +183,13 @@ async fn the_limit_of_the_work_is_that_of_the_call_with_the_longest_deadline() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_error_is_shared_unless_it_is_about_time_that_a_joined_call_still_has() {
+async fn an_error_is_shared_unless_it_is_lack_of_time_and_the_follower_has_time_left() {
     let retry_after = Duration::from_secs(5);
     let cases: [(&str, Error, u64, bool); 6] = [
         ("the deadline", Error::DeadlineExceeded, 9, true),
-        ("the deadline of all", Error::DeadlineExceeded, 0, false),
+        ("the deadline of both", Error::DeadlineExceeded, 0, false),
         (
-            "the deadline, at the credential",
+            "the deadline, while waiting for the credential",
             Error::Credentials(credentials::Error::DeadlineExceeded),
             9,
             true,
@@ -214,18 +215,18 @@ async fn an_error_is_shared_unless_it_is_about_time_that_a_joined_call_still_has
         ("any other", Error::AttemptTimeout, 9, false),
     ];
 
-    for (case, error, seconds, asks_again) in cases {
+    for (case, error, seconds, starts_again) in cases {
         let coalescer = without_cache();
-        let upstream = Upstream::that(move || Err(error.clone()));
+        let upstream = Upstream::with(move || Err(error.clone()));
         let first = call(&coalescer, &upstream, ANN, in_seconds(0)).await;
         let joined = call(&coalescer, &upstream, ANN, in_seconds(seconds)).await;
 
-        upstream.goes_on.notify_one();
+        upstream.release.notify_one();
         first.await.unwrap().result.clone().expect_err(case);
-        upstream.goes_on.notify_one();
+        upstream.release.notify_one();
         joined.await.unwrap().result.clone().expect_err(case);
 
-        assert_eq!(upstream.begun(), 1 + usize::from(asks_again), "{case}");
+        assert_eq!(upstream.started(), 1 + usize::from(starts_again), "{case}");
         assert_eq!(coalescer.metrics.coalesced.get(), 1, "{case}");
         let throttled = if case.contains("turn") { 2 } else { 0 };
         assert_eq!(coalescer.metrics.throttled.get(), throttled, "{case}");
@@ -233,15 +234,15 @@ async fn an_error_is_shared_unless_it_is_about_time_that_a_joined_call_still_has
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_panic_of_the_work_is_an_answer_for_each_and_does_not_outlive_it() {
+async fn a_panic_of_the_work_fails_every_waiting_call_and_no_later_one() {
     let coalescer = with_cache();
-    let upstream = Upstream::that(|| panic!("on purpose"));
+    let upstream = Upstream::with(|| panic!("on purpose"));
     let mut calls = Vec::new();
     for _ in 0..3 {
         calls.push(call(&coalescer, &upstream, ANN, in_seconds(9)).await);
     }
 
-    upstream.goes_on.notify_one();
+    upstream.release.notify_one();
 
     for call in calls {
         let lookup = call.await.expect("the call itself does not panic");
@@ -249,15 +250,15 @@ async fn a_panic_of_the_work_is_an_answer_for_each_and_does_not_outlive_it() {
     }
     assert_eq!(coalescer.metrics.panics.get(), 1);
     assert_eq!(coalescer.in_flight.count(), 0);
-    let answer = ask(&coalescer, ANN, "w", || Ok(task("found"))).await;
-    assert_eq!(job_id(&answer), "found");
+    let lookup = look_up(&coalescer, ANN, "w", || Ok(task("found"))).await;
+    assert_eq!(job_id(&lookup), "found");
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_flight_that_ends_late_leaves_the_next_one_alone() {
-    /// Asks the same question again while the work is being dropped: its flight is over, and still on the list.
-    struct AsksAgain(Arc<Coalescer>, Arc<Key>, Arc<Mutex<Option<Joined>>>);
-    impl Drop for AsksAgain {
+async fn dropped_work_does_not_remove_the_entry_of_a_newer_lookup() {
+    /// Joins the same lookup again while its work is being dropped and its entry still exists.
+    struct JoinsOnDrop(Arc<Coalescer>, Arc<LookupKey>, Arc<Mutex<Option<Joined>>>);
+    impl Drop for JoinsOnDrop {
         fn drop(&mut self) {
             let start = |_, _| pending();
             let joined = self.0.in_flight.join(&self.1, in_seconds(9), start);
@@ -267,7 +268,7 @@ async fn a_flight_that_ends_late_leaves_the_next_one_alone() {
     let coalescer = without_cache();
     let key = coalescer.key(ANN, query("w"));
     let next = Arc::new(Mutex::new(None));
-    let guard = AsksAgain(Arc::clone(&coalescer), Arc::clone(&key), Arc::clone(&next));
+    let guard = JoinsOnDrop(Arc::clone(&coalescer), Arc::clone(&key), Arc::clone(&next));
     let mut joined = coalescer
         .in_flight
         .join(&key, in_seconds(9), |_, _| async move {
@@ -278,7 +279,7 @@ async fn a_flight_that_ends_late_leaves_the_next_one_alone() {
 
     drop(joined);
 
-    let next = next.lock().unwrap().take().expect("it asked again");
+    let next = next.lock().unwrap().take().expect("it joined again");
     assert!(!next.is_follower);
     assert_eq!(coalescer.in_flight.count(), 1);
     let third = coalescer

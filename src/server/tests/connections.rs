@@ -1,4 +1,4 @@
-//! Connections that are late, silent, too many, too old or not HTTP/2 at all.
+//! Connections that are slow, silent, too many, too old or not HTTP/2.
 
 use std::time::Instant;
 
@@ -7,8 +7,8 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use super::{frames, *};
 
 #[tokio::test]
-async fn a_connection_without_a_whole_preface_is_closed_in_time_and_counted() {
-    let running = start(timings(|timings| {
+async fn a_connection_without_a_complete_preface_is_closed_and_counted_as_refused() {
+    let running = start(with_timings(|timings| {
         timings.preface_timeout = Duration::from_millis(50)
     }));
 
@@ -23,9 +23,9 @@ async fn a_connection_without_a_whole_preface_is_closed_in_time_and_counted() {
         socket.write_all(bytes).await.unwrap();
         let started = Instant::now();
 
-        let answer = until_closed(&mut socket).await;
+        let received = until_closed(&mut socket).await;
 
-        assert!(answer.is_empty(), "{name}");
+        assert!(received.is_empty(), "{name}");
         // Without the configured timeout it would be the default of 10 s.
         assert!(started.elapsed() < Duration::from_secs(8), "{name}");
     }
@@ -34,20 +34,20 @@ async fn a_connection_without_a_whole_preface_is_closed_in_time_and_counted() {
 }
 
 #[tokio::test]
-async fn http1_is_told_505_and_closed() {
-    let running = start(config());
+async fn http1_gets_505_and_an_orderly_close() {
+    let running = start(options());
     let mut socket = TcpStream::connect(running.address).await.unwrap();
     socket
         .write_all(b"GET / HTTP/1.1\r\nhost: facade\r\n\r\n")
         .await
         .unwrap();
 
-    let mut answer = String::new();
-    within(socket.read_to_string(&mut answer))
+    let mut response = String::new();
+    within(socket.read_to_string(&mut response))
         .await
         .expect("closed without a reset");
 
-    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    let (head, body) = response.split_once("\r\n\r\n").unwrap();
     assert!(head.starts_with("HTTP/1.1 505 "), "{head}");
     assert!(
         head.contains(&format!("content-length: {}\r\n", body.len())),
@@ -56,8 +56,8 @@ async fn http1_is_told_505_and_closed() {
 }
 
 #[tokio::test]
-async fn a_peer_that_answers_no_ping_is_closed() {
-    let running = start(timings(|timings| {
+async fn a_connection_that_does_not_acknowledge_a_ping_is_closed() {
+    let running = start(with_timings(|timings| {
         timings.keepalive_interval = Duration::from_millis(50);
         timings.keepalive_timeout = Duration::from_millis(50);
     }));
@@ -66,17 +66,17 @@ async fn a_peer_that_answers_no_ping_is_closed() {
 
     let seen = frames::parse(&until_closed(&mut socket).await);
 
-    let unanswered = |frame: &&frames::Frame| frame.kind == frames::PING && frame.flags == 0;
-    assert_eq!(seen.iter().filter(unanswered).count(), 1, "{seen:?}");
+    let pings = |frame: &&frames::Frame| frame.kind == frames::PING && frame.flags == 0;
+    assert_eq!(seen.iter().filter(pings).count(), 1, "{seen:?}");
 }
 
 #[tokio::test]
-async fn connections_beyond_the_limit_are_closed_at_once_and_the_others_work() {
-    let running = start(Options {
+async fn connections_beyond_the_limit_are_closed_and_the_others_keep_working() {
+    let limited = Options {
         max_connections: 2,
-        workers: 2,
-        ..config()
-    });
+        ..options()
+    };
+    let running = start_with_workers(limited, 2);
     let (first, _) = connect(running.address).await;
     let (second, second_connection) = connect(running.address).await;
     assert_eq!(call(&first, "i").await.unwrap().code(), Code::Ok);
@@ -98,22 +98,19 @@ async fn connections_beyond_the_limit_are_closed_at_once_and_the_others_work() {
 
 #[tokio::test]
 async fn connections_are_spread_evenly_over_the_workers() {
-    let running = start(Options {
-        workers: 2,
-        ..config()
-    });
+    let running = start_with_workers(options(), 2);
     let mut clients = Vec::new();
 
-    // Hanging calls of four connections; each worker has a service of its own, but the script is shared.
+    // Hanging calls on four connections; the services of the workers share the script.
     for _ in 0..4 {
         let (client, _) = connect(running.address).await;
-        let answer = hanging(&running, &client).await;
-        clients.push((client, answer));
+        let response = hanging(&running, &client).await;
+        clients.push((client, response));
     }
     running.script.released.send_replace(true);
 
-    for (_, answer) in clients {
-        assert_eq!(receive(answer).await.unwrap().code(), Code::Ok);
+    for (_, response) in clients {
+        assert_eq!(receive(response).await.unwrap().code(), Code::Ok);
     }
     let threads = running.script.threads.lock().unwrap().clone();
     let mut counts: Vec<_> = threads.values().copied().collect();
@@ -122,33 +119,33 @@ async fn connections_are_spread_evenly_over_the_workers() {
 }
 
 #[tokio::test]
-async fn an_old_connection_says_goaway_and_its_call_completes() {
+async fn an_old_connection_gets_goaway_and_its_call_completes() {
     let age = Duration::from_secs(1);
-    let running = start(timings(|timings| timings.max_connection_age = age));
+    let running = start(with_timings(|timings| timings.max_connection_age = age));
     let started = Instant::now();
     let (client, connection) = connect(running.address).await;
-    let answer = hanging(&running, &client).await;
+    let response = hanging(&running, &client).await;
 
     goaway(&client).await;
     let lasted = started.elapsed();
     running.script.released.send_replace(true);
 
     assert!(lasted >= age.mul_f64(0.9), "{lasted:?}");
-    assert_eq!(receive(answer).await.unwrap().code(), Code::Ok);
+    assert_eq!(receive(response).await.unwrap().code(), Code::Ok);
     within(connection).await.unwrap().unwrap();
 }
 
 #[tokio::test]
-async fn a_call_that_outlives_age_and_grace_is_cut_off() {
-    let running = start(timings(|timings| {
+async fn a_call_that_outlives_connection_age_and_grace_period_is_cancelled() {
+    let running = start(with_timings(|timings| {
         timings.max_connection_age = Duration::from_secs(1);
         timings.max_connection_age_grace = Duration::from_millis(50);
     }));
     let (client, connection) = connect(running.address).await;
 
-    let answer = hanging(&running, &client).await;
+    let response = hanging(&running, &client).await;
 
-    assert!(receive(answer).await.is_err());
+    assert!(receive(response).await.is_err());
     let _ = within(connection).await.unwrap();
     assert_eq!(running.ended(1).await, [Code::Cancelled]);
 }
@@ -160,21 +157,21 @@ fn ticks(stat: &std::fs::File) -> u64 {
     let mut bytes = [0; 1024];
     let count = stat.read_at(&mut bytes, 0).unwrap();
     let text = std::str::from_utf8(&bytes[..count]).unwrap();
-    // Fields 14 and 15; the second is the name in brackets.
+    // Fields 14 and 15; field 2 is the name in brackets.
     let fields = text.rsplit(") ").next().unwrap().split(' ');
     let times = fields.skip(11).take(2);
     times.map(|ticks| ticks.parse::<u64>().unwrap()).sum()
 }
 
-/// Runs in a process of its own, because the limit on descriptors is the process's.
+/// Runs in a separate process, because the descriptor limit applies to the process.
 #[tokio::test]
-#[ignore = "run by without_descriptors_the_accept_loop_rests_and_recovers"]
+#[ignore = "run by without_descriptors_the_accept_loop_pauses_and_recovers"]
 async fn in_a_process_with_forty_descriptors() {
-    let running = start(config());
+    let running = start(options());
     let (client, _) = connect(running.address).await;
     assert_eq!(call(&client, "i").await.unwrap().code(), Code::Ok);
     let stat = std::fs::File::open("/proc/self/stat").unwrap();
-    // The clients' ends are descriptors too: take all that are left before the accept loop runs again.
+    // The clients' sockets use descriptors too: take all that are left before the accept loop runs again.
     let mut sockets = Vec::new();
     while let Ok(socket) = std::net::TcpStream::connect(running.address) {
         sockets.push(socket);
@@ -193,7 +190,7 @@ async fn in_a_process_with_forty_descriptors() {
 }
 
 #[tokio::test]
-async fn without_descriptors_the_accept_loop_rests_and_recovers() {
+async fn without_descriptors_the_accept_loop_pauses_and_recovers() {
     let this = std::env::current_exe().unwrap();
     let test = "server::tests::connections::in_a_process_with_forty_descriptors";
 

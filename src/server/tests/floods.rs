@@ -1,4 +1,4 @@
-//! Peers that use HTTP/2 to make us work for nothing.
+//! Clients that flood the server with HTTP/2 frames.
 
 use tokio::io::AsyncWriteExt as _;
 
@@ -15,7 +15,7 @@ const REFUSED_STREAM: u32 = 7;
 const ENHANCE_YOUR_CALM: u32 = 11;
 const MAX_CONCURRENT_STREAMS: [u8; 2] = [0, 3];
 
-/// Sends all of it, as far as the other side takes it, and returns the frames that came until it closed.
+/// Sends as many of the bytes as the server reads, and returns the frames received until it closes the connection.
 async fn flood(running: &Running, bytes: Vec<u8>) -> Vec<frames::Frame> {
     let socket = TcpStream::connect(running.address).await.unwrap();
     let (mut from, mut to) = socket.into_split();
@@ -37,8 +37,8 @@ fn assert_calmed(seen: &[frames::Frame]) {
 }
 
 #[tokio::test]
-async fn streams_that_are_reset_at_once_end_the_connection() {
-    let running = start(config());
+async fn many_immediately_reset_streams_end_the_connection() {
+    let running = start(options());
     let mut bytes = opening();
     for index in 0..2000 {
         let stream = 2 * index + 1;
@@ -53,8 +53,8 @@ async fn streams_that_are_reset_at_once_end_the_connection() {
 }
 
 #[tokio::test]
-async fn headers_without_end_end_the_connection() {
-    let running = start(config());
+async fn endless_continuation_frames_end_the_connection() {
+    let running = start(options());
     let mut bytes = opening();
     bytes.extend(frame(HEADERS, 0, 1, &block(GET_TASK_DETAIL)));
     let field = [0, 1, b'a', 1, b'b'];
@@ -66,8 +66,8 @@ async fn headers_without_end_end_the_connection() {
 }
 
 #[tokio::test]
-async fn empty_data_frames_without_end_end_the_connection() {
-    let running = start(config());
+async fn endless_empty_data_frames_end_the_connection() {
+    let running = start(options());
     let mut bytes = opening();
     bytes.extend(frame(HEADERS, END_HEADERS, 1, &block(GET_TASK_DETAIL)));
     for _ in 0..200_000 {
@@ -78,11 +78,11 @@ async fn empty_data_frames_without_end_end_the_connection() {
 }
 
 #[tokio::test]
-async fn streams_beyond_the_advertised_limit_are_refused_for_another_try() {
-    // The client never answers the drain's PING, so its connection ends with the grace.
+async fn streams_beyond_the_advertised_limit_get_refused_stream() {
+    // The client does not acknowledge the drain's PING, so its connection ends with the grace period.
     let running = start(Options {
         shutdown_grace: Duration::from_secs(1),
-        ..config()
+        ..options()
     });
     let mut bytes = opening();
     for index in 0..120 {
@@ -96,7 +96,7 @@ async fn streams_beyond_the_advertised_limit_are_refused_for_another_try() {
     running.script.entered(100).await;
     running.script.released.send_replace(true);
     eventually(|| ended(&running.metrics).len() == 100).await;
-    // The drain closes the connection, which ends the reading.
+    // The drain closes the connection, which ends the read.
     let reading = tokio::spawn(async move { until_closed(&mut socket).await });
     running.stop().await;
     let seen = parse(&reading.await.unwrap());
@@ -113,15 +113,15 @@ async fn streams_beyond_the_advertised_limit_are_refused_for_another_try() {
 }
 
 #[tokio::test]
-async fn a_flood_of_pings_costs_no_memory_and_no_other_call() {
-    let running = start(config());
+async fn a_flood_of_pings_does_not_fail_other_calls() {
+    let running = start(options());
     let mut bytes = opening();
     for _ in 0..100_000 {
         bytes.extend(frame(PING, 0, 0, &[0; 8]));
     }
     let socket = TcpStream::connect(running.address).await.unwrap();
     let (mut from, mut to) = socket.into_split();
-    // Nobody reads the answers, so the sender stalls once the sockets are full.
+    // The replies are not read, so the sender stalls once the sockets are full.
     let sending = tokio::spawn(async move { to.write_all(&bytes).await });
 
     let (client, _) = connect(running.address).await;

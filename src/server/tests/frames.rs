@@ -1,4 +1,4 @@
-//! HTTP/2 frames by hand, for what a client library refuses to do (RFC 9113, section 4.1).
+//! Hand-written HTTP/2 frames, for what a client library refuses to send (RFC 9113, section 4.1).
 
 pub(super) const DATA: u8 = 0;
 pub(super) const HEADERS: u8 = 1;
@@ -10,7 +10,7 @@ pub(super) const CONTINUATION: u8 = 9;
 pub(super) const END_STREAM: u8 = 1;
 pub(super) const END_HEADERS: u8 = 4;
 
-/// One frame as read.
+/// One received frame.
 #[derive(Debug)]
 pub(super) struct Frame {
     pub(super) kind: u8,
@@ -34,14 +34,14 @@ pub(super) fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8>
     bytes
 }
 
-/// Preface and empty settings.
+/// The preface and empty settings.
 pub(super) fn opening() -> Vec<u8> {
     let mut bytes = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
     bytes.extend(frame(SETTINGS, 0, 0, &[]));
     bytes
 }
 
-/// A proper call's header block, nothing compressed (RFC 7541, section 6.2.2).
+/// The header block of a valid call, uncompressed (RFC 7541, section 6.2.2).
 pub(super) fn block(path: &str) -> Vec<u8> {
     let fields = [
         (":method", "POST"),
@@ -60,7 +60,7 @@ pub(super) fn block(path: &str) -> Vec<u8> {
     bytes
 }
 
-/// All whole frames in `bytes`.
+/// All complete frames in `bytes`.
 pub(super) fn parse(mut bytes: &[u8]) -> Vec<Frame> {
     let mut frames = Vec::new();
     while let Some((head, rest)) = bytes.split_first_chunk::<9>() {
@@ -78,14 +78,14 @@ pub(super) fn parse(mut bytes: &[u8]) -> Vec<Frame> {
     frames
 }
 
-/// How many fields of a header block are put into the reader's table (RFC 7541, section 6).
+/// The number of fields of a header block that are added to the decoder's table (RFC 7541, section 6).
 pub(super) fn table_additions(mut block: &[u8]) -> usize {
     let mut additions = 0;
     while let Some(&kind) = block.first() {
         let (prefix, literal) = match kind {
             0x80.. => (7, false),
             0x40.. => (6, true),
-            0x20.. => panic!("a change of the table's size"),
+            0x20.. => panic!("a table size update"),
             _ => (4, true),
         };
         let name = integer(&mut block, prefix);
@@ -100,7 +100,7 @@ pub(super) fn table_additions(mut block: &[u8]) -> usize {
     additions
 }
 
-/// Section 5.1.
+/// Decodes an integer (RFC 7541, section 5.1).
 fn integer(block: &mut &[u8], prefix: u32) -> usize {
     let mut next = || usize::from(*block.split_off_first().unwrap());
     let most = (1 << prefix) - 1;

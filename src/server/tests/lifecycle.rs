@@ -1,4 +1,4 @@
-//! The drain: what it finishes, what it does not wait for, and in which order.
+//! The drain: which calls it finishes, what it does not wait for, and in which order.
 
 use tokio::io::AsyncWriteExt as _;
 use tonic_health::pb::{HealthCheckResponse, health_check_response::ServingStatus};
@@ -6,8 +6,8 @@ use tonic_health::pb::{HealthCheckResponse, health_check_response::ServingStatus
 use super::{frames, *};
 
 #[tokio::test]
-async fn an_idle_listener_does_not_use_up_the_grace() {
-    let running = start(config());
+async fn an_idle_server_drains_before_the_grace_period_ends() {
+    let running = start(options());
     let (client, connection) = connect(running.address).await;
     assert_eq!(call(&client, "i").await.unwrap().code(), Code::Ok);
 
@@ -17,17 +17,17 @@ async fn an_idle_listener_does_not_use_up_the_grace() {
 }
 
 #[tokio::test]
-async fn a_drain_before_the_first_credential_does_not_use_up_the_grace() {
-    let running = start_with_ready(config(), false);
+async fn a_drain_before_the_first_credential_ends_before_the_grace_period() {
+    let running = start_with_ready(options(), false);
 
     running.stop().await;
 }
 
 #[tokio::test]
-async fn a_call_in_flight_completes_and_then_the_drain_is_over() {
-    let running = start(config());
+async fn the_drain_ends_when_the_call_in_flight_completes() {
+    let running = start(options());
     let (client, connection) = connect(running.address).await;
-    let answer = hanging(&running, &client).await;
+    let response = hanging(&running, &client).await;
     let script = running.script.clone();
     let metrics = Arc::clone(&running.metrics);
 
@@ -36,19 +36,19 @@ async fn a_call_in_flight_completes_and_then_the_drain_is_over() {
     assert!(!stopping.is_finished());
     script.released.send_replace(true);
 
-    assert_eq!(receive(answer).await.unwrap().code(), Code::Ok);
+    assert_eq!(receive(response).await.unwrap().code(), Code::Ok);
     within(stopping).await.unwrap();
     within(connection).await.unwrap().unwrap();
     assert_eq!(ended(&metrics), [Code::Ok]);
 }
 
 #[tokio::test]
-async fn what_peers_do_cannot_hold_the_drain_beyond_the_grace() {
-    // Calls are cut off half a second before its end; with less a busy machine could lose the reply.
+async fn misbehaving_clients_cannot_extend_the_drain_beyond_the_grace_period() {
+    // Calls are cut off 500 ms before its end; with a shorter time a busy machine could lose the reply.
     let grace = Duration::from_secs(5);
     let running = start(Options {
         shutdown_grace: grace,
-        ..config()
+        ..options()
     });
     let _silent = TcpStream::connect(running.address).await.unwrap();
     let mut half = TcpStream::connect(running.address).await.unwrap();
@@ -70,15 +70,15 @@ async fn what_peers_do_cannot_hold_the_drain_beyond_the_grace() {
 }
 
 #[tokio::test]
-async fn silent_peers_and_open_watches_do_not_hold_the_drain_at_all() {
-    let running = start(config());
+async fn silent_clients_and_open_health_watches_do_not_delay_the_drain() {
+    let running = start(options());
     let _silent = TcpStream::connect(running.address).await.unwrap();
     let mut half = TcpStream::connect(running.address).await.unwrap();
     half.write_all(b"PRI * HT").await.unwrap();
     let (mut client, _) = connect(running.address).await;
-    let (answer, mut body) = client.send_request(head(WATCH), false).unwrap();
+    let (response, mut body) = client.send_request(head(WATCH), false).unwrap();
     body.send_data(framed(0, &[]), true).unwrap();
-    let (_, mut watch) = within(answer).await.unwrap().into_parts();
+    let (_, mut watch) = within(response).await.unwrap().into_parts();
     let status = |update: Bytes| HealthCheckResponse::decode(&update[5..]).unwrap().status();
     let first = within(watch.data()).await.unwrap().unwrap();
 
@@ -96,10 +96,10 @@ async fn silent_peers_and_open_watches_do_not_hold_the_drain_at_all() {
 }
 
 #[tokio::test]
-async fn until_goaway_new_connections_and_calls_are_served_and_health_says_not_serving() {
+async fn during_the_drain_delay_calls_are_served_and_health_is_not_serving() {
     let running = start(Options {
         drain_delay: Duration::from_secs(3),
-        ..config()
+        ..options()
     });
     let address = running.address;
     let mut serving = running.serving.clone();
@@ -108,10 +108,10 @@ async fn until_goaway_new_connections_and_calls_are_served_and_health_says_not_s
     let stopping = tokio::spawn(running.stop());
     within(serving.wait_for(|serving| !serving)).await.unwrap();
     let (client, connection) = connect(address).await;
-    let answer = call(&client, "i").await.unwrap();
+    let response = call(&client, "i").await.unwrap();
     let health = send(&client, head(CHECK), &[framed(0, &[])]).await.unwrap();
 
-    assert_eq!(answer.code(), Code::Ok);
+    assert_eq!(response.code(), Code::Ok);
     let health = HealthCheckResponse::decode(&health.data[5..]).unwrap();
     assert_eq!(health.status(), ServingStatus::NotServing);
     assert!(!stopping.is_finished());
@@ -125,21 +125,21 @@ async fn until_goaway_new_connections_and_calls_are_served_and_health_says_not_s
 }
 
 #[tokio::test]
-async fn a_connection_that_waits_to_be_accepted_when_the_drain_begins_is_served() {
+async fn a_connection_in_the_accept_queue_is_served_when_the_drain_begins() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let waiting = TcpStream::connect(listener.local_addr().unwrap())
         .await
         .unwrap();
-    let running = start_on(listener, config(), true);
+    let running = start_on(listener, options(), 1, true);
     let script = running.script.clone();
 
-    // Sent before the accept loop has run once.
+    // Stops the server before the accept loop has run.
     let stopping = tokio::spawn(running.stop());
     let (client, connection) = within(h2::client::handshake(waiting)).await.unwrap();
     let connection = tokio::spawn(connection);
-    let answer = call(&client, "i").await.unwrap();
+    let response = call(&client, "i").await.unwrap();
 
-    assert_eq!(answer.code(), Code::Ok);
+    assert_eq!(response.code(), Code::Ok);
     script.left(1).await;
     within(stopping).await.unwrap();
     within(connection).await.unwrap().unwrap();
@@ -147,27 +147,27 @@ async fn a_connection_that_waits_to_be_accepted_when_the_drain_begins_is_served(
 
 #[tokio::test]
 async fn a_rolling_restart_under_load_loses_no_call() {
-    let mut now = start(config());
+    let mut now = start(options());
     for _ in 0..5 {
-        let next = start(config());
+        let next = start(options());
         let old = now.address;
         let load = tokio::spawn(async move {
-            let mut answered = 0;
+            let mut replies = 0;
             let (client, _) = connect(old).await;
-            // Until the GOAWAY; the client library itself says which calls were never taken.
-            while let Ok(answer) = call(&client, "i").await {
-                assert_eq!(answer.code(), Code::Ok);
-                answered += 1;
+            // Until the GOAWAY; the client library reports which calls were never processed.
+            while let Ok(response) = call(&client, "i").await {
+                assert_eq!(response.code(), Code::Ok);
+                replies += 1;
             }
-            answered
+            replies
         });
         let metrics = Arc::clone(&now.metrics);
         eventually(|| ended(&metrics).len() > 20).await;
 
         within(now.stop()).await;
 
-        let answered = within(load).await.unwrap();
-        assert_eq!(ended(&metrics), vec![Code::Ok; answered]);
+        let replies = within(load).await.unwrap();
+        assert_eq!(ended(&metrics), vec![Code::Ok; replies]);
         now = next;
     }
 }

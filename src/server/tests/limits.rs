@@ -1,4 +1,4 @@
-//! Callers that vanish, stop reading or ask for too much; health beside all that.
+//! Clients that disconnect, stop reading or exceed limits, and health checks meanwhile.
 
 use std::time::Instant;
 
@@ -9,7 +9,7 @@ use tonic_health::pb::{
 
 use super::*;
 
-/// The request message of health for a service's name.
+/// A health check request for a service name.
 fn named(service: &str) -> Bytes {
     let request = HealthCheckRequest {
         service: service.to_owned(),
@@ -17,28 +17,28 @@ fn named(service: &str) -> Bytes {
     framed(0, &request.encode_to_vec())
 }
 
-async fn check(client: &Client, service: &str) -> Answer {
+async fn check(client: &Client, service: &str) -> Reply {
     send(client, head(CHECK), &[named(service)]).await.unwrap()
 }
 
 #[track_caller]
-fn serving(answer: &Answer) -> ServingStatus {
-    assert_eq!(answer.code(), Code::Ok);
-    HealthCheckResponse::decode(&answer.data[5..])
+fn health_status(reply: &Reply) -> ServingStatus {
+    assert_eq!(reply.code(), Code::Ok);
+    HealthCheckResponse::decode(&reply.data[5..])
         .unwrap()
         .status()
 }
 
 #[tokio::test]
-async fn a_cancelled_call_ends_its_work_and_is_counted_once() {
+async fn a_cancelled_call_stops_its_handler_and_is_counted_once() {
     let running = start(Options {
         max_in_flight: 1,
-        ..config()
+        ..options()
     });
     let (client, _) = connect(running.address).await;
 
-    let answer = hanging(&running, &client).await;
-    drop(answer);
+    let response = hanging(&running, &client).await;
+    drop(response);
     running.script.left(1).await;
 
     assert_eq!(running.ended(1).await, [Code::Cancelled]);
@@ -47,8 +47,8 @@ async fn a_cancelled_call_ends_its_work_and_is_counted_once() {
 }
 
 #[tokio::test]
-async fn a_lost_connection_ends_its_calls_and_is_forgotten() {
-    let running = start(config());
+async fn a_lost_connection_cancels_its_calls_and_is_no_longer_counted() {
+    let running = start(options());
     let socket = TcpStream::connect(running.address).await.unwrap();
     socket2::SockRef::from(&socket)
         .set_linger(Some(Duration::ZERO))
@@ -66,16 +66,16 @@ async fn a_lost_connection_ends_its_calls_and_is_forgotten() {
 }
 
 #[tokio::test]
-async fn a_caller_that_does_not_read_loses_its_stream_a_second_or_more_after_the_deadline() {
-    let running = start(config());
+async fn a_stream_whose_reply_is_not_read_is_reset_one_second_after_the_deadline() {
+    let running = start(options());
     let mut client = deaf(running.address).await;
 
     let started = Instant::now();
-    let (answer, mut body) = client
+    let (response, mut body) = client
         .send_request(head_with("grpc-timeout", "50m"), false)
         .unwrap();
     body.send_data(instance("i"), true).unwrap();
-    let error = receive(answer).await.unwrap_err();
+    let error = receive(response).await.unwrap_err();
 
     assert!(error.is_reset(), "{error:?}");
     let took = started.elapsed();
@@ -86,7 +86,7 @@ async fn a_caller_that_does_not_read_loses_its_stream_a_second_or_more_after_the
     assert_eq!(running.ended(1).await, [Code::Cancelled]);
 }
 
-/// A client that opens no window for answers.
+/// A client that opens no window for replies.
 async fn deaf(address: SocketAddr) -> Client {
     let socket = TcpStream::connect(address).await.unwrap();
     let mut builder = h2::client::Builder::new();
@@ -97,8 +97,8 @@ async fn deaf(address: SocketAddr) -> Client {
 }
 
 #[tokio::test]
-async fn answers_of_health_and_to_what_is_no_grpc_must_be_read_in_time_too() {
-    let running = start(config());
+async fn streams_of_health_and_non_grpc_requests_are_reset_too_if_not_read() {
+    let running = start(options());
     let mut health = head(CHECK);
     health
         .headers_mut()
@@ -109,9 +109,9 @@ async fn answers_of_health_and_to_what_is_no_grpc_must_be_read_in_time_too() {
 
     for (name, head, message) in [("health", health, named("")), ("html", html, Bytes::new())] {
         let mut deaf = deaf(running.address).await;
-        let (answer, mut body) = deaf.send_request(head, false).unwrap();
+        let (response, mut body) = deaf.send_request(head, false).unwrap();
         body.send_data(message, true).unwrap();
-        let mut unread = within(answer).await.unwrap().into_body();
+        let mut unread = within(response).await.unwrap().into_body();
 
         let error = within(unread.data()).await.unwrap().unwrap_err();
 
@@ -120,16 +120,16 @@ async fn answers_of_health_and_to_what_is_no_grpc_must_be_read_in_time_too() {
 }
 
 #[tokio::test]
-async fn a_caller_that_stops_reading_half_way_loses_its_stream_too() {
-    let running = start(config());
+async fn a_stream_whose_reply_is_read_only_partly_is_reset() {
+    let running = start(options());
     let (mut client, _) = connect(running.address).await;
 
-    let (answer, mut body) = client
+    let (response, mut body) = client
         .send_request(head_with("grpc-timeout", "50m"), false)
         .unwrap();
     body.send_data(instance("big-300000"), true).unwrap();
     // The window is 64 KiB and nothing is released.
-    let (_, mut unread) = within(answer).await.unwrap().into_parts();
+    let (_, mut unread) = within(response).await.unwrap().into_parts();
     let mut received = 0;
     let error = loop {
         match within(unread.data()).await.unwrap() {
@@ -144,10 +144,10 @@ async fn a_caller_that_stops_reading_half_way_loses_its_stream_too() {
 }
 
 #[tokio::test]
-async fn calls_beyond_the_limit_are_refused_promptly_and_health_is_not() {
+async fn calls_beyond_the_limit_fail_promptly_and_health_checks_succeed() {
     let running = start(Options {
         max_in_flight: 1,
-        ..config()
+        ..options()
     });
     let (client, _) = connect(running.address).await;
     let held = hanging(&running, &client).await;
@@ -168,37 +168,37 @@ async fn calls_beyond_the_limit_are_refused_promptly_and_health_is_not() {
 
     let most = Duration::from_millis(10) + 4 * round_trip;
     assert!(fastest < most, "{fastest:?}, health {round_trip:?}");
-    assert_eq!(serving(&healthy), ServingStatus::Serving);
+    assert_eq!(health_status(&healthy), ServingStatus::Serving);
     assert_eq!(receive(held).await.unwrap().code(), Code::Ok);
 }
 
 #[tokio::test]
-async fn a_call_whose_answer_is_not_read_keeps_its_permit() {
+async fn a_call_whose_reply_is_not_read_keeps_its_permit() {
     let running = start(Options {
         max_in_flight: 1,
-        ..config()
+        ..options()
     });
     let mut deaf = deaf(running.address).await;
 
-    let (answer, mut body) = deaf.send_request(head(GET_TASK_DETAIL), false).unwrap();
+    let (response, mut body) = deaf.send_request(head(GET_TASK_DETAIL), false).unwrap();
     body.send_data(instance("i"), true).unwrap();
-    let unread = within(answer).await.unwrap();
+    let unread = within(response).await.unwrap();
     let (client, _) = connect(running.address).await;
-    let beside = call(&client, "i").await.unwrap();
-    // The client library resets the stream when both halves are gone.
+    let second = call(&client, "i").await.unwrap();
+    // The client library resets the stream when both halves are dropped.
     drop((unread, body));
     running.ended(2).await;
 
-    beside.assert_failed(Code::ResourceExhausted, "beside an unread answer");
+    second.assert_failed(Code::ResourceExhausted, "while a reply is unread");
     assert_eq!(call(&client, "i").await.unwrap().code(), Code::Ok);
 }
 
-/// A stream of health that stays open until it is dropped.
+/// Opens a health watch: the code if it fails, and the stream, which stays open until it is dropped.
 async fn watching(client: &Client) -> (Option<Code>, h2::RecvStream) {
     let mut client = within(client.clone().ready()).await.unwrap();
-    let (answer, mut body) = client.send_request(head(WATCH), false).unwrap();
+    let (response, mut body) = client.send_request(head(WATCH), false).unwrap();
     body.send_data(named(""), true).unwrap();
-    let (head, body) = within(answer).await.unwrap().into_parts();
+    let (head, body) = within(response).await.unwrap().into_parts();
     (
         Status::from_header_map(&head.headers).map(|status| status.code()),
         body,
@@ -206,10 +206,10 @@ async fn watching(client: &Client) -> (Option<Code>, h2::RecvStream) {
 }
 
 #[tokio::test]
-async fn streams_of_health_have_a_limit_and_each_connection_two_beyond_it() {
+async fn auxiliary_streams_have_a_shared_limit_and_two_reserved_per_connection() {
     let running = start(Options {
         max_connections: 3,
-        ..config()
+        ..options()
     });
     let (greedy, _) = connect(running.address).await;
     let (honest, _) = connect(running.address).await;
@@ -228,65 +228,72 @@ async fn streams_of_health_have_a_limit_and_each_connection_two_beyond_it() {
     let again = check(&greedy, "").await;
 
     refused.assert_failed(Code::ResourceExhausted, "the sixth");
-    assert_eq!(serving(&first), ServingStatus::Serving);
+    assert_eq!(health_status(&first), ServingStatus::Serving);
     assert_eq!(second, None);
-    assert_eq!(serving(&again), ServingStatus::Serving);
+    assert_eq!(health_status(&again), ServingStatus::Serving);
 }
 
 #[tokio::test]
-async fn what_is_no_grpc_waits_for_its_end_only_within_that_limit() {
+async fn reading_the_rest_of_a_non_grpc_request_needs_a_permit() {
     let running = start(Options {
         max_connections: 1,
         timeout: Duration::from_secs(5),
-        ..config()
+        ..options()
     });
     let (client, _) = connect(running.address).await;
     let endless = async || {
         let mut client = within(client.clone().ready()).await.unwrap();
         let head = Request::post("http://facade/").body(()).unwrap();
-        let (answer, mut body) = client.send_request(head, false).unwrap();
+        let (response, mut body) = client.send_request(head, false).unwrap();
         body.send_data(Bytes::from_static(b"a"), false).unwrap();
-        (answer, body)
+        (response, body)
     };
 
     let started = Instant::now();
     let mut waiting = [endless().await, endless().await, endless().await];
-    let (answer, _body) = endless().await;
-    let answered = within(answer).await.unwrap();
-    for (answer, _body) in &mut waiting {
-        assert!(poll!(answer).is_pending(), "answered before its end");
+    let (response, _body) = endless().await;
+    let response = within(response).await.unwrap();
+    for (response, _body) in &mut waiting {
+        assert!(
+            poll!(response).is_pending(),
+            "reply before the end of the request"
+        );
     }
-    for (answer, _body) in waiting {
-        assert_eq!(within(answer).await.unwrap().status(), 415);
+    for (response, _body) in waiting {
+        assert_eq!(within(response).await.unwrap().status(), 415);
     }
 
-    assert_eq!(answered.status(), 415);
+    assert_eq!(response.status(), 415);
     assert!(started.elapsed() >= Duration::from_secs(5));
 }
 
 #[tokio::test]
-async fn a_long_message_to_health_is_refused_before_it_is_there() {
-    let running = start(config());
+async fn a_long_health_request_is_rejected_before_it_is_complete() {
+    let running = start(options());
     let (client, _) = connect(running.address).await;
     let mut half = framed(0, &[0; 5000]).to_vec();
     half.truncate(100);
 
     let mut client = within(client.clone().ready()).await.unwrap();
-    let (answer, mut body) = client.send_request(head(CHECK), false).unwrap();
+    let (response, mut body) = client.send_request(head(CHECK), false).unwrap();
     body.send_data(Bytes::from(half), false).unwrap();
-    let answer = receive(answer).await.unwrap();
+    let response = receive(response).await.unwrap();
 
-    answer.assert_failed(Code::ResourceExhausted, "5000 bytes");
+    response.assert_failed(Code::ResourceExhausted, "5000 bytes");
 }
 
 #[tokio::test]
-async fn health_follows_the_first_credential_under_both_names() {
-    let running = start_with_ready(config(), false);
+async fn health_is_serving_under_both_names_once_the_first_credential_is_available() {
+    let running = start_with_ready(options(), false);
     let (client, _) = connect(running.address).await;
 
     for name in ["", "huaweicloud.rds.task.v1.TaskService"] {
-        let answer = check(&client, name).await;
-        assert_eq!(serving(&answer), ServingStatus::NotServing, "{name:?}");
+        let response = check(&client, name).await;
+        assert_eq!(
+            health_status(&response),
+            ServingStatus::NotServing,
+            "{name:?}"
+        );
     }
     assert!(!*running.serving.borrow());
     running.ready.send_replace(true);
@@ -294,19 +301,19 @@ async fn health_follows_the_first_credential_under_both_names() {
     within(state.wait_for(|serving| *serving)).await.unwrap();
 
     for name in ["", "huaweicloud.rds.task.v1.TaskService"] {
-        let answer = check(&client, name).await;
-        assert_eq!(serving(&answer), ServingStatus::Serving, "{name:?}");
+        let response = check(&client, name).await;
+        assert_eq!(health_status(&response), ServingStatus::Serving, "{name:?}");
     }
-    check(&client, "nobody")
+    check(&client, "unknown")
         .await
         .assert_failed(Code::NotFound, "unknown name");
 }
 
 #[tokio::test]
-async fn a_watch_outlives_the_servers_maximum_but_not_the_callers_deadline() {
+async fn a_health_watch_outlives_the_timeout_but_not_the_callers_deadline() {
     let running = start(Options {
         timeout: Duration::from_millis(50),
-        ..config()
+        ..options()
     });
     let (client, _) = connect(running.address).await;
     let mut bounded = head(WATCH);
@@ -315,11 +322,11 @@ async fn a_watch_outlives_the_servers_maximum_but_not_the_callers_deadline() {
         .insert("grpc-timeout", "300m".parse().unwrap());
 
     let started = Instant::now();
-    let answer = send(&client, bounded, &[named("")]).await.unwrap();
+    let response = send(&client, bounded, &[named("")]).await.unwrap();
 
     assert!(started.elapsed() >= Duration::from_millis(300));
-    answer.assert_failed(Code::DeadlineExceeded, "watch");
-    assert_eq!(answer.data.len(), 7, "one update came before");
+    response.assert_failed(Code::DeadlineExceeded, "watch");
+    assert_eq!(response.data.len(), 7, "one update came before");
 }
 
 #[tokio::test]
@@ -342,13 +349,14 @@ async fn reflection_lists_every_service_in_both_versions_and_can_be_off() {
         "grpc.reflection.v1.ServerReflection",
         "grpc.reflection.v1alpha.ServerReflection",
     ];
-    let running = start(config());
+    let running = start(options());
     let (client, _) = connect(running.address).await;
     for path in paths {
-        let answer = send(&client, head(path), &[framed(0, &list.encode_to_vec())]).await;
+        let response = send(&client, head(path), &[framed(0, &list.encode_to_vec())]).await;
 
         // Both versions have the same fields.
-        let reply = v1alpha::ServerReflectionResponse::decode(&answer.unwrap().data[5..]).unwrap();
+        let reply =
+            v1alpha::ServerReflectionResponse::decode(&response.unwrap().data[5..]).unwrap();
         let Some(v1alpha::server_reflection_response::MessageResponse::ListServicesResponse(list)) =
             reply.message_response
         else {
@@ -360,12 +368,12 @@ async fn reflection_lists_every_service_in_both_versions_and_can_be_off() {
 
     let running = start(Options {
         reflection: false,
-        ..config()
+        ..options()
     });
     let (client, _) = connect(running.address).await;
     for path in paths {
-        let answer = send(&client, head(path), &[framed(0, &list.encode_to_vec())]).await;
+        let response = send(&client, head(path), &[framed(0, &list.encode_to_vec())]).await;
 
-        answer.unwrap().assert_failed(Code::Unimplemented, path);
+        response.unwrap().assert_failed(Code::Unimplemented, path);
     }
 }

@@ -1,4 +1,4 @@
-//! The listener over real sockets. Clients are the h2 crate, or frames written by hand where it cannot misbehave.
+//! The server over real sockets. Clients use the h2 crate, or hand-written frames for what the crate refuses to send.
 
 mod connections;
 mod floods;
@@ -28,10 +28,11 @@ use tokio::{
 use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
 
-use super::{Error, Options, Parts, Timings, serve};
+use super::{Error, Options, Server, Timings};
 use crate::{
     call::Call,
     code, error,
+    options::defaults,
     pb::{GetTaskDetailRequest, GetTaskDetailResponse},
     rpc::Service,
     telemetry::{Access, Sinks, metrics::Metrics},
@@ -41,17 +42,17 @@ use crate::{
 const GET_TASK_DETAIL: &str = "/huaweicloud.rds.task.v1.TaskService/GetTaskDetail";
 const CHECK: &str = "/grpc.health.v1.Health/Check";
 const WATCH: &str = "/grpc.health.v1.Health/Watch";
-/// A limit that the deadline of every wait beats: what happens within that deadline was not caused by this limit.
+/// A limit longer than the deadline of every wait, so that nothing that a test waits for is caused by this limit.
 const LONGER_THAN_PATIENCE: Duration = PATIENCE.saturating_mul(4);
 
-/// A service whose behaviour the instance id picks: `hang` waits until released, `panic` panics, `big-N` answers with N
-/// bytes; anything else gets an answer at once.
+/// A service whose behaviour depends on the instance id: `hang` waits until released, `panic` panics, `big-N` replies with N bytes;
+/// any other id gets a reply at once.
 #[derive(Clone, Default)]
 struct Script {
     entered: watch::Sender<usize>,
     left: watch::Sender<usize>,
     released: watch::Sender<bool>,
-    /// Calls by the thread that ran them.
+    /// The number of calls on each thread.
     threads: Arc<Mutex<HashMap<String, usize>>>,
 }
 
@@ -71,7 +72,7 @@ async fn reaches(value: &watch::Sender<usize>, count: usize) {
     within(reached).await.unwrap();
 }
 
-/// Counts when a call is over or dropped.
+/// Counts a call when it returns or is dropped.
 struct Leaving(watch::Sender<usize>);
 
 impl Drop for Leaving {
@@ -118,7 +119,7 @@ impl Service for Script {
     }
 }
 
-/// A running listener.
+/// A running server.
 struct Running {
     address: SocketAddr,
     script: Script,
@@ -129,39 +130,48 @@ struct Running {
     done: JoinHandle<Result<(), Error>>,
 }
 
-fn start(config: Options) -> Running {
-    start_with_ready(config, true)
+/// Starts a server with one worker, so that a test sees every connection in one place.
+fn start(options: Options) -> Running {
+    start_with_workers(options, 1)
 }
 
-fn start_with_ready(config: Options, is_ready: bool) -> Running {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    start_on(listener, config, is_ready)
+fn start_with_workers(options: Options, workers: usize) -> Running {
+    start_on(bind(), options, workers, true)
 }
 
-fn start_on(listener: std::net::TcpListener, config: Options, is_ready: bool) -> Running {
+fn start_with_ready(options: Options, is_ready: bool) -> Running {
+    start_on(bind(), options, 1, is_ready)
+}
+
+fn bind() -> std::net::TcpListener {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap()
+}
+
+fn start_on(
+    listener: std::net::TcpListener,
+    options: Options,
+    workers: usize,
+    is_ready: bool,
+) -> Running {
     let address = listener.local_addr().unwrap();
     let script = Script::default();
     let metrics = Metrics::new();
     let (ready, is_ready) = watch::channel(is_ready);
     let (set_serving, serving) = watch::channel(false);
     let (stop, stopped) = oneshot::channel::<()>();
-    let facade = script.clone();
-    let parts = Parts {
-        facade: move || facade.clone(),
-        ready: is_ready,
-        serving: set_serving,
-        sinks: Arc::new(Sinks {
-            metrics: Arc::clone(&metrics),
-            access: Access::off(),
-            tracer: None,
-        }),
-        started: Box::new(|| {}),
-    };
+    let services = vec![script.clone(); workers];
+    let sinks = Arc::new(Sinks {
+        metrics: Arc::clone(&metrics),
+        access: Access::off(),
+        tracer: None,
+    });
     let done = tokio::spawn(async move {
-        serve(listener, config, parts, async {
+        let server = Server::start(listener, options, services, set_serving, sinks).await?;
+        let shutdown = async {
             let _ = stopped.await;
-        })
-        .await
+        };
+        server.run(is_ready, shutdown).await;
+        Ok(())
     });
     Running {
         address,
@@ -174,31 +184,29 @@ fn start_on(listener: std::net::TcpListener, config: Options, is_ready: bool) ->
     }
 }
 
-/// One worker, so that a test sees every connection in one place.
-fn config() -> Options {
+fn options() -> Options {
     Options {
-        workers: 1,
         timeout: LONGER_THAN_PATIENCE,
         shutdown_grace: LONGER_THAN_PATIENCE,
-        ..Options::default()
+        ..defaults()
     }
 }
 
-fn timings(change: impl FnOnce(&mut Timings)) -> Options {
-    let mut config = config();
-    change(&mut config.timings);
-    config
+fn with_timings(change: impl FnOnce(&mut Timings)) -> Options {
+    let mut options = options();
+    change(&mut options.timings);
+    options
 }
 
 impl Running {
-    /// The value of one line of the exposition; 0 when it is not there.
+    /// The value of the metric in the line that starts with `line`; 0 if there is none.
     fn metric(&self, line: &str) -> u64 {
         let text = self.metrics.encode();
         let value = text.lines().find_map(|found| found.strip_prefix(line));
         value.map_or(0, |value| value.trim().parse::<f64>().unwrap() as u64)
     }
 
-    /// The codes of all calls that are over, sorted, once there are `count`.
+    /// Waits for `count` finished calls and returns the codes of all finished calls, sorted.
     async fn ended(&self, count: usize) -> Vec<Code> {
         eventually(|| ended(&self.metrics).len() >= count).await;
         ended(&self.metrics)
@@ -212,7 +220,7 @@ impl Running {
     }
 }
 
-/// The codes of all calls that are over, sorted.
+/// The codes of all finished calls, sorted.
 fn ended(metrics: &Metrics) -> Vec<Code> {
     let text = metrics.encode();
     let handled = text
@@ -232,21 +240,21 @@ fn ended(metrics: &Metrics) -> Vec<Code> {
     codes
 }
 
-/// Awaits the event; panics after [`PATIENCE`], with the line that waits.
+/// Awaits the event; panics after [`PATIENCE`], naming the line that waits.
 #[track_caller]
 fn within<F: Future>(event: F) -> impl Future<Output = F::Output> {
     let caller = Location::caller().to_string();
     async move { wait::within(&caller, event).await }
 }
 
-/// Polls the condition until it holds; panics after [`PATIENCE`], with the line that waits.
+/// Polls the condition until it holds; panics after [`PATIENCE`], naming the line that waits.
 #[track_caller]
 fn eventually(condition: impl Fn() -> bool) -> impl Future<Output = ()> {
     let caller = Location::caller().to_string();
     async move { wait::eventually(&caller, async || condition()).await }
 }
 
-/// Waits until the client takes no new call: it has received a GOAWAY.
+/// Waits until the client has received a GOAWAY and therefore accepts no new call.
 async fn goaway(client: &Client) {
     within(async {
         while client.clone().ready().await.is_ok() {
@@ -258,15 +266,14 @@ async fn goaway(client: &Client) {
 
 type Client = h2::client::SendRequest<Bytes>;
 
-/// Waits until the other side closes, in whatever way, and returns what came before.
+/// Waits until the other side closes or resets the connection, and returns the bytes received before.
 async fn until_closed(socket: &mut TcpStream) -> Vec<u8> {
     let mut bytes = Vec::new();
-    // A reset is a close too.
     let _ = within(socket.read_to_end(&mut bytes)).await;
     bytes
 }
 
-/// A client connection; the handle ends when the connection does.
+/// A client connection, and the task that drives it.
 async fn connect(address: SocketAddr) -> (Client, JoinHandle<Result<(), h2::Error>>) {
     let socket = TcpStream::connect(address).await.unwrap();
     let handshake = h2::client::Builder::new().handshake(socket);
@@ -274,7 +281,7 @@ async fn connect(address: SocketAddr) -> (Client, JoinHandle<Result<(), h2::Erro
     (client, tokio::spawn(connection))
 }
 
-/// A proper call's headers.
+/// The headers of a valid call.
 fn head(path: &str) -> Request<()> {
     Request::post(format!("http://facade{path}"))
         .header("content-type", "application/grpc")
@@ -299,7 +306,7 @@ fn framed(flag: u8, message: &[u8]) -> Bytes {
     bytes.freeze()
 }
 
-/// The request message for an instance.
+/// A request message for an instance.
 fn instance(id: &str) -> Bytes {
     let request = GetTaskDetailRequest {
         project_id: "p".to_owned(),
@@ -310,26 +317,26 @@ fn instance(id: &str) -> Bytes {
     framed(0, &request.encode_to_vec())
 }
 
-/// What came back for one request.
+/// The response to one request.
 #[derive(Debug)]
-struct Answer {
+struct Reply {
     http: u16,
     headers: HeaderMap,
     data: Bytes,
-    /// The headers where they end the stream.
+    /// The trailers, or the headers of a trailers-only response.
     trailers: HeaderMap,
 }
 
-impl Answer {
+impl Reply {
     fn code(&self) -> Code {
         self.status().code()
     }
 
     fn status(&self) -> Status {
-        Status::from_header_map(&self.trailers).expect("every RPC ends with a status")
+        Status::from_header_map(&self.trailers).expect("every call ends with a status")
     }
 
-    /// A failure with this code, with details and the request id in both places.
+    /// Asserts a failure with this code, with details, and with the same request id in headers and details.
     #[track_caller]
     fn assert_failed(&self, code: Code, name: &str) {
         let status = self.status();
@@ -342,19 +349,19 @@ impl Answer {
     }
 }
 
-/// Sends the head and these pieces as a whole request.
-async fn send(client: &Client, head: Request<()>, pieces: &[Bytes]) -> Result<Answer, h2::Error> {
+/// Sends a complete request: the head and the pieces of its body.
+async fn send(client: &Client, head: Request<()>, pieces: &[Bytes]) -> Result<Reply, h2::Error> {
     let mut client = within(client.clone().ready()).await?;
-    let (answer, mut body) = client.send_request(head, pieces.is_empty())?;
+    let (response, mut body) = client.send_request(head, pieces.is_empty())?;
     for (index, piece) in pieces.iter().enumerate() {
-        // A server may answer before it has read all; what it left unread cannot be sent.
+        // The server may reply before it has read everything; the rest cannot be sent then.
         let _ = body.send_data(piece.clone(), index + 1 == pieces.len());
     }
-    receive(answer).await
+    receive(response).await
 }
 
-async fn receive(answer: h2::client::ResponseFuture) -> Result<Answer, h2::Error> {
-    let (head, mut body) = within(answer).await?.into_parts();
+async fn receive(response: h2::client::ResponseFuture) -> Result<Reply, h2::Error> {
+    let (head, mut body) = within(response).await?.into_parts();
     let mut data = BytesMut::new();
     while let Some(piece) = within(body.data()).await {
         let piece = piece?;
@@ -362,7 +369,7 @@ async fn receive(answer: h2::client::ResponseFuture) -> Result<Answer, h2::Error
         data.extend_from_slice(&piece);
     }
     let trailers = within(body.trailers()).await?;
-    Ok(Answer {
+    Ok(Reply {
         http: head.status.as_u16(),
         trailers: trailers.unwrap_or_else(|| head.headers.clone()),
         headers: head.headers,
@@ -370,16 +377,16 @@ async fn receive(answer: h2::client::ResponseFuture) -> Result<Answer, h2::Error
     })
 }
 
-async fn call(client: &Client, id: &str) -> Result<Answer, h2::Error> {
+async fn call(client: &Client, id: &str) -> Result<Reply, h2::Error> {
     send(client, head(GET_TASK_DETAIL), &[instance(id)]).await
 }
 
-/// Starts a call whose answer comes later, and waits until the service has it.
+/// Starts a call that hangs, and waits until the service has received it.
 async fn hanging(running: &Running, client: &Client) -> h2::client::ResponseFuture {
     let count = *running.script.entered.borrow() + 1;
     let mut client = within(client.clone().ready()).await.unwrap();
-    let (answer, mut body) = client.send_request(head(GET_TASK_DETAIL), false).unwrap();
+    let (response, mut body) = client.send_request(head(GET_TASK_DETAIL), false).unwrap();
     body.send_data(instance("hang"), true).unwrap();
     running.script.entered(count).await;
-    answer
+    response
 }

@@ -1,4 +1,4 @@
-//! What a request may look like, and what comes back for one that looks different.
+//! Valid and malformed requests, and the replies to them.
 
 use std::time::Instant;
 
@@ -16,22 +16,22 @@ use super::{
 use crate::pb::task_service_client::TaskServiceClient;
 
 #[tokio::test]
-async fn a_proper_call_is_answered_and_counted_once() {
-    let running = start(config());
+async fn a_valid_call_gets_a_reply_and_is_counted_once() {
+    let running = start(options());
     let (client, _) = connect(running.address).await;
 
-    let answer = call(&client, "i").await.unwrap();
+    let response = call(&client, "i").await.unwrap();
 
-    assert_eq!((answer.http, answer.code()), (200, Code::Ok));
-    let reply = GetTaskDetailResponse::decode(&answer.data[5..]).unwrap();
+    assert_eq!((response.http, response.code()), (200, Code::Ok));
+    let reply = GetTaskDetailResponse::decode(&response.data[5..]).unwrap();
     assert_eq!(reply.job_id, "w");
     assert_eq!(running.ended(1).await, [Code::Ok]);
     assert_eq!(running.metric("grpc_server_started_total{grpc_type=\"unary\",grpc_service=\"huaweicloud.rds.task.v1.TaskService\",grpc_method=\"GetTaskDetail\"}"), 1);
 }
 
 #[tokio::test]
-async fn a_request_that_is_no_grpc_gets_a_bare_http_status_and_runs_no_service() {
-    let running = start(config());
+async fn a_request_that_is_not_grpc_gets_an_http_status_and_does_not_reach_the_service() {
+    let running = start(options());
     let (client, _) = connect(running.address).await;
     let mut get = head(GET_TASK_DETAIL);
     *get.method_mut() = http::Method::GET;
@@ -39,7 +39,7 @@ async fn a_request_that_is_no_grpc_gets_a_bare_http_status_and_runs_no_service()
     untyped.headers_mut().remove("content-type");
     let cases = [
         ("GET", get, 405),
-        ("no type", untyped, 415),
+        ("no content type", untyped, 415),
         ("json", head_with("content-type", "application/json"), 415),
         ("html", head_with("content-type", "text/html"), 415),
         (
@@ -60,12 +60,12 @@ async fn a_request_that_is_no_grpc_gets_a_bare_http_status_and_runs_no_service()
     ];
 
     for (name, head, http) in cases {
-        let answer = send(&client, head, &[instance("i")]).await.unwrap();
+        let response = send(&client, head, &[instance("i")]).await.unwrap();
 
-        assert_eq!(answer.http, http, "{name}");
-        assert!(answer.headers.get("grpc-status").is_none(), "{name}");
-        assert_eq!(answer.headers["content-type"], "text/plain", "{name}");
-        let allow = answer.headers.get("allow").map(|value| value.as_bytes());
+        assert_eq!(response.http, http, "{name}");
+        assert!(response.headers.get("grpc-status").is_none(), "{name}");
+        assert_eq!(response.headers["content-type"], "text/plain", "{name}");
+        let allow = response.headers.get("allow").map(|value| value.as_bytes());
         assert_eq!(allow, (http == 405).then_some(&b"POST"[..]), "{name}");
     }
     assert_eq!(running.ended(7).await, [Code::Unknown; 7]);
@@ -73,8 +73,8 @@ async fn a_request_that_is_no_grpc_gets_a_bare_http_status_and_runs_no_service()
 }
 
 #[tokio::test]
-async fn every_way_to_write_the_grpc_type_is_understood() {
-    let running = start(config());
+async fn all_spellings_of_the_grpc_content_type_are_accepted() {
+    let running = start(options());
     let (client, _) = connect(running.address).await;
 
     for kind in [
@@ -82,15 +82,15 @@ async fn every_way_to_write_the_grpc_type_is_understood() {
         "application/grpc;charset=utf-8",
         "Application/GRPC",
     ] {
-        let answer = send(&client, head_with("content-type", kind), &[instance("i")]).await;
+        let response = send(&client, head_with("content-type", kind), &[instance("i")]).await;
 
-        assert_eq!(answer.unwrap().code(), Code::Ok, "{kind}");
+        assert_eq!(response.unwrap().code(), Code::Ok, "{kind}");
     }
 }
 
 #[tokio::test]
-async fn a_malformed_call_gets_a_status_with_details_and_runs_no_service() {
-    let running = start(config());
+async fn a_malformed_call_gets_a_status_with_details_and_does_not_reach_the_service() {
+    let running = start(options());
     let (client, _) = connect(running.address).await;
     let good = instance("i");
     let long = framed(0, &vec![0; 64 * 1024 + 1]);
@@ -210,13 +210,13 @@ async fn a_malformed_call_gets_a_status_with_details_and_runs_no_service() {
             Code::Internal,
         ),
         (
-            "no protobuf",
+            "not protobuf",
             plain(),
             vec![framed(0, &[0xff; 4])],
             Code::Internal,
         ),
         (
-            "no UTF-8",
+            "not UTF-8",
             plain(),
             vec![framed(0, &[0x0a, 1, 0xff])],
             Code::Internal,
@@ -225,9 +225,9 @@ async fn a_malformed_call_gets_a_status_with_details_and_runs_no_service() {
     let count = cases.len();
 
     for (name, head, pieces, code) in cases {
-        let answer = send(&client, head, &pieces).await.unwrap();
+        let response = send(&client, head, &pieces).await.unwrap();
 
-        answer.assert_failed(code, name);
+        response.assert_failed(code, name);
     }
     assert_eq!(running.ended(count).await.len(), count);
     assert_eq!(*running.script.entered.borrow(), 0);
@@ -235,8 +235,8 @@ async fn a_malformed_call_gets_a_status_with_details_and_runs_no_service() {
 }
 
 #[tokio::test]
-async fn a_message_in_many_pieces_and_of_the_largest_size_is_read() {
-    let running = start(config());
+async fn a_message_of_the_maximum_size_in_many_pieces_is_accepted() {
+    let running = start(options());
     let (client, _) = connect(running.address).await;
     // An unknown field of bytes fills the message up to the limit: tag and length take 5 bytes.
     let mut message = vec![0xfa, 0x01, 0xfb, 0xff, 0x03];
@@ -244,14 +244,14 @@ async fn a_message_in_many_pieces_and_of_the_largest_size_is_read() {
     let whole = framed(0, &message);
 
     let pieces: Vec<_> = whole.chunks(1000).map(Bytes::copy_from_slice).collect();
-    let answer = send(&client, head(GET_TASK_DETAIL), &pieces).await.unwrap();
+    let response = send(&client, head(GET_TASK_DETAIL), &pieces).await.unwrap();
 
-    assert_eq!(answer.code(), Code::Ok, "{:?}", answer.status());
+    assert_eq!(response.code(), Code::Ok, "{:?}", response.status());
 }
 
 #[tokio::test]
-async fn the_request_id_is_the_callers_when_it_is_harmless_and_else_ours() {
-    let running = start(config());
+async fn a_valid_request_id_of_the_caller_is_echoed_and_any_other_is_replaced() {
+    let running = start(options());
     let (client, _) = connect(running.address).await;
     let long = "x".repeat(129);
     let cases = [
@@ -264,20 +264,20 @@ async fn the_request_id_is_the_callers_when_it_is_harmless_and_else_ours() {
         ("a\tb", false),
     ];
 
-    for (id, kept) in cases {
-        let answer = send(&client, head_with("x-request-id", id), &[instance("i")])
+    for (id, is_echoed) in cases {
+        let response = send(&client, head_with("x-request-id", id), &[instance("i")])
             .await
             .unwrap();
 
-        let echoed = answer.headers["x-request-id"].to_str().unwrap();
-        assert_eq!(echoed == id, kept, "{id:?}");
-        assert!(kept || echoed.len() == 32, "{id:?}");
+        let echoed = response.headers["x-request-id"].to_str().unwrap();
+        assert_eq!(echoed == id, is_echoed, "{id:?}");
+        assert!(is_echoed || echoed.len() == 32, "{id:?}");
     }
 }
 
 #[tokio::test]
-async fn the_request_id_is_not_put_into_the_table_of_headers() {
-    let running = start(config());
+async fn the_request_id_is_not_added_to_the_hpack_table() {
+    let running = start(options());
     let mut socket = TcpStream::connect(running.address).await.unwrap();
     let mut bytes = opening();
     for stream in [1, 3, 5] {
@@ -302,8 +302,8 @@ async fn the_request_id_is_not_put_into_the_table_of_headers() {
 }
 
 #[tokio::test]
-async fn compressed_requests_are_read_and_a_bomb_is_not() {
-    let running = start(config());
+async fn compressed_requests_are_accepted_and_a_gzip_bomb_is_rejected() {
+    let running = start(options());
     let channel =
         tonic::transport::Endpoint::from_shared(format!("http://{}", running.address)).unwrap();
     let mut client =
@@ -323,8 +323,8 @@ async fn compressed_requests_are_read_and_a_bomb_is_not() {
 }
 
 #[tokio::test]
-async fn oversized_metadata_is_431_and_the_connection_lives() {
-    let running = start(config());
+async fn oversized_metadata_gets_431_and_the_connection_survives() {
+    let running = start(options());
     let (client, _) = connect(running.address).await;
     let mut many = head(GET_TASK_DETAIL);
     for index in 0..1000 {
@@ -338,41 +338,41 @@ async fn oversized_metadata_is_431_and_the_connection_lives() {
         ("one value", head_with("k", "v".repeat(17 << 10))),
         ("many keys", many),
     ] {
-        let answer = send(&client, head, &[instance("i")]).await.unwrap();
+        let response = send(&client, head, &[instance("i")]).await.unwrap();
 
-        assert_eq!(answer.http, 431, "{name}");
+        assert_eq!(response.http, 431, "{name}");
     }
     assert_eq!(call(&client, "i").await.unwrap().code(), Code::Ok);
 }
 
 #[tokio::test]
-async fn broken_binary_metadata_does_no_harm() {
-    let running = start(config());
+async fn malformed_binary_metadata_is_ignored() {
+    let running = start(options());
     let (client, _) = connect(running.address).await;
 
-    let answer = send(&client, head_with("k-bin", "%%%"), &[instance("i")])
+    let response = send(&client, head_with("k-bin", "%%%"), &[instance("i")])
         .await
         .unwrap();
 
-    assert_eq!(answer.code(), Code::Ok);
+    assert_eq!(response.code(), Code::Ok);
 }
 
 #[tokio::test]
-async fn a_panic_is_an_internal_error_of_one_call() {
-    let running = start(config());
+async fn a_panic_fails_one_call_with_internal() {
+    let running = start(options());
     let (client, _) = connect(running.address).await;
 
-    let answer = call(&client, "panic").await.unwrap();
+    let response = call(&client, "panic").await.unwrap();
 
-    answer.assert_failed(Code::Internal, "panic");
-    assert!(!answer.status().message().contains("on purpose"));
+    response.assert_failed(Code::Internal, "panic");
+    assert!(!response.status().message().contains("on purpose"));
     assert_eq!(running.metric("panics_total"), 1);
     assert_eq!(call(&client, "i").await.unwrap().code(), Code::Ok);
 }
 
 #[tokio::test]
-async fn a_reply_over_the_limit_of_clients_is_resource_exhausted() {
-    let running = start(config());
+async fn a_reply_over_4_mib_is_resource_exhausted() {
+    let running = start(options());
     let (client, _) = connect(running.address).await;
 
     let fits = call(&client, "big-4000000").await.unwrap();
@@ -384,14 +384,14 @@ async fn a_reply_over_the_limit_of_clients_is_resource_exhausted() {
 }
 
 #[tokio::test]
-async fn a_passed_deadline_is_answered_promptly() {
-    let running = start(config());
+async fn an_expired_deadline_gets_a_prompt_reply() {
+    let running = start(options());
     let (client, _) = connect(running.address).await;
     let (mut late, mut round_trip) = (Vec::new(), Duration::MAX);
 
     for _ in 0..5 {
         let started = Instant::now();
-        let answer = send(
+        let response = send(
             &client,
             head_with("grpc-timeout", "100m"),
             &[instance("hang")],
@@ -399,7 +399,7 @@ async fn a_passed_deadline_is_answered_promptly() {
         .await
         .unwrap();
 
-        answer.assert_failed(Code::DeadlineExceeded, "100 ms");
+        response.assert_failed(Code::DeadlineExceeded, "100 ms");
         late.push(
             started
                 .elapsed()
@@ -411,7 +411,7 @@ async fn a_passed_deadline_is_answered_promptly() {
         round_trip = round_trip.min(started.elapsed());
     }
     running.script.left(5).await;
-    // One of five, because a busy machine may delay the test itself.
+    // The fastest of five, because a busy machine may delay the test itself.
     let most = Duration::from_millis(20) + 4 * round_trip;
     assert!(
         *late.iter().min().unwrap() <= most,
@@ -423,10 +423,10 @@ async fn a_passed_deadline_is_answered_promptly() {
 }
 
 #[tokio::test]
-async fn the_server_maximum_bounds_calls_without_a_deadline_or_with_a_longer_one() {
+async fn the_timeout_bounds_calls_without_a_deadline_or_with_a_longer_one() {
     let running = start(Options {
         timeout: Duration::from_millis(50),
-        ..config()
+        ..options()
     });
     let (client, _) = connect(running.address).await;
 
@@ -434,19 +434,19 @@ async fn the_server_maximum_bounds_calls_without_a_deadline_or_with_a_longer_one
         head(GET_TASK_DETAIL),
         head_with("grpc-timeout", "99999999H"),
     ] {
-        let answer = send(&client, head, &[instance("hang")]).await.unwrap();
+        let response = send(&client, head, &[instance("hang")]).await.unwrap();
 
-        answer.assert_failed(Code::DeadlineExceeded, "server maximum");
+        response.assert_failed(Code::DeadlineExceeded, "timeout");
     }
 }
 
 #[tokio::test]
-async fn a_deadline_that_has_passed_on_arrival_runs_no_service() {
-    let running = start(config());
+async fn a_call_whose_deadline_has_passed_on_arrival_does_not_reach_the_service() {
+    let running = start(options());
     let (client, _) = connect(running.address).await;
 
     for timeout in ["0m", "1n", "0H"] {
-        let answer = send(
+        let response = send(
             &client,
             head_with("grpc-timeout", timeout),
             &[instance("i")],
@@ -454,37 +454,37 @@ async fn a_deadline_that_has_passed_on_arrival_runs_no_service() {
         .await
         .unwrap();
 
-        answer.assert_failed(Code::DeadlineExceeded, timeout);
+        response.assert_failed(Code::DeadlineExceeded, timeout);
     }
     assert_eq!(*running.script.entered.borrow(), 0);
 }
 
 #[tokio::test]
 async fn a_body_that_never_ends_is_bounded_by_the_deadline() {
-    let running = start(config());
+    let running = start(options());
     let (mut client, _) = connect(running.address).await;
 
-    let (answer, mut body) = client
+    let (response, mut body) = client
         .send_request(head_with("grpc-timeout", "50m"), false)
         .unwrap();
     body.send_data(Bytes::from_static(&[0, 0]), false).unwrap();
 
-    receive(answer)
+    receive(response)
         .await
         .unwrap()
         .assert_failed(Code::DeadlineExceeded, "half a body");
 }
 
 #[tokio::test]
-async fn a_second_message_is_refused_before_its_end() {
-    let running = start(config());
+async fn a_second_message_is_rejected_before_the_body_ends() {
+    let running = start(options());
     let (mut client, _) = connect(running.address).await;
 
-    let (answer, mut body) = client.send_request(head(GET_TASK_DETAIL), false).unwrap();
+    let (response, mut body) = client.send_request(head(GET_TASK_DETAIL), false).unwrap();
     body.send_data([instance("i"), instance("i")].concat().into(), false)
         .unwrap();
-    let answer = receive(answer).await.unwrap();
+    let response = receive(response).await.unwrap();
 
-    answer.assert_failed(Code::Internal, "two messages");
-    assert!(answer.status().message().ends_with("found more"));
+    response.assert_failed(Code::Internal, "two messages");
+    assert!(response.status().message().ends_with("found more"));
 }

@@ -1,4 +1,4 @@
-//! TLS on the listener: who gets in, and how certificates change.
+//! TLS of the listener: which clients it accepts, and certificate reload.
 
 use std::{fs, path::Path};
 
@@ -40,7 +40,7 @@ fn issue(authority: &Authority, last_year: i32) -> (String, String) {
     (certificate.pem(), key.serialize_pem())
 }
 
-/// Writes a pair where the listener looks for it.
+/// Writes a certificate and its key to the files of the listener.
 fn write(folder: &Path, (certificate, key): &(String, String)) {
     fs::write(folder.join("cert.pem"), certificate).unwrap();
     fs::write(folder.join("key.pem"), key).unwrap();
@@ -61,11 +61,11 @@ fn files(folder: &Path, client_ca: Option<&Authority>) -> tls::Files {
 fn with_tls(files: tls::Files) -> Options {
     Options {
         tls: Some(files),
-        ..timings(|timings| timings.handshake_timeout = LONGER_THAN_PATIENCE)
+        ..with_timings(|timings| timings.handshake_timeout = LONGER_THAN_PATIENCE)
     }
 }
 
-/// A client that trusts this authority and shows this pair.
+/// A client that trusts this authority and presents this certificate.
 fn trusting(authority: &Authority, pair: Option<&(String, String)>) -> ClientConfig {
     let mut roots = RootCertStore::empty();
     roots.add(authority.der().clone()).unwrap();
@@ -95,7 +95,7 @@ async fn handshake(
     within(TlsConnector::from(Arc::new(config)).connect(name, socket)).await
 }
 
-/// One whole call over TLS; in TLS 1.3 a client learns only then that its certificate is refused.
+/// One call over TLS: with TLS 1.3 a client sees only then that its certificate was rejected.
 async fn call_over_tls(address: SocketAddr, config: ClientConfig) -> Option<Code> {
     let stream = handshake(address, config).await.ok()?;
     let (client, connection) = within(h2::client::handshake(stream)).await.ok()?;
@@ -104,7 +104,7 @@ async fn call_over_tls(address: SocketAddr, config: ClientConfig) -> Option<Code
 }
 
 #[tokio::test]
-async fn calls_work_over_tls_and_the_end_of_the_certificate_is_a_metric() {
+async fn calls_work_over_tls_and_the_certificate_expiry_is_a_metric() {
     let folder = tempfile::tempdir().unwrap();
     let authority = authority();
     write(folder.path(), &issue(&authority, 2061));
@@ -121,30 +121,30 @@ async fn calls_work_over_tls_and_the_end_of_the_certificate_is_a_metric() {
 }
 
 #[tokio::test]
-async fn only_clients_with_a_good_certificate_get_in_when_a_client_ca_is_set() {
+async fn only_clients_with_a_valid_certificate_are_accepted_if_a_client_ca_is_set() {
     let folder = tempfile::tempdir().unwrap();
-    let ours = authority();
+    let trusted = authority();
     let other = authority();
-    write(folder.path(), &issue(&ours, 2061));
-    let running = start(with_tls(files(folder.path(), Some(&ours))));
-    let mut no_protocol = trusting(&ours, Some(&issue(&ours, 2061)));
+    write(folder.path(), &issue(&trusted, 2061));
+    let running = start(with_tls(files(folder.path(), Some(&trusted))));
+    let mut no_protocol = trusting(&trusted, Some(&issue(&trusted, 2061)));
     no_protocol.alpn_protocols.clear();
-    let mut http1 = trusting(&ours, Some(&issue(&ours, 2061)));
+    let mut http1 = trusting(&trusted, Some(&issue(&trusted, 2061)));
     http1.alpn_protocols = vec![b"http/1.1".to_vec()];
     let refused = [
-        ("no certificate", trusting(&ours, None)),
+        ("no certificate", trusting(&trusted, None)),
         (
             "another authority's",
-            trusting(&ours, Some(&issue(&other, 2061))),
+            trusting(&trusted, Some(&issue(&other, 2061))),
         ),
-        ("expired", trusting(&ours, Some(&issue(&ours, 2020)))),
+        ("expired", trusting(&trusted, Some(&issue(&trusted, 2020)))),
         ("no protocol offered", no_protocol),
         ("HTTP/1.1 offered", http1),
     ];
 
     for (name, config) in refused {
         assert_eq!(call_over_tls(running.address, config).await, None, "{name}");
-        let good = trusting(&ours, Some(&issue(&ours, 2061)));
+        let good = trusting(&trusted, Some(&issue(&trusted, 2061)));
         assert_eq!(
             call_over_tls(running.address, good).await,
             Some(Code::Ok),
@@ -156,12 +156,12 @@ async fn only_clients_with_a_good_certificate_get_in_when_a_client_ca_is_set() {
 }
 
 #[tokio::test]
-async fn a_hello_that_does_not_come_is_given_up_and_delays_no_other_client() {
+async fn an_incomplete_handshake_times_out_and_does_not_delay_other_clients() {
     let folder = tempfile::tempdir().unwrap();
     let authority = authority();
     write(folder.path(), &issue(&authority, 2061));
     let mut config = with_tls(files(folder.path(), None));
-    // Shorter than the default, and long enough for a good client on a busy machine.
+    // Shorter than the default, and long enough for a valid client on a busy machine.
     config.timings.handshake_timeout = Duration::from_secs(4);
     let running = start(config);
     let mut late = Vec::new();
@@ -183,7 +183,7 @@ async fn a_hello_that_does_not_come_is_given_up_and_delays_no_other_client() {
 }
 
 #[tokio::test]
-async fn changed_certificates_are_used_and_bad_ones_are_not() {
+async fn changed_certificates_are_used_and_invalid_ones_are_ignored() {
     let folder = tempfile::tempdir().unwrap();
     let (first, second) = (authority(), authority());
     write(folder.path(), &issue(&first, 2061));
@@ -193,9 +193,9 @@ async fn changed_certificates_are_used_and_bad_ones_are_not() {
     let (early, connection) = within(h2::client::handshake(stream)).await.unwrap();
     tokio::spawn(connection);
 
-    // A key without its certificate: the old pair stays, for as long as the files are like that.
+    // A key without its certificate: the current pair stays in use.
     fs::write(folder.path().join("key.pem"), issue(&second, 2061).1).unwrap();
-    // Nothing happens, so there is no event to wait for. Ten times the interval of the reload; less only weakens the test.
+    // Nothing happens, so there is no event to wait for. Ten times the reload interval; a shorter time only weakens the test.
     tokio::time::sleep(Duration::from_millis(200)).await;
     assert_eq!(
         call_over_tls(running.address, client(&first)).await,
@@ -213,7 +213,7 @@ async fn changed_certificates_are_used_and_bad_ones_are_not() {
     assert_eq!(
         call(&early, "i").await.unwrap().code(),
         Code::Ok,
-        "open connections stay"
+        "open connections survive"
     );
     fs::write(folder.path().join("ca.pem"), second.pem()).unwrap();
     let by_second = || trusting(&second, Some(&issue(&second, 2061)));
@@ -228,7 +228,7 @@ async fn changed_certificates_are_used_and_bad_ones_are_not() {
 }
 
 #[tokio::test]
-async fn files_that_cannot_be_used_are_named_at_the_start() {
+async fn unusable_files_are_named_at_the_start() {
     let folder = tempfile::tempdir().unwrap();
     let authority = authority();
     let pair = issue(&authority, 2061);
@@ -238,12 +238,12 @@ async fn files_that_cannot_be_used_are_named_at_the_start() {
         (
             "certificate without PEM",
             (&empty, &pair.1),
-            "cert.pem: must hold at least one certificate in PEM form",
+            "cert.pem: must contain at least one certificate in PEM form",
         ),
         (
             "key without PEM",
             (&pair.0, &pair.0),
-            "key.pem: must hold a private key in PEM form",
+            "key.pem: must contain an unencrypted private key",
         ),
         (
             "key of another certificate",

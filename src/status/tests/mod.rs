@@ -1,15 +1,15 @@
-//! What every failed call must look like, checked by [`check`] in all tests below.
+//! Statuses of failed calls. [`check`] asserts in every test what all of them have in common.
 
-/// Answers of the vendor, one by one.
-mod answers;
-/// Failures without an answer.
-mod ours;
-/// Our own sentences.
+/// Errors without a reply of RDS.
+mod own_errors;
+/// Error replies of RDS.
+mod rejections;
+/// The sentences of this module.
 mod sentences;
 /// The contract of every failed call.
 #[path = "../../../fuzz/checks/status_contract.rs"]
 mod status_contract;
-/// What may come out of an answer's text, and how long it may be.
+/// Which text of a reply is passed on, and its maximum length.
 mod text;
 
 use std::{
@@ -55,15 +55,15 @@ fn upstream(error: upstream::Error, facts: Facts, owner: Owner) -> Error {
     }))
 }
 
-/// The failure that an answer of the vendor becomes.
-fn answered_to(owner: Owner, http_status: u16, headers: &HeaderMap, body: &[u8]) -> Error {
+/// The error for a reply of RDS to a call with a credential of `owner`.
+fn rejection_for(owner: Owner, http_status: u16, headers: &HeaderMap, body: &[u8]) -> Error {
     let (rejection, facts) =
         rejection::from_reply(http_status, headers, body, SystemTime::UNIX_EPOCH);
     upstream(upstream::Error::Rejected(Box::new(rejection)), facts, owner)
 }
 
-fn answered(http_status: u16, body: &str) -> Status {
-    let error = answered_to(
+fn status_of_reply(http_status: u16, body: &str) -> Status {
+    let error = rejection_for(
         Owner::Caller,
         http_status,
         &HeaderMap::new(),
@@ -73,7 +73,9 @@ fn answered(http_status: u16, body: &str) -> Status {
 }
 
 fn info(status: &Status) -> (String, HashMap<String, String>) {
-    let info = status.get_details_error_info().expect("always there");
+    let info = status
+        .get_details_error_info()
+        .expect("every failure has ErrorInfo");
     (info.reason, info.metadata)
 }
 

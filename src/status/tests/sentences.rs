@@ -5,7 +5,7 @@ fn message(error: &Error) -> String {
 }
 
 #[test]
-fn each_failure_of_our_own_has_a_sentence_of_its_own_with_the_next_step() {
+fn each_error_has_a_distinct_sentence_with_the_next_step() {
     let errors = [
         Error::ProjectNotAllowed,
         Error::Credentials(credentials::Error::Missing),
@@ -28,55 +28,54 @@ fn each_failure_of_our_own_has_a_sentence_of_its_own_with_the_next_step() {
 }
 
 #[test]
-fn a_broken_rule_of_grpc_is_told_in_its_own_words() {
+fn a_protocol_error_keeps_its_message() {
     let error = Error::Protocol(Code::Internal, "te is missing: send te: trailers");
 
     assert_eq!(message(&error), "te is missing: send te: trailers");
 }
 
 #[test]
-fn a_malformed_token_is_told_as_that_and_not_as_a_refused_one() {
+fn the_message_for_a_malformed_token_says_malformed() {
     let malformed = message(&Error::Credentials(credentials::Error::Malformed));
 
     assert!(malformed.contains("malformed"), "{malformed}");
 }
 
 #[test]
-fn who_has_to_act_on_a_refusal_depends_on_whose_credential_it_was() {
+fn the_next_step_for_a_rejected_credential_depends_on_its_owner() {
     let cases = [
-        (401, Owner::Caller, "the token in x-auth-token was refused"),
-        (
-            401,
-            Owner::Server,
-            "the server's own credential was refused",
-        ),
+        (401, Owner::Caller, "the token in x-auth-token was rejected"),
+        (401, Owner::Server, "the server's credential was rejected"),
         (
             403,
             Owner::Caller,
             "ask an administrator for the permission",
         ),
-        (403, Owner::Server, "its operator has to grant"),
+        (403, Owner::Server, "the operator has to grant"),
     ];
 
     for (http_status, owner, expected) in cases {
-        let error = answered_to(owner, http_status, &HeaderMap::new(), b"");
+        let error = rejection_for(owner, http_status, &HeaderMap::new(), b"");
 
-        let told = message(&error);
+        let message = message(&error);
 
-        assert!(told.contains(expected), "{http_status} {owner:?}: {told}");
+        assert!(
+            message.contains(expected),
+            "{http_status} {owner:?}: {message}"
+        );
     }
 }
 
 #[test]
-fn every_answer_of_the_vendor_tells_whose_credential_asked() {
+fn every_error_reply_names_the_owner_of_the_credential() {
     for (owner, expected) in [(Owner::Caller, "caller"), (Owner::Server, "server")] {
         for http_status in [400, 401, 403, 404, 429, 500, 503] {
-            let error = answered_to(owner, http_status, &HeaderMap::new(), b"");
+            let error = rejection_for(owner, http_status, &HeaderMap::new(), b"");
 
             let status = status_of(&error);
 
-            let told = metadata(&status, "credentialOwner");
-            assert_eq!(told.as_deref(), Some(expected), "{http_status}");
+            let named = metadata(&status, "credentialOwner");
+            assert_eq!(named.as_deref(), Some(expected), "{http_status}");
         }
     }
 }

@@ -1,7 +1,7 @@
 use super::*;
 
 #[test]
-fn upstreams_own_text_is_passed_on_in_one_clean_line_of_256_characters() {
+fn the_text_of_rds_becomes_one_clean_line_of_256_characters() {
     let long = "x".repeat(300);
     let cases = [
         (
@@ -15,7 +15,7 @@ fn upstreams_own_text_is_passed_on_in_one_clean_line_of_256_characters() {
             "\u{5b9e}\u{4f8b}\u{4e0d}\u{5b58}\u{5728}",
         ),
         (
-            "line ends",
+            "line breaks",
             "first\\nsecond\\r\\nthird\\tfourth",
             "first second  third fourth",
         ),
@@ -24,12 +24,12 @@ fn upstreams_own_text_is_passed_on_in_one_clean_line_of_256_characters() {
             "a\\u0000b\\u001b[31mc\\u007f\\u0085",
             "ab[31mc",
         ),
-        ("turned writing", "a\\u202eb", "ab"),
+        ("writing direction", "a\\u202eb", "ab"),
         ("too long", long.as_str(), &long[..256]),
     ];
 
     for (name, text, expected) in cases {
-        let status = answered(
+        let status = status_of_reply(
             400,
             &format!(r#"{{"error_code":"DBS.200001","error_msg":"{text}"}}"#),
         );
@@ -40,10 +40,10 @@ fn upstreams_own_text_is_passed_on_in_one_clean_line_of_256_characters() {
 }
 
 #[test]
-fn wide_characters_are_cut_so_that_the_header_stays_small() {
+fn wide_characters_are_cut_to_the_size_limit_of_the_header() {
     let wide = "\u{1f600}".repeat(300);
 
-    let status = answered(
+    let status = status_of_reply(
         400,
         &format!(r#"{{"error_code":"DBS.1","error_msg":"{wide}"}}"#),
     );
@@ -53,7 +53,7 @@ fn wide_characters_are_cut_so_that_the_header_stays_small() {
 }
 
 #[test]
-fn the_text_of_a_credential_failure_never_comes_out() {
+fn the_text_of_a_failed_authentication_is_never_passed_on() {
     let text = "canary ak not exist";
     let cases = [
         (401, "APIGW.0301"),
@@ -76,7 +76,7 @@ fn the_text_of_a_credential_failure_never_comes_out() {
         for (http_status, code) in cases {
             let body = format!(r#"{{"error_code":"{code}","error_msg":"{text}"}}"#);
 
-            let error = answered_to(owner, http_status, &HeaderMap::new(), body.as_bytes());
+            let error = rejection_for(owner, http_status, &HeaderMap::new(), body.as_bytes());
             let status = status_of(&error);
 
             check(&status);
@@ -88,7 +88,7 @@ fn the_text_of_a_credential_failure_never_comes_out() {
 }
 
 #[test]
-fn a_text_that_repeats_a_header_never_comes_out_whatever_the_code() {
+fn text_that_repeats_a_header_is_never_passed_on() {
     let texts = [
         "canary Authorization: x",
         "canary|x-sdk-date:1|SDK-HMAC-SHA256 Access=AK1",
@@ -100,7 +100,7 @@ fn a_text_that_repeats_a_header_never_comes_out_whatever_the_code() {
     ];
 
     for text in texts {
-        let status = answered(
+        let status = status_of_reply(
             400,
             &format!(r#"{{"error_code":"DBS.200001","error_msg":"{text}"}}"#),
         );
@@ -111,7 +111,7 @@ fn a_text_that_repeats_a_header_never_comes_out_whatever_the_code() {
 }
 
 #[test]
-fn an_answer_without_text_for_people_gets_a_sentence_of_ours() {
+fn a_reply_without_readable_text_gets_a_sentence_of_the_facade() {
     let bodies = [
         "<html>canary</html>",
         "canary",
@@ -124,7 +124,7 @@ fn an_answer_without_text_for_people_gets_a_sentence_of_ours() {
 
     for body in bodies {
         for http_status in [400, 403, 404, 409, 413, 500, 502, 503, 504, 599] {
-            let status = answered(http_status, body);
+            let status = status_of_reply(http_status, body);
 
             check(&status);
             assert!(!status.message().contains("canary"), "{http_status} {body}");
@@ -133,18 +133,22 @@ fn an_answer_without_text_for_people_gets_a_sentence_of_ours() {
 }
 
 #[test]
-fn details_stay_within_4_kib_by_cutting_the_policy_explanation_and_then_violations() {
+fn details_over_4_kib_lose_the_authorization_message_first_and_then_violations() {
     for length in [100, 3000, 4000, 4096, 10_000, 1_000_000] {
         let body = format!(
             r#"{{"error_code":"IAM.0002","error_msg":"m","encoded_authorization_message":"{}"}}"#,
             "\u{e9}".repeat(length / 2)
         );
 
-        let status = answered(403, &body);
+        let status = status_of_reply(403, &body);
 
         check(&status);
-        let kept = metadata(&status, "encodedAuthorizationMessage").unwrap();
-        assert!(kept.len() >= length.min(3700), "{} of {length}", kept.len());
+        let remaining = metadata(&status, "encodedAuthorizationMessage").unwrap();
+        assert!(
+            remaining.len() >= length.min(3700),
+            "{} of {length}",
+            remaining.len()
+        );
     }
 
     let violation = Violation {

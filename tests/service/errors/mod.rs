@@ -1,12 +1,12 @@
-/// Whole answers: statuses, error objects, bodies that are no task.
-mod answers;
-/// What is no whole answer: cut off, malformed, too slow, no connection.
-mod broken;
+/// Incomplete replies: truncated, malformed, too slow, no connection.
+mod incomplete;
+/// Complete replies: statuses, error objects, bodies without a task.
+mod replies;
 
 use crate::support::{Failure, Program, Step, Upstream, example_request};
 
-/// One call against an upstream that always does the same, without retries; and what the caller is told.
-async fn told(steps: Vec<Step>) -> Failure {
+/// The failure of one call, without retries, against an upstream with this script.
+async fn failure_for(steps: Vec<Step>) -> Failure {
     let upstream = Upstream::always(steps).await;
     let program = Program::over(
         &upstream.url(),

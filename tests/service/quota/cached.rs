@@ -5,7 +5,7 @@ use tokio::task::JoinSet;
 
 use crate::support::{Program, Upstream, answer, eventually, example, example_request};
 
-/// A task, no such task, or a busy instance, by the name of the instance.
+/// Replies with a task, an unknown task, or a busy instance, depending on the instance id.
 async fn by_instance() -> Upstream {
     Upstream::start(|request| match request.line.split('/').nth(4) {
         Some("missing") => answer(400, &[], r#"{"error_code":"DBS.200543","error_msg":"m"}"#),
@@ -15,7 +15,7 @@ async fn by_instance() -> Upstream {
     .await
 }
 
-fn of(instance: &str) -> GetTaskDetailRequest {
+fn request_for(instance: &str) -> GetTaskDetailRequest {
     GetTaskDetailRequest {
         instance_id: instance.into(),
         ..example_request()
@@ -29,8 +29,8 @@ async fn tasks_and_missing_tasks_are_cached_and_other_errors_are_not() {
     let mut client = program.client().await;
 
     for instance in ["there", "missing", "busy"] {
-        let _ = client.get_task_detail(of(instance)).await;
-        let _ = client.get_task_detail(of(instance)).await;
+        let _ = client.get_task_detail(request_for(instance)).await;
+        let _ = client.get_task_detail(request_for(instance)).await;
     }
 
     assert_eq!(upstream.requests().len(), 1 + 1 + 2);
@@ -48,7 +48,7 @@ async fn a_cache_entry_expires_after_the_ttl_and_not_before() {
         let before = upstream.requests().len();
         let started = Instant::now();
         eventually("the cache entry has expired", async || {
-            let _ = client.get_task_detail(of(instance)).await;
+            let _ = client.get_task_detail(request_for(instance)).await;
             upstream.requests().len() == before + 2
         })
         .await;
@@ -66,7 +66,7 @@ async fn nothing_is_cached_by_default() {
         client
             .get_task_detail(example_request())
             .await
-            .expect("an answer");
+            .expect("a reply");
     }
 
     assert_eq!(upstream.requests().len(), 3);
@@ -82,7 +82,7 @@ async fn a_cache_entry_is_used_even_while_its_identity_is_throttled() {
     let program = Program::over(&upstream.url(), &["--cache-ttl", "1h"]);
     let mut other = example_request();
     other.workflow_id = "other".into();
-    program.call(example_request()).await.expect("an answer");
+    program.call(example_request()).await.expect("a reply");
     program.call(other).await.expect_err("429");
 
     let again = program.call(example_request()).await;
@@ -93,7 +93,7 @@ async fn a_cache_entry_is_used_even_while_its_identity_is_throttled() {
 }
 
 #[tokio::test]
-async fn pollers_of_few_tasks_cause_as_many_upstream_calls_as_the_ttl_allows() {
+async fn pollers_of_few_tasks_cause_at_most_one_upstream_request_per_task_and_ttl() {
     const CALLERS: usize = 100;
     const ROUNDS: usize = 15;
     let upstream = Upstream::always(example()).await;
@@ -111,20 +111,20 @@ async fn pollers_of_few_tasks_cause_as_many_upstream_calls_as_the_ttl_allows() {
             for _ in 0..ROUNDS {
                 let mut request = example_request();
                 request.workflow_id = format!("task-{}", caller % 3);
-                client.get_task_detail(request).await.expect("an answer");
+                client.get_task_detail(request).await.expect("a reply");
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         });
     }
     callers.join_all().await;
 
-    // One request for each of the three tasks, and another each time its entry has expired.
+    // One request for each of the three tasks, and another one after each expiry.
     let windows = started.elapsed().as_millis() as usize / 500 + 1;
     assert!(upstream.requests().len() <= 3 * windows);
-    let (merged, kept) = (
+    let (coalesced, cached) = (
         program.metric("rds_coalesced_calls_total").await,
         program.metric("rds_cache_hits_total").await,
     );
-    let asked = upstream.requests().len() as f64;
-    assert_eq!(asked + merged + kept, (CALLERS * ROUNDS) as f64);
+    let requests = upstream.requests().len() as f64;
+    assert_eq!(requests + coalesced + cached, (CALLERS * ROUNDS) as f64);
 }

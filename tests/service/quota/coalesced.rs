@@ -32,10 +32,10 @@ async fn a_thousand_equal_calls_over_ten_connections_cause_one_upstream_call() {
     }
     coalesced(&program, 999.0).await;
     gate.open();
-    let answers = calls.join_all().await;
+    let results = calls.join_all().await;
 
-    assert_eq!(answers.len(), 1000);
-    assert!(answers.iter().all(Result::is_ok));
+    assert_eq!(results.len(), 1000);
+    assert!(results.iter().all(Result::is_ok));
     assert_eq!(upstream.requests().len(), 1);
     assert_eq!(program.metric("rds_coalesced_calls_total").await, 999.0);
 }
@@ -71,15 +71,15 @@ async fn calls_that_differ_in_anything_are_not_coalesced() {
     }
     upstream.wait_for_requests(7).await;
     gate.open();
-    let answers = calls.join_all().await;
+    let results = calls.join_all().await;
 
-    assert!(answers.iter().all(Result::is_ok), "{answers:?}");
+    assert!(results.iter().all(Result::is_ok), "{results:?}");
     assert_eq!(upstream.requests().len(), 7);
     assert_eq!(program.metric("rds_coalesced_calls_total").await, 0.0);
 }
 
 #[tokio::test]
-async fn the_upstream_request_goes_on_while_a_caller_waits_and_is_cancelled_with_the_last() {
+async fn the_upstream_request_continues_while_any_caller_waits_and_is_cancelled_with_the_last() {
     let gate = Gate::default();
     let first = gated_example(&gate);
     let upstream = Upstream::start(move |request| {
@@ -118,7 +118,7 @@ async fn the_upstream_request_goes_on_while_a_caller_waits_and_is_cancelled_with
 }
 
 #[tokio::test]
-async fn each_caller_has_its_own_deadline_and_the_upstream_request_the_longest() {
+async fn each_caller_keeps_its_deadline_and_the_upstream_request_has_the_longest() {
     let gate = Gate::default();
     let upstream = Upstream::always(gated_example(&gate)).await;
     let program = Program::patient(&upstream.url(), &[]);
@@ -133,7 +133,7 @@ async fn each_caller_has_its_own_deadline_and_the_upstream_request_the_longest()
     let first = first
         .await
         .expect("no panic")
-        .expect("an answer")
+        .expect("a reply")
         .status()
         .expect("a status");
     gate.open();
@@ -145,7 +145,7 @@ async fn each_caller_has_its_own_deadline_and_the_upstream_request_the_longest()
 }
 
 #[tokio::test]
-async fn an_error_is_shared_like_an_answer() {
+async fn an_error_is_shared_like_a_task() {
     let gate = Gate::default();
     let upstream = Upstream::always(
         [
@@ -164,9 +164,9 @@ async fn an_error_is_shared_like_an_answer() {
     }
     coalesced(&program, 19.0).await;
     gate.open();
-    let answers = calls.join_all().await;
+    let results = calls.join_all().await;
 
-    assert!(answers.iter().all(|answer| {
+    assert!(results.iter().all(|answer| {
         answer
             .as_ref()
             .is_err_and(|e| e.code() == Code::PermissionDenied)
@@ -220,16 +220,16 @@ async fn a_caller_never_gets_the_reply_of_another_credential() {
                 let _ = tokio::time::timeout(Duration::from_millis(number as u64 % 4), call).await;
                 return None;
             }
-            let got = call.await.expect("an answer").into_inner().job_id;
+            let got = call.await.expect("a reply").into_inner().job_id;
             Some((got, format!("{token}/{task}")))
         });
         if number % 50 == 49 {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }
-    let answers = calls.join_all().await;
+    let results = calls.join_all().await;
 
-    let seen: HashSet<_> = answers.into_iter().flatten().collect();
+    let seen: HashSet<_> = results.into_iter().flatten().collect();
     for (got, wanted) in &seen {
         assert_eq!(got, wanted);
     }

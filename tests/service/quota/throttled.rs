@@ -8,7 +8,7 @@ use super::{begin, with_token};
 use crate::support::{Failure, Program, Upstream, answer, eventually, example, example_request};
 
 #[tokio::test]
-async fn a_throttled_identity_is_held_back_and_others_are_not() {
+async fn a_throttle_window_applies_to_its_identity_only() {
     let upstream = Upstream::start(|request| match request.header("x-auth-token") {
         Some("ann") => answer(429, &[("retry-after", "120")], ""),
         _ => example(),
@@ -57,7 +57,7 @@ async fn a_throttled_identity_is_held_back_and_others_are_not() {
 }
 
 #[tokio::test]
-async fn a_retry_does_not_go_out_in_a_window_that_another_call_has_learnt_of() {
+async fn a_retry_respects_the_throttle_window_of_another_call() {
     let upstream = Upstream::start(|request| match request.number {
         0 => answer(503, &[("retry-after", "4")], ""),
         _ => answer(429, &[("retry-after", "120")], ""),
@@ -90,7 +90,7 @@ async fn a_retry_does_not_go_out_in_a_window_that_another_call_has_learnt_of() {
 }
 
 #[tokio::test]
-async fn throttling_by_address_holds_everyone_back() {
+async fn throttling_by_address_applies_to_every_identity() {
     let text = "The throttling threshold has been reached: policy ip over ratelimit,limit:200,time:1 minute";
     let body = format!(r#"{{"error_msg":"{text}","error_code":"APIGW.0308"}}"#);
     let upstream = Upstream::always(answer(429, &[], &body)).await;
@@ -118,7 +118,7 @@ async fn throttling_by_address_holds_everyone_back() {
 }
 
 #[tokio::test]
-async fn the_local_rate_paces_calls_that_fit_and_refuses_the_others_at_once() {
+async fn the_rate_limiter_paces_calls_within_their_deadline_and_rejects_others_at_once() {
     let upstream = Upstream::always(example()).await;
     let program = Program::over(&upstream.url(), &["--upstream-rate", "2/4s"]);
     let client = program.client().await;
@@ -147,10 +147,10 @@ async fn the_local_rate_paces_calls_that_fit_and_refuses_the_others_at_once() {
             .expect_err("no room"),
     );
     let asked_before = upstream.requests().len();
-    let answers = calls.join_all().await;
+    let results = calls.join_all().await;
     let took = started.elapsed();
 
-    assert!(answers.iter().all(Result::is_ok), "{answers:?}");
+    assert!(results.iter().all(Result::is_ok), "{results:?}");
     assert!(
         took >= Duration::from_millis(3900),
         "four calls at two in four seconds: {took:?}"

@@ -2,11 +2,11 @@ use std::time::Duration;
 
 use tonic::Code;
 
-use super::{raw, told};
+use super::{failure_for, raw};
 use crate::support::{Failure, Program, Step, Upstream, answer, example, example_request};
 
 #[tokio::test]
-async fn every_http_status_has_its_code_and_reason() {
+async fn every_http_status_maps_to_its_code_and_reason() {
     let error = r#"{"error_code":"X.1","error_msg":"said so"}"#;
     let cases = [
         (201, Code::Internal, "UPSTREAM_UNEXPECTED_STATUS"),
@@ -91,13 +91,13 @@ async fn every_http_status_has_its_code_and_reason() {
         );
     }
     for (status, code, reason) in cases.into_iter().skip_while(|(status, ..)| *status != 429) {
-        let failure = told(answer(status, &[], error)).await;
+        let failure = failure_for(answer(status, &[], error)).await;
         assert_eq!(failure.code_and_reason(), (code, reason), "{status}");
     }
 }
 
 #[tokio::test]
-async fn a_404_that_is_no_answer_of_the_api_is_unimplemented() {
+async fn a_404_with_a_page_instead_of_an_api_reply_is_unimplemented() {
     let cases = [
         ("<html>not here</html>", Code::Unimplemented),
         (r#"["x"]"#, Code::Unimplemented),
@@ -114,16 +114,20 @@ async fn a_404_that_is_no_answer_of_the_api_is_unimplemented() {
     ];
 
     for (body, code) in cases {
-        assert_eq!(told(answer(404, &[], body)).await.code, code, "{body}");
+        assert_eq!(
+            failure_for(answer(404, &[], body)).await.code,
+            code,
+            "{body}"
+        );
     }
 }
 
 #[tokio::test]
-async fn an_error_page_leaves_nothing_of_itself_in_the_status() {
+async fn the_content_of_an_error_page_is_not_passed_on() {
     for status in [400, 403, 404, 500, 502] {
         let page = "<html><h1>secret-of-the-page</h1></html>";
 
-        let failure = told(answer(status, &[("content-type", "text/html")], page)).await;
+        let failure = failure_for(answer(status, &[("content-type", "text/html")], page)).await;
 
         assert!(
             !format!("{failure:?}").contains("secret-of-the-page"),
@@ -146,7 +150,7 @@ async fn throttling_comes_with_retry_info_pushback_and_quota_failure() {
     ];
 
     for (headers, seconds) in cases {
-        let failure = told(answer(429, headers, &body)).await;
+        let failure = failure_for(answer(429, headers, &body)).await;
 
         assert_eq!(
             failure.code_and_reason(),
@@ -179,7 +183,7 @@ async fn throttling_comes_with_retry_info_pushback_and_quota_failure() {
 async fn a_missing_task_is_named() {
     let body = r#"{"error_code":"DBS.200543","error_msg":"Task does not exist."}"#;
 
-    let failure = told(answer(400, &[("x-request-id", "r-9")], body)).await;
+    let failure = failure_for(answer(400, &[("x-request-id", "r-9")], body)).await;
 
     assert_eq!(
         failure.code_and_reason(),
@@ -199,7 +203,7 @@ async fn a_missing_task_is_named() {
 }
 
 #[tokio::test]
-async fn a_200_that_is_no_task_is_never_an_ok() {
+async fn a_200_without_a_task_is_never_ok() {
     let malformed = (Code::Internal, "UPSTREAM_MALFORMED_RESPONSE");
     let big = format!(r#"{{"job_id":"{}"}}"#, "x".repeat(1 << 20));
     let deep = format!(
@@ -270,7 +274,7 @@ async fn a_200_that_is_no_task_is_never_an_ok() {
     ];
 
     for (case, body, expected) in cases {
-        let failure = told(answer(200, &[], body)).await;
+        let failure = failure_for(answer(200, &[], body)).await;
 
         assert_eq!(failure.code_and_reason(), expected, "{case}");
     }
@@ -299,8 +303,8 @@ async fn a_body_over_the_limit_without_a_length_is_not_read_to_its_end() {
 }
 
 #[tokio::test]
-async fn an_encoding_nobody_asked_for_is_malformed() {
-    let failure = told(answer(
+async fn an_unrequested_content_encoding_is_malformed() {
+    let failure = failure_for(answer(
         200,
         &[("content-encoding", "gzip")],
         r#"{"job_id":"j"}"#,
@@ -314,7 +318,7 @@ async fn an_encoding_nobody_asked_for_is_malformed() {
 }
 
 #[tokio::test]
-async fn the_content_type_of_an_answer_does_not_matter() {
+async fn the_content_type_of_a_reply_does_not_matter() {
     for headers in [&[][..], &[("content-type", "text/plain")]] {
         let upstream = Upstream::always(answer(200, headers, r#"{"job_id":"j"}"#)).await;
         let program = Program::over(&upstream.url(), &[]);
@@ -324,12 +328,12 @@ async fn the_content_type_of_an_answer_does_not_matter() {
 }
 
 #[tokio::test]
-async fn a_redirect_is_not_followed_and_nothing_is_sent_there() {
+async fn a_redirect_is_not_followed() {
     let elsewhere = Upstream::always(example()).await;
     let location = format!("{}/steal", elsewhere.url());
 
     for status in [301, 302, 303, 307, 308] {
-        let failure = told(answer(status, &[("location", &location)], "")).await;
+        let failure = failure_for(answer(status, &[("location", &location)], "")).await;
 
         assert_eq!(
             failure.code_and_reason(),

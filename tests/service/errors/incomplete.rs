@@ -2,11 +2,11 @@ use std::time::Duration;
 
 use tonic::Code;
 
-use super::{raw, told};
+use super::{failure_for, raw};
 use crate::support::{Program, Step, Upstream, answer, example, example_request};
 
 #[tokio::test]
-async fn broken_answers_are_told_apart() {
+async fn incomplete_replies_have_distinct_reasons() {
     let unavailable = |reason: &'static str| (Code::Unavailable, reason);
     let head = "HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{\"job";
     let cases = [
@@ -82,7 +82,7 @@ async fn broken_answers_are_told_apart() {
             unavailable("UPSTREAM_PROTOCOL"),
         ),
         (
-            "never answers",
+            "never replies",
             vec![Step::Hold],
             (Code::DeadlineExceeded, "UPSTREAM_TIMEOUT"),
         ),
@@ -104,12 +104,16 @@ async fn broken_answers_are_told_apart() {
     ];
 
     for (case, steps, expected) in cases {
-        assert_eq!(told(steps).await.code_and_reason(), expected, "{case}");
+        assert_eq!(
+            failure_for(steps).await.code_and_reason(),
+            expected,
+            "{case}"
+        );
     }
 }
 
 #[tokio::test]
-async fn dribbled_answers_end_at_the_attempt_timeout() {
+async fn a_reply_that_arrives_too_slowly_ends_at_the_attempt_timeout() {
     let dribble = |text: &str| -> Vec<Step> {
         text.bytes()
             .flat_map(|byte| {
@@ -128,7 +132,7 @@ async fn dribbled_answers_end_at_the_attempt_timeout() {
     .concat();
 
     for (case, steps) in [("head", head), ("body", body)] {
-        let failure = told(steps).await;
+        let failure = failure_for(steps).await;
 
         assert_eq!(
             failure.code_and_reason(),
@@ -139,7 +143,7 @@ async fn dribbled_answers_end_at_the_attempt_timeout() {
 }
 
 #[tokio::test]
-async fn informational_answers_are_passed_over() {
+async fn informational_responses_are_skipped() {
     let flood = "HTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n".repeat(200);
     let upstream =
         Upstream::always([raw("HTTP/1.1 100 Continue\r\n\r\n"), raw(&flood), example()].concat())
@@ -150,20 +154,20 @@ async fn informational_answers_are_passed_over() {
 }
 
 #[tokio::test]
-async fn chunked_wins_over_a_length_beside_it() {
+async fn chunked_encoding_wins_over_content_length() {
     let upstream = Upstream::always(raw(
         "HTTP/1.1 200 OK\r\ncontent-length: 3\r\ntransfer-encoding: chunked\r\n\r\ne\r\n{\"job_id\":\"j\"}\r\n0\r\n\r\n",
     ))
     .await;
     let program = Program::over(&upstream.url(), &[]);
 
-    let reply = program.call(example_request()).await.expect("an answer");
+    let reply = program.call(example_request()).await.expect("a reply");
 
     assert_eq!(reply.into_inner().job_id, "j");
 }
 
 #[tokio::test]
-async fn no_connection_says_which_kind_of_no() {
+async fn connection_errors_have_distinct_reasons() {
     let closed = tokio::net::TcpListener::bind("127.0.0.1:0")
         .await
         .expect("a port")
@@ -274,7 +278,7 @@ async fn a_complete_object_counts_even_if_the_framing_does_not_end() {
     ];
     for (status, body, reason) in errors {
         for (case, steps) in without_end(status, body) {
-            let failure = told(steps).await;
+            let failure = failure_for(steps).await;
 
             assert_eq!(failure.reason, reason, "{case}");
             if status == 429 {
@@ -332,7 +336,7 @@ async fn an_error_whose_body_stalls_is_a_timeout_where_its_meaning_is_in_the_bod
         (410, (Code::NotFound, "RESOURCE_NOT_FOUND")),
     ] {
         let head = format!("HTTP/1.1 {status} X\r\ncontent-length: 100\r\n\r\n{{\"error");
-        let failure = told([raw(&head), vec![Step::Hold]].concat()).await;
+        let failure = failure_for([raw(&head), vec![Step::Hold]].concat()).await;
 
         assert_eq!(failure.code_and_reason(), expected, "{status}");
     }

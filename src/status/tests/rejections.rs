@@ -3,14 +3,14 @@ use http::HeaderValue;
 use super::*;
 
 #[test]
-fn every_documented_code_comes_out_with_its_code_and_reason() {
+fn every_documented_error_code_maps_to_its_grpc_code_and_reason() {
     let table = include_str!("../../../tests/fixtures/errors/expected.tsv");
 
     for line in table.lines().skip(1) {
         let columns: Vec<_> = line.split('\t').collect();
         let body = format!(r#"{{"error_code":"{}","error_msg":"m"}}"#, columns[0]);
 
-        let status = answered(columns[1].parse().unwrap(), &body);
+        let status = status_of_reply(columns[1].parse().unwrap(), &body);
 
         let details = check(&status);
         let code = format!("{:?}", status.code());
@@ -37,12 +37,12 @@ fn every_documented_code_comes_out_with_its_code_and_reason() {
 }
 
 #[test]
-fn an_answer_in_full_carries_all_that_is_known() {
+fn a_complete_error_reply_sets_every_detail() {
     let mut headers = HeaderMap::new();
     headers.insert("x-request-id", HeaderValue::from_static("u-1"));
     let body = br#"{"error_code":"IAM.0002","error_msg":"no right","encoded_authorization_message":"opaque"}"#;
 
-    let status = status_of(&answered_to(Owner::Server, 403, &headers, body));
+    let status = status_of(&rejection_for(Owner::Server, 403, &headers, body));
 
     check(&status);
     let expected = [
@@ -60,12 +60,12 @@ fn an_answer_in_full_carries_all_that_is_known() {
     );
     let id = status.metadata().get("x-upstream-request-id").unwrap();
     assert_eq!(id, "u-1");
-    assert!(id.is_sensitive(), "no place in the table of headers");
+    assert!(id.is_sensitive(), "kept out of the HPACK table");
     assert_eq!(status.message(), "no right");
 }
 
 #[test]
-fn a_missing_thing_is_named() {
+fn a_missing_resource_is_named() {
     let cases = [
         (400, "DBS.200543", "task", "workflow-1"),
         (404, "DBS.200002", "instance", "instance-1"),
@@ -74,11 +74,11 @@ fn a_missing_thing_is_named() {
     ];
 
     for (http_status, code, kind, name) in cases {
-        let status = answered(http_status, &format!(r#"{{"error_code":"{code}"}}"#));
+        let status = status_of_reply(http_status, &format!(r#"{{"error_code":"{code}"}}"#));
 
         let resource = status
             .get_details_resource_info()
-            .expect("NOT_FOUND names it");
+            .expect("NOT_FOUND has ResourceInfo");
         assert_eq!(
             (
                 resource.resource_type.as_str(),
@@ -87,11 +87,11 @@ fn a_missing_thing_is_named() {
             (kind, name)
         );
     }
-    check(&answered(404, ""));
+    check(&status_of_reply(404, ""));
 }
 
 #[test]
-fn a_throttled_call_names_the_subject_when_upstream_does() {
+fn a_throttled_call_names_the_subject_if_rds_does() {
     let cases = [
         (
             r#"{"error_code":"APIGW.0308","error_msg":"policy user over ratelimit,limit:60,time:1 minute"}"#,
@@ -105,9 +105,11 @@ fn a_throttled_call_names_the_subject_when_upstream_does() {
     ];
 
     for (body, subject) in cases {
-        let status = answered(429, body);
+        let status = status_of_reply(429, body);
 
-        let quota = status.get_details_quota_failure().expect("always with 429");
+        let quota = status
+            .get_details_quota_failure()
+            .expect("every 429 has QuotaFailure");
         assert_eq!(quota.violations.len(), 1);
         assert_eq!(quota.violations[0].subject, subject);
         assert_eq!(
@@ -118,11 +120,11 @@ fn a_throttled_call_names_the_subject_when_upstream_does() {
 }
 
 #[test]
-fn a_credential_failure_says_whose_credential_it_was() {
+fn a_rejected_credential_names_its_owner() {
     let body = br#"{"error_code":"APIGW.0301","error_msg":"verify aksk signature fail"}"#;
 
-    let caller = status_of(&answered_to(Owner::Caller, 401, &HeaderMap::new(), body));
-    let server = status_of(&answered_to(Owner::Server, 401, &HeaderMap::new(), body));
+    let caller = status_of(&rejection_for(Owner::Caller, 401, &HeaderMap::new(), body));
+    let server = status_of(&rejection_for(Owner::Server, 401, &HeaderMap::new(), body));
 
     assert_eq!(
         metadata(&caller, "credentialOwner").as_deref(),

@@ -1,9 +1,9 @@
 use super::*;
 
 #[test]
-fn every_failure_of_our_own_has_its_code_reason_wait_and_owner() {
+fn every_error_without_a_reply_has_its_code_reason_delay_and_owner() {
     let facts = Facts::default;
-    let ours = |kind| upstream(kind, facts(), Owner::Server);
+    let lookup = |error| upstream(error, facts(), Owner::Server);
     let retry_after = WAIT;
     let rejected = credentials::Error::Rejected {
         issuer: Issuer::Identity,
@@ -102,98 +102,98 @@ fn every_failure_of_our_own_has_its_code_reason_wait_and_owner() {
             None,
         ),
         (
-            ours(upstream::Error::Transport(Reason::UpstreamDns)),
+            lookup(upstream::Error::Transport(Reason::UpstreamDns)),
             Code::Unavailable,
             "UPSTREAM_DNS",
             None,
             None,
         ),
         (
-            ours(upstream::Error::Transport(Reason::UpstreamConnect)),
+            lookup(upstream::Error::Transport(Reason::UpstreamConnect)),
             Code::Unavailable,
             "UPSTREAM_CONNECT",
             None,
             None,
         ),
         (
-            ours(upstream::Error::Transport(Reason::UpstreamTls)),
+            lookup(upstream::Error::Transport(Reason::UpstreamTls)),
             Code::Unavailable,
             "UPSTREAM_TLS",
             None,
             None,
         ),
         (
-            ours(upstream::Error::Transport(Reason::UpstreamReset)),
+            lookup(upstream::Error::Transport(Reason::UpstreamReset)),
             Code::Unavailable,
             "UPSTREAM_RESET",
             None,
             None,
         ),
         (
-            ours(upstream::Error::Transport(Reason::UpstreamTruncated)),
+            lookup(upstream::Error::Transport(Reason::UpstreamTruncated)),
             Code::Unavailable,
             "UPSTREAM_TRUNCATED",
             None,
             None,
         ),
         (
-            ours(upstream::Error::Transport(Reason::UpstreamProtocol)),
+            lookup(upstream::Error::Transport(Reason::UpstreamProtocol)),
             Code::Unavailable,
             "UPSTREAM_PROTOCOL",
             None,
             None,
         ),
         (
-            ours(upstream::Error::AttemptTimeout),
+            lookup(upstream::Error::AttemptTimeout),
             Code::DeadlineExceeded,
             "UPSTREAM_TIMEOUT",
             None,
             None,
         ),
         (
-            ours(upstream::Error::Malformed),
+            lookup(upstream::Error::Malformed),
             Code::Internal,
             "UPSTREAM_MALFORMED_RESPONSE",
             None,
             None,
         ),
         (
-            ours(upstream::Error::TooLarge),
+            lookup(upstream::Error::TooLarge),
             Code::Internal,
             "UPSTREAM_RESPONSE_TOO_LARGE",
             None,
             None,
         ),
         (
-            ours(upstream::Error::DeadlineExceeded),
+            lookup(upstream::Error::DeadlineExceeded),
             Code::DeadlineExceeded,
             "DEADLINE_EXCEEDED",
             None,
             None,
         ),
         (
-            ours(upstream::Error::CircuitOpen { retry_after }),
+            lookup(upstream::Error::CircuitOpen { retry_after }),
             Code::Unavailable,
             "CIRCUIT_OPEN",
             Some(7),
             None,
         ),
         (
-            ours(upstream::Error::ClockSkew),
+            lookup(upstream::Error::ClockSkew),
             Code::Unauthenticated,
             "CLOCK_SKEW",
             None,
             Some("server"),
         ),
         (
-            ours(upstream::Error::Panicked),
+            lookup(upstream::Error::Panicked),
             Code::Internal,
             "INTERNAL",
             None,
             None,
         ),
         (
-            ours(upstream::Error::Throttled {
+            lookup(upstream::Error::Throttled {
                 retry_after,
                 subject: None,
             }),
@@ -203,21 +203,21 @@ fn every_failure_of_our_own_has_its_code_reason_wait_and_owner() {
             None,
         ),
         (
-            ours(upstream::Error::Credentials(rejected)),
+            lookup(upstream::Error::Credentials(rejected)),
             Code::Unauthenticated,
             "CREDENTIAL_REJECTED",
             None,
             Some("server"),
         ),
         (
-            ours(upstream::Error::Credentials(unavailable)),
+            lookup(upstream::Error::Credentials(unavailable)),
             Code::Unavailable,
             "CREDENTIAL_UNAVAILABLE",
             Some(7),
             Some("server"),
         ),
         (
-            ours(upstream::Error::Credentials(locked)),
+            lookup(upstream::Error::Credentials(locked)),
             Code::Unauthenticated,
             "CREDENTIAL_LOCKED",
             Some(7),
@@ -250,7 +250,7 @@ fn every_failure_of_our_own_has_its_code_reason_wait_and_owner() {
 }
 
 #[test]
-fn what_is_not_known_is_not_there() {
+fn an_error_without_facts_has_no_metadata() {
     let status = status_of(&Error::Internal);
 
     assert_eq!(info(&status).1, HashMap::new());
@@ -299,7 +299,7 @@ fn every_violation_is_in_bad_request_and_the_message_names_the_first() {
 }
 
 #[test]
-fn a_refusal_of_our_own_login_names_who_refused() {
+fn a_rejected_login_of_the_server_names_the_service_that_rejected_it() {
     for (issuer, service) in [(Issuer::Identity, "IAM"), (Issuer::Metadata, "METADATA")] {
         let error = Error::Credentials(credentials::Error::Rejected {
             issuer,
@@ -318,7 +318,7 @@ fn a_refusal_of_our_own_login_names_who_refused() {
 }
 
 #[test]
-fn a_wait_in_pushback_is_rounded_up_to_milliseconds() {
+fn the_pushback_is_rounded_up_to_milliseconds() {
     let error = Error::Credentials(credentials::Error::Unavailable {
         retry_after: Duration::from_micros(1_500_001),
     });
@@ -332,7 +332,7 @@ fn a_wait_in_pushback_is_rounded_up_to_milliseconds() {
 }
 
 #[test]
-fn a_status_of_the_grpc_library_is_completed_without_its_text() {
+fn a_status_of_the_grpc_library_gets_details_and_loses_its_text() {
     let text = "canary: invalid wire type";
     let cases = [
         (
