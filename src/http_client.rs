@@ -176,7 +176,7 @@ pub enum BodyError {
 
 /// Reads a body of up to `max_bytes`.
 ///
-/// A body that is cut off after a complete JSON object counts as read: some peers close a TLS connection without close_notify.
+/// A body that is cut off after a complete JSON object counts as read: some peers close a TLS connection without `close_notify`.
 ///
 /// # Errors
 /// [`BodyError`] when it is longer or broken.
