@@ -13,7 +13,7 @@ const MEMORY: Duration = Duration::from_secs(3);
 
 /// The time between two measurements. They also keep one timer pending that fires before any call's deadline: registering a timer that
 /// becomes the earliest makes tokio wake its driver, an eventfd write and an extra `epoll_wait` per call.
-const INTERVAL: Duration = Duration::from_millis(250);
+const INTERVAL: Duration = Duration::from_secs(1);
 
 thread_local! {
     static LATE_AT: Cell<Option<Instant>> = const { Cell::new(None) };

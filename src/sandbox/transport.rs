@@ -78,8 +78,8 @@ impl Break {
                 format!("{OK}Content-Length: {}\r\n\r\n{part}", body.len())
             }
             Self::CutChunked => format!(
-                "{OK}Transfer-Encoding: chunked\r\n\r\n{:x}\r\n{body}\r\n",
-                body.len()
+                "{OK}Transfer-Encoding: chunked\r\n\r\n{:x}\r\n{part}\r\n",
+                part.len()
             ),
             Self::BadChunk => {
                 format!("{OK}Transfer-Encoding: chunked\r\n\r\nxyz\r\n{body}\r\n0\r\n\r\n")
