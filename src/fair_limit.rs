@@ -16,7 +16,7 @@ const ACTIVE: Duration = Duration::from_secs(1);
 /// A 64th of the limit, at least one permit, is reserved for each active caller.
 const RESERVES: usize = 64;
 
-/// From this number of callers on, inactive ones are removed with each request.
+/// Limit on tracked callers without permits. Further ones have no reserve.
 const MAX_CALLERS: usize = 4096;
 
 /// At most `max` permits, all of which a single caller may hold. While at least half of them are held, a caller is denied a free permit
@@ -25,13 +25,21 @@ const MAX_CALLERS: usize = 4096;
 #[derive(Debug)]
 pub struct FairLimit {
     max: usize,
+    /// Permits that are reserved for each active caller.
+    reserve: usize,
     state: Mutex<State>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
     held: usize,
+    /// The number of callers with permits.
+    holders: usize,
+    /// The unused part of all reserves.
+    reserved: usize,
     callers: HashMap<Caller, Holder>,
+    /// The last removal of inactive callers.
+    cleaned_at: Instant,
 }
 
 #[derive(Debug)]
@@ -52,32 +60,48 @@ impl FairLimit {
     pub fn new(max: usize) -> Arc<Self> {
         Arc::new(Self {
             max,
-            state: Mutex::default(),
+            reserve: (max / RESERVES).max(1),
+            state: Mutex::new(State {
+                held: 0,
+                holders: 0,
+                reserved: 0,
+                callers: HashMap::new(),
+                cleaned_at: Instant::now(),
+            }),
         })
     }
 
     /// A permit for `caller`, unless the limit or fairness denies it.
     pub fn try_acquire(self: &Arc<Self>, caller: Caller) -> Option<FairPermit> {
         let now = Instant::now();
-        let mut state = self.state();
-        if state.callers.len() >= MAX_CALLERS {
-            state.remove_inactive(now);
+        let mut guard = self.state();
+        let state = &mut *guard;
+        // Not at each request: it visits every caller.
+        if now.saturating_duration_since(state.cleaned_at) >= ACTIVE / 4 {
+            state.remove_inactive(self.reserve, now);
+        }
+        let own = state.callers.get(&caller).map_or(0, |holder| holder.held);
+        let is_granted = state.held < self.max
+            && (state.held < self.max / 2 || !self.is_reserved_for_others(state, own));
+        let is_tracked = state.callers.contains_key(&caller);
+        if !is_tracked && !is_granted && state.callers.len() >= MAX_CALLERS {
+            return None;
+        }
+        if !is_tracked {
+            state.reserved += self.reserve;
         }
         let holder = state.callers.entry(caller).or_insert(Holder {
             held: 0,
             last_request: now,
         });
         holder.last_request = now;
-        let own = holder.held;
-        if state.held >= self.max
-            || (state.held >= self.max / 2 && self.is_reserved_for_others(&mut state, own, now))
-        {
+        if !is_granted {
             return None;
         }
         state.held += 1;
-        if let Some(holder) = state.callers.get_mut(&caller) {
-            holder.held += 1;
-        }
+        state.holders += usize::from(own == 0);
+        state.reserved -= usize::from(own < self.reserve);
+        holder.held += 1;
         Some(FairPermit {
             limit: Arc::clone(self),
             caller,
@@ -85,24 +109,33 @@ impl FairLimit {
     }
 
     /// Whether the free permits are reserved for callers other than one that holds `own` permits.
-    fn is_reserved_for_others(&self, state: &mut State, own: usize, now: Instant) -> bool {
-        let reserve = (self.max / RESERVES).max(1);
-        if own < reserve {
-            return false;
-        }
-        state.remove_inactive(now);
-        let (mut holders, mut reserved) = (0, 0);
-        for holder in state.callers.values() {
-            holders += usize::from(holder.held > 0);
-            reserved += reserve.saturating_sub(holder.held);
-        }
+    fn is_reserved_for_others(&self, state: &State, own: usize) -> bool {
         let free = self.max - state.held;
-        own >= self.max / holders.max(1) || free <= reserved.min(self.max / 2)
+        own >= self.reserve
+            && (own >= self.max / state.holders.max(1) || free <= state.reserved.min(self.max / 2))
     }
 
     /// The number of permits held now.
     pub fn held(&self) -> usize {
         self.state().held
+    }
+
+    fn release(&self, caller: Caller) {
+        let mut guard = self.state();
+        let state = &mut *guard;
+        state.held -= 1;
+        let Some(holder) = state.callers.get_mut(&caller) else {
+            return;
+        };
+        holder.held -= 1;
+        state.reserved += usize::from(holder.held < self.reserve);
+        if holder.held == 0 {
+            state.holders -= 1;
+            if state.callers.len() > MAX_CALLERS {
+                state.callers.remove(&caller);
+                state.reserved -= self.reserve;
+            }
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -111,21 +144,19 @@ impl FairLimit {
 }
 
 impl State {
-    fn remove_inactive(&mut self, now: Instant) {
-        let is_active =
-            |holder: &Holder| now.saturating_duration_since(holder.last_request) < ACTIVE;
-        self.callers
-            .retain(|_, holder| holder.held > 0 || is_active(holder));
+    fn remove_inactive(&mut self, reserve: usize, now: Instant) {
+        let before = self.callers.len();
+        self.callers.retain(|_, holder| {
+            holder.held > 0 || now.saturating_duration_since(holder.last_request) < ACTIVE
+        });
+        self.reserved -= reserve * (before - self.callers.len());
+        self.cleaned_at = now;
     }
 }
 
 impl Drop for FairPermit {
     fn drop(&mut self) {
-        let mut state = self.limit.state();
-        state.held -= 1;
-        if let Some(holder) = state.callers.get_mut(&self.caller) {
-            holder.held -= 1;
-        }
+        self.limit.release(self.caller);
     }
 }
 
@@ -205,14 +236,23 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn the_number_of_tracked_callers_is_bounded() {
+    async fn the_number_of_tracked_callers_is_bounded_even_within_an_instant() {
         let limit = FairLimit::new(10);
-        for number in 0..20 * MAX_CALLERS as u64 {
-            tokio::time::advance(Duration::from_millis(5)).await;
+        for number in 0..3 * MAX_CALLERS as u64 {
             drop(limit.try_acquire(Caller::Connection(number)));
         }
+        let callers = (0..10).map(Caller::Connection);
+        let all: Vec<_> = callers.flat_map(|caller| take(&limit, caller, 1)).collect();
+        assert_eq!(all.len(), 10);
+        for number in 10..3 * MAX_CALLERS as u64 {
+            assert!(limit.try_acquire(Caller::Connection(number)).is_none());
+        }
 
-        assert!(limit.state().callers.len() <= MAX_CALLERS + 1);
+        assert!(limit.state().callers.len() <= MAX_CALLERS + 10);
+        tokio::time::advance(ACTIVE).await;
+        assert!(limit.try_acquire(Caller::Connection(99)).is_none());
+        let state = limit.state();
+        assert_eq!((state.callers.len(), state.reserved), (11, 1));
     }
 
     proptest! {
@@ -238,6 +278,11 @@ mod tests {
                 }
                 held.entry(caller).or_default().extend(permit);
                 prop_assert_eq!(limit.held(), held.values().map(Vec::len).sum::<usize>());
+                let state = limit.state();
+                let holders = state.callers.values().filter(|holder| holder.held > 0);
+                prop_assert_eq!(state.holders, holders.count());
+                let unused = |holder: &Holder| limit.reserve.saturating_sub(holder.held);
+                prop_assert_eq!(state.reserved, state.callers.values().map(unused).sum::<usize>());
             }
         }
     }

@@ -1,6 +1,6 @@
 //! A short run of each check in `fuzz/checks`. No coverage guides it, so it starts from the corpus and mutates little at a time.
 //!
-//! Each input is made from a seed of its own. A failure prints input and seed; `FUZZ_SEED=<seed> cargo test --test fuzz <target>`
+//! Each input is made from a separate seed. A failure prints input and seed; `FUZZ_SEED=<seed> cargo test --test fuzz <target>`
 //! runs that one input again.
 
 #[path = "../fuzz/checks/mod.rs"]
@@ -185,7 +185,7 @@ fn error_object() -> impl Strategy<Value = Vec<u8>> {
     })
 }
 
-/// `PROPTEST_RNG_SEED` sets the seed; failures are kept beside this file and run again.
+/// `PROPTEST_RNG_SEED` sets the seed; failures are stored next to this file and run again.
 fn persisted() -> ProptestConfig {
     ProptestConfig {
         failure_persistence: Some(Box::new(FileFailurePersistence::WithSource("regressions"))),

@@ -72,8 +72,6 @@ pub const EXAMPLE_PROJECT_ID: &str = "0483b6b16e954cb88930a360d2c4e663";
 pub const EXAMPLE_INSTANCE_ID: &str = "1ffc4167903840cb93a3da56d28c14fdin01";
 /// Id of the example task.
 pub const EXAMPLE_WORKFLOW_ID: &str = "102772a9-31fa-4129-b9f8-7638e2792f3b";
-/// Name of the example task.
-pub const EXAMPLE_WORKFLOW_NAME: &str = "CreateMysqlSingleHAInstance";
 /// A task of [`EXAMPLE_INSTANCE_ID`] that starts with the sandbox and takes two minutes.
 pub const RUNNING_TASK: &str = "running-task";
 

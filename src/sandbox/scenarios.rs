@@ -84,7 +84,7 @@ pub const SCENARIOS: &[Scenario] = &[
     row("no-error-code", "a task whose `error_code` is null", "OK", Act::Json(200, NO_ERROR_CODE)),
     row("wrong-content-type", "JSON with Content-Type text/plain", "OK", Act::Typed("text/plain")),
     row("slow-1000", "replies after 1 s", "OK", Act::Slow(1000)),
-    row("slow-60000", "replies after 60 s; the attempts or the RPC's deadline run out first", "DEADLINE_EXCEEDED / DEADLINE_EXCEEDED", Act::Slow(60_000)),
+    row("slow-60000", "replies after 60 s; the attempts or the call's deadline run out first", "DEADLINE_EXCEEDED / DEADLINE_EXCEEDED", Act::Slow(60_000)),
     row("flaky-1", "the first request for a workflow id gets 503, the next ones a task", "OK", Act::Flaky(1)),
     row("flaky-2", "the first two requests for a workflow id get 503, the next ones a task", "OK", Act::Flaky(2)),
     // Every HTTP status with its own mapping, with an error code that has none.

@@ -98,7 +98,7 @@ where
     }
 }
 
-/// The caller that the client certificate identifies, if there is one.
+/// The caller that the client certificate identifies, if any.
 fn client_certificate(io: &TlsStream<TcpStream>) -> Option<Caller> {
     let (_, tls) = io.get_ref();
     let certificate = tls.peer_certificates()?.first()?;

@@ -56,7 +56,7 @@ pub(super) fn set_read_deadline(at: Instant) {
     READ_DEADLINE.set(Some(at));
 }
 
-/// The waker of a stream that was polled before it had a task. It remembers a wake-up for the task, which therefore need not poll
+/// The waker of a stream that was polled before it had a task. It stores a wake-up for the task, which therefore need not poll
 /// the stream again only to register its own waker.
 #[derive(Debug, Default)]
 struct EarlyWaker {
@@ -72,7 +72,7 @@ impl Wake for EarlyWaker {
 }
 
 pin_project! {
-    /// A stream that ends, and is thereby reset, if the client has not read the reply in time. An `async` block would hold the
+    /// A stream that ends, which resets it, if the client has not read the reply in time. An `async` block would hold the
     /// stream twice, and every call would pay for moving it.
     struct Bounded<F> {
         #[pin]
@@ -95,6 +95,8 @@ impl<F: Future<Output = ()>> Future for Bounded<F> {
             }
             *this.early = None;
         }
+        // A stream that panicked may have left a deadline.
+        READ_DEADLINE.set(None);
         let done = this.stream.poll(context);
         let read_deadline = READ_DEADLINE.take();
         if done.is_ready() {

@@ -660,7 +660,7 @@ mod tests {
         assert!(state.endpoint.probers.0.len() <= MAX_PROBERS);
     }
 
-    /// One step of a random run: an attempt, or the passing of time.
+    /// One step of a random run: an attempt, or elapsed time.
     #[derive(Debug, Clone)]
     enum Step {
         Fails(u64, usize, usize),

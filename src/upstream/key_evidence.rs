@@ -26,7 +26,7 @@ pub enum KeyEvidence {
     /// The reply is about something else.
     #[default]
     None,
-    /// The signature or the key is wrong, or the reply cannot be read and might have said that.
+    /// The signature or the key is wrong, or the reply cannot be read and might have reported that.
     Rejected,
     /// The time of the signature is too far from the gateway's. No evidence about the key.
     Expired {

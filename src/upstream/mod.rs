@@ -54,7 +54,7 @@ pub enum Error {
     Malformed,
     /// A reply over the size limit.
     TooLarge,
-    /// The RPC's deadline passed.
+    /// The call's deadline passed.
     DeadlineExceeded,
     /// The breaker is open.
     CircuitOpen {
@@ -89,6 +89,6 @@ pub struct Rejection {
     pub retry_after: Option<Duration>,
     /// Whose requests the vendor counts, from the throttling text.
     pub throttled_subject: Option<Subject>,
-    /// What the reply says about the key that signed the attempt, if a key did.
+    /// What the reply shows about the key that signed the attempt, if a key did.
     pub key_evidence: KeyEvidence,
 }

@@ -82,24 +82,24 @@ impl Default for Options {
 impl Options {
     /// Checks the rules that span several options.
     pub fn validate(&self, validation: &mut Validation<'_>) {
-        const PLACES: [&str; 3] = ["region", "endpoint", "sandbox"];
-        if validation.is_rejected(&PLACES) {
+        const TARGETS: [&str; 3] = ["region", "endpoint", "sandbox"];
+        if validation.is_rejected(&TARGETS) {
             return;
         }
         let set = [self.region.is_some(), self.endpoint.is_some(), self.sandbox];
-        let found: Vec<String> = PLACES
+        let found: Vec<String> = TARGETS
             .into_iter()
             .zip(set)
             .filter(|(_, set)| *set)
-            .map(|(place, _)| validation.name_of(place))
+            .map(|(target, _)| validation.name_of(target))
             .collect();
-        let places = "--region, --endpoint, --sandbox";
+        let targets = "--region, --endpoint, --sandbox";
         match found.len() {
-            0 => validation.problem(places, "exactly one must be set; try serve --sandbox"),
+            0 => validation.problem(targets, "exactly one must be set; try serve --sandbox"),
             1 => {}
             _ => {
                 let found = found.join(" and ");
-                validation.problem(places, format!("only one may be set, found {found}"));
+                validation.problem(targets, format!("only one may be set, found {found}"));
             }
         }
         if let Some(url) = &self.endpoint {

@@ -156,7 +156,7 @@ mod tests {
         let ip = "policy ip over ratelimit,limit:200,time:2 minute";
         let api = "policy api over ratelimit,limit:200,time:2 minute";
         let cases = [
-            ("nothing said", 429, None, "", Some(60), None),
+            ("no wait stated", 429, None, "", Some(60), None),
             ("header", 429, Some("7"), "", Some(7), None),
             ("header and text", 429, Some("7"), user, Some(7), None),
             ("text", 429, None, user, Some(120), None),

@@ -24,7 +24,7 @@ pub struct Verdict {
     pub reason: Reason,
     /// Whether the send loop retries.
     pub repeat: Repeat,
-    /// What the reply says about the credential.
+    /// What the reply shows about the credential.
     pub credential: Credential,
     /// The wait that the caller's `RetryInfo` names unless the reply has its own; `None` if waiting does not help.
     pub wait: Option<Duration>,

@@ -134,7 +134,7 @@ def debian_compiler_files(rootfs):
     sysroot = subprocess.run(["rustc", "--print", "sysroot"], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     for part in ("bin", "lib"):
         shutil.copytree(Path(sysroot.strip()) / part, rootfs / "usr/local" / part, dirs_exist_ok=True, symlinks=True)
-    # The CA certificates of this machine, in case its registries are mirrors.
+    # The CA certificates of this machine, for networks with their own CA.
     shutil.copy(CERTIFICATES, rootfs / str(CERTIFICATES).lstrip("/"))
 
 

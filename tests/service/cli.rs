@@ -2,7 +2,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use tokio::{sync::Semaphore, task::JoinSet};
 
-use crate::support::{Program, Upstream, answer, example, program::run};
+use crate::support::{Program, Upstream, example, program::run, reply};
 
 const README: &str = include_str!("../../README.md");
 
@@ -203,7 +203,7 @@ async fn call_prints_the_reply_or_the_status_with_its_details() {
 async fn call_sends_its_token_and_ignores_the_variables_of_serve() {
     let upstream = Upstream::start(|request| match request.header("x-auth-token") {
         Some("mine") => example(),
-        _ => answer(401, &[], ""),
+        _ => reply(401, &[], ""),
     })
     .await;
     let program = Program::start(
@@ -275,7 +275,7 @@ async fn every_test_id_of_the_sandbox_fails_as_documented() {
             let got = match program.call(request).await {
                 Ok(_) => "OK".to_owned(),
                 Err(status) => {
-                    let failure = crate::support::Failure::of(&status);
+                    let failure = crate::support::Failure::from_status(&status);
                     format!("{} / {}", upper_snake(failure.code), failure.reason)
                 }
             };

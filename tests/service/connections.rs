@@ -210,9 +210,9 @@ async fn a_lost_connection_cancels_its_calls_and_their_upstream_requests() {
         let mut request = example_request();
         request.workflow_id = format!("w-{number}");
         let head = crate::support::raw::headers().body(()).expect("a request");
-        let (answer, mut body) = send.send_request(head, false).expect("a stream");
+        let (reply, mut body) = send.send_request(head, false).expect("a stream");
         // Dropping it would cancel the call.
-        results.push(answer);
+        results.push(reply);
         body.send_data(crate::support::raw::framed(&request), true)
             .expect("room");
         send = send.ready().await.expect("ready");

@@ -2,7 +2,7 @@ use std::time::{Duration, SystemTime};
 
 use tonic::Code;
 
-use crate::support::{Connection, Failure, Program, Step, Upstream, answer, example_request};
+use crate::support::{Connection, Failure, Program, Step, Upstream, example_request, reply};
 
 const ERROR: &str = r#"{"error_code":"X.1","error_msg":"text of RDS"}"#;
 
@@ -50,7 +50,7 @@ async fn an_undocumented_http_status_maps_like_its_class() {
     ];
 
     for (status, expected) in cases {
-        let setting = Setting::always(answer(status, &[], ERROR)).await;
+        let setting = Setting::always(reply(status, &[], ERROR)).await;
 
         let failure = setting.failure().await;
 
@@ -81,7 +81,7 @@ async fn without_an_error_object_the_http_status_decides_and_no_upstream_code_is
             r#"{"error_code":""}"#,
             r#"{"error_code":null}"#,
         ] {
-            let failure = Setting::always(answer(status, &[], body))
+            let failure = Setting::always(reply(status, &[], body))
                 .await
                 .failure()
                 .await;
@@ -124,7 +124,7 @@ async fn retry_after_of_a_reply_becomes_retry_info_where_a_retry_can_help() {
 
     for (status, values, expected) in cases {
         let headers: Vec<_> = values.iter().map(|value| ("retry-after", *value)).collect();
-        let failure = Setting::always(answer(status, &headers, ERROR))
+        let failure = Setting::always(reply(status, &headers, ERROR))
             .await
             .failure()
             .await;
@@ -135,7 +135,7 @@ async fn retry_after_of_a_reply_becomes_retry_info_where_a_retry_can_help() {
         assert_eq!(failure.quota_subjects.is_empty(), status != 429, "{status}");
     }
     for status in [413, 429, 503] {
-        let dated = answer(status, &[("retry-after", &in_two_minutes)], ERROR);
+        let dated = reply(status, &[("retry-after", &in_two_minutes)], ERROR);
         let wait = Setting::always(dated).await.failure().await.retry_delay;
         let wait = wait.expect("a wait");
         assert!(wait > Duration::from_secs(100), "{status} {wait:?}");
@@ -161,7 +161,7 @@ async fn message_and_details_of_hostile_replies_stay_within_their_limits_without
     for (case, text) in cases {
         let body =
             format!(r#"{{"error_code":"DBS.200543","error_msg":"{text}","request_id":"{text}"}}"#);
-        let setting = Setting::always(answer(400, &[("x-request-id", "r-1")], body)).await;
+        let setting = Setting::always(reply(400, &[("x-request-id", "r-1")], body)).await;
         let failure = setting.failure().await;
 
         assert_eq!(failure.reason, "TASK_NOT_FOUND", "{case}");
@@ -183,7 +183,7 @@ async fn message_and_details_of_hostile_replies_stay_within_their_limits_without
 #[tokio::test]
 async fn a_rejected_credential_gets_a_message_of_the_facade_and_its_owner() {
     let body = r#"{"error_code":"APIGW.0301","error_msg":"Incorrect IAM authentication information: header x-auth-token canary"}"#;
-    let setting = Setting::always(answer(401, &[], body)).await;
+    let setting = Setting::always(reply(401, &[], body)).await;
 
     let failure = setting.failure().await;
 
@@ -200,7 +200,7 @@ async fn a_rejected_credential_gets_a_message_of_the_facade_and_its_owner() {
 #[tokio::test]
 async fn each_failure_has_one_error_info_and_the_same_request_id_in_details_and_metadata() {
     let kinds = [
-        ("error reply", answer(500, &[], ERROR)),
+        ("error reply", reply(500, &[], ERROR)),
         ("closed connection", vec![Step::Close]),
     ];
 
@@ -215,7 +215,7 @@ async fn each_failure_has_one_error_info_and_the_same_request_id_in_details_and_
             .headers
             .get("x-request-id")
             .or(raw.trailers.get("x-request-id"));
-        let in_details = Failure::of(&status).request_id;
+        let in_details = Failure::from_status(&status).request_id;
         assert_eq!(
             id.and_then(|id| id.to_str().ok()),
             in_details.as_deref(),

@@ -8,8 +8,9 @@ use tonic::{Code, Request};
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus};
 
 use crate::support::{
-    Connection, Failure, Program, Step, Upstream, answer, eventually, example, example_request,
+    Connection, Failure, Program, Step, Upstream, eventually, example, example_request,
     raw::{framed, headers},
+    reply,
 };
 
 const SAMPLES: usize = 60;
@@ -126,13 +127,13 @@ async fn beyond_the_limit_calls_fail_promptly_and_health_checks_succeed() {
     upstream.wait_for_requests(10).await;
     let connection = Connection::open(program.grpc).await;
     let mut health = program.health().await;
-    let (mut refused, mut checked) = (Vec::new(), Vec::new());
+    let (mut rejected, mut checked) = (Vec::new(), Vec::new());
 
     for number in 0..SAMPLES {
         let started = Instant::now();
         let ended = connection.call_within("60S", &numbered(number)).await;
-        refused.push(started.elapsed());
-        let failure = Failure::of(&ended.expect("a reply").status().expect("a status"));
+        rejected.push(started.elapsed());
+        let failure = Failure::from_status(&ended.expect("a reply").status().expect("a status"));
         assert_eq!(
             failure.code_and_reason(),
             (Code::ResourceExhausted, "OVERLOADED")
@@ -146,7 +147,7 @@ async fn beyond_the_limit_calls_fail_promptly_and_health_checks_succeed() {
 
     let most = quarter("health during overload", checked.clone());
     assert!(most <= Duration::from_millis(100), "{most:?}");
-    assert_prompt("refusal", refused, Duration::from_millis(10), checked);
+    assert_prompt("rejection", rejected, Duration::from_millis(10), checked);
     assert_eq!(upstream.requests().len(), 10, "no call was queued");
     calls.abort_all();
 }
@@ -233,7 +234,7 @@ async fn the_breaker_limits_requests_to_a_failing_upstream_and_closes_after_it_r
         if seen.load(std::sync::atomic::Ordering::Relaxed) {
             example()
         } else {
-            answer(503, &[], "")
+            reply(503, &[], "")
         }
     })
     .await;
@@ -249,7 +250,7 @@ async fn the_breaker_limits_requests_to_a_failing_upstream_and_closes_after_it_r
             .get_task_detail(numbered(number))
             .await
             .expect_err("503");
-        let failure = Failure::of(&status);
+        let failure = Failure::from_status(&status);
         assert_eq!(failure.code, Code::Unavailable);
         if failure.reason == "CIRCUIT_OPEN" {
             rejected.push(started.elapsed());
@@ -329,10 +330,10 @@ async fn oversized_metadata_gets_431_and_no_metadata_of_the_caller_reaches_upstr
         .header("baggage", "a=b")
         .header("k-1", "v");
 
-    let refused = connection.exchange(many, framed(&example_request())).await;
+    let rejected = connection.exchange(many, framed(&example_request())).await;
     let result = connection.exchange(some, framed(&example_request())).await;
 
-    assert_eq!(refused.expect("a reply").http_status, 431);
+    assert_eq!(rejected.expect("a reply").http_status, 431);
     let result = result.expect("the connection survives");
     assert_eq!(result.reply().job_name, "CreateMysqlSingleHAInstance");
     let [request] = &upstream.requests()[..] else {

@@ -1,9 +1,7 @@
 use rds_task_facade::pb::{GetTaskDetailRequest, GetTaskDetailResponse, SubTask};
 use tonic::Code;
 
-use crate::support::{
-    Failure, Program, Upstream, answer, example, example_request, program::TOKEN,
-};
+use crate::support::{Failure, Program, Upstream, example, example_request, program::TOKEN, reply};
 
 #[tokio::test]
 async fn upstream_sees_exactly_the_documented_request() {
@@ -77,7 +75,7 @@ async fn metadata_cannot_change_the_endpoint_path_or_identity_of_the_upstream_re
         ),
     ];
 
-    let refused = program
+    let rejected = program
         .call_with(example_request(), &metadata)
         .await
         .expect_err("the project of the request counts");
@@ -91,7 +89,7 @@ async fn metadata_cannot_change_the_endpoint_path_or_identity_of_the_upstream_re
         .expect("a reply");
 
     assert_eq!(
-        Failure::of(&refused).code_and_reason(),
+        Failure::from_status(&rejected).code_and_reason(),
         (Code::PermissionDenied, "PROJECT_NOT_ALLOWED")
     );
     let [request] = &upstream.requests()[..] else {
@@ -148,7 +146,7 @@ async fn every_known_field_of_the_upstream_reply_is_passed_on_unchanged() {
             {"show_detail": "false", "status": ["not text"]}
         ]
     }"#;
-    let upstream = Upstream::always(answer(200, &[], body)).await;
+    let upstream = Upstream::always(reply(200, &[], body)).await;
     let program = Program::over(&upstream.url(), &[]);
 
     let reply = program
@@ -189,7 +187,7 @@ async fn every_known_field_of_the_upstream_reply_is_passed_on_unchanged() {
 
 #[tokio::test]
 async fn absent_and_null_fields_stay_empty_or_unset() {
-    let upstream = Upstream::always(answer(
+    let upstream = Upstream::always(reply(
         200,
         &[],
         r#"{"job_id":"j","job_name":null,"status":null}"#,
@@ -268,11 +266,11 @@ async fn the_callers_token_is_passed_on_and_a_missing_or_malformed_one_is_reject
         (&[("x-auth-token", "a b")], "CREDENTIAL_REJECTED"),
     ];
     for (metadata, reason) in cases {
-        let failure = Failure::of(
+        let failure = Failure::from_status(
             &program
                 .call_with(example_request(), metadata)
                 .await
-                .expect_err("refused"),
+                .expect_err("rejected"),
         );
         assert_eq!(
             failure.code_and_reason(),
@@ -319,12 +317,12 @@ async fn projects_that_are_not_allowed_are_rejected_before_any_upstream_work() {
 #[tokio::test]
 async fn request_ids_are_echoed_or_generated_and_the_upstream_id_is_returned() {
     let upstream = Upstream::start(|request| match request.number {
-        0 => answer(
+        0 => reply(
             200,
             &[("X-Request-Id", "up-1")],
             crate::support::upstream::EXAMPLE,
         ),
-        _ => answer(
+        _ => reply(
             404,
             &[("X-Request-Id", "up-2")],
             r#"{"error_code":"DBS.200045","error_msg":"m"}"#,
@@ -337,7 +335,7 @@ async fn request_ids_are_echoed_or_generated_and_the_upstream_id_is_returned() {
         .call_with(example_request(), &[("x-request-id", "mine.1_a-B")])
         .await
         .expect("a reply");
-    let refused = program
+    let rejected = program
         .call_with(example_request(), &[("x-request-id", "not mine\\n")])
         .await
         .expect_err("instance not found");
@@ -355,18 +353,18 @@ async fn request_ids_are_echoed_or_generated_and_the_upstream_id_is_returned() {
         id(result.metadata(), "x-upstream-request-id").as_deref(),
         Some("up-1")
     );
-    let generated = id(refused.metadata(), "x-request-id").expect("a generated id");
+    let generated = id(rejected.metadata(), "x-request-id").expect("a generated id");
     assert!(
         generated.len() >= 16 && generated.bytes().all(|b| b.is_ascii_alphanumeric()),
         "{generated}"
     );
     assert_eq!(
-        id(refused.metadata(), "x-upstream-request-id").as_deref(),
+        id(rejected.metadata(), "x-upstream-request-id").as_deref(),
         Some("up-2")
     );
-    assert_eq!(Failure::of(&refused).request_id, Some(generated));
+    assert_eq!(Failure::from_status(&rejected).request_id, Some(generated));
     assert_eq!(
-        Failure::of(&refused)
+        Failure::from_status(&rejected)
             .metadata
             .get("upstreamRequestId")
             .map(String::as_str),

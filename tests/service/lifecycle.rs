@@ -180,7 +180,7 @@ async fn a_call_that_outlives_the_grace_period_gets_shutting_down_before_the_exi
             late.push(took);
             continue;
         }
-        let failure = Failure::of(&call.await.expect("no panic").expect_err("cut off"));
+        let failure = Failure::from_status(&call.await.expect("no panic").expect_err("cut off"));
         assert_eq!(
             failure.code_and_reason(),
             (Code::Unavailable, "SHUTTING_DOWN")

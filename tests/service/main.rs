@@ -10,7 +10,7 @@ mod support;
 mod cli;
 /// Connections: limits, descriptors, silence.
 mod connections;
-/// The facade's own credentials: sources, renewal, keys, secrets.
+/// The facade's own credentials: sources, refresh, keys, secrets.
 mod credentials;
 /// The details of a failure: retry delays, messages, ids, and their limits.
 mod details;

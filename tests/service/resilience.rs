@@ -8,7 +8,7 @@ use tokio::task::JoinSet;
 use tonic::Code;
 
 use crate::support::{
-    Connection, Failure, Program, Step, Upstream, answer, eventually, example, example_request,
+    Connection, Failure, Program, Step, Upstream, eventually, example, example_request, reply,
 };
 
 const RETRIES: &str = "rds_upstream_retries_total";
@@ -38,12 +38,12 @@ async fn transient_failures_are_recovered_by_a_retry() {
             "UPSTREAM_PROTOCOL",
         ),
         ("silence", vec![Step::Hold], "UPSTREAM_TIMEOUT"),
-        ("408", answer(408, &[], ""), "UPSTREAM_UNAVAILABLE"),
-        ("425", answer(425, &[], ""), "UPSTREAM_UNAVAILABLE"),
-        ("500", answer(500, &[], ""), "UPSTREAM_INTERNAL"),
-        ("502", answer(502, &[], ""), "UPSTREAM_UNAVAILABLE"),
-        ("503", answer(503, &[], ""), "UPSTREAM_UNAVAILABLE"),
-        ("504", answer(504, &[], ""), "UPSTREAM_TIMEOUT"),
+        ("408", reply(408, &[], ""), "UPSTREAM_UNAVAILABLE"),
+        ("425", reply(425, &[], ""), "UPSTREAM_UNAVAILABLE"),
+        ("500", reply(500, &[], ""), "UPSTREAM_INTERNAL"),
+        ("502", reply(502, &[], ""), "UPSTREAM_UNAVAILABLE"),
+        ("503", reply(503, &[], ""), "UPSTREAM_UNAVAILABLE"),
+        ("504", reply(504, &[], ""), "UPSTREAM_TIMEOUT"),
     ];
 
     for (case, steps, reason) in cases {
@@ -82,7 +82,7 @@ async fn each_http_status_is_attempted_as_often_as_documented() {
     ];
 
     for (status, attempts) in cases {
-        let upstream = Upstream::always(answer(status, &[], "")).await;
+        let upstream = Upstream::always(reply(status, &[], "")).await;
         let program = Program::over(&upstream.url(), &[]);
 
         program
@@ -99,7 +99,7 @@ async fn an_unreadable_200_and_a_timeout_in_the_body_are_not_retried() {
     let half = Step::Send(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{\"job".to_vec());
 
     for (case, steps) in [
-        ("unreadable", answer(200, &[], "<html>")),
+        ("unreadable", reply(200, &[], "<html>")),
         ("half a body", vec![half, Step::Hold]),
     ] {
         let upstream = Upstream::always(steps).await;
@@ -130,16 +130,16 @@ async fn a_response_head_over_the_limit_is_not_retried() {
 
 #[tokio::test]
 async fn retry_after_is_respected_within_the_deadline_and_returned_beyond_it() {
-    let upstream = recovering(1, answer(503, &[("retry-after", "1")], "")).await;
+    let upstream = recovering(1, reply(503, &[("retry-after", "1")], "")).await;
     let program = Program::over(&upstream.url(), &[]);
 
     let started = Instant::now();
     program.call(example_request()).await.expect("recovered");
     let waited = started.elapsed();
-    let slow = Upstream::always(answer(503, &[("retry-after", "60")], "")).await;
+    let slow = Upstream::always(reply(503, &[("retry-after", "60")], "")).await;
     let program = Program::over(&slow.url(), &[]);
     let started = Instant::now();
-    let failure = Failure::of(
+    let failure = Failure::from_status(
         &program
             .call_within(Duration::from_secs(25))
             .await
@@ -168,7 +168,7 @@ async fn the_callers_deadline_ends_the_call_and_its_upstream_request() {
         .await
         .expect("a reply");
     let took = started.elapsed();
-    let failure = Failure::of(&ended.status().expect("a status"));
+    let failure = Failure::from_status(&ended.status().expect("a status"));
 
     assert_eq!(
         failure.code_and_reason(),
@@ -193,7 +193,7 @@ async fn the_timeout_bounds_a_call_without_a_deadline_or_with_a_longer_one() {
     let program = Program::over(&upstream.url(), &["--timeout", "150ms"]);
 
     let without = program.failure(example_request()).await;
-    let longer = Failure::of(
+    let longer = Failure::from_status(
         &program
             .call_within(Duration::from_secs(99_999_999))
             .await
@@ -273,9 +273,9 @@ async fn the_retry_budget_bounds_the_requests_to_a_failing_upstream() {
     let upstream = Upstream::start(|request| {
         // Neither status counts for the breaker, so only the budget limits retries.
         if request.number.is_multiple_of(2) {
-            answer(408, &[], "")
+            reply(408, &[], "")
         } else {
-            answer(425, &[], "")
+            reply(425, &[], "")
         }
     })
     .await;
@@ -305,7 +305,7 @@ async fn the_breaker_opens_rejects_calls_and_closes_after_a_successful_probe() {
         if seen.load(Ordering::Relaxed) {
             example()
         } else {
-            answer(503, &[], "")
+            reply(503, &[], "")
         }
     })
     .await;
@@ -318,7 +318,7 @@ async fn the_breaker_opens_rejects_calls_and_closes_after_a_successful_probe() {
             .expect_err("503");
     }
 
-    let open = Failure::of(
+    let open = Failure::from_status(
         &client
             .get_task_detail(example_request())
             .await
@@ -342,7 +342,7 @@ async fn the_breaker_opens_rejects_calls_and_closes_after_a_successful_probe() {
 #[tokio::test]
 async fn error_replies_do_not_open_the_breaker() {
     for status in [400, 401, 403, 404, 409, 500] {
-        let upstream = Upstream::always(answer(
+        let upstream = Upstream::always(reply(
             status,
             &[],
             r#"{"error_code":"DBS.1","error_msg":"m"}"#,

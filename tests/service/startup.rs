@@ -17,7 +17,7 @@ type Case<'a> = (
 );
 
 /// Exit code, output lines and duration of a start that must fail.
-fn refused(args: &[&str], env: &[(&str, &str)]) -> (i32, Vec<String>, Duration) {
+fn rejected(args: &[&str], env: &[(&str, &str)]) -> (i32, Vec<String>, Duration) {
     let started = Instant::now();
     let (code, out, err) = run(&[&["serve", "--metrics-listen", "off"], args].concat(), env);
     let lines = format!("{out}{err}").lines().map(str::to_owned).collect();
@@ -33,8 +33,8 @@ async fn a_failed_start_exits_within_five_seconds_with_one_line_that_names_the_c
         path.display().to_string()
     };
     let authority = Authority::new();
-    let pair = Pair::of_server(&authority, "localhost");
-    let other = Pair::of_server(&authority, "localhost");
+    let pair = Pair::for_server(&authority, "localhost");
+    let other = Pair::for_server(&authority, "localhost");
     let (garbage, cert) = (
         file("garbage.pem", "secret-content"),
         file("c.pem", &pair.cert),
@@ -142,7 +142,7 @@ async fn a_failed_start_exits_within_five_seconds_with_one_line_that_names_the_c
     ];
 
     for (case, args, env, code, names) in cases {
-        let (ended, lines, took) = refused(&args, env);
+        let (ended, lines, took) = rejected(&args, env);
 
         assert_eq!(ended, code, "{case}: {lines:?}");
         assert_eq!(lines.len(), 1, "{case}: {lines:?}");

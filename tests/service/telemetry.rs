@@ -1,9 +1,10 @@
 use serde_json::{Value, json};
 
 use crate::support::{
-    Connection, Program, Step, Upstream, answer, example_request,
+    Connection, Program, Step, Upstream, example_request,
     program::run,
     raw::{framed, headers},
+    reply,
 };
 
 /// Text that must not alter a log line: line breaks, terminal escapes, another JSON object.
@@ -23,7 +24,7 @@ fn forging_upstream(status: u16) -> Vec<Step> {
 
 #[tokio::test]
 async fn neither_callers_nor_upstream_can_forge_a_log_line() {
-    let collector = Upstream::always(answer(200, &[], "")).await;
+    let collector = Upstream::always(reply(200, &[], "")).await;
     let upstream = Upstream::start(|request| match request.number % 3 {
         0 => forging_upstream(400),
         1 => forging_upstream(200),
@@ -117,11 +118,11 @@ async fn neither_callers_nor_upstream_can_forge_a_log_line() {
 
 #[tokio::test]
 async fn no_span_log_line_or_printed_setting_contains_a_secret() {
-    let collector = Upstream::always(answer(200, &[], "")).await;
+    let collector = Upstream::always(reply(200, &[], "")).await;
     let echo = |request: &crate::support::upstream::Received| {
         let echo = format!("canary {:?} {}", request.headers, request.body);
         let body = json!({"error_code": "APIGW.0301", "error_msg": echo});
-        answer(401, &[], body.to_string())
+        reply(401, &[], body.to_string())
     };
     let upstream = Upstream::start(echo).await;
     let (url, collector_url) = (upstream.url(), collector.url());
@@ -164,9 +165,9 @@ async fn no_span_log_line_or_printed_setting_contains_a_secret() {
             ("baggage", "canary=1"),
         ];
 
-        let refused = program.call_with(request, &metadata).await;
+        let rejected = program.call_with(request, &metadata).await;
 
-        assert!(refused.is_err(), "{source}");
+        assert!(rejected.is_err(), "{source}");
         // Both spans come in one request or in two.
         collector.wait_for_requests(before + 1).await;
         program.access_line("the-call");

@@ -35,7 +35,7 @@ const HELLO_OF_TLS_1_1: &[u8] = &[
 /// A program that accepts only clients with a certificate of this authority, and the file of the authority's certificate.
 fn mutual(folder: &Path, authority: &Authority) -> (Program, String) {
     let ca = authority.write(folder, "ca");
-    let (cert, key) = Pair::of_server(authority, "localhost").write(folder, "server");
+    let (cert, key) = Pair::for_server(authority, "localhost").write(folder, "server");
     let program = Program::sandboxed(&[
         "--tls-cert",
         &cert,
@@ -52,8 +52,8 @@ async fn call_and_health_reach_a_tls_listener_only_with_the_right_files() {
     let folder = tempfile::tempdir().expect("a folder");
     let (authority, stranger) = (Authority::new(), Authority::new());
     let other_ca = stranger.write(folder.path(), "other");
-    let (cert, key) = Pair::of_server(&authority, "localhost").write(folder.path(), "plain");
-    let (client_cert, client_key) = Pair::of_client(&authority).write(folder.path(), "client");
+    let (cert, key) = Pair::for_server(&authority, "localhost").write(folder.path(), "plain");
+    let (client_cert, client_key) = Pair::for_client(&authority).write(folder.path(), "client");
     let plain = Program::sandboxed(&["--tls-cert", &cert, "--tls-key", &key]);
     let (mutual, ca) = mutual(folder.path(), &authority);
     let with = ["--cert", &client_cert, "--key", &client_key];
@@ -83,7 +83,7 @@ async fn call_and_health_explain_a_rejected_client_certificate_in_one_line() {
     let target = format!("https://localhost:{}", program.grpc.port());
     let advice = "; if the server requires a client certificate, check --cert and --key\n";
     let expired = Pair::expired_of_client(&authority).write(folder.path(), "expired");
-    let unknown = Pair::of_client(&stranger).write(folder.path(), "unknown");
+    let unknown = Pair::for_client(&stranger).write(folder.path(), "unknown");
     let with =
         |files: &(String, String)| ["--cert", &files.0, "--key", &files.1].map(str::to_owned);
     let cases = [vec![], with(&expired).to_vec(), with(&unknown).to_vec()];
@@ -119,7 +119,7 @@ async fn connection_and_health_check_share_one_timeout() {
     let folder = tempfile::tempdir().expect("a folder");
     let authority = Authority::new();
     let ca = authority.write(folder.path(), "ca");
-    let mut config = ServerConfig::clone(&Pair::of_server(&authority, "localhost").server());
+    let mut config = ServerConfig::clone(&Pair::for_server(&authority, "localhost").server());
     config.alpn_protocols = vec![b"h2".to_vec()];
     let acceptor = TlsAcceptor::from(Arc::new(config));
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
@@ -147,18 +147,18 @@ async fn connection_and_health_check_share_one_timeout() {
 }
 
 #[tokio::test]
-async fn unauthorized_clients_are_refused_and_the_next_client_is_served() {
+async fn unauthorized_clients_are_rejected_and_the_next_client_is_served() {
     let folder = tempfile::tempdir().expect("a folder");
     let (authority, stranger) = (Authority::new(), Authority::new());
     let (program, _) = mutual(folder.path(), &authority);
-    let good = client(&authority, Some(&Pair::of_client(&authority)));
+    let good = client(&authority, Some(&Pair::for_client(&authority)));
     let bad = [
         ("no certificate", None),
-        ("of another authority", Some(Pair::of_client(&stranger))),
+        ("of another authority", Some(Pair::for_client(&stranger))),
         ("expired", Some(Pair::expired_of_client(&authority))),
         (
             "of a server",
-            Some(Pair::of_server(&authority, "localhost")),
+            Some(Pair::for_server(&authority, "localhost")),
         ),
     ];
 
@@ -195,7 +195,7 @@ async fn unauthorized_clients_are_refused_and_the_next_client_is_served() {
 async fn changed_certificates_are_used_without_a_failed_call_and_invalid_ones_are_ignored() {
     let folder = tempfile::tempdir().expect("a folder");
     let (old, new) = (Authority::new(), Authority::new());
-    let (cert, key) = Pair::of_server(&old, "localhost").write(folder.path(), "server");
+    let (cert, key) = Pair::for_server(&old, "localhost").write(folder.path(), "server");
     let gate = Gate::default();
     let first = gated_example(&gate);
     let upstream = Upstream::start(move |request| match request.number {
@@ -214,7 +214,7 @@ async fn changed_certificates_are_used_without_a_failed_call_and_invalid_ones_ar
     let in_flight = tokio::spawn(async move { calling.call_within("100S", &slow).await });
     upstream.wait_for_requests(1).await;
 
-    Pair::of_server(&new, "localhost").write(folder.path(), "server");
+    Pair::for_server(&new, "localhost").write(folder.path(), "server");
     program.wait_for_log(|line| line["msg"] == "certificates reloaded");
     let with_new = call(program.grpc, client(&new, None)).await;
     let with_old = call(program.grpc, client(&old, None)).await;
@@ -229,8 +229,8 @@ async fn changed_certificates_are_used_without_a_failed_call_and_invalid_ones_ar
 
     assert_eq!(with_new, Some(Code::Ok));
     assert_eq!(with_old, None, "the old certificate is no longer presented");
-    for answer in [on_connection, slow] {
-        let status = answer.expect("a reply").status().expect("a status");
+    for reply in [on_connection, slow] {
+        let status = reply.expect("a reply").status().expect("a status");
         assert_eq!(status.code(), Code::Ok);
     }
     assert_eq!(with_current, Some(Code::Ok));
@@ -242,10 +242,10 @@ async fn upstream_is_called_only_if_its_certificate_is_valid_and_an_invalid_one_
     let (authority, stranger) = (Authority::new(), Authority::new());
     let ca = authority.write(folder.path(), "ca");
     let cases = [
-        ("good", Pair::of_server(&authority, "localhost"), true),
+        ("good", Pair::for_server(&authority, "localhost"), true),
         (
             "of another authority",
-            Pair::of_server(&stranger, "localhost"),
+            Pair::for_server(&stranger, "localhost"),
             false,
         ),
         (
@@ -255,7 +255,7 @@ async fn upstream_is_called_only_if_its_certificate_is_valid_and_an_invalid_one_
         ),
         (
             "of another name",
-            Pair::of_server(&authority, "other.example"),
+            Pair::for_server(&authority, "other.example"),
             false,
         ),
     ];
@@ -283,7 +283,7 @@ async fn the_configured_proxy_is_used_and_its_error_is_upstream_connect() {
     let folder = tempfile::tempdir().expect("a folder");
     let authority = Authority::new();
     let ca = authority.write(folder.path(), "ca");
-    let pair = Pair::of_server(&authority, "localhost");
+    let pair = Pair::for_server(&authority, "localhost");
     let upstream = Upstream::always_over_tls(pair.server(), example()).await;
     let endpoint = upstream.url();
     let cases = [
@@ -300,13 +300,13 @@ async fn the_configured_proxy_is_used_and_its_error_is_upstream_connect() {
         ("garbage\r\n\r\n", false),
     ];
 
-    for (answer, good) in cases {
+    for (reply, good) in cases {
         let after = if good {
             Step::Tunnel(upstream.address)
         } else {
             Step::Close
         };
-        let proxy = Upstream::always(vec![Step::Send(answer.into()), after]).await;
+        let proxy = Upstream::always(vec![Step::Send(reply.into()), after]).await;
         let url = format!("http://user:proxy-password@{}", proxy.address);
         let program = Program::over(
             &endpoint,
@@ -324,20 +324,20 @@ async fn the_configured_proxy_is_used_and_its_error_is_upstream_connect() {
 
         let request = &proxy.requests()[0];
         let target = format!("CONNECT localhost:{} HTTP/1.1", upstream.address.port());
-        assert_eq!(request.line, target, "{answer}");
+        assert_eq!(request.line, target, "{reply}");
         // "user:proxy-password" in base 64.
         assert_eq!(
             request.header("proxy-authorization"),
             Some("Basic dXNlcjpwcm94eS1wYXNzd29yZA=="),
-            "{answer}"
+            "{reply}"
         );
         match result {
-            Ok(_) => assert!(good, "{answer}"),
+            Ok(_) => assert!(good, "{reply}"),
             Err(status) => {
-                assert!(!good, "{answer}: {status:?}");
-                let failure = crate::support::Failure::of(&status);
+                assert!(!good, "{reply}: {status:?}");
+                let failure = crate::support::Failure::from_status(&status);
                 let expected = (Code::Unavailable, "UPSTREAM_CONNECT");
-                assert_eq!(failure.code_and_reason(), expected, "{answer}");
+                assert_eq!(failure.code_and_reason(), expected, "{reply}");
             }
         }
         let log = program.logs().join("\n");

@@ -2,9 +2,9 @@ use tempfile::TempDir;
 use tonic::Code;
 
 use crate::support::{
-    Failure, Program, Step, Upstream, answer,
+    Failure, Program, Step, Upstream,
     certificates::{Authority, Pair},
-    example, example_request,
+    example, example_request, reply,
 };
 
 /// An authority among the system certificates, one in a separate file, and the paths of both.
@@ -32,7 +32,7 @@ impl Authorities {
 
 /// An upstream over TLS with a certificate of this authority, and its URL.
 async fn https(authority: &Authority, steps: Vec<Step>) -> (Upstream, String) {
-    let pair = Pair::of_server(authority, "localhost");
+    let pair = Pair::for_server(authority, "localhost");
     let upstream = Upstream::always_over_tls(pair.server(), steps).await;
     let url = upstream.url();
     (upstream, url)
@@ -68,7 +68,7 @@ async fn rds_is_verified_with_the_system_certificates_and_those_of_upstream_ca()
         if good {
             assert!(result.is_ok(), "{case}: {result:?}");
         } else {
-            let failure = Failure::of(&result.expect_err(case));
+            let failure = Failure::from_status(&result.expect_err(case));
             let expected = (Code::Unavailable, "UPSTREAM_TLS");
             assert_eq!(failure.code_and_reason(), expected, "{case}");
         }
@@ -105,7 +105,7 @@ async fn iam_is_verified_with_the_system_certificates_even_if_rds_uses_plain_htt
     std::fs::write(&password, "password").expect("a file");
     let password = password.path().display().to_string();
     let rds = Upstream::always(example()).await;
-    let token = answer(201, &[("x-subject-token", "token-1")], json_token());
+    let token = reply(201, &[("x-subject-token", "token-1")], json_token());
     let (_iam, iam_url) = https(&known.systems, token).await;
     let rds_url = rds.url();
     let args = [
@@ -144,7 +144,7 @@ async fn the_collector_is_verified_with_its_certificate_file_or_else_the_system_
     ];
 
     for (case, authority, certificate, good) in cases {
-        let (collector, url) = https(authority, answer(200, &[], "")).await;
+        let (collector, url) = https(authority, reply(200, &[], "")).await;
         // A failed export is retried until this timeout.
         let timeout = if good { "10000" } else { "1000" };
         let env = [

@@ -115,12 +115,12 @@ func (a attack) against(program string, upstream *sandbox, calls int) (string, e
 	honest.stop()
 	figures = fmt.Sprintf("%s | %.1f s, CPU %.1f s, memory %.1f MiB and at most %.1f more | honest: %d calls, p50 %v, p99 %v, %d failed",
 		figures, took.Seconds(), (after.cpu - before.cpu).Seconds(), mebibytes(before.resident), mebibytes(after.peak-before.resident),
-		honest.answered.count(), honest.answered.percentile(50), honest.answered.percentile(99), honest.failed)
+		honest.succeeded.count(), honest.succeeded.percentile(50), honest.succeeded.percentile(99), honest.failed)
 	if honest.failed > 0 {
 		return figures, fmt.Errorf("calls of the honest caller failed; the first: %v", honest.first)
 	}
 	within := cmp.Or(a.honestWithin, honestWithin)
-	if p99 := honest.answered.percentile(99); p99 > within {
+	if p99 := honest.succeeded.percentile(99); p99 > within {
 		return figures, fmt.Errorf("honest p99 %v; the limit is %v", p99, within)
 	}
 	if grows := cmp.Or(a.grows, attackGrows); after.peak-before.resident > grows {
@@ -154,15 +154,15 @@ func (f *facade) checkIdle() error {
 	return nil
 }
 
-// honest is a caller with a connection of its own that takes no part in the attack.
+// honest is a caller with a separate connection that takes no part in the attack.
 type honest struct {
 	connection *grpc.ClientConn
 	cancel     context.CancelFunc
 	running    sync.WaitGroup
-	answered   latencies
+	succeeded  latencies
 	lock       sync.Mutex
 	failed     int
-	first      answer
+	first      callResult
 }
 
 func startHonest(address string) (*honest, error) {
@@ -186,22 +186,22 @@ func startHonest(address string) (*honest, error) {
 func (h *honest) ask(number int) {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
-	answer := call(ctx, h.connection, method, example(number).encoded(), []string{"x-auth-token", token})
-	if answer.code == codes.OK {
-		h.answered.add(answer.took)
+	result := call(ctx, h.connection, method, example(number).encoded(), []string{"x-auth-token", token})
+	if result.code == codes.OK {
+		h.succeeded.add(result.took)
 		return
 	}
 	h.lock.Lock()
 	defer h.lock.Unlock()
 	if h.failed++; h.failed == 1 {
-		h.first = answer
+		h.first = result
 	}
 }
 
 // more waits for that many further replies.
-func (h *honest) more(answers int) error {
-	enough := h.answered.count() + answers
-	for deadline := time.Now().Add(startLimit); h.answered.count() < enough; time.Sleep(5 * time.Millisecond) {
+func (h *honest) more(successes int) error {
+	enough := h.succeeded.count() + successes
+	for deadline := time.Now().Add(startLimit); h.succeeded.count() < enough; time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			return fmt.Errorf("the honest caller got no replies; the first failure: %v", h.first)
 		}

@@ -26,7 +26,7 @@ const (
 // taskRequest is the request of one call.
 type taskRequest struct{ project, instance, workflow, name string }
 
-// example is a request for the example task with a name of its own, so that calls are not coalesced.
+// example is a request for the example task with a distinct name, so that calls are not coalesced.
 func example(number int) taskRequest {
 	return taskRequest{projectID, quick, workflowID, fmt.Sprintf("number %d", number)}
 }
@@ -42,8 +42,8 @@ func (r taskRequest) encoded() []byte {
 	return message
 }
 
-// answer is the end of one call at its caller.
-type answer struct {
+// callResult is the end of one call at its caller.
+type callResult struct {
 	code    codes.Code
 	message string
 	// The server sent the code; the client library did not produce it.
@@ -52,7 +52,7 @@ type answer struct {
 	reply      []byte
 }
 
-func (a answer) String() string { return fmt.Sprintf("%s: %s", a.code, a.message) }
+func (r callResult) String() string { return fmt.Sprintf("%s: %s", r.code, r.message) }
 
 func dial(address string, options ...grpc.DialOption) (*grpc.ClientConn, error) {
 	options = append([]grpc.DialOption{grpc.WithTransportCredentials(insecure.NewCredentials())}, options...)
@@ -60,14 +60,14 @@ func dial(address string, options ...grpc.DialOption) (*grpc.ClientConn, error) 
 }
 
 // call makes one call with pairs as metadata.
-func call(ctx context.Context, connection *grpc.ClientConn, path string, message []byte, pairs []string, options ...grpc.CallOption) answer {
+func call(ctx context.Context, connection *grpc.ClientConn, path string, message []byte, pairs []string, options ...grpc.CallOption) callResult {
 	ctx = metadata.AppendToOutgoingContext(ctx, pairs...)
 	var reply []byte
 	var trailer metadata.MD
 	options = append(options, grpc.ForceCodec(rawCodec{}), grpc.Trailer(&trailer))
 	begun := time.Now()
 	err := connection.Invoke(ctx, path, &message, &reply, options...)
-	return answer{
+	return callResult{
 		code:       status.Code(err),
 		message:    status.Convert(err).Message(),
 		fromServer: err == nil || len(trailer.Get("x-request-id")) > 0,

@@ -59,7 +59,7 @@ type crowdFault struct {
 	// Value of --credentials; `caller` if empty.
 	credentials string
 	flags       []string
-	// Status with which IAM refuses the second token request, if any.
+	// Status with which IAM rejects the second token request, if any.
 	iamFailure int
 	// Interval between an honest caller's calls; honestInterval if zero.
 	interval time.Duration
@@ -265,9 +265,9 @@ type phase struct {
 	first     string // Failure.
 }
 
-func (p *phase) add(answer answer, err error) {
+func (p *phase) add(result callResult, err error) {
 	if err == nil {
-		p.succeeded.add(answer.took)
+		p.succeeded.add(result.took)
 		return
 	}
 	p.lock.Lock()
@@ -348,18 +348,18 @@ func (f *fleet) next(caller int) int {
 }
 
 // call fails unless the reply is about the task of the request.
-func (f *fleet) call(caller, number int) (answer, error) {
+func (f *fleet) call(caller, number int) (callResult, error) {
 	request := honestRequest(caller, number, f.repeats)
 	ctx, cancel := context.WithTimeout(context.Background(), honestDeadline)
 	defer cancel()
-	answer := call(ctx, f.connections[caller], method, request.encoded(), []string{"x-auth-token", fmt.Sprint("honest-", caller)})
-	if answer.code != codes.OK {
-		return answer, errors.New(answer.String())
+	result := call(ctx, f.connections[caller], method, request.encoded(), []string{"x-auth-token", fmt.Sprint("honest-", caller)})
+	if result.code != codes.OK {
+		return result, errors.New(result.String())
 	}
-	if !bytes.Contains(answer.reply, []byte(request.name)) {
-		return answer, fmt.Errorf("the reply is not about %q", request.name)
+	if !bytes.Contains(result.reply, []byte(request.name)) {
+		return result, fmt.Errorf("the reply is not about %q", request.name)
 	}
-	return answer, nil
+	return result, nil
 }
 
 // honestRequest is about one of few instances, which several callers share.

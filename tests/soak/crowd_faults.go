@@ -21,15 +21,15 @@ import (
 // crowdFaults has at least one fault for each owner of state that callers share. New shared state gets a row here.
 var crowdFaults = []crowdFault{
 	// The circuit breaker: an upstream that replies to some callers is up.
-	{name: "one instance answers 504", owner: "circuit breaker",
+	{name: "one instance replies with 504", owner: "circuit breaker",
 		script: rogueInstances(respond(http.StatusGatewayTimeout, "")), inject: callBadInstance},
-	{name: "one instance answers 503", owner: "circuit breaker",
+	{name: "one instance replies with 503", owner: "circuit breaker",
 		script: rogueInstances(respond(http.StatusServiceUnavailable, "")), inject: callBadInstance},
 	{name: "one instance resets connections", owner: "circuit breaker",
 		script: rogueInstances(resetConnection), inject: callBadInstance},
-	{name: "one instance does not answer", owner: "circuit breaker", flags: []string{"--attempt-timeout", "250ms"},
+	{name: "one instance does not reply", owner: "circuit breaker", flags: []string{"--attempt-timeout", "250ms"},
 		script: rogueInstances(neverRespond), inject: callBadInstance},
-	{name: "ever-new instances answer 503", owner: "circuit breaker",
+	{name: "ever-new instances reply with 503", owner: "circuit breaker",
 		script: rogueInstances(respond(http.StatusServiceUnavailable, "")), inject: callNewBadInstances},
 	{name: "ever-new instances reset connections", owner: "circuit breaker",
 		script: rogueInstances(resetConnection), inject: callNewBadInstances},
@@ -43,21 +43,21 @@ var crowdFaults = []crowdFault{
 		flags: []string{"--connect-timeout", "200ms"}, interval: 250 * time.Millisecond, delays: 2 * starvedFor, alone: true, inject: starveDuringBurst},
 
 	// The server's credential: the replies to one project's calls prove nothing for the others.
-	{name: "one project's calls get 401 and IAM answers 403", owner: "IAM token", credentials: "iam", iamFailure: http.StatusForbidden,
+	{name: "one project's calls get 401 and IAM replies with 403", owner: "IAM token", credentials: "iam", iamFailure: http.StatusForbidden,
 		script: foreignProject(respond(http.StatusUnauthorized, gatewayError("APIGW.0301", "Incorrect IAM authentication information: project mismatch"))),
 		inject: callForeignProject},
-	{name: "one project's calls get 401 APIGW.0307 and IAM answers 429", owner: "IAM token", credentials: "iam", iamFailure: http.StatusTooManyRequests,
+	{name: "one project's calls get 401 APIGW.0307 and IAM replies with 429", owner: "IAM token", credentials: "iam", iamFailure: http.StatusTooManyRequests,
 		script: foreignProject(respond(http.StatusUnauthorized, gatewayError("APIGW.0307", "The token must be updated."))),
 		inject: callForeignProject},
 	{name: "one project's calls get 401 without a signature failure", owner: "key guard", credentials: "env",
 		script: foreignProject(respond(http.StatusUnauthorized, gatewayError("APIGW.0301", "Incorrect IAM authentication information: project mismatch"))),
 		inject: callForeignProject},
 	{name: "one project's calls get 401 for their signature", owner: "key guard", credentials: "env",
-		script: foreignProject(refusedSignature), inject: callForeignProject},
+		script: foreignProject(rejectedSignature), inject: callForeignProject},
 	{name: "one project's calls get 401 with a truncated body", owner: "key guard", credentials: "env",
 		script: foreignProject(truncated401), inject: callForeignProject},
 	{name: "two replicas with a wrong secret key", owner: "key guard", credentials: "env",
-		script: lockedKey, inject: startWrongReplicas(refusedSignature)},
+		script: lockedKey, inject: startWrongReplicas(rejectedSignature)},
 	{name: "two replicas with a wrong secret key get truncated replies", owner: "key guard", credentials: "env",
 		script: lockedKey, inject: startWrongReplicas(truncated401)},
 	{name: "one project's 401 has a server time 2 hours ahead", owner: "signing clock", credentials: "env",
@@ -101,7 +101,7 @@ var crowdFaults = []crowdFault{
 
 // The gateway's reply to a signature that does not match, and a truncated one.
 var (
-	refusedSignature = respond(http.StatusUnauthorized,
+	rejectedSignature = respond(http.StatusUnauthorized,
 		gatewayError("APIGW.0301", "Incorrect IAM authentication information: verify aksk signature fail"))
 	truncated401 = respondRaw("HTTP/1.1 401 Unauthorized\r\nContent-Type: application/json\r\nContent-Length: 200\r\n\r\n" +
 		`{"error_code":"APIGW.0301","err`)
@@ -203,7 +203,7 @@ func callManyRequests(ctx context.Context, s *stage) error {
 	})
 }
 
-// holdPermits keeps a hundred calls in flight that the upstream does not answer.
+// holdPermits keeps a hundred calls in flight that the upstream does not reply to.
 func holdPermits(ctx context.Context, s *stage) error {
 	const inFlight = 100
 	return s.repeatAsRogue(ctx, inFlight, func(ctx context.Context, connection *grpc.ClientConn, number int) {
@@ -256,7 +256,7 @@ func callWithNewTokens(ctx context.Context, s *stage) error {
 	})
 }
 
-// cancelSharedRequests cancels calls for the requests that honest callers send, too, before the upstream has answered: a
+// cancelSharedRequests cancels calls for the requests that honest callers send, too, before the upstream has replied: a
 // cancelled leader must not fail its followers.
 func cancelSharedRequests(ctx context.Context, s *stage) error {
 	err := s.repeatAsRogue(ctx, rogueWorkers, func(ctx context.Context, connection *grpc.ClientConn, number int) {
@@ -299,7 +299,7 @@ func sendMalformedRequests(ctx context.Context, s *stage) error {
 	var accepted atomic.Int64
 	err := s.repeatAsRogue(ctx, workers, func(ctx context.Context, connection *grpc.ClientConn, number int) {
 		token := []string{"x-auth-token", rogueToken}
-		var got answer
+		var got callResult
 		switch number % 4 {
 		case 0:
 			got = call(ctx, connection, method, []byte{0xff, 0xff, 0xff}, token)
@@ -376,16 +376,16 @@ func (s *stage) burstEvery(ctx context.Context, interval time.Duration, calls in
 	return nil
 }
 
-// startWrongReplicas starts two more programs whose secret key is wrong, as a bad rollout does. Their gateway refuses each
+// startWrongReplicas starts two more programs whose secret key is wrong, as a bad rollout does. Their gateway rejects each
 // signature and counts it for the one key that all replicas share.
-func startWrongReplicas(refuse http.HandlerFunc) func(context.Context, *stage) error {
+func startWrongReplicas(reject http.HandlerFunc) func(context.Context, *stage) error {
 	return func(ctx context.Context, s *stage) error {
 		gateway, url, err := serveHTTP(http.HandlerFunc(func(reply http.ResponseWriter, request *http.Request) {
 			// A connection that is closed before its request is read would be reset.
 			_, _ = io.Copy(io.Discard, request.Body)
 			s.upstream.badSignatures.Add(1)
 			s.upstream.misbehaved.Add(1)
-			refuse(reply, request)
+			reject(reply, request)
 		}))
 		if err != nil {
 			return err

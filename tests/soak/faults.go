@@ -188,11 +188,11 @@ func (l *faultyLoad) run(ctx context.Context, random *rand.Rand, line *line) {
 		}
 		metadata := []string{"x-auth-token", identity, "x-request-id", requestID(number)}
 		begun := time.Now()
-		answer := call(callCtx, line.client, method, request.encoded(), metadata, grpc.WaitForReady(true))
+		result := call(callCtx, line.client, method, request.encoded(), metadata, grpc.WaitForReady(true))
 		cancel()
 		// A drop fails all calls on the connection, and those that start before the client notices it.
 		hungUp := line.dropped.Load() > begun.Add(-unnoticed).UnixNano()
-		l.ledger.close(number, answer, hungUp)
+		l.ledger.close(number, result, hungUp)
 		time.Sleep(time.Duration(random.IntN(20)) * time.Millisecond)
 	}
 }
@@ -251,10 +251,10 @@ func (l *ledger) open() int {
 	return len(l.callers) - 1
 }
 
-func (l *ledger) close(number int, answer answer, hungUp bool) {
+func (l *ledger) close(number int, result callResult, hungUp bool) {
 	l.lock.Lock()
 	defer l.lock.Unlock()
-	l.callers[number] = entry{answer.code, answer.fromServer, hungUp}
+	l.callers[number] = entry{result.code, result.fromServer, hungUp}
 }
 
 // log records one line of the program's log.

@@ -65,13 +65,13 @@ var floods = []attack{
 	{name: "PING flood", run: func(t *target) (string, error) {
 		return t.repeat(true, func(p *peer) { _ = p.framer.WritePing(false, [8]byte{}) })
 	}},
-	{name: "PING flood, answers unread", run: func(t *target) (string, error) {
+	{name: "PING flood, replies not read", run: func(t *target) (string, error) {
 		return t.repeat(false, func(p *peer) { _ = p.framer.WritePing(false, [8]byte{}) })
 	}},
 	{name: "SETTINGS flood", run: func(t *target) (string, error) {
 		return t.repeat(true, func(p *peer) { _ = p.framer.WriteSettings() })
 	}},
-	{name: "SETTINGS flood, answers unread", run: func(t *target) (string, error) {
+	{name: "SETTINGS flood, replies not read", run: func(t *target) (string, error) {
 		return t.repeat(false, func(p *peer) { _ = p.framer.WriteSettings() })
 	}},
 	{name: "PRIORITY flood", run: func(t *target) (string, error) {
@@ -237,12 +237,12 @@ func (s *sandbox) count(name string) (int, error) {
 }
 
 func (s *sandbox) control(path string, into any) error {
-	answer, err := http.Get(s.url() + "/sandbox/" + path)
+	reply, err := http.Get(s.url() + "/sandbox/" + path)
 	if err != nil {
 		return err
 	}
-	defer answer.Body.Close()
-	return json.NewDecoder(answer.Body).Decode(into)
+	defer reply.Body.Close()
+	return json.NewDecoder(reply.Body).Decode(into)
 }
 
 // allAtOnce opens two hundred connections and then starts a hundred calls of an unknown method on each.

@@ -49,7 +49,7 @@ func hugeMetadata(t *target) (string, error) {
 			}
 		}
 	}
-	return refused(outcomes)
+	return rejected(outcomes)
 }
 
 // hpackBomb fills the header table once and then refers to the entry thousands of times, at one byte each.
@@ -70,10 +70,10 @@ func hpackBomb(t *target) (string, error) {
 			return "", err
 		}
 	}
-	return refused(outcomes)
+	return rejected(outcomes)
 }
 
-// tally makes calls on a connection of its own and adds the ends of the streams to the outcomes.
+// tally makes calls on a separate connection and adds the ends of the streams to the outcomes.
 func (t *target) tally(outcomes map[string]int, streams int, ask func(*peer)) error {
 	peer, err := t.open()
 	if err != nil {
@@ -90,8 +90,8 @@ func (t *target) tally(outcomes map[string]int, streams int, ask func(*peer)) er
 	return nil
 }
 
-// refused requires that every call ended and that none reached the service.
-func refused(outcomes map[string]int) (string, error) {
+// rejected requires that every call ended and that none reached the service.
+func rejected(outcomes map[string]int) (string, error) {
 	text := fmt.Sprint(outcomes)
 	for outcome := range outcomes {
 		if outcome == "nothing" || strings.HasPrefix(outcome, "gRPC ") {
@@ -123,14 +123,14 @@ func hostileIDs(t *target) (string, error) {
 			request := taskRequest{projectID, "hostile", "hostile", ""}
 			*[]*string{&request.project, &request.instance, &request.workflow}[field] = text
 			ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
-			answer := call(ctx, connection, method, request.encoded(), []string{"x-auth-token", token})
+			result := call(ctx, connection, method, request.encoded(), []string{"x-auth-token", token})
 			cancel()
 			calls++
-			if answer.code != codes.InvalidArgument {
-				return "", fmt.Errorf("id %d is %.40q: %v", field+1, text, answer)
+			if result.code != codes.InvalidArgument {
+				return "", fmt.Errorf("id %d is %.40q: %v", field+1, text, result)
 			}
-			if strings.ContainsFunc(answer.message, unicode.IsControl) || len(answer.message) > 256 {
-				return "", fmt.Errorf("id %d is %.40q: message %q", field+1, text, answer.message)
+			if strings.ContainsFunc(result.message, unicode.IsControl) || len(result.message) > 256 {
+				return "", fmt.Errorf("id %d is %.40q: message %q", field+1, text, result.message)
 			}
 		}
 	}
@@ -259,12 +259,12 @@ func everNewNames(t *target) (string, error) {
 			for number := next.Add(1); number <= int64(t.calls); number = next.Add(1) {
 				unheard := fmt.Sprintf("%x", rand.Uint64())
 				ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
-				answer := call(ctx, clients[worker%connections], "/"+unheard+"/"+unheard, nil,
+				result := call(ctx, clients[worker%connections], "/"+unheard+"/"+unheard, nil,
 					[]string{"x-request-id", unheard, "x-auth-token", unheard, "x-" + unheard, unheard}, grpc.CallAuthority(unheard))
 				cancel()
-				if answer.code != codes.Unimplemented {
+				if result.code != codes.Unimplemented {
 					unexpected.Add(1)
-					first.CompareAndSwap(nil, answer)
+					first.CompareAndSwap(nil, result)
 				}
 			}
 		})
@@ -308,7 +308,7 @@ func forgeLog(t *target, format string) (string, error) {
 	for _, field := range []string{"x-request-id", "user-agent", "traceparent", "tracestate", "b3", "grpc-timeout", "x-auth-token", ":authority", ":path"} {
 		for number, text := range forged {
 			err := victim.tally(map[string]int{}, 1, func(p *peer) {
-				p.call(1, pairs([2]string{field, text}), taskRequest{"p", fmt.Sprint("answer-", number), fmt.Sprint("w-", calls), text})
+				p.call(1, pairs([2]string{field, text}), taskRequest{"p", fmt.Sprint("reply-", number), fmt.Sprint("w-", calls), text})
 			})
 			if err != nil {
 				return "", err
@@ -342,15 +342,15 @@ func forgeLog(t *target, format string) (string, error) {
 }
 
 // replyForged replies with an error whose code, message and request id are forged texts.
-func replyForged(answer http.ResponseWriter, request *http.Request) {
+func replyForged(reply http.ResponseWriter, request *http.Request) {
 	_, _ = io.Copy(io.Discard, request.Body)
 	number := 0
-	_, _ = fmt.Sscanf(request.URL.Path, "/v3/p/instances/answer-%d", &number)
+	_, _ = fmt.Sscanf(request.URL.Path, "/v3/p/instances/reply-%d", &number)
 	text := forged[number] + "\n\x1b[31m"
 	// Go leaves out header values that are invalid.
-	answer.Header().Set("X-Request-Id", forged[number])
-	answer.WriteHeader(http.StatusBadRequest)
-	_ = json.NewEncoder(answer).Encode(map[string]string{"error_code": text, "error_msg": text})
+	reply.Header().Set("X-Request-Id", forged[number])
+	reply.WriteHeader(http.StatusBadRequest)
+	_ = json.NewEncoder(reply).Encode(map[string]string{"error_code": text, "error_msg": text})
 }
 
 var textLine = regexp.MustCompile(`^\d{4}-\d\d-\d\dT[0-9:.]+Z (ERROR|WARN|INFO) `)

@@ -104,7 +104,7 @@ func overload(results *results, program string, window time.Duration) error {
 	for _, level := range levels {
 		others := level.other.Load()
 		results.check(others == 0,
-			"%2dx: %d calls in %.0f s, goodput %.1f/s, accepted p50 %v p99 %v, refused %d p50 %v p99 %v "+
+			"%2dx: %d calls in %.0f s, goodput %.1f/s, accepted p50 %v p99 %v, rejected %d p50 %v p99 %v "+
 				"(%v in the program), health p99 %v, "+
 				"memory at most %.1f MiB, CPU %.2f; %d other ends %v",
 			level.times, level.offered, level.window.Seconds(), level.goodput(), level.good.percentile(50), level.good.percentile(99),
@@ -121,10 +121,10 @@ func overload(results *results, program string, window time.Duration) error {
 		}
 		results.check(level.healthy.percentile(percent) < healthWithin, "%2dx: health, p%d below %v", level.times, percent, healthWithin)
 		results.check(level.shedInProgram.percentile(99) < demanded.shedWithin && level.shed.percentile(50) < demanded.shedWithin,
-			"%2dx: refusals, p99 in the program and p50 at the caller below %v", level.times, demanded.shedWithin)
+			"%2dx: rejections, p99 in the program and p50 at the caller below %v", level.times, demanded.shedWithin)
 	}
 	last := levels[len(levels)-1]
-	results.check(last.shed.count() > last.offered*8/10, "ten times the load: %d of %d calls refused", last.shed.count(), last.offered)
+	results.check(last.shed.count() > last.offered*8/10, "ten times the load: %d of %d calls rejected", last.shed.count(), last.offered)
 	results.check(last.goodput() >= goodputShare*peak, "goodput at ten times the load is %.1f %% of the peak of %.1f/s (at least %.0f %%)",
 		100*last.goodput()/peak, peak, 100*goodputShare)
 	growth := last.peakMemory - levels[0].peakMemory
@@ -172,15 +172,15 @@ func (l *level) ask(connection *grpc.ClientConn, number int) {
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
 	request := taskRequest{projectID, fmt.Sprint("slow-", upstreamTakes.Milliseconds()), fmt.Sprintf("w-%d-%d", l.times, number), ""}
-	answer := call(ctx, connection, method, request.encoded(), []string{"x-auth-token", token})
-	switch answer.code {
+	result := call(ctx, connection, method, request.encoded(), []string{"x-auth-token", token})
+	switch result.code {
 	case codes.OK:
-		l.good.add(answer.took)
+		l.good.add(result.took)
 	case codes.ResourceExhausted:
-		l.shed.add(answer.took)
+		l.shed.add(result.took)
 	default:
 		l.other.Add(1)
-		l.firstOther.CompareAndSwap(nil, answer)
+		l.firstOther.CompareAndSwap(nil, result)
 	}
 }
 
@@ -197,11 +197,11 @@ func (l *level) watch(ctx context.Context, facade *facade, connection *grpc.Clie
 		if used, err := facade.resources(); err == nil {
 			l.peakMemory = max(l.peakMemory, used.resident)
 		}
-		if answer := call(ctx, connection, healthMethod, nil, nil); answer.code == codes.OK {
-			l.healthy.add(answer.took)
+		if result := call(ctx, connection, healthMethod, nil, nil); result.code == codes.OK {
+			l.healthy.add(result.took)
 		} else if ctx.Err() == nil {
 			l.other.Add(1)
-			l.firstOther.CompareAndSwap(nil, answer)
+			l.firstOther.CompareAndSwap(nil, result)
 		}
 	}
 }

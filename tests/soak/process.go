@@ -136,9 +136,9 @@ func startFacadeIn(environment []string, program, upstream string, onLine func(l
 	}
 	facade := &facade{process, string(listenField.FindSubmatch(process.first)[1]), string(metricsField.FindSubmatch(process.first)[1])}
 	for deadline := time.Now().Add(startLimit); ; time.Sleep(5 * time.Millisecond) {
-		if answer, err := http.Get("http://" + facade.metrics + "/readyz"); err == nil {
-			answer.Body.Close()
-			if answer.StatusCode == http.StatusOK {
+		if reply, err := http.Get("http://" + facade.metrics + "/readyz"); err == nil {
+			reply.Body.Close()
+			if reply.StatusCode == http.StatusOK {
 				return facade, nil
 			}
 		}
@@ -209,12 +209,12 @@ func number(text string) int64 {
 type series map[string]float64
 
 func (f *facade) scrape() (series, error) {
-	answer, err := http.Get("http://" + f.metrics + "/metrics")
+	reply, err := http.Get("http://" + f.metrics + "/metrics")
 	if err != nil {
 		return nil, err
 	}
-	defer answer.Body.Close()
-	text, err := io.ReadAll(answer.Body)
+	defer reply.Body.Close()
+	text, err := io.ReadAll(reply.Body)
 	if err != nil {
 		return nil, err
 	}

@@ -55,7 +55,7 @@ type death struct{ from, until time.Time }
 // lost is a failed call.
 type lost struct {
 	begun, ended time.Time
-	answer       answer
+	result       callResult
 }
 
 // restarts ends one instance again and again under load and starts it on the same port. Callers wait for a connection, as
@@ -152,9 +152,9 @@ func restarts(results *results, program string, count int, seed uint64) error {
 	atDeath := make([]int, len(deaths))
 	for _, lost := range load.lost {
 		at := duringDeath(deaths, lost)
-		if at < 0 || lost.answer.code != codes.Unavailable {
+		if at < 0 || lost.result.code != codes.Unavailable {
 			results.check(false, "a call failed although no process ended without a drain meanwhile: from %s to %s, %v",
-				lost.begun.Format(time.StampMilli), lost.ended.Format(time.StampMilli), lost.answer)
+				lost.begun.Format(time.StampMilli), lost.ended.Format(time.StampMilli), lost.result)
 			continue
 		}
 		inFlight++
@@ -163,7 +163,7 @@ func restarts(results *results, program string, count int, seed uint64) error {
 	}
 	results.check(inFlight == len(load.lost) && mostAtOnce <= restartWorkers,
 		"%d calls, %d failed: %d in flight at one of %d deaths (at most %d at one), 0 at %d drains",
-		load.answered.count()+len(load.lost), len(load.lost), inFlight, len(deaths), mostAtOnce, count-len(deaths))
+		load.succeeded.count()+len(load.lost), len(load.lost), inFlight, len(deaths), mostAtOnce, count-len(deaths))
 	return nil
 }
 
@@ -190,7 +190,7 @@ func duringDeath(deaths []death, lost lost) int {
 // steadyLoad makes valid calls, one after the other on each worker.
 type steadyLoad struct {
 	connection *grpc.ClientConn
-	answered   latencies
+	succeeded  latencies
 	lock       sync.Mutex
 	lost       []lost
 }
@@ -204,13 +204,13 @@ func (l *steadyLoad) run(ctx context.Context, worker int) {
 		// A call that has started finishes even if the load stops.
 		callCtx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 		begun := time.Now()
-		answer := call(callCtx, l.connection, method, request.encoded(), []string{"x-auth-token", token}, grpc.WaitForReady(true))
+		result := call(callCtx, l.connection, method, request.encoded(), []string{"x-auth-token", token}, grpc.WaitForReady(true))
 		cancel()
-		if answer.code == codes.OK {
-			l.answered.add(answer.took)
+		if result.code == codes.OK {
+			l.succeeded.add(result.took)
 		} else {
 			l.lock.Lock()
-			l.lost = append(l.lost, lost{begun, time.Now(), answer})
+			l.lost = append(l.lost, lost{begun, time.Now(), result})
 			l.lock.Unlock()
 		}
 		time.Sleep(5 * time.Millisecond)
@@ -218,8 +218,8 @@ func (l *steadyLoad) run(ctx context.Context, worker int) {
 }
 
 func (l *steadyLoad) awaitAnswer() error {
-	before := l.answered.count()
-	for deadline := time.Now().Add(startLimit); l.answered.count() == before; time.Sleep(2 * time.Millisecond) {
+	before := l.succeeded.count()
+	for deadline := time.Now().Add(startLimit); l.succeeded.count() == before; time.Sleep(2 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			return fmt.Errorf("no reply within %v", startLimit)
 		}

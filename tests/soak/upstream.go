@@ -198,7 +198,7 @@ func throttledRogue(handler http.HandlerFunc) script {
 	}
 }
 
-// transientErrors answers every request about the rogue's instance with a 408, and every twentieth of an honest caller's
+// transientErrors replies to every request about the rogue's instance with a 408, and every twentieth of an honest caller's
 // requests once: those calls succeed if the retry budget has room for them.
 func transientErrors(upstream *scriptedUpstream, request upstreamRequest) http.HandlerFunc {
 	const honestShare = 20
@@ -212,7 +212,7 @@ func transientErrors(upstream *scriptedUpstream, request upstreamRequest) http.H
 	return nil
 }
 
-// lockedKey refuses all signatures once replicas with a wrong secret key have made more than five bad ones. Accepted
+// lockedKey rejects all signatures once replicas with a wrong secret key have made more than five bad ones. Accepted
 // signatures of other replicas do not reset the count: which count the vendor keeps is not documented.
 func lockedKey(upstream *scriptedUpstream, _ upstreamRequest) http.HandlerFunc {
 	const signaturesBeforeLock = 5
@@ -275,7 +275,7 @@ func signatureExpired(signed string, serverTime time.Time) string {
 		signed, serverTime.UTC().Format(sdkDate)))
 }
 
-// withClock refuses a signature as expired by a clock that is off by the offset: in the message, or in the Date header.
+// withClock rejects a signature as expired by a clock that is off by the offset: in the message, or in the Date header.
 func withClock(offset time.Duration, inMessage bool) http.HandlerFunc {
 	return func(reply http.ResponseWriter, request *http.Request) {
 		theirs := time.Now().Add(offset)

@@ -11,7 +11,7 @@ import (
 
 const (
 	prefaceLimit = 10 * time.Second // README, "Silent peers".
-	silenceLimit = 40 * time.Second // 30 s until the PING, 10 s for its answer.
+	silenceLimit = 40 * time.Second // 30 s until the PING, 10 s for its reply.
 	idlePeers    = 10_000
 	slack        = 5 * time.Second
 )

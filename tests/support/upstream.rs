@@ -80,7 +80,7 @@ impl Gate {
 }
 
 /// A complete HTTP reply.
-pub(crate) fn answer(status: u16, headers: &[(&str, &str)], body: impl AsRef<[u8]>) -> Vec<Step> {
+pub(crate) fn reply(status: u16, headers: &[(&str, &str)], body: impl AsRef<[u8]>) -> Vec<Step> {
     let body = body.as_ref();
     let mut bytes =
         format!("HTTP/1.1 {status} X\r\ncontent-length: {}\r\n", body.len()).into_bytes();
@@ -88,21 +88,21 @@ pub(crate) fn answer(status: u16, headers: &[(&str, &str)], body: impl AsRef<[u8
         bytes.extend_from_slice(format!("{name}: {value}\r\n").as_bytes());
     }
     bytes.extend_from_slice(b"\r\n");
-    // These never have a body, whatever content-length says.
+    // These never have a body, even with a content-length.
     if !matches!(status, 100..=199 | 204 | 304) {
         bytes.extend_from_slice(body);
     }
     vec![Step::Send(bytes)]
 }
 
-/// The vendor page's example answer.
+/// The vendor page's example reply.
 pub(crate) const EXAMPLE: &str = r#"{"instance_id":"1ffc4167903840cb93a3da56d28c14fdin01","instance_name":"rds-mysql-2","job_id":"102772a9-31fa-4129-b9f8-7638e2792f3b","job_name":"CreateMysqlSingleHAInstance"}"#;
 
 pub(crate) fn example() -> Vec<Step> {
-    answer(200, &[("content-type", "application/json")], EXAMPLE)
+    reply(200, &[("content-type", "application/json")], EXAMPLE)
 }
 
-/// The example reply, held back until the gate opens.
+/// The example reply, sent once the gate opens.
 pub(crate) fn gated_example(gate: &Gate) -> Vec<Step> {
     [vec![Step::WaitFor(gate.clone())], example()].concat()
 }
@@ -163,10 +163,10 @@ impl Upstream {
             connections: watch::Sender::default(),
             hellos: Mutex::default(),
         });
-        let of_tasks = Arc::clone(&shared);
+        let task_context = Arc::clone(&shared);
         let mut tasks = JoinSet::new();
         tasks.spawn(async move {
-            let shared = of_tasks;
+            let shared = task_context;
             let mut peers = JoinSet::new();
             for number in 0.. {
                 let Ok((stream, _)) = listener.accept().await else {

@@ -48,9 +48,9 @@ def main():
 
 
 def check(checks, language, client, facade):
-    answered = client()
-    checks.equal(f"{language} exits 0 with the example task", answered.returncode, 0)
-    checks.that(f"{language} prints the example task", prints(answered, EXAMPLE_TASK), answered)
+    result = client()
+    checks.equal(f"{language} exits 0 with the example task", result.returncode, 0)
+    checks.that(f"{language} prints the example task", prints(result, EXAMPLE_TASK), result)
 
     failed = client("--instance-id", "task-not-found")
     checks.equal(f"{language} exits 1 for a task that does not exist", failed.returncode, 1)
@@ -74,15 +74,15 @@ def check(checks, language, client, facade):
 
 
 def check_tls(checks, language, client, certificate, other_certificate):
-    answered = client("--ca", certificate)
-    checks.that(f"{language} gets the example task over TLS", prints(answered, EXAMPLE_TASK), answered)
+    result = client("--ca", certificate)
+    checks.that(f"{language} gets the example task over TLS", prints(result, EXAMPLE_TASK), result)
     rejected = client("--ca", other_certificate, "--timeout", "5")
     checks.equal(f"{language} rejects an untrusted certificate", rejected.returncode, 1)
 
 
 def check_token(checks, language, client):
-    answered = client("--token", SANDBOX_TOKEN)
-    checks.that(f"{language} sends its token", prints(answered, EXAMPLE_TASK), answered)
+    result = client("--token", SANDBOX_TOKEN)
+    checks.that(f"{language} sends its token", prints(result, EXAMPLE_TASK), result)
     rejected = client()
     checks.that(f"{language} prints CREDENTIAL_MISSING", "reason: CREDENTIAL_MISSING" in rejected.stderr, rejected)
     throttled = client("--instance-id", "throttled-retry-after", "--token", SANDBOX_TOKEN)

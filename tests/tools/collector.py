@@ -28,14 +28,14 @@ class Span:
 class Collector:
     """Listens on a free loopback port. `keep=False` counts spans without storing them, for long runs.
 
-    Waits `delay` seconds before each reply. The first requests get the status codes in `answers`, and their spans are dropped.
+    Waits `delay` seconds before each reply. The first requests get the status codes in `statuses`, and their spans are dropped.
     """
 
-    def __init__(self, keep=True, delay=0.0, answers=()):
+    def __init__(self, keep=True, delay=0.0, statuses=()):
         self.spans, self.codes, self.methods = [], collections.Counter(), collections.Counter()
         self.requests, self.bodies, self.headers, self.paths = 0, [], [], []
         self.attempts = 0
-        self._keep, self._delay, self._answers = keep, delay, list(answers)
+        self._keep, self._delay, self._statuses = keep, delay, list(statuses)
         self._more = threading.Condition()
         self._stopped = threading.Event()
         outer = self
@@ -80,8 +80,8 @@ class Collector:
         self._stopped.wait(self._delay)
         with self._more:
             self.requests += 1
-            if self._answers:
-                return self._answers.pop(0)
+            if self._statuses:
+                return self._statuses.pop(0)
             request = trace_service_pb2.ExportTraceServiceRequest.FromString(body)
             if self._keep:
                 self.bodies.append(body)

@@ -117,7 +117,7 @@ class Program:
 
 
 class Process(Program):
-    """One run of the facade's program, by the command `under` if there is one, such as valgrind."""
+    """One run of the facade's program, by the command `under` if any, such as valgrind."""
 
     def __init__(self, *arguments, environment=None, under=()):
         super().__init__([*under, PROGRAM, *arguments], environment)

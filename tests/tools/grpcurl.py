@@ -50,9 +50,9 @@ def check(checks, version, address):
     described = grpcurl("describe", "huaweicloud.rds.task.v1.GetTaskDetailRequest")
     checks.that(f"{version} describes the request", "string workflow_id = 3" in described.stdout, described)
 
-    answered = grpcurl(METHOD, data=EXAMPLE_REQUEST)
-    checks.that(f"{version} gets the example task", answered.returncode == 0, answered)
-    reply = json.loads(answered.stdout or "null") or {}
+    result = grpcurl(METHOD, data=EXAMPLE_REQUEST)
+    checks.that(f"{version} gets the example task", result.returncode == 0, result)
+    reply = json.loads(result.stdout or "null") or {}
     proto_names = {name: reply.get(camel_case(name)) for name in EXAMPLE_TASK}
     checks.equal(f"{version} prints the example reply of the RDS API reference", proto_names, EXAMPLE_TASK)
     checks.equal(f"{version} prints no other field", len(reply), len(EXAMPLE_TASK))

@@ -37,8 +37,8 @@ def check_buf_curl(checks, address):
     for method in (METHOD, "grpc.health.v1.Health/Check"):
         checks.that(f"buf curl lists {method}", method in listed.stdout.split(), listed)
 
-    answered = buf_curl(f"/{METHOD}", "--data", json.dumps(EXAMPLE_REQUEST))
-    checks.that("buf curl gets the example task", EXAMPLE_TASK["job_name"] in answered.stdout, answered)
+    result = buf_curl(f"/{METHOD}", "--data", json.dumps(EXAMPLE_REQUEST))
+    checks.that("buf curl gets the example task", EXAMPLE_TASK["job_name"] in result.stdout, result)
 
     failed = buf_curl(f"/{METHOD}", "--data", json.dumps(UNKNOWN_TASK))
     checks.that("buf curl fails for an unknown task", failed.returncode != 0, failed)
@@ -71,10 +71,10 @@ def check_ghz(checks, address):
 
 def check_descriptors(checks, address):
     options = ["-plaintext", "-max-time", "20", "-d", json.dumps(EXAMPLE_REQUEST)]
-    answered = run("grpcurl-new", *options, address, METHOD)
-    checks.that("without reflection and descriptor set, grpcurl fails", answered.returncode != 0, answered)
-    answered = run("grpcurl-new", "-protoset", str(DESCRIPTORS), *options, address, METHOD)
-    checks.that("with the descriptor set, grpcurl gets the example task", EXAMPLE_TASK["job_name"] in answered.stdout, answered)
+    result = run("grpcurl-new", *options, address, METHOD)
+    checks.that("without reflection and descriptor set, grpcurl fails", result.returncode != 0, result)
+    result = run("grpcurl-new", "-protoset", str(DESCRIPTORS), *options, address, METHOD)
+    checks.that("with the descriptor set, grpcurl gets the example task", EXAMPLE_TASK["job_name"] in result.stdout, result)
 
 
 def run(name, *arguments):

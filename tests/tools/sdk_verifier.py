@@ -107,8 +107,8 @@ def accepted(checks, name, gateway, source, variables, call_arguments=()):
             code, reply, error = facade.call(*call_arguments)
             checks.that(f"{name}: the call succeeds", code == 0, error)
             if reply is not None:
-                answered = {key: reply.get(key) for key in EXAMPLE_TASK}
-                checks.equal(f"{name}: the reply is the example task", answered, EXAMPLE_TASK)
+                result = {key: reply.get(key) for key in EXAMPLE_TASK}
+                checks.equal(f"{name}: the reply is the example task", result, EXAMPLE_TASK)
         no_secret_logged(checks, name, facade)
     problems = [request[3] for request in gateway.requests[before:]]
     checks.equal(f"{name}: upstream received two requests and accepted both", problems, [None, None])

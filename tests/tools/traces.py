@@ -173,7 +173,7 @@ def bad_collectors(checks):
     for name, collector, endpoint in [
         ("dead", Collector(), "http://127.0.0.1:1"),
         ("slow", Collector(delay=60), None),
-        ("full", Collector(answers=[503] * 10_000), None),
+        ("full", Collector(statuses=[503] * 10_000), None),
     ]:
         environment = collector.environment(OTEL_BSP_MAX_QUEUE_SIZE="50", OTEL_EXPORTER_OTLP_TIMEOUT="1000")
         environment["OTEL_EXPORTER_OTLP_ENDPOINT"] = endpoint or collector.url
@@ -210,7 +210,7 @@ def end_of_the_process(checks):
 
 
 def a_busy_collector(checks):
-    with Collector(answers=[503, 429]) as collector:
+    with Collector(statuses=[503, 429]) as collector:
         with Facade("--sandbox", environment=collector.environment()) as facade:
             with grpc.insecure_channel(facade.address) as channel:
                 call(channel)

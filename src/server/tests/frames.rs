@@ -1,4 +1,4 @@
-//! Hand-written HTTP/2 frames, for what a client library refuses to send (RFC 9113, section 4.1).
+//! Hand-written HTTP/2 frames, for what client libraries do not send (RFC 9113, section 4.1).
 
 pub(super) const DATA: u8 = 0;
 pub(super) const HEADERS: u8 = 1;

@@ -155,10 +155,10 @@ async fn calls_beyond_the_limit_fail_promptly_and_health_checks_succeed() {
     let (mut fastest, mut round_trip) = (Duration::MAX, Duration::MAX);
     for _ in 0..20 {
         let started = Instant::now();
-        let refused = call(&client, "i").await.unwrap();
+        let rejected = call(&client, "i").await.unwrap();
 
         fastest = fastest.min(started.elapsed());
-        refused.assert_failed(Code::ResourceExhausted, "second call");
+        rejected.assert_failed(Code::ResourceExhausted, "second call");
         let started = Instant::now();
         check(&client, "").await;
         round_trip = round_trip.min(started.elapsed());
@@ -220,14 +220,14 @@ async fn auxiliary_streams_have_a_shared_limit_and_two_reserved_per_connection()
         assert_eq!(code, None, "stream {number}");
         open.push(stream);
     }
-    let refused = check(&greedy, "").await;
+    let rejected = check(&greedy, "").await;
     let first = check(&honest, "").await;
     let (second, _stream) = watching(&honest).await;
     drop(open);
     running.ended(7).await;
     let again = check(&greedy, "").await;
 
-    refused.assert_failed(Code::ResourceExhausted, "the sixth");
+    rejected.assert_failed(Code::ResourceExhausted, "the sixth");
     assert_eq!(health_status(&first), ServingStatus::Serving);
     assert_eq!(second, None);
     assert_eq!(health_status(&again), ServingStatus::Serving);

@@ -1,4 +1,4 @@
-//! The server over real sockets. Clients use the h2 crate, or hand-written frames for what the crate refuses to send.
+//! The server over real sockets. Clients use the h2 crate, or hand-written frames for what the crate does not send.
 
 mod connections;
 mod floods;
@@ -199,7 +199,7 @@ fn with_timings(change: impl FnOnce(&mut Timings)) -> Options {
 }
 
 impl Running {
-    /// The value of the metric in the line that starts with `line`; 0 if there is none.
+    /// The value of the metric in the line that starts with `line`; 0 if absent.
     fn metric(&self, line: &str) -> u64 {
         let text = self.metrics.encode();
         let value = text.lines().find_map(|found| found.strip_prefix(line));

@@ -131,7 +131,7 @@ async fn only_clients_with_a_valid_certificate_are_accepted_if_a_client_ca_is_se
     no_protocol.alpn_protocols.clear();
     let mut http1 = trusting(&trusted, Some(&issue(&trusted, 2061)));
     http1.alpn_protocols = vec![b"http/1.1".to_vec()];
-    let refused = [
+    let rejected = [
         ("no certificate", trusting(&trusted, None)),
         (
             "another authority's",
@@ -142,7 +142,7 @@ async fn only_clients_with_a_valid_certificate_are_accepted_if_a_client_ca_is_se
         ("HTTP/1.1 offered", http1),
     ];
 
-    for (name, config) in refused {
+    for (name, config) in rejected {
         assert_eq!(call_over_tls(running.address, config).await, None, "{name}");
         let good = trusting(&trusted, Some(&issue(&trusted, 2061)));
         assert_eq!(

@@ -7,7 +7,7 @@ use super::{
     FETCHED, Folder, SANDBOX_KEY, distinct_request, failures_of, metadata, metadata_service, ready,
 };
 use crate::support::{
-    Program, Sandbox, Step, Upstream, answer, eventually, example, example_request,
+    Program, Sandbox, Step, Upstream, eventually, example, example_request, reply,
 };
 
 const WRONG_KEY: [(&str, &str); 2] = [
@@ -24,7 +24,7 @@ fn rejection(what: &str, headers: &[(&str, &str)]) -> Vec<Step> {
     let body = format!(
         r#"{{"error_msg":"Incorrect IAM authentication information: {what}","error_code":"APIGW.0301","request_id":"r"}}"#
     );
-    answer(401, headers, body)
+    reply(401, headers, body)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -169,7 +169,7 @@ async fn a_call_with_a_rejected_signature_is_never_retried() {
     for status in [401, 403] {
         let upstream = Upstream::start(move |_| {
             let body = r#"{"error_msg":"verify aksk signature fail","error_code":"APIGW.0301"}"#;
-            answer(status, &[], body)
+            reply(status, &[], body)
         })
         .await;
         let program = with_key(&upstream.url(), &SANDBOX_KEY);
@@ -187,7 +187,7 @@ async fn a_call_with_a_rejected_signature_is_never_retried() {
 #[tokio::test]
 async fn each_attempt_is_signed_anew() {
     let upstream = Upstream::start(|request| match request.number {
-        0 => answer(503, &[("retry-after", "1")], ""),
+        0 => reply(503, &[("retry-after", "1")], ""),
         _ => example(),
     })
     .await;
@@ -330,7 +330,7 @@ async fn a_wrong_key_with_a_wrong_clock_stays_short_of_the_gateways_lock() {
 async fn a_fresh_temporary_key_that_is_wrong_is_guarded_like_any_other() {
     let wrong = r#"{"credential":{"access":"SANDBOXACCESSKEY","secret":"wrong","securitytoken":"sandbox-security-token","expires_at":"2100-01-01T00:00:00.000000Z"}}"#;
     let sandbox = Sandbox::start();
-    let service = metadata_service(move |_| answer(200, &[], wrong)).await;
+    let service = metadata_service(move |_| reply(200, &[], wrong)).await;
     let (url, metadata_url) = (sandbox.url(), service.url());
     let program = Program::start(&metadata("metadata", &url, &metadata_url), &[]);
 
@@ -352,7 +352,7 @@ async fn a_rejected_temporary_key_is_replaced_at_once_and_not_when_its_life_is_o
         let key = format!(
             r#"{{"credential":{{"access":"{access}","secret":"s","securitytoken":"t","expires_at":"2100-01-01T00:00:00.000000Z"}}}}"#
         );
-        answer(200, &[], key)
+        reply(200, &[], key)
     })
     .await;
     let upstream = Upstream::start(|request| match request.header("authorization") {

@@ -13,7 +13,7 @@ use rds_task_facade::pb::GetTaskDetailRequest;
 use tokio::task::JoinSet;
 
 use crate::support::{
-    Failure, Program, Step, Upstream, answer, eventually, example_request, upstream::Received,
+    Failure, Program, Step, Upstream, eventually, example_request, reply, upstream::Received,
 };
 
 const FETCHED: &str = "rds_credential_refresh_total{outcome=\"success\"}";
@@ -51,7 +51,7 @@ async fn failures_of(program: &Program, count: usize) -> Vec<Failure> {
     assert_eq!(ended.len(), count);
     ended
         .iter()
-        .filter_map(|ended| ended.as_ref().err().map(Failure::of))
+        .filter_map(|ended| ended.as_ref().err().map(Failure::from_status))
         .collect()
 }
 
@@ -110,7 +110,7 @@ async fn metadata_service(
 ) -> Upstream {
     Upstream::start(move |request| {
         if request.line.starts_with("PUT") {
-            answer(404, &[], "")
+            reply(404, &[], "")
         } else {
             script(request)
         }

@@ -11,8 +11,8 @@ use super::{FETCHED, Folder, distinct_request, failures_of, iam, metadata, ready
 use crate::{
     credentials,
     support::{
-        Connection, Failure, Gate, LONGER_THAN_PATIENCE, Program, Sandbox, Step, Upstream, answer,
-        eventually, example, example_request, upstream::Received,
+        Connection, Failure, Gate, LONGER_THAN_PATIENCE, Program, Sandbox, Step, Upstream,
+        eventually, example, example_request, reply, upstream::Received,
     },
 };
 
@@ -80,7 +80,7 @@ async fn a_call_waits_for_the_first_token_no_longer_than_its_own_deadline() {
 
     let short = short.expect("a reply").status().expect("a status");
     assert_eq!(
-        Failure::of(&short).code_and_reason(),
+        Failure::from_status(&short).code_and_reason(),
         (Code::DeadlineExceeded, "DEADLINE_EXCEEDED")
     );
     assert!(long.is_ok(), "{long:?}");
@@ -141,7 +141,7 @@ async fn a_token_revoked_again_within_two_seconds_fails_the_call_and_is_replaced
 
     // A machine that took longer than that has left the time for another refresh.
     if at_once {
-        let failure = Failure::of(&revoked_again.expect_err("no refresh so soon"));
+        let failure = Failure::from_status(&revoked_again.expect_err("no refresh so soon"));
         assert_eq!(
             failure.code_and_reason(),
             (Code::Unauthenticated, "CREDENTIAL_REJECTED")
@@ -155,7 +155,7 @@ async fn a_token_revoked_again_within_two_seconds_fails_the_call_and_is_replaced
 async fn an_upstream_that_rejects_every_token_costs_one_refresh_and_one_retry() {
     let iam = Iam::new("sandbox-password");
     let rejection = r#"{"error_code":"APIGW.0307","error_msg":"The token must be updated."}"#;
-    let upstream = Upstream::always(answer(401, &[], rejection)).await;
+    let upstream = Upstream::always(reply(401, &[], rejection)).await;
     let upstream_url = upstream.url();
     let mut args = credentials::iam(&iam.url, &iam.password_file);
     args[1] = &upstream_url;
@@ -190,13 +190,13 @@ async fn rds_and_iam(
 
 fn issue(number: usize) -> Vec<Step> {
     let token = format!("token-{number}");
-    answer(201, &[("x-subject-token", &token)], "{}")
+    reply(201, &[("x-subject-token", &token)], "{}")
 }
 
 /// The first token, then one failure, then more tokens.
 fn issue_and_fail_once(status: u16) -> impl Fn(usize) -> Vec<Step> + Send + Sync {
     move |number| match number {
-        2 => answer(status, &[], ""),
+        2 => reply(status, &[], ""),
         number => issue(number),
     }
 }
@@ -224,7 +224,7 @@ async fn a_401_for_a_foreign_project_is_that_calls_own_even_if_iam_then_fails_on
         for body in [NOT_YOUR_PROJECT, "", "<html>"] {
             let upstream = rds_and_iam(issue_and_fail_once(status), move |request| {
                 match request.line.contains(FOREIGN_PROJECT) {
-                    true => answer(401, &[], body),
+                    true => reply(401, &[], body),
                     false => example(),
                 }
             })
@@ -259,7 +259,7 @@ async fn a_401_for_a_foreign_project_is_that_calls_own_even_if_iam_then_fails_on
 async fn a_401_for_a_foreign_project_fetches_no_token_while_other_calls_succeed_with_it() {
     let upstream = rds_and_iam(issue, |request| {
         match request.line.contains(FOREIGN_PROJECT) {
-            true => answer(401, &[], NOT_YOUR_PROJECT),
+            true => reply(401, &[], NOT_YOUR_PROJECT),
             false => example(),
         }
     })
@@ -287,7 +287,7 @@ async fn a_token_rejected_for_one_call_serves_all_others_while_iam_fails() {
         let upstream = rds_and_iam(issue_and_fail_once(status), |request| {
             let is_foreign = request.line.contains(FOREIGN_PROJECT);
             match (is_foreign, request.header("x-auth-token")) {
-                (true, Some("token-1")) => answer(401, &[], OUTDATED),
+                (true, Some("token-1")) => reply(401, &[], OUTDATED),
                 _ => example(),
             }
         })
@@ -315,12 +315,10 @@ async fn a_401_that_comes_after_the_refresh_is_repeated_with_the_new_token_and_f
     let gate = Gate::default();
     let held = gate.clone();
     let upstream = rds_and_iam(issue, move |request| match request.header("x-auth-token") {
-        Some("token-1") if request.line.contains("straggler") => [
-            vec![Step::WaitFor(held.clone())],
-            answer(401, &[], OUTDATED),
-        ]
-        .concat(),
-        Some("token-1") => answer(401, &[], OUTDATED),
+        Some("token-1") if request.line.contains("straggler") => {
+            [vec![Step::WaitFor(held.clone())], reply(401, &[], OUTDATED)].concat()
+        }
+        Some("token-1") => reply(401, &[], OUTDATED),
         _ => example(),
     })
     .await;
@@ -508,7 +506,7 @@ async fn a_rejected_token_is_replaced_at_once_by_the_new_content_of_the_file() {
     let rejection = r#"{"error_code":"APIGW.0301","error_msg":"Incorrect IAM authentication information: decrypt token fail"}"#;
     let upstream = Upstream::start(move |request| match request.header("x-auth-token") {
         Some("second") => example(),
-        _ => answer(401, &[], rejection),
+        _ => reply(401, &[], rejection),
     })
     .await;
     let folder = Folder::new();

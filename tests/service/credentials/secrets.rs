@@ -2,12 +2,13 @@ use serde_json::json;
 
 use super::{Folder, distinct_request, iam, metadata, token_file};
 use crate::support::{
-    Program, Step, Upstream, answer,
+    Program, Step, Upstream,
     canary::{
         assert_no_canary, assert_no_canary_in_status, assert_no_canary_printed,
         assert_no_canary_shown,
     },
     program::run,
+    reply,
     upstream::Received,
 };
 
@@ -40,7 +41,7 @@ fn services(mood: Mood, request: &Received) -> Vec<Step> {
     let echo = format!("canary-of-the-reply {:?} {}", request.headers, request.body);
     let is_issuer = !request.line.contains("/task-center-detail");
     if is_issuer && mood == Mood::IssuersRejecting {
-        return answer(401, &[], json!({"error": {"message": echo}}).to_string());
+        return reply(401, &[], json!({"error": {"message": echo}}).to_string());
     }
     let blank = if mood == Mood::IssuersMalformed {
         " "
@@ -48,14 +49,14 @@ fn services(mood: Mood, request: &Received) -> Vec<Step> {
         "-"
     };
     if request.line.starts_with("POST /v3/auth/tokens") {
-        return answer(
+        return reply(
             201,
             &[("x-subject-token", &format!("canary{blank}token"))],
             &echo,
         );
     }
     if request.line.starts_with("PUT") {
-        return answer(200, &[], format!("canary{blank}metadata-token"));
+        return reply(200, &[], format!("canary{blank}metadata-token"));
     }
     if is_issuer {
         let key = json!({
@@ -63,21 +64,21 @@ fn services(mood: Mood, request: &Received) -> Vec<Step> {
             "secret": format!("canary{blank}sk"),
             "securitytoken": format!("canary{blank}st"),
         });
-        return answer(200, &[], json!({"credential": key}).to_string());
+        return reply(200, &[], json!({"credential": key}).to_string());
     }
     match mood {
         Mood::Rejecting => {
             let message = format!("verify aksk signature fail, canonicalRequest:{echo}");
             let body = json!({"error_code": "APIGW.0301", "error_msg": message});
-            answer(401, &[], body.to_string())
+            reply(401, &[], body.to_string())
         }
-        Mood::Malformed => answer(200, &[], format!("{{\"instance_name\": \"{echo}")),
-        Mood::Page => answer(
+        Mood::Malformed => reply(200, &[], format!("{{\"instance_name\": \"{echo}")),
+        Mood::Page => reply(
             500,
             &[("content-type", "text/html")],
             format!("<html>{echo}"),
         ),
-        _ => answer(200, &[], r#"{"instance_name":"canary-name","job_id":"1"}"#),
+        _ => reply(200, &[], r#"{"instance_name":"canary-name","job_id":"1"}"#),
     }
 }
 
@@ -225,7 +226,7 @@ fn a_malformed_secret_ends_the_start_with_one_line_that_does_not_show_it() {
 
 #[tokio::test]
 async fn a_trailing_line_break_of_a_mounted_file_is_not_part_of_the_secret() {
-    let upstream = Upstream::start(|_| answer(200, &[], r#"{"job_id":"1"}"#)).await;
+    let upstream = Upstream::start(|_| reply(200, &[], r#"{"job_id":"1"}"#)).await;
     let folder = Folder::new();
     let url = upstream.url();
 

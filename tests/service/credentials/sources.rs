@@ -1,7 +1,7 @@
 use tonic::Code;
 
 use super::{Folder, SANDBOX_KEY, iam, metadata, metadata_service, ready, token_file};
-use crate::support::{Failure, Program, Sandbox, Upstream, answer, example_request};
+use crate::support::{Failure, Program, Sandbox, Upstream, example_request, reply};
 
 const PROFILE: &str = "[basic]\nak = SANDBOXACCESSKEY\nsk = sandbox-secret-key\n";
 
@@ -157,7 +157,7 @@ async fn a_callers_token_is_passed_on_and_is_the_callers_to_correct() {
         .await;
 
     assert!(good.is_ok(), "{good:?}");
-    let bad = Failure::of(&bad.expect_err("an unknown token"));
+    let bad = Failure::from_status(&bad.expect_err("an unknown token"));
     assert_eq!(
         bad.code_and_reason(),
         (Code::Unauthenticated, "CREDENTIAL_REJECTED")
@@ -172,7 +172,7 @@ async fn a_callers_token_is_passed_on_and_is_the_callers_to_correct() {
 
 #[tokio::test]
 async fn calls_without_one_good_token_fail_before_any_upstream_work() {
-    let upstream = Upstream::always(answer(500, &[], "")).await;
+    let upstream = Upstream::always(reply(500, &[], "")).await;
     let program = Program::start(&["--endpoint", &upstream.url()], &[]);
     let token = ("x-auth-token", "one");
     let cases: [(&str, Metadata<'_>, &str); 4] = [
@@ -193,7 +193,7 @@ async fn calls_without_one_good_token_fail_before_any_upstream_work() {
     for (case, metadata, reason) in cases {
         let reply = program.call_with(example_request(), metadata).await;
 
-        let failure = Failure::of(&reply.expect_err("no good token"));
+        let failure = Failure::from_status(&reply.expect_err("no good token"));
         assert_eq!(
             failure.code_and_reason(),
             (Code::Unauthenticated, reason),
@@ -232,7 +232,7 @@ async fn a_chain_whose_links_all_fail_is_not_ready_and_its_log_names_all_three()
 #[tokio::test]
 async fn a_machine_without_an_agency_is_a_rejection_by_the_metadata_service() {
     let body = r#"{"message":"Please configure Cloud Service Agency first."}"#;
-    let service = metadata_service(move |_| answer(401, &[], body)).await;
+    let service = metadata_service(move |_| reply(401, &[], body)).await;
     let url = service.url();
     let program = Program::start(&metadata("metadata", &url, &url), &[]);
 

@@ -3,7 +3,7 @@ use std::time::Duration;
 use tonic::Code;
 
 use super::{failure_for, raw};
-use crate::support::{Program, Step, Upstream, answer, example, example_request};
+use crate::support::{Program, Step, Upstream, example, example_request, reply};
 
 #[tokio::test]
 async fn incomplete_replies_have_distinct_reasons() {
@@ -174,7 +174,7 @@ async fn connection_errors_have_distinct_reasons() {
         .local_addr()
         .expect("an address");
     // Replies to a handshake as a web server without TLS does.
-    let plain = Upstream::always([answer(400, &[], ""), vec![Step::Close]].concat()).await;
+    let plain = Upstream::always([reply(400, &[], ""), vec![Step::Close]].concat()).await;
     let cases = [
         (format!("http://{closed}"), "UPSTREAM_CONNECT"),
         (format!("https://{}", plain.address), "UPSTREAM_TLS"),
@@ -210,9 +210,9 @@ async fn a_reply_with_header_lines_that_break_the_grammar_is_read_at_the_first_a
         let upstream = Upstream::always(raw(&reply)).await;
         let program = Program::over(&upstream.url(), &[]);
 
-        let answered = program.call(example_request()).await;
+        let result = program.call(example_request()).await;
 
-        let task = answered.unwrap_or_else(|failure| panic!("{line:?}: {failure:?}"));
+        let task = result.unwrap_or_else(|failure| panic!("{line:?}: {failure:?}"));
         assert_eq!(task.into_inner().job_id, "j", "{line:?}");
         assert_eq!(upstream.requests().len(), 1, "{line:?}");
     }
@@ -242,7 +242,7 @@ fn without_end(status: u16, body: &str) -> Vec<(String, Vec<Step>)> {
         "{head}transfer-encoding: chunked\r\n\r\n{:x}\r\n{body}\r\n",
         body.len()
     );
-    // So that the client has read the body before the reset discards what it has not.
+    // So that the client has read the body before the reset discards unread bytes.
     let reset = vec![Step::Wait(Duration::from_millis(200)), Step::Reset];
     let case = |name, steps: [Vec<Step>; 2]| (format!("{status} {body}: {name}"), steps.concat());
     vec![

@@ -3,7 +3,7 @@ use std::time::Duration;
 use tonic::Code;
 
 use super::{failure_for, raw};
-use crate::support::{Failure, Program, Step, Upstream, answer, example, example_request};
+use crate::support::{Failure, Program, Step, Upstream, example, example_request, reply};
 
 #[tokio::test]
 async fn every_http_status_maps_to_its_code_and_reason() {
@@ -57,7 +57,7 @@ async fn every_http_status_maps_to_its_code_and_reason() {
             .nth(4)
             .and_then(|id| id.parse().ok())
             .expect("the id is a status");
-        answer(status, &[("location", "http://127.0.0.1:1/")], error)
+        reply(status, &[("location", "http://127.0.0.1:1/")], error)
     })
     .await;
     let program = Program::over(&upstream.url(), &["--max-attempts", "1"]);
@@ -66,8 +66,8 @@ async fn every_http_status_maps_to_its_code_and_reason() {
     for (number, (status, code, reason)) in cases.into_iter().enumerate() {
         let mut request = example_request();
         request.instance_id = status.to_string();
-        // The identity is throttled after the 429, so that row has one of its own.
-        let failure = Failure::of(
+        // The identity is throttled after the 429, so that row uses a separate token.
+        let failure = Failure::from_status(
             &client
                 .get_task_detail(request)
                 .await
@@ -87,11 +87,11 @@ async fn every_http_status_maps_to_its_code_and_reason() {
         assert_eq!(
             upstream.requests().len(),
             number + 1,
-            "{status} is asked once"
+            "{status} causes one request"
         );
     }
     for (status, code, reason) in cases.into_iter().skip_while(|(status, ..)| *status != 429) {
-        let failure = failure_for(answer(status, &[], error)).await;
+        let failure = failure_for(reply(status, &[], error)).await;
         assert_eq!(failure.code_and_reason(), (code, reason), "{status}");
     }
 }
@@ -115,7 +115,7 @@ async fn a_404_with_a_page_instead_of_an_api_reply_is_unimplemented() {
 
     for (body, code) in cases {
         assert_eq!(
-            failure_for(answer(404, &[], body)).await.code,
+            failure_for(reply(404, &[], body)).await.code,
             code,
             "{body}"
         );
@@ -127,7 +127,7 @@ async fn the_content_of_an_error_page_is_not_passed_on() {
     for status in [400, 403, 404, 500, 502] {
         let page = "<html><h1>secret-of-the-page</h1></html>";
 
-        let failure = failure_for(answer(status, &[("content-type", "text/html")], page)).await;
+        let failure = failure_for(reply(status, &[("content-type", "text/html")], page)).await;
 
         assert!(
             !format!("{failure:?}").contains("secret-of-the-page"),
@@ -150,7 +150,7 @@ async fn throttling_comes_with_retry_info_pushback_and_quota_failure() {
     ];
 
     for (headers, seconds) in cases {
-        let failure = failure_for(answer(429, headers, &body)).await;
+        let failure = failure_for(reply(429, headers, &body)).await;
 
         assert_eq!(
             failure.code_and_reason(),
@@ -183,7 +183,7 @@ async fn throttling_comes_with_retry_info_pushback_and_quota_failure() {
 async fn a_missing_task_is_named() {
     let body = r#"{"error_code":"DBS.200543","error_msg":"Task does not exist."}"#;
 
-    let failure = failure_for(answer(400, &[("x-request-id", "r-9")], body)).await;
+    let failure = failure_for(reply(400, &[("x-request-id", "r-9")], body)).await;
 
     assert_eq!(
         failure.code_and_reason(),
@@ -274,7 +274,7 @@ async fn a_200_without_a_task_is_never_ok() {
     ];
 
     for (case, body, expected) in cases {
-        let failure = failure_for(answer(200, &[], body)).await;
+        let failure = failure_for(reply(200, &[], body)).await;
 
         assert_eq!(failure.code_and_reason(), expected, "{case}");
     }
@@ -304,7 +304,7 @@ async fn a_body_over_the_limit_without_a_length_is_not_read_to_its_end() {
 
 #[tokio::test]
 async fn an_unrequested_content_encoding_is_malformed() {
-    let failure = failure_for(answer(
+    let failure = failure_for(reply(
         200,
         &[("content-encoding", "gzip")],
         r#"{"job_id":"j"}"#,
@@ -320,7 +320,7 @@ async fn an_unrequested_content_encoding_is_malformed() {
 #[tokio::test]
 async fn the_content_type_of_a_reply_does_not_matter() {
     for headers in [&[][..], &[("content-type", "text/plain")]] {
-        let upstream = Upstream::always(answer(200, headers, r#"{"job_id":"j"}"#)).await;
+        let upstream = Upstream::always(reply(200, headers, r#"{"job_id":"j"}"#)).await;
         let program = Program::over(&upstream.url(), &[]);
 
         assert!(program.call(example_request()).await.is_ok(), "{headers:?}");
@@ -333,7 +333,7 @@ async fn a_redirect_is_not_followed() {
     let location = format!("{}/steal", elsewhere.url());
 
     for status in [301, 302, 303, 307, 308] {
-        let failure = failure_for(answer(status, &[("location", &location)], "")).await;
+        let failure = failure_for(reply(status, &[("location", &location)], "")).await;
 
         assert_eq!(
             failure.code_and_reason(),

@@ -3,13 +3,13 @@ use std::time::{Duration, Instant};
 use rds_task_facade::pb::GetTaskDetailRequest;
 use tokio::task::JoinSet;
 
-use crate::support::{Program, Upstream, answer, eventually, example, example_request};
+use crate::support::{Program, Upstream, eventually, example, example_request, reply};
 
 /// Replies with a task, an unknown task, or a busy instance, depending on the instance id.
 async fn by_instance() -> Upstream {
     Upstream::start(|request| match request.line.split('/').nth(4) {
-        Some("missing") => answer(400, &[], r#"{"error_code":"DBS.200543","error_msg":"m"}"#),
-        Some("busy") => answer(409, &[], r#"{"error_code":"DBS.200047","error_msg":"m"}"#),
+        Some("missing") => reply(400, &[], r#"{"error_code":"DBS.200543","error_msg":"m"}"#),
+        Some("busy") => reply(409, &[], r#"{"error_code":"DBS.200047","error_msg":"m"}"#),
         _ => example(),
     })
     .await
@@ -76,7 +76,7 @@ async fn nothing_is_cached_by_default() {
 async fn a_cache_entry_is_used_even_while_its_identity_is_throttled() {
     let upstream = Upstream::start(|request| match request.number {
         0 => example(),
-        _ => answer(429, &[("retry-after", "30")], ""),
+        _ => reply(429, &[("retry-after", "30")], ""),
     })
     .await;
     let program = Program::over(&upstream.url(), &["--cache-ttl", "1h"]);

@@ -6,7 +6,7 @@ use tonic::Code;
 
 use super::{begin, with_token};
 use crate::support::{
-    Connection, Gate, Program, Step, Upstream, answer, eventually, example_request, gated_example,
+    Connection, Gate, Program, Step, Upstream, eventually, example_request, gated_example, reply,
 };
 
 /// Waits until this many calls follow a leader.
@@ -150,7 +150,7 @@ async fn an_error_is_shared_like_a_task() {
     let upstream = Upstream::always(
         [
             vec![Step::WaitFor(gate.clone())],
-            answer(403, &[], r#"{"error_code":"DBS.200044","error_msg":"m"}"#),
+            reply(403, &[], r#"{"error_code":"DBS.200044","error_msg":"m"}"#),
         ]
         .concat(),
     )
@@ -166,8 +166,8 @@ async fn an_error_is_shared_like_a_task() {
     gate.open();
     let results = calls.join_all().await;
 
-    assert!(results.iter().all(|answer| {
-        answer
+    assert!(results.iter().all(|reply| {
+        reply
             .as_ref()
             .is_err_and(|e| e.code() == Code::PermissionDenied)
     }));
@@ -181,11 +181,7 @@ async fn a_caller_never_gets_the_reply_of_another_credential() {
         let token = request.header("x-auth-token").unwrap_or_default();
         let task = request.body.split('"').nth(3).unwrap_or_default();
         let mut steps = vec![Step::Wait(Duration::from_millis(request.number as u64 % 7))];
-        steps.extend(answer(
-            200,
-            &[],
-            format!(r#"{{"job_id":"{token}/{task}"}}"#),
-        ));
+        steps.extend(reply(200, &[], format!(r#"{{"job_id":"{token}/{task}"}}"#)));
         steps
     })
     .await;

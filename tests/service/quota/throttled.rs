@@ -5,12 +5,12 @@ use tokio::task::JoinSet;
 use tonic::{Code, Request};
 
 use super::{begin, with_token};
-use crate::support::{Failure, Program, Upstream, answer, eventually, example, example_request};
+use crate::support::{Failure, Program, Upstream, eventually, example, example_request, reply};
 
 #[tokio::test]
 async fn a_throttle_window_applies_to_its_identity_only() {
     let upstream = Upstream::start(|request| match request.header("x-auth-token") {
-        Some("ann") => answer(429, &[("retry-after", "120")], ""),
+        Some("ann") => reply(429, &[("retry-after", "120")], ""),
         _ => example(),
     })
     .await;
@@ -26,11 +26,11 @@ async fn a_throttle_window_applies_to_its_identity_only() {
 
     let mut other = example_request();
     other.workflow_id = "other".into();
-    let held = Failure::of(
+    let held = Failure::from_status(
         &client
             .get_task_detail(with_token("ann", other))
             .await
-            .expect_err("held back"),
+            .expect_err("throttled"),
     );
     client
         .get_task_detail(with_token("bob", example_request()))
@@ -59,8 +59,8 @@ async fn a_throttle_window_applies_to_its_identity_only() {
 #[tokio::test]
 async fn a_retry_respects_the_throttle_window_of_another_call() {
     let upstream = Upstream::start(|request| match request.number {
-        0 => answer(503, &[("retry-after", "4")], ""),
-        _ => answer(429, &[("retry-after", "120")], ""),
+        0 => reply(503, &[("retry-after", "4")], ""),
+        _ => reply(429, &[("retry-after", "120")], ""),
     })
     .await;
     let program = Program::over(&upstream.url(), &[]);
@@ -77,9 +77,9 @@ async fn a_retry_respects_the_throttle_window_of_another_call() {
     other.workflow_id = "other".into();
     program.call(other).await.expect_err("429");
 
-    let retried = retrying.join_all().await.remove(0).expect_err("held back");
+    let retried = retrying.join_all().await.remove(0).expect_err("throttled");
 
-    let failure = Failure::of(&retried);
+    let failure = Failure::from_status(&retried);
     assert_eq!(
         failure.code_and_reason(),
         (Code::ResourceExhausted, "THROTTLED")
@@ -93,7 +93,7 @@ async fn a_retry_respects_the_throttle_window_of_another_call() {
 async fn throttling_by_address_applies_to_every_identity() {
     let text = "The throttling threshold has been reached: policy ip over ratelimit,limit:200,time:1 minute";
     let body = format!(r#"{{"error_msg":"{text}","error_code":"APIGW.0308"}}"#);
-    let upstream = Upstream::always(answer(429, &[], &body)).await;
+    let upstream = Upstream::always(reply(429, &[], &body)).await;
     let program = Program::start(
         &["--endpoint", &upstream.url(), "--credentials", "caller"],
         &[],
@@ -101,7 +101,7 @@ async fn throttling_by_address_applies_to_every_identity() {
     let mut client = program.client().await;
 
     for token in ["ann", "bob"] {
-        let failure = Failure::of(
+        let failure = Failure::from_status(
             &client
                 .get_task_detail(with_token(token, example_request()))
                 .await
@@ -139,7 +139,7 @@ async fn the_rate_limiter_paces_calls_within_their_deadline_and_rejects_others_a
         begin(&mut calls, client.clone(), distinct(number, "60S")).await;
     }
     upstream.wait_for_requests(2).await;
-    let refused = Failure::of(
+    let rejected = Failure::from_status(
         &client
             .clone()
             .get_task_detail(distinct(9, "200m"))
@@ -156,9 +156,12 @@ async fn the_rate_limiter_paces_calls_within_their_deadline_and_rejects_others_a
         "four calls at two in four seconds: {took:?}"
     );
     assert_eq!(
-        refused.code_and_reason(),
+        rejected.code_and_reason(),
         (Code::ResourceExhausted, "THROTTLED")
     );
-    assert!(asked_before < 4, "refused while others wait for their turn");
+    assert!(
+        asked_before < 4,
+        "rejected while others wait for their turn"
+    );
     assert_eq!(upstream.requests().len(), 4);
 }

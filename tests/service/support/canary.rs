@@ -1,4 +1,4 @@
-//! Looks for secrets where none may be.
+//! Looks for secrets where no secret may appear.
 
 use tonic::Status;
 
@@ -7,7 +7,7 @@ use super::{Program, program::run};
 /// Every secret of a test holds this word, so one search finds them all.
 const WORD: &str = "canary";
 
-/// The same in base64, at each of the three alignments.
+/// The canary in base64, at each of the three alignments.
 const IN_BASE64: [&str; 3] = ["Y2FuYXJ5", "NhbmFye", "jYW5hcn"];
 
 /// Fails when `text` holds a canary; `place` says where it comes from.

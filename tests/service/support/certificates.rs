@@ -53,11 +53,11 @@ impl Authority {
 }
 
 impl Pair {
-    pub(crate) fn of_server(authority: &Authority, name: &str) -> Self {
+    pub(crate) fn for_server(authority: &Authority, name: &str) -> Self {
         authority.issue(name, ExtendedKeyUsagePurpose::ServerAuth, 2061)
     }
 
-    pub(crate) fn of_client(authority: &Authority) -> Self {
+    pub(crate) fn for_client(authority: &Authority) -> Self {
         authority.issue("client", ExtendedKeyUsagePurpose::ClientAuth, 2061)
     }
 

@@ -9,7 +9,7 @@ use tokio::{
 
 use super::within;
 
-/// `(status, body)` of an answer to a request without a body.
+/// `(status, body)` of a reply to a request without a body.
 pub(crate) async fn exchange(address: SocketAddr, method: &str, path: &str) -> (u16, String) {
     let mut stream = TcpStream::connect(address)
         .await
@@ -27,7 +27,7 @@ pub(crate) async fn exchange(address: SocketAddr, method: &str, path: &str) -> (
         stream.read_to_string(&mut text),
     )
     .await
-    .expect("the answer is text");
+    .expect("the reply is text");
     let status = text
         .split(' ')
         .nth(1)

@@ -14,6 +14,6 @@ pub(crate) use self::{
     status::Failure,
 };
 pub(crate) use crate::shared::{
-    upstream::{self, Gate, Step, Upstream, answer, example, gated_example},
+    upstream::{self, Gate, Step, Upstream, example, gated_example, reply},
     wait::{LONGER_THAN_PATIENCE, PATIENCE, eventually, within},
 };

@@ -80,7 +80,7 @@ impl Program {
         Self::start_under(&[], "127.0.0.1:0", args, env)
     }
 
-    /// The same on an address of its own, run by another program, such as a shell that sets limits first.
+    /// Starts `serve` on a separate address, run by another program, such as a shell that sets limits first.
     pub(crate) fn start_under(
         wrapper: &[&str],
         listen: &str,
@@ -132,14 +132,14 @@ impl Program {
         }
     }
 
-    /// Against a scripted upstream, with a token of its own.
+    /// Against a scripted upstream, with a separate token.
     pub(crate) fn over(upstream: &str, args: &[&str]) -> Self {
         let mut all = vec!["--endpoint", upstream, "--credentials", "token"];
         all.extend_from_slice(args);
         Self::start(&all, &[("RDS_TASK_FACADE_TOKEN", TOKEN)])
     }
 
-    /// Against a scripted upstream, with timeouts that no test reaches: whatever ends a call, it was not one of them.
+    /// Against a scripted upstream, with timeouts longer than any test, so that none of them ends a call.
     pub(crate) fn patient(upstream: &str, args: &[&str]) -> Self {
         let timeouts = ["--timeout", "--attempt-timeout"].map(|name| [name, LONGER_THAN_PATIENCE]);
         Self::over(upstream, &[timeouts.as_flattened(), args].concat())
@@ -152,12 +152,12 @@ impl Program {
         Self::start(&all, &[])
     }
 
-    /// A client with a connection of its own.
+    /// A client with a separate connection.
     pub(crate) async fn client(&self) -> TaskServiceClient<Channel> {
         TaskServiceClient::new(self.channel().await)
     }
 
-    /// The same for health.
+    /// A client of the health service.
     pub(crate) async fn health(&self) -> HealthClient<Channel> {
         HealthClient::new(self.channel().await)
     }
@@ -171,7 +171,7 @@ impl Program {
         channel.connect().await.expect("the program listens")
     }
 
-    /// One call on a connection of its own.
+    /// One call on a separate connection.
     pub(crate) async fn call(
         &self,
         request: GetTaskDetailRequest,
@@ -179,7 +179,7 @@ impl Program {
         self.client().await.get_task_detail(request).await
     }
 
-    /// The same with metadata.
+    /// One call with metadata.
     pub(crate) async fn call_with(
         &self,
         request: GetTaskDetailRequest,
@@ -196,10 +196,10 @@ impl Program {
 
     /// One call that must fail.
     pub(crate) async fn failure(&self, request: GetTaskDetailRequest) -> Failure {
-        Failure::of(&self.call(request).await.expect_err("the call fails"))
+        Failure::from_status(&self.call(request).await.expect_err("the call fails"))
     }
 
-    /// One call for the example task with a deadline of its own.
+    /// One call for the example task with a deadline.
     pub(crate) async fn call_within(
         &self,
         timeout: Duration,
@@ -289,7 +289,11 @@ impl Program {
     pub(crate) fn wait(&mut self) -> ExitStatus {
         let end = Instant::now() + PATIENCE;
         while Instant::now() < end {
-            if let Some(status) = self.child.try_wait().expect("the child is ours") {
+            if let Some(status) = self
+                .child
+                .try_wait()
+                .expect("this process started the child")
+            {
                 return status;
             }
             thread::sleep(Duration::from_millis(5));
@@ -327,7 +331,9 @@ pub(crate) fn run(args: &[&str], env: &[(&str, &str)]) -> (i32, String, String) 
             let _ = Command::new("kill").args(["-KILL", &pid]).status();
         }
     });
-    let output = child.wait_with_output().expect("the child is ours");
+    let output = child
+        .wait_with_output()
+        .expect("this process started the child");
     drop(ended);
     watchdog.join().expect("no panic");
     let text = |bytes| String::from_utf8(bytes).expect("text");

@@ -30,7 +30,7 @@ pub(crate) struct Raw {
 }
 
 impl Raw {
-    /// The status of the call, wherever it stands; `None` when there is none.
+    /// The status of the call, from headers or trailers; `None` if absent.
     pub(crate) fn status(&self) -> Option<Status> {
         Status::from_header_map(&self.trailers).or_else(|| Status::from_header_map(&self.headers))
     }
@@ -93,9 +93,9 @@ impl Connection {
     ) -> Result<Raw, h2::Error> {
         let mut send = self.0.clone().ready().await?;
         let request = request.body(()).expect("a request");
-        let (answer, mut stream) = send.send_request(request, false)?;
+        let (reply, mut stream) = send.send_request(request, false)?;
         stream.send_data(body, true)?;
-        let (head, mut body) = answer.await?.into_parts();
+        let (head, mut body) = reply.await?.into_parts();
         let mut data = Vec::new();
         while let Some(piece) = body.data().await {
             let piece = piece?;

@@ -1,4 +1,4 @@
-//! The stand-in as a process of its own, with its control paths (docs/sandbox.md).
+//! The sandbox as a separate process, with its control paths (docs/sandbox.md).
 
 use std::{
     net::SocketAddr,

@@ -18,7 +18,7 @@ pub(crate) async fn connect(address: SocketAddr, config: Arc<ClientConfig>) -> O
     Connection::over(stream).await.ok()
 }
 
-/// One call for the example task on a connection of its own; `None` when the client is not let in, which in TLS 1.3 it
+/// One call for the example task on a separate connection; `None` if the server rejects the client, which in TLS 1.3 it
 /// learns only with its first exchange.
 pub(crate) async fn call(address: SocketAddr, config: Arc<ClientConfig>) -> Option<Code> {
     let connection = connect(address, config).await?;
