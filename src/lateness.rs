@@ -11,7 +11,7 @@ const LATE: Duration = Duration::from_millis(100);
 /// How long the thread counts as late afterwards: the default connect timeout, since a connect may have started then.
 const MEMORY: Duration = Duration::from_secs(3);
 
-/// The time between two measurements. They also keep one timer pending that fires before any call's deadline: registering a timer that
+/// The time between two measurements. They also keep one timer pending that fires before most calls' deadlines: registering a timer that
 /// becomes the earliest makes tokio wake its driver, an eventfd write and an extra `epoll_wait` per call.
 const INTERVAL: Duration = Duration::from_secs(1);
 

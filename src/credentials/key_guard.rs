@@ -2,13 +2,15 @@
 //!
 //! The gateway locks a key for five minutes after more than five bad signatures in a row ("API request signing guide"), for every
 //! program that uses it. So a key that has never been accepted in this process rests after its first rejection, and any other key
-//! after its third rejection in a row. Until a key is accepted, and again after a rejection, one request is in flight at a time. A
-//! permit for a proven key costs one atomic load.
+//! after its third rejection in a row. Until a key is accepted, and again after a rejection, one request is in flight at a time; if it gets
+//! no reply within a second, another caller may send one too, so that one hanging instance does not block all callers. A permit for a
+//! proven key costs one atomic load.
 //!
 //! A rejection may be about the project of the call and not about the key: a project for which the key has never been accepted, although
 //! it has been for another one, counts once. A success that was sent after the rejections clears them.
 
 use std::{
+    collections::HashMap,
     sync::{
         Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -18,17 +20,23 @@ use std::{
 
 use tokio::{
     sync::{Notify, watch},
-    time::Instant,
+    time::{Instant, timeout},
 };
 
 use super::Error;
-use crate::deadline::Deadline;
+use crate::{caller::Caller, deadline::Deadline};
 
 /// How long the gateway locks a key after too many bad signatures. Source: "API request signing guide", FAQ.
 pub const KEY_LOCK: Duration = Duration::from_secs(5 * 60);
 
 /// Rejections in a row after which a proven key rests. The gateway allows five; the rest is for other programs that use the key.
 const REJECTIONS_BEFORE_REST: usize = 3;
+
+/// How long the probe of one caller keeps the probes of others waiting. The gateway rejects a signature faster.
+const PROBE_PATIENCE: Duration = Duration::from_secs(1);
+
+/// Limit on concurrent probes: all of them may be rejected.
+const MAX_PROBES: usize = 3;
 
 /// Projects that are remembered as accepted.
 const MAX_PROJECTS: usize = 64;
@@ -49,8 +57,8 @@ pub struct KeyGuard {
 
 #[derive(Debug, Default)]
 struct Evidence {
-    /// A request is in flight whose outcome other calls wait for.
-    probing: bool,
+    /// The callers with a request in flight whose outcome other calls wait for, and since when.
+    probes: HashMap<Caller, Instant>,
     /// The projects of the rejections since the last accepted signature.
     rejections: Vec<String>,
     /// Projects for which the key has been accepted.
@@ -87,30 +95,35 @@ impl KeyGuard {
     pub async fn admit<'a>(
         &'a self,
         project_id: &'a str,
+        caller: Caller,
         deadline: Deadline,
     ) -> Result<SigningPermit<'a>, Error> {
         loop {
             if self.proven.load(Ordering::Acquire) {
-                return Ok(self.admission(project_id, false));
+                return Ok(self.admission(project_id, None));
             }
             // Registers before the check, so that the end of a probe between the two wakes this call.
             let mut changed = std::pin::pin!(self.changed.notified());
             changed.as_mut().enable();
-            if let Some(admitted) = self.try_probe(project_id) {
+            if let Some(admitted) = self.try_probe(project_id, caller) {
                 return admitted;
             }
-            deadline
-                .bound(changed)
-                .await
-                .map_err(|_| Error::DeadlineExceeded)?;
+            if let Ok(bounded) = timeout(PROBE_PATIENCE, deadline.bound(changed)).await {
+                bounded.map_err(|_| Error::DeadlineExceeded)?;
+            }
         }
     }
 
-    /// Admits a call whose request tries the key out. `None` while the probe of another call is in flight.
-    fn try_probe<'a>(&'a self, project_id: &'a str) -> Option<Result<SigningPermit<'a>, Error>> {
+    /// Admits a call whose request tries the key out. `None` while other probes are in flight.
+    fn try_probe<'a>(
+        &'a self,
+        project_id: &'a str,
+        caller: Caller,
+    ) -> Option<Result<SigningPermit<'a>, Error>> {
+        let now = Instant::now();
         let mut evidence = self.evidence();
         if let Some(until) = evidence.rests_until {
-            let retry_after = until.saturating_duration_since(Instant::now());
+            let retry_after = until.saturating_duration_since(now);
             if !retry_after.is_zero() {
                 return Some(Err(Error::Locked { retry_after }));
             }
@@ -118,16 +131,21 @@ impl KeyGuard {
         }
         // The key may have been proven before this call took the mutex.
         if self.proven.load(Ordering::Acquire) {
-            return Some(Ok(self.admission(project_id, false)));
+            return Some(Ok(self.admission(project_id, None)));
         }
-        if evidence.probing {
+        let is_slow = |at: &Instant| now.saturating_duration_since(*at) >= PROBE_PATIENCE;
+        let probes = &mut evidence.probes;
+        if probes.contains_key(&caller)
+            || probes.len() >= MAX_PROBES
+            || !probes.values().all(is_slow)
+        {
             return None;
         }
-        evidence.probing = true;
-        Some(Ok(self.admission(project_id, true)))
+        probes.insert(caller, now);
+        Some(Ok(self.admission(project_id, Some(caller))))
     }
 
-    fn admission<'a>(&'a self, project_id: &'a str, probe: bool) -> SigningPermit<'a> {
+    fn admission<'a>(&'a self, project_id: &'a str, probe: Option<Caller>) -> SigningPermit<'a> {
         SigningPermit {
             guard: self,
             project_id,
@@ -170,7 +188,8 @@ pub struct SigningPermit<'a> {
     guard: &'a KeyGuard,
     project_id: &'a str,
     epoch: u64,
-    probe: bool,
+    /// The caller if the request is a probe.
+    probe: Option<Caller>,
 }
 
 impl SigningPermit<'_> {
@@ -200,21 +219,24 @@ impl SigningPermit<'_> {
         }
     }
 
-    /// The gateway rejected the signature or the key.
-    pub fn rejected(self) {
+    /// The gateway rejected the signature or the key. Returns whether the key rests.
+    pub fn rejected(self) -> bool {
         let guard = self.guard;
         let mut evidence = guard.evidence();
         if !evidence.counts(self.project_id) {
-            return;
+            return false;
         }
         evidence.rejections.push(self.project_id.to_owned());
         let is_unproven = evidence.accepted.is_empty();
-        if is_unproven || evidence.wary || evidence.rejections.len() >= REJECTIONS_BEFORE_REST {
+        let rests =
+            is_unproven || evidence.wary || evidence.rejections.len() >= REJECTIONS_BEFORE_REST;
+        if rests {
             guard.rest(evidence);
         } else {
             guard.epoch.fetch_add(1, Ordering::AcqRel);
             guard.proven.store(false, Ordering::Release);
         }
+        rests
     }
 
     /// The gateway has locked the key.
@@ -225,9 +247,9 @@ impl SigningPermit<'_> {
 
 impl Drop for SigningPermit<'_> {
     fn drop(&mut self) {
-        if self.probe {
-            self.guard.evidence().probing = false;
-            self.guard.changed.notify_one();
+        if let Some(caller) = self.probe {
+            self.guard.evidence().probes.remove(&caller);
+            self.guard.changed.notify_waiters();
         }
     }
 }
@@ -236,9 +258,13 @@ impl Drop for SigningPermit<'_> {
 mod tests {
     use std::sync::Arc;
 
+    use futures_util::{StreamExt as _, poll, stream::FuturesUnordered};
     use proptest::prelude::*;
 
     use super::*;
+
+    const ANN: Caller = Caller::Connection(1);
+    const BOB: Caller = Caller::Connection(2);
 
     fn in_seconds(seconds: u64) -> Deadline {
         Deadline::after(Duration::from_secs(seconds))
@@ -249,7 +275,7 @@ mod tests {
     }
 
     async fn admit_for<'a>(guard: &'a KeyGuard, project_id: &'a str) -> SigningPermit<'a> {
-        guard.admit(project_id, in_seconds(1)).await.unwrap()
+        guard.admit(project_id, ANN, in_seconds(1)).await.unwrap()
     }
 
     async fn proven() -> KeyGuard {
@@ -265,7 +291,7 @@ mod tests {
     }
 
     async fn remaining_rest(guard: &KeyGuard) -> Duration {
-        match guard.admit("p", in_seconds(1)).await.unwrap_err() {
+        match guard.admit("p", ANN, in_seconds(1)).await.unwrap_err() {
             Error::Locked { retry_after } => retry_after,
             other => panic!("{other:?}"),
         }
@@ -277,16 +303,34 @@ mod tests {
         let first = admit(&guard).await;
 
         assert_eq!(
-            guard.admit("p", in_seconds(1)).await.unwrap_err(),
+            guard.admit("p", ANN, in_seconds(1)).await.unwrap_err(),
             Error::DeadlineExceeded
         );
 
         drop(first);
         let second = admit(&guard).await;
-        let (third, ()) =
-            tokio::join!(guard.admit("p", in_seconds(1)), async { second.accepted() });
-        let fourth = guard.admit("p", in_seconds(1)).await;
+        let (third, ()) = tokio::join!(guard.admit("p", ANN, in_seconds(1)), async {
+            second.accepted()
+        });
+        let fourth = guard.admit("p", ANN, in_seconds(1)).await;
         assert!(third.is_ok() && fourth.is_ok(), "both in flight at once");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_probe_without_a_reply_keeps_other_callers_waiting_for_a_second_only() {
+        let guard = KeyGuard::default();
+        let _hangs = admit(&guard).await;
+        let begun = Instant::now();
+        let anns = (0..100).map(|_| guard.admit("p", ANN, in_seconds(30)));
+        let mut anns = anns.collect::<FuturesUnordered<_>>();
+        assert!(poll!(anns.next()).is_pending());
+
+        let bobs = guard.admit("p", BOB, in_seconds(30)).await.unwrap();
+
+        assert_eq!(begun.elapsed(), PROBE_PATIENCE);
+        assert!(poll!(anns.next()).is_pending());
+        bobs.accepted();
+        assert!(anns.next().await.unwrap().is_ok());
     }
 
     #[tokio::test(start_paused = true)]
@@ -302,7 +346,7 @@ mod tests {
                 .map(|_| {
                     let guard = guard.clone();
                     tokio::spawn(async move {
-                        let admission = guard.admit("p", in_seconds(30)).await?;
+                        let admission = guard.admit("p", ANN, in_seconds(30)).await?;
                         tokio::time::sleep(Duration::from_millis(10)).await;
                         admission.rejected();
                         Ok::<(), Error>(())
@@ -350,7 +394,7 @@ mod tests {
         tokio::time::sleep(Duration::from_secs(240)).await;
         let probe = admit(&guard).await;
         assert_eq!(
-            guard.admit("p", in_seconds(1)).await.unwrap_err(),
+            guard.admit("p", ANN, in_seconds(1)).await.unwrap_err(),
             Error::DeadlineExceeded
         );
         probe.rejected();
@@ -383,7 +427,7 @@ mod tests {
         older.accepted();
         let probe = admit(&guard).await;
         assert_eq!(
-            guard.admit("p", in_seconds(1)).await.unwrap_err(),
+            guard.admit("p", ANN, in_seconds(1)).await.unwrap_err(),
             Error::DeadlineExceeded
         );
         another.locked();
@@ -400,7 +444,7 @@ mod tests {
             admit(&guard).await.accepted();
         }
 
-        assert!(guard.admit("p", in_seconds(1)).await.is_ok());
+        assert!(guard.admit("p", ANN, in_seconds(1)).await.is_ok());
     }
 
     #[tokio::test(start_paused = true)]
@@ -432,11 +476,11 @@ mod tests {
         let (_, patient, ()) = tokio::join!(
             async {
                 guard
-                    .admit("p", Deadline::after(ten_milliseconds))
+                    .admit("p", ANN, Deadline::after(ten_milliseconds))
                     .await
                     .map(drop)
             },
-            guard.admit("p", in_seconds(5)),
+            guard.admit("p", ANN, in_seconds(5)),
             async {
                 tokio::time::sleep(ten_milliseconds).await;
                 drop(probe);
@@ -477,7 +521,7 @@ mod tests {
                 for (sends, reply, index) in steps {
                     if sends {
                         let brief = Deadline::after(Duration::from_millis(1));
-                        if let Ok(admission) = guard.admit("p", brief).await {
+                        if let Ok(admission) = guard.admit("p", ANN, brief).await {
                             in_flight.push((admission, rejected));
                         }
                     } else if !in_flight.is_empty() {

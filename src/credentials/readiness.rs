@@ -92,7 +92,10 @@ mod tests {
 
     async fn admit(key: &AccessKey) -> SigningPermit<'_> {
         let deadline = Deadline::after(SECOND);
-        key.guard.admit("p", deadline).await.unwrap()
+        key.guard
+            .admit("p", crate::caller::Caller::Connection(1), deadline)
+            .await
+            .unwrap()
     }
 
     fn readiness() -> (Readiness, watch::Receiver<bool>) {

@@ -21,6 +21,7 @@ use super::{
 };
 use crate::{
     credentials::{self, Auth, Token, TokenEvidence, key_guard},
+    deadline::Deadline,
     http_client::{Error as HttpError, Response},
     lateness::is_late,
     reason::Reason,
@@ -139,12 +140,7 @@ impl Client {
     ) -> Result<TaskDetail, FailedAttempt> {
         let endpoint = &*self.endpoint;
         let deadline = lookup.deadline.deadline();
-        if deadline.remaining() < FLOOR {
-            return Err(FailedAttempt::permanent(
-                Error::DeadlineExceeded,
-                Reason::DeadlineExceeded,
-            ));
-        }
+        check_remaining(deadline)?;
         let identity = auth.identity();
         let attempt = breaker::Attempt {
             query: lookup.query,
@@ -155,7 +151,9 @@ impl Client {
         let used = match auth {
             Auth::Token(token) => Used::Token(token),
             Auth::Key(key) => {
-                let admission = key.guard.admit(&lookup.query.project_id, deadline);
+                let admission = key
+                    .guard
+                    .admit(&lookup.query.project_id, lookup.caller, deadline);
                 Used::Key(admission.await.map_err(key_unavailable)?)
             }
         };
@@ -169,9 +167,10 @@ impl Client {
                     subject: None,
                 })
             })?;
-            // The vendor may have throttled another call in the meantime.
-            endpoint.throttle.check(identity).map_err(throttled)?;
         }
+        // Another call may have been throttled, and the deadline may have come near, while this one waited.
+        endpoint.throttle.check(identity).map_err(throttled)?;
+        check_remaining(deadline)?;
         let admission = endpoint.breaker.admit(attempt).map_err(circuit_open)?;
 
         let signed = Signed {
@@ -188,10 +187,13 @@ impl Client {
         let mut record =
             AttemptRecord::start(&endpoint.metrics, request.url(), lookup.span, resend_count);
         let until = signed.sent_at + endpoint.options.attempt_timeout;
+        let connect_due = signed.sent_at + endpoint.options.connect_timeout;
         let message = request.with(auth, signed.at, &record);
         let mut reply = match tokio::time::timeout_at(until, self.http.send(message)).await {
             Ok(Ok(reply)) => reply,
-            Ok(Err(failure)) => return Err(failed_exchange(record, admission, failure)),
+            Ok(Err(failure)) => {
+                return Err(failed_exchange(record, admission, failure, connect_due));
+            }
             Err(_) => return Err(timed_out(record, admission, until, true)),
         };
         progress.update(|facts| {
@@ -210,7 +212,9 @@ impl Client {
             Ok(Err(_)) | Err(_) if !matches!(reply.status(), 200 | 400 | 403 | 404 | 409) => {
                 Bytes::from_static(UNREADABLE)
             }
-            Ok(Err(failure)) => return Err(failed_exchange(record, admission, failure)),
+            Ok(Err(failure)) => {
+                return Err(failed_exchange(record, admission, failure, connect_due));
+            }
             Err(_) => return Err(timed_out(record, admission, until, false)),
         };
         record.finish(AttemptOutcome::Reply);
@@ -333,10 +337,11 @@ impl Client {
                 clock_skew(Remedy::None)
             }
             KeyEvidence::Expired { server_time } => {
-                let corrected = server_time
+                let is_corrected = server_time
                     .or(date)
                     .is_some_and(|gateway| clock.correct(gateway));
-                clock_skew(if corrected {
+                // Without the gateway's time, an offset in use is the likely cause.
+                clock_skew(if is_corrected || clock.reset() {
                     Remedy::SignAgain
                 } else {
                     Remedy::None
@@ -348,10 +353,10 @@ impl Client {
                 clock_skew(Remedy::None)
             }
             KeyEvidence::Rejected => {
-                if date.is_some_and(|gateway| clock.correct(gateway)) {
+                let rests = key.rejected();
+                if !rests && date.is_some_and(|gateway| clock.correct(gateway)) {
                     return clock_skew(Remedy::SignAgain);
                 }
-                key.rejected();
                 // Requests a new key, in case a temporary one was revoked, but does not retry this call.
                 FailedAttempt {
                     remedy: Remedy::RefreshCredential(TokenEvidence::Unclear),
@@ -360,6 +365,16 @@ impl Client {
             }
         }
     }
+}
+
+fn check_remaining(deadline: Deadline) -> Result<(), FailedAttempt> {
+    if deadline.remaining() < FLOOR {
+        return Err(FailedAttempt::permanent(
+            Error::DeadlineExceeded,
+            Reason::DeadlineExceeded,
+        ));
+    }
+    Ok(())
 }
 
 fn throttled(throttled: Throttled) -> FailedAttempt {
@@ -391,13 +406,14 @@ fn failed_exchange(
     record: AttemptRecord<'_>,
     admission: breaker::Admission<'_>,
     failure: HttpError,
+    connect_due: Instant,
 ) -> FailedAttempt {
     record.fail(failure.reason);
     match failure.reason {
         // Upstream is up if it replies, even if the reply cannot be read.
         Reason::UpstreamResponseTooLarge | Reason::UpstreamProtocol => admission.succeeded(),
-        // Connecting may have waited for CPU time of this process, not for upstream.
-        _ if failure.timed_out && is_late(Instant::now()) => drop(admission),
+        // Connecting may have waited for CPU time of this process or for other connects, not for upstream.
+        _ if failure.timed_out && is_late(connect_due) => drop(admission),
         _ => admission.failed(),
     }
     FailedAttempt::transport(failure)

@@ -38,13 +38,13 @@ const INSTANCE_FAILURES: u32 = 8;
 const ENDPOINT_FAILURES: u32 = 8;
 const ENDPOINT_INSTANCES: usize = 3;
 
-/// How long a failure counts.
-const MEMORY: Duration = Duration::from_secs(10);
+/// How long a failure counts: longer than an attempt takes until its timeout, so that a hanging upstream opens the circuit too.
+const MEMORY: Duration = Duration::from_secs(30);
 
 /// Limit on tracked failing instances; the one that failed longest ago is evicted first.
 const MAX_INSTANCES: usize = 1024;
 
-/// Limit on tracked callers per open circuit, and so on concurrent probes.
+/// Limit on tracked callers per open circuit. Beyond it, one more probe goes out per [`PROBE_INTERVAL`].
 const MAX_PROBERS: usize = 32;
 
 /// The breaker of one endpoint, shared by all workers.
@@ -95,7 +95,11 @@ struct Endpoint {
 
 /// The callers with a probe in flight or a recently failed one.
 #[derive(Debug, Default)]
-struct Probers(HashMap<Caller, Prober>);
+struct Probers {
+    callers: HashMap<Caller, Prober>,
+    /// The last probe of a caller that is not tracked.
+    untracked_at: Option<Instant>,
+}
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Prober {
@@ -166,15 +170,16 @@ impl Breaker {
         if self.suspect.load(Ordering::Acquire) {
             let now = Instant::now();
             let mut state = self.lock();
+            state.remove_old(now);
             // Checks both levels before it changes either: a rejected call must not use up the other level's probe.
             let probes_endpoint = state.endpoint.check(attempt.caller, now)?;
             let probes_instance = state.check_instance(&admission, now)?;
             if probes_endpoint {
-                state.endpoint.probers.start(attempt.caller);
+                state.endpoint.probers.start(attempt.caller, now);
             }
             if probes_instance && let Some(instance) = state.instances.get_mut(&admission.instance)
             {
-                instance.probers.start(attempt.caller);
+                instance.probers.start(attempt.caller, now);
             }
             admission.probes_endpoint = probes_endpoint;
             admission.probes_instance = probes_instance;
@@ -221,7 +226,9 @@ impl State {
         }
         // The failures may come from the task and not from the instance.
         if instance.task != admission.task {
-            instance.probers.check(admission.caller, now)?;
+            if !instance.probers.is_probing(admission.caller) {
+                instance.probers.check(admission.caller, now)?;
+            }
             return Ok(true);
         }
         let wait = instance.next_probe_at.saturating_duration_since(now);
@@ -246,9 +253,6 @@ impl State {
                 next_probe_at: now,
                 probers: Probers::default(),
             });
-        if now.saturating_duration_since(entry.failed_at) >= MEMORY {
-            entry.failures = 0;
-        }
         entry.failures = entry.failures.saturating_add(1);
         entry.failed_at = now;
         entry.task = admission.task;
@@ -259,12 +263,16 @@ impl State {
             entry.probers.failed(admission.caller, now);
         }
         self.order.push_back((admission.instance, now));
-        self.evict_old(now);
+        self.remove_old(now);
     }
 
-    /// Removes entries that are too old to count, and the oldest beyond the limit.
-    fn evict_old(&mut self, now: Instant) {
-        while let Some((instance, at)) = self.order.front().copied() {
+    /// Removes failures that are too old to count, unless a probe is in flight, and the oldest instances beyond the limit.
+    fn remove_old(&mut self, now: Instant) {
+        self.endpoint.remove_old(now);
+        for _ in 0..self.order.len() {
+            let Some((instance, at)) = self.order.front().copied() else {
+                break;
+            };
             let is_old = now.saturating_duration_since(at) >= MEMORY;
             if !is_old
                 && self.instances.len() <= MAX_INSTANCES
@@ -273,13 +281,15 @@ impl State {
                 break;
             }
             self.order.pop_front();
-            // Keeps an instance that has failed again since.
-            if self
-                .instances
-                .get(&instance)
-                .is_some_and(|entry| entry.failed_at == at && !entry.probers.is_any_probing())
-            {
-                self.instances.remove(&instance);
+            match self.instances.get(&instance) {
+                // It has failed again since, so it has a later entry.
+                Some(entry) if entry.failed_at != at => {}
+                Some(entry) if entry.probers.is_any_probing() => {
+                    self.order.push_back((instance, at));
+                }
+                _ => {
+                    self.instances.remove(&instance);
+                }
             }
         }
     }
@@ -300,14 +310,15 @@ impl Endpoint {
         Ok(true)
     }
 
-    /// Counts a failure.
-    fn failed(&mut self, admission: &Admission<'_>, several_identities: bool, now: Instant) {
-        if self
-            .failed_at
-            .is_some_and(|at| now.saturating_duration_since(at) >= MEMORY)
-        {
+    fn remove_old(&mut self, now: Instant) {
+        let is_old = |at| now.saturating_duration_since(at) >= MEMORY;
+        if self.failed_at.is_some_and(is_old) && !self.probers.is_any_probing() {
             *self = Self::default();
         }
+    }
+
+    /// Counts a failure.
+    fn failed(&mut self, admission: &Admission<'_>, several_identities: bool, now: Instant) {
         self.failed_at = Some(now);
         self.failures = self.failures.saturating_add(1);
         if self.instances.len() < ENDPOINT_INSTANCES {
@@ -322,9 +333,18 @@ impl Endpoint {
             && self.identities.len() >= identities;
         // An attempt that was admitted before the circuit opened does not delay the caller's next probe.
         if self.open
-            && (admission.probes_endpoint || !self.probers.0.contains_key(&admission.caller))
+            && (admission.probes_endpoint || !self.probers.callers.contains_key(&admission.caller))
         {
             self.probers.failed(admission.caller, now);
+        }
+    }
+}
+
+impl Prober {
+    fn counts(self, now: Instant) -> bool {
+        match self {
+            Self::Probing => true,
+            Self::FailedAt(at) => now.saturating_duration_since(at) < PROBE_INTERVAL,
         }
     }
 }
@@ -332,7 +352,7 @@ impl Endpoint {
 impl Probers {
     /// Whether `caller` may probe.
     fn check(&self, caller: Caller, now: Instant) -> Result<(), Duration> {
-        match self.0.get(&caller) {
+        match self.callers.get(&caller) {
             Some(Prober::Probing) => Err(PROBE_INTERVAL),
             Some(Prober::FailedAt(at)) => {
                 let waited = now.saturating_duration_since(*at);
@@ -341,32 +361,53 @@ impl Probers {
                     _ => Ok(()),
                 }
             }
-            None if self.0.len() < MAX_PROBERS => Ok(()),
-            None => Err(PROBE_INTERVAL),
+            None if self.tracked(now) < MAX_PROBERS => Ok(()),
+            None => match self.untracked_at.map(|at| at + PROBE_INTERVAL) {
+                Some(next) if next > now => Err(next - now),
+                _ => Ok(()),
+            },
         }
+    }
+
+    /// Callers whose probe is in flight or has failed less than an interval ago.
+    fn tracked(&self, now: Instant) -> usize {
+        let probers = self.callers.values();
+        probers.filter(|prober| prober.counts(now)).count()
+    }
+
+    fn is_probing(&self, caller: Caller) -> bool {
+        self.callers.get(&caller) == Some(&Prober::Probing)
     }
 
     fn is_any_probing(&self) -> bool {
-        self.0.values().any(|prober| *prober == Prober::Probing)
+        self.callers
+            .values()
+            .any(|prober| *prober == Prober::Probing)
     }
 
-    fn start(&mut self, caller: Caller) {
-        self.0.insert(caller, Prober::Probing);
-    }
-
-    fn failed(&mut self, caller: Caller, now: Instant) {
-        self.0.retain(|_, prober| match prober {
-            Prober::Probing => true,
-            Prober::FailedAt(at) => now.saturating_duration_since(*at) < PROBE_INTERVAL,
-        });
-        if self.0.len() < MAX_PROBERS || self.0.contains_key(&caller) {
-            self.0.insert(caller, Prober::FailedAt(now));
+    fn start(&mut self, caller: Caller, now: Instant) {
+        if !self.insert(caller, Prober::Probing, now) {
+            self.untracked_at = Some(now);
         }
     }
 
+    fn failed(&mut self, caller: Caller, now: Instant) {
+        self.insert(caller, Prober::FailedAt(now), now);
+    }
+
+    /// Tracks the caller, if the limit allows it.
+    fn insert(&mut self, caller: Caller, prober: Prober, now: Instant) -> bool {
+        self.callers.retain(|_, prober| prober.counts(now));
+        let fits = self.callers.len() < MAX_PROBERS || self.callers.contains_key(&caller);
+        if fits {
+            self.callers.insert(caller, prober);
+        }
+        fits
+    }
+
     fn cancelled(&mut self, caller: Caller) {
-        if self.0.get(&caller) == Some(&Prober::Probing) {
-            self.0.remove(&caller);
+        if self.is_probing(caller) {
+            self.callers.remove(&caller);
         }
     }
 }
@@ -380,6 +421,7 @@ impl Admission<'_> {
             return;
         }
         let mut state = self.breaker.lock();
+        state.remove_old(now);
         state.instances.remove(&self.instance);
         state.endpoint = Endpoint::default();
         self.breaker.endpoint_open.set(0);
@@ -501,9 +543,11 @@ mod tests {
 
         let other = admit(&breaker, BOB, 1, "another").expect("it did not fail last");
         assert!(admit(&breaker, BOB, 1, "t").is_err());
+        let third = admit(&breaker, BOB, 1, "third").expect("another task, too");
+        third.failed();
         assert!(
-            admit(&breaker, BOB, 1, "third").is_err(),
-            "one probe a caller"
+            admit(&breaker, BOB, 1, "fourth").is_err(),
+            "a probe has failed"
         );
         other.succeeded();
 
@@ -644,6 +688,60 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn probes_that_take_as_long_as_an_attempt_keep_the_circuits_open() {
+        for is_endpoint in [false, true] {
+            let breaker = breaker();
+            if is_endpoint {
+                bring_down(&breaker, ANN);
+            } else {
+                fail(&breaker, ANN, 9, INSTANCE_FAILURES);
+            }
+            for round in 0..5 {
+                tokio::time::advance(PROBE_INTERVAL).await;
+                let probe = admit(&breaker, ANN, 9, "t").expect("a probe");
+                tokio::time::advance(Duration::from_secs(10)).await;
+                probe.failed();
+
+                assert!(admit(&breaker, ANN, 9, "t").is_err(), "{round}");
+            }
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn new_callers_probe_although_many_others_have_failed_or_hang() {
+        let breaker = breaker();
+        bring_down(&breaker, ANN);
+        for number in 100..100 + MAX_PROBERS as u64 {
+            fail(&breaker, Caller::Connection(number), number as usize, 1);
+        }
+        tokio::time::advance(PROBE_INTERVAL).await;
+        assert!(admit(&breaker, BOB, 9, "t").is_ok());
+
+        let hanging: Vec<_> = (200..300)
+            .filter_map(|number| {
+                admit(&breaker, Caller::Connection(number), number as usize, "t").ok()
+            })
+            .collect();
+        assert_eq!(hanging.len(), MAX_PROBERS + 1);
+        tokio::time::advance(PROBE_INTERVAL).await;
+        admit(&breaker, BOB, 9, "t").expect("one more").succeeded();
+
+        assert_eq!(breaker.endpoint_open.get(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn failures_that_no_call_follows_are_removed_at_the_next_success_of_another() {
+        let breaker = breaker();
+        fail(&breaker, ANN, 1, INSTANCE_FAILURES);
+        tokio::time::advance(MEMORY).await;
+
+        admit(&breaker, ANN, 2, "t").expect("up").succeeded();
+
+        assert_eq!(breaker.instances_open.get(), 0);
+        assert!(!breaker.suspect.load(Ordering::Acquire));
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn failing_instances_and_callers_are_tracked_up_to_a_limit() {
         let breaker = breaker();
 
@@ -657,7 +755,7 @@ mod tests {
         let state = breaker.lock();
         assert!(state.instances.len() <= MAX_INSTANCES + 1);
         assert!(state.order.len() <= 4 * MAX_INSTANCES + 1);
-        assert!(state.endpoint.probers.0.len() <= MAX_PROBERS);
+        assert!(state.endpoint.probers.callers.len() <= MAX_PROBERS);
     }
 
     /// One step of a random run: an attempt, or elapsed time.

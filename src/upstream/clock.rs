@@ -42,13 +42,15 @@ impl Clock {
         is_plausible
     }
 
-    /// Removes the offset after a signature of the corrected time was rejected too.
-    pub(super) fn reset(&self) {
-        if self.offset_seconds.swap(0, Ordering::Relaxed) != 0 {
+    /// Removes the offset after a signature of the corrected time was rejected too. Returns whether there was one.
+    pub(super) fn reset(&self) -> bool {
+        let had_offset = self.offset_seconds.swap(0, Ordering::Relaxed) != 0;
+        if had_offset {
             tracing::warn!(
                 "signing with the system's time again: the corrected time was rejected too"
             );
         }
+        had_offset
     }
 }
 

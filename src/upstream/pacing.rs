@@ -13,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-use moka::sync::Cache;
+use moka::{policy::EvictionPolicy, sync::Cache};
 use tokio::{
     sync::Notify,
     time::{Instant, sleep_until},
@@ -24,7 +24,7 @@ use crate::{caller::Caller, credentials::Identity, deadline::Deadline};
 /// Limit on credentials with a window; an evicted one starts with an empty window.
 const MAX_IDENTITIES: u64 = 10_000;
 
-/// Limit on starts that are stored one by one. With a larger N, starts within T/1024 are stored as one entry with the time of the latest.
+/// Limit on entries of a window. With a larger N, the starts within T/1024 share an entry.
 const MAX_STARTS: u32 = 1024;
 
 /// An attempt that still waits is rejected this long before its deadline, so that its caller gets an error with `RetryInfo`.
@@ -57,6 +57,7 @@ impl Pacing {
             // After that time the window is empty, so a new lane is equivalent.
             lanes: Cache::builder()
                 .max_capacity(MAX_IDENTITIES)
+                .eviction_policy(EvictionPolicy::lru())
                 .time_to_idle(config.period * 2)
                 .build(),
         }
@@ -87,6 +88,14 @@ impl Pacing {
     }
 }
 
+/// Starts that leave the window together, with the latest of them.
+#[derive(Debug)]
+struct Starts {
+    first: Instant,
+    latest: Instant,
+    count: u32,
+}
+
 #[derive(Debug)]
 struct Lane(Mutex<State>);
 
@@ -97,10 +106,10 @@ struct State {
     window: Duration,
     /// The minimum time between two starts while attempts are queued.
     spacing: Duration,
-    /// Starts closer together than this share an entry.
+    /// Starts within this time share an entry.
     resolution: Duration,
-    /// Times and numbers of the starts in the window, oldest first.
-    starts: VecDeque<(Instant, u32)>,
+    /// The starts in the window, oldest first.
+    starts: VecDeque<Starts>,
     /// The sum of the numbers in `starts`.
     started: u32,
     /// The queued attempts by caller. The first attempt of the first caller starts next.
@@ -128,7 +137,7 @@ impl Lane {
     fn enter(&self, caller: Caller, deadline: Deadline) -> Result<Option<Queued<'_>>, Duration> {
         let mut state = self.state();
         let now = Instant::now();
-        if state.queue.is_empty() && state.next_at(now) <= now {
+        if state.queue.is_empty() && state.next_at(now, false) <= now {
             state.start(now);
             return Ok(None);
         }
@@ -154,24 +163,24 @@ impl Lane {
 }
 
 impl State {
-    /// When the next attempt may start: when the window has room and, if attempts are queued, `spacing` after the latest start.
-    fn next_at(&mut self, now: Instant) -> Instant {
-        while let Some((at, count)) = self.starts.front().copied()
-            && now.saturating_duration_since(at) >= self.window
+    /// When the next attempt may start: when the window has room and, for a queued attempt, `spacing` after the latest start.
+    fn next_at(&mut self, now: Instant, is_queued: bool) -> Instant {
+        while let Some(oldest) = self.starts.front()
+            && now.saturating_duration_since(oldest.latest) >= self.window
         {
+            self.started -= oldest.count;
             self.starts.pop_front();
-            self.started -= count;
         }
         let mut next = now;
-        if let Some((oldest, _)) = self.starts.front()
+        if let Some(oldest) = self.starts.front()
             && self.started >= self.config.calls.get()
         {
-            next = *oldest + self.window;
+            next = oldest.latest + self.window;
         }
-        if let Some((latest, _)) = self.starts.back()
-            && !self.queue.is_empty()
+        if let Some(newest) = self.starts.back()
+            && is_queued
         {
-            next = next.max(*latest + self.spacing);
+            next = next.max(newest.latest + self.spacing);
         }
         next
     }
@@ -179,11 +188,15 @@ impl State {
     fn start(&mut self, now: Instant) {
         self.started += 1;
         match self.starts.back_mut() {
-            Some((at, count)) if now.saturating_duration_since(*at) < self.resolution => {
-                *count += 1;
-                *at = now;
+            Some(newest) if now.saturating_duration_since(newest.first) < self.resolution => {
+                newest.count += 1;
+                newest.latest = now;
             }
-            _ => self.starts.push_back((now, 1)),
+            _ => self.starts.push_back(Starts {
+                first: now,
+                latest: now,
+                count: 1,
+            }),
         }
     }
 
@@ -235,20 +248,20 @@ impl State {
 
     /// When an attempt with `before` others ahead of it would start.
     fn start_after(&mut self, before: usize, now: Instant) -> Instant {
-        let mut at = self.next_at(now);
+        let mut at = self.next_at(now, true);
         let limit = u64::from(self.config.calls.get());
         let mut free = limit - u64::from(self.started).min(limit);
         // The window has room now, or when a start leaves it; after all of them only the spacing counts.
-        let mut leaving = self.starts.iter().copied();
+        let mut leaving = self.starts.iter();
         for position in 0..=before {
             if position > 0 {
                 at += self.spacing;
             }
             if free > 0 {
                 free -= 1;
-            } else if let Some((start, count)) = leaving.next() {
-                at = at.max(start + self.window);
-                free = u64::from(count) - 1;
+            } else if let Some(starts) = leaving.next() {
+                at = at.max(starts.latest + self.window);
+                free = u64::from(starts.count) - 1;
             }
         }
         at
@@ -270,7 +283,7 @@ impl Queued<'_> {
                 let now = Instant::now();
                 let first = state.queue.front().and_then(|(_, waiters)| waiters.front());
                 let is_next = first.is_some_and(|first| Arc::ptr_eq(first, &self.waiter));
-                let next_at = state.next_at(now);
+                let next_at = state.next_at(now, true);
                 if is_next && next_at <= now {
                     return state.start_next(now);
                 }
@@ -455,6 +468,30 @@ mod tests {
 
         pacing.lanes.run_pending_tasks();
         assert!(pacing.lanes.entry_count() <= MAX_IDENTITIES);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_steady_load_below_the_rate_starts_at_once() {
+        let pacing = pacing(60_000, Duration::from_secs(60));
+
+        for _ in 0..3 * 60 * 800 {
+            tokio::time::advance(Duration::from_micros(1250)).await;
+            let start = pacing.wait(RDS, ANN, in_seconds(0)).await;
+            start.expect("800 a second of 1000");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_wait_of_the_first_queued_attempt_includes_the_spacing() {
+        let pacing = pacing(2, Duration::from_secs(10));
+        start(&pacing, &[ANN]).await.join_all().await;
+        tokio::time::advance(Duration::from_millis(9900)).await;
+        start(&pacing, &[ANN]).await.join_all().await;
+
+        let before = Instant::now();
+        let wait = pacing.wait(RDS, ANN, in_seconds(2)).await.unwrap_err();
+
+        assert_eq!((Instant::now(), wait.as_secs()), (before, 5));
     }
 
     #[tokio::test(start_paused = true)]

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use moka::sync::Cache;
+use moka::{policy::EvictionPolicy, sync::Cache};
 use tokio::time::Instant;
 
 use super::{Rejection, throttling_text::Subject};
@@ -49,6 +49,7 @@ impl Throttle {
             base: Instant::now(),
             windows: Cache::builder()
                 .max_capacity(MAX_IDENTITIES)
+                .eviction_policy(EvictionPolicy::lru())
                 .time_to_live(MAX_RETRY_AFTER)
                 .build(),
             latest: AtomicU64::new(0),

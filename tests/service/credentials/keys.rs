@@ -378,3 +378,67 @@ async fn a_rejected_temporary_key_is_replaced_at_once_and_not_when_its_life_is_o
     assert!(later.is_ok(), "{later:?}");
     assert_eq!(upstream.requests().len(), 2, "no call is retried");
 }
+
+#[tokio::test]
+async fn a_throttle_window_also_holds_for_calls_that_waited_for_the_key() {
+    let upstream = Upstream::always(reply(429, &[("retry-after", "300")], "")).await;
+    let program = with_key(&upstream.url(), &SANDBOX_KEY);
+
+    let failures = failures_of(&program, 100).await;
+
+    assert!(failures.iter().all(|failure| failure.reason == "THROTTLED"));
+    assert_eq!(upstream.requests().len(), 1);
+}
+
+#[tokio::test]
+async fn a_key_without_evidence_does_not_let_one_callers_hanging_instance_block_others() {
+    let upstream = Upstream::start(|request| match request.line.contains("hangs") {
+        true => vec![Step::Hold],
+        false => example(),
+    })
+    .await;
+    let program = with_key(&upstream.url(), &SANDBOX_KEY);
+    let mut hanging = program.client().await;
+    let hangs = tokio::spawn(async move {
+        let mut request = example_request();
+        request.instance_id = "hangs".to_owned();
+        let _ = hanging.get_task_detail(request).await;
+    });
+    upstream.wait_for_requests(1).await;
+
+    let reply = program.call(example_request()).await;
+
+    assert!(reply.is_ok(), "{reply:?}");
+    hangs.abort();
+}
+
+#[tokio::test]
+async fn a_wrong_date_that_corrected_the_clock_is_dropped_at_the_next_expired_signature() {
+    let ahead = jiff::Timestamp::now() + Duration::from_secs(20 * 60);
+    let wrong_date = ahead.strftime("%a, %d %b %Y %H:%M:%S GMT").to_string();
+    let upstream = Upstream::start(move |request| match request.number {
+        // A proxy's date, and then a reply that does not show that the offset is wrong.
+        0 => rejection("signature expired", &[("date", &wrong_date)]),
+        1 => reply(503, &[], ""),
+        2 => rejection("signature expired", &[]),
+        _ => example(),
+    })
+    .await;
+    let url = upstream.url();
+    let program = Program::start(
+        &[
+            "--endpoint",
+            &url,
+            "--credentials",
+            "env",
+            "--max-attempts",
+            "1",
+        ],
+        &SANDBOX_KEY,
+    );
+
+    let first = program.call(example_request()).await;
+    let second = program.call(example_request()).await;
+
+    assert!(second.is_ok(), "{first:?} {second:?}");
+}
