@@ -16,7 +16,7 @@ use super::{
 pub enum Auth {
     /// Goes out as `X-Auth-Token`.
     Token(Token),
-    /// Signs the request, anew for each attempt.
+    /// Signs the request, separately for each attempt.
     Key(Arc<AccessKey>),
 }
 

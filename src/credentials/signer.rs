@@ -40,7 +40,7 @@ pub struct Signed {
     pub authorization: HeaderValue,
 }
 
-/// Signs a request at the time `at`. The gateway accepts it up to 15 minutes before and after, so each attempt is signed anew.
+/// Signs a request at the time `at`. The gateway accepts it up to 15 minutes before and after, so each attempt is signed separately.
 pub fn sign(request: &SigningRequest<'_>, key: &AccessKey, at: SystemTime) -> Signed {
     let date = x_sdk_date(at);
     let headers = signed_headers(request, key, &date);
@@ -309,7 +309,7 @@ mod tests {
     }
 
     #[test]
-    fn broken_escapes_stay_and_bytes_that_are_no_text_become_the_replacement_character() {
+    fn invalid_escapes_stay_and_invalid_utf8_becomes_the_replacement_character() {
         let mut text = String::new();
 
         push_path(&mut text, "/a%2/%zz/%+1/%ff/%");

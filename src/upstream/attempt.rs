@@ -331,7 +331,7 @@ impl Client {
                     retry_after: KEY_LOCK,
                 })
             }
-            // Signatures of a wrong time are no evidence against the key.
+            // A signature of a wrong time is not evidence against the key.
             KeyEvidence::Expired { .. } if signed.clock_corrected => {
                 clock.reset();
                 clock_skew(Remedy::None)

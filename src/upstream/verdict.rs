@@ -95,7 +95,7 @@ fn by_status(http_status: u16, body: BodyKind) -> Verdict {
             .with_credential(Credential::Renewable),
         402 | 412 | 423 | 428 => verdict(Code::FailedPrecondition, Reason::PreconditionFailed),
         403 | 451 => verdict(Code::PermissionDenied, Reason::PermissionDenied),
-        // A page that is not the API's own: no statement about the task.
+        // A page that is not the API's: it does not mean that the task is missing.
         404 if body == BodyKind::Other => verdict(Code::Unimplemented, Reason::UpstreamApiNotFound),
         404 | 410 => {
             verdict(Code::NotFound, Reason::ResourceNotFound).with_missing(Resource::Other)

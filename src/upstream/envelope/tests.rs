@@ -314,7 +314,7 @@ fn the_policy_explanation_is_found_at_the_top_and_below() {
 }
 
 #[test]
-fn what_is_no_json_object_says_nothing() {
+fn a_body_that_is_not_a_json_object_has_no_contents() {
     let cases: [(&[u8], BodyKind); 12] = [
         (b"", BodyKind::Empty),
         (b" \r\n\t", BodyKind::Empty),

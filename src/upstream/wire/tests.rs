@@ -149,7 +149,7 @@ fn show_detail_is_a_bool_or_the_text_of_one() {
 }
 
 #[test]
-fn sub_task_list_may_be_a_single_object_and_what_is_no_object_is_left_out() {
+fn sub_task_list_may_be_a_single_object_and_skips_other_values() {
     let cases = [
         ("list", r#"[{"percent":"1"},{"percent":2}]"#, vec!["1", "2"]),
         ("single object", r#"{"percent":"1"}"#, vec!["1"]),

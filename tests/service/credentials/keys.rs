@@ -185,7 +185,7 @@ async fn a_call_with_a_rejected_signature_is_never_retried() {
 }
 
 #[tokio::test]
-async fn each_attempt_is_signed_anew() {
+async fn each_attempt_is_signed_separately() {
     let upstream = Upstream::start(|request| match request.number {
         0 => reply(503, &[("retry-after", "1")], ""),
         _ => example(),

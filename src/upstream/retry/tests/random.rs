@@ -175,7 +175,7 @@ proptest! {
             });
             let ended = runs.collect::<JoinSet<_>>().join_all().await;
             let retries: u64 = ended.iter().map(|(_, retries)| retries).sum();
-            // The last call ends in the thirtieth second at the latest, so the reserve comes anew twice.
+            // The last call ends in the thirtieth second at the latest, so the reserve is renewed twice.
             assert!(retries <= 3 * (RESERVE + number * u64::from(percent) / 100), "{retries}");
         });
     }
