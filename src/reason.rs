@@ -54,7 +54,7 @@ pub enum Reason {
     UpstreamProtocol,
     /// The reply cannot be decoded.
     UpstreamMalformedResponse,
-    /// The reply is over 1 MiB.
+    /// The reply is over 1 MiB, or the task has over 10 000 parts.
     UpstreamResponseTooLarge,
     /// The deadline of the call passed.
     DeadlineExceeded,

@@ -48,6 +48,7 @@ pub(crate) fn check(input: &[u8]) {
             assert!(envelope.has_code && tree.fields().is_some());
         }
         (Err(NotATask::Malformed), None) => {}
+        (Err(NotATask::TooManyParts), Some(Ok(task))) => assert!(task.sub_task_list.len() > 10_000),
         (read, expected) => panic!("{read:?} but expected {expected:?}"),
     }
 }

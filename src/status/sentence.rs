@@ -87,7 +87,7 @@ pub(super) fn for_reason(reason: Reason) -> &'static str {
             "the reply of RDS cannot be decoded as a task: report upstreamRequestId to RDS support"
         }
         Reason::UpstreamResponseTooLarge => {
-            "the reply of RDS is over 1 MiB: report upstreamRequestId to RDS support"
+            "the reply of RDS is over 1 MiB or has over 10 000 parts: report upstreamRequestId to RDS support"
         }
         Reason::DeadlineExceeded => {
             "the deadline passed: the caller's, or the server's limit if that is shorter"

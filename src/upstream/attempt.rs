@@ -251,6 +251,13 @@ impl Client {
                     return Ok(task);
                 }
                 Err(NotATask::Malformed) => return Err(malformed(admission)),
+                Err(NotATask::TooManyParts) => {
+                    admission.succeeded();
+                    return Err(FailedAttempt::permanent(
+                        Error::TooLarge,
+                        Reason::UpstreamResponseTooLarge,
+                    ));
+                }
                 Err(NotATask::ErrorObject(envelope)) => {
                     rejection::from_envelope(200, headers, envelope, now)
                 }

@@ -52,7 +52,7 @@ pub enum Error {
     AttemptTimeout,
     /// A 200 whose body cannot be read as a task.
     Malformed,
-    /// A reply over the size limit.
+    /// A reply over the size limit, or a task with more than 10 000 parts.
     TooLarge,
     /// The call's deadline passed.
     DeadlineExceeded,

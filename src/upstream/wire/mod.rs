@@ -8,7 +8,12 @@
 #[cfg(test)]
 mod tests;
 
-use serde::Deserialize;
+use std::fmt;
+
+use serde::{
+    Deserialize, Deserializer,
+    de::{IgnoredAny, SeqAccess, Visitor},
+};
 use serde_json::value::RawValue;
 
 use super::envelope::{self, Envelope, scalar};
@@ -87,11 +92,16 @@ pub struct SubTask {
     pub show_detail: Option<bool>,
 }
 
+/// Limit on the parts of a task. A reply of 1 MiB could hold 350 000 empty ones, which need a hundred times its size in memory.
+const MAX_PARTS: usize = 10_000;
+
 /// A 200 without a task. Contains nothing of the body, which may hold anything.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum NotATask {
     /// Not a JSON object in UTF-8, or one with a known field twice or without all four documented fields.
     Malformed,
+    /// A task with more than 10 000 parts.
+    TooManyParts,
     /// An error object.
     ErrorObject(Envelope),
 }
@@ -223,16 +233,52 @@ fn sub_tasks(value: Option<&RawValue>) -> Result<Vec<SubTask>, NotATask> {
     let Some(value) = value else {
         return Ok(Vec::new());
     };
-    let items: Vec<&RawValue> = match value.get().as_bytes().first() {
-        Some(b'[') => serde_json::from_str(value.get()).map_err(|_| NotATask::Malformed)?,
+    let items = match value.get().as_bytes().first() {
+        Some(b'[') => {
+            let Items(items) =
+                serde_json::from_str(value.get()).map_err(|_| NotATask::Malformed)?;
+            items
+        }
         _ => vec![value],
     };
+    if items.len() > MAX_PARTS {
+        return Err(NotATask::TooManyParts);
+    }
     items
         .into_iter()
         .map(RawValue::get)
         .filter(|json| json.starts_with('{'))
         .map(sub_task)
         .collect()
+}
+
+/// The items of a JSON array, up to one more than [`MAX_PARTS`].
+struct Items<'a>(Vec<&'a RawValue>);
+
+impl<'de> Deserialize<'de> for Items<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct ItemsVisitor;
+        impl<'de> Visitor<'de> for ItemsVisitor {
+            type Value = Items<'de>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an array")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut array: A) -> Result<Self::Value, A::Error> {
+                let mut items = Vec::new();
+                while items.len() <= MAX_PARTS {
+                    match array.next_element()? {
+                        Some(item) => items.push(item),
+                        None => return Ok(Items(items)),
+                    }
+                }
+                while array.next_element::<IgnoredAny>()?.is_some() {}
+                Ok(Items(items))
+            }
+        }
+        deserializer.deserialize_seq(ItemsVisitor)
+    }
 }
 
 fn sub_task(json: &str) -> Result<SubTask, NotATask> {

@@ -318,13 +318,13 @@ fn a_task_with_an_error_code_that_says_nothing_is_a_task() {
 #[test]
 fn long_strings_and_long_lists_are_read_whole() {
     let long = "x".repeat(1_000_000);
-    let list = vec![r#"{"x":1}"#; 100_000].join(",");
+    let list = vec![r#"{"x":1}"#; MAX_PARTS].join(",");
 
     let with_string = with(&format!(r#""process":"{long}""#)).unwrap();
     let with_list = with(&format!(r#""sub_task_list":[{list}]"#)).unwrap();
 
     assert_eq!(with_string.process.unwrap().len(), 1_000_000);
-    assert_eq!(with_list.sub_task_list.len(), 100_000);
+    assert_eq!(with_list.sub_task_list.len(), MAX_PARTS);
 }
 
 proptest! {
@@ -339,4 +339,18 @@ proptest! {
 
         prop_assert_eq!(parse(&body).unwrap().job_id, value);
     }
+}
+
+#[test]
+fn a_task_has_at_most_ten_thousand_parts() {
+    let list = |count: usize| format!("\"sub_task_list\":[{}]", vec!["{}"; count].join(","));
+
+    let most = with(&list(MAX_PARTS)).expect("as many as allowed");
+
+    assert_eq!(most.sub_task_list.len(), MAX_PARTS);
+    for count in [MAX_PARTS + 1, MAX_PARTS + 2, 349_000] {
+        assert_eq!(with(&list(count)), Err(NotATask::TooManyParts), "{count}");
+    }
+    let broken = format!("{},", list(MAX_PARTS + 5).trim_end_matches(']'));
+    assert_eq!(with(&broken), Err(NotATask::Malformed));
 }
