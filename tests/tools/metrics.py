@@ -45,6 +45,7 @@ EXPECTED = {
     "rds_cache_hits": ("counter", *NONE),
     "rds_throttled_calls": ("counter", *NONE),
     "rds_circuit_open": ("gauge", *NONE),
+    "rds_circuit_open_instances": ("gauge", *NONE),
     "rds_credential_expiry_timestamp_seconds": ("gauge", *NONE),
     "rds_credential_refresh": ("counter", ("outcome",), {("success",), ("failure",)}),
     "tls_certificate_expiry_timestamp_seconds": ("gauge", *NONE),
