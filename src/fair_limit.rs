@@ -112,7 +112,8 @@ impl FairLimit {
     fn is_reserved_for_others(&self, state: &State, own: usize) -> bool {
         let free = self.max - state.held;
         own >= self.reserve
-            && (own >= self.max / state.holders.max(1) || free <= state.reserved.min(self.max / 2))
+            && (own >= self.max.div_ceil(state.holders.max(1))
+                || free <= state.reserved.min(self.max / 2))
     }
 
     /// The number of permits held now.
@@ -206,6 +207,16 @@ mod tests {
             "up to its own share of 25"
         );
         drop(others);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn equal_callers_can_use_the_whole_limit() {
+        let limit = FairLimit::new(2048);
+        let callers = (0..2048).map(|number| Caller::Connection(number % 21));
+
+        let held: Vec<_> = callers.flat_map(|caller| take(&limit, caller, 1)).collect();
+
+        assert_eq!(held.len(), 2048);
     }
 
     #[tokio::test(start_paused = true)]
