@@ -35,8 +35,8 @@ DISTINCT = "task-{{.RequestNumber}}"
 CASES = [
     ("token", ["--credentials=token"], TOKEN, "finished", DISTINCT, OK, 160_000),
     ("signature", ["--credentials=env"], KEY, "finished", DISTINCT, OK, 200_000),
-    ("error", ["--credentials=token"], TOKEN, INSTANCE_ID, DISTINCT, NOT_FOUND, 222_000),
-    ("cached reply", ["--credentials=token", "--cache-ttl=1h"], TOKEN, "finished", "one", OK, 65_000),
+    ("error", ["--credentials=token"], TOKEN, INSTANCE_ID, DISTINCT, NOT_FOUND, 203_000),
+    ("cached reply", ["--credentials=token", "--cache-ttl=1h"], TOKEN, "finished", "one", OK, 61_000),
 ]
 
 
