@@ -14,6 +14,7 @@ use tokio::{
 };
 
 use crate::{
+    accept::Accept,
     options::{self, Parsed},
     telemetry::metrics::Metrics,
 };
@@ -47,9 +48,6 @@ const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
 /// The time from accept to the end of the response, so that a slow reader releases its permit.
 const CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The pause after a failed accept, which would otherwise fail in a busy loop while descriptors are exhausted.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-
 const TEXT: &str = "text/plain; charset=utf-8";
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
@@ -62,19 +60,13 @@ pub async fn serve(
     let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     // Aborts the open connections when it is dropped.
     let mut connections = JoinSet::new();
+    let mut accept = Accept::new("metrics");
     loop {
         let permit = Arc::clone(&permits)
             .acquire_owned()
             .await
             .expect("the semaphore is never closed");
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
-            Err(error) => {
-                tracing::warn!(%error, "cannot accept a connection for /metrics");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
-                continue;
-            }
-        };
+        let (stream, _) = accept.next(&listener).await;
         while connections.try_join_next().is_some() {}
         let connection = serve_connection(stream, Arc::clone(&metrics), ready.clone());
         connections.spawn(async move {

@@ -40,6 +40,7 @@
 //!
 //! - [`telemetry`]: log, access log, metrics, traces
 //! - [`files`]: reads and watches small files: certificates, tokens, passwords
+//! - [`accept`]: accepts TCP connections, for all listeners
 //! - [`error_chain`]: walks an error and its sources
 //! - [`lateness`]: whether this thread lacks CPU time, so that a timeout is not evidence against a peer
 //!
@@ -48,6 +49,7 @@
 //! - [`client`]: the subcommands `call` and `health`
 //! - [`sandbox`]: an embedded fake of RDS, IAM and the metadata service
 
+pub mod accept;
 pub mod admin;
 pub mod app;
 pub mod call;

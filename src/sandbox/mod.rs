@@ -52,6 +52,8 @@ pub use scenarios::{SCENARIOS, Scenario};
 use state::State;
 use transport::Script;
 
+use crate::accept::Accept;
+
 /// A token that is always valid.
 pub const TOKEN: &str = "sandbox-token";
 /// The access key id (AK) of a key that is always valid.
@@ -86,9 +88,6 @@ const MAX_BODY_BYTES: usize = 64 * 1024;
 
 /// Longest time to receive a request body.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// Pause after a failed accept, so that running out of file descriptors does not cause a busy loop.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// The sandbox, bound to its address.
 #[derive(Debug)]
@@ -139,19 +138,14 @@ impl Sandbox {
     pub async fn serve(self, shutdown: impl Future<Output = ()>) {
         let mut shutdown = pin!(shutdown);
         let mut connections = JoinSet::new();
+        let mut accept = Accept::new("sandbox");
         loop {
             tokio::select! {
                 () = &mut shutdown => return,
                 Some(_) = connections.join_next() => {}
-                accepted = self.listener.accept(), if connections.len() < MAX_CONNECTIONS => match accepted {
-                    Ok((stream, _)) => {
-                        self.shared.state().counts.connections += 1;
-                        connections.spawn(transport::serve(stream, Arc::clone(&self.shared)));
-                    }
-                    Err(error) => {
-                        tracing::warn!(%error, "the sandbox cannot accept a connection");
-                        sleep(ACCEPT_PAUSE).await;
-                    }
+                (stream, _) = accept.next(&self.listener), if connections.len() < MAX_CONNECTIONS => {
+                    self.shared.state().counts.connections += 1;
+                    connections.spawn(transport::serve(stream, Arc::clone(&self.shared)));
                 }
             }
         }

@@ -1,22 +1,16 @@
 //! The accept loop. One loop for all workers: it spreads connections evenly, which the kernel's hash with `SO_REUSEPORT` does not, and
 //! a second process on the same port fails loudly instead of taking half of the connections.
 
-use std::{convert::Infallible, io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{convert::Infallible, net::SocketAddr, sync::Arc};
 
-use tokio::{
-    net::TcpListener,
-    sync::Semaphore,
-    time::{Instant, sleep},
-};
+use tokio::{net::TcpListener, sync::Semaphore};
 
 use super::worker::Worker;
-use crate::{rpc::Service, telemetry::metrics::Metrics};
-
-/// The pause after the first failed accept; it doubles up to [`MAX_PAUSE`] with each further failure in a row.
-const FIRST_PAUSE: Duration = Duration::from_millis(100);
-const MAX_PAUSE: Duration = Duration::from_secs(1);
-/// At most one log line per interval reports that connections cannot be accepted.
-const LOG_INTERVAL: Duration = Duration::from_secs(60);
+use crate::{
+    accept::{Accept, is_connection_error},
+    rpc::Service,
+    telemetry::metrics::Metrics,
+};
 
 /// Accepts connections within the connection limit and distributes them over the workers.
 pub(super) struct Acceptor<S> {
@@ -29,25 +23,12 @@ pub(super) struct Acceptor<S> {
 impl<S: Service> Acceptor<S> {
     /// Accepts the listener's connections until the future is dropped.
     pub(super) async fn accept_from(&self, listener: &TcpListener) -> Infallible {
-        let mut pause = FIRST_PAUSE;
-        let mut logged: Option<Instant> = None;
+        let mut accept = Accept::new("grpc");
         loop {
-            match accept(listener).await {
-                Ok((socket, peer)) => {
-                    pause = FIRST_PAUSE;
-                    self.dispatch(socket, peer);
-                }
-                Err(error) if is_connection_error(&error) => {}
-                // Out of descriptors or memory. The waiting connection stays in the queue, so without a pause this loop
-                // would take a whole core.
-                Err(error) => {
-                    if logged.is_none_or(|at| at.elapsed() >= LOG_INTERVAL) {
-                        tracing::error!(%error, "cannot accept connections; retrying");
-                        logged = Some(Instant::now());
-                    }
-                    sleep(pause).await;
-                    pause = (pause * 2).min(MAX_PAUSE);
-                }
+            let (socket, peer) = accept.next(listener).await;
+            // Detached from this runtime, so that a worker can register it with its own.
+            if let Ok(socket) = socket.into_std() {
+                self.dispatch(socket, peer);
             }
         }
     }
@@ -88,20 +69,4 @@ impl<S: Service> Acceptor<S> {
             }
         }
     }
-}
-
-/// The next connection, detached from this runtime so that a worker can register it with its own.
-async fn accept(listener: &TcpListener) -> io::Result<(std::net::TcpStream, SocketAddr)> {
-    let (socket, peer) = listener.accept().await?;
-    Ok((socket.into_std()?, peer))
-}
-
-/// Whether a failed accept concerns one connection only, which ended before it was accepted.
-fn is_connection_error(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        io::ErrorKind::ConnectionAborted
-            | io::ErrorKind::ConnectionReset
-            | io::ErrorKind::Interrupted
-    )
 }
