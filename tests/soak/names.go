@@ -184,7 +184,7 @@ func hostileHeaders(t *target) (string, error) {
 	if outcomes["nothing"] > 0 || outcomes["gRPC 13"] > 0 {
 		return "", fmt.Errorf("%v", outcomes)
 	}
-	return fmt.Sprintf("%d calls %v; the upstream got only the one path and no header of theirs", calls, outcomes), isolated.checkIdle()
+	return fmt.Sprintf("%d calls %v; the upstream received only the fixed path and none of their headers", calls, outcomes), isolated.checkIdle()
 }
 
 // startIsolated starts another program with its own sandbox, which gets no requests of the honest caller.

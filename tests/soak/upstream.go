@@ -30,7 +30,7 @@ type upstreamRequest struct {
 // script chooses the reply to a request; nil means the ordinary reply.
 type script func(*scriptedUpstream, upstreamRequest) http.HandlerFunc
 
-// scriptedUpstream stands in for RDS and IAM. Every request gets an ordinary reply unless the script has another one.
+// scriptedUpstream imitates RDS and IAM. It replies to every request with a task or a token, unless the script replaces the reply.
 type scriptedUpstream struct {
 	url    string
 	server *http.Server

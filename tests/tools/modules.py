@@ -23,8 +23,7 @@ TOKEN = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 OPENING, CLOSING = set("([{"), set(")]}")
-# Attributes stand on items, which end with a semicolon or with their braces, and on fields, arms and arguments, which end
-# with a comma, too.
+# The end of what an attribute applies to: an item ends with a semicolon or its braces; a field, arm or argument also with a comma.
 SEMICOLON_ITEMS = {"const", "let", "static", "type", "use"}
 OTHER_ITEMS = {"async", "enum", "extern", "fn", "impl", "macro_rules", "mod", "struct", "trait", "union", "unsafe"}
 TEST_SETTINGS = {"test", "fuzzing"}
