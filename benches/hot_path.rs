@@ -102,7 +102,7 @@ fn map_error_reply() -> tonic::Status {
     Failure::from_error(&error).to_status("0123456789abcdef0123456789abcdef", Duration::MAX)
 }
 
-/// Decides whether every call can look for an identical one in flight, even if there is none.
+/// The key by which a call finds an identical one in flight. Every call pays for it.
 #[divan::bench]
 fn create_coalescing_key(bencher: Bencher<'_, '_>) {
     let coalescer = Coalescer::new(&defaults(), Metrics::new());

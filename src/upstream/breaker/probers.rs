@@ -48,18 +48,12 @@ impl Probers {
                     _ => Ok(()),
                 }
             }
-            None if self.tracked(now) < MAX_PROBERS => Ok(()),
+            None if self.callers.len() < MAX_PROBERS => Ok(()),
             None => match self.untracked_at.map(|at| at + PROBE_INTERVAL) {
                 Some(next) if next > now => Err(next - now),
                 _ => Ok(()),
             },
         }
-    }
-
-    /// Callers whose probe is in flight or has failed less than an interval ago.
-    fn tracked(&self, now: Instant) -> usize {
-        let probers = self.callers.values();
-        probers.filter(|prober| prober.counts(now)).count()
     }
 
     pub(super) fn is_probing(&self, caller: Caller) -> bool {
