@@ -21,6 +21,7 @@
 //! The service:
 //!
 //! - [`server`]: the gRPC server: accept loop, TLS, limits, drain, the checks and the reply of every call
+//! - [`pb`]: the code generated from the proto
 //! - [`method`]: the table of methods that routing, metrics, access log and traces read
 //! - [`call`], [`caller`], [`deadline`]: the context of a call: who makes it, and when it must end
 //! - [`fair_limit`]: the limit of calls in flight, shared fairly among callers
@@ -68,6 +69,7 @@ pub mod http_client;
 pub mod lateness;
 pub mod method;
 pub mod options;
+pub mod pb;
 pub mod reason;
 pub mod regions;
 pub mod rpc;
@@ -82,12 +84,3 @@ pub mod telemetry;
 mod test_support;
 pub mod upstream;
 pub mod wait;
-
-/// The code generated from the proto, and its descriptor set.
-#[allow(missing_docs, unreachable_pub, clippy::all, clippy::doc_markdown)]
-pub mod pb {
-    tonic::include_proto!("huaweicloud.rds.task.v1");
-
-    /// The encoded `FileDescriptorSet` of the service, for reflection.
-    pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
-}

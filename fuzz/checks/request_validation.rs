@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use prost::Message as _;
-use rds_task_facade::{pb::GetTaskDetailRequest, rpc::get_task_detail::validate, status::Failure};
+use rds_task_facade::{pb::GetTaskDetailRequest, rpc::request::validate, status::Failure};
 use tonic::Code;
 
 use super::status_contract::assert_complete;

@@ -113,6 +113,13 @@ fn reply_is_json_with_proto_names_and_without_unset_fields() {
         update_at: text("6"),
         process: text(""),
         status: text("8"),
+        state: pb::TaskState::Failed.into(),
+        progress_percent: Some(0),
+        create_time: Some(prost_types::Timestamp {
+            seconds: 1_765_238_950,
+            nanos: 0,
+        }),
+        update_time: None,
         sub_task_list: vec![
             pb::SubTask {
                 sub_task_name: text("9"),
@@ -121,6 +128,8 @@ fn reply_is_json_with_proto_names_and_without_unset_fields() {
                 status: text("12"),
                 remaining_time: text("13"),
                 show_detail: Some(false),
+                state: 99,
+                progress_percent: Some(10),
             },
             pb::SubTask::default(),
         ],
@@ -135,7 +144,8 @@ fn reply_is_json_with_proto_names_and_without_unset_fields() {
             concat!(
                 r#"{"instance_id":"1","instance_name":"2","job_id":"3","job_name":"4","created_at":"5","update_at":"6","#,
                 r#""process":"","status":"8","sub_task_list":[{"sub_task_name":"9","percent":"10","executed_time":"11","#,
-                r#""status":"12","remaining_time":"13","show_detail":false},{}]}"#,
+                r#""status":"12","remaining_time":"13","show_detail":false,"state":99,"progress_percent":10},{}],"#,
+                r#""state":"TASK_STATE_FAILED","progress_percent":0,"create_time":"2025-12-09T00:09:10Z"}"#,
             ),
         ),
     ];

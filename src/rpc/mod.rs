@@ -1,7 +1,9 @@
 //! The task service: one file per method, and the state that the methods share.
 
-pub mod get_task_detail;
+mod get_task_detail;
 mod options;
+mod reply;
+pub mod request;
 
 use std::{collections::HashSet, sync::Arc};
 

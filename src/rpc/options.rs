@@ -1,6 +1,6 @@
 //! The options of the task service.
 
-use super::get_task_detail::{MAX_ID, id_problem};
+use super::request::{MAX_ID, id_problem};
 use crate::options::{Parsed, not};
 
 /// The options of the task service.

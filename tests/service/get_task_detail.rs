@@ -1,4 +1,4 @@
-use rds_task_facade::pb::{GetTaskDetailRequest, GetTaskDetailResponse, SubTask};
+use rds_task_facade::pb::{GetTaskDetailRequest, GetTaskDetailResponse, SubTask, TaskState};
 use tonic::Code;
 
 use crate::support::{Failure, Program, Upstream, example, example_request, program::TOKEN, reply};
@@ -167,6 +167,13 @@ async fn every_known_field_of_the_upstream_reply_is_passed_on_unchanged() {
             update_at: text(""),
             process: text("60"),
             status: text("Running"),
+            state: TaskState::Running.into(),
+            progress_percent: Some(60),
+            create_time: Some(prost_types::Timestamp {
+                seconds: 1_765_238_950,
+                nanos: 0,
+            }),
+            update_time: None,
             sub_task_list: vec![
                 SubTask {
                     sub_task_name: text("a"),
@@ -175,6 +182,8 @@ async fn every_known_field_of_the_upstream_reply_is_passed_on_unchanged() {
                     status: text("Pending"),
                     remaining_time: None,
                     show_detail: Some(true),
+                    state: TaskState::Pending.into(),
+                    progress_percent: Some(100),
                 },
                 SubTask {
                     show_detail: Some(false),
