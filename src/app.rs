@@ -22,6 +22,7 @@ use crate::{
     coalescer::Coalescer,
     credentials::{Credentials, Source},
     http_client::{self, SystemRoots},
+    lookup::Lookups,
     options::url::without_slash,
     rpc::Facade,
     sandbox::Sandbox,
@@ -225,17 +226,17 @@ fn facades(
     );
     let coalescer = Coalescer::new(&options.coalescer, Arc::clone(metrics));
     let facade = |_| {
-        let client = upstream::Client::new(
+        let upstream = upstream::Client::new(
             http_client::Client::new(http)?,
             Arc::clone(&shared),
             credentials.clone(),
         );
-        Ok(Facade::new(
-            credentials.clone(),
-            Arc::clone(&coalescer),
-            client,
-            &options.rpc,
-        ))
+        let lookups = Lookups {
+            credentials: credentials.clone(),
+            coalescer: Arc::clone(&coalescer),
+            upstream,
+        };
+        Ok(Facade::new(lookups, &options.rpc))
     };
     let workers = thread::available_parallelism().map_or(1, usize::from);
     (0..workers).map(facade).collect()

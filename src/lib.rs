@@ -4,10 +4,10 @@
 //!
 //! ```text
 //! client -> server (connection, limits, deadline) -> rpc (validation) -> credentials (token or key)
-//!        -> coalescer (cache, single-flight) -> upstream (throttle, pacing, attempts) -> http_client -> RDS
+//!        -> lookup -> coalescer (cache, single-flight) -> upstream (throttle, pacing, attempts) -> http_client -> RDS
 //! ```
 //!
-//! On the way back, [`upstream`] maps a reply of RDS to a task or an error, [`rpc`] converts the task to the reply of the call, and
+//! On the way back, [`upstream`] maps a reply of RDS to a task or an error, [`task`] converts the task to the message of the proto, and
 //! [`status`] converts every error to a gRPC status.
 //!
 //! # Modules
@@ -26,6 +26,7 @@
 //! - [`call`], [`caller`], [`deadline`]: the context of a call: who makes it, and when it must end
 //! - [`fair_limit`]: the limit of calls in flight, shared fairly among callers
 //! - [`rpc`]: one file per method of the task service: validation, handler, reply
+//! - [`lookup`]: one lookup of a task, for a call or for a poll of a watch; [`task`]: converts its result to the proto
 //! - [`coalescer`]: coalesces identical lookups in flight and caches results
 //! - [`error`], [`reason`], [`code`], [`status`]: why a call fails, and the gRPC status for it
 //! - [`admin`]: `/metrics`, `/livez`, `/readyz`
@@ -67,6 +68,7 @@ pub mod fair_limit;
 pub mod files;
 pub mod http_client;
 pub mod lateness;
+pub mod lookup;
 pub mod method;
 pub mod options;
 pub mod pb;
@@ -76,6 +78,7 @@ pub mod rpc;
 pub mod sandbox;
 pub mod server;
 pub mod status;
+pub mod task;
 pub mod telemetry;
 /// Helpers that the service tests share.
 #[cfg(test)]

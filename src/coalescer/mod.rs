@@ -18,6 +18,7 @@ use std::{
 
 use futures_util::FutureExt as _;
 use moka::sync::Cache;
+use tokio::time::Instant;
 use tonic::Code;
 
 use self::single_flight::{Joined, SingleFlight};
@@ -57,6 +58,8 @@ pub struct Lookup {
     pub result: Result<TaskDetail, Error>,
     /// What the attempts showed.
     pub progress: Arc<Progress>,
+    /// When the result arrived.
+    pub finished_at: Instant,
 }
 
 /// The options of the cache.
@@ -107,12 +110,13 @@ impl Coalescer {
         })
     }
 
-    /// Returns a cached result, joins an identical lookup in flight, or starts `work`. Passes `follow` the progress of the lookup that
-    /// the call waits for. Dropping the future ends the wait.
+    /// Returns a cached result that is at most `max_age` old, joins an identical lookup in flight, or starts `work`. Passes `follow`
+    /// the progress of the lookup that the call waits for. Dropping the future ends the wait.
     pub async fn look_up<F>(
         self: &Arc<Self>,
         key: &Arc<LookupKey>,
         deadline: Deadline,
+        max_age: Option<Duration>,
         mut follow: impl FnMut(&Arc<Progress>),
         work: impl Fn(SharedDeadline, Arc<Progress>) -> F,
     ) -> Arc<Lookup>
@@ -121,7 +125,7 @@ impl Coalescer {
     {
         let mut counted = false;
         let lookup = loop {
-            if let Some(lookup) = self.cache.as_ref().and_then(|cache| cache.get(key)) {
+            if let Some(lookup) = self.cached(key, max_age) {
                 self.metrics.cache_hits.inc();
                 follow(&lookup.progress);
                 break lookup;
@@ -151,6 +155,12 @@ impl Coalescer {
         lookup
     }
 
+    fn cached(&self, key: &Arc<LookupKey>, max_age: Option<Duration>) -> Option<Arc<Lookup>> {
+        let lookup = self.cache.as_ref()?.get(key)?;
+        let is_fresh = |max_age| lookup.finished_at.elapsed() <= max_age;
+        max_age.is_none_or(is_fresh).then_some(lookup)
+    }
+
     /// Runs the leader's work. A panic becomes a result: otherwise it would reach only the waiter that happens to poll, and the others
     /// would keep waiting.
     fn run(
@@ -165,7 +175,11 @@ impl Coalescer {
                 self.metrics.panics.inc();
                 Err(Error::Panicked)
             });
-            let lookup = Arc::new(Lookup { result, progress });
+            let lookup = Arc::new(Lookup {
+                result,
+                progress,
+                finished_at: Instant::now(),
+            });
             if let Some(cache) = &self.cache
                 && is_cacheable(&lookup)
             {

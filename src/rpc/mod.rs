@@ -2,7 +2,6 @@
 
 mod get_task_detail;
 mod options;
-mod reply;
 pub mod request;
 
 use std::{collections::HashSet, sync::Arc};
@@ -12,11 +11,9 @@ pub use options::Options;
 
 use crate::{
     call::Call,
-    coalescer::Coalescer,
-    credentials::Credentials,
     error::Error,
+    lookup::Lookups,
     pb::{GetTaskDetailRequest, GetTaskDetailResponse},
-    upstream,
 };
 
 /// The task service as the server calls it, after the checks of the edge.
@@ -36,25 +33,16 @@ pub trait Service: Clone + Send + Sync + 'static {
 /// The task service over one upstream client. Each worker has its own client, with its own connections; the rest is shared.
 #[derive(Debug, Clone)]
 pub struct Facade {
-    credentials: Credentials,
-    coalescer: Arc<Coalescer>,
-    upstream: upstream::Client,
+    lookups: Lookups,
     /// Empty if all projects are allowed.
     allowed_projects: Arc<HashSet<String>>,
 }
 
 impl Facade {
     /// A facade over one upstream client.
-    pub fn new(
-        credentials: Credentials,
-        coalescer: Arc<Coalescer>,
-        upstream: upstream::Client,
-        options: &Options,
-    ) -> Self {
+    pub fn new(lookups: Lookups, options: &Options) -> Self {
         Self {
-            credentials,
-            coalescer,
-            upstream,
+            lookups,
             allowed_projects: Arc::new(options.allow_project.iter().cloned().collect()),
         }
     }
@@ -70,7 +58,7 @@ impl Facade {
 
 impl Service for Facade {
     fn token_hash(&self, metadata: &HeaderMap) -> Option<[u8; 16]> {
-        self.credentials.token_hash(metadata)
+        self.lookups.credentials.token_hash(metadata)
     }
 
     fn get_task_detail(

@@ -23,7 +23,7 @@ use std::time::Duration;
 pub use self::{
     client::{Client, Endpoint, LookupContext},
     options::Options,
-    pacing::Config as RateConfig,
+    pacing::{Config as RateConfig, Pacing},
 };
 use self::{key_evidence::KeyEvidence, throttling_text::Subject};
 use crate::{credentials, reason::Reason};

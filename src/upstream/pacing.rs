@@ -1,8 +1,9 @@
-//! Rate limiter for upstream attempts: at most N starts per credential in any window of T.
+//! Rate limiter for upstream attempts and for the polls of watches: at most N starts per credential in any window of T.
 //!
 //! While the window has room and the queue is empty, an attempt starts at once. Otherwise it waits if it can start before its deadline, and
 //! is rejected at once if not. Queued attempts start at least T/N apart, round robin among callers, so that a caller with a hundred calls
-//! does not delay the calls of others by more than one start each.
+//! does not delay the calls of others by more than one start each. The repeated polls of watches have a queue of their own, which waits
+//! while an attempt is queued.
 //!
 //! Hand-written, because the limiters in crates (governor, leaky-bucket) allow 2N starts in a window: a full bucket and its refill.
 
@@ -43,15 +44,16 @@ pub struct Config {
     pub period: Duration,
 }
 
-/// The rate limiter of one endpoint: a lane per credential.
+/// A rate limiter: a lane per credential.
 #[derive(Debug)]
-pub(super) struct Pacing {
+pub struct Pacing {
     config: Config,
     lanes: Cache<Identity, Arc<Lane>>,
 }
 
 impl Pacing {
-    pub(super) fn new(config: Config) -> Self {
+    /// A limiter with empty windows.
+    pub fn new(config: Config) -> Self {
         Self {
             config,
             // After that time the window is empty, so a new lane is equivalent.
@@ -67,7 +69,7 @@ impl Pacing {
     ///
     /// # Errors
     /// The necessary wait, if it exceeds the deadline.
-    pub(super) async fn wait(
+    pub async fn wait(
         &self,
         identity: Identity,
         caller: Caller,
@@ -85,6 +87,21 @@ impl Pacing {
         // Keeps a lane with a queue from being evicted, even if no attempt joins it.
         self.lanes.get(&identity);
         started.map_err(|_| lane.state().wait_at_end())
+    }
+
+    /// Waits until a repeated poll may start, however long that takes, as the poll of the caller with the fewest queued polls. Dropping
+    /// the future leaves the queue. Returns the caller.
+    ///
+    /// # Panics
+    /// Without callers.
+    pub async fn wait_patiently(&self, identity: Identity, callers: &[Caller]) -> Caller {
+        let lane = self
+            .lanes
+            .get_with(identity, || Arc::new(Lane::new(self.config)));
+        let (queued, caller) = lane.enter_patiently(callers);
+        queued.start().await;
+        self.lanes.get(&identity);
+        caller
     }
 }
 
@@ -112,9 +129,15 @@ struct State {
     starts: VecDeque<Starts>,
     /// The sum of the numbers in `starts`.
     started: u32,
-    /// The queued attempts by caller. The first attempt of the first caller starts next.
-    queue: VecDeque<(Caller, VecDeque<Arc<Notify>>)>,
+    /// The queued attempts, then the queued polls. The first attempt of the first caller starts next, or else the first poll.
+    queues: [Queue; 2],
 }
+
+/// Attempts or polls by caller.
+type Queue = VecDeque<(Caller, VecDeque<Arc<Notify>>)>;
+
+const ATTEMPTS: usize = 0;
+const POLLS: usize = 1;
 
 impl Lane {
     fn new(config: Config) -> Self {
@@ -129,7 +152,7 @@ impl Lane {
             },
             starts: VecDeque::new(),
             started: 0,
-            queue: VecDeque::new(),
+            queues: Default::default(),
         }))
     }
 
@@ -137,7 +160,7 @@ impl Lane {
     fn enter(&self, caller: Caller, deadline: Deadline) -> Result<Option<Queued<'_>>, Duration> {
         let mut state = self.state();
         let now = Instant::now();
-        if state.queue.is_empty() && state.next_at(now, false) <= now {
+        if state.queues[ATTEMPTS].is_empty() && state.next_at(now, false) <= now {
             state.start(now);
             return Ok(None);
         }
@@ -145,16 +168,22 @@ impl Lane {
         if wait > deadline.remaining() {
             return Err(wait);
         }
-        let waiter = Arc::new(Notify::new());
-        let queued = state.queue.iter_mut().find(|(known, _)| *known == caller);
-        match queued {
-            Some((_, waiters)) => waiters.push_back(Arc::clone(&waiter)),
-            None => {
-                let waiters = VecDeque::from([Arc::clone(&waiter)]);
-                state.queue.push_back((caller, waiters));
-            }
-        }
+        let waiter = state.queue(ATTEMPTS, caller);
         Ok(Some(Queued { lane: self, waiter }))
+    }
+
+    /// Joins the queue of polls as the caller with the fewest queued polls.
+    fn enter_patiently(&self, callers: &[Caller]) -> (Queued<'_>, Caller) {
+        let mut state = self.state();
+        let queued = |caller: &&Caller| {
+            let known = state.queues[POLLS]
+                .iter()
+                .find(|(known, _)| known == *caller);
+            known.map_or(0, |(_, waiters)| waiters.len())
+        };
+        let caller = *callers.iter().min_by_key(queued).expect("a caller");
+        let waiter = state.queue(POLLS, caller);
+        (Queued { lane: self, waiter }, caller)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -200,38 +229,58 @@ impl State {
         }
     }
 
-    /// Starts the next queued attempt and moves its caller to the end of the queue.
+    /// Appends a waiter of `caller` to a queue.
+    fn queue(&mut self, queue: usize, caller: Caller) -> Arc<Notify> {
+        let waiter = Arc::new(Notify::new());
+        let queue = &mut self.queues[queue];
+        match queue.iter_mut().find(|(known, _)| *known == caller) {
+            Some((_, waiters)) => waiters.push_back(Arc::clone(&waiter)),
+            None => queue.push_back((caller, VecDeque::from([Arc::clone(&waiter)]))),
+        }
+        waiter
+    }
+
+    /// The waiter that starts next.
+    fn next(&self) -> Option<&Arc<Notify>> {
+        let (_, waiters) = self.queues.iter().find_map(VecDeque::front)?;
+        waiters.front()
+    }
+
+    /// Starts the next waiter and moves its caller to the end of the queue.
     fn start_next(&mut self, now: Instant) {
         self.start(now);
-        if let Some((_, waiters)) = self.queue.front_mut() {
-            waiters.pop_front();
+        if let Some(queue) = self.queues.iter_mut().find(|queue| !queue.is_empty()) {
+            queue[0].1.pop_front();
+            queue.rotate_left(1);
         }
-        self.queue.rotate_left(1);
         self.wake_next();
     }
 
     fn leave(&mut self, waiter: &Arc<Notify>) {
-        for (_, waiters) in &mut self.queue {
+        for (_, waiters) in self.queues.iter_mut().flatten() {
             waiters.retain(|waiting| !Arc::ptr_eq(waiting, waiter));
         }
         self.wake_next();
     }
 
     fn wake_next(&mut self) {
-        self.queue.retain(|(_, waiters)| !waiters.is_empty());
-        if let Some(next) = self.queue.front().and_then(|(_, waiters)| waiters.front()) {
+        for queue in &mut self.queues {
+            queue.retain(|(_, waiters)| !waiters.is_empty());
+        }
+        if let Some(next) = self.next() {
             next.notify_one();
         }
     }
 
     /// How long another attempt of `caller` would wait if the queue stayed as it is.
     fn wait_of(&mut self, caller: Caller, now: Instant) -> Duration {
-        let queued = self.queue.iter().find(|(known, _)| *known == caller);
+        let queue = &self.queues[ATTEMPTS];
+        let queued = queue.iter().find(|(known, _)| *known == caller);
         // The round robin's round in which it would start. Callers before its own start one more attempt until then than those behind.
         let round = queued.map_or(0, |(_, waiters)| waiters.len());
         let mut before = 0;
         let mut is_behind = false;
-        for (known, waiters) in &self.queue {
+        for (known, waiters) in queue {
             is_behind |= *known == caller;
             before += waiters.len().min(if is_behind { round } else { round + 1 });
         }
@@ -241,7 +290,10 @@ impl State {
     /// How long an attempt at the end of the queue would wait.
     fn wait_at_end(&mut self) -> Duration {
         let now = Instant::now();
-        let waiting = self.queue.iter().map(|(_, waiters)| waiters.len()).sum();
+        let waiting = self.queues[ATTEMPTS]
+            .iter()
+            .map(|(_, waiters)| waiters.len())
+            .sum();
         self.start_after(waiting, now)
             .saturating_duration_since(now)
     }
@@ -281,8 +333,9 @@ impl Queued<'_> {
             let next_at = {
                 let mut state = self.lane.state();
                 let now = Instant::now();
-                let first = state.queue.front().and_then(|(_, waiters)| waiters.front());
-                let is_next = first.is_some_and(|first| Arc::ptr_eq(first, &self.waiter));
+                let is_next = state
+                    .next()
+                    .is_some_and(|first| Arc::ptr_eq(first, &self.waiter));
                 let next_at = state.next_at(now, true);
                 if is_next && next_at <= now {
                     return state.start_next(now);
@@ -427,7 +480,10 @@ mod tests {
             came.sort_unstable();
             assert_eq!(came, [1, 2, 3], "{cancelled}");
             let lane = pacing.lanes.get(&RDS).expect("a lane");
-            assert!(lane.state().queue.is_empty(), "{cancelled}");
+            assert!(
+                lane.state().queues.iter().all(VecDeque::is_empty),
+                "{cancelled}"
+            );
         }
     }
 
@@ -511,6 +567,50 @@ mod tests {
         assert!(lane.state().starts.len() <= MAX_STARTS as usize + 1);
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn polls_start_a_spacing_apart_round_robin_and_after_attempts() {
+        let pacing = pacing(3, Duration::from_secs(30));
+        let begun = Instant::now();
+        let mut polls = JoinSet::new();
+        for callers in [&[ANN][..], &[ANN], &[ANN], &[BOB], &[ANN, BOB]] {
+            let pacing = Arc::clone(&pacing);
+            polls.spawn(async move {
+                let caller = pacing.wait_patiently(RDS, callers).await;
+                (begun.elapsed().as_secs(), caller)
+            });
+            yield_now().await;
+        }
+        tokio::time::advance(Duration::from_secs(1)).await;
+
+        // The first poll has started at 0 s, this attempt starts at once.
+        let attempt = pacing.wait(RDS, Caller::Connection(3), in_seconds(0)).await;
+
+        attempt.expect("room in the window");
+        let mut starts = polls.join_all().await;
+        starts.sort_unstable_by_key(|(at, _)| *at);
+        assert_eq!(
+            starts,
+            [(0, ANN), (11, ANN), (30, BOB), (40, ANN), (50, BOB)]
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_queued_attempt_starts_before_every_queued_poll() {
+        let pacing = pacing(1, Duration::from_secs(10));
+        start(&pacing, &[ANN]).await.join_all().await;
+        let mut poll = Box::pin(pacing.wait_patiently(RDS, &[ANN]));
+        assert!(poll!(&mut poll).is_pending());
+
+        let mut attempt = Box::pin(pacing.wait(RDS, ANN, in_seconds(11)));
+        assert!(poll!(&mut attempt).is_pending());
+        tokio::time::advance(Duration::from_millis(10_050)).await;
+
+        assert!(poll!(&mut poll).is_pending());
+        assert!(poll!(&mut attempt).is_ready());
+        tokio::time::advance(Duration::from_millis(10_050)).await;
+        assert!(poll!(&mut poll).is_ready());
+    }
+
     proptest! {
         /// With any arrivals and cancellations, at most N attempts start in any window.
         #[test]
@@ -540,7 +640,7 @@ mod tests {
                 }
                 let starts = runs.join_all().await;
                 let lane = pacing.lanes.get(&RDS).expect("a lane");
-                assert!(lane.state().queue.is_empty());
+                assert!(lane.state().queues.iter().all(VecDeque::is_empty));
                 starts.into_iter().flatten().collect::<Vec<_>>()
             });
             starts.sort_unstable();

@@ -70,7 +70,9 @@ async fn look_up(
         let result = outcome();
         async move { result }
     };
-    coalescer.look_up(&key, in_seconds(9), |_| {}, work).await
+    coalescer
+        .look_up(&key, in_seconds(9), None, |_| {}, work)
+        .await
 }
 
 fn job_id(lookup: &Lookup) -> &str {

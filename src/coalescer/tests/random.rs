@@ -55,7 +55,7 @@ async fn run(coalescer: Arc<Coalescer>, call: RandomCall) -> Option<String> {
             }
         }
     };
-    let lookup = coalescer.look_up(&key, in_seconds(1), |_| {}, work);
+    let lookup = coalescer.look_up(&key, in_seconds(1), None, |_| {}, work);
     let lookup = timeout(call.patience, lookup).await.ok()?;
     let task = lookup.result.as_ref().ok()?;
     assert_eq!(task.job_id, name);

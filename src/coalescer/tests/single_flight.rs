@@ -76,7 +76,7 @@ async fn call(
     let call = tokio::spawn(async move {
         let key = coalescer.key(identity, query("w"));
         let work = |deadline, _| Arc::clone(&upstream).work(deadline);
-        coalescer.look_up(&key, deadline, |_| {}, work).await
+        coalescer.look_up(&key, deadline, None, |_| {}, work).await
     });
     yield_now().await;
     call

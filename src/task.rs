@@ -1,4 +1,4 @@
-//! Converts a task from the wire format of RDS to the proto: its text unchanged, and typed fields next to it.
+//! Converts a task from the wire format of RDS to the message of the proto: its text unchanged, and typed fields next to it.
 
 use jiff::Timestamp;
 
@@ -7,8 +7,8 @@ use crate::{
     upstream::wire,
 };
 
-/// Converts a task.
-pub(super) fn to_reply(task: wire::TaskDetail) -> GetTaskDetailResponse {
+/// Converts a task to the message of the proto.
+pub fn to_message(task: wire::TaskDetail) -> GetTaskDetailResponse {
     GetTaskDetailResponse {
         state: state(task.status.as_deref()).into(),
         progress_percent: percent(task.process.as_deref()),
@@ -96,7 +96,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_reply_has_the_fields_of_the_task_and_no_others() {
+    fn the_message_has_the_fields_of_the_task_and_no_others() {
         let text = |text: &str| Some(text.to_owned());
         let task = wire::TaskDetail {
             instance_id: "1".into(),
@@ -150,9 +150,9 @@ mod tests {
             ],
         };
 
-        assert_eq!(to_reply(task), expected);
+        assert_eq!(to_message(task), expected);
         assert_eq!(
-            to_reply(wire::TaskDetail::default()),
+            to_message(wire::TaskDetail::default()),
             GetTaskDetailResponse::default()
         );
     }
