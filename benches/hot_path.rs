@@ -18,6 +18,7 @@ use rds_task_facade::{
     },
     error::{Error, FailedLookup},
     http_client,
+    lookup::Lookups,
     options::defaults,
     pb::{GetTaskDetailRequest, task_service_client::TaskServiceClient},
     rpc::Facade,
@@ -26,6 +27,7 @@ use rds_task_facade::{
     status::Failure,
     telemetry::{Access, Sinks, metrics::Metrics},
     upstream::{self, TaskQuery, rejection, wire},
+    watch::Hub,
 };
 use tokio::{runtime, sync::watch};
 use tonic::transport::Channel;
@@ -187,7 +189,13 @@ fn start_facade(sandbox: SocketAddr) -> SocketAddr {
                 credentials.clone(),
             );
             let ready = credentials.ready();
-            let facade = Facade::new(credentials, coalescer, client, &defaults());
+            let hub = Hub::new(&defaults(), Duration::from_secs(30), Arc::clone(&metrics));
+            let lookups = Lookups {
+                credentials,
+                coalescer,
+                upstream: client,
+            };
+            let facade = Facade::new(lookups, hub, &defaults());
             let sinks = Arc::new(Sinks {
                 metrics,
                 access: Access::off(),

@@ -29,6 +29,7 @@ use crate::{
     server::{self, Server},
     telemetry::{self, Access, Sinks, metrics::Metrics},
     upstream,
+    watch::Hub,
 };
 
 /// Longest time for exporting the last spans.
@@ -225,6 +226,7 @@ fn facades(
         Arc::clone(metrics),
     );
     let coalescer = Coalescer::new(&options.coalescer, Arc::clone(metrics));
+    let hub = Hub::new(&options.watch, options.server.timeout, Arc::clone(metrics));
     let facade = |_| {
         let upstream = upstream::Client::new(
             http_client::Client::new(http)?,
@@ -236,7 +238,7 @@ fn facades(
             coalescer: Arc::clone(&coalescer),
             upstream,
         };
-        Ok(Facade::new(lookups, &options.rpc))
+        Ok(Facade::new(lookups, Arc::clone(&hub), &options.rpc))
     };
     let workers = thread::available_parallelism().map_or(1, usize::from);
     (0..workers).map(facade).collect()

@@ -26,6 +26,8 @@ pub struct Call {
 pub enum Permit {
     /// A unary call of the task service.
     InFlight(FairPermit),
+    /// A watch: of all watches, and of those of its connection.
+    Watch(FairPermit, OwnedSemaphorePermit),
     /// An auxiliary stream: health, reflection, a request that is not gRPC.
     Auxiliary(OwnedSemaphorePermit),
 }

@@ -1,5 +1,7 @@
 //! Why a call fails. Only [`crate::status`] turns an [`Error`] into a gRPC status.
 
+use std::time::Duration;
+
 use crate::{
     credentials::{self, Owner},
     telemetry::Facts,
@@ -23,8 +25,16 @@ pub enum Error {
     DeadlineExceeded,
     /// Too many calls are in flight.
     Overloaded,
-    /// The shutdown grace period ended before the call.
-    ShuttingDown,
+    /// The server drains: it ends its watches, or the shutdown grace period ended before the call.
+    ShuttingDown {
+        /// When a watch may be opened on another server.
+        retry_after: Option<Duration>,
+    },
+    /// A watch, or its connection, has reached its longest duration.
+    WatchExpired {
+        /// When the watch may be continued.
+        retry_after: Duration,
+    },
     /// A bug in the facade: the handler panicked.
     Internal,
 }

@@ -27,6 +27,7 @@
 //! - [`fair_limit`]: the limit of calls in flight, shared fairly among callers
 //! - [`rpc`]: one file per method of the task service: validation, handler, reply
 //! - [`lookup`]: one lookup of a task, for a call or for a poll of a watch; [`task`]: converts its result to the proto
+//! - [`watch`]: polls each watched task once for all its watchers
 //! - [`coalescer`]: coalesces identical lookups in flight and caches results
 //! - [`error`], [`reason`], [`code`], [`status`]: why a call fails, and the gRPC status for it
 //! - [`admin`]: `/metrics`, `/livez`, `/readyz`
@@ -87,3 +88,4 @@ pub mod telemetry;
 mod test_support;
 pub mod upstream;
 pub mod wait;
+pub mod watch;

@@ -6,6 +6,8 @@
 pub enum Method {
     /// `TaskService/GetTaskDetail`.
     GetTaskDetail,
+    /// `TaskService/WatchTaskDetail`.
+    WatchTaskDetail,
     /// `grpc.health.v1.Health/Check`.
     HealthCheck,
     /// `grpc.health.v1.Health/Watch`.
@@ -48,6 +50,11 @@ const TABLE: [(Method, MethodKind, &str); Method::COUNT] = [
         Method::GetTaskDetail,
         MethodKind::Unary,
         "huaweicloud.rds.task.v1.TaskService/GetTaskDetail",
+    ),
+    (
+        Method::WatchTaskDetail,
+        MethodKind::ServerStream,
+        "huaweicloud.rds.task.v1.TaskService/WatchTaskDetail",
     ),
     (
         Method::HealthCheck,

@@ -76,6 +76,8 @@ pub enum Reason {
     Overloaded,
     /// The call did not end within the shutdown grace period.
     ShuttingDown,
+    /// The watch has reached its longest duration; continue it with the last etag.
+    WatchExpired,
     /// The circuit breaker is open, because RDS failed too often.
     CircuitOpen,
     /// A bug in the facade.
@@ -122,6 +124,7 @@ impl Reason {
             Self::ClockSkew => "CLOCK_SKEW",
             Self::Overloaded => "OVERLOADED",
             Self::ShuttingDown => "SHUTTING_DOWN",
+            Self::WatchExpired => "WATCH_EXPIRED",
             Self::CircuitOpen => "CIRCUIT_OPEN",
             Self::Internal => "INTERNAL",
         }

@@ -10,7 +10,7 @@ use crate::{
     options::{Validation, boolean},
     rpc,
     server::{self, tls},
-    telemetry, upstream,
+    telemetry, upstream, watch,
 };
 
 /// The text below the flags in `serve --help`.
@@ -46,6 +46,9 @@ pub struct Serve {
     /// Access rules.
     #[command(flatten)]
     pub rpc: rpc::Options,
+    /// Polls of watched tasks.
+    #[command(flatten)]
+    pub watch: watch::Options,
     /// The cache.
     #[command(flatten)]
     pub coalescer: coalescer::Options,

@@ -13,6 +13,16 @@ struct TestServer(Mutex<mpsc::Sender<(MetadataMap, pb::GetTaskDetailRequest)>>);
 
 #[tonic::async_trait]
 impl TaskService for TestServer {
+    type WatchTaskDetailStream =
+        futures_util::stream::Empty<Result<pb::WatchTaskDetailResponse, Status>>;
+
+    async fn watch_task_detail(
+        &self,
+        _request: Request<pb::WatchTaskDetailRequest>,
+    ) -> Result<Response<Self::WatchTaskDetailStream>, Status> {
+        Err(Status::unimplemented("not needed"))
+    }
+
     async fn get_task_detail(
         &self,
         request: Request<pb::GetTaskDetailRequest>,

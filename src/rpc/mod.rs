@@ -3,6 +3,7 @@
 mod get_task_detail;
 mod options;
 pub mod request;
+mod watch_task_detail;
 
 use std::{collections::HashSet, sync::Arc};
 
@@ -13,7 +14,8 @@ use crate::{
     call::Call,
     error::Error,
     lookup::Lookups,
-    pb::{GetTaskDetailRequest, GetTaskDetailResponse},
+    pb::{GetTaskDetailRequest, GetTaskDetailResponse, WatchTaskDetailRequest},
+    watch::{Hub, WatchStream},
 };
 
 /// The task service as the server calls it, after the checks of the edge.
@@ -28,21 +30,31 @@ pub trait Service: Clone + Send + Sync + 'static {
         metadata: &HeaderMap,
         request: GetTaskDetailRequest,
     ) -> impl Future<Output = Result<GetTaskDetailResponse, Error>> + Send;
+
+    /// `WatchTaskDetail`. Returns after the first poll.
+    fn watch_task_detail(
+        &self,
+        call: &mut Call,
+        metadata: &HeaderMap,
+        request: WatchTaskDetailRequest,
+    ) -> impl Future<Output = Result<WatchStream, Error>> + Send;
 }
 
 /// The task service over one upstream client. Each worker has its own client, with its own connections; the rest is shared.
 #[derive(Debug, Clone)]
 pub struct Facade {
     lookups: Lookups,
+    hub: Arc<Hub>,
     /// Empty if all projects are allowed.
     allowed_projects: Arc<HashSet<String>>,
 }
 
 impl Facade {
     /// A facade over one upstream client.
-    pub fn new(lookups: Lookups, options: &Options) -> Self {
+    pub fn new(lookups: Lookups, hub: Arc<Hub>, options: &Options) -> Self {
         Self {
             lookups,
+            hub,
             allowed_projects: Arc::new(options.allow_project.iter().cloned().collect()),
         }
     }
@@ -68,5 +80,14 @@ impl Service for Facade {
         request: GetTaskDetailRequest,
     ) -> impl Future<Output = Result<GetTaskDetailResponse, Error>> + Send {
         get_task_detail::handle(self, call, metadata, request)
+    }
+
+    fn watch_task_detail(
+        &self,
+        call: &mut Call,
+        metadata: &HeaderMap,
+        request: WatchTaskDetailRequest,
+    ) -> impl Future<Output = Result<WatchStream, Error>> + Send {
+        watch_task_detail::handle(self, call, metadata, request)
     }
 }

@@ -11,7 +11,18 @@ const MAX_WORKFLOW_ID: usize = 128;
 const MAX_WORKFLOW_NAME: usize = 256;
 
 /// Checks every rule of the proto, so that one reply lists all violations.
+///
+/// # Errors
+/// [`Error::InvalidRequest`].
 pub fn validate(request: GetTaskDetailRequest) -> Result<TaskQuery, Error> {
+    validate_with(request, None)
+}
+
+/// As [`validate`], with the violation of a further field, if any.
+pub(super) fn validate_with(
+    request: GetTaskDetailRequest,
+    further: Option<Violation>,
+) -> Result<TaskQuery, Error> {
     let name = request.workflow_name.as_deref();
     let problems = [
         ("project_id", id_problem(&request.project_id, MAX_ID)),
@@ -28,6 +39,7 @@ pub fn validate(request: GetTaskDetailRequest) -> Result<TaskQuery, Error> {
             let description = problem?;
             Some(Violation { field, description })
         })
+        .chain(further)
         .collect();
     if !violations.is_empty() {
         return Err(Error::InvalidRequest(violations));

@@ -23,8 +23,11 @@ use super::{
 };
 use crate::{caller::Caller, rpc::Service, telemetry::Peer};
 
-/// Concurrent streams of one connection; further ones get `REFUSED_STREAM`, which is safe to retry.
-const MAX_STREAMS: u32 = 100;
+/// Concurrent streams of one connection; further ones get `REFUSED_STREAM`, which is safe to retry. Proxies put the calls of many
+/// clients on one connection.
+const MAX_STREAMS: u32 = 1024;
+/// Concurrent watches of one connection, fewer than its streams, so that watches never block its unary calls and health checks.
+const MAX_WATCHES: usize = 768;
 /// All headers of one request, as HTTP/2 counts them, in bytes; the reply to more is HTTP 431.
 const MAX_HEADER_BYTES: u32 = 16 * 1024;
 /// Fits a message of the maximum size, so a well-behaved client never waits for a window update.
@@ -53,24 +56,24 @@ pub(super) async fn serve<S: Service>(
     socket: std::net::TcpStream,
     peer: SocketAddr,
     context: Arc<WorkerContext<S>>,
-    go_away: CancellationToken,
 ) -> bool {
+    let go_away = &context.edge.go_away;
     let Ok(socket) = TcpStream::from_std(socket) else {
         return false;
     };
     let connection = Caller::Connection(fastrand::u64(..));
     match &context.tls {
-        None => read_preface_and_serve(socket, peer, connection, &context, &go_away).await,
+        None => read_preface_and_serve(socket, peer, connection, &context).await,
         Some(tls) => {
             // Boxed, as is the preface below, to free its memory for the rest of the connection's life.
             let handshake = Box::pin(timeout(
                 context.timings.handshake_timeout,
                 tls.handshake(socket),
             ));
-            match before_drain(handshake, &go_away).await {
+            match before_drain(handshake, go_away).await {
                 Some(Ok(Some(io))) => {
                     let caller = client_certificate(&io).unwrap_or(connection);
-                    read_preface_and_serve(io, peer, caller, &context, &go_away).await
+                    read_preface_and_serve(io, peer, caller, &context).await
                 }
                 _ => false,
             }
@@ -83,15 +86,14 @@ async fn read_preface_and_serve<S: Service, I>(
     peer: SocketAddr,
     caller: Caller,
     context: &Arc<WorkerContext<S>>,
-    go_away: &CancellationToken,
 ) -> bool
 where
     I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let preface = Box::pin(timeout(context.timings.preface_timeout, preface::read(io)));
-    match before_drain(preface, go_away).await {
+    match before_drain(preface, &context.edge.go_away).await {
         Some(Ok(Some(io))) => {
-            serve_http2(io, peer, caller, context, go_away).await;
+            serve_http2(io, peer, caller, context).await;
             true
         }
         _ => false,
@@ -124,15 +126,18 @@ async fn serve_http2<S: Service, I>(
     peer: SocketAddr,
     caller: Caller,
     context: &Arc<WorkerContext<S>>,
-    go_away: &CancellationToken,
 ) where
     I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let timings = &context.timings;
+    let go_away = &context.edge.go_away;
+    let aged = CancellationToken::new();
     let connection = Arc::new(edge::Connection {
         peer: Arc::new(Peer::new(peer)),
         caller,
         auxiliary: Arc::new(Semaphore::new(RESERVED_AUXILIARY_STREAMS)),
+        watches: Arc::new(Semaphore::new(MAX_WATCHES)),
+        aged: aged.clone(),
     });
     let service = service_fn(|request| {
         let (context, connection) = (Arc::clone(context), Arc::clone(&connection));
@@ -172,6 +177,7 @@ async fn serve_http2<S: Service, I>(
                     return;
                 }
                 connection.as_mut().graceful_shutdown();
+                aged.cancel();
                 is_old = true;
                 age.as_mut().reset(Instant::now() + timings.max_connection_age_grace);
             }

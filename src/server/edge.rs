@@ -6,11 +6,14 @@
 
 use std::{convert::Infallible, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
-use futures_util::FutureExt as _;
+use futures_util::{FutureExt as _, future::BoxFuture};
 use http::{HeaderMap, Method as HttpMethod, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt as _, Limited};
 use hyper::body::Incoming;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::sleep_until,
+};
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, service::Routes};
 use tower_service::Service as _;
@@ -18,6 +21,7 @@ use tower_service::Service as _;
 use super::{
     message,
     reply::{self, REQUEST_ID, ReplyBody},
+    watch_body::{OpenWatch, WatchDrain},
 };
 use crate::{
     call::{Call, Permit},
@@ -30,7 +34,11 @@ use crate::{
     rpc::Service,
     status,
     telemetry::{Peer, Record, Sinks},
+    watch::WatchStream,
 };
+
+/// The longest delay after which a client may continue a watch that the server ended.
+const MAX_WATCH_RETRY: Duration = Duration::from_secs(2);
 
 /// What all calls of one connection share.
 #[derive(Debug)]
@@ -40,6 +48,10 @@ pub(super) struct Connection {
     pub(super) caller: Caller,
     /// The permits for auxiliary streams that are reserved for this connection.
     pub(super) auxiliary: Arc<Semaphore>,
+    /// The permits for watches of this connection.
+    pub(super) watches: Arc<Semaphore>,
+    /// Cancelled when the connection has reached its age.
+    pub(super) aged: CancellationToken,
 }
 
 /// What all calls of one worker share.
@@ -52,6 +64,14 @@ pub(super) struct Edge<S> {
     pub(super) timeout: Duration,
     /// Permits for unary calls of the task service, shared by all workers.
     pub(super) in_flight: Arc<FairLimit>,
+    /// Upper bound of one watch.
+    pub(super) max_watch_duration: Duration,
+    /// Permits for watches, shared by all workers.
+    pub(super) watches: Arc<FairLimit>,
+    /// Spreads the ends of watches during a drain.
+    pub(super) watch_drain: Arc<WatchDrain>,
+    /// Cancelled when a drain sends GOAWAY.
+    pub(super) go_away: CancellationToken,
     /// Permits for auxiliary streams (health, reflection, requests that are not gRPC) beyond those that are reserved for each
     /// connection, shared by all workers.
     pub(super) auxiliary_permits: Arc<Semaphore>,
@@ -74,9 +94,17 @@ impl<S: Service> Edge<S> {
         };
         let method = Method::from_path(request.uri().path());
         let caller_timeout = caller_timeout(headers);
-        let timeout = match caller_timeout {
-            Ok(Some(timeout)) => timeout.min(self.timeout),
+        let limit = match method {
+            // Less up to a fifth at random, so that watches that began together do not end together.
+            Method::WatchTaskDetail => {
+                let part = 1.0 - 0.2 * fastrand::f64();
+                self.max_watch_duration.mul_f64(part)
+            }
             _ => self.timeout,
+        };
+        let timeout = match caller_timeout {
+            Ok(Some(timeout)) => timeout.min(limit),
+            _ => limit,
         };
         let record = Record::start(
             &self.sinks,
@@ -86,9 +114,11 @@ impl<S: Service> Edge<S> {
             Arc::clone(&connection.peer),
             headers,
         );
+        let caller_deadline = caller_timeout.ok().flatten().map(Deadline::after);
+        let limit = Deadline::after(limit);
         let call = Box::new(Call {
-            deadline: Deadline::after(timeout),
-            caller_deadline: caller_timeout.ok().flatten().map(Deadline::after),
+            deadline: caller_deadline.map_or(limit, |callers| callers.min(limit)),
+            caller_deadline,
             caller,
             record,
             permit: None,
@@ -109,6 +139,10 @@ impl<S: Service> Edge<S> {
         }
         let until = match method {
             Method::GetTaskDetail => return self.unary(call, request).await,
+            Method::WatchTaskDetail => {
+                // Boxed, because it is larger than all that a unary call needs.
+                return Box::pin(self.watch(call, connection, request)).await;
+            }
             Method::HealthCheck => Some(call.deadline),
             // A stream ends with the caller's deadline, not with the server's maximum.
             Method::HealthWatch => call.caller_deadline,
@@ -163,8 +197,84 @@ impl<S: Service> Edge<S> {
                 Err(Error::Internal)
             }
             Some(Err(_)) => Err(Error::DeadlineExceeded),
-            None => Err(Error::ShuttingDown),
+            None => Err(Error::ShuttingDown { retry_after: None }),
         }
+    }
+
+    /// A watch of a task. Its stream outlives this function, with all that can end it.
+    async fn watch(
+        &self,
+        mut call: Box<Call>,
+        connection: &Connection,
+        request: Box<Request<Incoming>>,
+    ) -> Response<ReplyBody> {
+        let own = Arc::clone(&connection.watches).try_acquire_owned();
+        let (Ok(own), Some(permit)) = (own, self.watches.try_acquire(call.caller)) else {
+            return reply::failure(call, &Error::Overloaded);
+        };
+        call.permit = Some(Permit::Watch(permit, own));
+        let metrics = Arc::clone(&self.sinks.metrics);
+        let mut open = OpenWatch::new(metrics);
+        let mut ending = self.watch_ending(&call, connection);
+        let started = self.start_watch(&mut call, request);
+        let started = tokio::select! {
+            biased;
+            started = started => started,
+            error = &mut ending => Err(error),
+        };
+        match started {
+            Ok(stream) => reply::watch(call, stream, ending, open),
+            Err(error) => {
+                open.end(&error, &mut call);
+                reply::failure(call, &error)
+            }
+        }
+    }
+
+    /// Reads the message and runs the handler, which returns after the first poll.
+    async fn start_watch(
+        &self,
+        call: &mut Call,
+        mut request: Box<Request<Incoming>>,
+    ) -> Result<WatchStream, Error> {
+        let message = Deadline::after(self.timeout)
+            .bound(message::read(request.body_mut()))
+            .await
+            .map_err(|_| Error::DeadlineExceeded)??;
+        let metadata = request.headers();
+        let message = message::decode(metadata, &message)?;
+        let work = self.service.watch_task_detail(call, metadata, message);
+        match AssertUnwindSafe(work).catch_unwind().await {
+            Ok(result) => result,
+            Err(_) => {
+                self.sinks.metrics.panics.inc();
+                Err(Error::Internal)
+            }
+        }
+    }
+
+    /// Resolves with the error that ends a watch from outside.
+    fn watch_ending(&self, call: &Call, connection: &Connection) -> BoxFuture<'static, Error> {
+        let retry_after = MAX_WATCH_RETRY.mul_f64(fastrand::f64());
+        let expired = Error::WatchExpired { retry_after };
+        let draining = Error::ShuttingDown {
+            retry_after: Some(retry_after),
+        };
+        let (deadline, caller_deadline) = (call.deadline, call.caller_deadline);
+        let aged = connection.aged.clone();
+        let (go_away, cut_off) = (self.go_away.clone(), self.cut_off.clone());
+        let watch_drain = Arc::clone(&self.watch_drain);
+        Box::pin(async move {
+            tokio::select! {
+                () = sleep_until(deadline.at()) => match caller_deadline {
+                    Some(callers) if callers <= deadline => Error::DeadlineExceeded,
+                    _ => expired,
+                },
+                () = aged.cancelled() => expired,
+                () = async { go_away.cancelled().await; watch_drain.wait().await } => draining,
+                () = cut_off.cancelled() => draining,
+            }
+        })
     }
 
     /// A call of health or reflection, which the limit of calls in flight does not cover. `until` ends its stream.

@@ -144,9 +144,23 @@ pub(super) fn encode(reply: &impl Message) -> Result<Bytes, Error> {
             "the reply is over the limit of 4 MiB that gRPC clients accept",
         ));
     }
+    let mut bytes = prefixed(length);
+    reply.encode(&mut bytes).expect("the buffer grows");
+    Ok(bytes.freeze())
+}
+
+/// Adds the prefix to an encoded message in two parts.
+pub(super) fn join_parts([first, second]: &[Bytes; 2]) -> Bytes {
+    let mut bytes = prefixed(first.len() + second.len());
+    bytes.put_slice(first);
+    bytes.put_slice(second);
+    bytes.freeze()
+}
+
+/// A buffer for a message of this length, with its prefix.
+fn prefixed(length: usize) -> BytesMut {
     let mut bytes = BytesMut::with_capacity(PREFIX + length);
     bytes.put_u8(0);
     bytes.put_u32(length as u32);
-    reply.encode(&mut bytes).expect("the buffer grows");
-    Ok(bytes.freeze())
+    bytes
 }

@@ -10,7 +10,7 @@
 //! worker thread, one runtime each                            worker.rs
 //!   connection: TLS -> preface -> HTTP/2 -> age, GOAWAY       connection.rs preface.rs stream.rs
 //!     call: checks, deadline, permit, message -> handler      edge.rs message.rs
-//!           <- status, body, record                           reply.rs
+//!           <- status, body, record                           reply.rs watch_body.rs
 //! ```
 
 mod accept;
@@ -26,6 +26,7 @@ mod stream;
 #[cfg(test)]
 mod tests;
 pub mod tls;
+mod watch_body;
 mod worker;
 
 use std::{fmt, io, sync::Arc, time::Duration};
@@ -42,12 +43,15 @@ pub use options::{Options, Timings};
 
 use self::{
     accept::Acceptor, connection::WorkerContext, edge::Edge, health::HealthState, tls::Tls,
-    worker::Worker,
+    watch_body::WatchDrain, worker::Worker,
 };
 use crate::{fair_limit::FairLimit, rpc::Service, telemetry::Sinks};
 
 /// Cap of the part of the shutdown grace that is reserved for replies to calls that are cut off, and for ending the workers.
 const MAX_CUT_OFF_TIME: Duration = Duration::from_millis(500);
+
+/// The longest time over which a drain spreads the ends of watches, so that their clients do not return to other replicas at once.
+const MAX_WATCH_DRAIN: Duration = Duration::from_secs(10);
 
 /// Why the server did not start.
 #[derive(Debug, thiserror::Error)]
@@ -71,6 +75,7 @@ pub struct Server<S> {
     health: HealthState,
     tls: Option<Arc<Tls>>,
     in_flight: Arc<FairLimit>,
+    go_away: CancellationToken,
     cut_off: CancellationToken,
 }
 
@@ -100,6 +105,10 @@ impl<S: Service> Server<S> {
         let health = HealthState::new(serving).await;
         let routes = health.routes(options.reflection);
         let in_flight = FairLimit::new(options.max_in_flight);
+        let watches = FairLimit::new(options.max_watches);
+        sinks.metrics.watches_limit.set(options.max_watches as i64);
+        let go_away = CancellationToken::new();
+        let watch_drain = WatchDrain::new((options.shutdown_grace / 2).min(MAX_WATCH_DRAIN));
         let auxiliary_permits = Arc::new(Semaphore::new(options.max_connections));
         let cut_off = CancellationToken::new();
         let start_worker = |(index, service)| {
@@ -110,6 +119,10 @@ impl<S: Service> Server<S> {
                     reflection: options.reflection,
                     timeout: options.timeout,
                     in_flight: Arc::clone(&in_flight),
+                    max_watch_duration: options.max_watch_duration,
+                    watches: Arc::clone(&watches),
+                    watch_drain: Arc::clone(&watch_drain),
+                    go_away: go_away.clone(),
                     auxiliary_permits: Arc::clone(&auxiliary_permits),
                     cut_off: cut_off.child_token(),
                     sinks: Arc::clone(&sinks),
@@ -134,6 +147,7 @@ impl<S: Service> Server<S> {
             health,
             tls,
             in_flight,
+            go_away,
             cut_off,
         })
     }
@@ -148,6 +162,7 @@ impl<S: Service> Server<S> {
             health,
             tls,
             in_flight,
+            go_away,
             cut_off,
         } = self;
         let is_ready = *ready.borrow_and_update();
@@ -171,7 +186,7 @@ impl<S: Service> Server<S> {
             connections,
             ..
         } = acceptor;
-        workers.iter().for_each(Worker::go_away);
+        go_away.cancel();
         let end = Instant::now() + options.shutdown_grace;
         // Calls that outlive the grace period get a reply in its last moments, and the exit comes before its end.
         let cut_off_time = (options.shutdown_grace / 10).min(MAX_CUT_OFF_TIME);

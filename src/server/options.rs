@@ -21,6 +21,12 @@ pub struct Options {
     /// Calls in flight; further calls fail at once with RESOURCE_EXHAUSTED
     #[arg(long, value_name = "NUMBER", default_value = "2048", value_parser = limit)]
     pub max_in_flight: usize,
+    /// Watches at once; further ones fail at once with RESOURCE_EXHAUSTED
+    #[arg(long, value_name = "NUMBER", default_value = "1000", value_parser = limit)]
+    pub max_watches: usize,
+    /// Longest duration of one watch, less up to 20 per cent at random
+    #[arg(long, value_name = "DURATION", default_value = "1h", value_parser = duration)]
+    pub max_watch_duration: Duration,
     /// Open gRPC connections; further ones are closed at once
     #[arg(long, value_name = "NUMBER", default_value = "1000", value_parser = limit)]
     pub max_connections: usize,

@@ -5,11 +5,13 @@
 use std::{
     convert::Infallible,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll},
     time::Duration,
 };
 
 use bytes::Bytes;
+use futures_util::future::BoxFuture;
 use http::{
     HeaderMap, HeaderName, HeaderValue, Response, StatusCode,
     header::{ALLOW, CONTENT_TYPE},
@@ -18,13 +20,17 @@ use http_body::Frame;
 use tokio::time::{Sleep, sleep_until};
 use tonic::{Code, Status};
 
-use super::{message, stream};
+use super::{
+    message, stream,
+    watch_body::{OpenWatch, WatchBody},
+};
 use crate::{
     call::Call,
     deadline::Deadline,
     error::Error,
     reason::Reason,
     status::{self, Failure},
+    watch::WatchStream,
 };
 
 /// Carries the request id, on success and failure.
@@ -32,12 +38,12 @@ pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id"
 const GRPC_STATUS: &str = "grpc-status";
 const GRPC_CONTENT_TYPE: HeaderValue = HeaderValue::from_static("application/grpc");
 /// The longest DATA frame, in bytes: bounds what a client that stops reading keeps in memory after its stream has ended.
-const MAX_FRAME_BYTES: usize = 16 * 1024;
+pub(super) const MAX_FRAME_BYTES: usize = 16 * 1024;
 /// How long after its deadline a reply may still be read.
 const READ_SLACK: Duration = Duration::from_secs(1);
 
 /// The body of every response.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(super) enum ReplyBody {
     /// No body: the headers are the whole response.
     #[default]
@@ -51,6 +57,8 @@ pub(super) enum ReplyBody {
         /// Finished with the trailers.
         call: Box<Call>,
     },
+    /// The messages and the trailers of a watch.
+    Watch(Box<WatchBody>),
     /// Health and reflection.
     Auxiliary {
         /// The body of the library's response.
@@ -101,12 +109,7 @@ pub(super) fn failure(mut call: Box<Call>, error: &Error) -> Response<ReplyBody>
 
 /// The response to a successful unary call; `message` includes the prefix.
 pub(super) fn unary(call: Box<Call>, message: Bytes) -> Response<ReplyBody> {
-    let mut headers = HeaderMap::with_capacity(4);
-    headers.insert(CONTENT_TYPE, GRPC_CONTENT_TYPE);
-    headers.insert(REQUEST_ID, id_value(&call));
-    if let Some(id) = status::upstream_id_value(&call.record.facts()) {
-        headers.insert("x-upstream-request-id", id);
-    }
+    let headers = success_headers(&call);
     stream::set_read_deadline(call.deadline.at() + READ_SLACK);
     let mut response = Response::new(ReplyBody::Message {
         data: message,
@@ -114,6 +117,32 @@ pub(super) fn unary(call: Box<Call>, message: Bytes) -> Response<ReplyBody> {
     });
     *response.headers_mut() = headers;
     response
+}
+
+/// The response of a watch; `ending` resolves with the error that ends it from outside.
+pub(super) fn watch(
+    mut call: Box<Call>,
+    stream: WatchStream,
+    ending: BoxFuture<'static, Error>,
+    open: OpenWatch,
+) -> Response<ReplyBody> {
+    call.record.follow(Arc::clone(stream.progress()));
+    let headers = success_headers(&call);
+    let body = WatchBody::new(call, stream, ending, open);
+    let mut response = Response::new(ReplyBody::Watch(Box::new(body)));
+    *response.headers_mut() = headers;
+    response
+}
+
+/// The headers of a successful call of the task service.
+fn success_headers(call: &Call) -> HeaderMap {
+    let mut headers = HeaderMap::with_capacity(4);
+    headers.insert(CONTENT_TYPE, GRPC_CONTENT_TYPE);
+    headers.insert(REQUEST_ID, id_value(call));
+    if let Some(id) = status::upstream_id_value(&call.record.facts()) {
+        headers.insert("x-upstream-request-id", id);
+    }
+    headers
 }
 
 /// The response of health or reflection; `until` ends its stream.
@@ -148,13 +177,21 @@ fn complete(headers: &mut HeaderMap, call: &mut Call) {
 }
 
 /// Finishes a call with this failure.
-fn write_trailers(failure: &Failure<'_>, headers: &mut HeaderMap, call: &mut Call) {
+pub(super) fn write_trailers(failure: &Failure<'_>, headers: &mut HeaderMap, call: &mut Call) {
     call.record.fail(failure.reason);
     call.record.finish(failure.code);
     failure
         .to_status(call.record.request_id(), call.caller_remaining())
         .add_header(headers)
         .expect("code, message and details are valid header values");
+}
+
+/// Finishes a call with OK.
+pub(super) fn ok_trailers(call: &mut Call) -> HeaderMap {
+    call.record.finish(Code::Ok);
+    let mut trailers = HeaderMap::with_capacity(1);
+    trailers.insert(GRPC_STATUS, HeaderValue::from_static("0"));
+    trailers
 }
 
 fn id_value(call: &Call) -> HeaderValue {
@@ -182,11 +219,13 @@ impl http_body::Body for ReplyBody {
                 call.record.sent(frame.len());
                 return Poll::Ready(Some(Ok(Frame::data(frame))));
             }
-            Self::Message { call, .. } => {
-                call.record.finish(Code::Ok);
-                let mut trailers = HeaderMap::with_capacity(1);
-                trailers.insert(GRPC_STATUS, HeaderValue::from_static("0"));
-                Frame::trailers(trailers)
+            Self::Message { call, .. } => Frame::trailers(ok_trailers(call)),
+            Self::Watch(watch) => {
+                let frame = std::task::ready!(watch.poll_frame(context));
+                if frame.is_data() {
+                    return Poll::Ready(Some(Ok(frame)));
+                }
+                frame
             }
             Self::Auxiliary { body, until, call } => {
                 let mut trailers = HeaderMap::new();

@@ -2,6 +2,10 @@
 //!
 //! The library waits without limit for a client that opens no window for the reply. The reply sets its read deadline in a
 //! thread-local cell while the stream is polled; only a stream that is still pending after that poll pays for a timer.
+//!
+//! A watch has no read deadline, because it may be silent. It registers for its next message even if there is no room for it, and the
+//! library does not ask for a message without room. So a wake-up that does not reach the watch starts the time within which the client
+//! must read.
 
 use std::{
     cell::Cell,
@@ -11,15 +15,32 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    task::{Context, Poll, Wake, Waker},
+    task::{Context, Poll, Wake, Waker, ready},
+    time::Duration,
 };
 
 use futures_util::task::AtomicWaker;
 use pin_project_lite::pin_project;
 use tokio::time::{Instant, Sleep, sleep_until};
 
+/// How long a message of a watch may wait for room.
+const MAX_UNREAD: Duration = Duration::from_secs(60);
+
 thread_local! {
-    static READ_DEADLINE: Cell<Option<Instant>> = const { Cell::new(None) };
+    static READ: Cell<Read> = const { Cell::new(Read::Unasked) };
+    static UNREAD: Cell<bool> = const { Cell::new(false) };
+}
+
+/// What a reply said while its stream was polled.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+enum Read {
+    /// It was not asked for data.
+    #[default]
+    Unasked,
+    /// The client must have read it by then.
+    By(Instant),
+    /// It is a watch, and had room for a message.
+    Watch,
 }
 
 /// Spawns streams on the runtime of the worker that polls the connection.
@@ -34,6 +55,7 @@ where
         let mut stream = Box::pin(Bounded {
             stream,
             read_timer: None,
+            is_watch: false,
             early: None,
         });
         // Polled once before it becomes a task: a connection accepts all its new streams before any task runs, and a thousand
@@ -53,7 +75,17 @@ where
 
 /// Sets the time by which the client must have read the reply of the stream that is being polled.
 pub(super) fn set_read_deadline(at: Instant) {
-    READ_DEADLINE.set(Some(at));
+    READ.set(Read::By(at));
+}
+
+/// Marks the stream that is being polled as a watch that has room for a message.
+pub(super) fn set_watch_has_room() {
+    READ.set(Read::Watch);
+}
+
+/// Whether the stream that is being dropped is reset because its client did not read.
+pub(super) fn is_unread() -> bool {
+    UNREAD.get()
 }
 
 /// The waker of a stream that was polled before it had a task. It stores a wake-up for the task, which therefore need not poll
@@ -78,6 +110,7 @@ pin_project! {
         #[pin]
         stream: F,
         read_timer: Option<Pin<Box<Sleep>>>,
+        is_watch: bool,
         // Set until the task polls the stream for the first time.
         early: Option<Arc<EarlyWaker>>,
     }
@@ -95,20 +128,32 @@ impl<F: Future<Output = ()>> Future for Bounded<F> {
             }
             *this.early = None;
         }
-        // A stream that panicked may have left a deadline.
-        READ_DEADLINE.set(None);
+        // A stream that panicked may have left a value.
+        READ.set(Read::Unasked);
+        UNREAD.set(false);
         let done = this.stream.poll(context);
-        let read_deadline = READ_DEADLINE.take();
+        let read = READ.take();
         if done.is_ready() {
             return Poll::Ready(());
         }
-        if let Some(at) = read_deadline {
-            *this.read_timer = Some(Box::pin(sleep_until(at)));
+        match read {
+            Read::By(at) => *this.read_timer = Some(Box::pin(sleep_until(at))),
+            Read::Watch => {
+                *this.is_watch = true;
+                *this.read_timer = None;
+            }
+            Read::Unasked if *this.is_watch && this.read_timer.is_none() => {
+                *this.read_timer = Some(Box::pin(sleep_until(Instant::now() + MAX_UNREAD)));
+            }
+            Read::Unasked => {}
         }
-        match this.read_timer {
-            Some(timer) => timer.as_mut().poll(context),
-            None => Poll::Pending,
-        }
+        let Some(timer) = this.read_timer else {
+            return Poll::Pending;
+        };
+        ready!(timer.as_mut().poll(context));
+        // The stream is dropped next.
+        UNREAD.set(true);
+        Poll::Ready(())
     }
 }
 
@@ -121,7 +166,11 @@ mod tests {
 
     use futures_util::FutureExt as _;
     use hyper::rt::Executor as _;
-    use tokio::{sync::oneshot, task::yield_now};
+    use tokio::{
+        sync::{Notify, oneshot},
+        task::yield_now,
+        time::sleep,
+    };
 
     use super::*;
 
@@ -179,5 +228,69 @@ mod tests {
             assert_eq!(polls.load(Ordering::Relaxed), 2, "{task_turns}");
             assert_eq!(Arc::strong_count(&polls), 1, "it is over");
         }
+    }
+
+    /// A watch that has room for a message `polls` times, and then none.
+    fn watch(
+        polls: usize,
+    ) -> (
+        impl Future<Output = ()> + Send,
+        Arc<Notify>,
+        oneshot::Receiver<bool>,
+    ) {
+        struct Dropped(Option<oneshot::Sender<bool>>);
+        impl Drop for Dropped {
+            fn drop(&mut self) {
+                let sender = self.0.take().expect("dropped once");
+                let _ = sender.send(is_unread());
+            }
+        }
+        let (sender, dropped) = oneshot::channel();
+        let message = Arc::new(Notify::new());
+        let next = Arc::clone(&message);
+        let mut left = polls;
+        let watch = async move {
+            let _dropped = Dropped(Some(sender));
+            loop {
+                if left > 0 {
+                    left -= 1;
+                    set_watch_has_room();
+                }
+                next.notified().await;
+            }
+        };
+        (watch, message, dropped)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_watch_is_reset_when_a_message_has_had_no_room_for_a_minute() {
+        let (stream, message, dropped) = watch(2);
+        Streams.execute(stream);
+        // Silence is no reason: there is no message without room.
+        sleep(Duration::from_secs(3600)).await;
+        message.notify_one();
+        sleep(Duration::from_secs(3600)).await;
+        let begun = Instant::now();
+
+        for _ in 0..5 {
+            message.notify_one();
+            sleep(Duration::from_secs(10)).await;
+        }
+
+        assert_eq!(dropped.await, Ok(true));
+        assert_eq!(begun.elapsed().as_secs(), MAX_UNREAD.as_secs());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn room_for_a_message_ends_the_wait() {
+        let (stream, message, mut dropped) = watch(usize::MAX);
+        Streams.execute(stream);
+
+        for _ in 0..100 {
+            message.notify_one();
+            sleep(Duration::from_secs(10)).await;
+        }
+
+        assert!(dropped.try_recv().is_err(), "the watch is open");
     }
 }

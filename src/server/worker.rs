@@ -4,15 +4,18 @@
 
 use std::{io, net::SocketAddr, sync::Arc, thread};
 
-use prometheus_client::metrics::gauge::Gauge;
 use tokio::{
     runtime::{Builder, Handle},
     sync::{OwnedSemaphorePermit, oneshot},
 };
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::task::TaskTracker;
 
 use super::connection::{self, WorkerContext};
-use crate::{lateness, rpc::Service, telemetry::metrics::Metrics};
+use crate::{
+    lateness,
+    rpc::Service,
+    telemetry::metrics::{Counted, Metrics},
+};
 
 /// Events taken per `epoll_wait`. Few at a time let a call finish while its data is still in the CPU cache.
 const EVENTS_PER_POLL: usize = 8;
@@ -22,7 +25,6 @@ pub(super) struct Worker<S> {
     handle: Handle,
     context: Arc<WorkerContext<S>>,
     connections: TaskTracker,
-    go_away: CancellationToken,
     stop: oneshot::Sender<()>,
     stopped: oneshot::Receiver<()>,
 }
@@ -54,7 +56,6 @@ impl<S: Service> Worker<S> {
             handle,
             context: Arc::new(context),
             connections: TaskTracker::new(),
-            go_away: CancellationToken::new(),
             stop,
             stopped,
         })
@@ -73,24 +74,18 @@ impl<S: Service> Worker<S> {
         permit: OwnedSemaphorePermit,
         metrics: &Metrics,
     ) {
-        let counted = CountedConnection::new(metrics.connections.clone());
+        let counted = Counted::new(&metrics.connections);
         let context = Arc::clone(&self.context);
-        let go_away = self.go_away.clone();
         let refused = metrics.connections_refused.clone();
         self.connections.spawn_on(
             async move {
                 let _held = (permit, counted);
-                if !connection::serve(socket, peer, context, go_away).await {
+                if !connection::serve(socket, peer, context).await {
                     refused.inc();
                 }
             },
             &self.handle,
         );
-    }
-
-    /// Sends GOAWAY on every connection.
-    pub(super) fn go_away(&self) {
-        self.go_away.cancel();
     }
 
     /// Waits until no connection is open; no new one may be served.
@@ -103,21 +98,5 @@ impl<S: Service> Worker<S> {
     pub(super) async fn stop(self) {
         drop(self.stop);
         let _ = self.stopped.await;
-    }
-}
-
-/// Counts an open connection in the metric until it is dropped.
-struct CountedConnection(Gauge);
-
-impl CountedConnection {
-    fn new(gauge: Gauge) -> Self {
-        gauge.inc();
-        Self(gauge)
-    }
-}
-
-impl Drop for CountedConnection {
-    fn drop(&mut self) {
-        self.0.dec();
     }
 }

@@ -26,7 +26,7 @@ pub struct Failure<'a> {
     /// The message, cleaned and at most 256 characters long.
     pub(super) message: String,
     /// The delay of `RetryInfo`.
-    pub(super) retry_after: Option<Duration>,
+    pub retry_after: Option<Duration>,
     /// The owner of the credential.
     pub(super) owner: Option<Owner>,
     /// The service that rejected the server's login, and its HTTP status.
@@ -98,7 +98,13 @@ impl<'a> Failure<'a> {
             Error::Overloaded => {
                 Self::new(Code::ResourceExhausted, Reason::Overloaded).after(OVERLOADED_WAIT)
             }
-            Error::ShuttingDown => Self::new(Code::Unavailable, Reason::ShuttingDown),
+            Error::ShuttingDown { retry_after } => Self {
+                retry_after: *retry_after,
+                ..Self::new(Code::Unavailable, Reason::ShuttingDown)
+            },
+            Error::WatchExpired { retry_after } => {
+                Self::new(Code::Unavailable, Reason::WatchExpired).after(*retry_after)
+            }
             Error::Internal => Self::new(Code::Internal, Reason::Internal),
         }
     }

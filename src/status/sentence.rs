@@ -87,7 +87,7 @@ pub(super) fn for_reason(reason: Reason) -> &'static str {
             "the reply of RDS cannot be decoded as a task: report upstreamRequestId to RDS support"
         }
         Reason::UpstreamResponseTooLarge => {
-            "the reply of RDS is over 1 MiB or has over 10 000 parts: report upstreamRequestId to RDS support"
+            "the reply of RDS is too large (over 1 MiB or 10 000 parts; for a watch, over 64 KiB): report upstreamRequestId to RDS support"
         }
         Reason::DeadlineExceeded => {
             "the deadline passed: the caller's, or the server's limit if that is shorter"
@@ -111,6 +111,9 @@ pub(super) fn for_reason(reason: Reason) -> &'static str {
         }
         Reason::Overloaded => {
             "too many calls are in flight on the server: wait for the delay in RetryInfo"
+        }
+        Reason::WatchExpired => {
+            "the watch has reached its longest duration: continue it with the etag of the last message"
         }
         Reason::ShuttingDown => {
             "the server is shutting down: try again; another replica will serve the call"

@@ -13,7 +13,7 @@ use super::{
     trace::ServerSpan,
     writer::Writer,
 };
-use crate::{code, reason::Reason};
+use crate::{code, method::Method, reason::Reason};
 
 /// The target of access lines in `RUST_LOG`: `access=off` hides all of them, `access=error` those at level INFO.
 pub(super) const TARGET: &str = "access";
@@ -41,7 +41,7 @@ impl Access {
 
     /// Writes one line unless the filter hides it. Never blocks.
     pub(super) fn write(&self, record: &Record, code: Code, took: Duration, facts: &Facts) {
-        let level = level(code, record.reason);
+        let level = level(record.method, code, record.reason);
         // Two call sites, because each caches the filter's decision for its own level.
         let shown = match level {
             Level::ERROR => tracing::enabled!(target: TARGET, Level::ERROR),
@@ -56,10 +56,17 @@ impl Access {
 }
 
 /// ERROR if the server or upstream is at fault, else INFO.
-fn level(code: Code, reason: Option<Reason>) -> Level {
+fn level(method: Method, code: Code, reason: Option<Reason>) -> Level {
     match code {
         // The caller is at fault with any code, for example for a request that is not gRPC.
         _ if reason == Some(Reason::InvalidRequest) => Level::INFO,
+        // Normal ends of a long watch.
+        Code::Unavailable
+            if method == Method::WatchTaskDetail
+                && matches!(reason, Some(Reason::WatchExpired | Reason::ShuttingDown)) =>
+        {
+            Level::INFO
+        }
         Code::Unknown
         | Code::DeadlineExceeded
         | Code::Internal
@@ -113,6 +120,9 @@ fn render(
     line.text("peer", &record.peer.text);
     if let Some(agent) = &record.user_agent {
         line.text("user_agent", &limited(agent.as_bytes()));
+    }
+    if record.method == Method::WatchTaskDetail {
+        line.plain("messages", record.messages);
     }
     line.plain("bytes", record.bytes);
     line.finish()
@@ -275,7 +285,7 @@ mod tests {
     fn only_server_and_upstream_errors_are_logged_at_error() {
         let errors: Vec<Code> = (0..17)
             .map(Code::from)
-            .filter(|code| level(*code, None) == Level::ERROR)
+            .filter(|code| level(METHOD, *code, None) == Level::ERROR)
             .collect();
 
         assert_eq!(
@@ -299,7 +309,11 @@ mod tests {
             (Code::Internal, Reason::Internal, Level::ERROR),
         ];
         for (code, reason, expected) in cases {
-            assert_eq!(level(code, Some(reason)), expected, "{code:?} {reason:?}");
+            assert_eq!(
+                level(METHOD, code, Some(reason)),
+                expected,
+                "{code:?} {reason:?}"
+            );
         }
     }
 

@@ -32,6 +32,67 @@ pub enum AttemptOutcome {
 /// In the order of [`AttemptOutcome`].
 const OUTCOMES: [&str; 4] = ["answer", "transport_error", "timeout", "cancelled"];
 
+/// How a poll of a watched task ended, as the label `outcome`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PollOutcome {
+    /// The task's text differs from the previous poll.
+    Changed,
+    /// It does not.
+    Unchanged,
+    /// An error, or an unknown task.
+    Failed,
+    /// A throttle window or the rate limiter rejected the poll, or RDS replied with 429.
+    Throttled,
+}
+
+/// In the order of [`PollOutcome`].
+const POLL_OUTCOMES: [&str; 4] = ["changed", "unchanged", "failed", "throttled"];
+
+/// A message of a watch, as the label `kind`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WatchMessage {
+    /// With the task.
+    State,
+    /// Without it.
+    Heartbeat,
+}
+
+/// In the order of [`WatchMessage`].
+const WATCH_MESSAGES: [&str; 2] = ["state", "heartbeat"];
+
+/// Why a watch ended, as the label `cause`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WatchEnd {
+    /// The task is over.
+    Over,
+    /// The caller's deadline passed.
+    Deadline,
+    /// The caller ended the call or disconnected.
+    Cancelled,
+    /// The watch or its connection reached its age.
+    Expired,
+    /// The server drains.
+    Drain,
+    /// An error that a retry may not help.
+    Error,
+    /// Transient errors for five minutes.
+    Stale,
+    /// The client did not read.
+    Unread,
+}
+
+/// In the order of [`WatchEnd`].
+const WATCH_ENDS: [&str; 8] = [
+    "over",
+    "deadline",
+    "cancelled",
+    "expired",
+    "drain",
+    "error",
+    "stale",
+    "unread",
+];
+
 const STATUS_CLASSES: [&str; 6] = ["1xx", "2xx", "3xx", "4xx", "5xx", "none"];
 
 /// Reasons for a retry, as the label `reason` of the retry counter.
@@ -59,6 +120,24 @@ struct MethodSeries {
     seconds: Histogram,
 }
 
+/// Counts something in a gauge until it is dropped.
+#[derive(Debug)]
+pub struct Counted(Gauge);
+
+impl Counted {
+    /// Increments the gauge.
+    pub fn new(gauge: &Gauge) -> Self {
+        gauge.inc();
+        Self(gauge.clone())
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
 /// All metrics of one process, and the registry that prints them.
 pub struct Metrics {
     registry: Registry,
@@ -80,6 +159,20 @@ pub struct Metrics {
     credential_expiry: Gauge<f64, AtomicU64>,
     credential_refresh: [Counter; 2],
     tls_certificate_expiry: Gauge<f64, AtomicU64>,
+    /// Open watches.
+    pub watches: Gauge,
+    /// The limit on open watches.
+    pub watches_limit: Gauge,
+    /// Tasks with a poller.
+    pub watched_tasks: Gauge,
+    /// Indexed by [`PollOutcome`].
+    watch_polls: [Counter; POLL_OUTCOMES.len()],
+    /// Indexed by [`WatchMessage`].
+    watch_messages: [Counter; WATCH_MESSAGES.len()],
+    /// States that a newer one replaced before a watch had room for it.
+    pub watch_states_skipped: Counter,
+    /// Indexed by [`WatchEnd`].
+    watch_ends: [Counter; WATCH_ENDS.len()],
     /// Open gRPC connections.
     pub connections: Gauge,
     /// Connections without a gRPC session: refused at the limit, failed TLS handshake, no HTTP/2 preface.
@@ -162,6 +255,32 @@ impl Metrics {
                 "tls_certificate_expiry_timestamp_seconds",
                 "When the listener's certificate expires; 0 without TLS",
             ),
+            watches: register(r, "rds_watches", "Open watches"),
+            watches_limit: register(r, "rds_watches_limit", "Limit on open watches"),
+            watched_tasks: register(r, "rds_watched_tasks", "Tasks that are polled for watches"),
+            watch_polls: counters(
+                r,
+                "rds_watch_polls",
+                "Polls of watched tasks",
+                POLL_OUTCOMES.map(|outcome| [("outcome", outcome)]),
+            ),
+            watch_messages: counters(
+                r,
+                "rds_watch_messages",
+                "Messages of watches",
+                WATCH_MESSAGES.map(|kind| [("kind", kind)]),
+            ),
+            watch_states_skipped: register(
+                r,
+                "rds_watch_states_skipped",
+                "States that a newer one replaced before they were sent",
+            ),
+            watch_ends: counters(
+                r,
+                "rds_watch_ended",
+                "Watches that ended",
+                WATCH_ENDS.map(|cause| [("cause", cause)]),
+            ),
             connections: register(r, "grpc_server_connections", "Open gRPC connections"),
             connections_refused: register(
                 r,
@@ -230,6 +349,21 @@ impl Metrics {
         if let Some(index) = RETRY_REASONS.iter().position(|known| *known == reason) {
             self.retries[index].inc();
         }
+    }
+
+    /// Counts a poll of a watched task.
+    pub fn watch_poll(&self, outcome: PollOutcome) {
+        self.watch_polls[outcome as usize].inc();
+    }
+
+    /// Counts a message of a watch.
+    pub fn watch_message(&self, kind: WatchMessage) {
+        self.watch_messages[kind as usize].inc();
+    }
+
+    /// Counts the end of a watch.
+    pub fn watch_ended(&self, cause: WatchEnd) {
+        self.watch_ends[cause as usize].inc();
     }
 
     /// Counts a fetch of a credential.

@@ -5,7 +5,11 @@ pub(super) use generated::opentelemetry::proto::{
     collector::trace::v1::{ExportTraceServiceRequest, ExportTraceServiceResponse},
     common::v1::{InstrumentationScope, KeyValue},
     resource::v1::Resource,
-    trace::v1::{ResourceSpans, ScopeSpans, Span, Status, span::SpanKind, status::StatusCode},
+    trace::v1::{
+        ResourceSpans, ScopeSpans, Span, Status,
+        span::{Link, SpanKind},
+        status::StatusCode,
+    },
 };
 
 #[cfg(test)]

@@ -53,6 +53,8 @@ pub struct Record {
     progress: Option<Arc<Progress>>,
     pub(super) reason: Option<Reason>,
     code: Option<Code>,
+    /// Messages of a watch that were passed to HTTP/2.
+    pub(super) messages: u64,
     /// Bytes of reply messages, with their prefixes, that were passed to HTTP/2.
     pub(super) bytes: u64,
 }
@@ -83,6 +85,7 @@ impl Record {
             progress: None,
             reason: None,
             code: None,
+            messages: 0,
             bytes: 0,
             sinks: Arc::clone(sinks),
         }
@@ -114,6 +117,11 @@ impl Record {
     /// Counts bytes of the reply that were passed to HTTP/2.
     pub fn sent(&mut self, bytes: usize) {
         self.bytes += bytes as u64;
+    }
+
+    /// Counts a message of a watch.
+    pub fn message(&mut self) {
+        self.messages += 1;
     }
 
     /// Sets the reason of a failed call.
@@ -175,6 +183,11 @@ pub struct Facts {
 pub struct Progress(Mutex<Facts>);
 
 impl Progress {
+    /// The facts of a finished lookup.
+    pub fn finished(facts: Facts) -> Arc<Self> {
+        Arc::new(Self(Mutex::new(facts)))
+    }
+
     /// The facts so far.
     pub fn facts(&self) -> Facts {
         self.0

@@ -14,7 +14,7 @@ use super::{
     conventions as names,
     export::SpanQueue,
     metrics::AttemptOutcome,
-    otlp::{KeyValue, Span, SpanKind, Status, StatusCode},
+    otlp::{KeyValue, Link, Span, SpanKind, Status, StatusCode},
     record::{Facts, Record},
 };
 use crate::{code, method::Method, reason::Reason};
@@ -35,6 +35,8 @@ pub struct ServerSpan {
     context: Context,
     /// Zero for a root span.
     parent_span_id: u64,
+    /// The stream that a poll belongs to.
+    link: Option<Link>,
     started: Timestamp,
 }
 
@@ -80,6 +82,7 @@ impl Tracer {
                 trace_state,
             },
             parent_span_id,
+            link: None,
             started: Timestamp::now(),
         })
     }
@@ -89,6 +92,45 @@ impl ServerSpan {
     /// The identity of this span.
     pub fn context(&self) -> &Context {
         &self.context
+    }
+
+    /// Starts the span of a poll for this watch: the root of a trace of its own, linked to the watch, because a watch can last for hours.
+    pub fn poll(&self) -> Arc<Self> {
+        let trace_id = fastrand::u128(1..);
+        Arc::new(Self {
+            tracer: Arc::clone(&self.tracer),
+            context: Context {
+                trace_id,
+                span_id: fastrand::u64(1..),
+                sampled: self.tracer.sampler.samples(trace_id, None),
+                trace_state: String::new(),
+            },
+            parent_span_id: 0,
+            link: Some(Link {
+                trace_id: self.context.trace_id.to_be_bytes().to_vec(),
+                span_id: self.context.span_id.to_be_bytes().to_vec(),
+                ..Link::default()
+            }),
+            started: Timestamp::now(),
+        })
+    }
+
+    /// Exports the span of a poll, which failed for this reason, if any. Called once.
+    pub fn end_poll(&self, took: Duration, reason: Option<Reason>) {
+        if !self.context.sampled {
+            return;
+        }
+        let reason = reason.map(Reason::as_str);
+        let attributes = [(names::REASON, reason), (names::ERROR_TYPE, reason)];
+        let attribute = |(name, value): (_, Option<_>)| Some(KeyValue::text(name, value?));
+        self.tracer.queue.put(Span {
+            name: "poll".to_owned(),
+            kind: SpanKind::Internal.into(),
+            attributes: attributes.into_iter().filter_map(attribute).collect(),
+            links: self.link.iter().cloned().collect(),
+            status: status(reason.is_some()),
+            ..self.span(self.context.span_id, self.started, took)
+        });
     }
 
     /// Exports the span at the end of the call. Called once.

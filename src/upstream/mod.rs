@@ -22,7 +22,7 @@ use std::time::Duration;
 
 pub use self::{
     client::{Client, Endpoint, LookupContext},
-    options::Options,
+    options::{Options, rate},
     pacing::{Config as RateConfig, Pacing},
 };
 use self::{key_evidence::KeyEvidence, throttling_text::Subject};

@@ -148,8 +148,11 @@ fn roots(text: &str) -> Parsed<PathBuf> {
     }
 }
 
-/// A rate like `60/1m` (attempts per period), or `off`.
-fn rate(text: &str) -> Parsed<Option<RateConfig>> {
+/// Parses a rate like `60/1m` (attempts per period), or `off`.
+///
+/// # Errors
+/// The rest of an error sentence.
+pub fn rate(text: &str) -> Parsed<Option<RateConfig>> {
     if text == "off" {
         return Ok(None);
     }

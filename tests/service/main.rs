@@ -34,3 +34,4 @@ mod telemetry;
 mod tls;
 /// The CA certificates that each client of the program trusts.
 mod trust;
+mod watch;

@@ -85,7 +85,7 @@ async fn streams_beyond_the_advertised_limit_get_refused_stream() {
         ..options()
     });
     let mut bytes = opening();
-    for index in 0..120 {
+    for index in 0..1044 {
         let stream = 2 * index + 1;
         bytes.extend(frame(HEADERS, END_HEADERS, stream, &block(GET_TASK_DETAIL)));
         bytes.extend(frame(DATA, END_STREAM, stream, &instance("hang")));
@@ -93,9 +93,9 @@ async fn streams_beyond_the_advertised_limit_get_refused_stream() {
     let mut socket = TcpStream::connect(running.address).await.unwrap();
     socket.write_all(&bytes).await.unwrap();
 
-    running.script.entered(100).await;
+    running.script.entered(1024).await;
     running.script.released.send_replace(true);
-    eventually(|| ended(&running.metrics).len() == 100).await;
+    eventually(|| ended(&running.metrics).len() == 1024).await;
     // The drain closes the connection, which ends the read.
     let reading = tokio::spawn(async move { until_closed(&mut socket).await });
     running.stop().await;
@@ -106,7 +106,7 @@ async fn streams_beyond_the_advertised_limit_get_refused_stream() {
         .payload
         .chunks(6)
         .find(|setting| setting.starts_with(&MAX_CONCURRENT_STREAMS));
-    assert_eq!(advertised.unwrap()[2..], 100u32.to_be_bytes());
+    assert_eq!(advertised.unwrap()[2..], 1024u32.to_be_bytes());
     let refused =
         |frame: &&frames::Frame| frame.kind == RST_STREAM && frame.error() == REFUSED_STREAM;
     assert_eq!(seen.iter().filter(refused).count(), 20);

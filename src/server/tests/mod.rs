@@ -33,10 +33,11 @@ use crate::{
     call::Call,
     code, error,
     options::defaults,
-    pb::{GetTaskDetailRequest, GetTaskDetailResponse},
+    pb::{GetTaskDetailRequest, GetTaskDetailResponse, WatchTaskDetailRequest},
     rpc::Service,
     telemetry::{Access, Sinks, metrics::Metrics},
     test_support::wait::{self, PATIENCE},
+    watch::WatchStream,
 };
 
 const GET_TASK_DETAIL: &str = "/huaweicloud.rds.task.v1.TaskService/GetTaskDetail";
@@ -116,6 +117,16 @@ impl Service for Script {
             }
         }
         Ok(reply)
+    }
+
+    async fn watch_task_detail(
+        &self,
+        _call: &mut Call,
+        _metadata: &HeaderMap,
+        _request: WatchTaskDetailRequest,
+    ) -> Result<WatchStream, error::Error> {
+        // The service tests watch the whole program.
+        Err(error::Error::Internal)
     }
 }
 

@@ -52,7 +52,7 @@ fn every_error_without_a_reply_has_its_code_reason_delay_and_owner() {
             None,
         ),
         (
-            Error::ShuttingDown,
+            Error::ShuttingDown { retry_after: None },
             Code::Unavailable,
             "SHUTTING_DOWN",
             None,

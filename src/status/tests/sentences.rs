@@ -12,7 +12,10 @@ fn each_error_has_a_distinct_sentence_with_the_next_step() {
         Error::Credentials(credentials::Error::Malformed),
         Error::DeadlineExceeded,
         Error::Overloaded,
-        Error::ShuttingDown,
+        Error::ShuttingDown { retry_after: None },
+        Error::WatchExpired {
+            retry_after: Duration::ZERO,
+        },
         Error::Internal,
     ];
 

@@ -1,0 +1,222 @@
+//! Watches of tasks. One poller for each task and credential, whose observations all watchers of that task share.
+//!
+//! ```text
+//! watcher 1..n (any worker) -> Hub::subscribe -> tokio::sync::watch::Receiver<Observation>    the newest observation only
+//!                                                          ^
+//! poller: pause -> rate limiter -> lookup (as of a unary call) -> compare with the previous state -> publish
+//! ```
+//!
+//! A slow reader costs no memory: a stream encodes the newest state when HTTP/2 has room for it ([`stream`]).
+
+mod options;
+mod poller;
+mod snapshot;
+mod stream;
+
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    fmt,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, SystemTime},
+};
+
+use tokio::sync::{Notify, watch};
+
+pub use self::{
+    options::Options,
+    stream::{Item, WatchStream},
+};
+use self::{poller::Poller, snapshot::Snapshot};
+use crate::{
+    caller::Caller,
+    coalescer::LookupKey,
+    credentials::Auth,
+    error::Error,
+    lookup::Lookups,
+    telemetry::{Progress, ServerSpan, metrics::Metrics},
+    upstream::Pacing,
+};
+
+/// All watched tasks. One per process: all workers share it.
+pub struct Hub {
+    interval: Duration,
+    rate: Option<Pacing>,
+    /// The deadline of a poll: that of a unary call without one.
+    poll_timeout: Duration,
+    tasks: Mutex<HashMap<Arc<LookupKey>, Arc<WatchedTask>>>,
+    metrics: Arc<Metrics>,
+}
+
+impl fmt::Debug for Hub {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Hub").finish_non_exhaustive()
+    }
+}
+
+/// Who watches a task, and how.
+#[derive(Debug)]
+pub struct Watcher {
+    /// Whose share of the poll rate the watch uses.
+    pub caller: Caller,
+    /// The credential of its polls. Held as long as the task has watchers.
+    pub auth: Auth,
+    /// The span of the stream, to which polls are linked.
+    pub span: Option<Arc<ServerSpan>>,
+    /// The caller has seen a state before: its first poll may wait, so that all watches of a stopped replica do not poll at once.
+    pub resumes: bool,
+}
+
+/// A task and its watchers.
+struct WatchedTask {
+    key: Arc<LookupKey>,
+    observations: watch::Sender<Observation>,
+    watchers: Mutex<Watchers>,
+    /// Notified when a watcher joins.
+    joined: Notify,
+}
+
+#[derive(Default)]
+struct Watchers {
+    /// Callers with the number of their watches.
+    callers: HashMap<Caller, usize>,
+    /// The credential of the watcher that joined last; none without watchers.
+    auth: Option<Auth>,
+    /// The span of the watcher that joined last.
+    span: Option<Arc<ServerSpan>>,
+    /// A watcher waits for the first poll that has seen no state before.
+    is_urgent: bool,
+}
+
+/// The results of the polls so far.
+#[derive(Clone, Default)]
+struct Observation {
+    /// The newest state; `None` before RDS has reported one.
+    snapshot: Option<Arc<Snapshot>>,
+    /// The number of states so far.
+    states: u64,
+    /// The error of the latest poll, if RDS does not know the task yet.
+    missing: Option<Arc<Error>>,
+    /// When RDS last confirmed the state, or that it does not know the task.
+    checked_at: Option<SystemTime>,
+    /// What the attempts of the latest answer showed.
+    progress: Arc<Progress>,
+    /// Set when the poller has ended: the task is over, or its watches fail.
+    end: Option<Result<(), Arc<Error>>>,
+}
+
+/// One watcher's view of a task. Dropping it ends the watch.
+struct Subscription {
+    task: Arc<WatchedTask>,
+    caller: Caller,
+    observations: watch::Receiver<Observation>,
+}
+
+impl Hub {
+    /// A hub without watches. `poll_timeout` bounds each poll.
+    pub fn new(options: &Options, poll_timeout: Duration, metrics: Arc<Metrics>) -> Arc<Self> {
+        Arc::new(Self {
+            interval: options.watch_interval,
+            rate: options.watch_rate.map(Pacing::new),
+            poll_timeout,
+            tasks: Mutex::default(),
+            metrics,
+        })
+    }
+
+    /// Joins the watchers of a task. The first one starts its poller, which uses `lookups`.
+    fn subscribe(
+        self: &Arc<Self>,
+        lookups: &Lookups,
+        key: &Arc<LookupKey>,
+        watcher: Watcher,
+    ) -> Subscription {
+        let mut tasks = self.tasks();
+        match tasks.entry(Arc::clone(key)) {
+            Entry::Occupied(entry) => WatchedTask::join(entry.get(), watcher),
+            Entry::Vacant(entry) => {
+                let task = Arc::new(WatchedTask::new(Arc::clone(key)));
+                entry.insert(Arc::clone(&task));
+                let subscription = WatchedTask::join(&task, watcher);
+                let poller = Poller::new(Arc::clone(self), task, lookups.clone());
+                tokio::spawn(poller.run());
+                subscription
+            }
+        }
+    }
+
+    /// Removes a task, so that the next watcher starts a new poller.
+    fn remove(&self, task: &Arc<WatchedTask>) {
+        if let Entry::Occupied(entry) = self.tasks().entry(Arc::clone(&task.key))
+            && Arc::ptr_eq(entry.get(), task)
+        {
+            entry.remove();
+        }
+    }
+
+    /// Removes a task if nobody watches it. Returns whether it did.
+    fn remove_unwatched(&self, task: &Arc<WatchedTask>) -> bool {
+        // Watchers join while the map is locked, so none can join in between.
+        let mut tasks = self.tasks();
+        let is_unwatched = task.watchers().callers.is_empty();
+        if is_unwatched {
+            tasks.remove(&task.key);
+        }
+        is_unwatched
+    }
+
+    fn tasks(&self) -> MutexGuard<'_, HashMap<Arc<LookupKey>, Arc<WatchedTask>>> {
+        self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl WatchedTask {
+    fn new(key: Arc<LookupKey>) -> Self {
+        Self {
+            key,
+            observations: watch::Sender::default(),
+            watchers: Mutex::default(),
+            joined: Notify::new(),
+        }
+    }
+
+    fn join(task: &Arc<Self>, watcher: Watcher) -> Subscription {
+        let mut watchers = task.watchers();
+        *watchers.callers.entry(watcher.caller).or_default() += 1;
+        watchers.auth = Some(watcher.auth);
+        watchers.span = watcher.span;
+        watchers.is_urgent |= !watcher.resumes;
+        drop(watchers);
+        task.joined.notify_one();
+        Subscription {
+            task: Arc::clone(task),
+            caller: watcher.caller,
+            observations: task.observations.subscribe(),
+        }
+    }
+
+    /// The callers that watch the task.
+    fn callers(&self) -> Vec<Caller> {
+        self.watchers().callers.keys().copied().collect()
+    }
+
+    fn watchers(&self) -> MutexGuard<'_, Watchers> {
+        self.watchers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Subscription {
+    fn drop(&mut self) {
+        let mut watchers = self.task.watchers();
+        if let Entry::Occupied(mut count) = watchers.callers.entry(self.caller) {
+            *count.get_mut() -= 1;
+            if *count.get() == 0 {
+                count.remove();
+            }
+        }
+        if watchers.callers.is_empty() {
+            // The credential of a caller is held no longer than its watch.
+            watchers.auth = None;
+            watchers.span = None;
+        }
+    }
+}

@@ -1,0 +1,341 @@
+//! The messages of one watch. HTTP/2 asks for the next one only when it has room for it, so the newest state is chosen at that moment.
+
+use std::{
+    fmt,
+    future::Future as _,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use prost::Message as _;
+use tokio::{
+    sync::watch::Receiver,
+    time::{Instant, Sleep, sleep_until},
+};
+use tokio_util::sync::ReusableBoxFuture;
+
+use super::{Hub, Observation, Subscription, Watcher};
+use crate::{
+    coalescer::LookupKey,
+    error::Error,
+    lookup::Lookups,
+    pb::WatchTaskDetailResponse,
+    telemetry::{
+        Progress,
+        metrics::{Metrics, WatchMessage},
+    },
+};
+
+/// The longest silence of a stream: below the idle limits of 60 s of common proxies, which HTTP/2's PING does not reset.
+const HEARTBEAT: Duration = Duration::from_secs(25);
+
+/// The next item of a watch.
+#[derive(Debug)]
+pub enum Item {
+    /// An encoded message, in two parts.
+    Message([Bytes; 2]),
+    /// The stream ends: OK if the task is over.
+    End(Result<(), Arc<Error>>),
+}
+
+/// The messages of one watch, after the first answer of RDS.
+pub struct WatchStream {
+    _subscription: Subscription,
+    /// Resolves when there is a new observation.
+    changed: ReusableBoxFuture<'static, Receiver<Observation>>,
+    newest: Observation,
+    heartbeat: Pin<Box<Sleep>>,
+    /// The etag that the client knows: from its request, then from the latest message.
+    known_etag: String,
+    /// The number of states up to the latest message; `None` before the first one.
+    sent_states: Option<u64>,
+    /// A message with the final state was sent.
+    has_sent_end: bool,
+    metrics: Arc<Metrics>,
+}
+
+impl fmt::Debug for WatchStream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("WatchStream").finish_non_exhaustive()
+    }
+}
+
+impl Hub {
+    /// Watches a task. Returns when RDS has given an answer about it. `etag` is that of the last message that the client has seen, or
+    /// empty.
+    ///
+    /// # Errors
+    /// That of the first poll. A task that RDS does not know is an error unless `allow_missing` is set.
+    pub async fn watch(
+        self: &Arc<Self>,
+        lookups: &Lookups,
+        key: &Arc<LookupKey>,
+        watcher: Watcher,
+        etag: String,
+        allow_missing: bool,
+    ) -> Result<WatchStream, Arc<Error>> {
+        let mut subscription = self.subscribe(lookups, key, watcher);
+        let newest = loop {
+            let newest = subscription.observations.borrow_and_update().clone();
+            match (&newest.snapshot, &newest.missing, &newest.end) {
+                (Some(_), ..) => break newest,
+                (None, _, Some(Err(error))) => return Err(Arc::clone(error)),
+                (None, Some(_), _) if allow_missing => break newest,
+                (None, Some(error), _) => return Err(Arc::clone(error)),
+                (None, None, _) => {}
+            }
+            if subscription.observations.changed().await.is_err() {
+                return Err(Arc::new(Error::Internal));
+            }
+        };
+        let metrics = Arc::clone(&self.metrics);
+        Ok(WatchStream::new(subscription, newest, etag, metrics))
+    }
+}
+
+async fn changed(mut observations: Receiver<Observation>) -> Receiver<Observation> {
+    // The sender outlives its receivers: the subscription holds the task.
+    let _ = observations.changed().await;
+    observations
+}
+
+impl WatchStream {
+    fn new(
+        subscription: Subscription,
+        newest: Observation,
+        known_etag: String,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        Self {
+            changed: ReusableBoxFuture::new(changed(subscription.observations.clone())),
+            _subscription: subscription,
+            newest,
+            heartbeat: Box::pin(sleep_until(Instant::now() + HEARTBEAT)),
+            known_etag,
+            sent_states: None,
+            has_sent_end: false,
+            metrics,
+        }
+    }
+
+    /// What the attempts of the latest poll showed.
+    pub fn progress(&self) -> &Arc<Progress> {
+        &self.newest.progress
+    }
+
+    /// The next item. Also registers for the item after it, so that the stream is polled when that item is due, even if HTTP/2 has no
+    /// room for it.
+    pub fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Item> {
+        while let Poll::Ready(mut observations) = self.changed.poll(context) {
+            self.newest = observations.borrow_and_update().clone();
+            self.changed.set(changed(observations));
+        }
+        let silent = self.heartbeat.as_mut().poll(context).is_ready();
+        let Some(item) = self.next(silent) else {
+            return Poll::Pending;
+        };
+        if let Item::Message(_) = item {
+            self.heartbeat.as_mut().reset(Instant::now() + HEARTBEAT);
+            let _ = self.heartbeat.as_mut().poll(context);
+        }
+        Poll::Ready(item)
+    }
+
+    fn next(&mut self, silent: bool) -> Option<Item> {
+        if let Some(snapshot) = &self.newest.snapshot {
+            let is_last = snapshot.is_over && !self.has_sent_end;
+            if snapshot.etag != self.known_etag || is_last {
+                let sent_states = self.sent_states.unwrap_or(self.newest.states - 1);
+                let skipped = self.newest.states - sent_states - 1;
+                self.metrics.watch_states_skipped.inc_by(skipped);
+                self.sent_states = Some(self.newest.states);
+                self.known_etag.clone_from(&snapshot.etag);
+                self.has_sent_end = snapshot.is_over;
+                return Some(self.message(snapshot.message.clone(), WatchMessage::State));
+            }
+        }
+        if let Some(end) = &self.newest.end {
+            return Some(Item::End(end.clone()));
+        }
+        if self.sent_states.is_some() && !silent {
+            return None;
+        }
+        self.sent_states = Some(self.newest.states);
+        let snapshot = self.newest.snapshot.as_ref();
+        let unchanged = WatchTaskDetailResponse {
+            etag: snapshot.map_or_else(String::new, |snapshot| snapshot.etag.clone()),
+            ..WatchTaskDetailResponse::default()
+        };
+        Some(self.message(unchanged.encode_to_vec().into(), WatchMessage::Heartbeat))
+    }
+
+    /// The message, of which `encoded` is the part before the check time.
+    fn message(&self, encoded: Bytes, kind: WatchMessage) -> Item {
+        self.metrics.watch_message(kind);
+        let checked = WatchTaskDetailResponse {
+            check_time: self.newest.checked_at.map(Into::into),
+            ..WatchTaskDetailResponse::default()
+        };
+        Item::Message([encoded, checked.encode_to_vec().into()])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{future::poll_fn, time::SystemTime};
+
+    use futures_util::poll;
+    use http::HeaderValue;
+
+    use super::*;
+    use crate::{
+        caller::Caller,
+        coalescer::Coalescer,
+        credentials::{Auth, Identity, Token},
+        pb::GetTaskDetailResponse,
+        upstream::TaskQuery,
+        watch::{Snapshot, WatchedTask},
+    };
+
+    /// A task without a poller, whose observations the test publishes.
+    struct Task(Arc<WatchedTask>, Arc<Metrics>);
+
+    impl Task {
+        fn new() -> Self {
+            let metrics = Metrics::new();
+            let coalescer = Coalescer::new(&crate::options::defaults(), Arc::clone(&metrics));
+            let query = TaskQuery {
+                project_id: "p".into(),
+                instance_id: "i".into(),
+                workflow_id: "w".into(),
+                workflow_name: None,
+            };
+            let task = WatchedTask::new(coalescer.key(Identity::Server, query));
+            Self(Arc::new(task), metrics)
+        }
+
+        fn publish(&self, status: &str) {
+            let task = GetTaskDetailResponse {
+                state: match status {
+                    "Completed" => crate::pb::TaskState::Succeeded.into(),
+                    _ => 0,
+                },
+                status: Some(status.to_owned()),
+                ..GetTaskDetailResponse::default()
+            };
+            self.0.observations.send_modify(|observation| {
+                observation.snapshot = Some(Arc::new(Snapshot::new(task).expect("short")));
+                observation.states += 1;
+                observation.checked_at = Some(SystemTime::UNIX_EPOCH);
+            });
+        }
+
+        fn watch(&self, etag: &str) -> WatchStream {
+            let auth = Auth::Token(Token {
+                value: HeaderValue::from_static("t"),
+                generation: 0,
+                identity: Identity::Server,
+            });
+            let watcher = Watcher {
+                caller: Caller::Connection(1),
+                auth,
+                span: None,
+                resumes: false,
+            };
+            let mut subscription = WatchedTask::join(&self.0, watcher);
+            let newest = subscription.observations.borrow_and_update().clone();
+            let metrics = Arc::clone(&self.1);
+            WatchStream::new(subscription, newest, etag.to_owned(), metrics)
+        }
+    }
+
+    /// The status of the next message, or "-" without a task.
+    async fn next(stream: &mut WatchStream) -> String {
+        let item = poll_fn(|context| stream.poll_next(context)).await;
+        let Item::Message(parts) = item else {
+            return format!("{item:?}");
+        };
+        let message = WatchTaskDetailResponse::decode(&*parts.concat()).expect("a message");
+        assert!(message.check_time.is_some());
+        assert_eq!(message.etag.len(), 32);
+        let status = |task: GetTaskDetailResponse| task.status.expect("a status");
+        message.task.map_or_else(|| "-".to_owned(), status)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_heartbeat_follows_25_seconds_of_silence() {
+        let task = Task::new();
+        task.publish("Running");
+        let mut stream = task.watch("");
+        assert_eq!(next(&mut stream).await, "Running");
+
+        for expected in [25, 50] {
+            let begun = Instant::now();
+            assert_eq!(next(&mut stream).await, "-", "{expected}");
+            assert_eq!(begun.elapsed().as_secs(), 25);
+        }
+        tokio::time::advance(Duration::from_secs(20)).await;
+        task.publish("Pending");
+        assert_eq!(next(&mut stream).await, "Pending");
+        let begun = Instant::now();
+        assert_eq!(next(&mut stream).await, "-");
+        assert_eq!(begun.elapsed().as_secs(), 25);
+        drop(stream);
+        assert!(task.0.watchers().auth.is_none(), "no credential is kept");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_slow_reader_gets_the_newest_state_only() {
+        let task = Task::new();
+        task.publish("1");
+        let mut stream = task.watch("");
+        assert_eq!(next(&mut stream).await, "1");
+
+        for status in ["2", "3", "4"] {
+            task.publish(status);
+        }
+
+        assert_eq!(next(&mut stream).await, "4");
+        assert_eq!(task.1.watch_states_skipped.get(), 2);
+        let mut more = Box::pin(next(&mut stream));
+        assert!(poll!(&mut more).is_pending());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_state_that_was_left_and_came_back_between_two_reads_is_no_change() {
+        let task = Task::new();
+        task.publish("1");
+        let mut stream = task.watch("");
+        assert_eq!(next(&mut stream).await, "1");
+
+        task.publish("2");
+        task.publish("1");
+
+        assert_eq!(next(&mut stream).await, "-", "only the heartbeat");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_final_state_is_sent_before_the_end_even_if_the_client_knows_it() {
+        let task = Task::new();
+        task.publish("Completed");
+        let etag = task
+            .0
+            .observations
+            .borrow()
+            .snapshot
+            .clone()
+            .expect("a state")
+            .etag
+            .clone();
+        task.0
+            .observations
+            .send_modify(|observation| observation.end = Some(Ok(())));
+        let mut stream = task.watch(&etag);
+
+        assert_eq!(next(&mut stream).await, "Completed");
+        assert_eq!(next(&mut stream).await, "End(Ok(()))");
+    }
+}
