@@ -1,6 +1,7 @@
 //! Tests of the sandbox over loopback sockets.
 
 mod authentication;
+mod course;
 mod credentials;
 mod scenarios;
 mod task;
