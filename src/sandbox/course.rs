@@ -13,7 +13,7 @@ pub(super) enum Course {
     Runs(u32),
     /// Pending for a tenth of the time, then Running, then Completed.
     Completes(u32),
-    /// Pending and Running, then this status in the middle of the work.
+    /// Pending for a tenth of the time, then Running, then this status in the middle of the work.
     Stops(u32, &'static str),
     /// Unknown in this number of looks, then as [`RUNNING_TASK`].
     Late(u32),

@@ -79,7 +79,7 @@ const NO_SUCH_TASK: &str = r#"{"error_code":"DBS.200543","error_msg":"The task d
 
 const NO_ERROR_CODE: &str = r#"{"error_code":null,"error_msg":null,"instance_id":<instance>,"instance_name":"rds-mysql-2","job_id":<task>,"job_name":"CreateMysqlSingleHAInstance"}"#;
 
-/// The documented magic instance ids. The families of [`Act::find`] work for any number.
+/// The documented magic instance ids. The families that `Act::find` parses work for any number.
 #[rustfmt::skip] // A table: one row, one line.
 pub const SCENARIOS: &[Scenario] = &[
     // Successes.
