@@ -147,7 +147,10 @@ async fn run(options: Serve, metrics: Arc<Metrics>, access: Access) -> Result<()
         "serving"
     );
     if sandbox {
-        tracing::warn!("the upstream is the embedded sandbox: replies are not real");
+        tracing::warn!(
+            "the upstream is the embedded sandbox: replies are not real; \
+             breaker, retry budget, throttle windows and key guard are scoped to the instance id"
+        );
     }
     if let Some(warning) = options.exposure_warning() {
         tracing::warn!("{warning}");

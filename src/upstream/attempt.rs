@@ -8,7 +8,8 @@ use http::{HeaderMap, header::CONTENT_ENCODING};
 use tokio::time::Instant;
 
 use super::{
-    Client, Error, Rejection, breaker,
+    Client, Error, Rejection,
+    breaker::{self, Breaker},
     client::LookupContext,
     clock,
     key_evidence::{self, KeyEvidence},
@@ -136,9 +137,11 @@ impl Client {
         request: &TaskRequest<'_>,
         auth: &Auth,
         clock_corrected: bool,
+        breaker: &Breaker,
         lookup: &LookupContext<'_>,
     ) -> Result<TaskDetail, FailedAttempt> {
         let endpoint = &*self.endpoint;
+        let instance = endpoint.scope.instance(lookup.query);
         let deadline = lookup.deadline.deadline();
         check_remaining(deadline)?;
         let identity = auth.identity();
@@ -147,19 +150,23 @@ impl Client {
             identity,
             caller: lookup.caller,
         };
-        endpoint.throttle.check(identity).map_err(throttled)?;
+        let check_throttle = || {
+            let checked = endpoint.throttle.check(identity, instance);
+            checked.map_err(throttled)
+        };
+        check_throttle()?;
+        let guard;
         let used = match auth {
             Auth::Token(token) => Used::Token(token),
             Auth::Key(key) => {
-                let admission = key
-                    .guard
-                    .admit(&lookup.query.project_id, lookup.caller, deadline);
+                guard = key.guard.scoped(instance);
+                let admission = guard.admit(&lookup.query.project_id, lookup.caller, deadline);
                 Used::Key(admission.await.map_err(key_unavailable)?)
             }
         };
         if let Some(pacing) = &endpoint.pacing {
             // An attempt that the breaker would reject must not use up the rate.
-            endpoint.breaker.check(attempt).map_err(circuit_open)?;
+            breaker.check(attempt).map_err(circuit_open)?;
             let start = pacing.wait(identity, lookup.caller, deadline).await;
             start.map_err(|retry_after| {
                 throttled(Throttled {
@@ -169,9 +176,9 @@ impl Client {
             })?;
         }
         // Another call may have been throttled, and the deadline may have come near, while this one waited.
-        endpoint.throttle.check(identity).map_err(throttled)?;
+        check_throttle()?;
         check_remaining(deadline)?;
-        let admission = endpoint.breaker.admit(attempt).map_err(circuit_open)?;
+        let admission = breaker.admit(attempt).map_err(circuit_open)?;
 
         let signed = Signed {
             at: endpoint.clock.now(),
@@ -224,7 +231,7 @@ impl Client {
             ..
         }) = &outcome
         {
-            endpoint.throttle.record(identity, rejection);
+            endpoint.throttle.record(identity, instance, rejection);
         }
         outcome
     }

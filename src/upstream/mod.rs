@@ -21,7 +21,7 @@ pub mod wire;
 use std::time::Duration;
 
 pub use self::{
-    client::{Client, Endpoint, LookupContext},
+    client::{Client, Endpoint, LookupContext, Scope},
     options::{Options, rate},
     pacing::{Config as RateConfig, Pacing},
 };

@@ -5,7 +5,7 @@ use std::{fs, num::NonZeroU32, path::PathBuf, time::Duration};
 use clap::ArgAction;
 use reqwest::Url;
 
-use super::RateConfig;
+use super::{RateConfig, Scope};
 use crate::{
     http_client::{self, BuildError, SystemRoots},
     options::{
@@ -113,6 +113,15 @@ impl Options {
         self.endpoint
             .clone()
             .or_else(|| self.region.map(Region::rds_url))
+    }
+
+    /// In the sandbox, the instance id selects the outcome of a call, which must not depend on the calls for other ids.
+    pub fn scope(&self) -> Scope {
+        if self.sandbox {
+            Scope::Instance
+        } else {
+            Scope::Endpoint
+        }
     }
 
     /// The settings of HTTP clients for RDS at `base_url`.

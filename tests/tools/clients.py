@@ -66,7 +66,6 @@ def check(checks, language, client, facade):
     lost = client("--instance-id", "flaky-2", "--workflow-id", f"{language}-gives-up")
     checks.that(f"{language} makes no third attempt", re.search(r"^unavailable: ", lost.stderr, re.I | re.M), lost)
     checks.that(f"{language} prints UPSTREAM_UNAVAILABLE", "reason: UPSTREAM_UNAVAILABLE" in lost.stderr, lost)
-    # The third request succeeds. Without a success, the clients together would open the circuit of this instance.
     later = client("--instance-id", "flaky-2", "--workflow-id", f"{language}-gives-up")
     checks.that(f"{language} gets the task later", prints(later, {"job_id": f"{language}-gives-up"}), later)
 
@@ -92,7 +91,7 @@ def check_token(checks, language, client):
     checks.that(
         f"{language} prints the retry delay", re.search(r"^retry after: [12](\.\d+)? s$", throttled.stderr, re.M), throttled
     )
-    # The facade rejects every call with this token until the delay is over.
+    # The next client must get the whole delay, and not the rest of this one.
     time.sleep(2.1)
 
 

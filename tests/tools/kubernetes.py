@@ -27,6 +27,8 @@ COMBINATIONS = [
     ["monitoring"],
     ["tls"],
     ["headless", "tls", "monitoring"],
+    ["ambient"],
+    ["ambient", "monitoring"],
     ["istio"],
     ["istio", "monitoring"],
     ["istio", "gateway-api", "monitoring"],
