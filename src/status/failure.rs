@@ -144,7 +144,10 @@ impl<'a> Failure<'a> {
     fn from_lookup(lookup: &'a FailedLookup) -> Self {
         match &lookup.error {
             upstream::Error::Rejected(rejection) => Self::from_rejection(rejection, lookup),
-            upstream::Error::Transport(reason) => Self::new(Code::Unavailable, *reason),
+            upstream::Error::Transport(reason, obstacle) => Self {
+                message: sentence::for_transport(*reason, *obstacle).to_owned(),
+                ..Self::new(Code::Unavailable, *reason)
+            },
             upstream::Error::AttemptTimeout => {
                 Self::new(Code::DeadlineExceeded, Reason::UpstreamTimeout)
             }

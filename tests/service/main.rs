@@ -14,6 +14,8 @@ mod connections;
 mod credentials;
 /// The details of a failure: retry delays, messages, ids, and their limits.
 mod details;
+/// Failures without a reply: the cause in the log, and the message for the caller.
+mod diagnosis;
 /// The edge: hostile metadata, prompt replies, overload.
 mod edge;
 /// The status for every error reply and every incomplete reply of upstream.
