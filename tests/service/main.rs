@@ -22,6 +22,8 @@ mod edge;
 mod errors;
 /// The request that upstream receives, the reply, and validation.
 mod get_task_detail;
+/// The subcommands `call` and `health` against servers that hang, break the protocol or send unsafe text.
+mod hostile_servers;
 /// Signals, drain, restart.
 mod lifecycle;
 /// Coalescing, cache, throttling, the local rate limiter.
