@@ -72,13 +72,17 @@ impl<S: Service> Edge<S> {
             Some(hash) => Caller::Token(hash),
             None => connection.caller,
         };
-        let method = Method::from_path(request.uri().path());
+        let not_grpc = not_grpc(&request);
+        let method = match not_grpc {
+            Some(_) => Method::Other,
+            None => Method::from_path(request.uri().path()),
+        };
         let caller_timeout = caller_timeout(headers);
         let timeout = match caller_timeout {
             Ok(Some(timeout)) => timeout.min(self.timeout),
             _ => self.timeout,
         };
-        let record = Record::start(
+        let mut record = Record::start(
             &self.sinks,
             method,
             request_id(headers),
@@ -86,6 +90,9 @@ impl<S: Service> Edge<S> {
             Arc::clone(&connection.peer),
             headers,
         );
+        if caller_timeout.is_ok_and(|caller_timeout| caller_timeout == Some(timeout)) {
+            record.set_callers_deadline();
+        }
         let call = Box::new(Call {
             deadline: Deadline::after(timeout),
             caller_deadline: caller_timeout.ok().flatten().map(Deadline::after),
@@ -94,14 +101,7 @@ impl<S: Service> Edge<S> {
             permit: None,
         });
 
-        if request.method() != HttpMethod::POST {
-            let text = "gRPC calls use POST\n";
-            let status = StatusCode::METHOD_NOT_ALLOWED;
-            return self.not_grpc(call, connection, request, status, text).await;
-        }
-        if !is_grpc(headers) {
-            let text = "the content type must be application/grpc or application/grpc+proto\n";
-            let status = StatusCode::UNSUPPORTED_MEDIA_TYPE;
+        if let Some((status, text)) = not_grpc {
             return self.not_grpc(call, connection, request, status, text).await;
         }
         if let Err(text) = caller_timeout {
@@ -148,7 +148,10 @@ impl<S: Service> Edge<S> {
         let message = deadline
             .bound(message::read(request.body_mut()))
             .await
-            .map_err(|_| Error::DeadlineExceeded)??;
+            .map_err(|_| {
+                call.record.set_callers_deadline();
+                Error::DeadlineExceeded
+            })??;
         if deadline.remaining().is_zero() {
             return Err(Error::DeadlineExceeded);
         }
@@ -218,6 +221,15 @@ impl<S: Service> Edge<S> {
             .into_iter()
             .find_map(|permits| Arc::clone(permits).try_acquire_owned().ok())
     }
+}
+
+/// The HTTP status and text for a request that is not gRPC.
+fn not_grpc(request: &Request<Incoming>) -> Option<(StatusCode, &'static str)> {
+    if request.method() != HttpMethod::POST {
+        return Some((StatusCode::METHOD_NOT_ALLOWED, "gRPC calls use POST\n"));
+    }
+    let text = "the content type must be application/grpc or application/grpc+proto\n";
+    (!is_grpc(request.headers())).then_some((StatusCode::UNSUPPORTED_MEDIA_TYPE, text))
 }
 
 /// The caller's `grpc-timeout`, if any, or an error message.

@@ -21,6 +21,7 @@ use tonic::{Code, Status};
 use super::{message, stream};
 use crate::{
     call::Call,
+    credentials::Owner,
     deadline::Deadline,
     error::Error,
     reason::Reason,
@@ -87,6 +88,9 @@ pub(super) fn failure(mut call: Box<Call>, error: &Error) -> Response<ReplyBody>
     let failure = Failure::from_error(error);
     call.record.fail(failure.reason);
     call.record.finish(failure.code);
+    if let Some(owner) = failure.rejected_owner() {
+        call.record.credential_rejected(owner == Owner::Server);
+    }
     let mut response: Response<ReplyBody> = failure
         .to_status(call.record.request_id(), call.caller_remaining())
         .into_http();

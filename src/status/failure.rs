@@ -103,6 +103,14 @@ impl<'a> Failure<'a> {
         }
     }
 
+    /// The owner of the credential, if the call failed because the credential was rejected or is locked.
+    pub fn rejected_owner(&self) -> Option<Owner> {
+        match self.reason {
+            Reason::CredentialRejected | Reason::CredentialLocked => self.owner,
+            _ => None,
+        }
+    }
+
     /// The status with all its details. `remaining` is the time that the caller has left: a longer retry delay becomes "do not
     /// retry".
     pub fn to_status(&self, request_id: &str, remaining: Duration) -> Status {

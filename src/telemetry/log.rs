@@ -21,6 +21,7 @@ use tracing_subscriber::{
 };
 
 use super::{
+    access,
     line::{Line, Style},
     repeats::Repeats,
     writer::Writer,
@@ -54,7 +55,7 @@ pub(super) fn subscriber(
 fn may_log(metadata: &Metadata<'_>) -> bool {
     let target = metadata.target();
     *metadata.level() <= Level::WARN
-        || target == super::access::TARGET
+        || matches!(target, access::TARGET | access::HEALTH_TARGET)
         || target
             .strip_prefix(OWN_TARGET)
             .is_some_and(|rest| rest.is_empty() || rest.starts_with("::"))

@@ -30,6 +30,8 @@ mod lifecycle;
 mod quota;
 /// Attempts, deadlines, cancellation, breaker, overload.
 mod resilience;
+/// Errors that are the caller's or the server's own: level, metrics, spans.
+mod responsibility;
 /// What the program needs to start, and its message if it cannot.
 mod startup;
 /// Log lines that cannot be forged, spans without secrets, the start line.
