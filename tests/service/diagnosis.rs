@@ -5,7 +5,7 @@ use tonic::Code;
 use crate::support::{
     Failure, Program, Step, Upstream,
     certificates::{Authority, Pair},
-    example, example_request, reply,
+    eventually, example, example_request, reply,
 };
 
 /// The message of the WARN line of an attempt without a complete reply.
@@ -254,6 +254,59 @@ async fn a_rejection_of_the_proxy_is_named_as_such_and_a_407_is_not_retried() {
         case.check().await;
     }
     assert_eq!(login.requests().len(), 1);
+}
+
+#[tokio::test]
+async fn the_cause_of_a_failed_export_is_logged_with_a_hint_about_the_port() {
+    let (hint, https) = ("4318", "use https");
+    let settings = Step::Send(vec![0, 0, 0, 4, 0, 0, 0, 0, 0]);
+    let grpc = Upstream::always(vec![settings, Step::Close]).await;
+    let closing = Upstream::always(vec![Step::Close]).await;
+    let tls = Upstream::always(alert(10)).await;
+    let tls_grpc = Upstream::always(alert(120)).await;
+    let plain = Upstream::always(send("HTTP/1.1 400 Bad Request\r\n\r\n")).await;
+    let denied = Upstream::always(reply(401, &[], "canary")).await;
+    let overloaded = Upstream::always(reply(503, &[], "canary")).await;
+    let silent = Upstream::always(vec![Step::Hold]).await;
+    let with_tls = |upstream: &Upstream| upstream.url().replace("http:", "https:");
+    let cases: [(String, &str, &[&str]); 9] = [
+        (grpc.url(), "invalid HTTP version", &[hint, https]),
+        (closing.url(), "connection closed", &[hint, https]),
+        (tls.url(), "invalid HTTP version", &[hint, https]),
+        (with_tls(&tls_grpc), "NoApplicationProtocol", &[hint]),
+        (with_tls(&plain), "InvalidContentType", &[]),
+        (closed("http").await, "Connection refused", &[]),
+        (denied.url(), "HTTP 401", &[]),
+        (overloaded.url(), "HTTP 503", &[]),
+        (silent.url(), "does not reply", &[]),
+    ];
+
+    for (endpoint, cause, hints) in cases {
+        let env = [
+            ("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint.as_str()),
+            ("OTEL_EXPORTER_OTLP_HEADERS", "authorization=canary"),
+            ("OTEL_EXPORTER_OTLP_TIMEOUT", "600"),
+            ("OTEL_BSP_SCHEDULE_DELAY", "10"),
+        ];
+        let program = Program::start(&["--sandbox"], &env);
+
+        let _ = program.call(example_request()).await;
+
+        let message = "spans cannot be exported";
+        let logged = async || program.logs().iter().any(|line| line.contains(message));
+        eventually("the warning", logged).await;
+        let line = program.wait_for_log(|line| line["msg"] == message);
+        let error = line["error"].as_str().expect("a text");
+        assert!(error.contains(cause), "{cause}: {error}");
+        for part in [hint, https] {
+            assert_eq!(
+                error.contains(part),
+                hints.contains(&part),
+                "{cause}: {error}"
+            );
+        }
+        assert!(!program.logs().concat().contains("canary"), "{error}");
+    }
 }
 
 #[tokio::test]
