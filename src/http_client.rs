@@ -17,7 +17,10 @@ use rustls::{
 use serde::de::IgnoredAny;
 use tower::{limit::ConcurrencyLimitLayer, timeout::TimeoutLayer};
 
-use crate::{error_chain::chain, reason::Reason};
+use crate::{
+    error_chain::{chain, root_cause},
+    reason::Reason,
+};
 
 /// Size limit for a response of RDS. A task with its parts takes a few thousand bytes.
 pub const MAX_BODY_BYTES: usize = 1 << 20;
@@ -62,7 +65,7 @@ pub enum BuildError {
 }
 
 /// An exchange without a complete response.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Error {
     /// One of the transport reasons, or `UpstreamResponseTooLarge`.
     pub reason: Reason,
@@ -70,22 +73,43 @@ pub struct Error {
     pub retryable: bool,
     /// Whether the connect timeout expired.
     pub timed_out: bool,
+    /// The obstacle to the connection, if it is known more precisely than by the reason.
+    pub obstacle: Option<Obstacle>,
+    /// The innermost cause, for the log. Contains no URL, header or body.
+    pub cause: String,
+}
+
+/// What prevented a connection, as far as the message for the caller depends on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Obstacle {
+    /// The proxy cannot be reached.
+    ProxyUnreachable,
+    /// The proxy replied to CONNECT with 407.
+    ProxyLogin,
+    /// The proxy replied to CONNECT with another status than 200 and 407, or with none.
+    ProxyRejection,
+    /// The certificate has expired or is not yet valid.
+    CertificateDates,
+    /// No trusted authority issued the certificate.
+    CertificateIssuer,
+    /// The certificate is for another host name.
+    CertificateName,
+    /// The certificate is invalid for another reason.
+    Certificate,
+    /// No common TLS version, cipher or key exchange.
+    NoCommonTls,
+    /// The peer does not speak TLS.
+    NotTls,
 }
 
 impl Error {
-    const fn transient(reason: Reason) -> Self {
+    fn new(reason: Reason, retryable: bool, cause: impl Into<String>) -> Self {
         Self {
             reason,
-            retryable: true,
+            retryable,
             timed_out: false,
-        }
-    }
-
-    const fn permanent(reason: Reason) -> Self {
-        Self {
-            reason,
-            retryable: false,
-            timed_out: false,
+            obstacle: None,
+            cause: cause.into(),
         }
     }
 }
@@ -285,7 +309,10 @@ impl Response {
         read_body(&mut self.0, MAX_BODY_BYTES)
             .await
             .map_err(|error| match error {
-                BodyError::TooLarge => Error::permanent(Reason::UpstreamResponseTooLarge),
+                BodyError::TooLarge => {
+                    let cause = "the body is over 1 MiB";
+                    Error::new(Reason::UpstreamResponseTooLarge, false, cause)
+                }
                 BodyError::Broken(error) => body_error(&error),
             })
     }
@@ -311,25 +338,64 @@ fn roots(pem: &[u8]) -> Result<RootCertStore, BuildError> {
     Ok(roots)
 }
 
+/// The innermost cause of a failed exchange: the message of the system, the TLS library, the HTTP parser or the proxy.
+pub fn cause(error: &reqwest::Error) -> String {
+    if error.is_connect() && error.is_timeout() {
+        return "no connection within the connect timeout".to_owned();
+    }
+    match tunnel_error(error).as_deref() {
+        Some("proxy authorization required") => {
+            return "the proxy replied to CONNECT with HTTP 407".to_owned();
+        }
+        Some("unsuccessful") => {
+            return "the proxy rejected CONNECT, with another HTTP status than 407".to_owned();
+        }
+        _ => {}
+    }
+    // The message of the outermost error holds the URL, so only its sources are shown.
+    error
+        .source()
+        .map_or_else(|| "no details".to_owned(), |e| root_cause(e).to_string())
+}
+
+/// The error of a proxy's tunnel. The HTTP library does not export the type of this error, so it is recognized by its text.
+fn tunnel_error(error: &reqwest::Error) -> Option<String> {
+    chain(error)
+        .find_map(|error| Some(error.to_string().strip_prefix("tunnel error: ")?.to_owned()))
+}
+
 /// The error of a request that got no response head.
 fn head_error(error: &reqwest::Error) -> Error {
-    if error.is_dns() {
-        return Error::transient(Reason::UpstreamDns);
-    }
-    if chain(error).any(is_tls) {
-        return Error::permanent(Reason::UpstreamTls);
-    }
-    if error.is_connect() {
+    let cause = cause(error);
+    if let Some(tls) = chain(error).find_map(tls_error) {
         return Error {
-            timed_out: error.is_timeout(),
-            ..Error::transient(Reason::UpstreamConnect)
+            obstacle: tls_obstacle(tls),
+            ..Error::new(Reason::UpstreamTls, false, cause)
         };
     }
-    match chain(error).find_map(|cause| cause.downcast_ref::<hyper::Error>()) {
-        Some(error) if error.is_parse_too_large() => Error::permanent(Reason::UpstreamProtocol),
-        Some(error) if error.is_parse() => Error::transient(Reason::UpstreamProtocol),
-        _ => Error::transient(Reason::UpstreamReset),
+    if error.is_connect() {
+        let reason = match error.is_dns() {
+            true => Reason::UpstreamDns,
+            false => Reason::UpstreamConnect,
+        };
+        let obstacle = tunnel_error(error).map(|text| match text.as_str() {
+            "proxy authorization required" => Obstacle::ProxyLogin,
+            "failed to create underlying connection" => Obstacle::ProxyUnreachable,
+            _ => Obstacle::ProxyRejection,
+        });
+        return Error {
+            timed_out: error.is_timeout(),
+            obstacle,
+            ..Error::new(reason, obstacle != Some(Obstacle::ProxyLogin), cause)
+        };
     }
+    let (reason, retryable) =
+        match chain(error).find_map(|cause| cause.downcast_ref::<hyper::Error>()) {
+            Some(error) if error.is_parse_too_large() => (Reason::UpstreamProtocol, false),
+            Some(error) if error.is_parse() => (Reason::UpstreamProtocol, true),
+            _ => (Reason::UpstreamReset, true),
+        };
+    Error::new(reason, retryable, cause)
 }
 
 /// The error of a body that broke off.
@@ -337,22 +403,48 @@ fn body_error(error: &reqwest::Error) -> Error {
     let io_kind = chain(error)
         .find_map(|cause| cause.downcast_ref::<io::Error>())
         .map(io::Error::kind);
-    match io_kind {
+    let reason = match io_kind {
         // hyper reports a chunk size or extension that it cannot parse with these kinds.
-        Some(io::ErrorKind::InvalidInput | io::ErrorKind::InvalidData) => {
-            Error::transient(Reason::UpstreamProtocol)
-        }
-        _ => Error::transient(Reason::UpstreamTruncated),
-    }
+        Some(io::ErrorKind::InvalidInput | io::ErrorKind::InvalidData) => Reason::UpstreamProtocol,
+        _ => Reason::UpstreamTruncated,
+    };
+    Error::new(reason, true, cause(error))
 }
 
-/// Whether this is a TLS error, possibly inside `io::Error`s. The source of an `io::Error` is the source of the error that it wraps, so the
+/// The TLS error in this error, possibly inside `io::Error`s. The source of an `io::Error` is the source of the error that it wraps, so the
 /// error chain alone skips the wrapped error.
-fn is_tls(error: &(dyn StdError + 'static)) -> bool {
-    let wrapped = error
-        .downcast_ref::<io::Error>()
-        .and_then(io::Error::get_ref);
-    error.is::<rustls::Error>() || wrapped.is_some_and(|inner| is_tls(inner))
+fn tls_error<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a rustls::Error> {
+    let wrapped = || {
+        error
+            .downcast_ref::<io::Error>()
+            .and_then(io::Error::get_ref)
+    };
+    error
+        .downcast_ref()
+        .or_else(|| tls_error(wrapped()? as &(dyn StdError + 'static)))
+}
+
+fn tls_obstacle(error: &rustls::Error) -> Option<Obstacle> {
+    use rustls::{AlertDescription as Alert, CertificateError as Certificate, Error as Tls};
+    Some(match error {
+        Tls::InvalidCertificate(
+            Certificate::Expired
+            | Certificate::ExpiredContext { .. }
+            | Certificate::NotValidYet
+            | Certificate::NotValidYetContext { .. },
+        ) => Obstacle::CertificateDates,
+        Tls::InvalidCertificate(Certificate::UnknownIssuer) => Obstacle::CertificateIssuer,
+        Tls::InvalidCertificate(
+            Certificate::NotValidForName | Certificate::NotValidForNameContext { .. },
+        ) => Obstacle::CertificateName,
+        Tls::InvalidCertificate(_) => Obstacle::Certificate,
+        Tls::PeerIncompatible(_)
+        | Tls::AlertReceived(
+            Alert::HandshakeFailure | Alert::ProtocolVersion | Alert::InsufficientSecurity,
+        ) => Obstacle::NoCommonTls,
+        Tls::InvalidMessage(_) => Obstacle::NotTls,
+        _ => return None,
+    })
 }
 
 impl std::fmt::Debug for Config {

@@ -12,26 +12,41 @@ use std::{
     time::Duration,
 };
 
+use http::HeaderMap;
+use http_body_util::BodyExt as _;
 use reqwest::Url;
 use secrecy::{ExposeSecret as _, SecretString};
 use tonic::{
-    Code, Request, Status,
-    metadata::{Ascii, MetadataValue},
+    Code, Request, Response, Status,
+    body::Body,
+    metadata::{Ascii, MetadataMap, MetadataValue},
     transport::{Certificate, Channel, ClientTlsConfig, Identity},
 };
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
 
+use tower::util::MapResponse;
+
+use self::status::Escaped;
 use crate::{
-    deadline::Deadline,
+    deadline::{Deadline, Passed},
     error_chain,
     options::{
         self, Validation,
         url::{self, without_slash},
     },
     pb,
+    telemetry::{escape_utf16, needs_escape},
 };
+
+/// The metadata of the details of a status.
+const DETAILS: &str = "grpc-status-details-bin";
+
+type HttpResponse = http::Response<Body>;
+
+/// A connection whose responses the gRPC library can read.
+type Connection = MapResponse<Channel, fn(HttpResponse) -> HttpResponse>;
 
 /// Address and TLS settings of the server to call.
 #[derive(Debug, Clone, clap::Args)]
@@ -165,11 +180,15 @@ impl Error {
         };
         if error_chain::chain(cause).any(|error| error.is::<tonic::TimeoutExpired>()) {
             // The library reports an exceeded deadline as CANCELLED.
-            let message = format!("no reply within {timeout:?}");
-            return Self::Status(Box::new(Status::new(Code::DeadlineExceeded, message)));
+            return Self::timeout(timeout);
         }
         let cause = error_chain::root_cause(cause).to_string();
         Self::NoReply(server.target.clone(), cause)
+    }
+
+    fn timeout(timeout: Duration) -> Self {
+        let message = format!("no reply within {timeout:?}");
+        Self::Status(Box::new(Status::new(Code::DeadlineExceeded, message)))
     }
 }
 
@@ -180,15 +199,20 @@ impl fmt::Display for Error {
             Self::File(flag, problem) => write!(f, "{flag}: {problem}"),
             Self::Connect(target, error) => {
                 let target = without_slash(target);
-                let cause = error_chain::root_cause(error);
-                write!(f, "cannot connect to {target}: {cause}; {advice}")
+                let cause = error_chain::root_cause(error).to_string();
+                write!(
+                    f,
+                    "cannot connect to {target}: {}; {advice}",
+                    Escaped(&cause)
+                )
             }
             Self::ConnectTimeout(target, timeout) => {
                 let target = without_slash(target);
                 write!(f, "cannot connect to {target} within {timeout:?}; {advice}")
             }
             Self::NoReply(target, cause) => {
-                write!(f, "no reply from {}: {cause}", without_slash(target))?;
+                let target_url = without_slash(target);
+                write!(f, "no reply from {target_url}: {}", Escaped(cause))?;
                 match target.scheme() {
                     "https" => f.write_str(
                         "; if the server requires a client certificate, check --cert and --key",
@@ -205,8 +229,8 @@ impl fmt::Display for Error {
 pub async fn call(options: CallOptions) -> ExitCode {
     match get_task_detail(options).await {
         Ok(reply) => {
-            let json = serde_json::to_string_pretty(&reply);
-            print(&json.expect("the reply serializes"));
+            let json = serde_json::to_string_pretty(&reply).expect("the reply serializes");
+            print(&escape_json(&json));
             ExitCode::SUCCESS
         }
         Err(error) => report(&error),
@@ -230,6 +254,12 @@ pub async fn health(options: HealthOptions) -> ExitCode {
 
 async fn get_task_detail(options: CallOptions) -> Result<pb::GetTaskDetailResponse, Error> {
     let token = token(&options)?;
+    if token.is_some() && url::check_plain_http(&options.server.target, false).is_err() {
+        let target = without_slash(&options.server.target);
+        warn(&format!(
+            "the token is sent unencrypted to {target}: use an https --target"
+        ));
+    }
     let deadline = Deadline::after(options.timeout);
     let channel = connect(&options.server, options.timeout, deadline).await?;
     let task = options.task.unwrap_or_else(Task::example);
@@ -244,10 +274,8 @@ async fn get_task_detail(options: CallOptions) -> Result<pb::GetTaskDetailRespon
         request.metadata_mut().insert("x-auth-token", token);
     }
     let mut client = pb::task_service_client::TaskServiceClient::new(channel);
-    match client.get_task_detail(request).await {
-        Ok(response) => Ok(response.into_inner()),
-        Err(status) => Err(Error::from_status(status, &options.server, options.timeout)),
-    }
+    let response = deadline.bound(client.get_task_detail(request)).await;
+    into_reply(response, &options.server, options.timeout)
 }
 
 async fn check_health(options: HealthOptions) -> Result<ServingStatus, Error> {
@@ -257,13 +285,29 @@ async fn check_health(options: HealthOptions) -> Result<ServingStatus, Error> {
         service: options.service,
     });
     request.set_timeout(deadline.remaining());
-    match HealthClient::new(channel).check(request).await {
-        Ok(response) => Ok(response.into_inner().status()),
-        Err(status) => Err(Error::from_status(status, &options.server, options.timeout)),
+    let mut client = HealthClient::new(channel);
+    let response = deadline.bound(client.check(request)).await;
+    into_reply(response, &options.server, options.timeout).map(|reply| reply.status())
+}
+
+/// The outcome of a call that was bounded by its deadline: the library's own limit ends with the head of the response.
+fn into_reply<T>(
+    response: Result<Result<Response<T>, Status>, Passed>,
+    server: &Server,
+    timeout: Duration,
+) -> Result<T, Error> {
+    match response {
+        Ok(Ok(response)) => Ok(response.into_inner()),
+        Ok(Err(status)) => Err(Error::from_status(status, server, timeout)),
+        Err(Passed) => Err(Error::timeout(timeout)),
     }
 }
 
-async fn connect(server: &Server, timeout: Duration, deadline: Deadline) -> Result<Channel, Error> {
+async fn connect(
+    server: &Server,
+    timeout: Duration,
+    deadline: Deadline,
+) -> Result<Connection, Error> {
     let connect_error = |error| Error::Connect(server.target.clone(), error);
     let mut endpoint = Channel::from_shared(server.target.as_str().to_owned())
         .expect("url::base accepts only URLs that are URIs")
@@ -281,9 +325,35 @@ async fn connect(server: &Server, timeout: Duration, deadline: Deadline) -> Resu
         }
         endpoint = endpoint.tls_config(tls).map_err(connect_error)?;
     }
-    match deadline.bound(endpoint.connect()).await {
-        Ok(channel) => channel.map_err(connect_error),
-        Err(_) => Err(Error::ConnectTimeout(server.target.clone(), timeout)),
+    let channel = deadline.bound(endpoint.connect()).await;
+    let channel = channel
+        .map_err(|_| Error::ConnectTimeout(server.target.clone(), timeout))?
+        .map_err(connect_error)?;
+    Ok(MapResponse::new(channel, check_details))
+}
+
+/// Replaces details of a status that are not base64, at which the gRPC library panics.
+fn check_details(response: HttpResponse) -> HttpResponse {
+    let (mut head, body) = response.into_parts();
+    replace_broken_details(&mut head.headers);
+    let body = body.map_frame(|mut frame| {
+        if let Some(trailers) = frame.trailers_mut() {
+            replace_broken_details(trailers);
+        }
+        frame
+    });
+    HttpResponse::from_parts(head, Body::new(body))
+}
+
+fn replace_broken_details(headers: &mut HeaderMap) {
+    let metadata = MetadataMap::from_headers(std::mem::take(headers));
+    let is_broken = metadata
+        .get_bin(DETAILS)
+        .is_some_and(|details| details.to_bytes().is_err());
+    *headers = metadata.into_headers();
+    if is_broken {
+        // Base64 of a byte that is not a message.
+        headers.insert(DETAILS, http::HeaderValue::from_static("/w"));
     }
 }
 
@@ -309,9 +379,26 @@ fn token(options: &CallOptions) -> Result<Option<MetadataValue<Ascii>>, Error> {
     Ok(Some(value))
 }
 
+/// JSON that is safe on a terminal. The serializer escapes only the characters below U+0020.
+fn escape_json(json: &str) -> String {
+    let mut escaped = String::with_capacity(json.len());
+    for c in json.chars() {
+        if c != '\n' && needs_escape(c) {
+            escape_utf16(c, &mut escaped);
+        } else {
+            escaped.push(c);
+        }
+    }
+    escaped
+}
+
 /// Prints one line; ignores errors such as a closed standard output.
 fn print(text: &str) {
     let _ = writeln!(io::stdout(), "{text}");
+}
+
+fn warn(text: &str) {
+    let _ = writeln!(io::stderr(), "rds-task-facade: WARN: {text}");
 }
 
 fn report(error: &Error) -> ExitCode {

@@ -1,6 +1,6 @@
 //! One bounded HTTP request to an issuer of credentials. Response bodies hold secrets, so no error quotes them.
 
-use std::{error::Error as _, fmt, time::Duration};
+use std::{fmt, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderMap, StatusCode};
@@ -8,7 +8,6 @@ use reqwest::RequestBuilder;
 
 use super::Issuer;
 use crate::{
-    error_chain::root_cause,
     http_client::{self, BodyError, BuildError, SystemRoots},
     wait,
 };
@@ -70,10 +69,7 @@ impl FetchError {
         } else {
             "the reply is broken"
         };
-        // The message of the outermost error holds the URL, so only its sources are shown.
-        let cause = error
-            .source()
-            .map_or_else(|| "no details".to_owned(), |e| root_cause(e).to_string());
+        let cause = http_client::cause(error);
         Self::unavailable(format!("{what}: {cause}"))
     }
 }

@@ -92,7 +92,11 @@ impl<S: Service> Edge<S> {
             Some(hash) => Caller::Token(hash),
             None => connection.caller,
         };
-        let method = Method::from_path(request.uri().path());
+        let not_grpc = not_grpc(&request);
+        let method = match not_grpc {
+            Some(_) => Method::Other,
+            None => Method::from_path(request.uri().path()),
+        };
         let caller_timeout = caller_timeout(headers);
         let limit = match method {
             // Less up to a fifth at random, so that watches that began together do not end together.
@@ -106,7 +110,7 @@ impl<S: Service> Edge<S> {
             Ok(Some(timeout)) => timeout.min(limit),
             _ => limit,
         };
-        let record = Record::start(
+        let mut record = Record::start(
             &self.sinks,
             method,
             request_id(headers),
@@ -114,6 +118,9 @@ impl<S: Service> Edge<S> {
             Arc::clone(&connection.peer),
             headers,
         );
+        if caller_timeout.is_ok_and(|caller_timeout| caller_timeout == Some(timeout)) {
+            record.set_callers_deadline();
+        }
         let caller_deadline = caller_timeout.ok().flatten().map(Deadline::after);
         let limit = Deadline::after(limit);
         let call = Box::new(Call {
@@ -124,14 +131,7 @@ impl<S: Service> Edge<S> {
             permit: None,
         });
 
-        if request.method() != HttpMethod::POST {
-            let text = "gRPC calls use POST\n";
-            let status = StatusCode::METHOD_NOT_ALLOWED;
-            return self.not_grpc(call, connection, request, status, text).await;
-        }
-        if !is_grpc(headers) {
-            let text = "the content type must be application/grpc or application/grpc+proto\n";
-            let status = StatusCode::UNSUPPORTED_MEDIA_TYPE;
+        if let Some((status, text)) = not_grpc {
             return self.not_grpc(call, connection, request, status, text).await;
         }
         if let Err(text) = caller_timeout {
@@ -182,7 +182,10 @@ impl<S: Service> Edge<S> {
         let message = deadline
             .bound(message::read(request.body_mut()))
             .await
-            .map_err(|_| Error::DeadlineExceeded)??;
+            .map_err(|_| {
+                call.record.set_callers_deadline();
+                Error::DeadlineExceeded
+            })??;
         if deadline.remaining().is_zero() {
             return Err(Error::DeadlineExceeded);
         }
@@ -328,6 +331,15 @@ impl<S: Service> Edge<S> {
             .into_iter()
             .find_map(|permits| Arc::clone(permits).try_acquire_owned().ok())
     }
+}
+
+/// The HTTP status and text for a request that is not gRPC.
+fn not_grpc(request: &Request<Incoming>) -> Option<(StatusCode, &'static str)> {
+    if request.method() != HttpMethod::POST {
+        return Some((StatusCode::METHOD_NOT_ALLOWED, "gRPC calls use POST\n"));
+    }
+    let text = "the content type must be application/grpc or application/grpc+proto\n";
+    (!is_grpc(request.headers())).then_some((StatusCode::UNSUPPORTED_MEDIA_TYPE, text))
 }
 
 /// The caller's `grpc-timeout`, if any, or an error message.

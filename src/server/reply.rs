@@ -26,6 +26,7 @@ use super::{
 };
 use crate::{
     call::Call,
+    credentials::Owner,
     deadline::Deadline,
     error::Error,
     reason::Reason,
@@ -95,6 +96,9 @@ pub(super) fn failure(mut call: Box<Call>, error: &Error) -> Response<ReplyBody>
     let failure = Failure::from_error(error);
     call.record.fail(failure.reason);
     call.record.finish(failure.code);
+    if let Some(owner) = failure.rejected_owner() {
+        call.record.credential_rejected(owner == Owner::Server);
+    }
     let mut response: Response<ReplyBody> = failure
         .to_status(call.record.request_id(), call.caller_remaining())
         .into_http();

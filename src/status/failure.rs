@@ -109,6 +109,14 @@ impl<'a> Failure<'a> {
         }
     }
 
+    /// The owner of the credential, if the call failed because the credential was rejected or is locked.
+    pub fn rejected_owner(&self) -> Option<Owner> {
+        match self.reason {
+            Reason::CredentialRejected | Reason::CredentialLocked => self.owner,
+            _ => None,
+        }
+    }
+
     /// The status with all its details. `remaining` is the time that the caller has left: a longer retry delay becomes "do not
     /// retry".
     pub fn to_status(&self, request_id: &str, remaining: Duration) -> Status {
@@ -150,7 +158,10 @@ impl<'a> Failure<'a> {
     fn from_lookup(lookup: &'a FailedLookup) -> Self {
         match &lookup.error {
             upstream::Error::Rejected(rejection) => Self::from_rejection(rejection, lookup),
-            upstream::Error::Transport(reason) => Self::new(Code::Unavailable, *reason),
+            upstream::Error::Transport(reason, obstacle) => Self {
+                message: sentence::for_transport(*reason, *obstacle).to_owned(),
+                ..Self::new(Code::Unavailable, *reason)
+            },
             upstream::Error::AttemptTimeout => {
                 Self::new(Code::DeadlineExceeded, Reason::UpstreamTimeout)
             }

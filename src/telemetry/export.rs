@@ -24,7 +24,7 @@ use super::{
     },
 };
 use crate::{
-    http_client::{BuildError, SystemRoots, build, client_builder, read_body, tls_config},
+    http_client::{BuildError, SystemRoots, build, cause, client_builder, read_body, tls_config},
     wait::{date, retry_after},
 };
 
@@ -178,13 +178,17 @@ impl Exporter {
     async fn export(&self, spans: Vec<Span>) {
         let count = spans.len() as u64;
         let body = self.request(spans).encode_to_vec();
-        let delivered = timeout(self.config.timeout, self.deliver(body.into())).await;
-        let dropped = match delivered.unwrap_or(Err(
-            "the collector accepted nothing within the timeout".to_owned(),
-        )) {
-            Ok(rejected) => rejected.min(count),
-            Err(error) => {
-                tracing::warn!(spans = count, error, "spans cannot be exported");
+        let mut last_error = "the collector does not reply".to_owned();
+        let delivering = self.deliver(body.into(), &mut last_error);
+        let delivered = timeout(self.config.timeout, delivering).await;
+        let dropped = match delivered {
+            Ok(Some(rejected)) => rejected.min(count),
+            Ok(None) | Err(_) => {
+                tracing::warn!(
+                    spans = count,
+                    error = last_error,
+                    "spans cannot be exported"
+                );
                 count
             }
         };
@@ -192,8 +196,9 @@ impl Exporter {
         self.metrics.spans_dropped[EXPORT_FAILED].inc_by(dropped);
     }
 
-    /// Sends the body until the collector accepts it or fails permanently. Returns the number of rejected spans.
-    async fn deliver(&self, body: Bytes) -> Result<u64, String> {
+    /// Sends the body until the collector accepts it or fails permanently, and sets the error of each attempt. Returns the number of
+    /// rejected spans.
+    async fn deliver(&self, body: Bytes, last_error: &mut String) -> Option<u64> {
         let mut pause = FIRST_PAUSE;
         loop {
             let request = self.client.post(&self.config.endpoint);
@@ -201,19 +206,38 @@ impl Exporter {
             let wait = match request.body(body.clone()).send().await {
                 Ok(mut response) if response.status().is_success() => {
                     let body = read_body(&mut response, MAX_BODY_BYTES).await;
-                    return Ok(rejected(&body.unwrap_or_default()));
-                }
-                Ok(response) if is_transient(response.status()) => {
-                    retry_after(response.headers(), date(response.headers()))
+                    return Some(rejected(&body.unwrap_or_default()));
                 }
                 Ok(response) => {
-                    let status = response.status().as_u16();
-                    return Err(format!("the collector replied with HTTP {status}"));
+                    let status = response.status();
+                    *last_error = format!("the collector replied with HTTP {}", status.as_u16());
+                    if !is_transient(status) {
+                        return None;
+                    }
+                    retry_after(response.headers(), date(response.headers()))
                 }
-                Err(_) => None,
+                Err(error) => {
+                    *last_error = self.explain(&error);
+                    None
+                }
             };
             sleep(wait.unwrap_or_default().max(pause)).await;
             pause = (pause * 2).min(MAX_PAUSE);
+        }
+    }
+
+    /// The cause of an attempt without a response. A port that speaks another protocol than HTTP/1.1 is probably the one for gRPC.
+    fn explain(&self, error: &reqwest::Error) -> String {
+        let cause = cause(error);
+        // A TLS port for gRPC accepts only HTTP/2.
+        if error.is_connect() && !cause.contains("NoApplicationProtocol") {
+            return cause;
+        }
+        let endpoint = &self.config.endpoint;
+        let hint = "the port does not speak HTTP/1.1; OTLP over HTTP usually has port 4318, not the port 4317 of gRPC";
+        match endpoint.starts_with("https:") {
+            true => format!("{cause}: {hint}"),
+            false => format!("{cause}: {hint}; for a port with TLS, use https"),
         }
     }
 

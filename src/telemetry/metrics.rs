@@ -29,6 +29,18 @@ pub enum AttemptOutcome {
     Cancelled,
 }
 
+/// Why a call failed that the caller alone is responsible for, as the label `cause`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CallerFault {
+    /// The caller's deadline left no time for a reply.
+    Deadline,
+    /// The request is not gRPC.
+    Http,
+}
+
+/// In the order of [`CallerFault`].
+const CALLER_FAULTS: [&str; 2] = ["deadline", "http"];
+
 /// In the order of [`AttemptOutcome`].
 const OUTCOMES: [&str; 4] = ["answer", "transport_error", "timeout", "cancelled"];
 
@@ -158,6 +170,10 @@ pub struct Metrics {
     pub throttled: Counter,
     credential_expiry: Gauge<f64, AtomicU64>,
     credential_refresh: [Counter; 2],
+    /// The caller's credential, the facade's own.
+    credential_rejected: [Counter; 2],
+    /// Indexed by [`CallerFault`].
+    caller_faults: [Counter; CALLER_FAULTS.len()],
     tls_certificate_expiry: Gauge<f64, AtomicU64>,
     /// Open watches.
     pub watches: Gauge,
@@ -249,6 +265,18 @@ impl Metrics {
                 "rds_credential_refresh",
                 "Fetches of a credential",
                 ["success", "failure"].map(|outcome| [("outcome", outcome)]),
+            ),
+            credential_rejected: counters(
+                r,
+                "rds_credential_rejected",
+                "Calls that failed because the credential was rejected or is locked",
+                ["caller", "server"].map(|owner| [("owner", owner)]),
+            ),
+            caller_faults: counters(
+                r,
+                "rds_caller_faults",
+                "Calls with an error code that the caller alone is responsible for",
+                CALLER_FAULTS.map(|cause| [("cause", cause)]),
             ),
             tls_certificate_expiry: register(
                 r,
@@ -369,6 +397,16 @@ impl Metrics {
     /// Counts a fetch of a credential.
     pub fn credential_refreshed(&self, success: bool) {
         self.credential_refresh[usize::from(!success)].inc();
+    }
+
+    /// Counts a call whose credential, the facade's own or the caller's, was rejected or is locked.
+    pub fn credential_rejected(&self, is_own: bool) {
+        self.credential_rejected[usize::from(is_own)].inc();
+    }
+
+    /// Counts a call that failed because of the caller alone.
+    pub fn caller_fault(&self, fault: CallerFault) {
+        self.caller_faults[fault as usize].inc();
     }
 
     /// Records when the fetched credential expires.

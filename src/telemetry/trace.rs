@@ -142,7 +142,7 @@ impl ServerSpan {
             Method::Other => names::OTHER,
             known => known.full_name(),
         };
-        let failed = is_server_error(code);
+        let failed = is_server_error(code) && record.caller_fault(code, facts).is_none();
         let code = code::name(code);
         let mut attributes = vec![
             KeyValue::text(names::RPC_SYSTEM_NAME, "grpc"),

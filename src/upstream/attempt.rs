@@ -83,7 +83,7 @@ impl FailedAttempt {
     fn transport(failure: HttpError) -> Self {
         let error = match failure.reason {
             Reason::UpstreamResponseTooLarge => Error::TooLarge,
-            reason => Error::Transport(reason),
+            reason => Error::Transport(reason, failure.obstacle),
         };
         let advice = retry::Advice {
             // Usually a stale pooled connection, and then a new connection is enough.
@@ -422,6 +422,11 @@ fn failed_exchange(
     failure: HttpError,
     connect_due: Instant,
 ) -> FailedAttempt {
+    tracing::warn!(
+        reason = failure.reason.as_str(),
+        cause = failure.cause,
+        "no complete reply from RDS"
+    );
     record.fail(failure.reason);
     match failure.reason {
         // Upstream is up if it replies, even if the reply cannot be read.

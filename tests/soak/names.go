@@ -329,7 +329,7 @@ func forgeLog(t *target, format string) (string, error) {
 		if err := checkLogLine(line, format); err != nil {
 			return "", err
 		}
-		if strings.Contains(line, `"target":"access"`) || strings.Contains(line, " access: rpc ") {
+		if strings.Contains(line, `"target":"access`) || strings.Contains(line, ": rpc ") {
 			access++
 		}
 	}

@@ -47,6 +47,8 @@ EXPECTED = {
     "rds_circuit_open": ("gauge", *NONE),
     "rds_circuit_open_instances": ("gauge", *NONE),
     "rds_credential_expiry_timestamp_seconds": ("gauge", *NONE),
+    "rds_credential_rejected": ("counter", ("owner",), {("caller",), ("server",)}),
+    "rds_caller_faults": ("counter", ("cause",), {("deadline",), ("http",)}),
     "rds_credential_refresh": ("counter", ("outcome",), {("success",), ("failure",)}),
     "tls_certificate_expiry_timestamp_seconds": ("gauge", *NONE),
     "panics": ("counter", *NONE),

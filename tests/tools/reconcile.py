@@ -174,7 +174,7 @@ def main():
     for sample in rows("grpc_server_handled"):
         handled[method(sample.labels), code_name(sample.labels["grpc_code"])] += sample.value
     for line in map(json.loads, facade.output):
-        if line["target"] == "access":
+        if line["target"].startswith("access"):
             logged[line["grpc_method"], code_name(line["grpc_code"])] += 1
     for (name, code), count in collector.codes.items():
         traced[OTHER if name == "_OTHER" else name, code] += count

@@ -70,6 +70,10 @@ async fn a_request_that_is_not_grpc_gets_an_http_status_and_does_not_reach_the_s
     }
     assert_eq!(running.ended(7).await, [Code::Unknown; 7]);
     assert_eq!(*running.script.entered.borrow(), 0);
+    // The caller's fault, and no call of the task service.
+    let faults = "rds_caller_faults_total{cause=\"http\"}";
+    let other = "grpc_server_handled_total{grpc_type=\"other\",grpc_service=\"other\",grpc_method=\"other\",grpc_code=\"Unknown\"}";
+    assert_eq!((running.metric(faults), running.metric(other)), (7, 7));
 }
 
 #[tokio::test]
