@@ -43,6 +43,7 @@ fn run(command: Command) -> ExitCode {
             ExitCode::SUCCESS
         }
         Command::Call(call) => runtime.block_on(client::call(call)),
+        Command::Watch(watch) => runtime.block_on(client::watch(watch)),
         Command::Health(health) => runtime.block_on(client::health(health)),
         Command::Serve(options) => runtime.block_on(app::serve(*options)),
         Command::Sandbox(options) => runtime.block_on(app::sandbox(options.listen)),

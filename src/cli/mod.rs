@@ -45,6 +45,8 @@ pub enum Command {
     Serve(Box<Serve>),
     /// Call a server once and print the reply as JSON
     Call(client::CallOptions),
+    /// Watch a task until it is over; exit code 0 if it succeeded, 3 if not, 4 if the time is over, 1 if the call failed
+    Watch(client::WatchOptions),
     /// Check the health of a server; exit code 0 if it is SERVING
     Health(client::HealthOptions),
     /// Run only the sandbox: a fake of RDS, IAM and the metadata service
@@ -196,17 +198,27 @@ fn parse_merged(
         }
         Command::Call(mut call) => {
             call.server.validate(validation);
-            if call.token_file.is_none() {
-                let token = |text: &str| visible(text).map(SecretString::from);
-                call.token = validation.parsed_variable(&format!("{PREFIX}TOKEN"), token);
-            }
+            read_token(&mut call.token, validation);
             Ok(Command::Call(call))
+        }
+        Command::Watch(mut watch) => {
+            watch.server.validate(validation);
+            read_token(&mut watch.token, validation);
+            Ok(Command::Watch(watch))
         }
         Command::Health(health) => {
             health.server.validate(validation);
             Ok(Command::Health(health))
         }
         command => Ok(command),
+    }
+}
+
+/// Reads the token of a client from its variable.
+fn read_token(token: &mut client::Token, validation: &mut Validation<'_>) {
+    if token.token_file.is_none() {
+        let parse = |text: &str| visible(text).map(SecretString::from);
+        token.from_variable = validation.parsed_variable(&format!("{PREFIX}TOKEN"), parse);
     }
 }
 

@@ -1,8 +1,10 @@
-//! The subcommands `call` and `health`: clients of a running server.
+//! The subcommands `call`, `watch` and `health`: clients of a running server.
 
+mod progress;
 mod status;
 #[cfg(test)]
 mod tests;
+mod watch;
 
 use std::{
     fmt, fs,
@@ -29,6 +31,7 @@ use tonic_health::pb::{
 use tower::util::MapResponse;
 
 use self::status::Escaped;
+pub use self::watch::{WatchOptions, watch};
 use crate::{
     deadline::{Deadline, Passed},
     error_chain,
@@ -98,12 +101,21 @@ pub struct CallOptions {
     /// Time limit for connecting and the call together
     #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = options::duration)]
     pub timeout: Duration,
+    /// The token.
+    #[command(flatten)]
+    pub token: Token,
+}
+
+/// The token to send.
+#[derive(Debug, Clone, Default, clap::Args)]
+#[group(skip)]
+pub struct Token {
     /// File with the token to send as x-auth-token; default: the variable RDS_TASK_FACADE_TOKEN
     #[arg(long, value_name = "FILE", value_parser = options::file)]
     pub token_file: Option<PathBuf>,
     /// The token from the variable, if `token_file` is not set.
     #[arg(skip)]
-    pub token: Option<SecretString>,
+    pub from_variable: Option<SecretString>,
 }
 
 /// The task to look up. All ids must be set.
@@ -253,13 +265,7 @@ pub async fn health(options: HealthOptions) -> ExitCode {
 }
 
 async fn get_task_detail(options: CallOptions) -> Result<pb::GetTaskDetailResponse, Error> {
-    let token = token(&options)?;
-    if token.is_some() && url::check_plain_http(&options.server.target, false).is_err() {
-        let target = without_slash(&options.server.target);
-        warn(&format!(
-            "the token is sent unencrypted to {target}: use an https --target"
-        ));
-    }
+    let token = token(&options.token, &options.server)?;
     let deadline = Deadline::after(options.timeout);
     let channel = connect(&options.server, options.timeout, deadline).await?;
     let task = options.task.unwrap_or_else(Task::example);
@@ -361,9 +367,9 @@ fn pem(flag: &'static str, path: &PathBuf) -> Result<Vec<u8>, Error> {
     fs::read(path).map_err(|error| Error::File(flag, error.kind().to_string()))
 }
 
-/// The token to send, if any, as a header value.
-fn token(options: &CallOptions) -> Result<Option<MetadataValue<Ascii>>, Error> {
-    let text = match (&options.token_file, &options.token) {
+/// The token to send, if any, as a header value. Warns if others can read it on the way.
+fn token(token: &Token, server: &Server) -> Result<Option<MetadataValue<Ascii>>, Error> {
+    let text = match (&token.token_file, &token.from_variable) {
         (Some(path), _) => fs::read_to_string(path)
             .map(SecretString::from)
             .map_err(|error| Error::File("--token-file", error.kind().to_string()))?,
@@ -376,6 +382,12 @@ fn token(options: &CallOptions) -> Result<Option<MetadataValue<Ascii>>, Error> {
         Error::File("--token-file", problem.to_owned())
     })?;
     value.set_sensitive(true);
+    if url::check_plain_http(&server.target, false).is_err() {
+        let target = without_slash(&server.target);
+        warn(&format!(
+            "the token is sent unencrypted to {target}: use an https --target"
+        ));
+    }
     Ok(Some(value))
 }
 

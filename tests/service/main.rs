@@ -40,4 +40,7 @@ mod telemetry;
 mod tls;
 /// The CA certificates that each client of the program trusts.
 mod trust;
+/// Watches: messages, ends, polls.
 mod watch;
+/// The subcommand `watch`.
+mod watch_command;

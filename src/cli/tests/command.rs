@@ -255,7 +255,7 @@ fn client_commands_read_only_the_token_variable() {
     };
 
     assert_eq!(call.timeout, Duration::from_secs(10));
-    assert!(call.token.is_some());
+    assert!(call.token.from_variable.is_some());
     assert_eq!(health.timeout, Duration::from_secs(3));
     assert_eq!(
         without_slash(&health.server.target),
