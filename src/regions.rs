@@ -2,7 +2,7 @@
 
 use reqwest::Url;
 
-use crate::options::{Parsed, closest, not};
+use crate::options::{Parsed, nearest, not};
 
 /// One row of the table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,16 +56,10 @@ pub fn all() -> impl Iterator<Item = Region> {
 /// The rest of the sentence.
 pub fn parse(id: &str) -> Parsed<Region> {
     all().find(|region| region.id == id).ok_or_else(|| {
-        let hint = match closest(id, all().map(|region| region.id)) {
-            Some(close) => format!("did you mean {close}?"),
-            None => {
-                let ids: Vec<&str> = all().map(|region| region.id).collect();
-                format!("known are {};", ids.join(", "))
-            }
-        };
+        let close = nearest(id, all().map(|region| region.id)).expect("the table has rows");
         not(
             id,
-            &format!("a known region; {hint} use --endpoint for others"),
+            &format!("a known region; did you mean {close}? use --endpoint for others"),
         )
     })
 }

@@ -299,28 +299,70 @@ fn exactly_one_of_region_endpoint_and_sandbox_must_be_set() {
 
 #[test]
 fn kubernetes_service_variables_are_ignored() {
+    let url = "tcp://10.0.0.1:50051";
+    // Name, value, and whether it is ignored.
     let cases = [
-        ("RDS_TASK_FACADE_SERVICE_HOST", true),
-        ("RDS_TASK_FACADE_SERVICE_PORT", true),
-        ("RDS_TASK_FACADE_SERVICE_PORT_GRPC", true),
-        ("RDS_TASK_FACADE_PORT", true),
-        ("RDS_TASK_FACADE_PORT_50051_TCP_ADDR", true),
-        ("RDS_TASK_FACADEX", true),
-        ("RDS_TASK_FACADE_SERVICE", false),
-        ("RDS_TASK_FACADE_PORTS", false),
-        ("RDS_TASK_FACADE_METRICS_PORT", false),
-        ("RDS_TASK_FACADE_", false),
-        ("RDS_TASK_FACADE_timeout", false),
+        ("RDS_TASK_FACADE_SERVICE_HOST", "10.0.0.1", true),
+        ("RDS_TASK_FACADE_SERVICE_PORT", "50051", true),
+        ("RDS_TASK_FACADE_SERVICE_PORT_GRPC", "50051", true),
+        ("RDS_TASK_FACADE_PORT", url, true),
+        ("RDS_TASK_FACADE_PORT_50051_TCP", url, true),
+        ("RDS_TASK_FACADE_PORT_50051_TCP_PROTO", "tcp", true),
+        ("RDS_TASK_FACADE_PORT_50051_TCP_PORT", "50051", true),
+        ("RDS_TASK_FACADE_PORT_50051_TCP_ADDR", "10.0.0.1", true),
+        ("RDS_TASK_FACADE_CANARY_SERVICE_HOST", "fd00::1", true),
+        ("RDS_TASK_FACADE_CANARY_SERVICE_PORT_GRPC_WEB", "80", true),
+        ("RDS_TASK_FACADE_2_PORT", "udp://10.0.0.1:53", true),
+        ("RDS_TASK_FACADE_2_PORT_53_UDP", "udp://10.0.0.1:53", true),
+        ("RDS_TASK_FACADE_X_PORT", "sctp://10.0.0.1:1", true),
+        ("RDS_TASK_FACADE_X_PORT_1_SCTP_ADDR", "10.0.0.1", true),
+        ("RDS_TASK_FACADE_PORT_8_PORT_80_TCP_ADDR", "10.0.0.1", true),
+        ("RDS_TASK_FACADE_METRICS_PORT", url, true),
+        ("RDS_TASK_FACADEX", "x", true),
+        ("RDS_TASK_FACADE_PORT", "50051", false),
+        ("RDS_TASK_FACADE_METRICS_PORT", "9464", false),
+        ("RDS_TASK_FACADE_PORT", "http://10.0.0.1:80", false),
+        ("RDS_TASK_FACADE_PORTS", url, false),
+        ("RDS_TASK_FACADE_PORT_50051", url, false),
+        ("RDS_TASK_FACADE_PORT_X_TCP", url, false),
+        ("RDS_TASK_FACADE_PORT_70000_TCP", url, false),
+        ("RDS_TASK_FACADE_PORT_50051_TLS", url, false),
+        ("RDS_TASK_FACADE_PORT_50051_TCP_HOST", "10.0.0.1", false),
+        ("RDS_TASK_FACADE_SERVICE", "x", false),
+        ("RDS_TASK_FACADE_SERVICE_PORT_", "1", false),
+        ("RDS_TASK_FACADE_SERVICE_HOSTS", "x", false),
+        ("RDS_TASK_FACADE_SERVICE_HOST_NAME", "x", false),
+        ("RDS_TASK_FACADE_", "x", false),
+        ("RDS_TASK_FACADE_timeout", "1s", false),
     ];
 
-    for (name, ignored) in cases {
-        assert_eq!(
-            serve(&["--sandbox"], &[(name, "x")]).is_ok(),
-            ignored,
-            "{name}"
-        );
+    for (name, value, ignored) in cases {
+        let found = serve(&["--sandbox"], &[(name, value)]);
+        assert_eq!(found.is_ok(), ignored, "{name}={value}");
     }
     assert!(serve(&["--sandbox"], &[("RDS_TASK_FACADE_ODD", "")]).is_ok());
+}
+
+#[test]
+fn the_problem_of_an_unknown_variable_has_the_nearest_name() {
+    let cases = [
+        ("RDS_TASK_FACADE_TIMOUT", "RDS_TASK_FACADE_TIMEOUT"),
+        ("RDS_TASK_FACADE_TOKEN_PATH", "RDS_TASK_FACADE_TOKEN_FILE"),
+        (
+            "RDS_TASK_FACADE_max_attempts",
+            "RDS_TASK_FACADE_MAX_ATTEMPTS",
+        ),
+        (
+            "RDS_TASK_FACADE_METRICS_PORT",
+            "RDS_TASK_FACADE_METRICS_LISTEN",
+        ),
+        ("RDS_TASK_FACADE_TOKENS", "RDS_TASK_FACADE_TOKEN"),
+    ];
+
+    for (name, close) in cases {
+        let expected = format!("{name}: is not a known variable; did you mean {close}?");
+        assert_eq!(problems(&["--sandbox"], &[(name, "x")]), [expected]);
+    }
 }
 
 /// A file with a certificate and its key, valid for every TLS flag.
