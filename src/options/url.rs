@@ -3,6 +3,7 @@
 use std::{fmt, net::IpAddr};
 
 use reqwest::Url;
+use rustls::pki_types::ServerName;
 
 use super::{Parsed, not};
 
@@ -100,11 +101,14 @@ fn split(text: &str) -> Option<(&str, &str)> {
     bare.then_some((scheme, authority))
 }
 
-/// Parses a URL that both reqwest and `http::Uri` accept, because reqwest converts each URL to a `Uri`.
-fn parse(text: &str) -> Option<Url> {
+/// Parses a URL that every library accepts: reqwest converts it to a `Uri`, and TLS needs a valid name. A host name that no
+/// library can use would only show as a service that never gets a reply.
+pub fn parse(text: &str) -> Option<Url> {
     let url = Url::parse(text).ok()?;
+    let host = url.host_str()?.trim_matches(['[', ']']);
     let usable = matches!(url.scheme(), "http" | "https")
         && url.port() != Some(0)
+        && ServerName::try_from(host).is_ok()
         && url.as_str().parse::<http::Uri>().is_ok();
     usable.then_some(url)
 }
@@ -176,6 +180,14 @@ mod tests {
             "a%00b",
             "[::1",
             "a]b",
+            "a..b",
+            ".a",
+            ".",
+            "a,b",
+            "a+b",
+            "a.1.2",
+            "xn--",
+            &"a".repeat(64),
         ];
 
         for host in hosts {
