@@ -7,7 +7,7 @@ use secrecy::{ExposeSecret, SecretString};
 
 use super::{
     AccessKey, Source, chain, file, iam, profile,
-    secret::{self, visible},
+    secret::{self, is_invisible, visible},
 };
 use crate::{
     options::{self, PREFIX, Parsed, Validation, url},
@@ -383,8 +383,8 @@ fn required<T>(
 
 /// The name of a user, account or project.
 fn name(text: &str) -> Parsed<String> {
-    if text.is_empty() || text.chars().count() > 256 || text.chars().any(char::is_control) {
-        return Err("must hold 1 to 256 characters and no control characters".to_owned());
+    if text.is_empty() || text.chars().count() > 256 || text.contains(is_invisible) {
+        return Err("must hold 1 to 256 characters, none of them invisible".to_owned());
     }
     Ok(text.to_owned())
 }
