@@ -47,8 +47,6 @@ enum Error {
     Http(#[from] http_client::BuildError),
     #[error(transparent)]
     Server(#[from] server::Error),
-    #[error(transparent)]
-    Tracing(#[from] telemetry::TracingError),
     #[error("cannot listen for signals: {0}")]
     Signals(#[source] io::Error),
 }
@@ -113,14 +111,7 @@ async fn run(options: Serve, metrics: Arc<Metrics>, access: Access) -> Result<()
         tokio::spawn(admin::serve(listener, Arc::clone(&metrics), ready));
     }
     let shutdown_time = options.server.drain_delay + options.server.shutdown_grace;
-    let tracer = match &options.telemetry.tracing {
-        Some(tracing) => Some(telemetry::start_tracing(
-            tracing,
-            options.telemetry.propagate_trace_upstream,
-            Arc::clone(&metrics),
-        )?),
-        None => None,
-    };
+    let tracer = telemetry::start_tracing(&options.telemetry, Arc::clone(&metrics));
     let stopping = Arc::new(OnceLock::new());
     let shutdown = {
         let stopping = Arc::clone(&stopping);

@@ -12,6 +12,7 @@ use crate::{
         self, Parsed, Validation, boolean, duration, not, number,
         url::{self, Proxy},
     },
+    pem,
     regions::{self, Region},
 };
 
@@ -49,7 +50,7 @@ pub struct Options {
     )]
     pub allow_insecure_upstream: bool,
     /// PEM file of certificates that are trusted on top of the system's
-    #[arg(long, value_name = "FILE", value_parser = roots)]
+    #[arg(long, value_name = "FILE", value_parser = pem::roots_file)]
     pub upstream_ca: Option<PathBuf>,
     /// Proxy for the vendor's endpoints, with optional user and password; proxy variables of the environment are not read
     #[arg(long, value_name = "http://[USER:PASSWORD@]HOST:PORT", value_parser = Proxy::parse)]
@@ -125,9 +126,8 @@ impl Options {
         system_roots: SystemRoots,
     ) -> Result<http_client::Config, BuildError> {
         let extra_roots = self.upstream_ca.as_ref().map(fs::read).transpose();
-        let extra_roots = extra_roots.map_err(|_| BuildError::Roots)?;
         Ok(http_client::Config {
-            tls: http_client::tls_config(system_roots, extra_roots.as_deref())?,
+            tls: http_client::tls_config(system_roots, extra_roots?.as_deref())?,
             https_only: base_url.scheme() == "https",
             proxy: self
                 .upstream_proxy
@@ -135,16 +135,6 @@ impl Options {
                 .map(|proxy| proxy.url().clone()),
             connect_timeout: self.connect_timeout,
         })
-    }
-}
-
-/// A file with at least one certificate.
-fn roots(text: &str) -> Parsed<PathBuf> {
-    let path = options::file(text)?;
-    let pem = fs::read(&path).map_err(|error| format!("cannot be read: {error}"))?;
-    match http_client::check_roots(&pem) {
-        Ok(()) => Ok(path),
-        Err(error) => Err(error.to_string()),
     }
 }
 
