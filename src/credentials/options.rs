@@ -133,11 +133,13 @@ impl Options {
             SourceKind::Metadata => self.metadata(upstream, validation).map(Source::Metadata),
             SourceKind::Chain => {
                 let environment = key(validation, false);
+                let missing = missing_parts(validation);
                 let profile = profile_path(validation).map(|(_, path)| path);
                 self.metadata(upstream, validation)
                     .map(|metadata_endpoint| {
                         Source::Chain(chain::ChainConfig {
                             environment,
+                            missing,
                             profile,
                             metadata_endpoint,
                         })
@@ -336,6 +338,20 @@ fn key(validation: &mut Validation<'_>, required: bool) -> Option<Arc<AccessKey>
         security_token.as_ref().map(ExposeSecret::expose_secret),
     );
     Some(Arc::new(key.expect("each part is visible ASCII")))
+}
+
+/// The variables that a part of a key in the environment lacks; none without a key.
+fn missing_parts(validation: &Validation<'_>) -> Vec<&'static str> {
+    let missing = |name: &&str| validation.raw_variable(name).is_none();
+    let all = [AK_VARIABLE, SK_VARIABLE, SECURITY_TOKEN_VARIABLE];
+    match all.iter().all(missing) {
+        true => Vec::new(),
+        false => all[..2]
+            .iter()
+            .filter(|name| missing(name))
+            .copied()
+            .collect(),
+    }
 }
 
 /// The profile file, which must hold a key.
