@@ -17,7 +17,7 @@ use tokio::{
 };
 
 use crate::{
-    admin,
+    accept, admin,
     cli::Serve,
     coalescer::Coalescer,
     credentials::{Credentials, Source},
@@ -78,12 +78,12 @@ async fn run(options: Serve, metrics: Arc<Metrics>, access: Access) -> Result<()
     let shutdown = shutdown_signal()?;
     let cannot_listen = |address| move |error| Error::Listen(address, error);
     let address = options.server.listen;
-    let listener = std::net::TcpListener::bind(address).map_err(cannot_listen(address))?;
+    let listener = accept::listen(address).map_err(cannot_listen(address))?;
     let listen = listener.local_addr().map_err(cannot_listen(address))?;
     let admin = match options.admin.metrics_listen {
         Some(address) => Some(
-            TcpListener::bind(address)
-                .await
+            accept::listen(address)
+                .and_then(TcpListener::from_std)
                 .map_err(cannot_listen(address))?,
         ),
         None => None,
@@ -91,6 +91,14 @@ async fn run(options: Serve, metrics: Arc<Metrics>, access: Access) -> Result<()
     let metrics_listen = admin
         .as_ref()
         .and_then(|listener| listener.local_addr().ok());
+    let ipv6 = |addresses: [Option<SocketAddr>; 2]| {
+        let addresses = addresses.iter().flatten();
+        addresses.filter(|address| address.is_ipv6()).count()
+    };
+    let configured = [Some(address), options.admin.metrics_listen];
+    if ipv6(configured) != ipv6([Some(listen), metrics_listen]) {
+        tracing::info!("the kernel has no IPv6: listening on 0.0.0.0 instead of [::]");
+    }
     let (base_url, source, sandbox) = resolve_upstream(&options).await?;
     let iam_endpoint = match &source {
         Source::Iam(iam) => Some(&iam.endpoint),

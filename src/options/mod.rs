@@ -105,7 +105,7 @@ pub fn address(text: &str) -> Parsed<SocketAddr> {
     text.parse().map_err(|_| {
         not(
             text,
-            "an address; write it like 127.0.0.1:50051, 0.0.0.0:50051 or [::1]:50051",
+            "an address; write it like 127.0.0.1:50051, 0.0.0.0:50051 or [::]:50051",
         )
     })
 }
