@@ -78,6 +78,10 @@ pub fn without_mark(content: &[u8]) -> &[u8] {
 /// The rest of an error sentence.
 pub fn roots_file(text: &str) -> Parsed<PathBuf> {
     let path = options::public_file(text)?;
+    // A pipe (process substitution of a shell) can be read once, so it is left to the use of the roots.
+    if !path.is_file() {
+        return Ok(path);
+    }
     let pem = fs::read(&path).map_err(|error| format!("cannot be read: {error}"))?;
     match roots(&pem) {
         Ok(_) => Ok(path),

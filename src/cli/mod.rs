@@ -45,7 +45,7 @@ pub enum Command {
     Serve(Box<Serve>),
     /// Call a server once and print the reply as JSON
     Call(client::CallOptions),
-    /// Check the health of a server; exit code 0 if it is SERVING
+    /// Check the health of a server, by default the server that serve starts with the same variables; exit code 0 if it is SERVING
     Health(client::HealthOptions),
     /// Run only the sandbox: a fake of RDS, IAM and the metadata service
     Sandbox(sandbox::Options),
@@ -213,7 +213,10 @@ fn parse_merged(
             }
             Ok(Command::Call(call))
         }
-        Command::Health(health) => {
+        Command::Health(mut health) => {
+            if matches.value_source("target") != Some(ValueSource::CommandLine) {
+                health.use_own_server(validation);
+            }
             health.server.validate(validation);
             Ok(Command::Health(health))
         }
