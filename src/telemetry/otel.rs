@@ -324,7 +324,9 @@ mod tests {
     use super::*;
     use crate::options::Environment;
 
-    fn read(pairs: &[(&str, &str)]) -> (Option<Tracing>, Vec<String>) {
+    type Pairs<'a> = &'a [(&'a str, &'a str)];
+
+    fn read(pairs: Pairs<'_>) -> (Option<Tracing>, Vec<String>) {
         let environment: Environment = pairs
             .iter()
             .map(|(name, value)| (name.into(), value.into()))
@@ -365,7 +367,7 @@ mod tests {
     fn traces_are_exported_only_to_a_usable_endpoint_and_with_the_otlp_exporter() {
         let on = (ENDPOINT, "http://c");
         // The variables, whether traces are exported, and the names of the unusable variables.
-        let cases: [(&[(&str, &str)], bool, &[&str]); 19] = [
+        let cases: [(Pairs<'_>, bool, &[&str]); 19] = [
             (&[], false, &[]),
             (&[(ENDPOINT, " ")], false, &[]),
             (&[on, ("OTEL_SDK_DISABLED", "TRUE")], false, &[]),

@@ -249,8 +249,10 @@ async fn health_exits_with_0_only_when_serving() {
     assert_eq!(codes, [0, 0, 1, 1]);
 }
 
+type Variables<'a> = &'a [(&'a str, &'a str)];
+
 /// Exit code and output of `health` with the variables of a server.
-fn health_of(listen: &str, metrics_listen: &str, tls: &[(&str, &str)]) -> (i32, String) {
+fn health_of(listen: &str, metrics_listen: &str, tls: Variables<'_>) -> (i32, String) {
     let mut env = vec![
         ("RDS_TASK_FACADE_LISTEN", listen),
         ("RDS_TASK_FACADE_METRICS_LISTEN", metrics_listen),
@@ -281,7 +283,7 @@ async fn health_without_a_target_asks_the_server_with_the_same_variables() {
     let mutual = [&tls[..], &client_ca].concat();
     let mutual_both = [&both[..], &client_ca].concat();
     // The address, the variables of TLS, whether `health` knows the metrics listener, and whether it can find out.
-    let cases: [(&str, &[(&str, &str)], bool, bool); 10] = [
+    let cases: [(&str, Variables<'_>, bool, bool); 10] = [
         ("127.0.0.1:0", &[], true, true),
         ("0.0.0.0:0", &[], true, true),
         ("[::]:0", &[], true, true),

@@ -7,14 +7,10 @@ use crate::support::{
     program::run,
 };
 
+type Variables<'a> = &'a [(&'a str, &'a str)];
+
 /// Name, arguments, environment, exit code, and a part of the line.
-type Case<'a> = (
-    &'a str,
-    Vec<&'a str>,
-    &'a [(&'a str, &'a str)],
-    i32,
-    &'a str,
-);
+type Case<'a> = (&'a str, Vec<&'a str>, Variables<'a>, i32, &'a str);
 
 /// Exit code, output lines and duration of a start that must fail.
 fn rejected(args: &[&str], env: &[(&str, &str)]) -> (i32, Vec<String>, Duration) {
@@ -368,7 +364,7 @@ async fn unusable_variables_of_opentelemetry_do_not_stop_the_start() {
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "https://127.0.0.1:9"),
     ];
     // Of variables from all groups at once, and those that disable the export, each with the parts of the only warning.
-    let cases: [(&[(&str, &str)], &[&str]); 5] = [
+    let cases: [(Variables<'_>, &[&str]); 5] = [
         (
             &[
                 endpoint,
