@@ -18,7 +18,7 @@ use secrecy::{ExposeSecret as _, SecretString};
 use tonic::{
     Code, Request, Status,
     metadata::{Ascii, MetadataValue},
-    transport::{Certificate, Channel, ClientTlsConfig, Identity},
+    transport::{Channel, ClientTlsConfig, Identity},
 };
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
@@ -34,7 +34,7 @@ use crate::{
         url::{self, without_slash},
     },
     pb,
-    pem::{roots_file, without_mark},
+    pem::{roots, roots_file, without_mark},
 };
 
 /// Address and TLS settings of the server to call.
@@ -282,7 +282,9 @@ async fn connect(server: &Server, timeout: Duration, deadline: Deadline) -> Resu
     if server.target.scheme() == "https" {
         let mut tls = match &server.ca {
             Some(path) => {
-                ClientTlsConfig::new().ca_certificate(Certificate::from_pem(pem("--ca", path)?))
+                let roots = roots(&pem("--ca", path)?);
+                let roots = roots.map_err(|error| Error::File("--ca", error.to_string()))?;
+                ClientTlsConfig::new().trust_anchors(roots.roots)
             }
             None if server.own.is_some() => ClientTlsConfig::new(),
             None => ClientTlsConfig::new().with_native_roots(),

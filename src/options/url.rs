@@ -37,10 +37,10 @@ pub fn check_plain_http(base: &Url, allowed: bool) -> Parsed<()> {
     if base.scheme() == "https" || allowed || is_loopback(base) {
         return Ok(());
     }
-    Err(
-        "plain http is allowed for loopback only; use https, or set --allow-insecure-upstream"
-            .to_owned(),
-    )
+    Err(format!(
+        "\"{}\" is plain http, which is allowed for loopback only; use https, or set --allow-insecure-upstream",
+        without_slash(base)
+    ))
 }
 
 /// A forward proxy. [`fmt::Debug`] omits the URL, which counts as a secret.

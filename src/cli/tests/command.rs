@@ -55,7 +55,7 @@ fn all_problems_are_reported_one_line_each() {
         "--allow-project: \"/\" is not a project id; separate ids by commas, each 1 to 64 of letters, digits, '-' and '_'",
         "--allow-project: is not a project id; separate ids by commas, each 1 to 64 of letters, digits, '-' and '_'",
         "--cache-ttl: is not a duration; write it like 250ms, 10s, 5m or 1h",
-        "--endpoint: plain http is allowed for loopback only; use https, or set --allow-insecure-upstream",
+        "--endpoint: \"http://rds.example.com\" is plain http, which is allowed for loopback only; use https, or set --allow-insecure-upstream",
         "--listen: \"nowhere\" is not an address; write it like 127.0.0.1:50051, 0.0.0.0:50051 or [::]:50051",
         "--max-attempts: \"11\" is not a whole number from 1 to 10",
         "--retry-budget: \"101\" is not a whole number from 0 to 100",
