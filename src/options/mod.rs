@@ -144,7 +144,7 @@ pub fn file(text: &str) -> Parsed<PathBuf> {
     }
 }
 
-/// As [`file`] for a file without secrets: an error echoes the path.
+/// As [`file()`] for a file without secrets: an error echoes the path.
 ///
 /// # Errors
 /// The rest of an error sentence.
