@@ -76,7 +76,7 @@ pub fn visible(text: &str) -> Result<&str, Malformed> {
     }
 }
 
-/// Whether a character is a control character or has no width, so that nobody sees that it is part of a secret or name.
+/// Whether a character is a control character or has no width: in a secret or name it goes unnoticed.
 pub fn is_invisible(c: char) -> bool {
     c.is_control()
         || matches!(

@@ -163,9 +163,11 @@ pub fn not(text: &str, what: &str) -> String {
     }
 }
 
-/// The text in quotes and without control characters; `None` if it is long like a token, or may be a URL with a password.
+/// The text in quotes and without control characters; `None` if it is long like a token, may be a URL with a password, or is a key
+/// in PEM.
 pub fn quoted(text: &str) -> Option<String> {
-    let harmless = !text.is_empty() && text.len() <= 256 && !text.contains(['@', '?']);
+    let secret = ["@", "?", "-----"].iter().any(|part| text.contains(part));
+    let harmless = !text.is_empty() && text.len() <= 256 && !secret;
     harmless.then(|| format!("{text:?}"))
 }
 
@@ -279,6 +281,7 @@ mod tests {
             ("a b\u{202e}\n", true),
             ("https://ann:canary@rds", false),
             ("https://rds?token=canary", false),
+            ("-----BEGIN PRIVATE KEY-----\ncanary", false),
             (&long, false),
             ("", false),
         ];
