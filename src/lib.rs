@@ -40,6 +40,7 @@
 //!
 //! - [`telemetry`]: log, access log, metrics, traces
 //! - [`files`]: reads and watches small files: certificates, tokens, passwords
+//! - [`pem`]: PEM files of certificates and keys
 //! - [`accept`]: accepts TCP connections, for all listeners
 //! - [`error_chain`]: walks an error and its sources
 //! - [`lateness`]: whether this thread lacks CPU time, so that a timeout is not evidence against a peer
@@ -68,6 +69,7 @@ pub mod http_client;
 pub mod lateness;
 pub mod method;
 pub mod options;
+pub mod pem;
 pub mod reason;
 pub mod regions;
 pub mod rpc;

@@ -61,6 +61,7 @@ fn server(address: SocketAddr) -> Server {
         target: format!("http://{address}").parse().unwrap(),
         ca: None,
         pair: None,
+        own: None,
     }
 }
 
