@@ -30,7 +30,11 @@ pub struct Options {
     pub metrics_listen: std::option::Option<SocketAddr>,
 }
 
-fn address_or_off(text: &str) -> Parsed<Option<SocketAddr>> {
+/// Parses an address, or `off`.
+///
+/// # Errors
+/// The rest of an error sentence.
+pub fn address_or_off(text: &str) -> Parsed<Option<SocketAddr>> {
     match text {
         "off" => Ok(None),
         _ => options::address(text)

@@ -17,7 +17,7 @@ use tokio::{
 };
 
 use crate::{
-    admin,
+    accept, admin,
     cli::Serve,
     coalescer::Coalescer,
     credentials::{Credentials, Source},
@@ -49,8 +49,6 @@ enum Error {
     Http(#[from] http_client::BuildError),
     #[error(transparent)]
     Server(#[from] server::Error),
-    #[error(transparent)]
-    Tracing(#[from] telemetry::TracingError),
     #[error("cannot listen for signals: {0}")]
     Signals(#[source] io::Error),
 }
@@ -82,12 +80,12 @@ async fn run(options: Serve, metrics: Arc<Metrics>, access: Access) -> Result<()
     let shutdown = shutdown_signal()?;
     let cannot_listen = |address| move |error| Error::Listen(address, error);
     let address = options.server.listen;
-    let listener = std::net::TcpListener::bind(address).map_err(cannot_listen(address))?;
+    let listener = accept::listen(address).map_err(cannot_listen(address))?;
     let listen = listener.local_addr().map_err(cannot_listen(address))?;
     let admin = match options.admin.metrics_listen {
         Some(address) => Some(
-            TcpListener::bind(address)
-                .await
+            accept::listen(address)
+                .and_then(TcpListener::from_std)
                 .map_err(cannot_listen(address))?,
         ),
         None => None,
@@ -95,6 +93,14 @@ async fn run(options: Serve, metrics: Arc<Metrics>, access: Access) -> Result<()
     let metrics_listen = admin
         .as_ref()
         .and_then(|listener| listener.local_addr().ok());
+    let ipv6 = |addresses: [Option<SocketAddr>; 2]| {
+        let addresses = addresses.iter().flatten();
+        addresses.filter(|address| address.is_ipv6()).count()
+    };
+    let configured = [Some(address), options.admin.metrics_listen];
+    if ipv6(configured) != ipv6([Some(listen), metrics_listen]) {
+        tracing::info!("the kernel has no IPv6: listening on 0.0.0.0 instead of [::]");
+    }
     let (base_url, source, sandbox) = resolve_upstream(&options).await?;
     let iam_endpoint = match &source {
         Source::Iam(iam) => Some(&iam.endpoint),
@@ -115,14 +121,7 @@ async fn run(options: Serve, metrics: Arc<Metrics>, access: Access) -> Result<()
         tokio::spawn(admin::serve(listener, Arc::clone(&metrics), ready));
     }
     let shutdown_time = options.server.drain_delay + options.server.shutdown_grace;
-    let tracer = match &options.telemetry.tracing {
-        Some(tracing) => Some(telemetry::start_tracing(
-            tracing,
-            options.telemetry.propagate_trace_upstream,
-            Arc::clone(&metrics),
-        )?),
-        None => None,
-    };
+    let tracer = telemetry::start_tracing(&options.telemetry, Arc::clone(&metrics));
     let stopping = Arc::new(OnceLock::new());
     let shutdown = {
         let stopping = Arc::clone(&stopping);

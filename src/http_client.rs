@@ -9,16 +9,13 @@ use bytes::{Bytes, BytesMut};
 use futures_util::TryFutureExt as _;
 use http::HeaderMap;
 use reqwest::{ClientBuilder, Proxy, Url, redirect};
-use rustls::{
-    ClientConfig, DEFAULT_VERSIONS, RootCertStore,
-    crypto::aws_lc_rs::default_provider,
-    pki_types::{CertificateDer, pem::PemObject as _},
-};
+use rustls::{ClientConfig, DEFAULT_VERSIONS, RootCertStore, crypto::aws_lc_rs::default_provider};
 use serde::de::IgnoredAny;
 use tower::{limit::ConcurrencyLimitLayer, timeout::TimeoutLayer};
 
 use crate::{
     error_chain::{chain, root_cause},
+    pem,
     reason::Reason,
 };
 
@@ -51,9 +48,12 @@ pub struct Config {
 /// Why a client could not be built.
 #[derive(Debug, thiserror::Error)]
 pub enum BuildError {
+    /// The file of extra roots cannot be read.
+    #[error("the CA file cannot be read: {0}")]
+    RootsFile(#[from] io::Error),
     /// The extra roots are not PEM certificates.
-    #[error("the CA file holds no readable PEM certificate")]
-    Roots,
+    #[error("the CA file {0}")]
+    Roots(#[from] pem::Error),
     /// The client library rejects the proxy's URL.
     #[error("the proxy's URL cannot be used")]
     Proxy,
@@ -133,7 +133,7 @@ pub fn tls_config(
     extra_pem: Option<&[u8]>,
 ) -> Result<ClientConfig, BuildError> {
     let mut trusted = match extra_pem {
-        Some(pem) => roots(pem)?,
+        Some(pem) => pem::roots(pem)?,
         None => RootCertStore::empty(),
     };
     if system == SystemRoots::Trusted {
@@ -318,26 +318,6 @@ impl Response {
     }
 }
 
-/// Whether `pem` can be the extra roots of a client.
-///
-/// # Errors
-/// [`BuildError::Roots`] when it holds no certificate or one that cannot be read.
-pub fn check_roots(pem: &[u8]) -> Result<(), BuildError> {
-    roots(pem).map(drop)
-}
-
-fn roots(pem: &[u8]) -> Result<RootCertStore, BuildError> {
-    let mut roots = RootCertStore::empty();
-    for certificate in CertificateDer::pem_slice_iter(pem) {
-        let certificate = certificate.map_err(|_| BuildError::Roots)?;
-        roots.add(certificate).map_err(|_| BuildError::Roots)?;
-    }
-    if roots.is_empty() {
-        return Err(BuildError::Roots);
-    }
-    Ok(roots)
-}
-
 /// The innermost cause of a failed exchange: the message of the system, the TLS library, the HTTP parser or the proxy.
 pub fn cause(error: &reqwest::Error) -> String {
     if error.is_connect() && error.is_timeout() {
@@ -458,15 +438,7 @@ impl std::fmt::Debug for Config {
 
 #[cfg(test)]
 mod tests {
-    use rcgen::{CertificateParams, KeyPair};
-
     use super::*;
-
-    fn pem() -> String {
-        let key = KeyPair::generate().unwrap();
-        let params = CertificateParams::new(["upstream.test".to_owned()]).unwrap();
-        params.self_signed(&key).unwrap().pem()
-    }
 
     #[tokio::test]
     async fn an_https_only_client_opens_no_plain_connection() {
@@ -491,19 +463,5 @@ mod tests {
             accepted = plain.accept() => assert!(accepted.is_ok()),
             ended = client(false).get(&url).send() => panic!("{ended:?}"),
         }
-    }
-
-    #[test]
-    fn extra_roots_without_a_readable_certificate_are_rejected() {
-        let pem = pem();
-        let damaged = pem.replacen("MII", "MIX", 1);
-        let cut = &pem[..pem.len() / 2];
-        let cases = ["", "no certificate", cut, &damaged, &[&pem, cut].concat()];
-
-        for case in cases {
-            let found = tls_config(SystemRoots::Ignored, Some(case.as_bytes()));
-            assert!(matches!(found, Err(BuildError::Roots)), "{case}");
-        }
-        assert!(tls_config(SystemRoots::Ignored, Some(pem.as_bytes())).is_ok());
     }
 }

@@ -43,6 +43,7 @@
 //!
 //! - [`telemetry`]: log, access log, metrics, traces
 //! - [`files`]: reads and watches small files: certificates, tokens, passwords
+//! - [`pem`]: PEM files of certificates and keys
 //! - [`accept`]: accepts TCP connections, for all listeners
 //! - [`error_chain`]: walks an error and its sources
 //! - [`lateness`]: whether this thread lacks CPU time, so that a timeout is not evidence against a peer
@@ -73,6 +74,7 @@ pub mod lookup;
 pub mod method;
 pub mod options;
 pub mod pb;
+pub mod pem;
 pub mod reason;
 pub mod regions;
 pub mod rpc;

@@ -1,5 +1,6 @@
 //! The subcommands `call`, `watch` and `health`: clients of a running server.
 
+mod own;
 mod progress;
 mod status;
 #[cfg(test)]
@@ -22,7 +23,7 @@ use tonic::{
     Code, Request, Response, Status,
     body::Body,
     metadata::{Ascii, MetadataMap, MetadataValue},
-    transport::{Certificate, Channel, ClientTlsConfig, Identity},
+    transport::{Channel, ClientTlsConfig, Identity},
 };
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
@@ -30,9 +31,13 @@ use tonic_health::pb::{
 
 use tower::util::MapResponse;
 
-use self::status::Escaped;
 pub use self::watch::{WatchOptions, watch};
+use self::{
+    own::{AnyCertificate, OwnServer},
+    status::Escaped,
+};
 use crate::{
+    credentials::secret,
     deadline::{Deadline, Passed},
     error_chain,
     options::{
@@ -40,6 +45,7 @@ use crate::{
         url::{self, without_slash},
     },
     pb,
+    pem::{roots, roots_file, without_mark},
     telemetry::{escape_utf16, needs_escape},
 };
 
@@ -59,11 +65,14 @@ pub struct Server {
     #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:50051", value_parser = url::base)]
     pub target: Url,
     /// PEM file of certificates to trust for an https target instead of the system's
-    #[arg(long, value_name = "FILE", value_parser = options::file)]
+    #[arg(long, value_name = "FILE", value_parser = roots_file)]
     pub ca: Option<PathBuf>,
     /// The client certificate, if any.
     #[command(flatten)]
     pub pair: Option<Pair>,
+    /// Set if this is the server that the variables describe.
+    #[arg(skip)]
+    pub own: Option<OwnServer>,
 }
 
 /// A client certificate. Both files must be set.
@@ -71,7 +80,7 @@ pub struct Server {
 #[group(id = "pair")]
 pub struct Pair {
     /// PEM file of the client certificate chain
-    #[arg(long, value_name = "FILE", value_parser = options::file)]
+    #[arg(long, value_name = "FILE", value_parser = options::public_file)]
     pub cert: PathBuf,
     /// PEM file of the client certificate's private key
     #[arg(long, value_name = "FILE", value_parser = options::file)]
@@ -286,6 +295,9 @@ async fn get_task_detail(options: CallOptions) -> Result<pb::GetTaskDetailRespon
 
 async fn check_health(options: HealthOptions) -> Result<ServingStatus, Error> {
     let deadline = Deadline::after(options.timeout);
+    if let Ok(Some(status)) = deadline.bound(options.ready()).await {
+        return Ok(status);
+    }
     let channel = connect(&options.server, options.timeout, deadline).await?;
     let mut request = Request::new(HealthCheckRequest {
         service: options.service,
@@ -322,14 +334,21 @@ async fn connect(
     if server.target.scheme() == "https" {
         let mut tls = match &server.ca {
             Some(path) => {
-                ClientTlsConfig::new().ca_certificate(Certificate::from_pem(pem("--ca", path)?))
+                let roots = roots(&pem("--ca", path)?);
+                let roots = roots.map_err(|error| Error::File("--ca", error.to_string()))?;
+                ClientTlsConfig::new().trust_anchors(roots.roots)
             }
+            None if server.own.is_some() => ClientTlsConfig::new(),
             None => ClientTlsConfig::new().with_native_roots(),
         };
         if let Some(Pair { cert, key }) = &server.pair {
             tls = tls.identity(Identity::from_pem(pem("--cert", cert)?, pem("--key", key)?));
         }
-        endpoint = endpoint.tls_config(tls).map_err(connect_error)?;
+        let secured = match (&server.own, &server.ca) {
+            (Some(_), None) => endpoint.tls_config_with_verifier(tls, AnyCertificate::new()),
+            _ => endpoint.tls_config(tls),
+        };
+        endpoint = secured.map_err(connect_error)?;
     }
     let channel = deadline.bound(endpoint.connect()).await;
     let channel = channel
@@ -364,7 +383,10 @@ fn replace_broken_details(headers: &mut HeaderMap) {
 }
 
 fn pem(flag: &'static str, path: &PathBuf) -> Result<Vec<u8>, Error> {
-    fs::read(path).map_err(|error| Error::File(flag, error.kind().to_string()))
+    match fs::read(path) {
+        Ok(content) => Ok(without_mark(&content).to_owned()),
+        Err(error) => Err(Error::File(flag, error.kind().to_string())),
+    }
 }
 
 /// The token to send, if any, as a header value. Warns if others can read it on the way.
@@ -376,11 +398,10 @@ fn token(token: &Token, server: &Server) -> Result<Option<MetadataValue<Ascii>>,
         (None, Some(token)) => token.clone(),
         (None, None) => return Ok(None),
     };
-    let value: Result<MetadataValue<Ascii>, _> = text.expose_secret().trim_end().parse();
-    let mut value = value.map_err(|_| {
-        let problem = "the token contains characters that a header cannot carry";
-        Error::File("--token-file", problem.to_owned())
-    })?;
+    let text = secret::visible(text.expose_secret().trim_end());
+    let text =
+        text.map_err(|problem| Error::File("--token-file", format!("the token {problem}")))?;
+    let mut value = MetadataValue::try_from(text).expect("visible ASCII is metadata");
     value.set_sensitive(true);
     if url::check_plain_http(&server.target, false).is_err() {
         let target = without_slash(&server.target);

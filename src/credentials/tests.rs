@@ -152,6 +152,7 @@ async fn the_chain_takes_environment_then_profile_then_metadata() {
     let chain = |environment, profile| {
         Source::Chain(chain::ChainConfig {
             environment,
+            missing: Vec::new(),
             profile,
             metadata_endpoint: issuer.endpoint.parse().unwrap(),
         })
@@ -331,6 +332,7 @@ async fn no_source_shows_a_secret_in_log_debug_or_error() {
             "chain",
             Source::Chain(chain::ChainConfig {
                 environment: None,
+                missing: Vec::new(),
                 profile: Some(folder.path().join("p2")),
                 metadata_endpoint: echoing.endpoint.parse().unwrap(),
             }),

@@ -7,7 +7,7 @@ use tokio::{net::TcpListener, sync::Semaphore};
 
 use super::worker::Worker;
 use crate::{
-    accept::{Accept, is_connection_error},
+    accept::{Accept, is_connection_error, without_mapping},
     rpc::Service,
     telemetry::metrics::Metrics,
 };
@@ -42,7 +42,7 @@ impl<S: Service> Acceptor<S> {
         };
         loop {
             match pending.accept() {
-                Ok((socket, peer)) => self.dispatch(socket, peer),
+                Ok((socket, peer)) => self.dispatch(socket, without_mapping(peer)),
                 Err(error) if is_connection_error(&error) => {}
                 Err(_) => return,
             }

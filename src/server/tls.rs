@@ -2,16 +2,15 @@
 
 use std::{
     convert::Infallible,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
 use arc_swap::ArcSwap;
 use rustls::{
-    RootCertStore, ServerConfig,
+    ServerConfig,
     crypto::aws_lc_rs::default_provider,
-    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _},
     server::WebPkiClientVerifier,
     version::{TLS12, TLS13},
 };
@@ -21,7 +20,7 @@ use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use super::certificate;
 use crate::{
     files::{self, Contents, Digest, Watcher},
-    options,
+    options, pem,
     telemetry::metrics::Metrics,
 };
 
@@ -37,13 +36,13 @@ const MAX_FILE_BYTES: usize = 4 << 20;
 #[group(id = "tls")]
 pub struct Files {
     /// PEM file of the listener's certificate chain; read again when it changes
-    #[arg(long = "tls-cert", value_name = "FILE", value_parser = options::file)]
+    #[arg(long = "tls-cert", value_name = "FILE", value_parser = options::public_file)]
     pub certificate: PathBuf,
     /// PEM file of the certificate's key; read again when it changes
     #[arg(long = "tls-key", value_name = "FILE", value_parser = options::file)]
     pub key: PathBuf,
     /// PEM file of the CAs of client certificates, which become mandatory; read again when it changes
-    #[arg(long = "tls-client-ca", value_name = "FILE", value_parser = options::file)]
+    #[arg(long = "tls-client-ca", value_name = "FILE", value_parser = options::public_file)]
     pub client_ca: Option<PathBuf>,
     /// How often the files are read to detect a change of their content: Kubernetes replaces them by swapping a directory.
     #[arg(skip = Duration::from_secs(10))]
@@ -68,9 +67,9 @@ pub enum Error {
     /// A file cannot be read.
     #[error(transparent)]
     Read(#[from] files::Error),
-    /// A file contains no certificate in PEM.
-    #[error("{}: must contain at least one certificate in PEM form", .0.display())]
-    NoCertificate(PathBuf),
+    /// A file contains no certificate in PEM, or a damaged one.
+    #[error("{}: {}", .0.display(), .1)]
+    Certificates(PathBuf, pem::Error),
     /// A file contains no private key in PEM.
     #[error("{}: must contain an unencrypted private key in PEM form (PKCS#8, PKCS#1 or SEC1)", .0.display())]
     NoKey(PathBuf),
@@ -81,14 +80,6 @@ pub enum Error {
         certificate: PathBuf,
         /// The key's file.
         key: PathBuf,
-        /// The message of the TLS library.
-        reason: String,
-    },
-    /// A client CA cannot be used.
-    #[error("{}: cannot be used as a client CA: {reason}", path.display())]
-    ClientCa {
-        /// The file.
-        path: PathBuf,
         /// The message of the TLS library.
         reason: String,
     },
@@ -181,9 +172,12 @@ fn record_expiry(metrics: &Metrics, expires: Option<SystemTime>) {
 
 /// Builds the TLS configuration from the contents of [`Files::paths`], and returns when the certificate expires.
 fn build(contents: &Contents, files: &Files) -> Result<(ServerConfig, Option<SystemTime>), Error> {
-    let chain = certificates(&contents[0], &files.certificate)?;
-    let key =
-        PrivateKeyDer::from_pem_slice(&contents[1]).map_err(|_| Error::NoKey(files.key.clone()))?;
+    let invalid = |path: &PathBuf| {
+        let path = path.clone();
+        move |error| Error::Certificates(path, error)
+    };
+    let chain = pem::certificates(&contents[0]).map_err(invalid(&files.certificate))?;
+    let key = pem::private_key(&contents[1]).ok_or_else(|| Error::NoKey(files.key.clone()))?;
     let expires = certificate::expires_at(&chain[0]);
     let provider = Arc::new(default_provider());
     let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
@@ -192,19 +186,10 @@ fn build(contents: &Contents, files: &Files) -> Result<(ServerConfig, Option<Sys
     let builder = match &files.client_ca {
         None => builder.with_no_client_auth(),
         Some(path) => {
-            let unusable = |reason: String| Error::ClientCa {
-                path: path.clone(),
-                reason,
-            };
-            let mut roots = RootCertStore::empty();
-            for root in certificates(&contents[2], path)? {
-                roots
-                    .add(root)
-                    .map_err(|error| unusable(error.to_string()))?;
-            }
-            let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider)
+            let roots = Arc::new(pem::roots(&contents[2]).map_err(invalid(path))?);
+            let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider)
                 .build()
-                .map_err(|error| unusable(error.to_string()))?;
+                .expect("there are roots, and no revocation lists");
             builder.with_client_cert_verifier(verifier)
         }
     };
@@ -217,12 +202,4 @@ fn build(contents: &Contents, files: &Files) -> Result<(ServerConfig, Option<Sys
         })?;
     config.alpn_protocols = vec![HTTP2.to_vec()];
     Ok((config, expires))
-}
-
-fn certificates(pem: &[u8], path: &Path) -> Result<Vec<CertificateDer<'static>>, Error> {
-    let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
-    match certificates {
-        Ok(certificates) if !certificates.is_empty() => Ok(certificates),
-        _ => Err(Error::NoCertificate(path.to_owned())),
-    }
 }

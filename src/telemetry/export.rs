@@ -39,29 +39,6 @@ const MAX_BODY_BYTES: usize = 64 * 1024;
 const QUEUE_FULL: usize = 0;
 const EXPORT_FAILED: usize = 1;
 
-/// Why the trace export cannot start.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// The certificate file is unusable.
-    #[error("OTEL_EXPORTER_OTLP_CERTIFICATE: the file contains no valid PEM certificate")]
-    Certificate,
-    /// The HTTP client cannot be created; usually the system has no CA certificates.
-    #[error(
-        "cannot create the client for the OTLP collector: the system has no usable CA certificates; install them, or set \
-         OTEL_EXPORTER_OTLP_CERTIFICATE"
-    )]
-    Client,
-}
-
-impl From<BuildError> for Error {
-    fn from(error: BuildError) -> Self {
-        match error {
-            BuildError::Roots => Self::Certificate,
-            BuildError::Proxy | BuildError::Tls => Self::Client,
-        }
-    }
-}
-
 /// The bounded queue of ended spans, emptied by the exporter's thread.
 #[derive(Debug)]
 pub(super) struct SpanQueue {
@@ -75,11 +52,11 @@ impl SpanQueue {
     /// Starts the exporter's thread.
     ///
     /// # Errors
-    /// [`Error`] for an unusable setting.
+    /// [`BuildError`] for an https endpoint without CA certificates.
     ///
     /// # Panics
     /// When no thread can be started.
-    pub(super) fn start(config: &Tracing, metrics: Arc<Metrics>) -> Result<Self, Error> {
+    pub(super) fn start(config: &Tracing, metrics: Arc<Metrics>) -> Result<Self, BuildError> {
         let mut exporter = Exporter {
             client: client(config)?,
             config: config.clone(),
@@ -119,7 +96,7 @@ impl SpanQueue {
     }
 }
 
-fn client(config: &Tracing) -> Result<reqwest::Client, Error> {
+fn client(config: &Tracing) -> Result<reqwest::Client, BuildError> {
     // A certificate file replaces the system's roots, as in OpenTelemetry's exporters.
     let https = config.endpoint.starts_with("https:");
     let system = if https && config.certificate_pem.is_none() {
@@ -133,7 +110,7 @@ fn client(config: &Tracing) -> Result<reqwest::Client, Error> {
         proxy: None,
         connect_timeout: config.timeout,
     })?;
-    Ok(build(builder)?)
+    build(builder)
 }
 
 struct Exporter {

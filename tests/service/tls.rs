@@ -286,6 +286,9 @@ async fn the_configured_proxy_is_used_and_its_error_is_upstream_connect() {
     let pair = Pair::for_server(&authority, "localhost");
     let upstream = Upstream::always_over_tls(pair.server(), example()).await;
     let endpoint = upstream.url();
+    let password = folder.path().join("password");
+    fs::write(&password, "hunter2\n").expect("a file");
+    let password = password.display().to_string();
     let cases = [
         ("HTTP/1.1 200 OK\r\n\r\n", true),
         ("HTTP/1.1 403 Forbidden\r\ncontent-length: 0\r\n\r\n", false),
@@ -307,28 +310,25 @@ async fn the_configured_proxy_is_used_and_its_error_is_upstream_connect() {
             Step::Close
         };
         let proxy = Upstream::always(vec![Step::Send(reply.into()), after]).await;
-        let url = format!("http://user:proxy-password@{}", proxy.address);
-        let program = Program::over(
-            &endpoint,
-            &[
-                "--upstream-ca",
-                &ca,
-                "--upstream-proxy",
-                &url,
-                "--max-attempts",
-                "1",
-            ],
-        );
+        // The password comes from a file or from the URL.
+        let inline = if good { "" } else { ":hunter2" };
+        let url = format!("http://user{inline}@{}", proxy.address);
+        let mut args = vec!["--upstream-ca", &ca, "--upstream-proxy", &url];
+        args.extend_from_slice(&["--max-attempts", "1"]);
+        if good {
+            args.extend_from_slice(&["--upstream-proxy-password-file", &password]);
+        }
+        let program = Program::over(&endpoint, &args);
 
         let result = program.call(example_request()).await;
 
         let request = &proxy.requests()[0];
         let target = format!("CONNECT localhost:{} HTTP/1.1", upstream.address.port());
         assert_eq!(request.line, target, "{reply}");
-        // "user:proxy-password" in base 64.
+        // "user:hunter2" in base 64.
         assert_eq!(
             request.header("proxy-authorization"),
-            Some("Basic dXNlcjpwcm94eS1wYXNzd29yZA=="),
+            Some("Basic dXNlcjpodW50ZXIy"),
             "{reply}"
         );
         match result {
@@ -341,7 +341,7 @@ async fn the_configured_proxy_is_used_and_its_error_is_upstream_connect() {
             }
         }
         let log = program.logs().join("\n");
-        assert!(!log.contains("proxy-password"), "{log}");
+        assert!(!log.contains("hunter2"), "{log}");
     }
 }
 

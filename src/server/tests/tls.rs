@@ -201,7 +201,10 @@ async fn changed_certificates_are_used_and_invalid_ones_are_ignored() {
         call_over_tls(running.address, client(&first)).await,
         Some(Code::Ok)
     );
-    write(folder.path(), &issue(&second, 2051));
+    // A byte order mark does not hide what follows it.
+    let (certificate, key) = issue(&second, 2051);
+    let marked = |text: String| format!("\u{feff}{text}");
+    write(folder.path(), &(marked(certificate), marked(key)));
     eventually(|| running.metric("tls_certificate_expiry_timestamp_seconds ") == 2_561_328_000)
         .await;
 
@@ -215,7 +218,7 @@ async fn changed_certificates_are_used_and_invalid_ones_are_ignored() {
         Code::Ok,
         "open connections survive"
     );
-    fs::write(folder.path().join("ca.pem"), second.pem()).unwrap();
+    fs::write(folder.path().join("ca.pem"), marked(second.pem())).unwrap();
     let by_second = || trusting(&second, Some(&issue(&second, 2061)));
     within(async {
         while Box::pin(call_over_tls(running.address, by_second()))
@@ -239,6 +242,14 @@ async fn unusable_files_are_named_at_the_start() {
             "certificate without PEM",
             (&empty, &pair.1),
             "cert.pem: must contain at least one certificate in PEM form",
+        ),
+        (
+            "damaged certificate of the chain",
+            (
+                &format!("{}{}", pair.0, pair.0.replacen("MII", "M!I", 1)),
+                &pair.1,
+            ),
+            "cert.pem: certificate 2 cannot be read",
         ),
         (
             "key without PEM",
