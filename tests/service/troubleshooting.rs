@@ -172,6 +172,26 @@ async fn start(written: &mut Written) {
     written.run(&args, &[]).await;
     let sandbox = Program::sandboxed(&[]);
     written.take(&sandbox, "embedded sandbox").await;
+    let folder = tempfile::tempdir().expect("a folder");
+    let roots = folder.path().join("roots.pem");
+    let unfit = "-----BEGIN CERTIFICATE-----\nAAAAAA==\n-----END CERTIFICATE-----\n";
+    let good = std::fs::read_to_string(Authority::new().write(folder.path(), "ca"));
+    std::fs::write(&roots, [unfit, &good.expect("a file")].concat()).expect("a file");
+    let env = [
+        ("RDS_TASK_FACADE_TOKEN", "canary"),
+        ("SSL_CERT_FILE", roots.to_str().expect("a text")),
+    ];
+    let own = [
+        "--endpoint",
+        "https://rds.invalid",
+        "--credentials",
+        "token",
+    ];
+    let open = Program::start_under(&[], "0.0.0.0:0", &own, &env);
+    written.take(&open, "every client that reaches").await;
+    let chain = ["--endpoint", "http://127.0.0.1:9", "--credentials", "chain"];
+    let chain = Program::start(&chain, &[]);
+    written.take(&chain, "credential chain").await;
 }
 
 async fn connections(written: &mut Written) {
@@ -248,6 +268,15 @@ async fn replies(written: &mut Written) {
     }
 }
 
+/// The gateway rejects the time of a signature; its own time is an hour behind.
+fn expired() -> Vec<Step> {
+    let time = Timestamp::now() - jiff::SignedDuration::from_hours(1);
+    let time = time.strftime("%Y%m%dT%H%M%SZ");
+    let text = format!("signature expired, signature time:{time},server time:{time}");
+    let body = json!({"error_code": "APIGW.0301", "error_msg": text});
+    reply(401, &[], body.to_string())
+}
+
 async fn credentials(written: &mut Written) {
     let folder = tempfile::tempdir().expect("a folder");
     let password = folder.path().join("password");
@@ -315,19 +344,13 @@ async fn credentials(written: &mut Written) {
     written.call(&program, "second").await;
     written.take(&program, "not ready").await;
     let gateway = Upstream::start(|request| match request.number {
-        0 => {
-            let now = Timestamp::now();
-            let time = (now - jiff::SignedDuration::from_hours(1))
-                .strftime("%Y%m%dT%H%M%SZ")
-                .to_string();
-            let text = format!("signature expired, signature time:{time},server time:{time}");
-            let body = json!({"error_code": "APIGW.0301", "error_msg": text});
-            reply(401, &[], body.to_string())
-        }
+        0 => expired(),
         _ => example(),
     })
     .await;
     written.call(&signed(&gateway.url()), "skewed").await;
+    let always = Upstream::always(expired()).await;
+    written.call(&signed(&always.url()), "skewed").await;
     let callers = Program::start(
         &[
             "--endpoint",
@@ -351,7 +374,9 @@ async fn callers(written: &mut Written) {
         .write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
         .await
         .expect("it reads");
+    std::fs::write(&key, "damaged").expect("a file");
     written.take(&program, "TLS handshake failed").await;
+    written.take(&program, "changed certificates").await;
 
     let gate = Gate::default();
     let upstream = Upstream::always(gated_example(&gate)).await;
@@ -395,6 +420,14 @@ async fn callers(written: &mut Written) {
     let silent = Upstream::always(vec![Step::Hold]).await;
     let program = Program::over(&silent.url(), &["--timeout", "100ms"]);
     written.call(&program, "deadline").await;
+    let program = Program::over(&silent.url(), &["--shutdown-grace", "1s"]);
+    let before = silent.requests().len();
+    let mut client = program.client().await;
+    let call = tokio::spawn(async move { client.get_task_detail(example_request()).await });
+    silent.wait_for_requests(before + 1).await;
+    program.signal("TERM");
+    written.take(&program, "cut off").await;
+    let _ = call.await;
 }
 
 async fn telemetry(written: &mut Written) {
