@@ -285,7 +285,7 @@ async fn the_cause_of_a_failed_export_is_logged_with_a_hint_about_the_port() {
         let env = [
             ("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint.as_str()),
             ("OTEL_EXPORTER_OTLP_HEADERS", "authorization=canary"),
-            ("OTEL_EXPORTER_OTLP_TIMEOUT", "600"),
+            ("OTEL_EXPORTER_OTLP_TIMEOUT", "1500"),
             ("OTEL_BSP_SCHEDULE_DELAY", "10"),
         ];
         let program = Program::start(&["--sandbox"], &env);

@@ -162,7 +162,24 @@ async fn the_timeout_bounds_call_and_health_with_any_server() {
         })
     })
     .await;
+    let flood = http2(|stream| {
+        Box::pin(async {
+            let Some(mut body) = head(stream) else { return };
+            let messages = Bytes::from(framed(b"").repeat(1000));
+            loop {
+                body.reserve_capacity(messages.len());
+                let capacity = std::future::poll_fn(|context| body.poll_capacity(context)).await;
+                if !matches!(capacity, Some(Ok(_)))
+                    || body.send_data(messages.clone(), false).is_err()
+                {
+                    return;
+                }
+            }
+        })
+    })
+    .await;
     let cases = [
+        ("a flood of messages", flood),
         ("silence", silent),
         ("settings only", settings),
         ("a flood of pings", pings),
@@ -243,6 +260,32 @@ async fn malformed_metadata_is_one_line_and_exit_code_1() {
                     |c: char| c != '\n' && (c.is_control() || "\u{202e}\u{200b}".contains(c));
                 assert!(!err.contains(is_unsafe), "{pairs:?}: {err:?}");
             }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_malformed_message_is_one_line_and_exit_code_1() {
+    let head = header_map(&[("content-type", b"application/grpc")]);
+    let trailers = header_map(&[("grpc-status", b"0")]);
+    let bodies: [&[u8]; 6] = [
+        b"",
+        b"\0",
+        &[0, 255, 255, 255, 255],
+        &[0, 0, 0, 0, 2, 0x0a, 0xff],
+        &[1, 0, 0, 0, 1, 0],
+        &[9, 0, 0, 0, 0],
+    ];
+
+    for body in bodies {
+        let body = Bytes::from_static(body);
+        let address = replies(head.clone(), body.clone(), Some(trailers.clone())).await;
+        for command in ["call", "health"] {
+            let (code, out, err) = client(command, format!("http://{address}"), &[]).await;
+
+            assert_eq!((code, out.as_str()), (1, ""), "{body:?}: {err}");
+            assert_eq!(err.lines().count(), 1, "{body:?}: {err}");
+            assert!(!err.contains("panicked"), "{body:?}: {err}");
         }
     }
 }

@@ -38,6 +38,8 @@ mod startup;
 mod telemetry;
 /// TLS on both sides, and the upstream proxy.
 mod tls;
+/// The lines that docs/troubleshooting.md quotes.
+mod troubleshooting;
 /// The CA certificates that each client of the program trusts.
 mod trust;
 /// Watches: messages, ends, polls.
