@@ -20,7 +20,7 @@ use super::{
     wire::{NotATask, TaskDetail, parse_task_detail},
 };
 use crate::{
-    credentials::{self, Auth, Token, TokenEvidence, key_guard},
+    credentials::{self, Auth, Identity, Token, TokenEvidence, key_guard},
     deadline::Deadline,
     http_client::{Error as HttpError, Response},
     lateness::is_late,
@@ -218,15 +218,7 @@ impl Client {
             Err(_) => return Err(timed_out(record, admission, until, false)),
         };
         record.finish(AttemptOutcome::Reply);
-        let outcome = self.interpret(&reply, &body, signed, admission, used, progress);
-        if let Err(FailedAttempt {
-            error: Error::Rejected(rejection),
-            ..
-        }) = &outcome
-        {
-            endpoint.throttle.record(identity, rejection);
-        }
-        outcome
+        self.interpret(&reply, &body, signed, admission, used, progress)
     }
 
     fn interpret(
@@ -276,6 +268,12 @@ impl Client {
                 ..facts.clone()
             };
         });
+        let identity = match &used {
+            Used::Token(token) => token.identity,
+            Used::Key(_) => Identity::Server,
+        };
+        // Before the key is released, so that no attempt that waits for it misses the window.
+        self.endpoint.throttle.record(identity, &rejection);
         Err(match used {
             Used::Key(key) => self.with_key(rejection, &facts, headers, signed, key),
             Used::Token(token) => self.with_token(rejection, &facts, signed, token),
