@@ -226,7 +226,7 @@ fn facades(
     let coalescer = Coalescer::new(&options.coalescer, Arc::clone(metrics));
     let facade = |_| {
         let client = upstream::Client::new(
-            http_client::Client::new(http)?,
+            http_client::Client::new(http, base_url)?,
             Arc::clone(&shared),
             credentials.clone(),
         );

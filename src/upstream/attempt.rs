@@ -22,7 +22,7 @@ use super::{
 use crate::{
     credentials::{self, Auth, Identity, Token, TokenEvidence, key_guard},
     deadline::Deadline,
-    http_client::{Error as HttpError, Response},
+    http_client::{Error as HttpError, Response, Reuse},
     lateness::is_late,
     reason::Reason,
     telemetry::{AttemptRecord, Facts, Progress, metrics::AttemptOutcome},
@@ -135,6 +135,7 @@ impl Client {
         &self,
         request: &TaskRequest<'_>,
         auth: &Auth,
+        reuse: Reuse,
         clock_corrected: bool,
         lookup: &LookupContext<'_>,
     ) -> Result<TaskDetail, FailedAttempt> {
@@ -189,7 +190,7 @@ impl Client {
         let until = signed.sent_at + endpoint.options.attempt_timeout;
         let connect_due = signed.sent_at + endpoint.options.connect_timeout;
         let message = request.with(auth, signed.at, &record);
-        let mut reply = match tokio::time::timeout_at(until, self.http.send(message)).await {
+        let mut reply = match tokio::time::timeout_at(until, self.http.send(message, reuse)).await {
             Ok(Ok(reply)) => reply,
             Ok(Err(failure)) => {
                 return Err(failed_exchange(record, admission, failure, connect_due));
@@ -218,7 +219,20 @@ impl Client {
             Err(_) => return Err(timed_out(record, admission, until, false)),
         };
         record.finish(AttemptOutcome::Reply);
-        self.interpret(&reply, &body, signed, admission, used, progress)
+        let outcome = self.interpret(&reply, &body, signed, admission, used, progress);
+        if let Ok(task) = &outcome
+            && !task.instance_id.is_empty()
+            && task.instance_id != lookup.query.instance_id
+        {
+            // Perhaps the reply to an earlier request on this connection, which is closed before it delivers the next one.
+            endpoint.metrics.mismatched_replies.inc();
+            tracing::warn!(
+                "upstream replied about another instance than requested; the connection is not used again"
+            );
+        } else {
+            reply.release();
+        }
+        outcome
     }
 
     fn interpret(

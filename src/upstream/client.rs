@@ -20,7 +20,7 @@ use crate::{
     caller::Caller,
     credentials::{Auth, Credentials},
     deadline::SharedDeadline,
-    http_client,
+    http_client::{self, Reuse},
     reason::Reason,
     telemetry::{Progress, ServerSpan, metrics::Metrics},
 };
@@ -112,10 +112,12 @@ impl Client {
         let mut attempts = Attempts::new(self.endpoint.options.max_attempts);
         let mut refreshed = false;
         let mut clock_corrected = false;
+        let mut reuse = Reuse::Allowed;
         let mut last = None;
         self.endpoint.budget.call();
         loop {
-            let failed = match self.attempt(&request, auth, clock_corrected, &lookup).await {
+            let attempt = self.attempt(&request, auth, reuse, clock_corrected, &lookup);
+            let failed = match attempt.await {
                 Ok(task) => return Ok(task),
                 Err(failed) => failed,
             };
@@ -151,6 +153,7 @@ impl Client {
             };
             self.endpoint.metrics.upstream_retry(failed.reason);
             last = Some(failed.error);
+            reuse = Reuse::Forbidden;
             tokio::time::sleep(wait).await;
         }
     }

@@ -34,3 +34,5 @@ mod telemetry;
 mod tls;
 /// The CA certificates that each client of the program trusts.
 mod trust;
+/// Connections to upstream: reuse, a name that moves, name lookups, large replies.
+mod upstream_connections;
