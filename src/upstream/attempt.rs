@@ -17,7 +17,7 @@ use super::{
     retry,
     throttle::Throttled,
     verdict::{Credential, Repeat},
-    wire::{NotATask, TaskDetail, parse_task_detail},
+    wire::{BYTES_PER_STEP, NotATask, TaskDetail, parse_with_pauses},
 };
 use crate::{
     credentials::{self, Auth, Identity, Token, TokenEvidence, key_guard},
@@ -57,6 +57,14 @@ pub(super) enum Remedy {
 enum Used<'a> {
     Token(&'a Token),
     Key(key_guard::SigningPermit<'a>),
+}
+
+/// The body of a reply.
+enum Content<'a> {
+    /// Of a 200, parsed.
+    Task(Result<TaskDetail, NotATask>),
+    /// Of any other status.
+    Other(&'a [u8]),
 }
 
 /// The times of an attempt.
@@ -219,7 +227,18 @@ impl Client {
             Err(_) => return Err(timed_out(record, admission, until, false)),
         };
         record.finish(AttemptOutcome::Reply);
-        let outcome = self.interpret(&reply, &body, signed, admission, used, progress);
+        let _permit = if body.len() > BYTES_PER_STEP {
+            self.large_replies.acquire().await.ok()
+        } else {
+            None
+        };
+        let content = match (reply.status(), is_encoded(reply.headers())) {
+            (200, true) => Content::Task(Err(NotATask::Malformed)),
+            (200, false) => Content::Task(parse_with_pauses(&body).await),
+            (_, true) => Content::Other(UNREADABLE),
+            (_, false) => Content::Other(&body),
+        };
+        let outcome = self.interpret(&reply, content, signed, admission, used, progress);
         if let Ok(task) = &outcome
             && !task.instance_id.is_empty()
             && task.instance_id != lookup.query.instance_id
@@ -238,38 +257,34 @@ impl Client {
     fn interpret(
         &self,
         reply: &Response,
-        body: &[u8],
+        content: Content<'_>,
         signed: Signed,
         admission: breaker::Admission<'_>,
         used: Used<'_>,
         progress: &Progress,
     ) -> Result<TaskDetail, FailedAttempt> {
         let (headers, now) = (reply.headers(), self.endpoint.clock.now());
-        let (rejection, facts) = match (reply.status(), is_encoded(headers)) {
-            (200, true) => return Err(malformed(admission)),
-            (200, false) => match parse_task_detail(body) {
-                Ok(task) => {
-                    admission.succeeded();
-                    match used {
-                        Used::Token(token) => self.credentials.accepted(token, signed.sent_at),
-                        Used::Key(key) => key.accepted(),
-                    }
-                    return Ok(task);
+        let (rejection, facts) = match content {
+            Content::Task(Ok(task)) => {
+                admission.succeeded();
+                match used {
+                    Used::Token(token) => self.credentials.accepted(token, signed.sent_at),
+                    Used::Key(key) => key.accepted(),
                 }
-                Err(NotATask::Malformed) => return Err(malformed(admission)),
-                Err(NotATask::TooManyParts) => {
-                    admission.succeeded();
-                    return Err(FailedAttempt::permanent(
-                        Error::TooLarge,
-                        Reason::UpstreamResponseTooLarge,
-                    ));
-                }
-                Err(NotATask::ErrorObject(envelope)) => {
-                    rejection::from_envelope(200, headers, envelope, now)
-                }
-            },
-            (status, false) => rejection::from_reply(status, headers, body, now),
-            (status, true) => rejection::from_reply(status, headers, UNREADABLE, now),
+                return Ok(task);
+            }
+            Content::Task(Err(NotATask::Malformed)) => return Err(malformed(admission)),
+            Content::Task(Err(NotATask::TooManyParts)) => {
+                admission.succeeded();
+                return Err(FailedAttempt::permanent(
+                    Error::TooLarge,
+                    Reason::UpstreamResponseTooLarge,
+                ));
+            }
+            Content::Task(Err(NotATask::ErrorObject(envelope))) => {
+                rejection::from_envelope(200, headers, envelope, now)
+            }
+            Content::Other(body) => rejection::from_reply(reply.status(), headers, body, now),
         };
         if rejection.verdict.trips_breaker {
             admission.failed();

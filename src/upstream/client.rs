@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use reqwest::Url;
+use tokio::sync::Semaphore;
 
 use super::{
     Error, Options, TaskQuery,
@@ -78,6 +79,8 @@ pub struct Client {
     pub(super) http: http_client::Client,
     pub(super) endpoint: Arc<Endpoint>,
     pub(super) credentials: Credentials,
+    /// The right to parse a large reply, so that those of one caller do not fill the worker's queue.
+    pub(super) large_replies: Arc<Semaphore>,
 }
 
 impl Client {
@@ -91,6 +94,7 @@ impl Client {
             http,
             endpoint,
             credentials,
+            large_replies: Arc::new(Semaphore::new(1)),
         }
     }
 
