@@ -231,7 +231,7 @@ fn facades(
     let hub = Hub::new(&options.watch, options.server.timeout, Arc::clone(metrics));
     let facade = |_| {
         let upstream = upstream::Client::new(
-            http_client::Client::new(http)?,
+            http_client::Client::new(http, base_url)?,
             Arc::clone(&shared),
             credentials.clone(),
         );

@@ -181,8 +181,9 @@ impl Exporter {
             let request = self.client.post(&self.config.endpoint);
             let request = request.headers(self.config.headers.clone());
             let wait = match request.body(body.clone()).send().await {
-                Ok(mut response) if response.status().is_success() => {
-                    let body = read_body(&mut response, MAX_BODY_BYTES).await;
+                Ok(response) if response.status().is_success() => {
+                    let mut response = http::Response::from(response);
+                    let body = read_body(response.body_mut(), MAX_BODY_BYTES).await;
                     return Some(rejected(&body.unwrap_or_default()));
                 }
                 Ok(response) => {
@@ -285,18 +286,21 @@ mod tests {
         let address = listener.local_addr().unwrap();
         let (requests, received) = channel(100);
         tokio::spawn(async move {
-            let (stream, _) = listener.accept().await.unwrap();
-            let service = service_fn(async |request: Request<Incoming>| {
-                let body = request.into_body().collect().await.unwrap().to_bytes();
-                let request = ExportTraceServiceRequest::decode(body).unwrap();
-                let spans = &request.resource_spans[0].scope_spans[0].spans;
-                let names = spans.iter().map(|span| span.name.clone()).collect();
-                requests.send(names).await.unwrap();
-                Ok::<_, Infallible>(Response::new(Full::new(Bytes::new())))
-            });
-            let connection = http1::Builder::new().serve_connection(TokioIo::new(stream), service);
-            // A client may close the connection at any time.
-            let _ = connection.await;
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                let service = service_fn(async |request: Request<Incoming>| {
+                    let body = request.into_body().collect().await.unwrap().to_bytes();
+                    let request = ExportTraceServiceRequest::decode(body).unwrap();
+                    let spans = &request.resource_spans[0].scope_spans[0].spans;
+                    let names = spans.iter().map(|span| span.name.clone()).collect();
+                    requests.send(names).await.unwrap();
+                    Ok::<_, Infallible>(Response::new(Full::new(Bytes::new())))
+                });
+                let connection =
+                    http1::Builder::new().serve_connection(TokioIo::new(stream), service);
+                // A client may close the connection at any time.
+                let _ = connection.await;
+            }
         });
         (address, received)
     }

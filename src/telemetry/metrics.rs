@@ -168,6 +168,8 @@ pub struct Metrics {
     pub cache_hits: Counter,
     /// Calls rejected by a throttle window or the rate limiter.
     pub throttled: Counter,
+    /// Replies about another instance than requested.
+    pub mismatched_replies: Counter,
     credential_expiry: Gauge<f64, AtomicU64>,
     credential_refresh: [Counter; 2],
     /// The caller's credential, the facade's own.
@@ -254,6 +256,11 @@ impl Metrics {
                 r,
                 "rds_throttled_calls",
                 "Calls rejected by a throttle window or the rate limiter",
+            ),
+            mismatched_replies: register(
+                r,
+                "rds_upstream_mismatched_replies",
+                "Replies of RDS about another instance than requested",
             ),
             credential_expiry: register(
                 r,

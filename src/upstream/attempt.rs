@@ -18,15 +18,15 @@ use super::{
     retry,
     throttle::Throttled,
     verdict::{Credential, Repeat},
-    wire::{NotATask, TaskDetail, parse_task_detail},
+    wire::{BYTES_PER_STEP, NotATask, TaskDetail, parse_with_pauses},
 };
 use crate::{
-    credentials::{self, Auth, Token, TokenEvidence, key_guard},
+    credentials::{self, Auth, Identity, Token, TokenEvidence, key_guard},
     deadline::Deadline,
-    http_client::{Error as HttpError, Response},
+    http_client::{Error as HttpError, Response, Reuse},
     lateness::is_late,
     reason::Reason,
-    telemetry::{AttemptRecord, Facts, Progress, metrics::AttemptOutcome},
+    telemetry::{AttemptRecord, Facts, metrics::AttemptOutcome},
     wait,
 };
 
@@ -58,6 +58,14 @@ pub(super) enum Remedy {
 enum Used<'a> {
     Token(&'a Token),
     Key(key_guard::SigningPermit<'a>),
+}
+
+/// The body of a reply.
+enum Content<'a> {
+    /// Of a 200, parsed.
+    Task(Result<TaskDetail, NotATask>),
+    /// Of any other status.
+    Other(&'a [u8]),
 }
 
 /// The times of an attempt.
@@ -136,6 +144,7 @@ impl Client {
         &self,
         request: &TaskRequest<'_>,
         auth: &Auth,
+        reuse: Reuse,
         clock_corrected: bool,
         breaker: &Breaker,
         lookup: &LookupContext<'_>,
@@ -196,7 +205,7 @@ impl Client {
         let until = signed.sent_at + endpoint.options.attempt_timeout;
         let connect_due = signed.sent_at + endpoint.options.connect_timeout;
         let message = request.with(auth, signed.at, &record);
-        let mut reply = match tokio::time::timeout_at(until, self.http.send(message)).await {
+        let mut reply = match tokio::time::timeout_at(until, self.http.send(message, reuse)).await {
             Ok(Ok(reply)) => reply,
             Ok(Err(failure)) => {
                 return Err(failed_exchange(record, admission, failure, connect_due));
@@ -225,13 +234,29 @@ impl Client {
             Err(_) => return Err(timed_out(record, admission, until, false)),
         };
         record.finish(AttemptOutcome::Reply);
-        let outcome = self.interpret(&reply, &body, signed, admission, used, progress);
-        if let Err(FailedAttempt {
-            error: Error::Rejected(rejection),
-            ..
-        }) = &outcome
+        let _permit = if body.len() > BYTES_PER_STEP {
+            self.large_replies.acquire().await.ok()
+        } else {
+            None
+        };
+        let content = match (reply.status(), is_encoded(reply.headers())) {
+            (200, true) => Content::Task(Err(NotATask::Malformed)),
+            (200, false) => Content::Task(parse_with_pauses(&body).await),
+            (_, true) => Content::Other(UNREADABLE),
+            (_, false) => Content::Other(&body),
+        };
+        let outcome = self.interpret(&reply, content, signed, admission, used, lookup);
+        if let Ok(task) = &outcome
+            && !task.instance_id.is_empty()
+            && task.instance_id != lookup.query.instance_id
         {
-            endpoint.throttle.record(identity, instance, rejection);
+            // Perhaps the reply to an earlier request on this connection, which is closed before it delivers the next one.
+            endpoint.metrics.mismatched_replies.inc();
+            tracing::warn!(
+                "upstream replied about another instance than requested; the connection is not used again"
+            );
+        } else {
+            reply.release();
         }
         outcome
     }
@@ -239,50 +264,55 @@ impl Client {
     fn interpret(
         &self,
         reply: &Response,
-        body: &[u8],
+        content: Content<'_>,
         signed: Signed,
         admission: breaker::Admission<'_>,
         used: Used<'_>,
-        progress: &Progress,
+        lookup: &LookupContext<'_>,
     ) -> Result<TaskDetail, FailedAttempt> {
         let (headers, now) = (reply.headers(), self.endpoint.clock.now());
-        let (rejection, facts) = match (reply.status(), is_encoded(headers)) {
-            (200, true) => return Err(malformed(admission)),
-            (200, false) => match parse_task_detail(body) {
-                Ok(task) => {
-                    admission.succeeded();
-                    match used {
-                        Used::Token(token) => self.credentials.accepted(token, signed.sent_at),
-                        Used::Key(key) => key.accepted(),
-                    }
-                    return Ok(task);
+        let (rejection, facts) = match content {
+            Content::Task(Ok(task)) => {
+                admission.succeeded();
+                match used {
+                    Used::Token(token) => self.credentials.accepted(token, signed.sent_at),
+                    Used::Key(key) => key.accepted(),
                 }
-                Err(NotATask::Malformed) => return Err(malformed(admission)),
-                Err(NotATask::TooManyParts) => {
-                    admission.succeeded();
-                    return Err(FailedAttempt::permanent(
-                        Error::TooLarge,
-                        Reason::UpstreamResponseTooLarge,
-                    ));
-                }
-                Err(NotATask::ErrorObject(envelope)) => {
-                    rejection::from_envelope(200, headers, envelope, now)
-                }
-            },
-            (status, false) => rejection::from_reply(status, headers, body, now),
-            (status, true) => rejection::from_reply(status, headers, UNREADABLE, now),
+                return Ok(task);
+            }
+            Content::Task(Err(NotATask::Malformed)) => return Err(malformed(admission)),
+            Content::Task(Err(NotATask::TooManyParts)) => {
+                admission.succeeded();
+                return Err(FailedAttempt::permanent(
+                    Error::TooLarge,
+                    Reason::UpstreamResponseTooLarge,
+                ));
+            }
+            Content::Task(Err(NotATask::ErrorObject(envelope))) => {
+                rejection::from_envelope(200, headers, envelope, now)
+            }
+            Content::Other(body) => rejection::from_reply(reply.status(), headers, body, now),
         };
         if rejection.verdict.trips_breaker {
             admission.failed();
         } else {
             admission.succeeded();
         }
-        progress.update(|known| {
+        lookup.progress.update(|known| {
             *known = Facts {
                 attempts: known.attempts,
                 ..facts.clone()
             };
         });
+        let identity = match &used {
+            Used::Token(token) => token.identity,
+            Used::Key(_) => Identity::Server,
+        };
+        let instance = self.endpoint.scope.instance(lookup.query);
+        // Before the key is released, so that no attempt that waits for it misses the window.
+        self.endpoint
+            .throttle
+            .record(identity, instance, &rejection);
         Err(match used {
             Used::Key(key) => self.with_key(rejection, &facts, headers, signed, key),
             Used::Token(token) => self.with_token(rejection, &facts, signed, token),

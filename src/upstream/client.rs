@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use reqwest::Url;
+use tokio::sync::Semaphore;
 
 use super::{
     Error, Options, TaskQuery,
@@ -20,7 +21,7 @@ use crate::{
     caller::Caller,
     credentials::{Auth, Credentials},
     deadline::SharedDeadline,
-    http_client,
+    http_client::{self, Reuse},
     reason::Reason,
     telemetry::{Progress, ServerSpan, metrics::Metrics},
 };
@@ -121,6 +122,8 @@ pub struct Client {
     pub(super) http: http_client::Client,
     pub(super) endpoint: Arc<Endpoint>,
     pub(super) credentials: Credentials,
+    /// The right to parse a large reply, so that those of one caller do not fill the worker's queue.
+    pub(super) large_replies: Arc<Semaphore>,
 }
 
 impl Client {
@@ -134,6 +137,7 @@ impl Client {
             http,
             endpoint,
             credentials,
+            large_replies: Arc::new(Semaphore::new(1)),
         }
     }
 
@@ -155,11 +159,12 @@ impl Client {
         let mut attempts = Attempts::new(self.endpoint.options.max_attempts);
         let mut refreshed = false;
         let mut clock_corrected = false;
+        let mut reuse = Reuse::Allowed;
         let mut last = None;
         let Safeguards { breaker, budget } = &*self.endpoint.safeguards();
         budget.call();
         loop {
-            let attempt = self.attempt(&request, auth, clock_corrected, breaker, &lookup);
+            let attempt = self.attempt(&request, auth, reuse, clock_corrected, breaker, &lookup);
             let failed = match attempt.await {
                 Ok(task) => return Ok(task),
                 Err(failed) => failed,
@@ -195,6 +200,7 @@ impl Client {
             };
             self.endpoint.metrics.upstream_retry(failed.reason);
             last = Some(failed.error);
+            reuse = Reuse::Forbidden;
             tokio::time::sleep(wait).await;
         }
     }

@@ -42,6 +42,8 @@ mod tls;
 mod troubleshooting;
 /// The CA certificates that each client of the program trusts.
 mod trust;
+/// Connections to upstream: reuse, a name that moves, name lookups, large replies.
+mod upstream_connections;
 /// Watches: messages, ends, polls.
 mod watch;
 /// The subcommand `watch`.

@@ -96,7 +96,13 @@ var crowdFaults = []crowdFault{
 	// Workers and upstream connections.
 	{name: "malformed requests", owner: "workers", alone: true, inject: sendMalformedRequests},
 	{name: "1000 calls at once", owner: "workers", alone: true, inject: burst},
+	{name: "100 replies of 1 MiB at once with 349 000 parts", owner: "workers", alone: true, script: rogueInstances(manyParts),
+		inject: callForLargeReplies},
 	{name: "cancelled calls", owner: "upstream connections", alone: true, inject: cancelCalls},
+	{name: "one instance replies with 500", owner: "upstream connections",
+		script: rogueInstances(respond(http.StatusInternalServerError, gatewayError("DBS.200001", "internal"))), inject: countConnects(callBadInstance)},
+	{name: "replies about another instance", owner: "upstream connections",
+		script: rogueInstances(otherInstance), inject: countConnects(callForOtherInstance)},
 }
 
 // The gateway's reply to a signature that does not match, and a truncated one.
@@ -290,6 +296,32 @@ func cancelCalls(ctx context.Context, s *stage) error {
 	})
 }
 
+// countConnects fails if the injection makes the program open more than one connection for each scripted reply.
+func countConnects(inject func(context.Context, *stage) error) func(context.Context, *stage) error {
+	// Connections of honest callers, and of calls that have no reply yet.
+	const others = 50
+	return func(ctx context.Context, s *stage) error {
+		before := s.upstream.connections.Load() - s.upstream.misbehaved.Load()
+		err := inject(ctx, s)
+		if more := s.upstream.connections.Load() - s.upstream.misbehaved.Load() - before; more > others {
+			return errors.Join(err, fmt.Errorf("%d connections more than scripted replies", more))
+		}
+		return err
+	}
+}
+
+func callForOtherInstance(ctx context.Context, s *stage) error {
+	return errors.Join(callBadInstance(ctx, s), s.requireCount("rds_upstream_mismatched_replies_total"))
+}
+
+// callForLargeReplies keeps a hundred calls in flight whose replies are as large as allowed.
+func callForLargeReplies(ctx context.Context, s *stage) error {
+	const inFlight = 100
+	return s.repeatAsRogue(ctx, inFlight, func(ctx context.Context, connection *grpc.ClientConn, number int) {
+		call(ctx, connection, method, rogueRequest(rogueInstance, number).encoded(), []string{"x-auth-token", rogueToken})
+	})
+}
+
 // sendMalformedRequests alternates between bytes that are not a message, ids against the rules, an unknown method and
 // calls without a token.
 func sendMalformedRequests(ctx context.Context, s *stage) error {
@@ -380,13 +412,14 @@ func (s *stage) burstEvery(ctx context.Context, interval time.Duration, calls in
 // signature and counts it for the one key that all replicas share.
 func startWrongReplicas(reject http.HandlerFunc) func(context.Context, *stage) error {
 	return func(ctx context.Context, s *stage) error {
-		gateway, url, err := serveHTTP(http.HandlerFunc(func(reply http.ResponseWriter, request *http.Request) {
+		gateway := &http.Server{Handler: http.HandlerFunc(func(reply http.ResponseWriter, request *http.Request) {
 			// A connection that is closed before its request is read would be reset.
 			_, _ = io.Copy(io.Discard, request.Body)
 			s.upstream.badSignatures.Add(1)
 			s.upstream.misbehaved.Add(1)
 			reject(reply, request)
-		}))
+		})}
+		url, err := serveHTTP(gateway)
 		if err != nil {
 			return err
 		}

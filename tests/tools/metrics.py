@@ -44,6 +44,7 @@ EXPECTED = {
     "rds_coalesced_calls": ("counter", *NONE),
     "rds_cache_hits": ("counter", *NONE),
     "rds_throttled_calls": ("counter", *NONE),
+    "rds_upstream_mismatched_replies": ("counter", *NONE),
     "rds_circuit_open": ("gauge", *NONE),
     "rds_circuit_open_instances": ("gauge", *NONE),
     "rds_credential_expiry_timestamp_seconds": ("gauge", *NONE),
