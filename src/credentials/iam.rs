@@ -260,8 +260,8 @@ mod tests {
         );
     }
 
-    #[test]
-    fn thirty_two_hexadecimal_digits_are_a_project_id_and_anything_else_is_a_name() {
+    #[tokio::test]
+    async fn thirty_two_hexadecimal_digits_are_a_project_id_and_anything_else_is_a_name() {
         let file = password_file();
         let mut config = source("http://127.0.0.1", &file).config;
         let scope = |config: &IamConfig| {

@@ -237,6 +237,35 @@ async fn changed_certificates_are_used_without_a_failed_call_and_invalid_ones_ar
 }
 
 #[tokio::test]
+async fn an_expired_certificate_is_a_warning_at_the_start_and_never_replaces_a_valid_one() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let authority = Authority::new();
+    let expired = Pair::expired_of_server(&authority, "localhost");
+    let (cert, key) = expired.write(folder.path(), "server");
+    let upstream = Upstream::always(example()).await;
+    let start = || Program::patient(&upstream.url(), &["--tls-cert", &cert, "--tls-key", &key]);
+
+    let program = start();
+    let warning = program.wait_for_log(|line| line["level"] == "WARN");
+    let error = warning["error"].as_str().unwrap_or_default();
+    assert!(
+        error.ends_with("server.pem: the certificate has expired; replace it"),
+        "{warning}"
+    );
+    drop(program);
+
+    Pair::for_server(&authority, "localhost").write(folder.path(), "server");
+    let program = start();
+    expired.write(folder.path(), "server");
+    program.signal("HUP");
+    let rejected = program.wait_for_log(|line| line["level"] == "ERROR");
+    let served = call(program.grpc, client(&authority, None)).await;
+
+    assert_eq!(rejected["error"], warning["error"]);
+    assert_eq!(served, Some(Code::Ok));
+}
+
+#[tokio::test]
 async fn upstream_is_called_only_if_its_certificate_is_valid_and_an_invalid_one_is_not_retried() {
     let folder = tempfile::tempdir().expect("a folder");
     let (authority, stranger) = (Authority::new(), Authority::new());
