@@ -43,6 +43,7 @@
 //! - [`accept`]: accepts TCP connections, for all listeners
 //! - [`error_chain`]: walks an error and its sources
 //! - [`lateness`]: whether this thread lacks CPU time, so that a timeout is not evidence against a peer
+//! - [`supervise`]: restarts background tasks that panic
 //!
 //! Tools:
 //!
@@ -74,6 +75,7 @@ pub mod rpc;
 pub mod sandbox;
 pub mod server;
 pub mod status;
+pub mod supervise;
 pub mod telemetry;
 /// Helpers that the service tests share.
 #[cfg(test)]

@@ -12,7 +12,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::connection::{self, WorkerContext};
-use crate::{lateness, rpc::Service, telemetry::metrics::Metrics};
+use crate::{lateness, rpc::Service, supervise::Task, telemetry::metrics::Metrics};
 
 /// Events taken per `epoll_wait`. Few at a time let a call finish while its data is still in the CPU cache.
 const EVENTS_PER_POLL: usize = 8;
@@ -37,13 +37,14 @@ impl<S: Service> Worker<S> {
         let handle = runtime.handle().clone();
         let (stop, stop_requested) = oneshot::channel::<()>();
         let (running, stopped) = oneshot::channel::<()>();
+        let metrics = Arc::clone(&context.edge.sinks.metrics);
         thread::Builder::new()
             .name(format!("worker-{index}"))
             .spawn(move || {
                 runtime.block_on(async {
                     tokio::select! {
                         _ = stop_requested => {}
-                        () = lateness::measure() => {}
+                        never = metrics.background.supervise(Task::Lateness, lateness::measure) => match never {},
                     }
                 });
                 // Does not wait for a name lookup that may hang in a helper thread.
