@@ -11,7 +11,7 @@ use serde_json::json;
 use zeroize::Zeroizing;
 
 use super::{
-    Issuer,
+    Issuer, Token,
     cache::{Fetched, Refresh},
     fetch::{self, FetchError, Response},
     file, secret, server_time,
@@ -71,9 +71,9 @@ fn parse_password(content: &[u8]) -> Result<Zeroizing<String>, file::Error> {
 }
 
 impl Refresh for IamTokens {
-    type Value = HeaderValue;
+    type Value = Token;
 
-    async fn refresh(&mut self) -> Result<Fetched<HeaderValue>, FetchError> {
+    async fn refresh(&mut self) -> Result<Fetched<Token>, FetchError> {
         let password = self.password().await.map_err(|error| {
             let path = self.config.password_file.display();
             FetchError::unavailable(format!("password file {path}: {error}"))
@@ -97,7 +97,11 @@ impl Refresh for IamTokens {
             return Err(error);
         }
         self.rejected = None;
-        token(&response)
+        let Fetched { value, lifetime } = token(&response)?;
+        Ok(Fetched {
+            value: Token::of_server(value, Some(&password)),
+            lifetime,
+        })
     }
 
     /// Resolves when the password file holds another password than the rejected one.
@@ -209,7 +213,7 @@ mod tests {
         IamTokens::new(fetch::identity_client(&http_config()).unwrap(), config)
     }
 
-    async fn refresh_with(response: &'static str) -> Result<Fetched<HeaderValue>, FetchError> {
+    async fn refresh_with(response: &'static str) -> Result<Fetched<Token>, FetchError> {
         let issuer = FakeIssuer::start(move |_, _| response.to_owned()).await;
         source(&issuer.endpoint, &password_file()).refresh().await
     }
@@ -230,8 +234,8 @@ mod tests {
             .await
             .unwrap();
 
-        assert_eq!(fetched.value, "MIIcanary");
-        assert!(fetched.value.is_sensitive());
+        assert_eq!(fetched.value.value, "MIIcanary");
+        assert!(fetched.value.value.is_sensitive());
         assert_eq!(
             fetched.lifetime,
             Some(Duration::from_secs(12 * 3600)),

@@ -12,6 +12,7 @@ use super::{
     client::LookupContext,
     clock,
     key_evidence::{self, KeyEvidence},
+    redaction::{redact_facts, redact_rejection, redact_task},
     rejection::{self, KEY_LOCK},
     request::TaskRequest,
     retry,
@@ -59,9 +60,10 @@ enum Used<'a> {
     Key(key_guard::SigningPermit<'a>),
 }
 
-/// The times of an attempt.
+/// The credential and the times of an attempt.
 #[derive(Debug, Clone, Copy)]
-struct Signed {
+struct Signed<'a> {
+    auth: &'a Auth,
     /// The time in the signature.
     at: SystemTime,
     sent_at: Instant,
@@ -174,6 +176,7 @@ impl Client {
         let admission = endpoint.breaker.admit(attempt).map_err(circuit_open)?;
 
         let signed = Signed {
+            auth,
             at: endpoint.clock.now(),
             sent_at: Instant::now(),
             clock_corrected,
@@ -200,6 +203,7 @@ impl Client {
             facts.http_status = Some(reply.status());
             facts.upstream_request_id = rejection::request_id(reply.headers());
             facts.upstream_code = None;
+            redact_facts(facts, auth);
             record.replied(reply.status(), facts.upstream_request_id.as_ref());
         });
         let body = match tokio::time::timeout_at(until, reply.body()).await {
@@ -218,13 +222,17 @@ impl Client {
             Err(_) => return Err(timed_out(record, admission, until, false)),
         };
         record.finish(AttemptOutcome::Reply);
-        let outcome = self.interpret(&reply, &body, signed, admission, used, progress);
-        if let Err(FailedAttempt {
-            error: Error::Rejected(rejection),
-            ..
-        }) = &outcome
-        {
-            endpoint.throttle.record(identity, rejection);
+        let mut outcome = self.interpret(&reply, &body, signed, admission, used, progress);
+        match &mut outcome {
+            Ok(task) => redact_task(task, auth),
+            Err(FailedAttempt {
+                error: Error::Rejected(rejection),
+                ..
+            }) => {
+                redact_rejection(rejection, auth);
+                endpoint.throttle.record(identity, rejection);
+            }
+            Err(_) => {}
         }
         outcome
     }
@@ -233,13 +241,13 @@ impl Client {
         &self,
         reply: &Response,
         body: &[u8],
-        signed: Signed,
+        signed: Signed<'_>,
         admission: breaker::Admission<'_>,
         used: Used<'_>,
         progress: &Progress,
     ) -> Result<TaskDetail, FailedAttempt> {
         let (headers, now) = (reply.headers(), self.endpoint.clock.now());
-        let (rejection, facts) = match (reply.status(), is_encoded(headers)) {
+        let (rejection, mut facts) = match (reply.status(), is_encoded(headers)) {
             (200, true) => return Err(malformed(admission)),
             (200, false) => match parse_task_detail(body) {
                 Ok(task) => {
@@ -270,6 +278,7 @@ impl Client {
         } else {
             admission.succeeded();
         }
+        redact_facts(&mut facts, signed.auth);
         progress.update(|known| {
             *known = Facts {
                 attempts: known.attempts,
@@ -287,7 +296,7 @@ impl Client {
         &self,
         rejection: Rejection,
         facts: &Facts,
-        signed: Signed,
+        signed: Signed<'_>,
         token: &Token,
     ) -> FailedAttempt {
         let code = facts.upstream_code.as_deref();
@@ -313,7 +322,7 @@ impl Client {
         rejection: Rejection,
         facts: &Facts,
         headers: &HeaderMap,
-        signed: Signed,
+        signed: Signed<'_>,
         key: key_guard::SigningPermit<'_>,
     ) -> FailedAttempt {
         let clock = &self.endpoint.clock;

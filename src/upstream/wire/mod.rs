@@ -42,6 +42,33 @@ pub struct TaskDetail {
 }
 
 impl TaskDetail {
+    /// Each text that is set.
+    pub(super) fn texts_mut(&mut self) -> impl Iterator<Item = &mut String> {
+        let documented = [
+            &mut self.instance_id,
+            &mut self.instance_name,
+            &mut self.job_id,
+            &mut self.job_name,
+        ];
+        let others = [
+            &mut self.created_at,
+            &mut self.update_at,
+            &mut self.process,
+            &mut self.status,
+        ];
+        let parts = self.sub_task_list.iter_mut().flat_map(|part| {
+            [
+                &mut part.sub_task_name,
+                &mut part.percent,
+                &mut part.executed_time,
+                &mut part.status,
+                &mut part.remaining_time,
+            ]
+        });
+        let optional = others.into_iter().chain(parts).flatten();
+        documented.into_iter().chain(optional)
+    }
+
     /// The size of its heap allocations in bytes.
     pub fn heap_bytes(&self) -> usize {
         let documented = [
