@@ -14,9 +14,9 @@ use tokio_rustls::TlsAcceptor;
 use tonic::Code;
 
 use crate::support::{
-    Gate, Program, Step, Upstream,
+    Gate, Program, Sandbox, Step, Upstream,
     certificates::{Authority, Pair, client},
-    example, example_request, gated_example,
+    eventually, example, example_request, gated_example,
     program::run,
     tls::{call, connect},
     within,
@@ -398,4 +398,54 @@ async fn proxy_variables_of_the_environment_are_ignored() {
 
     assert!(result.is_ok(), "{result:?}");
     assert_eq!(elsewhere.connections().opened, 0);
+}
+
+/// At a limit on processes the system refuses new threads, so a running program must not need one.
+#[tokio::test(flavor = "multi_thread")]
+async fn certificates_and_tokens_are_replaced_without_a_new_thread() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let authorities = [(); 3].map(|()| Authority::new());
+    let rotate =
+        |authority| Pair::for_server(authority, "localhost").write(folder.path(), "server");
+    let (cert, key) = rotate(&authorities[0]);
+    let password = folder.path().join("password");
+    fs::write(&password, "sandbox-password").expect("a file");
+    let password = password.display().to_string();
+    let sandbox = Sandbox::start();
+    let url = sandbox.url();
+    let args = [
+        ["--endpoint", &url],
+        ["--credentials", "iam"],
+        ["--iam-endpoint", &url],
+        ["--iam-user", "sandbox-user"],
+        ["--iam-domain", "sandbox-domain"],
+        ["--iam-password-file", &password],
+        ["--iam-project", "0483b6b16e954cb88930a360d2c4e663"],
+        ["--tls-cert", &cert],
+        ["--tls-key", &key],
+    ];
+    let env = [("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")];
+    let program = Program::start(args.as_flattened(), &env);
+    let threads = || {
+        let tasks = format!("/proc/{}/task", program.pid());
+        fs::read_dir(tasks).expect("a running process").count()
+    };
+    let served = async |authority| {
+        eventually("a call with the new certificate", async || {
+            call(program.grpc, client(authority, None)).await == Some(Code::Ok)
+        })
+        .await;
+    };
+    served(&authorities[0]).await;
+
+    let before = threads();
+    for authority in &authorities[1..] {
+        rotate(authority);
+        program.signal("HUP");
+        sandbox.set("revoke-tokens").await;
+        served(authority).await;
+        assert_eq!(threads(), before);
+    }
+
+    assert!(sandbox.count("token_requests").await >= 2);
 }
