@@ -26,6 +26,9 @@ const MAX_DEPTH: usize = 3;
 /// In a longer text, encodings inside encodings are not decoded: that could take many milliseconds.
 const LONG_TEXT: usize = 64 * 1024;
 
+/// Digits of a character's number in an escape, leading zeros and `x` included.
+const MAX_DIGITS: usize = 10;
+
 /// All eight bytes in a row of some texts. Holds the credential, so it is wiped on drop and not printed.
 pub struct Fragments {
     /// Sorted.
@@ -322,7 +325,7 @@ fn backslash(text: &str) -> Option<(Decoded, usize)> {
         Some((Decoded::Character(char::from_u32(code)?), length))
     };
     let braced = text.strip_prefix("\\u{").and_then(|rest| {
-        let end = rest.find('}')?;
+        let end = end_of_number(rest, b'}')?;
         escaped(rest.get(..end), end + 4)
     });
     let decoded = match text.as_bytes().get(1) {
@@ -336,13 +339,21 @@ fn backslash(text: &str) -> Option<(Decoded, usize)> {
 /// `&#45;` and `&#x2d;`.
 fn html(text: &str) -> Option<(Decoded, usize)> {
     let number = text.strip_prefix("&#")?;
-    let end = number.find(';')?;
+    let end = end_of_number(number, b';')?;
     let number = &number[..end];
     let code = match number.strip_prefix(['x', 'X']) {
         Some(digits) => u32::from_str_radix(digits, 16).ok()?,
         None => number.parse().ok()?,
     };
     Some((Decoded::Character(char::from_u32(code)?), end + 3))
+}
+
+/// The position of the byte that ends a number. Numbers of characters have few digits, and searching the rest of a long text for each
+/// escape would take too long.
+fn end_of_number(text: &str, end: u8) -> Option<usize> {
+    text.bytes()
+        .take(MAX_DIGITS + 1)
+        .position(|byte| byte == end)
 }
 
 /// The ASCII character that this one looks like, or itself; `None` for characters without width.
@@ -357,6 +368,8 @@ fn like_ascii(character: char) -> Option<char> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     const TOKEN: &str = "MIIFTgYJKo+Zhvc/NAQcCoIIFPz-CCQTs_CAQExDT";
@@ -518,6 +531,24 @@ mod tests {
         text.push_str(TOKEN);
         assert!(fragments.are_in([&*text]));
         assert!(fragments.are_in(["a"; 1000].into_iter().chain([&*text, "z"])));
+        for part in ["&#", "\\u{", "%", "&#1;", "AAAA", "5555"] {
+            assert!(!fragments.are_in([&*part.repeat(1 << 19)]), "{part}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_can_be_searched_and_hides_no_credential(
+            before in "([%&#;xu{}\\\\0-9A-Za-f+/_ -]|\\PC){0,60}",
+            form in 0..forms("").len(),
+            after in "\\PC{0,60}",
+        ) {
+            let text = &forms(TOKEN)[form].1;
+            // A separator, so that the text before it does not become part of an encoding.
+            let apart = format!("{before}\n {text} {after}");
+            prop_assert!(is_found(&apart), "{}", apart);
+            is_found(&format!("{before}{text}"));
+        }
     }
 
     #[test]
