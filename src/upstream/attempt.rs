@@ -228,10 +228,7 @@ impl Client {
             Err(FailedAttempt {
                 error: Error::Rejected(rejection),
                 ..
-            }) => {
-                redact_rejection(rejection, auth);
-                endpoint.throttle.record(identity, rejection);
-            }
+            }) => redact_rejection(rejection, auth),
             Err(_) => {}
         }
         outcome
@@ -285,6 +282,9 @@ impl Client {
                 ..facts.clone()
             };
         });
+        // Before the permit of a key is dropped, because calls that wait for it must find the throttle window.
+        let identity = signed.auth.identity();
+        self.endpoint.throttle.record(identity, &rejection);
         Err(match used {
             Used::Key(key) => self.with_key(rejection, &facts, headers, signed, key),
             Used::Token(token) => self.with_token(rejection, &facts, signed, token),

@@ -432,7 +432,7 @@ async fn certificates_and_tokens_are_replaced_without_a_new_thread() {
     };
     let served = async |authority| {
         eventually("a call with the new certificate", async || {
-            call(program.grpc, client(authority, None)).await == Some(Code::Ok)
+            Box::pin(call(program.grpc, client(authority, None))).await == Some(Code::Ok)
         })
         .await;
     };
