@@ -32,14 +32,9 @@ pub(super) fn redact_rejection(rejection: &mut Rejection, auth: &Auth) {
 
 /// Removes the credential from a task.
 pub(super) fn redact_task(task: &mut TaskDetail, auth: &Auth) {
-    if !auth.is_own_in(task.texts_mut().map(|text| &**text)) {
-        return;
-    }
-    warn();
-    for text in task.texts_mut() {
-        if auth.is_own_in([&**text]) {
-            text.clear();
-        }
+    if auth.is_own_in(task.texts()) {
+        task.remove_texts(|text| auth.is_own_in([text]));
+        warn();
     }
 }
 
