@@ -538,7 +538,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_text_can_be_searched_and_hides_no_credential(
+        fn a_random_text_can_be_searched_and_hides_no_credential(
             before in "([%&#;xu{}\\\\0-9A-Za-f+/_ -]|\\PC){0,60}",
             form in 0..forms("").len(),
             after in "\\PC{0,60}",
