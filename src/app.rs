@@ -174,16 +174,27 @@ async fn run_sandbox(listen: SocketAddr) -> Result<(), Error> {
     Ok(())
 }
 
-/// Resolves at the first SIGTERM or SIGINT. The second signal ends the process at once.
+/// Resolves at the first SIGTERM or SIGINT. The second signal ends the process at once. Other signals that programs use among themselves
+/// no longer end the process: SIGHUP makes the watchers of files read them again, SIGUSR1 and SIGUSR2 do nothing.
 fn shutdown_signal() -> Result<impl Future<Output = ()>, Error> {
-    let mut terminate = signal(SignalKind::terminate()).map_err(Error::Signals)?;
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Signals)?;
+    let listen = |kind| signal(kind).map_err(Error::Signals);
+    let mut terminate = listen(SignalKind::terminate())?;
+    let mut interrupt = listen(SignalKind::interrupt())?;
+    let mut hangup = listen(SignalKind::hangup())?;
+    // The runtime never restores the default, which would end the process.
+    let _ = listen(SignalKind::user_defined1())?;
+    let _ = listen(SignalKind::user_defined2())?;
     let (first, begun) = oneshot::channel();
     tokio::spawn(async move {
         let mut next = async || {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
+            loop {
+                tokio::select! {
+                    _ = terminate.recv() => return,
+                    _ = interrupt.recv() => return,
+                    Some(()) = hangup.recv() => {
+                        tracing::info!("SIGHUP: reading certificates and secrets again");
+                    }
+                }
             }
         };
         next().await;

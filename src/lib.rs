@@ -47,6 +47,7 @@
 //! - [`accept`]: accepts TCP connections, for all listeners
 //! - [`error_chain`]: walks an error and its sources
 //! - [`lateness`]: whether this thread lacks CPU time, so that a timeout is not evidence against a peer
+//! - [`supervise`]: restarts background tasks that panic
 //!
 //! Tools:
 //!
@@ -81,6 +82,7 @@ pub mod rpc;
 pub mod sandbox;
 pub mod server;
 pub mod status;
+pub mod supervise;
 pub mod task;
 pub mod telemetry;
 /// Helpers that the service tests share.

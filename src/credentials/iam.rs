@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use zeroize::Zeroizing;
 
 use super::{
-    Issuer,
+    Issuer, Token,
     cache::{Fetched, Refresh},
     fetch::{self, FetchError, Response},
     file, secret, server_time,
@@ -71,9 +71,9 @@ fn parse_password(content: &[u8]) -> Result<Zeroizing<String>, file::Error> {
 }
 
 impl Refresh for IamTokens {
-    type Value = HeaderValue;
+    type Value = Token;
 
-    async fn refresh(&mut self) -> Result<Fetched<HeaderValue>, FetchError> {
+    async fn refresh(&mut self) -> Result<Fetched<Token>, FetchError> {
         let password = self.password().await.map_err(|error| {
             let path = self.config.password_file.display();
             FetchError::unavailable(format!("password file {path}: {error}"))
@@ -99,7 +99,11 @@ impl Refresh for IamTokens {
             return Err(error);
         }
         self.rejected = None;
-        token(&response)
+        let Fetched { value, lifetime } = token(&response)?;
+        Ok(Fetched {
+            value: Token::of_server(value, Some(&password)),
+            lifetime,
+        })
     }
 
     /// Resolves when the password file holds another password than the rejected one.
@@ -284,7 +288,7 @@ mod tests {
         IamTokens::new(fetch::identity_client(&http_config()).unwrap(), config)
     }
 
-    async fn refresh_with(response: &'static str) -> Result<Fetched<HeaderValue>, FetchError> {
+    async fn refresh_with(response: &'static str) -> Result<Fetched<Token>, FetchError> {
         let issuer = FakeIssuer::start(move |_, _| response.to_owned()).await;
         source(&issuer.endpoint, &password_file()).refresh().await
     }
@@ -305,8 +309,8 @@ mod tests {
             .await
             .unwrap();
 
-        assert_eq!(fetched.value, "MIIcanary");
-        assert!(fetched.value.is_sensitive());
+        assert_eq!(fetched.value.value, "MIIcanary");
+        assert!(fetched.value.value.is_sensitive());
         assert_eq!(
             fetched.lifetime,
             Some(Duration::from_secs(12 * 3600)),
@@ -335,8 +339,8 @@ mod tests {
         );
     }
 
-    #[test]
-    fn thirty_two_hexadecimal_digits_are_a_project_id_and_anything_else_is_a_name() {
+    #[tokio::test]
+    async fn thirty_two_hexadecimal_digits_are_a_project_id_and_anything_else_is_a_name() {
         let file = password_file();
         let mut config = source("http://127.0.0.1", &file).config;
         let scope = |config: &IamConfig| {

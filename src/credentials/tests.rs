@@ -198,9 +198,8 @@ async fn a_thousand_cold_calls_cause_one_token_request_and_a_revoked_token_anoth
     let revoked = all(|credentials| {
         Box::pin(async move {
             let used = Auth::Token(Token {
-                value: HeaderValue::from_static("token-1"),
                 generation: 1,
-                identity: Identity::Server,
+                ..Token::of_server(HeaderValue::from_static("token-1"), None)
             });
             match credentials
                 .refresh(&used, TokenEvidence::Rejected, soon())

@@ -45,7 +45,7 @@ use self::{
     accept::Acceptor, connection::WorkerContext, edge::Edge, health::HealthState, tls::Tls,
     watch_body::WatchDrain, worker::Worker,
 };
-use crate::{fair_limit::FairLimit, rpc::Service, telemetry::Sinks};
+use crate::{fair_limit::FairLimit, rpc::Service, supervise::Task, telemetry::Sinks};
 
 /// Cap of the part of the shutdown grace that is reserved for replies to calls that are cut off, and for ending the workers.
 const MAX_CUT_OFF_TIME: Duration = Duration::from_millis(500);
@@ -167,12 +167,16 @@ impl<S: Service> Server<S> {
         } = self;
         let is_ready = *ready.borrow_and_update();
         health.set(is_ready).await;
+        let background = &acceptor.metrics.background;
+        let accept = || acceptor.accept_from(&listener);
+        let follow_ready = || health.follow(ready.clone());
+        let follow_files = || tls::follow(tls.as_deref());
         tokio::select! {
             biased;
             () = shutdown => {}
-            never = acceptor.accept_from(&listener) => match never {},
-            never = health.follow(ready) => match never {},
-            never = tls::follow(tls.as_deref()) => match never {},
+            never = background.supervise(Task::Accept, accept) => match never {},
+            never = background.supervise(Task::Health, follow_ready) => match never {},
+            never = background.supervise(Task::Certificates, follow_files) => match never {},
         }
 
         health.set(false).await;

@@ -83,6 +83,9 @@ pub enum Error {
         /// The message of the TLS library.
         reason: String,
     },
+    /// The certificate has expired. Not an error at the start: then there is no better one.
+    #[error("{}: the certificate has expired; replace it", .0.display())]
+    Expired(PathBuf),
 }
 
 /// Checks that the listener can use these files.
@@ -101,6 +104,8 @@ pub(super) struct Tls {
     current: ArcSwap<ServerConfig>,
     handshakes: Semaphore,
     metrics: Arc<Metrics>,
+    /// When the certificate that was loaded at the start expires.
+    expires: Option<SystemTime>,
     /// The digest of the files that were loaded at the start.
     loaded: Digest,
 }
@@ -114,7 +119,12 @@ impl Tls {
         let contents = files::read_all(&files.paths(), MAX_FILE_BYTES)?;
         let (current, expires) = build(&contents, &files)?;
         record_expiry(metrics, expires);
+        if is_expired(expires) {
+            let error = Error::Expired(files.certificate.clone());
+            tracing::warn!(%error, "clients will reject this server");
+        }
         Ok(Self {
+            expires,
             current: ArcSwap::from_pointee(current),
             handshakes: Semaphore::new(MAX_HANDSHAKES),
             metrics: Arc::clone(metrics),
@@ -140,18 +150,27 @@ impl Tls {
     }
 }
 
-/// Reloads changed files for new handshakes until the future is dropped. Changed files that cannot be used are logged once, and the
-/// current certificates stay in use.
+/// Reloads changed files for new handshakes until the future is dropped. Changed files that cannot be used are logged, and the current
+/// certificates stay in use. So they do if the changed certificate has expired and the current one has not.
 pub(super) async fn follow(tls: Option<&Tls>) -> Infallible {
     let Some(tls) = tls else {
         return std::future::pending().await;
     };
     let (paths, interval) = (tls.files.paths(), tls.files.reload_interval);
     let mut watcher = Watcher::new(paths, MAX_FILE_BYTES, interval, Some(tls.loaded));
+    let mut current = tls.expires;
     loop {
         let changed = watcher.changed().await.map_err(Error::from);
-        match changed.and_then(|contents| build(&contents, &tls.files)) {
+        let usable = changed.and_then(|contents| {
+            let (config, expires) = build(&contents, &tls.files)?;
+            if is_expired(expires) && !is_expired(current) {
+                return Err(Error::Expired(tls.files.certificate.clone()));
+            }
+            Ok((config, expires))
+        });
+        match usable {
             Ok((config, expires)) => {
+                current = expires;
                 record_expiry(&tls.metrics, expires);
                 tls.current.store(Arc::new(config));
                 tracing::info!("certificates reloaded");
@@ -161,6 +180,15 @@ pub(super) async fn follow(tls: Option<&Tls>) -> Infallible {
             }
         }
     }
+}
+
+/// An expiry that cannot be read counts as in the future.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "reload compares certificates with the system's clock, as clients do"
+)]
+fn is_expired(expires: Option<SystemTime>) -> bool {
+    expires.is_some_and(|at| at <= SystemTime::now())
 }
 
 /// An expiry that cannot be read leaves the metric as it was.

@@ -25,6 +25,7 @@ use super::{
 };
 use crate::{
     http_client::{BuildError, SystemRoots, build, cause, client_builder, read_body, tls_config},
+    supervise::Task,
     wait::{date, retry_after},
 };
 
@@ -64,9 +65,17 @@ impl SpanQueue {
         };
         let protobuf = HeaderValue::from_static("application/x-protobuf");
         exporter.config.headers.insert(CONTENT_TYPE, protobuf);
-        let (spans, queue) = channel(config.queue_spans);
+        let (spans, mut queue) = channel(config.queue_spans);
         let shutdown = CancellationToken::new();
-        let exporting = exporter.run(queue, shutdown.clone());
+        let until = shutdown.clone();
+        let exporting = async move {
+            let background = &exporter.metrics.background;
+            while background
+                .catch(Task::Spans, exporter.run(&mut queue, &until))
+                .await
+                .is_none()
+            {}
+        };
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
@@ -121,10 +130,10 @@ struct Exporter {
 
 impl Exporter {
     /// Exports batches until `shutdown`, then the remaining spans of the queue.
-    async fn run(self, mut queue: Receiver<Span>, shutdown: CancellationToken) {
+    async fn run(&self, queue: &mut Receiver<Span>, shutdown: &CancellationToken) {
         let mut batch = Vec::new();
         loop {
-            let filling = self.fill(&mut batch, &mut queue);
+            let filling = self.fill(&mut batch, queue);
             if shutdown.run_until_cancelled(filling).await.is_none() {
                 while batch.len() < self.config.batch_spans
                     && let Ok(span) = queue.try_recv()

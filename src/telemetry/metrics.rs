@@ -14,7 +14,12 @@ use prometheus_client::{
 };
 use tonic::Code;
 
-use crate::{code, method::Method, reason::Reason};
+use crate::{
+    code,
+    method::Method,
+    reason::Reason,
+    supervise::{Restarts, Task},
+};
 
 /// How one upstream attempt ended, as the label `outcome`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -197,6 +202,8 @@ pub struct Metrics {
     pub connections_refused: Counter,
     /// Caught panics.
     pub panics: Counter,
+    /// Background tasks restarted after a panic.
+    pub background: Restarts,
     /// Log lines dropped because the pipe was blocked.
     pub log_lines_dropped: Counter,
     /// Repeated WARN and ERROR lines that were not written.
@@ -323,6 +330,12 @@ impl Metrics {
                 "Connections refused at the limit or failed before HTTP/2",
             ),
             panics: register(r, "panics", "Panics caught"),
+            background: Restarts(counters(
+                r,
+                "background_task_restarts",
+                "Background tasks restarted after a panic",
+                Task::NAMES.map(|task| [("task", task)]),
+            )),
             log_lines_dropped: register(
                 r,
                 "log_lines_dropped",

@@ -68,7 +68,10 @@ impl Tracer {
     /// Starts the span of a call with these headers.
     pub fn server_span(self: &Arc<Self>, headers: &HeaderMap) -> Arc<ServerSpan> {
         let parent = Context::from_headers(headers, self.accepted);
-        let decision = parent.as_ref().map(|parent| parent.sampled);
+        let decision = match &parent {
+            Some(parent) => Some(parent.sampled),
+            None => Context::decision_from_headers(headers, self.accepted),
+        };
         let (trace_id, parent_span_id, trace_state) = match parent {
             Some(parent) => (parent.trace_id, parent.span_id, parent.trace_state),
             None => (fastrand::u128(1..), 0, String::new()),

@@ -13,6 +13,7 @@ use super::{
     client::LookupContext,
     clock,
     key_evidence::{self, KeyEvidence},
+    redaction::{redact_facts, redact_rejection, redact_task},
     rejection::{self, KEY_LOCK},
     request::TaskRequest,
     retry,
@@ -21,7 +22,7 @@ use super::{
     wire::{BYTES_PER_STEP, NotATask, TaskDetail, parse_with_pauses},
 };
 use crate::{
-    credentials::{self, Auth, Identity, Token, TokenEvidence, key_guard},
+    credentials::{self, Auth, Token, TokenEvidence, key_guard},
     deadline::Deadline,
     http_client::{Error as HttpError, Response, Reuse},
     lateness::is_late,
@@ -68,9 +69,10 @@ enum Content<'a> {
     Other(&'a [u8]),
 }
 
-/// The times of an attempt.
+/// The credential and the times of an attempt.
 #[derive(Debug, Clone, Copy)]
-struct Signed {
+struct Signed<'a> {
+    auth: &'a Auth,
     /// The time in the signature.
     at: SystemTime,
     sent_at: Instant,
@@ -190,6 +192,7 @@ impl Client {
         let admission = breaker.admit(attempt).map_err(circuit_open)?;
 
         let signed = Signed {
+            auth,
             at: endpoint.clock.now(),
             sent_at: Instant::now(),
             clock_corrected,
@@ -216,6 +219,7 @@ impl Client {
             facts.http_status = Some(reply.status());
             facts.upstream_request_id = rejection::request_id(reply.headers());
             facts.upstream_code = None;
+            redact_facts(facts, auth);
             record.replied(reply.status(), facts.upstream_request_id.as_ref());
         });
         let body = match tokio::time::timeout_at(until, reply.body()).await {
@@ -245,7 +249,7 @@ impl Client {
             (_, true) => Content::Other(UNREADABLE),
             (_, false) => Content::Other(&body),
         };
-        let outcome = self.interpret(&reply, content, signed, admission, used, lookup);
+        let mut outcome = self.interpret(&reply, content, signed, admission, used, lookup);
         if let Ok(task) = &outcome
             && !task.instance_id.is_empty()
             && task.instance_id != lookup.query.instance_id
@@ -258,6 +262,14 @@ impl Client {
         } else {
             reply.release();
         }
+        match &mut outcome {
+            Ok(task) => redact_task(task, auth),
+            Err(FailedAttempt {
+                error: Error::Rejected(rejection),
+                ..
+            }) => redact_rejection(rejection, auth),
+            Err(_) => {}
+        }
         outcome
     }
 
@@ -265,13 +277,13 @@ impl Client {
         &self,
         reply: &Response,
         content: Content<'_>,
-        signed: Signed,
+        signed: Signed<'_>,
         admission: breaker::Admission<'_>,
         used: Used<'_>,
         lookup: &LookupContext<'_>,
     ) -> Result<TaskDetail, FailedAttempt> {
         let (headers, now) = (reply.headers(), self.endpoint.clock.now());
-        let (rejection, facts) = match content {
+        let (rejection, mut facts) = match content {
             Content::Task(Ok(task)) => {
                 admission.succeeded();
                 match used {
@@ -298,18 +310,16 @@ impl Client {
         } else {
             admission.succeeded();
         }
+        redact_facts(&mut facts, signed.auth);
         lookup.progress.update(|known| {
             *known = Facts {
                 attempts: known.attempts,
                 ..facts.clone()
             };
         });
-        let identity = match &used {
-            Used::Token(token) => token.identity,
-            Used::Key(_) => Identity::Server,
-        };
+        let identity = signed.auth.identity();
         let instance = self.endpoint.scope.instance(lookup.query);
-        // Before the key is released, so that no attempt that waits for it misses the window.
+        // Before the permit of a key is dropped, because calls that wait for it must find the throttle window.
         self.endpoint
             .throttle
             .record(identity, instance, &rejection);
@@ -324,7 +334,7 @@ impl Client {
         &self,
         rejection: Rejection,
         facts: &Facts,
-        signed: Signed,
+        signed: Signed<'_>,
         token: &Token,
     ) -> FailedAttempt {
         let code = facts.upstream_code.as_deref();
@@ -350,7 +360,7 @@ impl Client {
         rejection: Rejection,
         facts: &Facts,
         headers: &HeaderMap,
-        signed: Signed,
+        signed: Signed<'_>,
         key: key_guard::SigningPermit<'_>,
     ) -> FailedAttempt {
         let clock = &self.endpoint.clock;

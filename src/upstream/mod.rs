@@ -10,6 +10,7 @@ pub mod known_codes;
 mod options;
 mod overrides;
 mod pacing;
+mod redaction;
 pub mod rejection;
 mod request;
 mod retry;

@@ -238,6 +238,7 @@ mod tests {
                 value: HeaderValue::from_static("t"),
                 generation: 0,
                 identity: Identity::Server,
+                fragments: None,
             });
             let watcher = Watcher {
                 caller: Caller::Connection(1),

@@ -14,9 +14,9 @@ use tokio_rustls::TlsAcceptor;
 use tonic::Code;
 
 use crate::support::{
-    Gate, Program, Step, Upstream,
+    Gate, Program, Sandbox, Step, Upstream,
     certificates::{Authority, Pair, client},
-    example, example_request, gated_example,
+    eventually, example, example_request, gated_example,
     program::run,
     tls::{call, connect},
     within,
@@ -237,6 +237,35 @@ async fn changed_certificates_are_used_without_a_failed_call_and_invalid_ones_ar
 }
 
 #[tokio::test]
+async fn an_expired_certificate_is_a_warning_at_the_start_and_never_replaces_a_valid_one() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let authority = Authority::new();
+    let expired = Pair::expired_of_server(&authority, "localhost");
+    let (cert, key) = expired.write(folder.path(), "server");
+    let upstream = Upstream::always(example()).await;
+    let start = || Program::patient(&upstream.url(), &["--tls-cert", &cert, "--tls-key", &key]);
+
+    let program = start();
+    let warning = program.wait_for_log(|line| line["level"] == "WARN");
+    let error = warning["error"].as_str().unwrap_or_default();
+    assert!(
+        error.ends_with("server.pem: the certificate has expired; replace it"),
+        "{warning}"
+    );
+    drop(program);
+
+    Pair::for_server(&authority, "localhost").write(folder.path(), "server");
+    let program = start();
+    expired.write(folder.path(), "server");
+    program.signal("HUP");
+    let rejected = program.wait_for_log(|line| line["level"] == "ERROR");
+    let served = call(program.grpc, client(&authority, None)).await;
+
+    assert_eq!(rejected["error"], warning["error"]);
+    assert_eq!(served, Some(Code::Ok));
+}
+
+#[tokio::test]
 async fn upstream_is_called_only_if_its_certificate_is_valid_and_an_invalid_one_is_not_retried() {
     let folder = tempfile::tempdir().expect("a folder");
     let (authority, stranger) = (Authority::new(), Authority::new());
@@ -369,4 +398,54 @@ async fn proxy_variables_of_the_environment_are_ignored() {
 
     assert!(result.is_ok(), "{result:?}");
     assert_eq!(elsewhere.connections().opened, 0);
+}
+
+/// At a limit on processes the system refuses new threads, so a running program must not need one.
+#[tokio::test(flavor = "multi_thread")]
+async fn certificates_and_tokens_are_replaced_without_a_new_thread() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let authorities = [(); 3].map(|()| Authority::new());
+    let rotate =
+        |authority| Pair::for_server(authority, "localhost").write(folder.path(), "server");
+    let (cert, key) = rotate(&authorities[0]);
+    let password = folder.path().join("password");
+    fs::write(&password, "sandbox-password").expect("a file");
+    let password = password.display().to_string();
+    let sandbox = Sandbox::start();
+    let url = sandbox.url();
+    let args = [
+        ["--endpoint", &url],
+        ["--credentials", "iam"],
+        ["--iam-endpoint", &url],
+        ["--iam-user", "sandbox-user"],
+        ["--iam-domain", "sandbox-domain"],
+        ["--iam-password-file", &password],
+        ["--iam-project", "0483b6b16e954cb88930a360d2c4e663"],
+        ["--tls-cert", &cert],
+        ["--tls-key", &key],
+    ];
+    let env = [("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")];
+    let program = Program::start(args.as_flattened(), &env);
+    let threads = || {
+        let tasks = format!("/proc/{}/task", program.pid());
+        fs::read_dir(tasks).expect("a running process").count()
+    };
+    let served = async |authority| {
+        eventually("a call with the new certificate", async || {
+            Box::pin(call(program.grpc, client(authority, None))).await == Some(Code::Ok)
+        })
+        .await;
+    };
+    served(&authorities[0]).await;
+
+    let before = threads();
+    for authority in &authorities[1..] {
+        rotate(authority);
+        program.signal("HUP");
+        sandbox.set("revoke-tokens").await;
+        served(authority).await;
+        assert_eq!(threads(), before);
+    }
+
+    assert!(sandbox.count("token_requests").await >= 2);
 }

@@ -21,6 +21,7 @@ OUTCOMES = "answer transport_error timeout cancelled".split()
 CLASSES = "1xx 2xx 3xx 4xx 5xx none".split()
 RETRIES = """UPSTREAM_DNS UPSTREAM_CONNECT UPSTREAM_RESET UPSTREAM_TRUNCATED UPSTREAM_PROTOCOL UPSTREAM_TIMEOUT
 UPSTREAM_UNAVAILABLE UPSTREAM_INTERNAL CREDENTIAL_REJECTED CLOCK_SKEW""".split()
+TASKS = "accept certificates credential health lateness spans".split()
 NONE = ((), {()})
 # Family to type, label names and sets of label values.
 EXPECTED = {
@@ -53,6 +54,7 @@ EXPECTED = {
     "rds_credential_refresh": ("counter", ("outcome",), {("success",), ("failure",)}),
     "tls_certificate_expiry_timestamp_seconds": ("gauge", *NONE),
     "panics": ("counter", *NONE),
+    "background_task_restarts": ("counter", ("task",), {(task,) for task in TASKS}),
     "log_lines_dropped": ("counter", *NONE),
     "log_lines_suppressed": ("counter", *NONE),
     "trace_spans_exported": ("counter", *NONE),

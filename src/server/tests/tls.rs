@@ -231,6 +231,42 @@ async fn changed_certificates_are_used_and_invalid_ones_are_ignored() {
 }
 
 #[tokio::test]
+async fn an_expired_certificate_does_not_replace_a_valid_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let (first, second) = (authority(), authority());
+    write(folder.path(), &issue(&first, 2061));
+    let running = start(with_tls(files(folder.path(), None)));
+    let expiry = "tls_certificate_expiry_timestamp_seconds ";
+    eventually(|| running.metric(expiry) == 2_876_947_200).await;
+
+    write(folder.path(), &issue(&second, 2020));
+    // Nothing happens, so there is no event to wait for. Ten times the reload interval; a shorter time only weakens the test.
+    tokio::time::sleep(Duration::from_millis(200)).await;
+
+    let with_valid = call_over_tls(running.address, trusting(&first, None)).await;
+    assert_eq!(with_valid, Some(Code::Ok));
+    assert_eq!(running.metric(expiry), 2_876_947_200);
+
+    write(folder.path(), &issue(&second, 2051));
+    eventually(|| running.metric(expiry) == 2_561_328_000).await;
+}
+
+#[tokio::test]
+async fn an_expired_certificate_is_loaded_if_there_is_no_valid_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let authority = authority();
+    write(folder.path(), &issue(&authority, 2020));
+    let running = start(with_tls(files(folder.path(), None)));
+    let expiry = "tls_certificate_expiry_timestamp_seconds ";
+    eventually(|| running.metric(expiry) == 1_583_107_200).await;
+
+    write(folder.path(), &issue(&authority, 2021));
+    eventually(|| running.metric(expiry) == 1_614_643_200).await;
+    write(folder.path(), &issue(&authority, 2061));
+    eventually(|| running.metric(expiry) == 2_876_947_200).await;
+}
+
+#[tokio::test]
 async fn unusable_files_are_named_at_the_start() {
     let folder = tempfile::tempdir().unwrap();
     let authority = authority();

@@ -39,8 +39,8 @@ pub struct TaskDetail {
 }
 
 impl TaskDetail {
-    /// The size of its heap allocations in bytes.
-    pub fn heap_bytes(&self) -> usize {
+    /// Each text that is set.
+    pub(super) fn texts(&self) -> impl Iterator<Item = &str> {
         let documented = [
             &self.instance_id,
             &self.instance_name,
@@ -63,11 +63,44 @@ impl TaskDetail {
             ]
         });
         let optional = others.into_iter().chain(parts).flatten();
-        let texts: usize = documented
-            .into_iter()
-            .chain(optional)
-            .map(String::len)
-            .sum();
+        documented.into_iter().chain(optional).map(String::as_str)
+    }
+
+    /// Removes the texts that match, as if RDS had left them out.
+    pub(super) fn remove_texts(&mut self, matches: impl Fn(&str) -> bool) {
+        for text in [
+            &mut self.instance_id,
+            &mut self.instance_name,
+            &mut self.job_id,
+            &mut self.job_name,
+        ] {
+            if matches(text) {
+                text.clear();
+            }
+        }
+        let others = [
+            &mut self.created_at,
+            &mut self.update_at,
+            &mut self.process,
+            &mut self.status,
+        ];
+        let parts = self.sub_task_list.iter_mut().flat_map(|part| {
+            [
+                &mut part.sub_task_name,
+                &mut part.percent,
+                &mut part.executed_time,
+                &mut part.status,
+                &mut part.remaining_time,
+            ]
+        });
+        for text in others.into_iter().chain(parts) {
+            text.take_if(|text| matches(text));
+        }
+    }
+
+    /// The size of its heap allocations in bytes.
+    pub fn heap_bytes(&self) -> usize {
+        let texts: usize = self.texts().map(str::len).sum();
         texts + self.sub_task_list.capacity() * size_of::<SubTask>()
     }
 }
