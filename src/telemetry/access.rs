@@ -87,9 +87,11 @@ fn level(
         // The caller is at fault with any code, for example for a request that is not gRPC.
         _ if reason == Some(Reason::InvalidRequest) => Level::INFO,
         // Normal ends of a long watch.
-        Code::Unavailable
-            if method == Method::WatchTaskDetail
-                && matches!(reason, Some(Reason::WatchExpired | Reason::ShuttingDown)) =>
+        _ if method == Method::WatchTaskDetail
+            && matches!(
+                reason,
+                Some(Reason::WatchExpired | Reason::ShuttingDown | Reason::DeadlineExceeded)
+            ) =>
         {
             Level::INFO
         }
@@ -338,6 +340,32 @@ mod tests {
         for (code, reason, expected) in cases {
             assert_eq!(
                 level(METHOD, code, Some(reason), None),
+                expected,
+                "{code:?} {reason:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn normal_ends_of_a_watch_are_logged_at_info() {
+        let cases = [
+            (Code::Unavailable, Reason::WatchExpired, Level::INFO),
+            (Code::Unavailable, Reason::ShuttingDown, Level::INFO),
+            (
+                Code::DeadlineExceeded,
+                Reason::DeadlineExceeded,
+                Level::INFO,
+            ),
+            (
+                Code::DeadlineExceeded,
+                Reason::UpstreamTimeout,
+                Level::ERROR,
+            ),
+            (Code::Unavailable, Reason::UpstreamReset, Level::ERROR),
+        ];
+        for (code, reason, expected) in cases {
+            assert_eq!(
+                level(Method::WatchTaskDetail, code, Some(reason)),
                 expected,
                 "{code:?} {reason:?}"
             );

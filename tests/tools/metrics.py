@@ -11,6 +11,7 @@ CODES = """OK Canceled Unknown InvalidArgument DeadlineExceeded NotFound Already
 FailedPrecondition Aborted OutOfRange Unimplemented Internal Unavailable DataLoss Unauthenticated""".split()
 METHODS = {
     ("unary", SERVICE, "GetTaskDetail"),
+    ("server_stream", SERVICE, "WatchTaskDetail"),
     ("unary", "grpc.health.v1.Health", "Check"),
     ("server_stream", "grpc.health.v1.Health", "Watch"),
     ("bidi_stream", "grpc.reflection.v1.ServerReflection", "ServerReflectionInfo"),
@@ -22,6 +23,8 @@ CLASSES = "1xx 2xx 3xx 4xx 5xx none".split()
 RETRIES = """UPSTREAM_DNS UPSTREAM_CONNECT UPSTREAM_RESET UPSTREAM_TRUNCATED UPSTREAM_PROTOCOL UPSTREAM_TIMEOUT
 UPSTREAM_UNAVAILABLE UPSTREAM_INTERNAL CREDENTIAL_REJECTED CLOCK_SKEW""".split()
 TASKS = "accept certificates credential health lateness spans".split()
+POLLS = "changed unchanged failed throttled".split()
+WATCH_ENDS = "over deadline cancelled expired drain error stale unread".split()
 NONE = ((), {()})
 # Family to type, label names and sets of label values.
 EXPECTED = {
@@ -46,6 +49,13 @@ EXPECTED = {
     "rds_cache_hits": ("counter", *NONE),
     "rds_throttled_calls": ("counter", *NONE),
     "rds_upstream_mismatched_replies": ("counter", *NONE),
+    "rds_watches": ("gauge", *NONE),
+    "rds_watches_limit": ("gauge", *NONE),
+    "rds_watched_tasks": ("gauge", *NONE),
+    "rds_watch_polls": ("counter", ("outcome",), {(outcome,) for outcome in POLLS}),
+    "rds_watch_messages": ("counter", ("kind",), {("state",), ("heartbeat",)}),
+    "rds_watch_states_skipped": ("counter", *NONE),
+    "rds_watch_ended": ("counter", ("cause",), {(cause,) for cause in WATCH_ENDS}),
     "rds_circuit_open": ("gauge", *NONE),
     "rds_circuit_open_instances": ("gauge", *NONE),
     "rds_credential_expiry_timestamp_seconds": ("gauge", *NONE),

@@ -14,10 +14,12 @@ import time
 import urllib.request
 from collections import Counter
 
+import grpc
 from facade import SANDBOX_TOKEN, Checks, Facade, Sandbox, free_port
 from mesh.certificates import Identities
-from mesh.envoy import Envoy, client_side, server_side
+from mesh.envoy import TIMEOUT_SECONDS, Envoy, client_side, server_side
 from mesh.load import DEADLINE_SECONDS, Load
+from rpc import request, watch
 
 CALLER, SERVER = "caller", "rds-task-facade"
 RESTARTS = 6
@@ -234,6 +236,20 @@ def check_strict(checks, pod):
         checks.that(f"mutual TLS is strict: {name} is rejected", answer in (b"", b"closed") or answer[0] == 0x15, answer)
 
 
+def check_watch(checks, port):
+    """A watch of a running task outlives the proxies' timeout of unary calls, and the caller's proxy's connections of 3 s."""
+    seconds = TIMEOUT_SECONDS + 2
+    begun = time.monotonic()
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        code, messages = watch(channel, request("every-field"), timeout=seconds)
+    took = time.monotonic() - begun
+    checks.that(
+        f"a watch ends with the caller's deadline, after {took:.1f} s, with a state and a heartbeat",
+        (code, len(messages)) == ("DEADLINE_EXCEEDED", 2) and took > seconds - 0.5,
+        (code, messages),
+    )
+
+
 def main():
     checks = Checks()
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
@@ -248,6 +264,7 @@ def main():
         client = stack.enter_context(Envoy(folder, "caller", resources))
         check_strict(checks, pods[0])
         client.wait_until("both pods healthy", lambda: healthy(client) == len(pods))
+        check_watch(checks, port)
         with Load(port) as load:
             mesh = Mesh(checks, load, client, pods, identities, sandbox.port)
             mesh.settle()

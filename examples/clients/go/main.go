@@ -26,7 +26,7 @@ import (
 // [retry]
 const serviceConfig = `{
   "methodConfig": [{
-    "name": [{"service": "huaweicloud.rds.task.v1.TaskService"}],
+    "name": [{"service": "huaweicloud.rds.task.v1.TaskService", "method": "GetTaskDetail"}],
     "retryPolicy": {
       "maxAttempts": 2,
       "initialBackoff": "0.2s",

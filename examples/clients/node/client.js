@@ -20,7 +20,7 @@ const { TaskService } = definitions.huaweicloud.rds.task.v1;
 const SERVICE_CONFIG = {
   methodConfig: [
     {
-      name: [{ service: 'huaweicloud.rds.task.v1.TaskService' }],
+      name: [{ service: 'huaweicloud.rds.task.v1.TaskService', method: 'GetTaskDetail' }],
       retryPolicy: {
         maxAttempts: 2,
         initialBackoff: '0.2s',

@@ -16,7 +16,7 @@ from huaweicloud.rds.task.v1 import task_service_pb2, task_service_pb2_grpc
 SERVICE_CONFIG = {
     "methodConfig": [
         {
-            "name": [{"service": "huaweicloud.rds.task.v1.TaskService"}],
+            "name": [{"service": "huaweicloud.rds.task.v1.TaskService", "method": "GetTaskDetail"}],
             "retryPolicy": {
                 "maxAttempts": 2,
                 "initialBackoff": "0.2s",

@@ -12,6 +12,8 @@ from .certificates import TRUST_DOMAIN
 
 EXTENSIONS = "type.googleapis.com/envoy.extensions."
 HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
+# The timeout of a unary call.
+TIMEOUT_SECONDS = 35
 
 
 class Envoy(Program):
@@ -117,7 +119,8 @@ def server_side(listen, instance, identity, client_identity):
 
 
 def listener(port, cluster, retries):
-    route = {"cluster": cluster, "timeout": "35s"}
+    watch = {"match": {"path": f"/{SERVICE}/WatchTaskDetail"}, "route": {"cluster": cluster, "timeout": "0s"}}
+    route = {"cluster": cluster, "timeout": f"{TIMEOUT_SECONDS}s"}
     if retries:
         route["retry_policy"] = retries
     manager = {
@@ -131,7 +134,7 @@ def listener(port, cluster, retries):
             }
         ],
         "route_config": {
-            "virtual_hosts": [{"name": "all", "domains": ["*"], "routes": [{"match": {"prefix": "/"}, "route": route}]}]
+            "virtual_hosts": [{"name": "all", "domains": ["*"], "routes": [watch, {"match": {"prefix": "/"}, "route": route}]}]
         },
     }
     filters = [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]

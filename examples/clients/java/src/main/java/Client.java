@@ -30,7 +30,7 @@ public final class Client {
     // [retry]
     private static final Map<String, ?> SERVICE_CONFIG = Map.of(
             "methodConfig", List.of(Map.of(
-                    "name", List.of(Map.of("service", "huaweicloud.rds.task.v1.TaskService")),
+                    "name", List.of(Map.of("service", "huaweicloud.rds.task.v1.TaskService", "method", "GetTaskDetail")),
                     "retryPolicy", Map.of(
                             "maxAttempts", 2.0,
                             "initialBackoff", "0.2s",
