@@ -21,6 +21,8 @@ pub(super) struct Progress {
     bar: Option<ProgressBar>,
     /// The latest line, without the time of the check.
     line: String,
+    /// The part of the line whose changes are worth a line in a log.
+    significant: String,
     written_at: Instant,
 }
 
@@ -32,7 +34,8 @@ impl Progress {
     fn new(is_terminal: bool) -> Self {
         Self {
             bar: is_terminal.then(bar),
-            line: String::new(),
+            line: "waiting for the first reply".to_owned(),
+            significant: String::new(),
             written_at: Instant::now(),
         }
     }
@@ -43,9 +46,16 @@ impl Progress {
         task: Option<&GetTaskDetailResponse>,
         check_time: Option<prost_types::Timestamp>,
     ) {
-        let state = match task {
-            Some(task) => describe(task),
-            None => "RDS does not know the task yet".to_owned(),
+        let (significant, state) = match task {
+            Some(task) => {
+                let (part, left) = (part(task), time_left(task));
+                let significant = format!("{}{part}", state_and_percent(task));
+                (significant.clone(), significant + &left)
+            }
+            None => {
+                let unknown = "RDS does not know the task yet".to_owned();
+                (unknown.clone(), unknown)
+            }
         };
         let line = match task {
             Some(task) => format!("{}: {state}", name(task)),
@@ -63,11 +73,14 @@ impl Progress {
                 bar.set_message(format!("{state}, checked {checked}"));
                 bar.tick();
             }
-            None if line != self.line => write_line(&line),
-            None => return,
+            None if significant != self.significant => {
+                write_line(&line);
+                self.written_at = Instant::now();
+            }
+            None => {}
         }
         self.line = line;
-        self.written_at = Instant::now();
+        self.significant = significant;
     }
 
     /// Shows that the stream has ended and when it is continued.
@@ -131,40 +144,40 @@ fn name(task: &GetTaskDetailResponse) -> String {
     Escaped(name).to_string()
 }
 
-/// State, percentage, current part and time left.
-fn describe(task: &GetTaskDetailResponse) -> String {
-    let mut line = state(task.state(), task.status.as_deref());
-    if let Some(percent) = task.progress_percent {
-        line += &format!(" {percent} %");
+fn state_and_percent(task: &GetTaskDetailResponse) -> String {
+    let state = state(task.state(), task.status.as_deref());
+    match task.progress_percent {
+        Some(percent) => format!("{state} {percent} %"),
+        None => state,
     }
-    let parts = &task.sub_task_list;
-    let is_current = |part: &&SubTask| part.state() == TaskState::Running;
-    let Some(index) = parts.iter().position(|part| is_current(&part)) else {
-        return line;
+}
+
+/// The number and the name of the part that is running, if any.
+fn part(task: &GetTaskDetailResponse) -> String {
+    let Some((index, part)) = running_part(task) else {
+        return String::new();
     };
-    let part = &parts[index];
-    line += &format!(", part {} of {}", index + 1, parts.len());
-    if let Some(name) = part
-        .sub_task_name
-        .as_deref()
-        .filter(|name| !name.is_empty())
-    {
-        line += &format!(" ({})", Escaped(name));
+    let number = format!(", part {} of {}", index + 1, task.sub_task_list.len());
+    match part.sub_task_name.as_deref() {
+        Some(name) if !name.is_empty() => format!("{number} ({})", Escaped(name)),
+        _ => number,
     }
-    if let Some(left) = part
-        .remaining_time
-        .as_deref()
-        .filter(|left| !left.is_empty())
-    {
+}
+
+/// The time that the running part will take, if RDS estimates it.
+fn time_left(task: &GetTaskDetailResponse) -> String {
+    let left = running_part(task).and_then(|(_, part)| part.remaining_time.as_deref());
+    match left {
+        None | Some("") => String::new(),
         // RDS documents no unit; related calls use seconds.
-        let unit = if left.bytes().all(|b| b.is_ascii_digit()) {
-            " s"
-        } else {
-            ""
-        };
-        line += &format!(", {}{unit} left", Escaped(left));
+        Some(left) if left.bytes().all(|b| b.is_ascii_digit()) => format!(", {left} s left"),
+        Some(left) => format!(", {} left", Escaped(left)),
     }
-    line
+}
+
+fn running_part(task: &GetTaskDetailResponse) -> Option<(usize, &SubTask)> {
+    let mut parts = task.sub_task_list.iter().enumerate();
+    parts.find(|(_, part)| part.state() == TaskState::Running)
 }
 
 fn state(state: TaskState, status: Option<&str>) -> String {

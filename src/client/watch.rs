@@ -23,6 +23,7 @@ use crate::{
         GetTaskDetailResponse, TaskState, WatchTaskDetailRequest, WatchTaskDetailResponse,
         task_service_client::TaskServiceClient,
     },
+    reason::Reason,
 };
 
 /// The task failed or was canceled.
@@ -139,6 +140,8 @@ struct Watch<'a> {
     deadline: Deadline,
     /// The etag of the latest message.
     etag: String,
+    /// A message has arrived.
+    has_begun: bool,
     /// The latest state.
     task: Option<GetTaskDetailResponse>,
     /// The pause before the next stream.
@@ -151,6 +154,7 @@ impl<'a> Watch<'a> {
             options,
             deadline: Deadline::after(options.timeout),
             etag: String::new(),
+            has_begun: false,
             task: None,
             pause: FIRST_PAUSE,
         }
@@ -171,8 +175,7 @@ impl<'a> Watch<'a> {
                 return End::TimeOver;
             }
             // Before the first message a wrong target is more likely than a restart.
-            let has_begun = !self.etag.is_empty() || self.task.is_some();
-            if !is_transient(&error, has_begun) {
+            if !is_transient(&error, self.has_begun) {
                 return End::Failed(error);
             }
             let jitter = 0.8 + 0.4 * fastrand::f64();
@@ -254,6 +257,7 @@ impl<'a> Watch<'a> {
 
     /// Prints a message. The final state comes again if the connection failed after it.
     fn observe(&mut self, message: WatchTaskDetailResponse, progress: &mut Progress) {
+        self.has_begun = true;
         let is_new = message.etag != self.etag;
         self.etag = message.etag;
         if let Some(task) = message.task {
@@ -301,8 +305,11 @@ fn is_transient(error: &Error, has_begun: bool) -> bool {
         Error::File(..) => false,
         Error::Connect(..) | Error::ConnectTimeout(..) | Error::NoReply(..) => has_begun,
         Error::Status(status) => match status.code() {
-            Code::Unavailable | Code::ResourceExhausted | Code::Aborted => true,
-            Code::DeadlineExceeded | Code::Cancelled => true,
+            Code::Unavailable | Code::Aborted | Code::DeadlineExceeded | Code::Cancelled => true,
+            Code::ResourceExhausted => {
+                let info = status.get_details_error_info();
+                info.is_none_or(|info| info.reason != Reason::QuotaExhausted.as_str())
+            }
             // Without details the status comes from a proxy or a connection that was cut.
             Code::Internal | Code::Unknown => {
                 has_begun && status.get_details_error_info().is_none()

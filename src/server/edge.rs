@@ -243,7 +243,10 @@ impl<S: Service> Edge<S> {
         let message = Deadline::after(self.timeout)
             .bound(message::read(request.body_mut()))
             .await
-            .map_err(|_| Error::DeadlineExceeded)??;
+            .map_err(|_| {
+                call.record.set_callers_deadline();
+                Error::DeadlineExceeded
+            })??;
         let metadata = request.headers();
         let message = message::decode(metadata, &message)?;
         let work = self.service.watch_task_detail(call, metadata, message);

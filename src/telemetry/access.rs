@@ -88,10 +88,7 @@ fn level(
         _ if reason == Some(Reason::InvalidRequest) => Level::INFO,
         // Normal ends of a long watch.
         _ if method == Method::WatchTaskDetail
-            && matches!(
-                reason,
-                Some(Reason::WatchExpired | Reason::ShuttingDown | Reason::DeadlineExceeded)
-            ) =>
+            && matches!(reason, Some(Reason::WatchExpired | Reason::ShuttingDown)) =>
         {
             Level::INFO
         }
@@ -354,7 +351,7 @@ mod tests {
             (
                 Code::DeadlineExceeded,
                 Reason::DeadlineExceeded,
-                Level::INFO,
+                Level::ERROR,
             ),
             (
                 Code::DeadlineExceeded,
@@ -365,7 +362,7 @@ mod tests {
         ];
         for (code, reason, expected) in cases {
             assert_eq!(
-                level(Method::WatchTaskDetail, code, Some(reason)),
+                level(Method::WatchTaskDetail, code, Some(reason), None),
                 expected,
                 "{code:?} {reason:?}"
             );

@@ -143,8 +143,11 @@ impl Record {
     /// Why the caller alone is responsible for this error code, if that is so.
     pub(super) fn caller_fault(&self, code: Code, facts: &Facts) -> Option<CallerFault> {
         let no_fair_time = self.timeout < FAIR_TIME || facts.attempts == 0;
-        // A watch of a task that is not over ends with the caller's deadline.
-        let is_expected = no_fair_time || self.method == Method::WatchTaskDetail;
+        // A watch of a task that is not over ends with the caller's deadline. A poll has a deadline of its own.
+        let is_expected = match self.method {
+            Method::WatchTaskDetail => self.started.elapsed() >= self.timeout,
+            _ => no_fair_time,
+        };
         match (code, self.reason?) {
             (Code::Unknown, Reason::InvalidRequest) => Some(CallerFault::Http),
             (Code::DeadlineExceeded, Reason::DeadlineExceeded)

@@ -30,7 +30,7 @@ use self::{poller::Poller, snapshot::Snapshot};
 use crate::{
     caller::Caller,
     coalescer::LookupKey,
-    credentials::Auth,
+    credentials::{Auth, Owner},
     error::Error,
     lookup::Lookups,
     telemetry::{Progress, ServerSpan, metrics::Metrics},
@@ -58,7 +58,7 @@ impl fmt::Debug for Hub {
 pub struct Watcher {
     /// Whose share of the poll rate the watch uses.
     pub caller: Caller,
-    /// The credential of its polls. Held as long as the task has watchers.
+    /// The credential of its polls.
     pub auth: Auth,
     /// The span of the stream, to which polls are linked.
     pub span: Option<Arc<ServerSpan>>,
@@ -79,11 +79,12 @@ struct WatchedTask {
 struct Watchers {
     /// Callers with the number of their watches.
     callers: HashMap<Caller, usize>,
-    /// The credential of the watcher that joined last; none without watchers.
+    /// The credential of the watcher that joined last if it is the caller's. For the facade's own credential, each poll takes the current
+    /// one.
     auth: Option<Auth>,
     /// The span of the watcher that joined last.
     span: Option<Arc<ServerSpan>>,
-    /// A watcher waits for the first poll that has seen no state before.
+    /// One of the watchers does not resume an earlier watch, so the first poll is due.
     is_urgent: bool,
 }
 
@@ -116,7 +117,7 @@ impl Hub {
     pub fn new(options: &Options, poll_timeout: Duration, metrics: Arc<Metrics>) -> Arc<Self> {
         Arc::new(Self {
             interval: options.watch_interval,
-            rate: options.watch_rate.map(Pacing::new),
+            rate: options.watch_rate.map(Pacing::of_polls),
             poll_timeout,
             tasks: Mutex::default(),
             metrics,
@@ -153,7 +154,7 @@ impl Hub {
         }
     }
 
-    /// Removes a task if nobody watches it. Returns whether it did.
+    /// Removes a task that has no watchers. Returns whether it did.
     fn remove_unwatched(&self, task: &Arc<WatchedTask>) -> bool {
         // Watchers join while the map is locked, so none can join in between.
         let mut tasks = self.tasks();
@@ -182,7 +183,7 @@ impl WatchedTask {
     fn join(task: &Arc<Self>, watcher: Watcher) -> Subscription {
         let mut watchers = task.watchers();
         *watchers.callers.entry(watcher.caller).or_default() += 1;
-        watchers.auth = Some(watcher.auth);
+        watchers.auth = Some(watcher.auth).filter(|auth| auth.owner() == Owner::Caller);
         watchers.span = watcher.span;
         watchers.is_urgent |= !watcher.resumes;
         drop(watchers);
@@ -197,6 +198,17 @@ impl WatchedTask {
     /// The callers that watch the task.
     fn callers(&self) -> Vec<Caller> {
         self.watchers().callers.keys().copied().collect()
+    }
+
+    /// Publishes the end, once.
+    fn end(&self, end: Result<(), Error>) {
+        self.observations.send_if_modified(|observation| {
+            let is_first = observation.end.is_none();
+            if is_first {
+                observation.end = Some(end.map_err(Arc::new));
+            }
+            is_first
+        });
     }
 
     fn watchers(&self) -> MutexGuard<'_, Watchers> {

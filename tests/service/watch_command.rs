@@ -42,14 +42,25 @@ async fn watch(target: &str, args: &[&str]) -> (i32, String, String) {
     within("the end of watch", running).await.expect("no panic")
 }
 
+/// Waits until the program has sent this many states.
+async fn sent(program: &Program, count: f64) {
+    let series = "rds_watch_messages_total{kind=\"state\"}";
+    eventually("states", async || program.metric(series).await >= count).await;
+}
+
 #[tokio::test]
 async fn the_exit_code_is_the_outcome_of_the_task() {
     for (status, expected) in [("Completed", 0), ("Failed", 3), ("Canceled", 3)] {
-        let upstream = sequence(vec![task("Running", "40%"), task(status, "")]).await;
-        let program = Program::over(&upstream.url(), &FAST);
+        let gate = Gate::default();
+        let last = [vec![Step::WaitFor(gate.clone())], task(status, "")].concat();
+        let upstream = sequence(vec![task("Running", "40%"), last]).await;
+        let program = Program::patient(&upstream.url(), &FAST);
         let target = format!("http://{}", program.grpc);
 
-        let (code, out, err) = watch(&target, &[]).await;
+        let watching = tokio::spawn(async move { watch(&target, &[]).await });
+        sent(&program, 1.0).await;
+        gate.open();
+        let (code, out, err) = watching.await.expect("no panic");
 
         assert_eq!(code, expected, "{err}");
         let printed: serde_json::Value = serde_json::from_str(&out).expect("JSON");
@@ -62,23 +73,29 @@ async fn the_exit_code_is_the_outcome_of_the_task() {
 #[tokio::test]
 async fn json_prints_each_state_once_across_streams() {
     let gate = Gate::default();
+    let second = Gate::default();
     let upstream = sequence(vec![
         task("Pending", "0"),
-        task("Running", "50"),
+        [vec![Step::WaitFor(second.clone())], task("Running", "50")].concat(),
         [vec![Step::WaitFor(gate.clone())], task("Completed", "")].concat(),
     ])
     .await;
     let flags = [
         &FAST[..],
-        &["--max-watch-duration", "1s", "--attempt-timeout", "60s"],
+        &["--max-watch-duration", "3s", "--attempt-timeout", "60s"],
     ]
     .concat();
     let program = Program::over(&upstream.url(), &flags);
     let target = format!("http://{}", program.grpc);
 
     let watching = tokio::spawn(async move { watch(&target, &["--output", "json"]).await });
+    sent(&program, 1.0).await;
+    second.open();
     let expired = "rds_watch_ended_total{cause=\"expired\"}";
-    eventually("two streams", async || program.metric(expired).await >= 2.0).await;
+    eventually("a second stream", async || {
+        program.metric(expired).await >= 1.0 && program.metric("rds_watches").await == 1.0
+    })
+    .await;
     gate.open();
     let (code, out, err) = watching.await.expect("no panic");
 
@@ -112,7 +129,7 @@ async fn errors_that_another_call_cannot_help_end_the_command() {
 }
 
 #[tokio::test]
-async fn the_time_limit_holds_whatever_the_server_does() {
+async fn the_time_limit_holds_with_any_server() {
     let upstream = sequence(vec![task("Running", "1")]).await;
     let program = Program::over(&upstream.url(), &FAST);
     let target = format!("http://{}", program.grpc);
@@ -153,16 +170,20 @@ async fn sigint_ends_the_command_with_130() {
 #[tokio::test]
 async fn the_command_waits_for_a_task_that_rds_does_not_know_yet() {
     let unknown = r#"{"error_code":"DBS.200543","error_msg":"The task does not exist."}"#;
-    let upstream = sequence(vec![
-        reply(404, &[], unknown),
-        task("Running", "1"),
-        task("Completed", ""),
-    ])
-    .await;
-    let program = Program::over(&upstream.url(), &FAST);
+    let gate = Gate::default();
+    let last = [vec![Step::WaitFor(gate.clone())], task("Completed", "")].concat();
+    let upstream = sequence(vec![reply(404, &[], unknown), last]).await;
+    let program = Program::patient(&upstream.url(), &FAST);
     let target = format!("http://{}", program.grpc);
 
-    let (code, _, err) = watch(&target, &["--allow-missing"]).await;
+    let watching = tokio::spawn(async move { watch(&target, &["--allow-missing"]).await });
+    let heartbeats = "rds_watch_messages_total{kind=\"heartbeat\"}";
+    eventually("a heartbeat", async || {
+        program.metric(heartbeats).await >= 1.0
+    })
+    .await;
+    gate.open();
+    let (code, _, err) = watching.await.expect("no panic");
 
     assert_eq!(code, 0, "{err}");
     assert_eq!(err.lines().next(), Some("RDS does not know the task yet"));
