@@ -26,7 +26,7 @@ pub struct Call {
 pub enum Permit {
     /// A unary call of the task service.
     InFlight(FairPermit),
-    /// An auxiliary stream: health, reflection, a request that is not gRPC.
+    /// An auxiliary stream: health, reflection.
     Auxiliary(OwnedSemaphorePermit),
 }
 

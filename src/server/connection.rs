@@ -3,7 +3,8 @@
 use std::{convert::Infallible, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
 use aws_lc_rs::digest;
-use hyper::{server::conn::http2, service::service_fn};
+use http::Request;
+use hyper::{body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -18,6 +19,7 @@ use super::{
     Timings,
     edge::{self, Edge},
     preface::{self, Replay},
+    request_body::{Discarded, RequestBody},
     stream::Streams,
     tls::Tls,
 };
@@ -25,8 +27,9 @@ use crate::{caller::Caller, rpc::Service, telemetry::Peer};
 
 /// Concurrent streams of one connection; further ones get `REFUSED_STREAM`, which is safe to retry.
 const MAX_STREAMS: u32 = 100;
-/// All headers of one request, as HTTP/2 counts them, in bytes; the reply to more is HTTP 431.
-const MAX_HEADER_BYTES: u32 = 16 * 1024;
+/// All header fields of one request, as HTTP/2 counts them, in bytes; the HTTP library replies to more with HTTP 431, which gRPC clients
+/// report as UNKNOWN. The edge rejects less than that with a status. Method, scheme, authority and path are included.
+const MAX_HEADER_BYTES: u32 = (64 + 2) * 1024;
 /// Fits a message of the maximum size, so a well-behaved client never waits for a window update.
 const STREAM_WINDOW: u32 = 128 * 1024;
 /// Bounds the unread request bytes of one connection.
@@ -46,6 +49,7 @@ pub(super) struct WorkerContext<S> {
     pub(super) edge: Edge<S>,
     pub(super) tls: Option<Arc<Tls>>,
     pub(super) timings: Timings,
+    pub(super) discarded: Arc<Discarded>,
 }
 
 /// Serves one connection to its end. Returns `false` if the handshake or the preface failed or timed out.
@@ -134,10 +138,10 @@ async fn serve_http2<S: Service, I>(
         caller,
         auxiliary: Arc::new(Semaphore::new(RESERVED_AUXILIARY_STREAMS)),
     });
-    let service = service_fn(|request| {
+    let service = service_fn(|request: Request<Incoming>| {
         let (context, connection) = (Arc::clone(context), Arc::clone(&connection));
         // Boxed, because each future that it passes through would hold a copy, and every call would pay for moving it.
-        let request = Box::new(request);
+        let request = Box::new(request.map(|body| RequestBody::new(body, &context.discarded)));
         async move { Ok::<_, Infallible>(context.edge.handle(&connection, request).await) }
     });
     let mut connection = pin!(

@@ -1,15 +1,15 @@
 //! The checks and limits of a call before its handler runs, in this order:
 //!
 //! ```text
-//! record -> method, content type -> deadline -> permit -> message -> handler -> reply
+//! record -> method, content type -> metadata -> deadline -> permit -> message -> handler -> reply
 //! ```
 
 use std::{convert::Infallible, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
 use futures_util::FutureExt as _;
-use http::{HeaderMap, Method as HttpMethod, Request, Response, StatusCode, header};
-use http_body_util::{BodyExt as _, Limited};
-use hyper::body::Incoming;
+use http::{
+    HeaderMap, HeaderName, HeaderValue, Method as HttpMethod, Request, Response, StatusCode, header,
+};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, service::Routes};
@@ -18,6 +18,7 @@ use tower_service::Service as _;
 use super::{
     message,
     reply::{self, REQUEST_ID, ReplyBody},
+    request_body::RequestBody,
 };
 use crate::{
     call::{Call, Permit},
@@ -31,6 +32,13 @@ use crate::{
     status,
     telemetry::{Peer, Record, Sinks},
 };
+
+/// The longest metadata of a request in bytes, counted as HTTP/2 does: name, value and 32 for each field.
+const MAX_METADATA_BYTES: usize = 32 * 1024;
+const METADATA_TOO_LONG: Error = Error::Protocol(
+    Code::ResourceExhausted,
+    "the metadata is over the limit of 32 KiB: send fewer or shorter fields",
+);
 
 /// What all calls of one connection share.
 #[derive(Debug)]
@@ -52,8 +60,7 @@ pub(super) struct Edge<S> {
     pub(super) timeout: Duration,
     /// Permits for unary calls of the task service, shared by all workers.
     pub(super) in_flight: Arc<FairLimit>,
-    /// Permits for auxiliary streams (health, reflection, requests that are not gRPC) beyond those that are reserved for each
-    /// connection, shared by all workers.
+    /// Permits for auxiliary streams (health, reflection) beyond those that are reserved for each connection, shared by all workers.
     pub(super) auxiliary_permits: Arc<Semaphore>,
     /// Cancelled shortly before the end of the shutdown grace period.
     pub(super) cut_off: CancellationToken,
@@ -65,7 +72,7 @@ impl<S: Service> Edge<S> {
     pub(super) async fn handle(
         &self,
         connection: &Connection,
-        request: Box<Request<Incoming>>,
+        request: Box<Request<RequestBody>>,
     ) -> Response<ReplyBody> {
         let headers = request.headers();
         let caller = match self.service.token_hash(headers) {
@@ -97,12 +104,15 @@ impl<S: Service> Edge<S> {
         if request.method() != HttpMethod::POST {
             let text = "gRPC calls use POST\n";
             let status = StatusCode::METHOD_NOT_ALLOWED;
-            return self.not_grpc(call, connection, request, status, text).await;
+            return reply::not_grpc(call, status, text);
         }
         if !is_grpc(headers) {
             let text = "the content type must be application/grpc or application/grpc+proto\n";
             let status = StatusCode::UNSUPPORTED_MEDIA_TYPE;
-            return self.not_grpc(call, connection, request, status, text).await;
+            return reply::not_grpc(call, status, text);
+        }
+        if metadata_bytes(headers) > MAX_METADATA_BYTES {
+            return reply::failure(call, &METADATA_TOO_LONG);
         }
         if let Err(text) = caller_timeout {
             return reply::failure(call, &Error::Protocol(Code::InvalidArgument, text));
@@ -125,7 +135,7 @@ impl<S: Service> Edge<S> {
     async fn unary(
         &self,
         mut call: Box<Call>,
-        request: Box<Request<Incoming>>,
+        request: Box<Request<RequestBody>>,
     ) -> Response<ReplyBody> {
         let Some(permit) = self.in_flight.try_acquire(call.caller) else {
             return reply::failure(call, &Error::Overloaded);
@@ -142,7 +152,7 @@ impl<S: Service> Edge<S> {
     async fn get_task_detail(
         &self,
         call: &mut Call,
-        mut request: Box<Request<Incoming>>,
+        mut request: Box<Request<RequestBody>>,
     ) -> Result<GetTaskDetailResponse, Error> {
         let deadline = call.deadline;
         let message = deadline
@@ -173,7 +183,7 @@ impl<S: Service> Edge<S> {
         mut call: Box<Call>,
         connection: &Connection,
         until: Option<Deadline>,
-        request: Box<Request<Incoming>>,
+        request: Box<Request<RequestBody>>,
     ) -> Response<ReplyBody> {
         let Some(permit) = self.auxiliary_permit(connection) else {
             return reply::failure(call, &Error::Overloaded);
@@ -191,26 +201,6 @@ impl<S: Service> Edge<S> {
         }
     }
 
-    /// Replies to a request that is not gRPC. Reads its body first if a permit is free, because many HTTP clients ignore a response
-    /// until they have sent everything.
-    async fn not_grpc(
-        &self,
-        mut call: Box<Call>,
-        connection: &Connection,
-        request: Box<Request<Incoming>>,
-        status: StatusCode,
-        text: &'static str,
-    ) -> Response<ReplyBody> {
-        if let Some(permit) = self.auxiliary_permit(connection) {
-            call.permit = Some(Permit::Auxiliary(permit));
-            let mut rest = Limited::new(request.into_body(), message::MAX_BYTES);
-            let end = async { while let Some(Ok(_)) = rest.frame().await {} };
-            // A body that is too long or too slow is not read to its end.
-            let _ = call.deadline.bound(end).await;
-        }
-        reply::not_grpc(call, status, text)
-    }
-
     /// A permit for an auxiliary stream: one that is reserved for the connection, so that other connections cannot block its health
     /// checks, or else a shared one.
     fn auxiliary_permit(&self, connection: &Connection) -> Option<OwnedSemaphorePermit> {
@@ -218,6 +208,13 @@ impl<S: Service> Edge<S> {
             .into_iter()
             .find_map(|permits| Arc::clone(permits).try_acquire_owned().ok())
     }
+}
+
+/// The size of the metadata, without the fields that HTTP/2 uses for method, scheme, authority and path (RFC 9113, section 6.5.2).
+fn metadata_bytes(headers: &HeaderMap) -> usize {
+    let field_bytes =
+        |(name, value): (&HeaderName, &HeaderValue)| name.as_str().len() + value.len() + 32;
+    headers.iter().map(field_bytes).sum()
 }
 
 /// The caller's `grpc-timeout`, if any, or an error message.

@@ -9,7 +9,7 @@
 //!   | each socket goes to the worker with the fewest connections
 //! worker thread, one runtime each                            worker.rs
 //!   connection: TLS -> preface -> HTTP/2 -> age, GOAWAY       connection.rs preface.rs stream.rs
-//!     call: checks, deadline, permit, message -> handler      edge.rs message.rs
+//!     call: checks, deadline, permit, message -> handler      edge.rs message.rs request_body.rs
 //!           <- status, body, record                           reply.rs
 //! ```
 
@@ -22,6 +22,7 @@ mod message;
 mod options;
 mod preface;
 mod reply;
+mod request_body;
 mod stream;
 #[cfg(test)]
 mod tests;
@@ -41,8 +42,8 @@ use tokio_util::sync::CancellationToken;
 pub use options::{Options, Timings};
 
 use self::{
-    accept::Acceptor, connection::WorkerContext, edge::Edge, health::HealthState, tls::Tls,
-    worker::Worker,
+    accept::Acceptor, connection::WorkerContext, edge::Edge, health::HealthState,
+    request_body::Discarded, tls::Tls, worker::Worker,
 };
 use crate::{fair_limit::FairLimit, rpc::Service, telemetry::Sinks};
 
@@ -71,6 +72,7 @@ pub struct Server<S> {
     health: HealthState,
     tls: Option<Arc<Tls>>,
     in_flight: Arc<FairLimit>,
+    discarded: Arc<Discarded>,
     cut_off: CancellationToken,
 }
 
@@ -101,6 +103,7 @@ impl<S: Service> Server<S> {
         let routes = health.routes(options.reflection);
         let in_flight = FairLimit::new(options.max_in_flight);
         let auxiliary_permits = Arc::new(Semaphore::new(options.max_connections));
+        let discarded = Arc::new(Discarded::new(options.timings.late_data_timeout));
         let cut_off = CancellationToken::new();
         let start_worker = |(index, service)| {
             let context = WorkerContext {
@@ -116,6 +119,7 @@ impl<S: Service> Server<S> {
                 },
                 tls: tls.clone(),
                 timings: options.timings.clone(),
+                discarded: Arc::clone(&discarded),
             };
             Worker::start(index, context)
         };
@@ -134,6 +138,7 @@ impl<S: Service> Server<S> {
             health,
             tls,
             in_flight,
+            discarded,
             cut_off,
         })
     }
@@ -148,6 +153,7 @@ impl<S: Service> Server<S> {
             health,
             tls,
             in_flight,
+            discarded,
             cut_off,
         } = self;
         let is_ready = *ready.borrow_and_update();
@@ -172,6 +178,7 @@ impl<S: Service> Server<S> {
             ..
         } = acceptor;
         workers.iter().for_each(Worker::go_away);
+        discarded.cancel();
         let end = Instant::now() + options.shutdown_grace;
         // Calls that outlive the grace period get a reply in its last moments, and the exit comes before its end.
         let cut_off_time = (options.shutdown_grace / 10).min(MAX_CUT_OFF_TIME);

@@ -9,6 +9,7 @@ use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus}
 
 use crate::support::{
     Connection, Failure, Program, Step, Upstream, eventually, example, example_request,
+    program::run,
     raw::{framed, headers},
     reply,
 };
@@ -384,4 +385,48 @@ async fn hostile_ids_and_trace_headers_neither_fail_the_call_nor_forge_a_log_lin
             "{line}"
         );
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_of_31_kib_reaches_upstream_from_every_client() {
+    let upstream = Upstream::always(example()).await;
+    let url = upstream.url();
+    let program = Program::start(&["--endpoint", &url], &[]);
+    let token = "t".repeat(31 << 10);
+    // What a mesh adds.
+    let traceparent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+    let metadata = [("x-auth-token", &*token), ("traceparent", traceparent)];
+
+    let called = program.call_with(example_request(), &metadata).await;
+    let target = format!("http://{}", program.grpc);
+    let args = ["call", "--target", &target];
+    let environment = [("RDS_TASK_FACADE_TOKEN", &*token)];
+    let printed = run(&args, &environment);
+
+    called.expect("a reply");
+    assert_eq!(printed.0, 0, "{}", printed.2);
+    for request in upstream.requests() {
+        assert_eq!(request.header("x-auth-token"), Some(&*token));
+    }
+    assert_eq!(upstream.requests().len(), 2);
+}
+
+#[tokio::test]
+async fn metadata_over_32_kib_is_logged_and_counted_with_its_reason() {
+    let upstream = Upstream::always(example()).await;
+    let program = Program::over(&upstream.url(), &[]);
+    let long = "v".repeat(33 << 10);
+    let metadata = [("x-request-id", "long"), ("x-long", &*long)];
+
+    let status = program.call_with(example_request(), &metadata).await;
+
+    let failure = Failure::from_status(&status.expect_err("over the limit"));
+    assert_eq!(
+        failure.code_and_reason(),
+        (Code::ResourceExhausted, "INVALID_REQUEST")
+    );
+    let line = program.access_line("long");
+    assert_eq!(line["reason"], "INVALID_REQUEST", "{line}");
+    assert_eq!(program.handled("ResourceExhausted").await, 1.0);
+    assert!(upstream.requests().is_empty());
 }

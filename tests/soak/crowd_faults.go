@@ -78,6 +78,10 @@ var crowdFaults = []crowdFault{
 	{name: "more connections than allowed", owner: "connection limit", flags: []string{"--max-connections", "40"}, alone: true,
 		inject: floodConnections},
 
+	// Connections: behind a mesh, many callers share one.
+	{name: "late DATA of one caller's rejected calls", owner: "connection", inject: sendLateData},
+	{name: "metadata of 33 to 63 KiB", owner: "connection", inject: sendLongMetadata},
+
 	// Throttle windows: a 429 for one token stops the calls with that token and no others.
 	{name: "429 for one token", owner: "throttle windows",
 		script: throttledRogue(tooManyRequests("300")), inject: callGoodInstance},
@@ -228,6 +232,61 @@ func readNoReplies(ctx context.Context, s *stage) error {
 	}
 	<-ctx.Done()
 	return nil
+}
+
+// sendLateData makes calls of an unknown method and sends the message of each 80 calls later. Valid calls on the same connection must
+// succeed.
+func sendLateData(ctx context.Context, s *stage) error {
+	const lag = 80
+	peer, err := s.open()
+	if err != nil {
+		return err
+	}
+	defer peer.close()
+	peer.read()
+	unknown, valid := pairs([2]string{":path", "/no/such"}), pairs([2]string{"x-auth-token", rogueToken})
+	message := framed(rogueRequest("instance-0", 0).encoded())
+	var rejected []uint32
+	number, succeeded := 0, 0
+	for ; ctx.Err() == nil; number++ {
+		if number%20 == 0 {
+			peer.call(streamID(number), valid, rogueRequest("instance-0", number))
+			succeeded++
+		} else {
+			peer.headers(streamID(number), unknown, false)
+			rejected = append(rejected, streamID(number))
+		}
+		if len(rejected) > lag {
+			_ = peer.framer.WriteData(rejected[0], true, message)
+			rejected = rejected[1:]
+		}
+		if err := peer.writer.Flush(); err != nil {
+			return err
+		}
+		pause(ctx, roguePause)
+	}
+	outcomes := peer.outcomes(number, rogueDeadline)
+	if outcomes["gRPC 0"] != succeeded || outcomes["gRPC 12"] != number-succeeded {
+		return fmt.Errorf("%d calls on the connection of the late DATA: %v", number, outcomes)
+	}
+	return nil
+}
+
+// sendLongMetadata makes calls whose metadata is over the limit of the server but not over that of its HTTP library.
+func sendLongMetadata(ctx context.Context, s *stage) error {
+	const workers = 16
+	var others atomic.Int64
+	err := s.repeatAsRogue(ctx, workers, func(callCtx context.Context, connection *grpc.ClientConn, number int) {
+		long := strings.Repeat("a", (33+number%31)<<10)
+		got := call(callCtx, connection, method, rogueRequest("instance-0", number).encoded(), []string{"x-auth-token", rogueToken, "x-long", long})
+		if got.code != codes.ResourceExhausted && ctx.Err() == nil {
+			others.Add(1)
+		}
+	})
+	if others.Load() > 0 {
+		return fmt.Errorf("%d calls did not fail with RESOURCE_EXHAUSTED", others.Load())
+	}
+	return err
 }
 
 // floodConnections opens connections without a pause and keeps those that are accepted.

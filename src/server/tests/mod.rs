@@ -3,6 +3,7 @@
 mod connections;
 mod floods;
 mod frames;
+mod late_data;
 mod lifecycle;
 mod limits;
 mod requests;
