@@ -17,7 +17,7 @@ use rustls::{
 use serde::de::IgnoredAny;
 use tower::{limit::ConcurrencyLimitLayer, timeout::TimeoutLayer};
 
-use crate::{error_chain::chain, reason::Reason};
+use crate::{descriptors, error_chain::chain, reason::Reason};
 
 /// Size limit for a response of RDS. A task with its parts takes a few thousand bytes.
 pub const MAX_BODY_BYTES: usize = 1 << 20;
@@ -64,7 +64,7 @@ pub enum BuildError {
 /// An exchange without a complete response.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Error {
-    /// One of the transport reasons, or `UpstreamResponseTooLarge`.
+    /// One of the transport reasons, `UpstreamResponseTooLarge`, or `Overloaded` if this process is out of descriptors.
     pub reason: Reason,
     /// Whether the same request may succeed on another connection.
     pub retryable: bool,
@@ -313,6 +313,10 @@ fn roots(pem: &[u8]) -> Result<RootCertStore, BuildError> {
 
 /// The error of a request that got no response head.
 fn head_error(error: &reqwest::Error) -> Error {
+    let mut io_errors = chain(error).filter_map(|cause| cause.downcast_ref::<io::Error>());
+    if io_errors.any(descriptors::is_shortage) || error.is_dns() && descriptors::are_exhausted() {
+        return Error::permanent(Reason::Overloaded);
+    }
     if error.is_dns() {
         return Error::transient(Reason::UpstreamDns);
     }

@@ -41,6 +41,7 @@
 //! - [`telemetry`]: log, access log, metrics, traces
 //! - [`files`]: reads and watches small files: certificates, tokens, passwords
 //! - [`accept`]: accepts TCP connections, for all listeners
+//! - [`descriptors`]: the limit of open descriptors
 //! - [`error_chain`]: walks an error and its sources
 //! - [`lateness`]: whether this thread lacks CPU time, so that a timeout is not evidence against a peer
 //!
@@ -60,6 +61,7 @@ pub mod coalescer;
 pub mod code;
 pub mod credentials;
 pub mod deadline;
+pub mod descriptors;
 pub mod error;
 pub mod error_chain;
 pub mod fair_limit;

@@ -10,7 +10,7 @@ use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpStream,
     sync::Semaphore,
-    time::{Instant, sleep, timeout},
+    time::{Instant, error::Elapsed, sleep, timeout},
 };
 use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
@@ -23,7 +23,11 @@ use super::{
     stream::Streams,
     tls::Tls,
 };
-use crate::{caller::Caller, rpc::Service, telemetry::Peer};
+use crate::{
+    caller::Caller,
+    rpc::Service,
+    telemetry::{Peer, metrics::Refusal},
+};
 
 /// Concurrent streams of one connection; further ones get `REFUSED_STREAM`, which is safe to retry.
 const MAX_STREAMS: u32 = 100;
@@ -52,16 +56,17 @@ pub(super) struct WorkerContext<S> {
     pub(super) discarded: Arc<Discarded>,
 }
 
-/// Serves one connection to its end. Returns `false` if the handshake or the preface failed or timed out.
+/// Serves one connection to its end.
+///
+/// # Errors
+/// [`Refusal`] when it ends before HTTP/2.
 pub(super) async fn serve<S: Service>(
     socket: std::net::TcpStream,
     peer: SocketAddr,
     context: Arc<WorkerContext<S>>,
     go_away: CancellationToken,
-) -> bool {
-    let Ok(socket) = TcpStream::from_std(socket) else {
-        return false;
-    };
+) -> Result<(), Refusal> {
+    let socket = TcpStream::from_std(socket).map_err(|_| Refusal::Closed)?;
     let connection = Caller::Connection(fastrand::u64(..));
     match &context.tls {
         None => read_preface_and_serve(socket, peer, connection, &context, &go_away).await,
@@ -69,15 +74,11 @@ pub(super) async fn serve<S: Service>(
             // Boxed, as is the preface below, to free its memory for the rest of the connection's life.
             let handshake = Box::pin(timeout(
                 context.timings.handshake_timeout,
-                tls.handshake(socket),
+                tls.handshake(socket, peer),
             ));
-            match before_drain(handshake, &go_away).await {
-                Some(Ok(Some(io))) => {
-                    let caller = client_certificate(&io).unwrap_or(connection);
-                    read_preface_and_serve(io, peer, caller, &context, &go_away).await
-                }
-                _ => false,
-            }
+            let io = before_drain(handshake, &go_away).await?;
+            let caller = client_certificate(&io).unwrap_or(connection);
+            read_preface_and_serve(io, peer, caller, &context, &go_away).await
         }
     }
 }
@@ -88,18 +89,14 @@ async fn read_preface_and_serve<S: Service, I>(
     caller: Caller,
     context: &Arc<WorkerContext<S>>,
     go_away: &CancellationToken,
-) -> bool
+) -> Result<(), Refusal>
 where
     I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let preface = Box::pin(timeout(context.timings.preface_timeout, preface::read(io)));
-    match before_drain(preface, go_away).await {
-        Some(Ok(Some(io))) => {
-            serve_http2(io, peer, caller, context, go_away).await;
-            true
-        }
-        _ => false,
-    }
+    let io = before_drain(preface, go_away).await?;
+    serve_http2(io, peer, caller, context, go_away).await;
+    Ok(())
 }
 
 /// The caller that the client certificate identifies, if any.
@@ -115,11 +112,14 @@ fn client_certificate(io: &TlsStream<TcpStream>) -> Option<Caller> {
 }
 
 /// Awaits `event`, but not beyond [`DRAIN_PREFACE_TIMEOUT`] after the GOAWAY of a drain.
-async fn before_drain<F: Future>(event: F, go_away: &CancellationToken) -> Option<F::Output> {
+async fn before_drain<T>(
+    event: impl Future<Output = Result<Result<T, Refusal>, Elapsed>>,
+    go_away: &CancellationToken,
+) -> Result<T, Refusal> {
     tokio::select! {
         biased;
-        output = event => Some(output),
-        () = async { go_away.cancelled().await; sleep(DRAIN_PREFACE_TIMEOUT).await } => None,
+        output = event => output.unwrap_or(Err(Refusal::Timeout)),
+        () = async { go_away.cancelled().await; sleep(DRAIN_PREFACE_TIMEOUT).await } => Err(Refusal::Timeout),
     }
 }
 

@@ -22,7 +22,7 @@ use tokio::{task::AbortHandle, time::timeout};
 
 /// Bytes of one request that are discarded; the stream of a longer request is reset. Most clients stop when they have the reply.
 const MAX_BYTES: usize = 1024 * 1024;
-/// Incomplete requests of all connections after their replies, 1.7 KiB each; one connection has at most as many as streams.
+/// Incomplete requests of all connections after their replies, about 1.3 KiB each; one connection has at most as many as streams.
 const MAX_REQUESTS: usize = 8192;
 
 /// The body of a request. After a drop, its rest is read and discarded.

@@ -71,17 +71,17 @@ impl<S: Service> Worker<S> {
         socket: std::net::TcpStream,
         peer: SocketAddr,
         permit: OwnedSemaphorePermit,
-        metrics: &Metrics,
+        metrics: &Arc<Metrics>,
     ) {
         let counted = CountedConnection::new(metrics.connections.clone());
         let context = Arc::clone(&self.context);
         let go_away = self.go_away.clone();
-        let refused = metrics.connections_refused.clone();
+        let metrics = Arc::clone(metrics);
         self.connections.spawn_on(
             async move {
                 let _held = (permit, counted);
-                if !connection::serve(socket, peer, context, go_away).await {
-                    refused.inc();
+                if let Err(reason) = connection::serve(socket, peer, context, go_away).await {
+                    metrics.connection_refused(reason);
                 }
             },
             &self.handle,

@@ -8,20 +8,13 @@ use tonic::{Code, Request};
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus};
 
 use crate::support::{
-    Connection, Failure, Program, Step, Upstream, eventually, example, example_request,
+    Connection, Failure, Program, Step, Upstream, eventually, example, example_request, numbered,
     program::run,
     raw::{framed, headers},
     reply,
 };
 
 const SAMPLES: usize = 60;
-
-/// A request with a distinct workflow id, so that calls are not coalesced.
-fn numbered(number: usize) -> rds_task_facade::pb::GetTaskDetailRequest {
-    let mut request = example_request();
-    request.workflow_id = format!("w-{number}");
-    request
-}
 
 /// Asserts that the first quartile of the samples is within `limit` plus four round trips of the same run. The other samples do not
 /// count, because a busy machine can pause this process or the program for longer than any limit.

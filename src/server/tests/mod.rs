@@ -207,6 +207,13 @@ impl Running {
         value.map_or(0, |value| value.trim().parse::<f64>().unwrap() as u64)
     }
 
+    /// The number of connections that were closed before HTTP/2 for this reason.
+    fn refused(&self, reason: &str) -> u64 {
+        self.metric(&format!(
+            "grpc_server_connections_refused_total{{reason=\"{reason}\"}} "
+        ))
+    }
+
     /// Waits for `count` finished calls and returns the codes of all finished calls, sorted.
     async fn ended(&self, count: usize) -> Vec<Code> {
         eventually(|| ended(&self.metrics).len() >= count).await;
