@@ -77,6 +77,8 @@ var crowdFaults = []crowdFault{
 	{name: "one caller does not read replies", owner: "permits", flags: []string{"--max-in-flight", "32"}, inject: readNoReplies},
 	{name: "more connections than allowed", owner: "connection limit", flags: []string{"--max-connections", "40"}, alone: true,
 		inject: floodConnections},
+	{name: "idle connections under a limit of 256 descriptors", owner: "descriptors", descriptors: 256, alone: true, inject: floodConnections},
+	{name: "200 slow sockets on the metrics port", owner: "metrics port", alone: true, inject: slowAdminSockets},
 
 	// Connections: behind a mesh, many callers share one.
 	{name: "late DATA of one caller's rejected calls", owner: "connection", inject: sendLateData},
@@ -289,7 +291,49 @@ func sendLongMetadata(ctx context.Context, s *stage) error {
 	return err
 }
 
-// floodConnections opens connections without a pause and keeps those that are accepted.
+// slowAdminSockets sends requests of the metrics port a byte at a time, on sockets that it opens again when they are closed. Each probe must
+// get its response within a second.
+func slowAdminSockets(ctx context.Context, s *stage) error {
+	const sockets, interval = 200, 250 * time.Millisecond
+	var running sync.WaitGroup
+	defer running.Wait()
+	for range sockets {
+		running.Go(func() {
+			for ctx.Err() == nil {
+				socket, err := net.Dial("tcp", s.metrics)
+				for err == nil && ctx.Err() == nil {
+					_, err = io.WriteString(socket, "G")
+					pause(ctx, 100*time.Millisecond)
+				}
+				if socket != nil {
+					_ = socket.Close()
+				}
+			}
+		})
+	}
+	return s.probe(ctx, interval)
+}
+
+// probe fails if a probe gets no response within a second.
+func (s *stage) probe(ctx context.Context, interval time.Duration) error {
+	client := http.Client{Timeout: time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
+	for ctx.Err() == nil {
+		for _, path := range []string{"/livez", "/readyz"} {
+			reply, err := client.Get("http://" + s.metrics + path)
+			if err != nil {
+				return err
+			}
+			reply.Body.Close()
+			if reply.StatusCode != http.StatusOK {
+				return fmt.Errorf("%s: %s", path, reply.Status)
+			}
+		}
+		pause(ctx, interval)
+	}
+	return nil
+}
+
+// floodConnections opens connections without a pause and keeps those that are accepted. Each probe must get its response.
 func floodConnections(ctx context.Context, s *stage) error {
 	var opened []net.Conn
 	defer func() {
@@ -297,8 +341,14 @@ func floodConnections(ctx context.Context, s *stage) error {
 			_ = socket.Close()
 		}
 	}()
+	probed := make(chan error, 1)
+	go func() { probed <- s.probe(ctx, 100*time.Millisecond) }()
 	for ctx.Err() == nil && len(opened) < 5000 {
-		socket, err := net.Dial("tcp", s.address)
+		// Waits if the kernel's queue is full.
+		socket, err := (&net.Dialer{}).DialContext(ctx, "tcp", s.address)
+		if ctx.Err() != nil {
+			break
+		}
 		if err != nil {
 			return err
 		}
@@ -306,7 +356,7 @@ func floodConnections(ctx context.Context, s *stage) error {
 		pause(ctx, time.Millisecond)
 	}
 	<-ctx.Done()
-	return s.requireCount("grpc_server_connections_refused_total")
+	return errors.Join(<-probed, s.requireCount("grpc_server_connections_refused_total"))
 }
 
 func callWithNewTokens(ctx context.Context, s *stage) error {
