@@ -8,7 +8,8 @@ use std::{convert::Infallible, panic::AssertUnwindSafe, sync::Arc, time::Duratio
 
 use futures_util::FutureExt as _;
 use http::{
-    HeaderMap, HeaderName, HeaderValue, Method as HttpMethod, Request, Response, StatusCode, header,
+    HeaderMap, HeaderName, HeaderValue, Method as HttpMethod, Request, Response, StatusCode, Uri,
+    header,
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
@@ -35,6 +36,8 @@ use crate::{
 
 /// The longest metadata of a request in bytes, counted as HTTP/2 does: name, value and 32 for each field.
 const MAX_METADATA_BYTES: usize = 32 * 1024;
+/// Longer metadata is copied, because each field of it keeps the buffer alive in which all fields arrived, and that is twice as long.
+const COPIED_METADATA_BYTES: usize = 4 * 1024;
 const METADATA_TOO_LONG: Error = Error::Protocol(
     Code::ResourceExhausted,
     "the metadata is over the limit of 32 KiB: send fewer or shorter fields",
@@ -72,7 +75,7 @@ impl<S: Service> Edge<S> {
     pub(super) async fn handle(
         &self,
         connection: &Connection,
-        request: Box<Request<RequestBody>>,
+        mut request: Box<Request<RequestBody>>,
     ) -> Response<ReplyBody> {
         let headers = request.headers();
         let caller = match self.service.token_hash(headers) {
@@ -111,8 +114,12 @@ impl<S: Service> Edge<S> {
             let status = StatusCode::UNSUPPORTED_MEDIA_TYPE;
             return reply::not_grpc(call, status, text);
         }
-        if metadata_bytes(headers) > MAX_METADATA_BYTES {
+        let bytes = metadata_bytes(headers);
+        if bytes > MAX_METADATA_BYTES {
             return reply::failure(call, &METADATA_TOO_LONG);
+        }
+        if bytes >= COPIED_METADATA_BYTES {
+            copy_head(&mut request);
         }
         if let Err(text) = caller_timeout {
             return reply::failure(call, &Error::Protocol(Code::InvalidArgument, text));
@@ -215,6 +222,17 @@ fn metadata_bytes(headers: &HeaderMap) -> usize {
     let field_bytes =
         |(name, value): (&HeaderName, &HeaderValue)| name.as_str().len() + value.len() + 32;
     headers.iter().map(field_bytes).sum()
+}
+
+/// Replaces path and metadata by copies that share no memory with the received ones.
+fn copy_head<B>(request: &mut Request<B>) {
+    let path = Uri::try_from(request.uri().path());
+    let fields = request.headers().iter().filter_map(|(name, value)| {
+        let name = HeaderName::from_bytes(name.as_str().as_bytes()).ok()?;
+        Some((name, HeaderValue::from_bytes(value.as_bytes()).ok()?))
+    });
+    *request.headers_mut() = fields.collect();
+    *request.uri_mut() = path.unwrap_or_default();
 }
 
 /// The caller's `grpc-timeout`, if any, or an error message.

@@ -85,7 +85,7 @@ impl Body for RequestBody {
 pub(super) struct Discarded {
     /// How long the rest of one request may take: as long as a slow network may delay it.
     timeout: Duration,
-    /// The latest [`MAX_REQUESTS`] requests, the oldest first, also those that are complete; `None` after [`Self::cancel`]. A client
+    /// At most [`MAX_REQUESTS`], the oldest first; complete ones stay behind an incomplete one. `None` after [`Self::cancel`]. A client
     /// that never completes its requests thus ends its own, which are the oldest, and not those of other clients.
     tasks: Mutex<Option<VecDeque<AbortHandle>>>,
 }
@@ -119,6 +119,9 @@ impl Discarded {
         let Some(tasks) = guard.as_mut() else {
             return;
         };
+        while tasks.front().is_some_and(AbortHandle::is_finished) {
+            tasks.pop_front();
+        }
         if tasks.len() >= MAX_REQUESTS
             && let Some(oldest) = tasks.pop_front()
         {

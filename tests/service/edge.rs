@@ -390,6 +390,7 @@ async fn a_token_of_31_kib_reaches_upstream_from_every_client() {
     // What a mesh adds.
     let traceparent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
     let metadata = [("x-auth-token", &*token), ("traceparent", traceparent)];
+    let repeated = [("x-auth-token", &token[..10 << 10])].repeat(2);
 
     let called = program.call_with(example_request(), &metadata).await;
     let target = format!("http://{}", program.grpc);
@@ -397,7 +398,11 @@ async fn a_token_of_31_kib_reaches_upstream_from_every_client() {
     let environment = [("RDS_TASK_FACADE_TOKEN", &*token)];
     let printed = run(&args, &environment);
 
+    let rejected = program.call_with(example_request(), &repeated).await;
+
     called.expect("a reply");
+    let rejected = Failure::from_status(&rejected.expect_err("two tokens"));
+    assert_eq!(rejected.reason, "CREDENTIAL_REJECTED");
     assert_eq!(printed.0, 0, "{}", printed.2);
     for request in upstream.requests() {
         assert_eq!(request.header("x-auth-token"), Some(&*token));
