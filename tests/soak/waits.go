@@ -19,7 +19,7 @@ const (
 var waits = []attack{
 	{name: "slow preface", run: slowPreface},
 	{name: "silent connections", run: silentConnections},
-	{name: "10000 idle connections", flags: []string{"--max-connections", "12000"}, grows: idlePeers * 32 << 10, run: idleConnections},
+	{name: "10000 idle connections", flags: []string{"--max-connections", "10500", "--max-in-flight", "500"}, grows: idlePeers * 32 << 10, run: idleConnections},
 	{name: "slow headers", run: slowHeaders},
 	{name: "incomplete long headers", run: longHeaders},
 }
