@@ -7,9 +7,9 @@ use rustix::{
     process::{Resource, Rlimit, getrlimit, setrlimit},
 };
 
-/// Descriptors for everything but gRPC connections and upstream requests: the admin listener's connections, files, name lookups, signals,
-/// the log.
-const RESERVE: usize = 64;
+/// Descriptors for everything but gRPC connections and upstream requests: connections of the admin listener (256 at most wait for a
+/// request), files, name lookups, signals, the log.
+const RESERVE: usize = 320;
 /// Descriptors of the runtime of one worker.
 const PER_WORKER: usize = 4;
 
@@ -50,7 +50,7 @@ pub fn fit(limit: usize, connections: usize, calls: usize) -> Option<Fitted> {
     if needed <= limit {
         return None;
     }
-    let available = limit - reserve.min(limit / 4 * 3);
+    let available = limit - reserve.min(limit / 2);
     // A limit that needs less than half leaves the rest to the other one.
     let half = available / 2;
     let calls = calls.min(half.max(available.saturating_sub(connections)));

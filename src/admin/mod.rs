@@ -52,8 +52,9 @@ fn address_or_off(text: &str) -> Parsed<Option<SocketAddr>> {
     }
 }
 
-/// Connections whose request has not arrived. A further one closes the oldest of them, so that slow clients leave room for probes.
-const MAX_WAITING: usize = 48;
+/// Connections whose request has not arrived. A further one closes the oldest of them, so that slow clients leave room for probes. High
+/// enough that a request arrives before clients that reconnect all the time can close its connection.
+const MAX_WAITING: usize = 256;
 
 /// Responses of `/metrics` that are being sent, which a slow reader can delay. Those of the other paths fit into the socket.
 const MAX_SCRAPES: usize = 8;
@@ -322,7 +323,7 @@ mod tests {
         let admin = start().await;
         let address = admin.address;
         let mut slow = JoinSet::new();
-        for number in 0..200 {
+        for number in 0..MAX_WAITING + 100 {
             slow.spawn(async move {
                 // Never completes a request, and comes back when it is closed.
                 loop {
@@ -330,7 +331,7 @@ mod tests {
                     let part = ["", "GET /livez HTTP/1.1\r\nh"][number % 2];
                     let _ = stream.write_all(part.as_bytes()).await;
                     let _ = stream.read(&mut [0]).await;
-                    tokio::time::sleep(Duration::from_millis(50)).await;
+                    tokio::time::sleep(Duration::from_millis(500)).await;
                 }
             });
         }

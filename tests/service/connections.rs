@@ -3,6 +3,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use rds_task_facade::pb::GetTaskDetailRequest;
 use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 use tokio::{io::AsyncReadExt as _, net::TcpStream, task::JoinSet};
 use tonic::Code;
@@ -153,8 +154,14 @@ async fn a_lack_of_descriptors_is_overload_and_does_not_count_against_upstream()
     for url in [upstream.url(), by_name] {
         let program = Program::over(&url, &[]);
         let mut client = program.client().await;
+        // The connection has been accepted, and none to upstream is open.
+        let empty = client.get_task_detail(GetTaskDetailRequest::default());
+        assert_eq!(
+            empty.await.expect_err("no ids").code(),
+            Code::InvalidArgument
+        );
         let lacking = DescriptorLimit::of(&program);
-        lacking.set(lacking.open());
+        lacking.exhaust();
 
         let mut seen = Vec::new();
         for number in 0..50 {
@@ -189,18 +196,12 @@ impl DescriptorLimit {
         Self(pid, limit)
     }
 
-    /// The first number that no open descriptor has.
-    fn open(&self) -> u64 {
-        let folder = format!("/proc/{}/fd", self.0.as_raw_nonzero());
-        fs::read_dir(folder).expect("it runs").count() as u64
-    }
-
-    fn set(&self, limit: u64) {
-        let lowered = Rlimit {
-            current: Some(limit),
+    /// Lets the program open nothing: each new descriptor has a number from three on, because standard input and output are open.
+    fn exhaust(&self) {
+        self.put(Rlimit {
+            current: Some(3),
             ..self.1
-        };
-        self.put(lowered);
+        });
     }
 
     fn reset(&self) {
