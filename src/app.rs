@@ -21,6 +21,7 @@ use crate::{
     cli::Serve,
     coalescer::Coalescer,
     credentials::{Credentials, Source},
+    descriptors,
     http_client::{self, SystemRoots},
     lookup::Lookups,
     options::url::without_slash,
@@ -62,6 +63,7 @@ pub async fn serve(options: Serve) -> ExitCode {
 
 /// Runs only the sandbox until a signal.
 pub async fn sandbox(listen: SocketAddr) -> ExitCode {
+    descriptors::raise_limit();
     let _telemetry = telemetry::start(&telemetry::Options::default(), &Metrics::new());
     finish(run_sandbox(listen).await)
 }
@@ -77,6 +79,7 @@ fn finish(ended: Result<(), Error>) -> ExitCode {
 }
 
 async fn run(options: Serve, metrics: Arc<Metrics>, access: Access) -> Result<(), Error> {
+    let descriptors = descriptors::raise_limit();
     let shutdown = shutdown_signal()?;
     let cannot_listen = |address| move |error| Error::Listen(address, error);
     let address = options.server.listen;
@@ -135,7 +138,13 @@ async fn run(options: Serve, metrics: Arc<Metrics>, access: Access) -> Result<()
         access,
         tracer: tracer.clone(),
     });
-    let server_options = options.server.clone();
+    let mut server_options = options.server.clone();
+    let (connections, calls) = (server_options.max_connections, server_options.max_in_flight);
+    let fitted = descriptors::fit(descriptors, connections, calls);
+    if let Some(fitted) = &fitted {
+        server_options.max_connections = fitted.connections;
+        server_options.max_in_flight = fitted.calls;
+    }
     let server = Server::start(listener, server_options, facades, serving, sinks).await?;
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
@@ -153,6 +162,15 @@ async fn run(options: Serve, metrics: Arc<Metrics>, access: Access) -> Result<()
     }
     if let Some(warning) = options.exposure_warning() {
         tracing::warn!("{warning}");
+    }
+    if let Some(fitted) = fitted {
+        tracing::warn!(
+            limit = descriptors,
+            needed = fitted.needed,
+            max_connections = fitted.connections,
+            max_in_flight = fitted.calls,
+            "the limit of open descriptors is too low for --max-connections and --max-in-flight, which are reduced; raise the limit (ulimit -n)"
+        );
     }
     server.run(credentials.ready(), shutdown).await;
     if let Some(tracer) = tracer {

@@ -45,6 +45,7 @@
 //! - [`files`]: reads and watches small files: certificates, tokens, passwords
 //! - [`pem`]: PEM files of certificates and keys
 //! - [`accept`]: accepts TCP connections, for all listeners
+//! - [`descriptors`]: the limit of open descriptors
 //! - [`error_chain`]: walks an error and its sources
 //! - [`lateness`]: whether this thread lacks CPU time, so that a timeout is not evidence against a peer
 //! - [`supervise`]: restarts background tasks that panic
@@ -65,6 +66,7 @@ pub mod coalescer;
 pub mod code;
 pub mod credentials;
 pub mod deadline;
+pub mod descriptors;
 pub mod error;
 pub mod error_chain;
 pub mod fair_limit;

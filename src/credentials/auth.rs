@@ -123,7 +123,7 @@ impl AccessKey {
     /// Parses the parts of a key. An empty security token counts as absent.
     ///
     /// # Errors
-    /// [`MalformedKey`] names the part that does not hold 1 to 16 KiB of visible ASCII.
+    /// [`MalformedKey`] names the part that does not hold 1 to 31 KiB of visible ASCII.
     pub fn parse(
         access_key_id: &str,
         secret_access_key: &str,

@@ -3,8 +3,8 @@
 use http::HeaderValue;
 use zeroize::Zeroizing;
 
-/// The longest accepted token or key. The vendor's tokens take several KiB; its gateway rejects a header of 32 KB.
-const MAX_BYTES: usize = 16 * 1024;
+/// The longest accepted token or key. IAM's tokens take up to 31 KiB; the vendor's gateway rejects a header of 32 KB.
+const MAX_BYTES: usize = 31 * 1024;
 
 /// What is wrong with the text of a token or key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -27,15 +27,15 @@ pub enum Malformed {
     /// Quotes around it, as in a shell or an `.env` file.
     #[error("is in quotes; write it without them")]
     Quoted,
-    /// More than 16 KiB.
-    #[error("is longer than 16 KiB")]
+    /// More than 31 KiB.
+    #[error("is longer than 31 KiB")]
     TooLong,
 }
 
 /// Parses a token for `X-Auth-Token`. A final line break is removed, because files often end with one.
 ///
 /// # Errors
-/// [`Malformed`] when it is empty, over 16 KiB, or holds anything but visible ASCII.
+/// [`Malformed`] when it is empty, over 31 KiB, or holds anything but visible ASCII.
 pub fn parse_token(text: &str) -> Result<HeaderValue, Malformed> {
     let text = visible(text)?;
     let mut value = HeaderValue::from_str(text).expect("visible ASCII is a header value");
@@ -58,7 +58,7 @@ pub fn parse_password(text: &str) -> Result<Zeroizing<String>, Malformed> {
     Ok(Zeroizing::new(text.to_owned()))
 }
 
-/// The text without a byte order mark and one final line break, if it is 1 to 16 KiB of visible ASCII.
+/// The text without a byte order mark and one final line break, if it is 1 to 31 KiB of visible ASCII.
 ///
 /// # Errors
 /// [`Malformed`] when it is not.

@@ -70,7 +70,7 @@ async fn token_of(credentials: &Credentials) -> Token {
 #[tokio::test]
 async fn callers_bring_exactly_one_well_formed_token() {
     let credentials = start(Source::Caller);
-    let long = [b'a'; 16 * 1024 + 1];
+    let long = [b'a'; 31 * 1024 + 1];
     type Case<'a> = (&'a str, &'a [&'a [u8]], Result<(), Error>);
     let cases: [Case<'_>; 8] = [
         ("one", &[b"token"], Ok(())),

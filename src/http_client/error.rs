@@ -6,6 +6,7 @@ use tokio::time::error::Elapsed;
 
 use super::resolver::LookupError;
 use crate::{
+    descriptors,
     error_chain::{chain, root_cause},
     reason::Reason,
 };
@@ -13,7 +14,7 @@ use crate::{
 /// An exchange without a complete response.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Error {
-    /// One of the transport reasons, or `UpstreamResponseTooLarge`.
+    /// One of the transport reasons, `UpstreamResponseTooLarge`, or `Overloaded` if this process is out of descriptors.
     pub reason: Reason,
     /// Whether the same request may succeed on another connection.
     pub retryable: bool,
@@ -66,7 +67,12 @@ pub(super) fn connect_error(error: &(dyn StdError + 'static)) -> Error {
     if let Some(tls) = chain(error).find_map(tls_error) {
         return tls_failure(tls, cause);
     }
-    let reason = match chain(error).any(|cause| cause.is::<LookupError>()) {
+    let is_lookup = chain(error).any(|cause| cause.is::<LookupError>());
+    let mut io_errors = chain(error).filter_map(|cause| cause.downcast_ref::<io::Error>());
+    if io_errors.any(descriptors::is_shortage) || is_lookup && descriptors::are_exhausted() {
+        return Error::new(Reason::Overloaded, false, cause);
+    }
+    let reason = match is_lookup {
         true => Reason::UpstreamDns,
         false => Reason::UpstreamConnect,
     };

@@ -2,6 +2,8 @@
 
 use std::{
     convert::Infallible,
+    io,
+    net::SocketAddr,
     path::PathBuf,
     sync::Arc,
     time::{Duration, SystemTime},
@@ -11,17 +13,17 @@ use arc_swap::ArcSwap;
 use rustls::{
     ServerConfig,
     crypto::aws_lc_rs::default_provider,
-    server::WebPkiClientVerifier,
+    server::{Acceptor, WebPkiClientVerifier},
     version::{TLS12, TLS13},
 };
 use tokio::{net::TcpStream, sync::Semaphore};
-use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tokio_rustls::{LazyConfigAcceptor, server::TlsStream};
 
 use super::certificate;
 use crate::{
     files::{self, Contents, Digest, Watcher},
     options, pem,
-    telemetry::metrics::Metrics,
+    telemetry::metrics::{Metrics, Refusal},
 };
 
 /// The only application protocol.
@@ -133,21 +135,69 @@ impl Tls {
         })
     }
 
-    /// Performs the handshake with one client; `None` if it fails. The caller bounds its time.
-    pub(super) async fn handshake(&self, socket: TcpStream) -> Option<TlsStream<TcpStream>> {
+    /// Performs the handshake with one client. The caller bounds its time.
+    ///
+    /// # Errors
+    /// [`Refusal`] when it fails.
+    pub(super) async fn handshake(
+        &self,
+        socket: TcpStream,
+        peer: SocketAddr,
+    ) -> Result<TlsStream<TcpStream>, Refusal> {
         // Waits for the first bytes, so that a silent peer takes no permit.
-        socket.readable().await.ok()?;
-        let _permit = self.handshakes.acquire().await.ok()?;
-        let acceptor = TlsAcceptor::from(self.current.load_full());
-        let peer = socket.peer_addr().ok()?;
-        let stream = acceptor
-            .accept(socket)
-            .await
-            .inspect_err(|error| tracing::warn!(%peer, %error, "TLS handshake failed"))
-            .ok()?;
+        socket.readable().await.map_err(|_| Refusal::Closed)?;
+        let _permit = self.handshakes.acquire().await.expect("never closed");
+        let hello = LazyConfigAcceptor::new(Acceptor::default(), socket);
+        let hello = hello.await.map_err(|error| {
+            if is_end(&error) {
+                tracing::debug!(%peer, %error, "the client closed the connection before its first TLS record");
+                return Refusal::Closed;
+            }
+            tracing::warn!(%peer, %error, "TLS handshake failed: the client does not speak TLS");
+            Refusal::Tls
+        })?;
+        let stream = hello.into_stream(self.current.load_full()).await;
+        let stream = stream.map_err(|error| log_failure(peer, &error))?;
         // rustls accepts a client that offers no protocol.
-        (stream.get_ref().1.alpn_protocol() == Some(HTTP2)).then_some(stream)
+        if stream.get_ref().1.alpn_protocol() != Some(HTTP2) {
+            return Err(log_failure(
+                peer,
+                &io::Error::other(rustls::Error::NoApplicationProtocol),
+            ));
+        }
+        Ok(stream)
     }
+}
+
+/// Logs a failed handshake. Each line suppresses only its own repetitions, so a frequent cause does not hide the others.
+fn log_failure(peer: SocketAddr, error: &io::Error) -> Refusal {
+    let cause = error.get_ref().and_then(|inner| inner.downcast_ref());
+    match cause {
+        Some(rustls::Error::NoApplicationProtocol) => {
+            tracing::warn!(%peer, "TLS handshake failed: the client does not offer h2 by ALPN, which gRPC requires");
+            return Refusal::Alpn;
+        }
+        Some(rustls::Error::NoCertificatesPresented) => {
+            tracing::warn!(%peer, "TLS handshake failed: the client has no certificate");
+        }
+        Some(rustls::Error::InvalidCertificate(reason)) => {
+            tracing::warn!(%peer, error = %reason, "TLS handshake failed: the client's certificate is not valid");
+        }
+        Some(rustls::Error::AlertReceived(alert)) => {
+            tracing::warn!(%peer, ?alert, "TLS handshake failed: the client rejected it");
+        }
+        Some(error) => tracing::warn!(%peer, %error, "TLS handshake failed"),
+        None => tracing::warn!(%peer, %error, "TLS handshake failed: the connection broke"),
+    }
+    Refusal::Tls
+}
+
+/// Whether the client closed or reset the connection.
+fn is_end(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset
+    )
 }
 
 /// Reloads changed files for new handshakes until the future is dropped. Changed files that cannot be used are logged, and the current

@@ -74,16 +74,16 @@ impl<S: Service> Worker<S> {
         socket: std::net::TcpStream,
         peer: SocketAddr,
         permit: OwnedSemaphorePermit,
-        metrics: &Metrics,
+        metrics: &Arc<Metrics>,
     ) {
         let counted = Counted::new(&metrics.connections);
         let context = Arc::clone(&self.context);
-        let refused = metrics.connections_refused.clone();
+        let metrics = Arc::clone(metrics);
         self.connections.spawn_on(
             async move {
                 let _held = (permit, counted);
-                if !connection::serve(socket, peer, context).await {
-                    refused.inc();
+                if let Err(reason) = connection::serve(socket, peer, context).await {
+                    metrics.connection_refused(reason);
                 }
             },
             &self.handle,

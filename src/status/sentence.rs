@@ -111,7 +111,7 @@ pub(super) fn for_reason(reason: Reason) -> &'static str {
             "the clocks of the server and RDS differ too much: the operator has to set the server's clock"
         }
         Reason::Overloaded => {
-            "too many calls are in flight on the server: wait for the delay in RetryInfo"
+            "the server has too many calls or connections: wait for the delay in RetryInfo"
         }
         Reason::WatchExpired => {
             "the watch has reached its longest duration: continue it with the etag of the last message"

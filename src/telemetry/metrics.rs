@@ -126,6 +126,26 @@ const RETRY_REASONS: [Reason; 10] = [
     Reason::ClockSkew,
 ];
 
+/// Why the server closed a connection before HTTP/2, as the label `reason`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refusal {
+    /// As many connections are open as `--max-connections` and the descriptors of the process allow.
+    Limit,
+    /// The client closed the connection before it sent anything complete, as TCP checks do.
+    Closed,
+    /// The client was silent or slow, or the server drains.
+    Timeout,
+    /// The TLS handshake failed.
+    Tls,
+    /// The client does not offer h2 by ALPN.
+    Alpn,
+    /// The client does not speak HTTP/2.
+    Protocol,
+}
+
+/// In the order of [`Refusal`].
+const REFUSALS: [&str; 6] = ["limit", "closed", "timeout", "tls", "alpn", "protocol"];
+
 /// The label names and values of one series.
 type Labels<const N: usize> = [(&'static str, &'static str); N];
 
@@ -198,8 +218,8 @@ pub struct Metrics {
     watch_ends: [Counter; WATCH_ENDS.len()],
     /// Open gRPC connections.
     pub connections: Gauge,
-    /// Connections without a gRPC session: refused at the limit, failed TLS handshake, no HTTP/2 preface.
-    pub connections_refused: Counter,
+    /// Indexed by [`Refusal`].
+    connections_refused: [Counter; REFUSALS.len()],
     /// Caught panics.
     pub panics: Counter,
     /// Background tasks restarted after a panic.
@@ -324,10 +344,11 @@ impl Metrics {
                 WATCH_ENDS.map(|cause| [("cause", cause)]),
             ),
             connections: register(r, "grpc_server_connections", "Open gRPC connections"),
-            connections_refused: register(
+            connections_refused: counters(
                 r,
                 "grpc_server_connections_refused",
-                "Connections refused at the limit or failed before HTTP/2",
+                "Connections closed before HTTP/2",
+                REFUSALS.map(|reason| [("reason", reason)]),
             ),
             panics: register(r, "panics", "Panics caught"),
             background: Restarts(counters(
@@ -412,6 +433,11 @@ impl Metrics {
     /// Counts the end of a watch.
     pub fn watch_ended(&self, cause: WatchEnd) {
         self.watch_ends[cause as usize].inc();
+    }
+
+    /// Counts a connection that was closed before HTTP/2.
+    pub fn connection_refused(&self, reason: Refusal) {
+        self.connections_refused[reason as usize].inc();
     }
 
     /// Counts a fetch of a credential.

@@ -471,6 +471,8 @@ fn failed_exchange(
     match failure.reason {
         // Upstream is up if it replies, even if the reply cannot be read.
         Reason::UpstreamResponseTooLarge | Reason::UpstreamProtocol => admission.succeeded(),
+        // Out of descriptors, which shows nothing about upstream.
+        Reason::Overloaded => drop(admission),
         // Connecting may have waited for CPU time of this process or for other connects, not for upstream.
         _ if failure.timed_out && is_late(connect_due) => drop(admission),
         _ => admission.failed(),

@@ -22,8 +22,6 @@ use crate::support::{
     within,
 };
 
-const REFUSED: &str = "grpc_server_connections_refused_total";
-
 /// A client's hello in TLS 1.1, with two ciphers of its time.
 const HELLO_OF_TLS_1_1: &[u8] = &[
     0x16, 3, 1, 0, 47, 1, 0, 0, 43, 3, 2, // record and handshake headers, version 1.1
@@ -171,7 +169,7 @@ async fn unauthorized_clients_are_rejected_and_the_next_client_is_served() {
             Some(Code::Ok),
             "after {case}"
         );
-        assert_eq!(program.metric(REFUSED).await, (number + 1) as f64, "{case}");
+        assert_eq!(program.refused("tls").await, (number + 1) as f64, "{case}");
     }
     for (case, bytes) in [
         ("TLS 1.1", HELLO_OF_TLS_1_1),
@@ -188,7 +186,51 @@ async fn unauthorized_clients_are_rejected_and_the_next_client_is_served() {
         assert_eq!(received.len(), 7, "{case}: {received:?}");
         assert_eq!(call(program.grpc, good.clone()).await, Some(Code::Ok));
     }
-    assert_eq!(program.metric(REFUSED).await, 7.0);
+    assert_eq!(program.refused("tls").await, 7.0);
+}
+
+#[tokio::test]
+async fn tcp_checks_do_not_hide_clients_that_are_refused() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let authority = Authority::new();
+    let (program, _) = mutual(folder.path(), &authority);
+    let pair = Pair::for_client(&authority);
+    let mut no_protocol = (*client(&authority, Some(&pair))).clone();
+    no_protocol.alpn_protocols.clear();
+    let no_protocol = Arc::new(no_protocol);
+
+    for number in 0..50 {
+        let mut check = TcpStream::connect(program.grpc).await.expect("it listens");
+        // A check closes the connection, resets it, or first sends a part of a record.
+        match number % 3 {
+            0 => {}
+            1 => check.set_zero_linger().expect("a TCP option"),
+            _ => check
+                .write_all(&HELLO_OF_TLS_1_1[..3])
+                .await
+                .expect("it reads"),
+        }
+    }
+    eventually("all checks are counted", async || {
+        program.refused("closed").await == 50.0
+    })
+    .await;
+    for _ in 0..20 {
+        assert_eq!(call(program.grpc, no_protocol.clone()).await, None);
+    }
+    assert_eq!(call(program.grpc, client(&authority, None)).await, None);
+
+    let message = |line: &serde_json::Value, text: &str| {
+        line["level"] == "WARN" && line["msg"].as_str().is_some_and(|msg| msg.contains(text))
+    };
+    program.wait_for_log(|line| message(line, "ALPN"));
+    program.wait_for_log(|line| message(line, "no certificate"));
+    assert_eq!(program.refused("alpn").await, 20.0);
+    assert_eq!(program.refused("tls").await, 1.0);
+    let logs = program.logs();
+    let failed = logs.iter().filter(|line| line.contains("handshake failed"));
+    // The limit of lines of one kind, and the other kind.
+    assert_eq!(failed.count(), 6, "{logs:#?}");
 }
 
 #[tokio::test]

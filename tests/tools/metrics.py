@@ -1,10 +1,11 @@
-"""Checks the names, types and labels of /metrics with the OpenMetrics parser of the Prometheus client library."""
+"""Checks the names, types and labels of /metrics with the parsers of the Prometheus client library, in both text formats."""
 
 import concurrent.futures
 import urllib.request
 
 import grpc
 from facade import SERVICE, Checks, Facade
+from prometheus_client import parser
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 CODES = """OK Canceled Unknown InvalidArgument DeadlineExceeded NotFound AlreadyExists PermissionDenied ResourceExhausted
@@ -25,6 +26,7 @@ UPSTREAM_UNAVAILABLE UPSTREAM_INTERNAL CREDENTIAL_REJECTED CLOCK_SKEW""".split()
 TASKS = "accept certificates credential health lateness spans".split()
 POLLS = "changed unchanged failed throttled".split()
 WATCH_ENDS = "over deadline cancelled expired drain error stale unread".split()
+REFUSALS = "limit closed timeout tls alpn protocol".split()
 NONE = ((), {()})
 # Family to type, label names and sets of label values.
 EXPECTED = {
@@ -36,7 +38,7 @@ EXPECTED = {
     ),
     "grpc_server_handling_seconds": ("histogram", RPC, METHODS),
     "grpc_server_connections": ("gauge", *NONE),
-    "grpc_server_connections_refused": ("counter", *NONE),
+    "grpc_server_connections_refused": ("counter", ("reason",), {(reason,) for reason in REFUSALS}),
     "rds_upstream_requests": (
         "counter",
         ("outcome", "status_class"),
@@ -83,6 +85,14 @@ def scrape(address):
         return {family.name: family for family in text_string_to_metric_families(answer.read().decode())}
 
 
+def scrape_classic(address):
+    """The text and the samples of a scraper that does not accept OpenMetrics."""
+    request = urllib.request.Request(f"http://{address}/metrics", headers={"Accept": "text/plain;version=0.0.4"})
+    with urllib.request.urlopen(request, timeout=10) as reply:
+        text = reply.read().decode()
+    return text, {family.name: family for family in parser.text_string_to_metric_families(text)}
+
+
 def series(families):
     return {
         (sample.name, *sorted(sample.labels.items())) for family in families.values() for sample in family.samples
@@ -111,6 +121,11 @@ def main():
             if values is not None:
                 checks.equal(f"{name}: all series exist from the start", seen, values)
         before = series(families)
+        _, classic = scrape_classic(facade.metrics)
+        checks.equal("series in the classic format", series(classic), before)
+        kinds = {name: family.type for name, family in classic.items()}
+        expected = {name: kind for name, (kind, _, _) in EXPECTED.items() if kind != "info"} | {"build_info": "gauge"}
+        checks.equal("types in the classic format", kinds, expected)
         paths = [f"/{'x' * (number % 200)}/{number}" for number in range(500)] + ["/" + SERVICE + "/gettaskdetail"]
         with grpc.insecure_channel(facade.address, [("grpc.primary_user_agent", "unknown-agent/1")]) as channel:
             with concurrent.futures.ThreadPoolExecutor(8) as pool:
