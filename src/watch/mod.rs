@@ -14,13 +14,16 @@ mod snapshot;
 mod stream;
 
 use std::{
-    collections::{HashMap, hash_map::Entry},
+    collections::{HashMap, VecDeque, hash_map::Entry},
     fmt,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
 };
 
-use tokio::sync::{Notify, watch};
+use tokio::{
+    sync::{Notify, watch},
+    time::Instant,
+};
 
 pub use self::{
     options::Options,
@@ -36,6 +39,9 @@ use crate::{
     telemetry::{Progress, ServerSpan, metrics::Metrics},
     upstream::Pacing,
 };
+
+/// The number of earlier states of a task that a client may name to get the newest one without another poll.
+const MAX_FORMER_ETAGS: usize = 32;
 
 /// All watched tasks. One per process: all workers share it.
 pub struct Hub {
@@ -70,6 +76,8 @@ pub struct Watcher {
 struct WatchedTask {
     key: Arc<LookupKey>,
     observations: watch::Sender<Observation>,
+    /// The etags of earlier states, of the latest [`MAX_FORMER_ETAGS`] only.
+    former_etags: Mutex<VecDeque<String>>,
     watchers: Mutex<Watchers>,
     /// Notified when a watcher joins.
     joined: Notify,
@@ -98,6 +106,8 @@ struct Observation {
     missing: Option<Arc<Error>>,
     /// When RDS last confirmed the state, or that it does not know the task.
     checked_at: Option<SystemTime>,
+    /// When RDS was last asked for the state; `None` without a state.
+    asked_at: Option<Instant>,
     /// What the attempts of the latest answer showed.
     progress: Arc<Progress>,
     /// Set when the poller has ended: the task is over, or its watches fail.
@@ -174,6 +184,7 @@ impl WatchedTask {
         Self {
             key,
             observations: watch::Sender::default(),
+            former_etags: Mutex::default(),
             watchers: Mutex::default(),
             joined: Notify::new(),
         }
@@ -197,6 +208,12 @@ impl WatchedTask {
     /// The callers that watch the task.
     fn callers(&self) -> Vec<Caller> {
         self.watchers().callers.keys().copied().collect()
+    }
+
+    fn former_etags(&self) -> MutexGuard<'_, VecDeque<String>> {
+        self.former_etags
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     fn watchers(&self) -> MutexGuard<'_, Watchers> {

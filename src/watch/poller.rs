@@ -10,7 +10,7 @@ use http::HeaderMap;
 use tokio::time::{Instant, sleep};
 use tonic::Code;
 
-use super::{Hub, Observation, WatchedTask, snapshot::Snapshot};
+use super::{Hub, MAX_FORMER_ETAGS, Observation, WatchedTask, snapshot::Snapshot};
 use crate::{
     caller::Caller,
     coalescer::Lookup,
@@ -62,6 +62,7 @@ pub(super) struct Poller {
 /// When and how the result of a poll arrived.
 struct Answer {
     at: SystemTime,
+    asked_at: Instant,
     progress: Arc<Progress>,
 }
 
@@ -183,9 +184,9 @@ impl Poller {
             // As the end of a call ends its lookup. A later poll goes on: the next watcher profits from it.
             () = self.task.observations.closed(), if is_first => return Next::Pause(Duration::ZERO),
         };
-        let mut answer = Answer::now();
+        let mut answer = Answer::now(started);
         let result = result.and_then(|(lookup, auth)| {
-            answer = Answer::of(&lookup);
+            answer = Answer::of(&lookup, started);
             let task = into_task(lookup, &self.task.key, &auth)?;
             Snapshot::new(to_message(task)).ok_or_else(|| {
                 let error = upstream::Error::TooLarge;
@@ -243,11 +244,17 @@ impl Poller {
         let is_over = snapshot.is_over;
         self.task.observations.send_modify(|observation| {
             if is_new {
+                if let Some(former) = &observation.snapshot {
+                    let mut etags = self.task.former_etags();
+                    etags.truncate(MAX_FORMER_ETAGS - 1);
+                    etags.push_front(former.etag.clone());
+                }
                 observation.snapshot = Some(Arc::new(snapshot));
                 observation.states += 1;
             }
             observation.missing = None;
             observation.checked_at = Some(answer.at);
+            observation.asked_at = Some(answer.asked_at);
             observation.progress = answer.progress;
         });
         match is_over {
@@ -375,18 +382,21 @@ impl Answer {
         clippy::disallowed_methods,
         reason = "check times are shown to callers and decide nothing"
     )]
-    fn now() -> Self {
+    fn now(asked_at: Instant) -> Self {
         Self {
             at: SystemTime::now(),
+            asked_at,
             progress: Arc::default(),
         }
     }
 
-    fn of(lookup: &Lookup) -> Self {
-        let now = Self::now();
+    fn of(lookup: &Lookup, asked_at: Instant) -> Self {
+        // A cached result is older than the poll.
+        let now = Self::now(asked_at.min(lookup.finished_at));
         let age = lookup.finished_at.elapsed();
         Self {
             at: now.at.checked_sub(age).unwrap_or(now.at),
+            asked_at: now.asked_at,
             progress: Arc::clone(&lookup.progress),
         }
     }
