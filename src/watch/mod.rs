@@ -14,13 +14,16 @@ mod snapshot;
 mod stream;
 
 use std::{
-    collections::{HashMap, hash_map::Entry},
+    collections::{HashMap, VecDeque, hash_map::Entry},
     fmt,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
 };
 
-use tokio::sync::{Notify, watch};
+use tokio::{
+    sync::{Notify, watch},
+    time::Instant,
+};
 
 pub use self::{
     options::Options,
@@ -36,6 +39,9 @@ use crate::{
     telemetry::{Progress, ServerSpan, metrics::Metrics},
     upstream::Pacing,
 };
+
+/// The number of earlier states of a task that a client may name to get the newest one without another poll.
+const MAX_FORMER_ETAGS: usize = 32;
 
 /// All watched tasks. One per process: all workers share it.
 pub struct Hub {
@@ -70,6 +76,8 @@ pub struct Watcher {
 struct WatchedTask {
     key: Arc<LookupKey>,
     observations: watch::Sender<Observation>,
+    /// The etags of earlier states, of the latest [`MAX_FORMER_ETAGS`] only.
+    former_etags: Mutex<VecDeque<String>>,
     watchers: Mutex<Watchers>,
     /// Notified when a watcher joins.
     joined: Notify,
@@ -84,6 +92,8 @@ struct Watchers {
     auth: Option<Auth>,
     /// The span of the watcher that joined last.
     span: Option<Arc<ServerSpan>>,
+    /// A watcher waits for a poll that begins after it has joined.
+    awaits_poll: bool,
     /// One of the watchers does not resume an earlier watch, so the first poll is due.
     is_urgent: bool,
 }
@@ -99,6 +109,10 @@ struct Observation {
     missing: Option<Arc<Error>>,
     /// When RDS last confirmed the state, or that it does not know the task.
     checked_at: Option<SystemTime>,
+    /// When the poll began that brought or confirmed the state; `None` without a state.
+    asked_at: Option<Instant>,
+    /// The error of a poll that a watcher awaited, and when that poll began.
+    failure: Option<(Instant, Arc<Error>)>,
     /// What the attempts of the latest answer showed.
     progress: Arc<Progress>,
     /// Set when the poller has ended: the task is over, or its watches fail.
@@ -175,6 +189,7 @@ impl WatchedTask {
         Self {
             key,
             observations: watch::Sender::default(),
+            former_etags: Mutex::default(),
             watchers: Mutex::default(),
             joined: Notify::new(),
         }
@@ -209,6 +224,12 @@ impl WatchedTask {
             }
             is_first
         });
+    }
+
+    fn former_etags(&self) -> MutexGuard<'_, VecDeque<String>> {
+        self.former_etags
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     fn watchers(&self) -> MutexGuard<'_, Watchers> {

@@ -1,16 +1,17 @@
 //! The poller of one watched task: it polls while the task has watchers, and ends when the task is over or its watches fail.
 
 use std::{
+    future::pending,
     mem,
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
 use http::HeaderMap;
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 use tonic::Code;
 
-use super::{Hub, WatchedTask, snapshot::Snapshot};
+use super::{Hub, MAX_FORMER_ETAGS, WatchedTask, snapshot::Snapshot};
 use crate::{
     caller::Caller,
     coalescer::Lookup,
@@ -51,6 +52,8 @@ pub(super) struct Poller {
     _counted: Counted,
     /// The pause after the next unchanged poll, as a multiple of the interval.
     growth: f64,
+    /// When the latest poll began.
+    asked_at: Option<Instant>,
     /// RDS has replied about the task, also with an error that means an unknown task.
     has_reply: bool,
     /// Replies in a row that the task is unknown.
@@ -64,6 +67,7 @@ pub(super) struct Poller {
 /// When and how the result of a poll arrived.
 struct Arrival {
     at: SystemTime,
+    asked_at: Instant,
     progress: Arc<Progress>,
 }
 
@@ -83,6 +87,7 @@ impl Poller {
             task,
             lookups,
             growth: 1.0,
+            asked_at: None,
             has_reply: false,
             unknown: 0,
             is_withheld: false,
@@ -186,6 +191,7 @@ impl Poller {
         let ends_with_watches = auth.is_some() || !self.has_reply;
         let span = span.map(|span| span.poll());
         let started = Instant::now();
+        self.asked_at = Some(started);
         let deadline = Deadline::after(self.hub.poll_timeout);
         let origin = Origin {
             caller,
@@ -215,9 +221,9 @@ impl Poller {
                 return Next::Pause(Duration::ZERO);
             }
         };
-        let mut arrival = Arrival::now();
+        let mut arrival = Arrival::now(started);
         let result = result.and_then(|(lookup, owner)| {
-            arrival = Arrival::of(&lookup);
+            arrival = Arrival::of(&lookup, started);
             let task = into_task(lookup, &self.task.key, owner)?;
             let too_large = || self.failed(upstream::Error::TooLarge, owner);
             Snapshot::new(to_message(task)).ok_or_else(too_large)
@@ -232,7 +238,7 @@ impl Poller {
             Err(error) if reason == Some(Reason::TaskNotFound) => {
                 self.observe_unknown(error, arrival)
             }
-            Err(error) => self.observe_error(error, reason == Some(Reason::Throttled)),
+            Err(error) => self.observe_error(error, reason == Some(Reason::Throttled), started),
         }
     }
 
@@ -267,16 +273,23 @@ impl Poller {
             false => PollOutcome::Unchanged,
         });
         let is_over = snapshot.is_over;
+        let is_awaited = mem::take(&mut self.task.watchers().awaits_poll);
         self.task.observations.send_if_modified(|observation| {
             observation.missing = None;
             observation.checked_at = Some(arrival.at);
             observation.progress = arrival.progress;
             if is_new {
+                if let Some(former) = &observation.snapshot {
+                    let mut etags = self.task.former_etags();
+                    etags.truncate(MAX_FORMER_ETAGS - 1);
+                    etags.push_front(former.etag.clone());
+                }
                 observation.snapshot = Some(Arc::new(snapshot));
                 observation.states += 1;
             }
-            // Otherwise the watchers need not wake: a heartbeat reads the time of the check.
-            is_new
+            observation.asked_at = Some(arrival.asked_at);
+            // A heartbeat reads the time of the check, so other watchers need not wake.
+            is_new || is_awaited
         });
         match is_over {
             true => Next::End(Ok(())),
@@ -305,7 +318,7 @@ impl Poller {
     }
 
     /// Ends the watches, unless the error is transient and RDS has replied before.
-    fn observe_error(&mut self, error: Error, is_throttled: bool) -> Next {
+    fn observe_error(&mut self, error: Error, is_throttled: bool, asked_at: Instant) -> Next {
         self.count(match is_throttled {
             true => PollOutcome::Throttled,
             false => PollOutcome::Failed,
@@ -318,6 +331,12 @@ impl Poller {
             .failing
             .as_ref()
             .map_or_else(Instant::now, |(since, _)| *since);
+        if mem::take(&mut self.task.watchers().awaits_poll) {
+            let failure = Some((asked_at, Arc::new(error.clone())));
+            self.task
+                .observations
+                .send_modify(|observation| observation.failure = failure);
+        }
         self.failing = Some((since, error));
         let pause = self.next_pause();
         Next::Pause(match retry_after {
@@ -336,11 +355,25 @@ impl Poller {
         pause
     }
 
-    /// Waits for the next poll. Without a state that the next watcher can use, the pause ends when nobody watches any more.
+    /// Waits for the next poll. Without a state that the next watcher can use, the pause ends when the last watcher leaves. A watcher that
+    /// awaits a poll shortens the pause to the interval.
     async fn pause(&self, pause: Duration) {
         let has_snapshot = self.task.observations.borrow().snapshot.is_some();
+        let awaited = async {
+            while !self.task.watchers().awaits_poll {
+                self.task.joined.notified().await;
+            }
+            if let Some(asked_at) = self.asked_at
+                && self.failing.is_none()
+            {
+                sleep_until(asked_at + self.hub.interval).await;
+            } else {
+                pending().await
+            }
+        };
         tokio::select! {
             () = sleep(pause) => {}
+            () = awaited => {}
             () = self.task.observations.closed(), if !has_snapshot => {}
         }
     }
@@ -421,18 +454,21 @@ impl Arrival {
         clippy::disallowed_methods,
         reason = "check times are shown to callers and decide nothing"
     )]
-    fn now() -> Self {
+    fn now(asked_at: Instant) -> Self {
         Self {
             at: SystemTime::now(),
+            asked_at,
             progress: Arc::default(),
         }
     }
 
-    fn of(lookup: &Lookup) -> Self {
-        let now = Self::now();
+    fn of(lookup: &Lookup, asked_at: Instant) -> Self {
+        // A cached result is older than the poll.
+        let now = Self::now(asked_at.min(lookup.finished_at));
         let age = lookup.finished_at.elapsed();
         Self {
             at: now.at.checked_sub(age).unwrap_or(now.at),
+            asked_at: now.asked_at,
             progress: Arc::clone(&lookup.progress),
         }
     }

@@ -364,6 +364,61 @@ async fn a_resumed_watch_sends_the_task_only_if_it_has_changed_or_is_over() {
 }
 
 #[tokio::test]
+async fn a_resumed_watch_gets_no_state_that_may_be_older_than_the_one_it_knows() {
+    let state = std::sync::Arc::new(Mutex::new(task("Running", "1")));
+    let current = std::sync::Arc::clone(&state);
+    let upstream = Upstream::start(move |_| current.lock().expect("no panic").clone()).await;
+    let set = |next| *state.lock().expect("no panic") = next;
+    // The first poll uses the cached reply to the unary call.
+    let flags = ["--watch-interval", "1s", "--cache-ttl", "1h"];
+    let program = Program::over(&upstream.url(), &flags);
+    program.call(example_request()).await.expect("a reply");
+    set(task("Running", "2"));
+    let other_instance = Program::over(&upstream.url(), &FAST);
+    let mut other = other_instance
+        .watch(watch_request())
+        .await
+        .expect("an answer");
+    let newest = next(&mut other).await.expect("open").expect("a message");
+    let _first = program.watch(watch_request()).await.expect("an answer");
+    let resumed = WatchTaskDetailRequest {
+        etag: newest.etag.clone(),
+        ..watch_request()
+    };
+
+    let mut stream = program.watch(resumed).await.expect("an answer");
+    let first = next(&mut stream).await.expect("open").expect("a message");
+    set(task("Completed", ""));
+    let (rest, end) = messages(&mut stream).await;
+
+    end.expect("the task is over");
+    assert_eq!(texts(&[newest]), ["Running 2"]);
+    assert_eq!(texts(&[first]), ["unchanged"]);
+    assert_eq!(texts(&rest), ["Completed "]);
+}
+
+#[tokio::test]
+async fn a_resumed_watch_whose_state_this_instance_has_replaced_needs_no_poll() {
+    let gate = Gate::default();
+    let held = vec![Step::WaitFor(gate)];
+    let upstream = sequence(vec![task("Running", "1"), task("Running", "2"), held]).await;
+    let program = Program::over(&upstream.url(), &FAST);
+    let mut first = program.watch(watch_request()).await.expect("an answer");
+    let former = next(&mut first).await.expect("open").expect("a message");
+    let newest = next(&mut first).await.expect("open").expect("a message");
+    let resumed = WatchTaskDetailRequest {
+        etag: former.etag,
+        ..watch_request()
+    };
+
+    let mut stream = program.watch(resumed).await.expect("an answer");
+    let message = next(&mut stream).await.expect("open").expect("a message");
+
+    assert_eq!(texts(&[newest]), ["Running 2"]);
+    assert_eq!(texts(&[message]), ["Running 2"]);
+}
+
+#[tokio::test]
 async fn a_task_that_rds_does_not_know_yet_is_awaited_on_request() {
     let steps = Steps::new(vec![
         unknown(),
