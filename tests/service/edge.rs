@@ -285,17 +285,17 @@ async fn a_flood_on_one_connection_does_not_fail_calls_on_others() {
         false => example(),
     })
     .await;
-    let program = Program::over(&upstream.url(), &["--max-in-flight", "150"]);
+    let program = Program::over(&upstream.url(), &["--max-in-flight", "1500"]);
     let noisy = program.client().await;
     let mut noise = JoinSet::new();
-    for number in 0..500 {
+    for number in 0..1500 {
         let mut client = noisy.clone();
         let mut request = numbered(number);
         request.instance_id = "noisy".to_owned();
         noise.spawn(async move { client.get_task_detail(request).await });
     }
     // The maximum number of concurrent streams per connection.
-    upstream.wait_for_requests(100).await;
+    upstream.wait_for_requests(1024).await;
 
     let mut client = program.client().await;
     for number in 0..100 {
@@ -303,7 +303,7 @@ async fn a_flood_on_one_connection_does_not_fail_calls_on_others() {
         assert!(result.is_ok(), "{number}: {result:?}");
     }
 
-    assert_eq!(noise.len(), 500);
+    assert_eq!(noise.len(), 1500);
     noise.abort_all();
 }
 
