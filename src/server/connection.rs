@@ -145,8 +145,11 @@ async fn serve_http2<S: Service, I>(
         let request = Box::new(request);
         async move { Ok::<_, Infallible>(context.edge.handle(&connection, request).await) }
     });
+    let streams = Streams {
+        go_away: Arc::new(go_away.clone()),
+    };
     let mut connection = pin!(
-        http2::Builder::new(Streams)
+        http2::Builder::new(streams)
             .timer(TokioTimer::new())
             .max_concurrent_streams(MAX_STREAMS)
             .max_header_list_size(MAX_HEADER_BYTES)

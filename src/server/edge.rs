@@ -219,8 +219,9 @@ impl<S: Service> Edge<S> {
         let started = self.start_watch(&mut call, request);
         let started = tokio::select! {
             biased;
-            started = started => started,
+            // First, so that it wakes the stream's task whenever that waits, even if the reply is never read.
             error = &mut ending => Err(error),
+            started = started => started,
         };
         match started {
             Ok(stream) => reply::watch(call, stream, ending, open),
