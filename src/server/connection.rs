@@ -18,6 +18,7 @@ use super::{
     Timings,
     edge::{self, Edge},
     preface::{self, Replay},
+    reply,
     stream::Streams,
     tls::Tls,
 };
@@ -34,6 +35,8 @@ const MAX_HEADER_BYTES: u32 = 16 * 1024;
 const STREAM_WINDOW: u32 = 128 * 1024;
 /// Bounds the unread request bytes of one connection.
 const CONNECTION_WINDOW: u32 = 1024 * 1024;
+/// Bytes of a reply that wait in one stream for a client that does not read its connection; at most one frame more.
+const SEND_BUFFER: usize = 2 * reply::MAX_FRAME_BYTES;
 /// Streams that the client may reset before they are accepted; beyond that the connection ends with `ENHANCE_YOUR_CALM`. Not
 /// below [`MAX_STREAMS`], because a client may cancel all its streams at once.
 const MAX_REMOTE_RESETS: usize = MAX_STREAMS as usize;
@@ -155,6 +158,7 @@ async fn serve_http2<S: Service, I>(
             .max_header_list_size(MAX_HEADER_BYTES)
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
+            .max_send_buf_size(SEND_BUFFER)
             .max_pending_accept_reset_streams(MAX_REMOTE_RESETS)
             .max_local_error_reset_streams(MAX_LOCAL_RESETS)
             .keep_alive_interval(timings.keepalive_interval)
