@@ -2,8 +2,8 @@
 //!
 //! While the window has room and the queue is empty, an attempt starts at once. Otherwise it waits if it can start before its deadline, and
 //! is rejected at once if not. Queued attempts start at least T/N apart, round robin among callers, so that a caller with a hundred calls
-//! does not delay the calls of others by more than one start each. The repeated polls of watches have a queue of their own, which waits
-//! while an attempt is queued.
+//! does not delay the calls of others by more than one start each. The repeated polls of watches have a queue of their own. While both
+//! queues have entries, they start in turn, so that first polls of ever-new tasks do not stop the polls of others.
 //!
 //! Hand-written, because the limiters in crates (governor, leaky-bucket) allow 2N starts in a window: a full bucket and its refill.
 
@@ -129,8 +129,10 @@ struct State {
     starts: VecDeque<Starts>,
     /// The sum of the numbers in `starts`.
     started: u32,
-    /// The queued attempts, then the queued polls. The first attempt of the first caller starts next, or else the first poll.
+    /// The queued attempts, then the queued polls. The first entry of the first caller starts next.
     queues: [Queue; 2],
+    /// The latest start from a queue was an attempt.
+    is_turn_of_polls: bool,
 }
 
 /// Attempts or polls by caller.
@@ -153,6 +155,7 @@ impl Lane {
             starts: VecDeque::new(),
             started: 0,
             queues: Default::default(),
+            is_turn_of_polls: false,
         }))
     }
 
@@ -240,19 +243,29 @@ impl State {
         waiter
     }
 
+    /// The queue of the waiter that starts next, if any.
+    fn next_queue(&self) -> usize {
+        match [ATTEMPTS, POLLS].map(|queue| self.queues[queue].is_empty()) {
+            [true, _] => POLLS,
+            [false, false] if self.is_turn_of_polls => POLLS,
+            [false, _] => ATTEMPTS,
+        }
+    }
+
     /// The waiter that starts next.
     fn next(&self) -> Option<&Arc<Notify>> {
-        let (_, waiters) = self.queues.iter().find_map(VecDeque::front)?;
+        let (_, waiters) = self.queues[self.next_queue()].front()?;
         waiters.front()
     }
 
     /// Starts the next waiter and moves its caller to the end of the queue.
     fn start_next(&mut self, now: Instant) {
         self.start(now);
-        if let Some(queue) = self.queues.iter_mut().find(|queue| !queue.is_empty()) {
-            queue[0].1.pop_front();
-            queue.rotate_left(1);
-        }
+        let next = self.next_queue();
+        let queue = &mut self.queues[next];
+        queue[0].1.pop_front();
+        queue.rotate_left(1);
+        self.is_turn_of_polls = next == ATTEMPTS;
         self.wake_next();
     }
 
@@ -300,6 +313,11 @@ impl State {
 
     /// When an attempt with `before` others ahead of it would start.
     fn start_after(&mut self, before: usize, now: Instant) -> Instant {
+        let polls = self.queues[POLLS].iter().map(|(_, waiters)| waiters.len());
+        let before = before
+            + polls
+                .sum::<usize>()
+                .min(before + usize::from(self.is_turn_of_polls));
         let mut at = self.next_at(now, true);
         let limit = u64::from(self.config.calls.get());
         let mut free = limit - u64::from(self.started).min(limit);
@@ -595,7 +613,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_queued_attempt_starts_before_every_queued_poll() {
+    async fn a_queued_attempt_starts_before_a_poll_that_was_queued_earlier() {
         let pacing = pacing(1, Duration::from_secs(10));
         start(&pacing, &[ANN]).await.join_all().await;
         let mut poll = Box::pin(pacing.wait_patiently(RDS, &[ANN]));
@@ -609,6 +627,30 @@ mod tests {
         assert!(poll!(&mut attempt).is_ready());
         tokio::time::advance(Duration::from_millis(10_050)).await;
         assert!(poll!(&mut poll).is_ready());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn queued_polls_and_attempts_start_in_turn() {
+        let pacing = pacing(1, Duration::from_secs(10));
+        start(&pacing, &[ANN]).await.join_all().await;
+        let begun = Instant::now();
+        let mut polls = JoinSet::new();
+        for _ in 0..2 {
+            let pacing = Arc::clone(&pacing);
+            polls.spawn(async move {
+                pacing.wait_patiently(RDS, &[BOB]).await;
+                begun.elapsed().as_secs()
+            });
+            yield_now().await;
+        }
+
+        let attempts = start(&pacing, &[ANN; 4]).await;
+        let wait = pacing.wait(RDS, BOB, in_seconds(0)).await.unwrap_err();
+
+        // After the first attempt and poll of ANN and BOB.
+        assert_eq!(wait.as_secs(), 30);
+        assert_eq!(times(attempts).await, [10, 30, 50, 60]);
+        assert_eq!(polls.join_all().await, [20, 40]);
     }
 
     proptest! {
