@@ -4,7 +4,7 @@
 //! record -> method, content type -> deadline -> permit -> message -> handler -> reply
 //! ```
 
-use std::{convert::Infallible, panic::AssertUnwindSafe, sync::Arc, time::Duration};
+use std::{convert::Infallible, panic::AssertUnwindSafe, pin::pin, sync::Arc, time::Duration};
 
 use futures_util::{FutureExt as _, future::BoxFuture};
 use http::{HeaderMap, Method as HttpMethod, Request, Response, StatusCode, header};
@@ -189,7 +189,9 @@ impl<S: Service> Edge<S> {
         let metadata = request.headers();
         let message = message::decode(metadata, &message)?;
         let work = self.service.get_task_detail(call, metadata, message);
-        let work = deadline.bound(AssertUnwindSafe(work).catch_unwind());
+        // Pinned, because each function that takes a future stores it again.
+        let work = pin!(AssertUnwindSafe(work).catch_unwind());
+        let work = pin!(deadline.bound(work));
         match self.cut_off.run_until_cancelled(work).await {
             Some(Ok(Ok(result))) => result,
             Some(Ok(Err(_))) => {
