@@ -29,12 +29,13 @@ LABEL org.opencontainers.image.title="rds-task-facade" \
       org.opencontainers.image.version="0.1.0" \
       org.opencontainers.image.licenses="Apache-2.0"
 COPY --from=builder /build/target/dist/rds-task-facade /rds-task-facade
-ENV RDS_TASK_FACADE_LISTEN=0.0.0.0:50051 \
-    RDS_TASK_FACADE_METRICS_LISTEN=0.0.0.0:9464 \
+# [::] accepts IPv4 too, and is 0.0.0.0 on a machine without IPv6.
+ENV RDS_TASK_FACADE_LISTEN=[::]:50051 \
+    RDS_TASK_FACADE_METRICS_LISTEN=[::]:9464 \
     RDS_TASK_FACADE_LOG_FORMAT=json
 EXPOSE 50051 9464
 USER 65532:65532
-# `health` times out after 3 s; the rest allows for a slow process start on a busy machine.
+# `health` reads the variables of the listener, TLS included, and times out after 3 s; the rest allows for a slow process start on a busy machine.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=10s CMD ["/rds-task-facade", "health"]
 ENTRYPOINT ["/rds-task-facade"]
 CMD ["serve"]

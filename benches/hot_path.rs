@@ -178,16 +178,10 @@ fn start_facade(sandbox: SocketAddr) -> SocketAddr {
             let credentials = Credentials::start(source, &http, Arc::clone(&metrics));
             let credentials = credentials.expect("a token needs nothing");
             let coalescer = Coalescer::new(&defaults(), Arc::clone(&metrics));
-            let endpoint = upstream::Endpoint::new(
-                format!("http://{sandbox}").parse().expect("a URL"),
-                defaults(),
-                Arc::clone(&metrics),
-            );
-            let client = upstream::Client::new(
-                http_client::Client::new(&http).expect("a client of plain HTTP"),
-                endpoint,
-                credentials.clone(),
-            );
+            let url: reqwest::Url = format!("http://{sandbox}").parse().expect("a URL");
+            let http = http_client::Client::new(&http, &url).expect("a client of plain HTTP");
+            let endpoint = upstream::Endpoint::new(url, defaults(), Arc::clone(&metrics));
+            let client = upstream::Client::new(http, endpoint, credentials.clone());
             let ready = credentials.ready();
             let hub = Hub::new(&defaults(), Duration::from_secs(30), Arc::clone(&metrics));
             let lookups = Lookups {

@@ -17,10 +17,11 @@ use tokio::{
 };
 
 use crate::{
-    admin,
+    accept, admin,
     cli::Serve,
     coalescer::Coalescer,
     credentials::{Credentials, Source},
+    descriptors,
     http_client::{self, SystemRoots},
     lookup::Lookups,
     options::url::without_slash,
@@ -49,8 +50,6 @@ enum Error {
     Http(#[from] http_client::BuildError),
     #[error(transparent)]
     Server(#[from] server::Error),
-    #[error(transparent)]
-    Tracing(#[from] telemetry::TracingError),
     #[error("cannot listen for signals: {0}")]
     Signals(#[source] io::Error),
 }
@@ -64,6 +63,7 @@ pub async fn serve(options: Serve) -> ExitCode {
 
 /// Runs only the sandbox until a signal.
 pub async fn sandbox(listen: SocketAddr) -> ExitCode {
+    descriptors::raise_limit();
     let _telemetry = telemetry::start(&telemetry::Options::default(), &Metrics::new());
     finish(run_sandbox(listen).await)
 }
@@ -79,15 +79,16 @@ fn finish(ended: Result<(), Error>) -> ExitCode {
 }
 
 async fn run(options: Serve, metrics: Arc<Metrics>, access: Access) -> Result<(), Error> {
+    let descriptors = descriptors::raise_limit();
     let shutdown = shutdown_signal()?;
     let cannot_listen = |address| move |error| Error::Listen(address, error);
     let address = options.server.listen;
-    let listener = std::net::TcpListener::bind(address).map_err(cannot_listen(address))?;
+    let listener = accept::listen(address).map_err(cannot_listen(address))?;
     let listen = listener.local_addr().map_err(cannot_listen(address))?;
     let admin = match options.admin.metrics_listen {
         Some(address) => Some(
-            TcpListener::bind(address)
-                .await
+            accept::listen(address)
+                .and_then(TcpListener::from_std)
                 .map_err(cannot_listen(address))?,
         ),
         None => None,
@@ -95,6 +96,14 @@ async fn run(options: Serve, metrics: Arc<Metrics>, access: Access) -> Result<()
     let metrics_listen = admin
         .as_ref()
         .and_then(|listener| listener.local_addr().ok());
+    let ipv6 = |addresses: [Option<SocketAddr>; 2]| {
+        let addresses = addresses.iter().flatten();
+        addresses.filter(|address| address.is_ipv6()).count()
+    };
+    let configured = [Some(address), options.admin.metrics_listen];
+    if ipv6(configured) != ipv6([Some(listen), metrics_listen]) {
+        tracing::info!("the kernel has no IPv6: listening on 0.0.0.0 instead of [::]");
+    }
     let (base_url, source, sandbox) = resolve_upstream(&options).await?;
     let iam_endpoint = match &source {
         Source::Iam(iam) => Some(&iam.endpoint),
@@ -115,14 +124,7 @@ async fn run(options: Serve, metrics: Arc<Metrics>, access: Access) -> Result<()
         tokio::spawn(admin::serve(listener, Arc::clone(&metrics), ready));
     }
     let shutdown_time = options.server.drain_delay + options.server.shutdown_grace;
-    let tracer = match &options.telemetry.tracing {
-        Some(tracing) => Some(telemetry::start_tracing(
-            tracing,
-            options.telemetry.propagate_trace_upstream,
-            Arc::clone(&metrics),
-        )?),
-        None => None,
-    };
+    let tracer = telemetry::start_tracing(&options.telemetry, Arc::clone(&metrics));
     let stopping = Arc::new(OnceLock::new());
     let shutdown = {
         let stopping = Arc::clone(&stopping);
@@ -136,7 +138,13 @@ async fn run(options: Serve, metrics: Arc<Metrics>, access: Access) -> Result<()
         access,
         tracer: tracer.clone(),
     });
-    let server_options = options.server.clone();
+    let mut server_options = options.server.clone();
+    let (connections, calls) = (server_options.max_connections, server_options.max_in_flight);
+    let fitted = descriptors::fit(descriptors, connections, calls);
+    if let Some(fitted) = &fitted {
+        server_options.max_connections = fitted.connections;
+        server_options.max_in_flight = fitted.calls;
+    }
     let server = Server::start(listener, server_options, facades, serving, sinks).await?;
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
@@ -147,10 +155,22 @@ async fn run(options: Serve, metrics: Arc<Metrics>, access: Access) -> Result<()
         "serving"
     );
     if sandbox {
-        tracing::warn!("the upstream is the embedded sandbox: replies are not real");
+        tracing::warn!(
+            "the upstream is the embedded sandbox: replies are not real; \
+             breaker, retry budget, throttle windows and key guard are scoped to the instance id"
+        );
     }
     if let Some(warning) = options.exposure_warning() {
         tracing::warn!("{warning}");
+    }
+    if let Some(fitted) = fitted {
+        tracing::warn!(
+            limit = descriptors,
+            needed = fitted.needed,
+            max_connections = fitted.connections,
+            max_in_flight = fitted.calls,
+            "the limit of open descriptors is too low for --max-connections and --max-in-flight, which are reduced; raise the limit (ulimit -n)"
+        );
     }
     server.run(credentials.ready(), shutdown).await;
     if let Some(tracer) = tracer {
@@ -172,16 +192,27 @@ async fn run_sandbox(listen: SocketAddr) -> Result<(), Error> {
     Ok(())
 }
 
-/// Resolves at the first SIGTERM or SIGINT. The second signal ends the process at once.
+/// Resolves at the first SIGTERM or SIGINT. The second signal ends the process at once. Other signals that programs use among themselves
+/// no longer end the process: SIGHUP makes the watchers of files read them again, SIGUSR1 and SIGUSR2 do nothing.
 fn shutdown_signal() -> Result<impl Future<Output = ()>, Error> {
-    let mut terminate = signal(SignalKind::terminate()).map_err(Error::Signals)?;
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Signals)?;
+    let listen = |kind| signal(kind).map_err(Error::Signals);
+    let mut terminate = listen(SignalKind::terminate())?;
+    let mut interrupt = listen(SignalKind::interrupt())?;
+    let mut hangup = listen(SignalKind::hangup())?;
+    // The runtime never restores the default, which would end the process.
+    let _ = listen(SignalKind::user_defined1())?;
+    let _ = listen(SignalKind::user_defined2())?;
     let (first, begun) = oneshot::channel();
     tokio::spawn(async move {
         let mut next = async || {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
+            loop {
+                tokio::select! {
+                    _ = terminate.recv() => return,
+                    _ = interrupt.recv() => return,
+                    Some(()) = hangup.recv() => {
+                        tracing::info!("SIGHUP: reading certificates and secrets again");
+                    }
+                }
             }
         };
         next().await;
@@ -229,7 +260,7 @@ fn facades(
     let hub = Hub::new(&options.watch, options.server.timeout, Arc::clone(metrics));
     let facade = |_| {
         let upstream = upstream::Client::new(
-            http_client::Client::new(http)?,
+            http_client::Client::new(http, base_url)?,
             Arc::clone(&shared),
             credentials.clone(),
         );

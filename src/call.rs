@@ -28,7 +28,7 @@ pub enum Permit {
     InFlight(FairPermit),
     /// A watch: of all watches, and of those of its connection.
     Watch(FairPermit, OwnedSemaphorePermit),
-    /// An auxiliary stream: health, reflection, a request that is not gRPC.
+    /// An auxiliary stream: health, reflection.
     Auxiliary(OwnedSemaphorePermit),
 }
 

@@ -1,12 +1,15 @@
 //! Small files that may be replaced while the program runs: certificates, tokens, passwords.
 //!
-//! [`read`] reads one file, up to a size limit. A [`Watcher`] reads a set of files at an interval and returns their contents
-//! when they have changed. Contents count, not modification times: Kubernetes replaces a mounted secret by switching a symbolic
-//! link. Contents may be secrets, so their buffers are wiped on drop.
+//! [`read`] reads one file, up to a size limit. A [`Watcher`] reads a set of files at an interval and after SIGHUP, and returns
+//! their contents when they have changed. Contents count, not modification times: Kubernetes replaces a mounted secret by
+//! switching a symbolic link. Contents may be secrets, so their buffers are wiped on drop.
+//!
+//! Reading has a time limit, because a pipe without a writer or a file system that does not respond blocks it.
 
 use std::{
     fs::File,
     io::{self, Read as _},
+    os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
     sync::Arc,
     thread,
@@ -15,10 +18,20 @@ use std::{
 
 use aws_lc_rs::digest;
 use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
     sync::{mpsc, oneshot},
-    time::sleep,
+    time::{Instant, sleep, timeout},
 };
 use zeroize::Zeroizing;
+
+/// Time limit for the content of a pipe, and for reading the files of a watcher.
+const READ_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How often a pipe without content is read.
+const PIPE_POLL_INTERVAL: Duration = Duration::from_millis(20);
+
+/// Files that stay unusable are reported this often.
+pub const REPORT_INTERVAL: Duration = Duration::from_secs(60);
 
 /// A file could not be read.
 #[derive(Debug, thiserror::Error)]
@@ -26,34 +39,64 @@ use zeroize::Zeroizing;
 pub struct Error {
     /// The file.
     pub path: PathBuf,
-    /// The cause; [`io::ErrorKind::FileTooLarge`] above the size limit.
+    /// The cause; [`io::ErrorKind::FileTooLarge`] above the size limit, [`io::ErrorKind::TimedOut`] after the time limit.
     pub source: io::Error,
 }
 
-/// Reads a file of up to `max_bytes`. Blocks.
+impl Error {
+    fn new(path: &Path, source: io::Error) -> Self {
+        Self {
+            path: path.to_owned(),
+            source,
+        }
+    }
+}
+
+fn timed_out() -> io::Error {
+    let limit = READ_TIMEOUT.as_secs();
+    let cause = format!(
+        "no content within {limit} s; check for a pipe without a writer or a file system that does not respond"
+    );
+    io::Error::new(io::ErrorKind::TimedOut, cause)
+}
+
+/// Reads a file of up to `max_bytes`. Blocks, but a pipe without content for at most five seconds.
 ///
 /// # Errors
 /// [`Error`] when it cannot be read or is longer.
 pub fn read(path: &Path, max_bytes: usize) -> Result<Zeroizing<Vec<u8>>, Error> {
-    read_bounded(path, max_bytes).map_err(|source| Error {
-        path: path.to_owned(),
-        source,
-    })
+    read_bounded(path, max_bytes).map_err(|source| Error::new(path, source))
 }
 
 fn read_bounded(path: &Path, max_bytes: usize) -> io::Result<Zeroizing<Vec<u8>>> {
-    let file = File::open(path)?;
+    let begun = Instant::now();
+    // Otherwise a pipe blocks: opening it until there is a writer, reading it until the writer has written or closed it.
+    let file = File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)?;
+    let metadata = file.metadata()?;
     // A reallocation would leave a copy of the secret behind, so the buffer has its final size from the start.
-    let length = file.metadata()?.len().min(max_bytes as u64);
+    let length = metadata.len().min(max_bytes as u64);
     let mut content = Zeroizing::new(Vec::with_capacity(length as usize + 1));
-    file.take(max_bytes as u64 + 1).read_to_end(&mut content)?;
-    if content.len() > max_bytes {
-        return Err(io::ErrorKind::FileTooLarge.into());
+    loop {
+        let rest = max_bytes + 1 - content.len();
+        match (&file).take(rest as u64).read_to_end(&mut content) {
+            Ok(_) if content.len() > max_bytes => return Err(io::ErrorKind::FileTooLarge.into()),
+            Ok(_) if metadata.is_file() || !content.is_empty() => return Ok(content),
+            // A pipe has no writer yet, or its writer has not written yet.
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+        if begun.elapsed() >= READ_TIMEOUT {
+            return Err(timed_out());
+        }
+        thread::sleep(PIPE_POLL_INTERVAL);
     }
-    Ok(content)
 }
 
-/// Reads several files, each of up to `max_bytes`. Blocks.
+/// Reads several files, each as [`read`] does.
 ///
 /// # Errors
 /// [`Error`] of the first file that cannot be read or is longer.
@@ -83,8 +126,7 @@ pub fn digest<T: AsRef<[u8]>>(contents: &[T]) -> Digest {
 /// Watches a set of files.
 ///
 /// The files are read on a thread that lives as long as the watcher, so that a change does not depend on whether the system
-/// can start a thread at that moment, and a read that hangs (a pipe without a writer, a dead network file system) blocks
-/// nothing else.
+/// can start a thread at that moment, and a read that hangs blocks the other watchers as little as calls.
 #[derive(Debug)]
 pub struct Watcher {
     paths: Arc<[PathBuf]>,
@@ -92,8 +134,12 @@ pub struct Watcher {
     interval: Duration,
     /// The digest of the contents that were read last; `None` before the first read, and if the last read failed.
     last_read: Option<Digest>,
+    /// When [`Watcher::changed`] last returned an error.
+    reported: Option<Instant>,
     /// The reading thread; `None` while it could not be started.
     reader: Option<mpsc::Sender<Reply>>,
+    /// SIGHUP; `None` if the system does not deliver it.
+    hangup: Option<Signal>,
 }
 
 type Reply = oneshot::Sender<Result<Contents, Error>>;
@@ -114,6 +160,8 @@ impl Watcher {
             max_bytes,
             interval,
             last_read,
+            reported: None,
+            hangup: signal(SignalKind::hangup()).ok(),
         }
     }
 
@@ -127,27 +175,37 @@ impl Watcher {
         read
     }
 
-    /// Reads the files at each interval, until their contents differ from those read last. Files that have become readable or
-    /// unreadable differ too. Cancel safe.
+    /// Reads the files at each interval and after SIGHUP, until their contents differ from those read last. Files that have
+    /// become readable or unreadable differ too. Cancel safe.
     ///
     /// # Errors
-    /// [`Error`] when the files have become unreadable.
+    /// [`Error`] when the files have become unreadable, and once per [`REPORT_INTERVAL`] while they stay unreadable.
     pub async fn changed(&mut self) -> Result<Contents, Error> {
         loop {
-            sleep(self.interval).await;
+            tokio::select! {
+                () = sleep(self.interval) => {}
+                Some(()) = received(&mut self.hangup) => {}
+            }
             let before = self.last_read;
             let read = self.read().await;
-            if self.last_read != before {
+            let is_reported = |at: Instant| at.elapsed() < REPORT_INTERVAL;
+            let is_due = read.is_err() && !self.reported.is_some_and(is_reported);
+            if self.last_read != before || is_due {
+                self.reported = read.is_err().then(Instant::now);
                 return read;
             }
         }
     }
 
     async fn read_on_thread(&mut self) -> Result<Contents, Error> {
-        let error = |source| Error {
-            path: self.paths[0].clone(),
-            source,
-        };
+        match timeout(READ_TIMEOUT, self.request_read()).await {
+            Ok(read) => read,
+            Err(_) => Err(Error::new(&self.paths[0], timed_out())),
+        }
+    }
+
+    async fn request_read(&mut self) -> Result<Contents, Error> {
+        let error = |source| Error::new(&self.paths[0], source);
         let reader = match &self.reader {
             Some(reader) => reader,
             None => {
@@ -156,9 +214,24 @@ impl Watcher {
             }
         };
         let (reply, read) = oneshot::channel();
-        let ended = || error(io::Error::other("the reading thread has ended"));
-        reader.send(reply).await.map_err(|_| ended())?;
-        read.await.unwrap_or_else(|_| Err(ended()))
+        let read = match reader.send(reply).await {
+            Ok(()) => read.await.ok(),
+            Err(_) => None,
+        };
+        read.unwrap_or_else(|| {
+            // The next read starts another thread.
+            self.reader = None;
+            let ended = io::Error::other("the reading thread has ended");
+            Err(Error::new(&self.paths[0], ended))
+        })
+    }
+}
+
+/// Resolves at the next signal; never if there is none.
+async fn received(signal: &mut Option<Signal>) -> Option<()> {
+    match signal {
+        Some(signal) => signal.recv().await,
+        None => std::future::pending().await,
     }
 }
 
@@ -170,7 +243,9 @@ fn start_reader(paths: Arc<[PathBuf]>, max_bytes: usize) -> io::Result<mpsc::Sen
         .spawn(move || {
             while let Some(reply) = requests.blocking_recv() {
                 // The receiver is gone if the caller has stopped waiting.
-                let _ = reply.send(read_all(&paths, max_bytes));
+                if !reply.is_closed() {
+                    let _ = reply.send(read_all(&paths, max_bytes));
+                }
             }
         })?;
     Ok(reader)
@@ -186,6 +261,7 @@ mod tests {
 
     const MAX_BYTES: usize = 16;
     const INTERVAL: Duration = Duration::from_millis(5);
+    const SECOND: Duration = Duration::from_secs(1);
     /// Longer than any test takes.
     const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -285,5 +361,88 @@ mod tests {
         let mut watcher = Watcher::new(paths, MAX_BYTES, INTERVAL, in_use);
 
         assert_eq!(changed(&mut watcher).await, Ok("new".to_owned()));
+    }
+
+    #[test]
+    fn a_pipe_is_read_to_its_end_even_if_its_writer_is_slow() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("pipe");
+        let made = std::process::Command::new("mkfifo").arg(&path).status();
+        assert!(made.unwrap().success());
+
+        let writer = thread::spawn({
+            let path = path.clone();
+            move || {
+                let mut pipe = File::options().write(true).open(path).unwrap();
+                for part in ["one", ",", "two"] {
+                    io::Write::write_all(&mut pipe, part.as_bytes()).unwrap();
+                    thread::sleep(3 * PIPE_POLL_INTERVAL);
+                }
+            }
+        });
+        let content = read(&path, MAX_BYTES).unwrap();
+
+        writer.join().unwrap();
+        assert_eq!(**content, *b"one,two");
+    }
+
+    #[tokio::test]
+    async fn a_pipe_in_place_of_a_file_is_an_error_and_the_next_file_is_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        fs::write(&path, "one").unwrap();
+        let mut watcher = watcher(&[&path]);
+        watcher.read().await.unwrap();
+
+        fs::remove_file(&path).unwrap();
+        let made = std::process::Command::new("mkfifo").arg(&path).status();
+        assert!(made.unwrap().success());
+        assert_eq!(changed(&mut watcher).await, Err(io::ErrorKind::TimedOut));
+
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, "two").unwrap();
+        assert_eq!(changed(&mut watcher).await, Ok("two".to_owned()));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_read_that_hangs_ends_in_time_and_is_reported_once_per_interval_until_it_works() {
+        let (reader, mut requests) = mpsc::channel(1);
+        let mut watcher = Watcher {
+            reader: Some(reader),
+            ..Watcher::new(vec!["file".into()], MAX_BYTES, 5 * SECOND, None)
+        };
+
+        let begun = Instant::now();
+        let first = watcher.read().await.unwrap_err();
+        assert_eq!(first.source.kind(), io::ErrorKind::TimedOut);
+        assert_eq!(begun.elapsed(), READ_TIMEOUT);
+        for _ in 0..3 {
+            let begun = Instant::now();
+            let hangs = watcher.changed().await.unwrap_err();
+            assert_eq!(hangs.source.kind(), io::ErrorKind::TimedOut);
+            assert!(begun.elapsed() <= REPORT_INTERVAL + 2 * READ_TIMEOUT);
+        }
+
+        // The file system responds again. The requests of reads that timed out are still queued.
+        let responding = async {
+            while let Some(reply) = requests.recv().await {
+                let _: Result<(), _> = reply.send(Ok(vec![Zeroizing::new(b"new".to_vec())]));
+            }
+        };
+        tokio::select! {
+            changed = watcher.changed() => assert_eq!(**changed.unwrap()[0], *b"new"),
+            () = responding => unreachable!("the watcher holds the sender"),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_reading_thread_that_has_ended_is_replaced() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(&file, "one").unwrap();
+        let mut watcher = watcher(&[file.path()]);
+        watcher.reader = Some(mpsc::channel(1).0);
+
+        assert!(watcher.read().await.is_err());
+        assert_eq!(**watcher.read().await.unwrap()[0], *b"one");
     }
 }

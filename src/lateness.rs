@@ -1,7 +1,7 @@
 //! Detects whether this thread lacks CPU time: its timers fire long after they are due. A timeout that fires then is not evidence against
 //! the peer, whose reply may have arrived unread.
 
-use std::{cell::Cell, time::Duration};
+use std::{cell::Cell, convert::Infallible, time::Duration};
 
 use tokio::time::{Instant, sleep_until};
 
@@ -20,7 +20,7 @@ thread_local! {
 }
 
 /// Measures this thread's timers until it is dropped.
-pub async fn measure() {
+pub async fn measure() -> Infallible {
     loop {
         let due = Instant::now() + INTERVAL;
         sleep_until(due).await;

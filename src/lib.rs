@@ -43,9 +43,12 @@
 //!
 //! - [`telemetry`]: log, access log, metrics, traces
 //! - [`files`]: reads and watches small files: certificates, tokens, passwords
+//! - [`pem`]: PEM files of certificates and keys
 //! - [`accept`]: accepts TCP connections, for all listeners
+//! - [`descriptors`]: the limit of open descriptors
 //! - [`error_chain`]: walks an error and its sources
 //! - [`lateness`]: whether this thread lacks CPU time, so that a timeout is not evidence against a peer
+//! - [`supervise`]: restarts background tasks that panic
 //!
 //! Tools:
 //!
@@ -63,6 +66,7 @@ pub mod coalescer;
 pub mod code;
 pub mod credentials;
 pub mod deadline;
+pub mod descriptors;
 pub mod error;
 pub mod error_chain;
 pub mod fair_limit;
@@ -73,12 +77,14 @@ pub mod lookup;
 pub mod method;
 pub mod options;
 pub mod pb;
+pub mod pem;
 pub mod reason;
 pub mod regions;
 pub mod rpc;
 pub mod sandbox;
 pub mod server;
 pub mod status;
+pub mod supervise;
 pub mod task;
 pub mod telemetry;
 /// Helpers that the service tests share.

@@ -6,7 +6,7 @@ use std::{sync::Arc, time::Duration};
 use crate::{
     caller::Caller,
     coalescer::{Coalescer, Lookup, LookupKey},
-    credentials::{Auth, Credentials},
+    credentials::{Auth, Credentials, Owner},
     deadline::Deadline,
     error::{Error, FailedLookup},
     telemetry::{Progress, ServerSpan},
@@ -78,13 +78,13 @@ impl Lookups {
 ///
 /// # Errors
 /// [`Error::Upstream`].
-pub fn into_task(lookup: Arc<Lookup>, key: &LookupKey, auth: &Auth) -> Result<TaskDetail, Error> {
+pub fn into_task(lookup: Arc<Lookup>, key: &LookupKey, owner: Owner) -> Result<TaskDetail, Error> {
     let lookup = Arc::unwrap_or_clone(lookup);
     lookup.result.map_err(|error| {
         Error::Upstream(Box::new(FailedLookup {
             error,
             facts: lookup.progress.facts(),
-            owner: auth.owner(),
+            owner,
             query: key.query.clone(),
         }))
     })

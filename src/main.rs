@@ -10,6 +10,7 @@ use rds_task_facade::{
     cli::{self, Command},
     client, telemetry,
 };
+use rustix::process::{Resource, Rlimit, setrlimit};
 
 #[cfg(feature = "jemalloc")]
 #[global_allocator]
@@ -19,6 +20,12 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 const EXIT_USAGE: u8 = 2;
 
 fn main() -> ExitCode {
+    let none = Rlimit {
+        current: Some(0),
+        maximum: Some(0),
+    };
+    // A core dump would contain keys and tokens. Lowering a limit needs no permission.
+    let _ = setrlimit(Resource::Core, none);
     rustls::crypto::aws_lc_rs::default_provider()
         .install_default()
         .expect("no other crypto provider was installed before");
@@ -43,6 +50,7 @@ fn run(command: Command) -> ExitCode {
             ExitCode::SUCCESS
         }
         Command::Call(call) => runtime.block_on(client::call(call)),
+        Command::Watch(watch) => runtime.block_on(client::watch(watch)),
         Command::Health(health) => runtime.block_on(client::health(health)),
         Command::Serve(options) => runtime.block_on(app::serve(*options)),
         Command::Sandbox(options) => runtime.block_on(app::sandbox(options.listen)),

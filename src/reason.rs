@@ -72,7 +72,7 @@ pub enum Reason {
     CredentialUnavailable,
     /// The clocks of the facade and the gateway differ too much for a signature.
     ClockSkew,
-    /// Too many calls are in flight.
+    /// Too many calls are in flight, or the process is out of descriptors.
     Overloaded,
     /// The call did not end within the shutdown grace period.
     ShuttingDown,

@@ -2,7 +2,7 @@
 
 use reqwest::Url;
 
-use crate::options::{Parsed, closest, not};
+use crate::options::{Parsed, nearest, not};
 
 /// One row of the table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,16 +56,16 @@ pub fn all() -> impl Iterator<Item = Region> {
 /// The rest of the sentence.
 pub fn parse(id: &str) -> Parsed<Region> {
     all().find(|region| region.id == id).ok_or_else(|| {
-        let hint = match closest(id, all().map(|region| region.id)) {
-            Some(close) => format!("did you mean {close}?"),
-            None => {
-                let ids: Vec<&str> = all().map(|region| region.id).collect();
-                format!("known are {};", ids.join(", "))
-            }
+        let ids: Vec<&str> = all().map(|region| region.id).collect();
+        let close = nearest(id, ids.iter().copied()).expect("the table has rows");
+        // A name such as `beijing` is not a misspelled id.
+        let known = match strsim::osa_distance(id, close) > close.len() / 2 {
+            true => format!(" known are {};", ids.join(", ")),
+            false => String::new(),
         };
         not(
             id,
-            &format!("a known region; {hint} use --endpoint for others"),
+            &format!("a known region; did you mean {close}?{known} use --endpoint for others"),
         )
     })
 }
@@ -104,6 +104,20 @@ mod tests {
             Some("iam.myhuaweicloud.com")
         );
         assert_eq!(parse("eu-west-101").unwrap().iam_host, None);
-        assert!(parse("region_id").is_err());
+    }
+
+    #[test]
+    fn the_problem_of_an_unknown_region_has_the_nearest_id_and_if_it_is_far_all_ids() {
+        let cases = [
+            ("cn-north4", "did you mean cn-north-4? use", false),
+            ("nowhere-9", "\"nowhere-9\" is not a known region", true),
+            ("beijing", "\"beijing\" is not a known region", true),
+        ];
+
+        for (id, part, lists) in cases {
+            let problem = parse(id).unwrap_err();
+            assert!(problem.contains(part), "{problem}");
+            assert_eq!(problem.contains("ap-southeast-1, "), lists, "{problem}");
+        }
     }
 }

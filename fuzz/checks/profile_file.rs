@@ -67,7 +67,8 @@ fn check_written(input: &[u8]) {
 
     let read = profile::parse(&file, None);
 
-    let expected = AccessKey::parse(&ak, &sk, Some(&security_token));
+    let [ak, sk, security_token] = [&ak, &sk, &security_token].map(|text| unquoted(text));
+    let expected = AccessKey::parse(ak, sk, Some(security_token));
     match (read, expected) {
         (Ok(read), Ok(expected)) => {
             assert_eq!(read.access_key_id, expected.access_key_id);
@@ -77,7 +78,19 @@ fn check_written(input: &[u8]) {
                 signer::signature(&expected, "x")
             );
         }
-        (read, expected) => assert!(ak.is_empty() || sk.is_empty(), "{read:?} {expected:?}"),
+        (read, expected) => assert!(read.is_err() && expected.is_err(), "{read:?} {expected:?}"),
+    }
+}
+
+/// A value without quotes, if the only two of their kind surround it.
+fn unquoted(text: &str) -> &str {
+    let surrounded = |quote: char| {
+        let places: Vec<usize> = text.match_indices(quote).map(|(at, _)| at).collect();
+        places.len() == 2 && places == [0, text.len() - 1]
+    };
+    match surrounded('"') || surrounded('\'') {
+        true => &text[1..text.len() - 1],
+        false => text,
     }
 }
 

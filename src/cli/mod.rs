@@ -30,7 +30,7 @@ pub use self::serve::Serve;
 use crate::{
     client,
     credentials::secret::visible,
-    options::{Environment, PREFIX, Validation, closest, variable_name},
+    options::{Environment, PREFIX, Validation, nearest, variable_name},
     sandbox,
     telemetry::LogFormat,
 };
@@ -45,7 +45,9 @@ pub enum Command {
     Serve(Box<Serve>),
     /// Call a server once and print the reply as JSON
     Call(client::CallOptions),
-    /// Check the health of a server; exit code 0 if it is SERVING
+    /// Watch a task until it is over; exit code 0 if it succeeded, 3 if not, 4 if the time is over, 1 if the call failed
+    Watch(client::WatchOptions),
+    /// Check the health of a server, by default the server that serve starts with the same variables; exit code 0 if it is SERVING
     Health(client::HealthOptions),
     /// Run only the sandbox: a fake of RDS, IAM and the metadata service
     Sandbox(sandbox::Options),
@@ -123,27 +125,38 @@ fn merge_variables(args: &mut Vec<OsString>, validation: &mut Validation<'_>) {
     }
     for (name, value) in validation.environment() {
         let name = name.to_string_lossy();
-        let Some(rest) = name.strip_prefix(PREFIX) else {
-            continue;
-        };
-        if value.is_empty() || known.iter().any(|known| *known == name) || is_kubernetes_name(rest)
+        if !name.starts_with(PREFIX)
+            || value.is_empty()
+            || known.iter().any(|known| *known == name)
+            || is_service_variable(&name, &value.to_string_lossy())
         {
             continue;
         }
-        let hint = match closest(&name, known.iter().map(String::as_str)) {
-            Some(close) => format!("did you mean {close}?"),
-            None => "see serve --help".to_owned(),
-        };
-        validation.problem(&name, format!("is not a known variable; {hint}"));
+        let close = nearest(&name, known.iter().map(String::as_str)).expect("there are flags");
+        validation.problem(
+            &name,
+            format!("is not a known variable; did you mean {close}?"),
+        );
     }
 }
 
-/// Whether Kubernetes derives this variable from a Service named `rds-task-facade`.
-fn is_kubernetes_name(rest: &str) -> bool {
-    rest == "SERVICE_HOST"
-        || rest == "PORT"
-        || rest.starts_with("SERVICE_PORT")
-        || rest.starts_with("PORT_")
+/// Whether Kubernetes derives this variable from a Service of the namespace, whose name may begin with `rds-task-facade`
+/// ("Accessing the Service", <https://kubernetes.io/docs/tutorials/services/connect-applications-service/>).
+fn is_service_variable(name: &str, value: &str) -> bool {
+    let without_suffix = |suffixes: &[&str]| suffixes.iter().find_map(|s| name.strip_suffix(s));
+    let port = without_suffix(&["_PROTO", "_PORT", "_ADDR"]).unwrap_or(name);
+    let port = ["_TCP", "_UDP", "_SCTP"]
+        .iter()
+        .find_map(|protocol| port.strip_suffix(protocol)?.rsplit_once("_PORT_"));
+    let is_url = ["tcp://", "udp://", "sctp://"]
+        .iter()
+        .any(|scheme| value.starts_with(scheme));
+    without_suffix(&["_SERVICE_HOST", "_SERVICE_PORT"]).is_some()
+        || name
+            .split_once("_SERVICE_PORT_")
+            .is_some_and(|(_, port)| !port.is_empty())
+        || (name.ends_with("_PORT") && is_url)
+        || port.is_some_and(|(_, number)| number.parse::<u16>().is_ok())
 }
 
 fn assignment(flag: &str, value: &OsStr) -> OsString {
@@ -196,17 +209,30 @@ fn parse_merged(
         }
         Command::Call(mut call) => {
             call.server.validate(validation);
-            if call.token_file.is_none() {
-                let token = |text: &str| visible(text).map(SecretString::from);
-                call.token = validation.parsed_variable(&format!("{PREFIX}TOKEN"), token);
-            }
+            read_token(&mut call.token, validation);
             Ok(Command::Call(call))
         }
-        Command::Health(health) => {
+        Command::Watch(mut watch) => {
+            watch.server.validate(validation);
+            read_token(&mut watch.token, validation);
+            Ok(Command::Watch(watch))
+        }
+        Command::Health(mut health) => {
+            if matches.value_source("target") != Some(ValueSource::CommandLine) {
+                health.use_own_server(validation);
+            }
             health.server.validate(validation);
             Ok(Command::Health(health))
         }
         command => Ok(command),
+    }
+}
+
+/// Reads the token of a client from its variable.
+fn read_token(token: &mut client::Token, validation: &mut Validation<'_>) {
+    if token.token_file.is_none() {
+        let parse = |text: &str| visible(text).map(SecretString::from);
+        token.from_variable = validation.parsed_variable(&format!("{PREFIX}TOKEN"), parse);
     }
 }
 

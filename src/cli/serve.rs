@@ -109,8 +109,9 @@ impl Serve {
         // Names and values that are not the text of a flag.
         let mut resolved = vec![("credentials", self.source.name().to_owned())];
         resolved.extend(self.source.shown());
-        if let Some(proxy) = &self.upstream.upstream_proxy {
-            resolved.push(("upstream-proxy", proxy.to_string()));
+        // It may contain a password.
+        if self.upstream.upstream_proxy.is_some() {
+            resolved.push(("upstream-proxy", "set".to_owned()));
         }
         let mut shown = Vec::new();
         for arg in subcommand.get_arguments() {
@@ -157,16 +158,22 @@ impl Serve {
         options.join(" ")
     }
 
-    /// A warning if every client that reaches the port can use the configured cloud account.
+    /// A warning if callers can use the configured cloud account for any project.
     pub fn exposure_warning(&self) -> Option<&'static str> {
+        if matches!(self.source, Source::Caller) || !self.rpc.allow_project.is_empty() {
+            return None;
+        }
         let tls = self.server.tls.as_ref();
-        let exposed = !matches!(self.source, Source::Caller)
-            && !self.server.listen.ip().is_loopback()
-            && self.rpc.allow_project.is_empty()
-            && tls.is_none_or(|tls| tls.client_ca.is_none());
-        exposed.then_some(
-            "every client that reaches the gRPC port can use the configured cloud account; require client certificates with \
-             --tls-client-ca, or limit the projects with --allow-project",
-        )
+        let open =
+            !self.server.listen.ip().is_loopback() && tls.is_none_or(|tls| tls.client_ca.is_none());
+        Some(match open {
+            true => {
+                "every client that reaches the gRPC port can use the configured cloud account for any project; require client \
+                 certificates with --tls-client-ca, or limit the projects with --allow-project"
+            }
+            false => {
+                "callers can use the configured cloud account for any project; limit the projects with --allow-project"
+            }
+        })
     }
 }

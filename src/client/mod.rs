@@ -1,8 +1,11 @@
-//! The subcommands `call` and `health`: clients of a running server.
+//! The subcommands `call`, `watch` and `health`: clients of a running server.
 
+mod own;
+mod progress;
 mod status;
 #[cfg(test)]
 mod tests;
+mod watch;
 
 use std::{
     fmt, fs,
@@ -12,26 +15,47 @@ use std::{
     time::Duration,
 };
 
+use http::HeaderMap;
+use http_body_util::BodyExt as _;
 use reqwest::Url;
 use secrecy::{ExposeSecret as _, SecretString};
 use tonic::{
-    Code, Request, Status,
-    metadata::{Ascii, MetadataValue},
-    transport::{Certificate, Channel, ClientTlsConfig, Identity},
+    Code, Request, Response, Status,
+    body::Body,
+    metadata::{Ascii, MetadataMap, MetadataValue},
+    transport::{Channel, ClientTlsConfig, Identity},
 };
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
 
+use tower::util::MapResponse;
+
+pub use self::watch::{WatchOptions, watch};
+use self::{
+    own::{AnyCertificate, OwnServer},
+    status::Escaped,
+};
 use crate::{
-    deadline::Deadline,
+    credentials::secret,
+    deadline::{Deadline, Passed},
     error_chain,
     options::{
         self, Validation,
         url::{self, without_slash},
     },
     pb,
+    pem::{roots, roots_file, without_mark},
+    telemetry::{escape_utf16, needs_escape},
 };
+
+/// The metadata of the details of a status.
+const DETAILS: &str = "grpc-status-details-bin";
+
+type HttpResponse = http::Response<Body>;
+
+/// A connection whose responses the gRPC library can read.
+type Connection = MapResponse<Channel, fn(HttpResponse) -> HttpResponse>;
 
 /// Address and TLS settings of the server to call.
 #[derive(Debug, Clone, clap::Args)]
@@ -41,11 +65,14 @@ pub struct Server {
     #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:50051", value_parser = url::base)]
     pub target: Url,
     /// PEM file of certificates to trust for an https target instead of the system's
-    #[arg(long, value_name = "FILE", value_parser = options::file)]
+    #[arg(long, value_name = "FILE", value_parser = roots_file)]
     pub ca: Option<PathBuf>,
     /// The client certificate, if any.
     #[command(flatten)]
     pub pair: Option<Pair>,
+    /// Set if this is the server that the variables describe.
+    #[arg(skip)]
+    pub own: Option<OwnServer>,
 }
 
 /// A client certificate. Both files must be set.
@@ -53,7 +80,7 @@ pub struct Server {
 #[group(id = "pair")]
 pub struct Pair {
     /// PEM file of the client certificate chain
-    #[arg(long, value_name = "FILE", value_parser = options::file)]
+    #[arg(long, value_name = "FILE", value_parser = options::public_file)]
     pub cert: PathBuf,
     /// PEM file of the client certificate's private key
     #[arg(long, value_name = "FILE", value_parser = options::file)]
@@ -83,12 +110,21 @@ pub struct CallOptions {
     /// Time limit for connecting and the call together
     #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = options::duration)]
     pub timeout: Duration,
+    /// The token.
+    #[command(flatten)]
+    pub token: Token,
+}
+
+/// The token to send.
+#[derive(Debug, Clone, Default, clap::Args)]
+#[group(skip)]
+pub struct Token {
     /// File with the token to send as x-auth-token; default: the variable RDS_TASK_FACADE_TOKEN
     #[arg(long, value_name = "FILE", value_parser = options::file)]
     pub token_file: Option<PathBuf>,
     /// The token from the variable, if `token_file` is not set.
     #[arg(skip)]
-    pub token: Option<SecretString>,
+    pub from_variable: Option<SecretString>,
 }
 
 /// The task to look up. All ids must be set.
@@ -165,11 +201,15 @@ impl Error {
         };
         if error_chain::chain(cause).any(|error| error.is::<tonic::TimeoutExpired>()) {
             // The library reports an exceeded deadline as CANCELLED.
-            let message = format!("no reply within {timeout:?}");
-            return Self::Status(Box::new(Status::new(Code::DeadlineExceeded, message)));
+            return Self::timeout(timeout);
         }
         let cause = error_chain::root_cause(cause).to_string();
         Self::NoReply(server.target.clone(), cause)
+    }
+
+    fn timeout(timeout: Duration) -> Self {
+        let message = format!("no reply within {timeout:?}");
+        Self::Status(Box::new(Status::new(Code::DeadlineExceeded, message)))
     }
 }
 
@@ -180,15 +220,20 @@ impl fmt::Display for Error {
             Self::File(flag, problem) => write!(f, "{flag}: {problem}"),
             Self::Connect(target, error) => {
                 let target = without_slash(target);
-                let cause = error_chain::root_cause(error);
-                write!(f, "cannot connect to {target}: {cause}; {advice}")
+                let cause = error_chain::root_cause(error).to_string();
+                write!(
+                    f,
+                    "cannot connect to {target}: {}; {advice}",
+                    Escaped(&cause)
+                )
             }
             Self::ConnectTimeout(target, timeout) => {
                 let target = without_slash(target);
                 write!(f, "cannot connect to {target} within {timeout:?}; {advice}")
             }
             Self::NoReply(target, cause) => {
-                write!(f, "no reply from {}: {cause}", without_slash(target))?;
+                let target_url = without_slash(target);
+                write!(f, "no reply from {target_url}: {}", Escaped(cause))?;
                 match target.scheme() {
                     "https" => f.write_str(
                         "; if the server requires a client certificate, check --cert and --key",
@@ -205,8 +250,8 @@ impl fmt::Display for Error {
 pub async fn call(options: CallOptions) -> ExitCode {
     match get_task_detail(options).await {
         Ok(reply) => {
-            let json = serde_json::to_string_pretty(&reply);
-            print(&json.expect("the reply serializes"));
+            let json = serde_json::to_string_pretty(&reply).expect("the reply serializes");
+            print(&escape_json(&json));
             ExitCode::SUCCESS
         }
         Err(error) => report(&error),
@@ -229,7 +274,7 @@ pub async fn health(options: HealthOptions) -> ExitCode {
 }
 
 async fn get_task_detail(options: CallOptions) -> Result<pb::GetTaskDetailResponse, Error> {
-    let token = token(&options)?;
+    let token = token(&options.token, &options.server)?;
     let deadline = Deadline::after(options.timeout);
     let channel = connect(&options.server, options.timeout, deadline).await?;
     let task = options.task.unwrap_or_else(Task::example);
@@ -244,26 +289,43 @@ async fn get_task_detail(options: CallOptions) -> Result<pb::GetTaskDetailRespon
         request.metadata_mut().insert("x-auth-token", token);
     }
     let mut client = pb::task_service_client::TaskServiceClient::new(channel);
-    match client.get_task_detail(request).await {
-        Ok(response) => Ok(response.into_inner()),
-        Err(status) => Err(Error::from_status(status, &options.server, options.timeout)),
-    }
+    let response = deadline.bound(client.get_task_detail(request)).await;
+    into_reply(response, &options.server, options.timeout)
 }
 
 async fn check_health(options: HealthOptions) -> Result<ServingStatus, Error> {
     let deadline = Deadline::after(options.timeout);
+    if let Ok(Some(status)) = deadline.bound(options.ready()).await {
+        return Ok(status);
+    }
     let channel = connect(&options.server, options.timeout, deadline).await?;
     let mut request = Request::new(HealthCheckRequest {
         service: options.service,
     });
     request.set_timeout(deadline.remaining());
-    match HealthClient::new(channel).check(request).await {
-        Ok(response) => Ok(response.into_inner().status()),
-        Err(status) => Err(Error::from_status(status, &options.server, options.timeout)),
+    let mut client = HealthClient::new(channel);
+    let response = deadline.bound(client.check(request)).await;
+    into_reply(response, &options.server, options.timeout).map(|reply| reply.status())
+}
+
+/// The outcome of a call that was bounded by its deadline: the library's own limit ends with the head of the response.
+fn into_reply<T>(
+    response: Result<Result<Response<T>, Status>, Passed>,
+    server: &Server,
+    timeout: Duration,
+) -> Result<T, Error> {
+    match response {
+        Ok(Ok(response)) => Ok(response.into_inner()),
+        Ok(Err(status)) => Err(Error::from_status(status, server, timeout)),
+        Err(Passed) => Err(Error::timeout(timeout)),
     }
 }
 
-async fn connect(server: &Server, timeout: Duration, deadline: Deadline) -> Result<Channel, Error> {
+async fn connect(
+    server: &Server,
+    timeout: Duration,
+    deadline: Deadline,
+) -> Result<Connection, Error> {
     let connect_error = |error| Error::Connect(server.target.clone(), error);
     let mut endpoint = Channel::from_shared(server.target.as_str().to_owned())
         .expect("url::base accepts only URLs that are URIs")
@@ -272,46 +334,104 @@ async fn connect(server: &Server, timeout: Duration, deadline: Deadline) -> Resu
     if server.target.scheme() == "https" {
         let mut tls = match &server.ca {
             Some(path) => {
-                ClientTlsConfig::new().ca_certificate(Certificate::from_pem(pem("--ca", path)?))
+                let roots = roots(&pem("--ca", path)?);
+                let roots = roots.map_err(|error| Error::File("--ca", error.to_string()))?;
+                ClientTlsConfig::new().trust_anchors(roots.roots)
             }
+            None if server.own.is_some() => ClientTlsConfig::new(),
             None => ClientTlsConfig::new().with_native_roots(),
         };
         if let Some(Pair { cert, key }) = &server.pair {
             tls = tls.identity(Identity::from_pem(pem("--cert", cert)?, pem("--key", key)?));
         }
-        endpoint = endpoint.tls_config(tls).map_err(connect_error)?;
+        let secured = match (&server.own, &server.ca) {
+            (Some(_), None) => endpoint.tls_config_with_verifier(tls, AnyCertificate::new()),
+            _ => endpoint.tls_config(tls),
+        };
+        endpoint = secured.map_err(connect_error)?;
     }
-    match deadline.bound(endpoint.connect()).await {
-        Ok(channel) => channel.map_err(connect_error),
-        Err(_) => Err(Error::ConnectTimeout(server.target.clone(), timeout)),
+    let channel = deadline.bound(endpoint.connect()).await;
+    let channel = channel
+        .map_err(|_| Error::ConnectTimeout(server.target.clone(), timeout))?
+        .map_err(connect_error)?;
+    Ok(MapResponse::new(channel, check_details))
+}
+
+/// Replaces details of a status that are not base64, at which the gRPC library panics.
+fn check_details(response: HttpResponse) -> HttpResponse {
+    let (mut head, body) = response.into_parts();
+    replace_broken_details(&mut head.headers);
+    let body = body.map_frame(|mut frame| {
+        if let Some(trailers) = frame.trailers_mut() {
+            replace_broken_details(trailers);
+        }
+        frame
+    });
+    HttpResponse::from_parts(head, Body::new(body))
+}
+
+fn replace_broken_details(headers: &mut HeaderMap) {
+    let metadata = MetadataMap::from_headers(std::mem::take(headers));
+    let is_broken = metadata
+        .get_bin(DETAILS)
+        .is_some_and(|details| details.to_bytes().is_err());
+    *headers = metadata.into_headers();
+    if is_broken {
+        // Base64 of a byte that is not a message.
+        headers.insert(DETAILS, http::HeaderValue::from_static("/w"));
     }
 }
 
 fn pem(flag: &'static str, path: &PathBuf) -> Result<Vec<u8>, Error> {
-    fs::read(path).map_err(|error| Error::File(flag, error.kind().to_string()))
+    match fs::read(path) {
+        Ok(content) => Ok(without_mark(&content).to_owned()),
+        Err(error) => Err(Error::File(flag, error.kind().to_string())),
+    }
 }
 
-/// The token to send, if any, as a header value.
-fn token(options: &CallOptions) -> Result<Option<MetadataValue<Ascii>>, Error> {
-    let text = match (&options.token_file, &options.token) {
+/// The token to send, if any, as a header value. Warns if others can read it on the way.
+fn token(token: &Token, server: &Server) -> Result<Option<MetadataValue<Ascii>>, Error> {
+    let text = match (&token.token_file, &token.from_variable) {
         (Some(path), _) => fs::read_to_string(path)
             .map(SecretString::from)
             .map_err(|error| Error::File("--token-file", error.kind().to_string()))?,
         (None, Some(token)) => token.clone(),
         (None, None) => return Ok(None),
     };
-    let value: Result<MetadataValue<Ascii>, _> = text.expose_secret().trim_end().parse();
-    let mut value = value.map_err(|_| {
-        let problem = "the token contains characters that a header cannot carry";
-        Error::File("--token-file", problem.to_owned())
-    })?;
+    let text = secret::visible(text.expose_secret().trim_end());
+    let text =
+        text.map_err(|problem| Error::File("--token-file", format!("the token {problem}")))?;
+    let mut value = MetadataValue::try_from(text).expect("visible ASCII is metadata");
     value.set_sensitive(true);
+    if url::check_plain_http(&server.target, false).is_err() {
+        let target = without_slash(&server.target);
+        warn(&format!(
+            "the token is sent unencrypted to {target}: use an https --target"
+        ));
+    }
     Ok(Some(value))
+}
+
+/// JSON that is safe on a terminal. The serializer escapes only the characters below U+0020.
+fn escape_json(json: &str) -> String {
+    let mut escaped = String::with_capacity(json.len());
+    for c in json.chars() {
+        if c != '\n' && needs_escape(c) {
+            escape_utf16(c, &mut escaped);
+        } else {
+            escaped.push(c);
+        }
+    }
+    escaped
 }
 
 /// Prints one line; ignores errors such as a closed standard output.
 fn print(text: &str) {
     let _ = writeln!(io::stdout(), "{text}");
+}
+
+fn warn(text: &str) {
+    let _ = writeln!(io::stderr(), "rds-task-facade: WARN: {text}");
 }
 
 fn report(error: &Error) -> ExitCode {

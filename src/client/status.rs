@@ -5,14 +5,14 @@ use std::fmt;
 use tonic::Status;
 use tonic_types::{ErrorDetail, StatusExt as _};
 
-use crate::code;
+use crate::{code, telemetry::needs_escape};
 
 /// Writes code and message on the first line, then one indented line per detail.
 pub(super) fn describe(f: &mut fmt::Formatter<'_>, status: &Status) -> fmt::Result {
     let code = code::name(status.code());
     write!(f, "{code}: {}", Escaped(status.message()))?;
     let Ok(details) = status.check_error_details_vec() else {
-        return write!(f, "\n  details: cannot be decoded");
+        return f.write_str("; the details of the status cannot be decoded");
     };
     for detail in &details {
         describe_detail(f, detail)?;
@@ -58,13 +58,13 @@ fn describe_detail(f: &mut fmt::Formatter<'_>, detail: &ErrorDetail) -> fmt::Res
     }
 }
 
-/// Text from the server with control characters escaped, so that it is safe on a terminal.
-struct Escaped<'a>(&'a str);
+/// Text from the server with control characters and invisible marks escaped, so that it is safe on a terminal.
+pub(super) struct Escaped<'a>(pub(super) &'a str);
 
 impl fmt::Display for Escaped<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         use fmt::Write as _;
-        self.0.chars().try_for_each(|c| match c.is_control() {
+        self.0.chars().try_for_each(|c| match needs_escape(c) {
             true => write!(f, "{}", c.escape_default()),
             false => f.write_char(c),
         })
@@ -128,11 +128,12 @@ mod tests {
 
     #[test]
     fn control_characters_are_escaped() {
-        let status = Status::internal("a\u{1b}[2Jb\nc\u{9b}d");
+        let status = Status::internal("a\u{1b}[2Jb\nc\u{9b}d\u{7f}e\u{202e}f\u{200b}");
 
         let text = Described(status).to_string();
 
-        assert_eq!(text, "INTERNAL: a\\u{1b}[2Jb\\nc\\u{9b}d");
+        let expected = "INTERNAL: a\\u{1b}[2Jb\\nc\\u{9b}d\\u{7f}e\\u{202e}f\\u{200b}";
+        assert_eq!(text, expected);
     }
 
     #[test]
@@ -141,6 +142,7 @@ mod tests {
 
         let text = Described(status).to_string();
 
-        assert_eq!(text, "NOT_FOUND: gone\n  details: cannot be decoded");
+        let expected = "NOT_FOUND: gone; the details of the status cannot be decoded";
+        assert_eq!(text, expected);
     }
 }

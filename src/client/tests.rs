@@ -71,6 +71,7 @@ fn server(address: SocketAddr) -> Server {
         target: format!("http://{address}").parse().unwrap(),
         ca: None,
         pair: None,
+        own: None,
     }
 }
 
@@ -82,8 +83,7 @@ fn call_options(project: &str, address: SocketAddr, timeout: Duration) -> CallOp
             ..Task::example()
         }),
         timeout,
-        token_file: None,
-        token: None,
+        token: Token::default(),
     }
 }
 
@@ -95,7 +95,7 @@ async fn call_sends_ids_token_and_timeout() {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(b"from-a-file\n").unwrap();
     let mut options = call_options("p", address, LONG_TIMEOUT);
-    options.token_file = Some(file.path().to_owned());
+    options.token.token_file = Some(file.path().to_owned());
 
     get_task_detail(options).await.unwrap();
 
@@ -208,7 +208,7 @@ async fn token_that_a_header_cannot_carry_is_rejected_without_echo() {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(b"canary\r\nx-other: 1").unwrap();
     let mut options = call_options("p", "127.0.0.1:1".parse().unwrap(), LONG_TIMEOUT);
-    options.token_file = Some(file.path().to_owned());
+    options.token.token_file = Some(file.path().to_owned());
 
     let error = get_task_detail(options).await.unwrap_err().to_string();
 

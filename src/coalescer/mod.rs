@@ -110,7 +110,7 @@ impl Coalescer {
         })
     }
 
-    /// Returns a cached result that is at most `max_age` old, joins an identical lookup in flight, or starts `work`. Passes `follow`
+    /// Returns a cached result that is younger than `max_age`, joins an identical lookup in flight, or starts `work`. Passes `follow`
     /// the progress of the lookup that the call waits for. Dropping the future ends the wait.
     pub async fn look_up<F>(
         self: &Arc<Self>,
@@ -157,7 +157,7 @@ impl Coalescer {
 
     fn cached(&self, key: &Arc<LookupKey>, max_age: Option<Duration>) -> Option<Arc<Lookup>> {
         let lookup = self.cache.as_ref()?.get(key)?;
-        let is_fresh = |max_age| lookup.finished_at.elapsed() <= max_age;
+        let is_fresh = |max_age| lookup.finished_at.elapsed() < max_age;
         max_age.is_none_or(is_fresh).then_some(lookup)
     }
 

@@ -7,6 +7,7 @@ use http::HeaderValue;
 
 use super::{
     Owner,
+    fragments::{Fragments, repeats},
     key_guard::KeyGuard,
     secret::{Malformed, parse_token, visible},
 };
@@ -36,6 +37,29 @@ impl Auth {
             Self::Key(_) => Identity::Server,
         }
     }
+
+    /// Whether one of these texts of a reply repeats the facade's own credential, so that the caller must not see it.
+    pub fn is_own_in<'a>(&self, texts: impl IntoIterator<Item = &'a str>) -> bool {
+        match self {
+            Self::Token(token) => {
+                let fragments = token.fragments.as_ref();
+                fragments.is_some_and(|fragments| fragments.are_in(texts))
+            }
+            Self::Key(key) => key.fragments.are_in(texts),
+        }
+    }
+
+    /// Whether a text of a reply repeats the credential, the facade's or the caller's, so that no log may contain it.
+    pub fn is_in(&self, text: &str) -> bool {
+        match self {
+            Self::Token(Token {
+                fragments: None,
+                value,
+                ..
+            }) => repeats(text, value.as_bytes()),
+            _ => self.is_own_in([text]),
+        }
+    }
 }
 
 /// The identity of a request. Equal identities may share responses and throttle windows.
@@ -56,6 +80,29 @@ pub struct Token {
     pub generation: u64,
     /// The identity of the request.
     pub identity: Identity,
+    /// To find the token in replies; `None` for a caller's token, which the caller may see.
+    pub fragments: Option<Arc<Fragments>>,
+}
+
+impl Token {
+    /// A token of the facade. `password` is what the facade got it for, if it was a password.
+    pub(super) fn of_server(value: HeaderValue, password: Option<&str>) -> Self {
+        let parts = [Some(value.as_bytes()), password.map(str::as_bytes)];
+        let fragments = Fragments::of_credential(parts.into_iter().flatten());
+        Self {
+            value,
+            generation: 0,
+            identity: Identity::Server,
+            fragments: Some(Arc::new(fragments)),
+        }
+    }
+}
+
+/// The same token may have been fetched twice.
+impl PartialEq for Token {
+    fn eq(&self, other: &Self) -> bool {
+        self.value == other.value && self.identity == other.identity
+    }
 }
 
 /// A key pair, with the security token that belongs to it when it is temporary.
@@ -66,6 +113,8 @@ pub struct AccessKey {
     pub(super) signing_key: hmac::Key,
     /// Goes out as `X-Security-Token`; marked sensitive.
     pub security_token: Option<HeaderValue>,
+    /// To find the parts of the key in replies.
+    fragments: Fragments,
     /// Keeps bad signatures from locking the key at the gateway.
     pub guard: Arc<KeyGuard>,
 }
@@ -74,7 +123,7 @@ impl AccessKey {
     /// Parses the parts of a key. An empty security token counts as absent.
     ///
     /// # Errors
-    /// [`MalformedKey`] names the part that does not hold 1 to 16 KiB of visible ASCII.
+    /// [`MalformedKey`] names the part that does not hold 1 to 31 KiB of visible ASCII.
     pub fn parse(
         access_key_id: &str,
         secret_access_key: &str,
@@ -88,7 +137,10 @@ impl AccessKey {
             .map(parse_token)
             .transpose()
             .map_err(part("security token"))?;
+        let parts = [access_key_id.as_bytes(), secret.as_bytes()];
+        let token = security_token.as_ref().map(HeaderValue::as_bytes);
         Ok(Self {
+            fragments: Fragments::of_credential(parts.into_iter().chain(token)),
             access_key_id: access_key_id.to_owned(),
             signing_key: hmac::Key::new(hmac::HMAC_SHA256, secret.as_bytes()),
             security_token,
@@ -148,9 +200,8 @@ mod tests {
     fn debug_shows_no_part_of_a_key_or_token() {
         let key = AccessKey::parse("canary-ak", "canary-sk", Some("canary-st")).unwrap();
         let token = Token {
-            value: parse_token("canary-token").unwrap(),
             generation: 1,
-            identity: Identity::Server,
+            ..Token::of_server(parse_token("canary-token").unwrap(), None)
         };
 
         let printed = format!("{:?} {:?}", Auth::Key(Arc::new(key)), Auth::Token(token));

@@ -1,17 +1,20 @@
 //! The chain of the vendor's SDKs: the key in the environment, else the profile file, else the metadata service. The link is
 //! chosen once, when the program starts.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{io::ErrorKind, path::PathBuf, sync::Arc};
 
 use reqwest::Url;
 
 use super::{auth::AccessKey, file, profile_key};
+use crate::options::url::without_slash;
 
 /// The links of the chain.
 #[derive(Debug, Clone)]
 pub struct ChainConfig {
     /// The key in the environment.
     pub environment: Option<Arc<AccessKey>>,
+    /// The variables that are missing if the environment has only a part of a key.
+    pub missing: Vec<&'static str>,
     /// The profile file, if its path is known. It need not exist.
     pub profile: Option<PathBuf>,
     /// The metadata service, for example `http://169.254.169.254`.
@@ -28,17 +31,38 @@ pub(super) enum Choice {
 
 /// Chooses a link. Reads the profile file; blocks.
 pub(super) fn choose(config: &ChainConfig) -> Choice {
+    if !config.missing.is_empty() {
+        let missing = config.missing.join(", ");
+        tracing::warn!(
+            missing,
+            "the environment has only a part of a key, which is not used"
+        );
+    }
+    let choice = |source: &str| tracing::info!(source, "the credential chain has chosen a source");
     if let Some(key) = &config.environment {
+        choice("environment");
         return Choice::Environment(key.clone());
     }
     let profile = match &config.profile {
         None => "profile: no home directory and no path given".to_owned(),
         Some(path) => match file::load(path, |text| profile_key(text, None)) {
-            Ok(_) => return Choice::Profile(path.clone()),
-            Err(error) => format!("profile {}: {error}", path.display()),
+            Ok(_) => {
+                choice(&format!("profile {}", path.display()));
+                return Choice::Profile(path.clone());
+            }
+            Err(error) => {
+                let reason = format!("profile {}: {error}", path.display());
+                if error != file::Error::Unreadable(ErrorKind::NotFound) {
+                    tracing::warn!(reason, "the credential chain skips the profile");
+                }
+                reason
+            }
         },
     };
-    tracing::warn!(reason = %profile, "the credential chain uses the metadata service");
+    choice(&format!(
+        "metadata service {}",
+        without_slash(&config.metadata_endpoint)
+    ));
     Choice::Metadata(format!(
         "environment: no key; {profile}; metadata service: "
     ))

@@ -1,6 +1,6 @@
 //! One bounded HTTP request to an issuer of credentials. Response bodies hold secrets, so no error quotes them.
 
-use std::{error::Error as _, fmt, time::Duration};
+use std::{fmt, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderMap, StatusCode};
@@ -8,7 +8,6 @@ use reqwest::RequestBuilder;
 
 use super::Issuer;
 use crate::{
-    error_chain::root_cause,
     http_client::{self, BodyError, BuildError, SystemRoots},
     wait,
 };
@@ -70,10 +69,7 @@ impl FetchError {
         } else {
             "the reply is broken"
         };
-        // The message of the outermost error holds the URL, so only its sources are shown.
-        let cause = error
-            .source()
-            .map_or_else(|| "no details".to_owned(), |e| root_cause(e).to_string());
+        let cause = http_client::cause(error);
         Self::unavailable(format!("{what}: {cause}"))
     }
 }
@@ -93,7 +89,7 @@ pub(super) struct Response {
 
 /// The client for the identity service.
 pub(super) fn identity_client(config: &http_client::Config) -> Result<reqwest::Client, BuildError> {
-    http_client::build(without_pool(config)?)
+    http_client::build(http_client::client_builder(config)?)
 }
 
 /// The client for the metadata service: never through a proxy.
@@ -104,19 +100,15 @@ pub(super) fn metadata_client() -> Result<reqwest::Client, BuildError> {
         proxy: None,
         connect_timeout: METADATA_TIMEOUT,
     };
-    http_client::build(without_pool(&direct)?.read_timeout(METADATA_TIMEOUT))
-}
-
-/// Fetches are hours apart: an idle connection would be dead by the next one.
-fn without_pool(config: &http_client::Config) -> Result<reqwest::ClientBuilder, BuildError> {
-    Ok(http_client::client_builder(config)?.pool_max_idle_per_host(0))
+    http_client::build(http_client::client_builder(&direct)?.read_timeout(METADATA_TIMEOUT))
 }
 
 /// Sends a request and reads the response, up to 64 KiB.
 pub(super) async fn send(request: RequestBuilder) -> Result<Response, FetchError> {
     let sent = request.send().await;
-    let mut response = sent.map_err(|error| FetchError::from_transport(&error))?;
-    let body = http_client::read_body(&mut response, MAX_BODY_BYTES)
+    let response = sent.map_err(|error| FetchError::from_transport(&error))?;
+    let mut response = http::Response::from(response);
+    let body = http_client::read_body(response.body_mut(), MAX_BODY_BYTES)
         .await
         .map_err(|error| match error {
             BodyError::TooLarge => FetchError::unavailable("the reply is longer than 64 KiB"),

@@ -13,7 +13,7 @@ use super::{
     cache::{Fetched, Refresh},
     fetch::FetchError,
     profile,
-    secret::Malformed,
+    secret::{self, Malformed},
 };
 use crate::files::{self, Watcher};
 
@@ -58,6 +58,14 @@ impl From<files::Error> for Error {
 /// Reads a file and parses its text. Blocks.
 pub(super) fn load<T>(path: &Path, parse: impl Fn(&str) -> Result<T, Error>) -> Result<T, Error> {
     parse(text(&files::read(path, MAX_BYTES)?)?)
+}
+
+/// Reads a password. Blocks.
+///
+/// # Errors
+/// [`Error`] when the file or the password cannot be used.
+pub fn read_password(path: &Path) -> Result<Zeroizing<String>, Error> {
+    load(path, |text| Ok(secret::parse_password(text)?))
 }
 
 /// The content of a file as text.

@@ -7,11 +7,11 @@ use std::{path::PathBuf, time::Duration};
 use http::{HeaderValue, header};
 use reqwest::Url;
 use serde::Deserialize;
-use serde_json::json;
+use serde_json::{Value, json};
 use zeroize::Zeroizing;
 
 use super::{
-    Issuer,
+    Issuer, Token,
     cache::{Fetched, Refresh},
     fetch::{self, FetchError, Response},
     file, secret, server_time,
@@ -71,9 +71,9 @@ fn parse_password(content: &[u8]) -> Result<Zeroizing<String>, file::Error> {
 }
 
 impl Refresh for IamTokens {
-    type Value = HeaderValue;
+    type Value = Token;
 
-    async fn refresh(&mut self) -> Result<Fetched<HeaderValue>, FetchError> {
+    async fn refresh(&mut self) -> Result<Fetched<Token>, FetchError> {
         let password = self.password().await.map_err(|error| {
             let path = self.config.password_file.display();
             FetchError::unavailable(format!("password file {path}: {error}"))
@@ -89,15 +89,21 @@ impl Refresh for IamTokens {
             .body(body(&self.config, &password));
         let response = fetch::send(request).await?;
         if !response.status.is_success() {
-            let error =
+            let mut error =
                 FetchError::from_response(Issuer::Identity, &response, REST_AFTER_REJECTION);
+            let secrets = [&*password, &*self.config.user, &*self.config.domain];
+            error.cause.push_str(&explanation(&response, &secrets));
             if error.rejected_by.is_some() {
                 self.rejected = Some(files::digest(&[password.as_bytes()]));
             }
             return Err(error);
         }
         self.rejected = None;
-        token(&response)
+        let Fetched { value, lifetime } = token(&response)?;
+        Ok(Fetched {
+            value: Token::of_server(value, Some(&password)),
+            lifetime,
+        })
     }
 
     /// Resolves when the password file holds another password than the rejected one.
@@ -132,6 +138,80 @@ fn body(config: &IamConfig, password: &str) -> Vec<u8> {
     } })
     .to_string()
     .into_bytes()
+}
+
+/// An error response. IAM puts code and message into an object `error`, its gateway puts them at the top.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct ErrorBody {
+    #[serde(alias = "error_code")]
+    code: Value,
+    #[serde(alias = "error_msg")]
+    message: Value,
+    error: Option<Box<ErrorBody>>,
+}
+
+/// Code, trace id and message of an error response, as far as they contain no secret: the rest of the cause.
+fn explanation(response: &Response, secrets: &[&str]) -> String {
+    let body: ErrorBody = serde_json::from_slice(&response.body).unwrap_or_default();
+    let body = body.error.as_deref().unwrap_or(&body);
+    let id = |text: &str| {
+        let is_id = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+        let is_safe = (1..=64).contains(&text.len()) && text.bytes().all(is_id);
+        (is_safe && !contains_any(text, secrets)).then(|| text.to_owned())
+    };
+    let code = match &body.code {
+        Value::String(code) => id(code),
+        Value::Number(code) => id(&code.to_string()),
+        _ => None,
+    };
+    let message = body.message.as_str().map(|text| scrub(text, secrets));
+    let message = message.filter(|text| !text.is_empty());
+    let headers = ["x-iam-trace-id", "x-request-id"];
+    let trace = headers.iter().find_map(|name| response.headers.get(*name));
+    let trace = trace.and_then(|value| id(value.to_str().ok()?));
+    [(", code ", code), (", trace id ", trace), (": ", message)]
+        .into_iter()
+        .filter_map(|(name, value)| Some(format!("{name}{}", value?)))
+        .collect()
+}
+
+/// The longest part of a message that is logged, in words.
+const MAX_WORDS: usize = 40;
+
+/// The message with a mark in place of each word that is, or may be, a part of a secret: only plain words and short numbers stay.
+fn scrub(message: &str, secrets: &[&str]) -> String {
+    let is_plain = |word: &str| {
+        let word = word.trim_matches(|c: char| c.is_ascii_punctuation());
+        let number = word.len() <= 4 && word.bytes().all(|byte| byte.is_ascii_digit());
+        let rest = word.get(1..).unwrap_or_default();
+        let letters = word.len() <= 20
+            && word.bytes().all(|byte| byte.is_ascii_alphabetic())
+            && rest.bytes().all(|byte| byte.is_ascii_lowercase());
+        let not_ascii = word
+            .chars()
+            .all(|c| !c.is_ascii_alphanumeric() && !c.is_control());
+        number || letters || not_ascii
+    };
+    let words = message.split_whitespace().take(MAX_WORDS);
+    let words = words.map(
+        |word| match is_plain(word) && !contains_any(word, secrets) {
+            true => word,
+            false => "***",
+        },
+    );
+    words.collect::<Vec<_>>().join(" ")
+}
+
+/// Whether the text contains a word of a secret, in any case. A short word must be the whole text.
+fn contains_any(text: &str, secrets: &[&str]) -> bool {
+    let text = text.to_lowercase();
+    let bare = text.trim_matches(|c: char| c.is_ascii_punctuation());
+    let mut words = secrets.iter().flat_map(|secret| secret.split_whitespace());
+    words.any(|word| {
+        let word = word.to_lowercase();
+        text == word || bare == word || (word.len() > 5 && text.contains(&word))
+    })
 }
 
 #[derive(Default, Deserialize)]
@@ -174,7 +254,6 @@ fn token(response: &Response) -> Result<Fetched<HeaderValue>, FetchError> {
 mod tests {
     use std::fs;
 
-    use serde_json::Value;
     use tempfile::NamedTempFile;
 
     use super::*;
@@ -209,7 +288,7 @@ mod tests {
         IamTokens::new(fetch::identity_client(&http_config()).unwrap(), config)
     }
 
-    async fn refresh_with(response: &'static str) -> Result<Fetched<HeaderValue>, FetchError> {
+    async fn refresh_with(response: &'static str) -> Result<Fetched<Token>, FetchError> {
         let issuer = FakeIssuer::start(move |_, _| response.to_owned()).await;
         source(&issuer.endpoint, &password_file()).refresh().await
     }
@@ -230,8 +309,8 @@ mod tests {
             .await
             .unwrap();
 
-        assert_eq!(fetched.value, "MIIcanary");
-        assert!(fetched.value.is_sensitive());
+        assert_eq!(fetched.value.value, "MIIcanary");
+        assert!(fetched.value.value.is_sensitive());
         assert_eq!(
             fetched.lifetime,
             Some(Duration::from_secs(12 * 3600)),
@@ -260,8 +339,8 @@ mod tests {
         );
     }
 
-    #[test]
-    fn thirty_two_hexadecimal_digits_are_a_project_id_and_anything_else_is_a_name() {
+    #[tokio::test]
+    async fn thirty_two_hexadecimal_digits_are_a_project_id_and_anything_else_is_a_name() {
         let file = password_file();
         let mut config = source("http://127.0.0.1", &file).config;
         let scope = |config: &IamConfig| {
@@ -356,6 +435,51 @@ mod tests {
             assert_eq!(error.wait, wait, "{response}");
             let rejected = rejected.map(|status| (Issuer::Identity, status));
             assert_eq!(error.rejected_by, rejected, "{response}");
+        }
+    }
+
+    #[tokio::test]
+    async fn the_cause_has_code_message_and_trace_id_without_secrets() {
+        let trace = "X-IAM-Trace-Id: trace-1\r\n";
+        let cases = [
+            (
+                401,
+                trace,
+                r#"{"error":{"code":401,"message":"The username or password is wrong.","title":"Unauthorized"}}"#,
+                ", code 401, trace id trace-1: The username or password is wrong.",
+            ),
+            (
+                403,
+                trace,
+                r#"{"error_code":"IAM.0101","error_msg":"Locked for 15 minutes: try again later"}"#,
+                ", code IAM.0101, trace id trace-1: Locked for 15 minutes: try again later",
+            ),
+            (
+                400,
+                "X-Request-Id: r-1\r\n",
+                r#"{"error":{"error_code":"IAM.0001","error_msg":"\u8d26\u53f7\u4e0d\u5b58\u5728\u3002"}}"#,
+                ", code IAM.0001, trace id r-1: 账号不存在。",
+            ),
+            (
+                401,
+                "X-IAM-Trace-Id: domain-4711\r\n",
+                r#"{"error":{"code":"passwörd","message":"user=user, USER 'domain' passwörd \"PASSWÖRD\" canary Y2FuYXJ5 MIIabc+/== 123456 wrong\u001b[2J"}}"#,
+                ": *** *** *** *** *** *** *** *** *** ***",
+            ),
+            (401, "", r#"{"error":"no"}"#, ""),
+            (401, "", "<html>canary</html>", ""),
+            (401, "X-IAM-Trace-Id: a b\r\n", "{}", ""),
+        ];
+
+        for (status, headers, body, expected) in cases {
+            let reply = response(&format!("{status} x"), headers, body);
+            let issuer = FakeIssuer::start(move |_, _| reply.clone()).await;
+            let file = password_file();
+
+            let error = source(&issuer.endpoint, &file).refresh().await.unwrap_err();
+
+            let expected = format!("HTTP status {status}{expected}");
+            assert_eq!(error.to_string(), expected, "{body}");
         }
     }
 

@@ -12,7 +12,7 @@
 use std::{
     collections::HashMap,
     sync::{
-        Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
@@ -41,6 +41,9 @@ const MAX_PROBES: usize = 3;
 /// Projects that are remembered as accepted.
 const MAX_PROJECTS: usize = 64;
 
+/// Instances with a guard of their own. Beyond it, all of them start again without evidence.
+const MAX_INSTANCES: usize = 1024;
+
 /// The guard of one key.
 #[derive(Debug, Default)]
 pub struct KeyGuard {
@@ -53,6 +56,8 @@ pub struct KeyGuard {
     changed: Notify,
     /// The end of the rest of a key that was never accepted: the server is not ready before it.
     unproven_rest: watch::Sender<Option<Instant>>,
+    /// The guards that [`KeyGuard::scoped`] has created.
+    instances: Mutex<HashMap<String, Arc<KeyGuard>>>,
 }
 
 #[derive(Debug, Default)]
@@ -80,6 +85,27 @@ impl KeyGuard {
             evidence: Mutex::new(evidence),
             ..Self::default()
         }
+    }
+
+    /// The guard of the key in requests for `instance`, if evidence is kept for each instance; else this guard.
+    pub fn scoped(self: &Arc<Self>, instance: Option<&str>) -> Arc<Self> {
+        let Some(instance) = instance else {
+            return Arc::clone(self);
+        };
+        let mut guards = self
+            .instances
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if guards.len() >= MAX_INSTANCES && !guards.contains_key(instance) {
+            guards.clear();
+        }
+        let guard = guards.entry(instance.to_owned()).or_insert_with(|| {
+            Arc::new(Self {
+                unproven_rest: self.unproven_rest.clone(),
+                ..Self::default()
+            })
+        });
+        Arc::clone(guard)
     }
 
     /// The end of the rest of a key that was never accepted, if it has rested.
@@ -256,8 +282,6 @@ impl Drop for SigningPermit<'_> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use futures_util::{StreamExt as _, poll, stream::FuturesUnordered};
     use proptest::prelude::*;
 
@@ -499,6 +523,31 @@ mod tests {
         admit(&changed).await.rejected();
 
         assert_eq!(remaining_rest(&changed).await, KEY_LOCK);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn evidence_for_an_instance_affects_no_other_and_is_reported_for_the_key() {
+        let key = Arc::new(KeyGuard::default());
+        let report = key.unproven_rest();
+
+        admit(&key.scoped(Some("i"))).await.rejected();
+
+        assert_eq!(remaining_rest(&key.scoped(Some("i"))).await, KEY_LOCK);
+        for instance in [Some("j"), None] {
+            admit(&key.scoped(instance)).await.accepted();
+        }
+        assert_eq!(*report.borrow(), Some(Instant::now() + KEY_LOCK));
+    }
+
+    #[test]
+    fn the_guards_of_instances_are_limited() {
+        let key = Arc::new(KeyGuard::default());
+
+        for number in 0..3 * MAX_INSTANCES {
+            key.scoped(Some(&number.to_string()));
+        }
+
+        assert!(key.instances.lock().unwrap().len() <= MAX_INSTANCES);
     }
 
     proptest! {

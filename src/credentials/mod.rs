@@ -2,7 +2,7 @@
 //!
 //! - [`Credentials`]: the configured source; [`Credentials::resolve`] for each call, [`Credentials::refresh`] after a 401
 //! - [`readiness`]: whether the facade has a usable credential
-//! - [`auth`]: the credential of one request; [`secret`]: the form of tokens and keys
+//! - [`auth`]: the credential of one request; [`secret`]: the form of tokens and keys; [`fragments`]: finds them in replies
 //! - [`signer`], [`key_guard`]: signing with a key, and keeping it from being locked
 //! - [`iam`], [`metadata`], [`chain`], [`profile`], [`file`](mod@file): the sources; [`cache`]: their current credential
 
@@ -13,6 +13,7 @@ pub mod chain;
 mod fake_issuer;
 mod fetch;
 pub mod file;
+pub mod fragments;
 pub mod iam;
 pub mod key_guard;
 mod metadata;
@@ -94,7 +95,7 @@ enum Running {
     Caller(Box<hmac::Key>),
     Token(Token),
     Key(Arc<AccessKey>),
-    CachedToken(Cache<HeaderValue>),
+    CachedToken(Cache<Token>),
     CachedKey(Cache<Arc<AccessKey>>),
 }
 
@@ -117,11 +118,13 @@ impl Credentials {
                 hmac::Key::generate(hmac::HMAC_SHA256, &SystemRandom::new())
                     .expect("the system has random bytes"),
             )),
-            Source::Token(value) => Running::Token(server_token((value, 0))),
+            Source::Token(value) => Running::Token(Token::of_server(value, None)),
             Source::Key(key) => Running::Key(key),
             Source::TokenFile(path) => {
                 let name = format!("token file {}", path.display());
-                let source = file::FileSource::new(path, |text, _| Ok(secret::parse_token(text)?));
+                let source = file::FileSource::new(path, |text, _| {
+                    Ok(Token::of_server(secret::parse_token(text)?, None))
+                });
                 let cache = Cache::start(name, source, OnRejection::Recheck, tokens, metrics);
                 Running::CachedToken(cache)
             }
@@ -222,6 +225,7 @@ impl Credentials {
                     value,
                     generation: 0,
                     identity: Identity::Caller(hash),
+                    fragments: None,
                 }))
             }
             Running::Token(token) => Ok(Auth::Token(token.clone())),
@@ -285,11 +289,10 @@ impl fmt::Debug for Credentials {
     }
 }
 
-fn server_token((value, generation): (HeaderValue, u64)) -> Token {
+fn server_token((token, generation): (Token, u64)) -> Token {
     Token {
-        value,
         generation,
-        identity: Identity::Server,
+        ..token
     }
 }
 

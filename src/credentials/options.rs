@@ -7,7 +7,7 @@ use secrecy::{ExposeSecret, SecretString};
 
 use super::{
     AccessKey, Source, chain, file, iam, profile,
-    secret::{self, visible},
+    secret::{self, is_invisible, visible},
 };
 use crate::{
     options::{self, PREFIX, Parsed, Validation, url},
@@ -133,11 +133,13 @@ impl Options {
             SourceKind::Metadata => self.metadata(upstream, validation).map(Source::Metadata),
             SourceKind::Chain => {
                 let environment = key(validation, false);
+                let missing = missing_parts(validation);
                 let profile = profile_path(validation).map(|(_, path)| path);
                 self.metadata(upstream, validation)
                     .map(|metadata_endpoint| {
                         Source::Chain(chain::ChainConfig {
                             environment,
+                            missing,
                             profile,
                             metadata_endpoint,
                         })
@@ -338,6 +340,20 @@ fn key(validation: &mut Validation<'_>, required: bool) -> Option<Arc<AccessKey>
     Some(Arc::new(key.expect("each part is visible ASCII")))
 }
 
+/// The variables that a part of a key in the environment lacks; none without a key.
+fn missing_parts(validation: &Validation<'_>) -> Vec<&'static str> {
+    let missing = |name: &&str| validation.raw_variable(name).is_none();
+    let all = [AK_VARIABLE, SK_VARIABLE, SECURITY_TOKEN_VARIABLE];
+    match all.iter().all(missing) {
+        true => Vec::new(),
+        false => all[..2]
+            .iter()
+            .filter(|name| missing(name))
+            .copied()
+            .collect(),
+    }
+}
+
 /// The profile file, which must hold a key.
 fn profile(validation: &mut Validation<'_>) -> Option<PathBuf> {
     let Some((subject, path)) = profile_path(validation) else {
@@ -383,8 +399,8 @@ fn required<T>(
 
 /// The name of a user, account or project.
 fn name(text: &str) -> Parsed<String> {
-    if text.is_empty() || text.chars().count() > 256 || text.chars().any(char::is_control) {
-        return Err("must hold 1 to 256 characters and no control characters".to_owned());
+    if text.is_empty() || text.chars().count() > 256 || text.contains(is_invisible) {
+        return Err("must hold 1 to 256 characters, none of them invisible".to_owned());
     }
     Ok(text.to_owned())
 }

@@ -33,7 +33,8 @@ pub fn parse(text: &str, previous: Option<&AccessKey>) -> Result<AccessKey, file
         let (_, value) = basic
             .iter()
             .rfind(|(key, _)| key.eq_ignore_ascii_case(name))?;
-        (!value.is_empty()).then_some(*value)
+        let value = unquoted(value);
+        (!value.is_empty()).then_some(value)
     };
     match (given("ak"), given("sk")) {
         (Some(ak), Some(sk)) => {
@@ -46,8 +47,15 @@ pub fn parse(text: &str, previous: Option<&AccessKey>) -> Result<AccessKey, file
     }
 }
 
-/// Names and values of the section, as written: quotes, escapes, continued lines and comments after a value are not interpreted,
-/// because that could change a secret.
+/// A value without the quotes around it, which the Go SDK removes too (`hasSurroundedQuote` of gopkg.in/ini.v1).
+fn unquoted(value: &str) -> &str {
+    let inner = |quote| value.strip_prefix(quote)?.strip_suffix(quote);
+    let unquoted = |quote| inner(quote).filter(|inner| !inner.contains(quote));
+    unquoted('"').or_else(|| unquoted('\'')).unwrap_or(value)
+}
+
+/// Names and values of the section, as written: escapes, continued lines and comments after a value are not interpreted, because
+/// that could change a secret.
 fn section_basic(text: &str) -> Result<Vec<(&str, &str)>, Error> {
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let mut basic = None;
@@ -103,6 +111,17 @@ mod tests {
     }
 
     #[test]
+    fn quotes_around_a_value_are_not_part_of_it() {
+        let text = "[basic]\nak = \"AK1\"\nsk='s\"k'\nsecurity_token = \"\"\n";
+
+        let key = parse(text, None).unwrap();
+
+        assert_eq!(key.access_key_id, "AK1");
+        assert!(signs_with(&key, "s\"k"));
+        assert_eq!(key.security_token, None);
+    }
+
+    #[test]
     fn the_error_of_a_file_without_a_usable_key_names_what_is_missing() {
         let cases = [
             ("ak = a\nsk = b", "the section [basic] is missing"),
@@ -125,6 +144,18 @@ mod tests {
             (
                 "[basic]\nak = a\nsk = can ary",
                 "the secret access key (SK) holds a blank",
+            ),
+            (
+                "[basic]\nak = \"\"\nsk = b",
+                "the section [basic] needs both ak and sk",
+            ),
+            (
+                "[basic]\nak = a\nsk = \"can\"ary\"",
+                "the secret access key (SK) is in quotes; write it without them",
+            ),
+            (
+                "[basic]\nak = a\nsk = can\u{200b}ary",
+                "the secret access key (SK) holds an invisible character",
             ),
         ];
 

@@ -3,8 +3,8 @@
 use http::HeaderValue;
 use zeroize::Zeroizing;
 
-/// The longest accepted token or key. The vendor's tokens take several KiB; its gateway rejects a header of 32 KB.
-const MAX_BYTES: usize = 16 * 1024;
+/// The longest accepted token or key. IAM's tokens take up to 31 KiB; the vendor's gateway rejects a header of 32 KB.
+const MAX_BYTES: usize = 31 * 1024;
 
 /// What is wrong with the text of a token or key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -21,15 +21,21 @@ pub enum Malformed {
     /// A control character or anything beyond ASCII.
     #[error("holds a character that is not visible ASCII")]
     NotVisibleAscii,
-    /// More than 16 KiB.
-    #[error("is longer than 16 KiB")]
+    /// A character that cannot be seen: a control character, a zero-width or a direction mark.
+    #[error("holds an invisible character")]
+    Invisible,
+    /// Quotes around it, as in a shell or an `.env` file.
+    #[error("is in quotes; write it without them")]
+    Quoted,
+    /// More than 31 KiB.
+    #[error("is longer than 31 KiB")]
     TooLong,
 }
 
 /// Parses a token for `X-Auth-Token`. A final line break is removed, because files often end with one.
 ///
 /// # Errors
-/// [`Malformed`] when it is empty, over 16 KiB, or holds anything but visible ASCII.
+/// [`Malformed`] when it is empty, over 31 KiB, or holds anything but visible ASCII.
 pub fn parse_token(text: &str) -> Result<HeaderValue, Malformed> {
     let text = visible(text)?;
     let mut value = HeaderValue::from_str(text).expect("visible ASCII is a header value");
@@ -37,27 +43,27 @@ pub fn parse_token(text: &str) -> Result<HeaderValue, Malformed> {
     Ok(value)
 }
 
-/// Parses a password: any text on one line, without the line break at its end.
-pub(super) fn parse_password(text: &str) -> Result<Zeroizing<String>, Malformed> {
-    let text = without_final_line_break(text);
-    if text.is_empty() {
-        return Err(Malformed::Empty);
-    }
+/// Parses a password: any text on one line, without a byte order mark before it and a line break after it.
+///
+/// # Errors
+/// [`Malformed`] when it is empty, in quotes, or holds an invisible character.
+pub fn parse_password(text: &str) -> Result<Zeroizing<String>, Malformed> {
+    let text = bare(text)?;
     if text.contains(['\r', '\n']) {
         return Err(Malformed::LineBreak);
+    }
+    if text.contains(is_invisible) {
+        return Err(Malformed::Invisible);
     }
     Ok(Zeroizing::new(text.to_owned()))
 }
 
-/// The text without one final line break, if it is 1 to 16 KiB of visible ASCII.
+/// The text without a byte order mark and one final line break, if it is 1 to 31 KiB of visible ASCII.
 ///
 /// # Errors
 /// [`Malformed`] when it is not.
 pub fn visible(text: &str) -> Result<&str, Malformed> {
-    let text = without_final_line_break(text);
-    if text.is_empty() {
-        return Err(Malformed::Empty);
-    }
+    let text = bare(text)?;
     if text.len() > MAX_BYTES {
         return Err(Malformed::TooLong);
     }
@@ -65,13 +71,34 @@ pub fn visible(text: &str) -> Result<&str, Malformed> {
         None => Ok(text),
         Some(b'\r' | b'\n') => Err(Malformed::LineBreak),
         Some(b' ' | b'\t') => Err(Malformed::Blank),
+        Some(_) if text.contains(is_invisible) => Err(Malformed::Invisible),
         Some(_) => Err(Malformed::NotVisibleAscii),
     }
 }
 
-fn without_final_line_break(text: &str) -> &str {
+/// Whether a character is a control character or has no width: in a secret or name it goes unnoticed.
+pub fn is_invisible(c: char) -> bool {
+    c.is_control()
+        || matches!(
+            c,
+            '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}'
+                | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}'
+        )
+}
+
+/// The text without a byte order mark and one final line break, which editors add to files.
+fn bare(text: &str) -> Result<&str, Malformed> {
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let text = text.strip_suffix('\n').unwrap_or(text);
-    text.strip_suffix('\r').unwrap_or(text)
+    let text = text.strip_suffix('\r').unwrap_or(text);
+    if text.is_empty() {
+        return Err(Malformed::Empty);
+    }
+    let quoted = |quote| text.len() > 1 && text.starts_with(quote) && text.ends_with(quote);
+    match quoted('"') || quoted('\'') {
+        true => Err(Malformed::Quoted),
+        false => Ok(text),
+    }
 }
 
 #[cfg(test)]
@@ -100,10 +127,21 @@ mod tests {
             ("blank at the end", "canary \n", Err(Malformed::Blank)),
             ("tab", "can\tary", Err(Malformed::Blank)),
             ("umlaut", "canäry", Err(Malformed::NotVisibleAscii)),
-            ("nul", "can\0ary", Err(Malformed::NotVisibleAscii)),
+            ("nul", "can\0ary", Err(Malformed::Invisible)),
+            ("zero-width", "can\u{200b}ary", Err(Malformed::Invisible)),
+            ("byte order mark", "\u{feff}canary\r\n", Ok("canary")),
             (
-                "byte order mark",
-                "\u{feff}canary",
+                "two byte order marks",
+                "\u{feff}\u{feff}canary",
+                Err(Malformed::Invisible),
+            ),
+            ("only a byte order mark", "\u{feff}", Err(Malformed::Empty)),
+            ("double quotes", "\"canary\"\n", Err(Malformed::Quoted)),
+            ("single quotes", "'canary'", Err(Malformed::Quoted)),
+            ("only quotes", "\"\"", Err(Malformed::Quoted)),
+            (
+                "typographic quotes",
+                "\u{201c}canary\u{201d}",
                 Err(Malformed::NotVisibleAscii),
             ),
             ("too long", &too_long, Err(Malformed::TooLong)),
@@ -134,5 +172,17 @@ mod tests {
         assert_eq!(*parse_password("pass wörd\n").unwrap(), "pass wörd");
         assert_eq!(parse_password("\n"), Err(Malformed::Empty));
         assert_eq!(parse_password("a\nb"), Err(Malformed::LineBreak));
+        assert_eq!(*parse_password("\u{feff}päss'\r\n").unwrap(), "päss'");
+        assert_eq!(parse_password("'a'"), Err(Malformed::Quoted));
+        for invisible in [
+            "\0", "\t", "\u{7f}", "\u{85}", "\u{200d}", "\u{2066}", "\u{feff}",
+        ] {
+            let password = format!("a{invisible}b");
+            assert_eq!(
+                parse_password(&password),
+                Err(Malformed::Invisible),
+                "{invisible:?}"
+            );
+        }
     }
 }

@@ -70,7 +70,7 @@ async fn token_of(credentials: &Credentials) -> Token {
 #[tokio::test]
 async fn callers_bring_exactly_one_well_formed_token() {
     let credentials = start(Source::Caller);
-    let long = [b'a'; 16 * 1024 + 1];
+    let long = [b'a'; 31 * 1024 + 1];
     type Case<'a> = (&'a str, &'a [&'a [u8]], Result<(), Error>);
     let cases: [Case<'_>; 8] = [
         ("one", &[b"token"], Ok(())),
@@ -152,6 +152,7 @@ async fn the_chain_takes_environment_then_profile_then_metadata() {
     let chain = |environment, profile| {
         Source::Chain(chain::ChainConfig {
             environment,
+            missing: Vec::new(),
             profile,
             metadata_endpoint: issuer.endpoint.parse().unwrap(),
         })
@@ -197,9 +198,8 @@ async fn a_thousand_cold_calls_cause_one_token_request_and_a_revoked_token_anoth
     let revoked = all(|credentials| {
         Box::pin(async move {
             let used = Auth::Token(Token {
-                value: HeaderValue::from_static("token-1"),
                 generation: 1,
-                identity: Identity::Server,
+                ..Token::of_server(HeaderValue::from_static("token-1"), None)
             });
             match credentials
                 .refresh(&used, TokenEvidence::Rejected, soon())
@@ -331,6 +331,7 @@ async fn no_source_shows_a_secret_in_log_debug_or_error() {
             "chain",
             Source::Chain(chain::ChainConfig {
                 environment: None,
+                missing: Vec::new(),
                 profile: Some(folder.path().join("p2")),
                 metadata_endpoint: echoing.endpoint.parse().unwrap(),
             }),

@@ -105,7 +105,7 @@ pub fn address(text: &str) -> Parsed<SocketAddr> {
     text.parse().map_err(|_| {
         not(
             text,
-            "an address; write it like 127.0.0.1:50051, 0.0.0.0:50051 or [::1]:50051",
+            "an address; write it like 127.0.0.1:50051, 0.0.0.0:50051 or [::]:50051",
         )
     })
 }
@@ -144,22 +144,37 @@ pub fn file(text: &str) -> Parsed<PathBuf> {
     }
 }
 
-/// The sentence `"text" is not what`. A text that is long or has characters of a secret or a URL with a password is not echoed.
-pub fn not(text: &str, what: &str) -> String {
-    let harmless = |b: u8| b.is_ascii_alphanumeric() || b"-_.:/+, ".contains(&b);
-    if text.is_empty() || text.len() > 64 || !text.bytes().all(harmless) {
-        return format!("is not {what}");
-    }
-    format!("\"{text}\" is not {what}")
+/// As [`file()`] for a file without secrets: an error echoes the path.
+///
+/// # Errors
+/// The rest of an error sentence.
+pub fn public_file(text: &str) -> Parsed<PathBuf> {
+    file(text).map_err(|problem| match quoted(text) {
+        Some(path) => format!("{path}: {problem}"),
+        None => problem,
+    })
 }
 
-/// The candidate that `word` probably misspells: at most two edits, and at most a third of its letters.
-pub fn closest<'a>(word: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
-    candidates
-        .map(|candidate| (strsim::osa_distance(word, candidate), candidate))
-        .filter(|(distance, candidate)| *distance <= 2 && distance * 3 <= candidate.len())
-        .min()
-        .map(|(_, candidate)| candidate)
+/// The sentence `"text" is not what`, with the text only if it is harmless.
+pub fn not(text: &str, what: &str) -> String {
+    match quoted(text) {
+        Some(text) => format!("{text} is not {what}"),
+        None => format!("is not {what}"),
+    }
+}
+
+/// The text in quotes and without control characters; `None` if it is long like a token, may be a URL with a password, or is a key
+/// in PEM.
+pub fn quoted(text: &str) -> Option<String> {
+    let secret = ["@", "?", "-----"].iter().any(|part| text.contains(part));
+    let harmless = !text.is_empty() && text.len() <= 256 && !secret;
+    harmless.then(|| format!("{text:?}"))
+}
+
+/// The candidate that differs least from `word`, without regard to case; `None` without candidates.
+pub fn nearest<'a>(word: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    let word = word.to_lowercase();
+    candidates.min_by_key(|candidate| strsim::osa_distance(&word, &candidate.to_lowercase()))
 }
 
 #[cfg(test)]
@@ -243,18 +258,39 @@ mod tests {
     }
 
     #[test]
-    fn only_close_words_are_suggested() {
+    fn the_nearest_word_is_suggested() {
         let words = ["timeout", "max-attempts", "region"];
         let cases = [
-            ("timout", Some("timeout")),
-            ("max-attempt", Some("max-attempts")),
-            ("regoin", Some("region")),
-            ("token", None),
-            ("", None),
+            ("timout", "timeout"),
+            ("max-attempt", "max-attempts"),
+            ("REGOIN", "region"),
         ];
 
         for (word, expected) in cases {
-            assert_eq!(closest(word, words.into_iter()), expected, "{word:?}");
+            assert_eq!(nearest(word, words.into_iter()), Some(expected), "{word:?}");
+        }
+    }
+
+    #[test]
+    fn values_are_echoed_unless_they_may_hold_a_password() {
+        let long = "x".repeat(257);
+        let cases = [
+            ("cn-north-4x", true),
+            ("\"cn-north-4\"", true),
+            ("北京", true),
+            ("a b\u{202e}\n", true),
+            ("https://ann:canary@rds", false),
+            ("https://rds?token=canary", false),
+            ("-----BEGIN PRIVATE KEY-----\ncanary", false),
+            (&long, false),
+            ("", false),
+        ];
+
+        for (text, echoed) in cases {
+            let sentence = not(text, "a region");
+            assert_eq!(sentence != "is not a region", echoed, "{sentence}");
+            assert!(!sentence.contains(char::is_control), "{sentence:?}");
+            assert!(!sentence.contains('\u{202e}'), "{sentence:?}");
         }
     }
 }

@@ -2,7 +2,9 @@
 
 use std::{fmt, net::IpAddr};
 
+use percent_encoding::{NON_ALPHANUMERIC, percent_encode};
 use reqwest::Url;
+use rustls::pki_types::ServerName;
 
 use super::{Parsed, not};
 
@@ -35,18 +37,18 @@ pub fn check_plain_http(base: &Url, allowed: bool) -> Parsed<()> {
     if base.scheme() == "https" || allowed || is_loopback(base) {
         return Ok(());
     }
-    Err(
-        "plain http is allowed for loopback only; use https, or set --allow-insecure-upstream"
-            .to_owned(),
-    )
+    Err(format!(
+        "\"{}\" is plain http, which is allowed for loopback only; use https, or set --allow-insecure-upstream",
+        without_slash(base)
+    ))
 }
 
-/// A forward proxy. [`fmt::Display`] and [`fmt::Debug`] omit user and password.
+/// A forward proxy. [`fmt::Debug`] omits the URL, which counts as a secret.
 #[derive(Clone)]
 pub struct Proxy(Url);
 
 impl Proxy {
-    /// Parses `http://[user:password@]host:port`, user and password percent-encoded.
+    /// Parses `http://[user[:password]@]host:port`, user and password percent-encoded.
     ///
     /// # Errors
     /// The rest of an error sentence.
@@ -62,7 +64,23 @@ impl Proxy {
             })
             .and_then(|_| parse(text))
             .map(Self)
-            .ok_or_else(|| "must be http://[user:password@]host:port".to_owned())
+            .ok_or_else(|| "must be http://[user[:password]@]host:port".to_owned())
+    }
+
+    /// Adds the password of the user.
+    ///
+    /// # Errors
+    /// The rest of an error sentence, when the URL has no user or another password.
+    pub fn set_password(&mut self, password: &str) -> Parsed<()> {
+        if self.0.username().is_empty() || self.0.password().is_some() {
+            return Err("requires a user without a password in --upstream-proxy".to_owned());
+        }
+        // `Url` leaves `%` as it is, which would be decoded later.
+        let password = percent_encode(password.as_bytes(), NON_ALPHANUMERIC).to_string();
+        self.0
+            .set_password(Some(&password))
+            .expect("an http URL with a host can have a password");
+        Ok(())
     }
 
     /// The URL with user and password.
@@ -71,21 +89,9 @@ impl Proxy {
     }
 }
 
-impl fmt::Display for Proxy {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let user = match self.0.username().is_empty() && self.0.password().is_none() {
-            true => "",
-            false => "***@",
-        };
-        let host = self.0.host_str().unwrap_or_default();
-        let port = self.0.port_or_known_default().unwrap_or_default();
-        write!(f, "http://{user}{host}:{port}")
-    }
-}
-
 impl fmt::Debug for Proxy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
+        f.write_str("Proxy")
     }
 }
 
@@ -100,11 +106,14 @@ fn split(text: &str) -> Option<(&str, &str)> {
     bare.then_some((scheme, authority))
 }
 
-/// Parses a URL that both reqwest and `http::Uri` accept, because reqwest converts each URL to a `Uri`.
-fn parse(text: &str) -> Option<Url> {
+/// Parses a URL that every library accepts: reqwest converts it to a `Uri`, and TLS needs a valid name. A host name that no
+/// library can use would only show as a service that never gets a reply.
+pub fn parse(text: &str) -> Option<Url> {
     let url = Url::parse(text).ok()?;
+    let host = url.host_str()?.trim_matches(['[', ']']);
     let usable = matches!(url.scheme(), "http" | "https")
         && url.port() != Some(0)
+        && ServerName::try_from(host).is_ok()
         && url.as_str().parse::<http::Uri>().is_ok();
     usable.then_some(url)
 }
@@ -176,6 +185,14 @@ mod tests {
             "a%00b",
             "[::1",
             "a]b",
+            "a..b",
+            ".a",
+            ".",
+            "a,b",
+            "a+b",
+            "a.1.2",
+            "xn--",
+            &"a".repeat(64),
         ];
 
         for host in hosts {
@@ -209,17 +226,23 @@ mod tests {
     }
 
     #[test]
-    fn proxy_password_is_not_displayed() {
-        let proxy = Proxy::parse("http://ann:hunter2@proxy.example.com:3128").unwrap();
+    fn a_proxy_gets_its_password_from_one_place_and_does_not_show_it() {
+        let mut proxy = Proxy::parse("http://ann@proxy.example.com:3128").unwrap();
+        proxy.set_password("a:b@c/d%65 \u{e4}").unwrap();
 
         assert_eq!(
             proxy.url().as_str(),
-            "http://ann:hunter2@proxy.example.com:3128/"
+            "http://ann:a%3Ab%40c%2Fd%2565%20%C3%A4@proxy.example.com:3128/"
         );
-        assert_eq!(proxy.to_string(), "http://***@proxy.example.com:3128");
-        assert!(!format!("{proxy:?}").contains("hunter2"));
-        let open = Proxy::parse("http://proxy.example.com:80").unwrap();
-        assert_eq!(open.to_string(), "http://proxy.example.com:80");
+        assert_eq!(format!("{proxy:?}"), "Proxy");
+        for text in [
+            "http://ann:x@proxy:3128",
+            "http://proxy:3128",
+            "http://:x@proxy:3128",
+        ] {
+            let mut proxy = Proxy::parse(text).unwrap();
+            assert!(proxy.set_password("hunter2").is_err(), "{text}");
+        }
     }
 
     #[test]

@@ -38,5 +38,5 @@ pub(super) async fn handle(
     };
     let follow = |progress: &Arc<_>| call.record.follow(Arc::clone(progress));
     let lookup = lookups.look_up(&key, &auth, origin, follow).await;
-    lookup::into_task(lookup, &key, &auth).map(task::to_message)
+    lookup::into_task(lookup, &key, auth.owner()).map(task::to_message)
 }

@@ -1,13 +1,17 @@
 //! Paths under `/sandbox/` that inspect the sandbox and inject errors. The vendor has no such paths.
+//!
+//! They need no credential, so a web page must not reach them through a browser on this machine: neither directly, with its own
+//! `Origin`, nor under a host name that it has pointed to a loopback address (DNS rebinding).
 
-use std::time::Duration;
+use std::{net::IpAddr, time::Duration};
 
 use bytes::Bytes;
-use http::{Method, Request, StatusCode, Uri};
+use http::{HeaderMap, Method, Request, StatusCode, Uri, header, uri::Authority};
 use jiff::SignedDuration;
 use serde_json::{Value, json};
 
 use super::{
+    auth::single,
     response::{self, Response},
     state::{InjectedError, State},
 };
@@ -22,6 +26,10 @@ const MAX_MILLISECONDS: u64 = 60_000;
 pub(super) fn respond(request: &Request<Bytes>, state: &mut State) -> Option<Response> {
     let uri = request.uri();
     let name = uri.path().strip_prefix("/sandbox/")?;
+    if is_foreign(request.headers()) {
+        let message = "the Host or Origin header is not that of this sandbox";
+        return Some(error(StatusCode::FORBIDDEN, message));
+    }
     let valid = match (request.method(), name) {
         (&Method::GET, "counts") => return Some(ok(json!(state.counts))),
         (&Method::GET, "requests") => return Some(ok(requests(state))),
@@ -47,11 +55,30 @@ pub(super) fn respond(request: &Request<Bytes>, state: &mut State) -> Option<Res
         _ => return None,
     };
     if !valid {
-        let error = "a parameter is missing or invalid; see docs/sandbox.md";
-        let body = json!({"error": error}).to_string();
-        return Some(response::json(StatusCode::BAD_REQUEST, body));
+        let message = "a parameter is missing or invalid; see docs/sandbox.md";
+        return Some(error(StatusCode::BAD_REQUEST, message));
     }
     Some(ok(json!({})))
+}
+
+/// Whether the request may come from a web page: its host is not a loopback address or `localhost`, or it has an origin other than
+/// that host.
+fn is_foreign(headers: &HeaderMap) -> bool {
+    let Some(host) = single(headers, "host") else {
+        return true;
+    };
+    let is_origin = |origin: &[u8]| origin.strip_prefix(b"http://") == Some(host.as_bytes());
+    let mut origins = headers.get_all(header::ORIGIN).iter();
+    !is_loopback(host) || !origins.all(|origin| is_origin(origin.as_bytes()))
+}
+
+fn is_loopback(host: &str) -> bool {
+    let Ok(authority) = host.parse::<Authority>() else {
+        return false;
+    };
+    let name = authority.host().trim_matches(['[', ']']);
+    let address = name.parse().map(|address: IpAddr| address.is_loopback());
+    !host.contains('@') && address.unwrap_or_else(|_| name.eq_ignore_ascii_case("localhost"))
 }
 
 /// Changes a setting if the value is valid. Returns whether it was.
@@ -88,6 +115,10 @@ fn injected_error(uri: &Uri) -> Option<InjectedError> {
         status: StatusCode::from_u16(status).ok()?,
         times: number(uri, "times")?,
     })
+}
+
+fn error(status: StatusCode, message: &str) -> Response {
+    response::json(status, json!({"error": message}).to_string())
 }
 
 fn ok(body: Value) -> Response {

@@ -4,7 +4,7 @@
 //! It follows the vendor's documentation and shares no wire types and no signing code with the rest of the crate, so that a misspelt
 //! field or a wrong signature cannot agree with itself.
 //!
-//! - [`task`]: the RDS call and its two tasks; [`scenarios`]: the magic instance ids
+//! - [`task`]: the RDS call; [`scenarios`]: the magic instance ids; [`course`]: tasks that change with time
 //! - [`auth`], [`signature`]: authentication at the gateway
 //! - [`iam`], [`metadata`]: issuers of tokens and keys
 //! - [`control`]: paths under `/sandbox/` for tests
@@ -14,6 +14,7 @@
 
 mod auth;
 mod control;
+mod course;
 mod iam;
 mod metadata;
 mod options;
@@ -74,11 +75,6 @@ pub const EXAMPLE_PROJECT_ID: &str = "0483b6b16e954cb88930a360d2c4e663";
 pub const EXAMPLE_INSTANCE_ID: &str = "1ffc4167903840cb93a3da56d28c14fdin01";
 /// Id of the example task.
 pub const EXAMPLE_WORKFLOW_ID: &str = "102772a9-31fa-4129-b9f8-7638e2792f3b";
-/// A task of [`EXAMPLE_INSTANCE_ID`] that starts with the sandbox and takes two minutes.
-pub const RUNNING_TASK: &str = "running-task";
-
-/// How long [`RUNNING_TASK`] takes.
-const RUNNING_TASK_SECONDS: i64 = 120;
 
 /// Concurrent connections; further ones wait in the accept queue. Above the default of `--max-in-flight`.
 const MAX_CONNECTIONS: usize = 4096;

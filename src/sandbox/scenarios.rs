@@ -1,6 +1,10 @@
 //! The magic instance ids. Each selects one behaviour of the sandbox, like the test cards of a payment provider.
 
-use super::transport::Break;
+use super::{
+    EXAMPLE_INSTANCE_ID, EXAMPLE_WORKFLOW_ID,
+    course::{Course, RUNNING_TASK},
+    transport::Break,
+};
 
 /// A magic instance id and its effect.
 #[derive(Debug, Clone, Copy)]
@@ -34,9 +38,11 @@ pub(super) enum Act {
     /// The normal response with this content type.
     Typed(&'static str),
     /// The normal response after this number of milliseconds.
-    Slow(u64),
-    /// 503 for this number of requests per workflow id, then the normal response.
-    Flaky(u64),
+    Slow(u32),
+    /// 503 for this number of looks, then the normal response.
+    Flaky(u32),
+    /// A task that changes with time.
+    Task(Course),
     /// A task with a field over 1 MiB.
     Huge,
     /// The normal response in gzip, which the request did not accept.
@@ -46,7 +52,7 @@ pub(super) enum Act {
 }
 
 /// Longest delay, in milliseconds.
-const MAX_DELAY: u64 = 60_000;
+const MAX_DELAY: u32 = 60_000;
 
 /// The response in the documentation of RDS.
 pub(super) const NORMAL: &str = r#"{"instance_id":<instance>,"instance_name":"rds-mysql-2","job_id":<task>,"job_name":"CreateMysqlSingleHAInstance"}"#;
@@ -55,7 +61,9 @@ const POLICY_DENIAL: &str = r#"{"error_code":"DBS.201003","error_msg":"Policy do
 
 const EVERY_FIELD: &str = r#"{"instance_id":<instance>,"instance_name":"rds-mysql-2","job_id":<task>,"job_name":"RestoreMysqlTables","created_at":"2025-12-09T08:09:10+0800","update_at":"2025-12-09T08:19:10+0800","process":"60%","status":"Running","sub_task_list":[{"sub_task_name":"Restore tables","percent":"60","executed_time":"600","status":"Running","remaining_time":"400","show_detail":true}]}"#;
 
-const FINISHED: &str = r#"{"instance_id":<instance>,"instance_name":"rds-mysql-2","job_id":<task>,"job_name":"CreateMysqlSingleHAInstance","created_at":"2025-12-09T08:09:10+0800","update_at":"2025-12-09T08:19:10+0800","process":"","status":"Completed","sub_task_list":[]}"#;
+const ODD_STATUS: &str = r#"{"instance_id":<instance>,"instance_name":"rds-mysql-2","job_id":<task>,"job_name":"RestoreMysqlTables","process":"60","status":"Hibernating"}"#;
+
+const NO_STATUS: &str = r#"{"instance_id":<instance>,"instance_name":"rds-mysql-2","job_id":<task>,"job_name":"RestoreMysqlTables","process":"60"}"#;
 
 const NULLS: &str = r#"{"instance_id":<instance>,"instance_name":null,"job_id":<task>,"job_name":null,"created_at":null,"process":null,"sub_task_list":null}"#;
 
@@ -71,12 +79,12 @@ const NO_SUCH_TASK: &str = r#"{"error_code":"DBS.200543","error_msg":"The task d
 
 const NO_ERROR_CODE: &str = r#"{"error_code":null,"error_msg":null,"instance_id":<instance>,"instance_name":"rds-mysql-2","job_id":<task>,"job_name":"CreateMysqlSingleHAInstance"}"#;
 
-/// The documented magic instance ids. `status-<200..999>`, `slow-<milliseconds up to 60000>` and `flaky-<number>` work for any number.
+/// The documented magic instance ids. The families that `Act::find` parses work for any number.
 #[rustfmt::skip] // A table: one row, one line.
 pub const SCENARIOS: &[Scenario] = &[
     // Successes.
     row("every-field", "a task with every known field", "OK", Act::Json(200, EVERY_FIELD)),
-    row("finished", "a finished task, whose `process` is empty", "OK", Act::Json(200, FINISHED)),
+    row("finished", "a finished task, whose `process` is empty", "OK", Act::Task(Course::Completes(0))),
     row("null-fields", "fields that are null", "OK", Act::Json(200, NULLS)),
     row("numbers-for-text", "numbers and bools in place of text, text in place of a bool", "OK", Act::Json(200, NUMBERS)),
     row("unknown-fields", "unknown fields", "OK", Act::Json(200, UNKNOWN_FIELDS)),
@@ -87,6 +95,15 @@ pub const SCENARIOS: &[Scenario] = &[
     row("slow-60000", "replies after 60 s; the attempts or the call's deadline run out first", "DEADLINE_EXCEEDED / DEADLINE_EXCEEDED", Act::Slow(60_000)),
     row("flaky-1", "the first request for a workflow id gets 503, the next ones a task", "OK", Act::Flaky(1)),
     row("flaky-2", "the first two requests for a workflow id get 503, the next ones a task", "OK", Act::Flaky(2)),
+    // Courses of a task. The outcome is that of the first look.
+    row("lifecycle-20", "a task with three parts, Pending for 2 s, then Running with rising progress, and Completed after 20 s", "OK", Act::Task(Course::Completes(20))),
+    row("fails-20", "the same, but Failed after 20 s, in its second part", "OK", Act::Task(Course::Stops(20, "Failed"))),
+    row("canceled-20", "the same, but Canceled after 20 s, in its second part", "OK", Act::Task(Course::Stops(20, "Canceled"))),
+    row("late-100", "the first 100 requests for a workflow id get DBS.200543, the next ones a running task", "NOT_FOUND / TASK_NOT_FOUND", Act::Task(Course::Late(100))),
+    row("vanishes-3600", "a running task, which is unknown (DBS.200543) after 3600 s", "OK", Act::Task(Course::Vanishes(3600))),
+    row("odd-status", "a task with a `status` that RDS does not use", "OK", Act::Json(200, ODD_STATUS)),
+    row("no-status", "a task without `status`", "OK", Act::Json(200, NO_STATUS)),
+    row("completed-early", "a Completed task; in the first reply for a workflow id, one of its parts is still Running", "OK", Act::Task(Course::CompletedEarly)),
     // Every HTTP status with its own mapping, with an error code that has none.
     row("status-201", "HTTP 201", "INTERNAL / UPSTREAM_UNEXPECTED_STATUS", Act::Status(201)),
     row("status-202", "HTTP 202", "INTERNAL / UPSTREAM_UNEXPECTED_STATUS", Act::Status(202)),
@@ -219,12 +236,33 @@ impl Act {
             return Some((row.act, message));
         }
         let (family, number) = instance_id.rsplit_once('-')?;
-        let act = match (family, number.parse().ok()?) {
-            ("status", status @ 200..=999) => Self::Status(u16::try_from(status).ok()?),
-            ("slow", wait @ 0..=MAX_DELAY) => Self::Slow(wait),
-            ("flaky", failures) => Self::Flaky(failures),
+        let number: u32 = number.parse().ok()?;
+        let act = match family {
+            "status" if (200..=999).contains(&number) => Self::Status(number as u16),
+            "slow" if number <= MAX_DELAY => Self::Slow(number),
+            "flaky" => Self::Flaky(number),
+            "lifecycle" => Self::Task(Course::Completes(number)),
+            "fails" => Self::Task(Course::Stops(number, "Failed")),
+            "canceled" => Self::Task(Course::Stops(number, "Canceled")),
+            "late" => Self::Task(Course::Late(number)),
+            "vanishes" => Self::Task(Course::Vanishes(number)),
             _ => return None,
         };
         Some((act, ""))
+    }
+
+    /// The same for a workflow id of the example's instance.
+    pub(super) fn find_example(
+        instance_id: &str,
+        workflow_id: &str,
+    ) -> Option<(Self, &'static str)> {
+        if instance_id != EXAMPLE_INSTANCE_ID {
+            return None;
+        }
+        match workflow_id {
+            EXAMPLE_WORKFLOW_ID => Some((Self::Json(200, NORMAL), "")),
+            "running-task" => Some((Self::Task(RUNNING_TASK), "")),
+            _ => Self::find(workflow_id).filter(|(act, _)| matches!(act, Self::Task(_))),
+        }
     }
 }

@@ -1,6 +1,10 @@
 //! The sandbox's state: bounded, behind one lock.
 
-use std::{collections::VecDeque, time::SystemTime};
+use std::{
+    collections::VecDeque,
+    hash::{BuildHasher as _, RandomState},
+    time::SystemTime,
+};
 
 use bytes::Bytes;
 use http::{Request, StatusCode};
@@ -8,7 +12,8 @@ use jiff::{SignedDuration, Timestamp};
 
 use super::{ACCESS_KEY_ID, SECRET_ACCESS_KEY, SECURITY_TOKEN};
 
-/// Maximum number of tokens, of temporary keys, of metadata tokens and of flaky tasks. The oldest is dropped first.
+/// Maximum number of tokens, of temporary keys, of metadata tokens and of tasks with looks. The oldest is dropped first, or the task
+/// that was looked at longest ago.
 const MAX_ENTRIES: usize = 1024;
 
 /// Task requests that `GET /sandbox/requests` shows.
@@ -22,8 +27,6 @@ const DAY: SignedDuration = SignedDuration::from_hours(24);
 pub(super) struct State {
     /// Offset of the sandbox's clock from the system's.
     pub(super) clock_offset: SignedDuration,
-    /// When the running task started.
-    pub(super) started_at: Timestamp,
     pub(super) counts: RequestCounts,
     /// The last task requests, newest first.
     pub(super) requests: VecDeque<Request<Bytes>>,
@@ -32,8 +35,9 @@ pub(super) struct State {
     pub(super) keys: VecDeque<SigningKey>,
     /// Metadata tokens with their expiry.
     pub(super) metadata_tokens: VecDeque<(String, Timestamp)>,
-    /// Instance id and workflow id of flaky tasks, and how many more requests fail.
-    flaky: VecDeque<(String, String, u64)>,
+    /// Hash of the ids of a task, number of its looks, time of the first one.
+    pub(super) looks: VecDeque<(u64, u64, Timestamp)>,
+    hasher: RandomState,
     pub(super) token_life: SignedDuration,
     pub(super) key_life: SignedDuration,
     /// Whether a temporary key requires a metadata token.
@@ -54,6 +58,17 @@ pub(super) struct RequestCounts {
     pub(super) key_requests: u64,
     pub(super) metadata_token_requests: u64,
     pub(super) bad_signatures: u64,
+}
+
+/// A request for a task whose response depends on the earlier ones.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Look {
+    /// The number of earlier looks.
+    pub(super) number: u64,
+    /// The time of the first look.
+    pub(super) first_at: Timestamp,
+    /// The time since then.
+    pub(super) elapsed: SignedDuration,
 }
 
 /// A token issued by the sandbox.
@@ -100,7 +115,6 @@ impl State {
     pub(super) fn new() -> Self {
         Self {
             clock_offset: SignedDuration::ZERO,
-            started_at: system_now(),
             counts: RequestCounts::default(),
             requests: VecDeque::new(),
             tokens: VecDeque::new(),
@@ -114,7 +128,8 @@ impl State {
                 locked_until: None,
             }]),
             metadata_tokens: VecDeque::new(),
-            flaky: VecDeque::new(),
+            looks: VecDeque::new(),
+            hasher: RandomState::new(),
             token_life: DAY,
             key_life: DAY,
             hardened: false,
@@ -136,21 +151,20 @@ impl State {
         self.requests.push_front(request.clone());
     }
 
-    /// Whether this request is among the first `failures` for a flaky task.
-    pub(super) fn flakes(&mut self, instance_id: &str, workflow_id: &str, failures: u64) -> bool {
-        let known = self
-            .flaky
-            .iter_mut()
-            .find(|(instance, workflow, _)| instance == instance_id && workflow == workflow_id);
-        if let Some((_, _, left)) = known {
-            let fails = *left > 0;
-            *left = left.saturating_sub(1);
-            return fails;
+    /// Records a look at the task with these ids.
+    pub(super) fn look(&mut self, ids: [&str; 3]) -> Look {
+        let now = self.now();
+        let ids = self.hasher.hash_one(ids);
+        let known = self.looks.iter().position(|(known, ..)| *known == ids);
+        let (number, first_at) = known
+            .and_then(|index| self.looks.remove(index))
+            .map_or((0, now), |(_, looks, first_at)| (looks, first_at));
+        remember(&mut self.looks, 0, (ids, number + 1, first_at));
+        Look {
+            number,
+            first_at,
+            elapsed: now.duration_since(first_at),
         }
-        let left = failures.saturating_sub(1);
-        let task = (instance_id.to_owned(), workflow_id.to_owned(), left);
-        remember(&mut self.flaky, 0, task);
-        failures > 0
     }
 }
 

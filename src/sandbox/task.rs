@@ -4,16 +4,14 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::{HeaderName, HeaderValue, Request, StatusCode, header};
-use jiff::Timestamp;
-use serde_json::{Value, json};
+use serde_json::Value;
 use tokio::time::sleep;
 
 use super::{
-    EXAMPLE_INSTANCE_ID, EXAMPLE_WORKFLOW_ID, RUNNING_TASK, RUNNING_TASK_SECONDS, SharedState,
-    auth,
+    EXAMPLE_INSTANCE_ID, SharedState, auth,
     response::{self, ErrorReply, Response, gateway_error, rds_error},
     scenarios::{Act, NORMAL},
-    state::State,
+    state::{Look, State},
     transport::Script,
 };
 
@@ -70,22 +68,27 @@ pub(super) async fn show_task(
         match (auth::authenticate(request, state), workflow_id, scenario) {
             (Err(error), ..) => gateway_error(error.status, error.code, &error.message, request_id),
             (_, Err(error), _) => rds_error(error.status, error.code, &error.message),
-            (_, Ok(workflow_id), None) => known_task(state, instance_id, &workflow_id),
-            (_, Ok(workflow_id), Some((act, message))) => {
-                let task = ScenarioRequest {
-                    project_id,
-                    instance_id,
-                    workflow_id: &workflow_id,
-                    message,
-                    request_id,
-                };
-                task.respond(act, state)
+            (_, Ok(workflow_id), scenario) => {
+                let example = || Act::find_example(instance_id, &workflow_id);
+                match scenario.or_else(example) {
+                    None => unknown_task(),
+                    Some((act, message)) => {
+                        let task = ScenarioRequest {
+                            project_id,
+                            instance_id,
+                            workflow_id: &workflow_id,
+                            message,
+                            request_id,
+                        };
+                        task.respond(act, state)
+                    }
+                }
             }
         }
     };
     // Delayed after authentication, which happens when the request arrives.
     if let Some((Act::Slow(milliseconds), _)) = scenario {
-        sleep(Duration::from_millis(milliseconds)).await;
+        sleep(Duration::from_millis(milliseconds.into())).await;
     }
     Ok(response)
 }
@@ -123,66 +126,13 @@ fn parse_workflow_id(request: &Request<Bytes>) -> Result<String, ErrorReply> {
     }
 }
 
-/// One of the two existing tasks, or the error for an unknown task.
-fn known_task(state: &State, instance_id: &str, workflow_id: &str) -> Response {
-    match (instance_id, workflow_id) {
-        (EXAMPLE_INSTANCE_ID, EXAMPLE_WORKFLOW_ID) => {
-            response::json(StatusCode::OK, fill(NORMAL, instance_id, workflow_id))
-        }
-        (EXAMPLE_INSTANCE_ID, RUNNING_TASK) => {
-            let task = running_task(state.started_at, state.now());
-            response::json(StatusCode::OK, task.to_string())
-        }
-        _ => rds_error(
-            StatusCode::BAD_REQUEST,
-            "DBS.200543",
-            "The task does not exist.",
-        ),
-    }
-}
-
-/// The running task: three consecutive parts, starting at `started_at`.
-fn running_task(started_at: Timestamp, now: Timestamp) -> Value {
-    const PARTS: [&str; 3] = ["Prepare resources", "Restore data", "Verify instance"];
-    const PART_SECONDS: i64 = RUNNING_TASK_SECONDS / PARTS.len() as i64;
-    let elapsed = now.duration_since(started_at).as_secs();
-    let elapsed = elapsed.clamp(0, RUNNING_TASK_SECONDS);
-    let parts: Vec<_> = (0..)
-        .zip(PARTS)
-        .map(|(index, name)| {
-            let executed = (elapsed - index * PART_SECONDS).clamp(0, PART_SECONDS);
-            let status = match executed {
-                0 => "Pending",
-                PART_SECONDS => "Completed",
-                _ => "Running",
-            };
-            json!({
-                "sub_task_name": name,
-                "percent": (executed * 100 / PART_SECONDS).to_string(),
-                "executed_time": executed.to_string(),
-                "status": status,
-                "remaining_time": (PART_SECONDS - executed).to_string(),
-                "show_detail": index == 1,
-            })
-        })
-        .collect();
-    let status = match elapsed {
-        RUNNING_TASK_SECONDS => "Completed",
-        _ => "Running",
-    };
-    // The task center writes offsets without a colon.
-    let time = |at: Timestamp| at.strftime("%Y-%m-%dT%H:%M:%S+0000").to_string();
-    json!({
-        "instance_id": EXAMPLE_INSTANCE_ID,
-        "instance_name": "rds-mysql-2",
-        "job_id": RUNNING_TASK,
-        "job_name": "RestoreMysqlInstance",
-        "created_at": time(started_at),
-        "update_at": time(now),
-        "process": (elapsed * 100 / RUNNING_TASK_SECONDS).to_string(),
-        "status": status,
-        "sub_task_list": parts,
-    })
+/// The error for a task that RDS does not have.
+fn unknown_task() -> Response {
+    rds_error(
+        StatusCode::BAD_REQUEST,
+        "DBS.200543",
+        "The task does not exist.",
+    )
 }
 
 /// A task request with a magic instance id.
@@ -217,10 +167,16 @@ impl ScenarioRequest<'_> {
             Act::Typed(content_type) => {
                 response::response(StatusCode::OK, content_type, self.fill(NORMAL))
             }
-            Act::Flaky(failures) if state.flakes(self.instance_id, self.workflow_id, failures) => {
+            Act::Flaky(failures) if self.look(state).number < u64::from(failures) => {
                 self.plain(StatusCode::SERVICE_UNAVAILABLE)
             }
             Act::Slow(_) | Act::Flaky(_) => json(200, NORMAL),
+            Act::Task(course) => {
+                let look = self.look(state);
+                let task = course.task(self.instance_id, self.workflow_id, look);
+                let response = |task: Value| response::json(StatusCode::OK, task.to_string());
+                task.map_or_else(unknown_task, response)
+            }
             Act::Huge => response::json(
                 StatusCode::OK,
                 format!(r#"{{"instance_name":"{}"}}"#, "x".repeat(1024 * 1024)),
@@ -232,6 +188,10 @@ impl ScenarioRequest<'_> {
             ),
             Act::Broken(_) => unreachable!("show_task handles broken responses"),
         }
+    }
+
+    fn look(&self, state: &mut State) -> Look {
+        state.look([self.project_id, self.instance_id, self.workflow_id])
     }
 
     /// The shortest response with a status. Its code `DBS.000<status>` does not exist in RDS, so the status decides.

@@ -7,9 +7,9 @@ use tokio::{net::TcpListener, sync::Semaphore};
 
 use super::worker::Worker;
 use crate::{
-    accept::{Accept, is_connection_error},
+    accept::{Accept, is_connection_error, without_mapping},
     rpc::Service,
-    telemetry::metrics::Metrics,
+    telemetry::metrics::{Metrics, Refusal},
 };
 
 /// Accepts connections within the connection limit and distributes them over the workers.
@@ -42,7 +42,7 @@ impl<S: Service> Acceptor<S> {
         };
         loop {
             match pending.accept() {
-                Ok((socket, peer)) => self.dispatch(socket, peer),
+                Ok((socket, peer)) => self.dispatch(socket, without_mapping(peer)),
                 Err(error) if is_connection_error(&error) => {}
                 Err(_) => return,
             }
@@ -64,9 +64,7 @@ impl<S: Service> Acceptor<S> {
             (Ok(permit), Some(worker), Ok(())) => {
                 worker.serve(socket, peer, permit, &self.metrics);
             }
-            _ => {
-                self.metrics.connections_refused.inc();
-            }
+            _ => self.metrics.connection_refused(Refusal::Limit),
         }
     }
 }

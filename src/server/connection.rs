@@ -3,13 +3,14 @@
 use std::{convert::Infallible, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
 use aws_lc_rs::digest;
-use hyper::{server::conn::http2, service::service_fn};
+use http::Request;
+use hyper::{body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpStream,
     sync::Semaphore,
-    time::{Instant, sleep, timeout},
+    time::{Instant, error::Elapsed, sleep, timeout},
 };
 use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
@@ -19,18 +20,24 @@ use super::{
     edge::{self, Edge},
     preface::{self, Replay},
     reply,
+    request_body::{Discarded, RequestBody},
     stream::Streams,
     tls::Tls,
 };
-use crate::{caller::Caller, rpc::Service, telemetry::Peer};
+use crate::{
+    caller::Caller,
+    rpc::Service,
+    telemetry::{Peer, metrics::Refusal},
+};
 
 /// Concurrent streams of one connection; further ones get `REFUSED_STREAM`, which is safe to retry. Proxies put the calls of many
 /// clients on one connection.
 const MAX_STREAMS: u32 = 1024;
 /// Concurrent watches of one connection, fewer than its streams, so that watches never block its unary calls and health checks.
 const MAX_WATCHES: usize = 768;
-/// All headers of one request, as HTTP/2 counts them, in bytes; the reply to more is HTTP 431.
-const MAX_HEADER_BYTES: u32 = 16 * 1024;
+/// All header fields of one request, as HTTP/2 counts them, in bytes; the HTTP library replies to more with HTTP 431, which gRPC clients
+/// report as UNKNOWN. The edge rejects less than that with a status. Method, scheme, authority and path are included.
+const MAX_HEADER_BYTES: u32 = (64 + 2) * 1024;
 /// Fits a message of the maximum size, so a well-behaved client never waits for a window update.
 const STREAM_WINDOW: u32 = 128 * 1024;
 /// Bounds the unread request bytes of one connection.
@@ -52,18 +59,20 @@ pub(super) struct WorkerContext<S> {
     pub(super) edge: Edge<S>,
     pub(super) tls: Option<Arc<Tls>>,
     pub(super) timings: Timings,
+    pub(super) discarded: Arc<Discarded>,
 }
 
-/// Serves one connection to its end. Returns `false` if the handshake or the preface failed or timed out.
+/// Serves one connection to its end.
+///
+/// # Errors
+/// [`Refusal`] when it ends before HTTP/2.
 pub(super) async fn serve<S: Service>(
     socket: std::net::TcpStream,
     peer: SocketAddr,
     context: Arc<WorkerContext<S>>,
-) -> bool {
+) -> Result<(), Refusal> {
     let go_away = &context.edge.go_away;
-    let Ok(socket) = TcpStream::from_std(socket) else {
-        return false;
-    };
+    let socket = TcpStream::from_std(socket).map_err(|_| Refusal::Closed)?;
     let connection = Caller::Connection(fastrand::u64(..));
     match &context.tls {
         None => read_preface_and_serve(socket, peer, connection, &context).await,
@@ -71,15 +80,11 @@ pub(super) async fn serve<S: Service>(
             // Boxed, as is the preface below, to free its memory for the rest of the connection's life.
             let handshake = Box::pin(timeout(
                 context.timings.handshake_timeout,
-                tls.handshake(socket),
+                tls.handshake(socket, peer),
             ));
-            match before_drain(handshake, go_away).await {
-                Some(Ok(Some(io))) => {
-                    let caller = client_certificate(&io).unwrap_or(connection);
-                    read_preface_and_serve(io, peer, caller, &context).await
-                }
-                _ => false,
-            }
+            let io = before_drain(handshake, go_away).await?;
+            let caller = client_certificate(&io).unwrap_or(connection);
+            read_preface_and_serve(io, peer, caller, &context).await
         }
     }
 }
@@ -89,18 +94,14 @@ async fn read_preface_and_serve<S: Service, I>(
     peer: SocketAddr,
     caller: Caller,
     context: &Arc<WorkerContext<S>>,
-) -> bool
+) -> Result<(), Refusal>
 where
     I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let preface = Box::pin(timeout(context.timings.preface_timeout, preface::read(io)));
-    match before_drain(preface, &context.edge.go_away).await {
-        Some(Ok(Some(io))) => {
-            serve_http2(io, peer, caller, context).await;
-            true
-        }
-        _ => false,
-    }
+    let io = before_drain(preface, &context.edge.go_away).await?;
+    serve_http2(io, peer, caller, context).await;
+    Ok(())
 }
 
 /// The caller that the client certificate identifies, if any.
@@ -116,11 +117,14 @@ fn client_certificate(io: &TlsStream<TcpStream>) -> Option<Caller> {
 }
 
 /// Awaits `event`, but not beyond [`DRAIN_PREFACE_TIMEOUT`] after the GOAWAY of a drain.
-async fn before_drain<F: Future>(event: F, go_away: &CancellationToken) -> Option<F::Output> {
+async fn before_drain<T>(
+    event: impl Future<Output = Result<Result<T, Refusal>, Elapsed>>,
+    go_away: &CancellationToken,
+) -> Result<T, Refusal> {
     tokio::select! {
         biased;
-        output = event => Some(output),
-        () = async { go_away.cancelled().await; sleep(DRAIN_PREFACE_TIMEOUT).await } => None,
+        output = event => output.unwrap_or(Err(Refusal::Timeout)),
+        () = async { go_away.cancelled().await; sleep(DRAIN_PREFACE_TIMEOUT).await } => Err(Refusal::Timeout),
     }
 }
 
@@ -142,10 +146,10 @@ async fn serve_http2<S: Service, I>(
         watches: Arc::new(Semaphore::new(MAX_WATCHES)),
         aged: aged.clone(),
     });
-    let service = service_fn(|request| {
+    let service = service_fn(|request: Request<Incoming>| {
         let (context, connection) = (Arc::clone(context), Arc::clone(&connection));
         // Boxed, because each future that it passes through would hold a copy, and every call would pay for moving it.
-        let request = Box::new(request);
+        let request = Box::new(request.map(|body| RequestBody::new(body, &context.discarded)));
         async move { Ok::<_, Infallible>(context.edge.handle(&connection, request).await) }
     });
     let streams = Streams {

@@ -1,15 +1,16 @@
 //! The checks and limits of a call before its handler runs, in this order:
 //!
 //! ```text
-//! record -> method, content type -> deadline -> permit -> message -> handler -> reply
+//! record -> method, content type -> metadata -> deadline -> permit -> message -> handler -> reply
 //! ```
 
 use std::{convert::Infallible, panic::AssertUnwindSafe, pin::pin, sync::Arc, time::Duration};
 
 use futures_util::{FutureExt as _, future::BoxFuture};
-use http::{HeaderMap, Method as HttpMethod, Request, Response, StatusCode, header};
-use http_body_util::{BodyExt as _, Limited};
-use hyper::body::Incoming;
+use http::{
+    HeaderMap, HeaderName, HeaderValue, Method as HttpMethod, Request, Response, StatusCode, Uri,
+    header,
+};
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     time::sleep_until,
@@ -21,6 +22,7 @@ use tower_service::Service as _;
 use super::{
     message,
     reply::{self, REQUEST_ID, ReplyBody},
+    request_body::RequestBody,
     watch_body::{OpenWatch, WatchDrain},
 };
 use crate::{
@@ -39,6 +41,14 @@ use crate::{
 
 /// The longest delay after which a client may continue a watch that the server ended.
 const MAX_WATCH_RETRY: Duration = Duration::from_secs(2);
+/// The longest metadata of a request in bytes, counted as HTTP/2 does: name, value and 32 for each field.
+const MAX_METADATA_BYTES: usize = 32 * 1024;
+/// Longer metadata is copied, because each field of it keeps the buffer alive in which all fields arrived, and that is twice as long.
+const COPIED_METADATA_BYTES: usize = 4 * 1024;
+const METADATA_TOO_LONG: Error = Error::Protocol(
+    Code::ResourceExhausted,
+    "the metadata is over the limit of 32 KiB: send fewer or shorter fields",
+);
 
 /// What all calls of one connection share.
 #[derive(Debug)]
@@ -72,8 +82,7 @@ pub(super) struct Edge<S> {
     pub(super) watch_drain: Arc<WatchDrain>,
     /// Cancelled when a drain sends GOAWAY.
     pub(super) go_away: CancellationToken,
-    /// Permits for auxiliary streams (health, reflection, requests that are not gRPC) beyond those that are reserved for each
-    /// connection, shared by all workers.
+    /// Permits for auxiliary streams (health, reflection) beyond those that are reserved for each connection, shared by all workers.
     pub(super) auxiliary_permits: Arc<Semaphore>,
     /// Cancelled shortly before the end of the shutdown grace period.
     pub(super) cut_off: CancellationToken,
@@ -85,14 +94,18 @@ impl<S: Service> Edge<S> {
     pub(super) async fn handle(
         &self,
         connection: &Connection,
-        request: Box<Request<Incoming>>,
+        mut request: Box<Request<RequestBody>>,
     ) -> Response<ReplyBody> {
         let headers = request.headers();
         let caller = match self.service.token_hash(headers) {
             Some(hash) => Caller::Token(hash),
             None => connection.caller,
         };
-        let method = Method::from_path(request.uri().path());
+        let not_grpc = not_grpc(&request);
+        let method = match not_grpc {
+            Some(_) => Method::Other,
+            None => Method::from_path(request.uri().path()),
+        };
         let caller_timeout = caller_timeout(headers);
         let limit = match method {
             // Less up to a fifth at random, so that watches that began together do not end together.
@@ -106,7 +119,7 @@ impl<S: Service> Edge<S> {
             Ok(Some(timeout)) => timeout.min(limit),
             _ => limit,
         };
-        let record = Record::start(
+        let mut record = Record::start(
             &self.sinks,
             method,
             request_id(headers),
@@ -114,6 +127,9 @@ impl<S: Service> Edge<S> {
             Arc::clone(&connection.peer),
             headers,
         );
+        if caller_timeout.is_ok_and(|caller_timeout| caller_timeout == Some(timeout)) {
+            record.set_callers_deadline();
+        }
         let caller_deadline = caller_timeout.ok().flatten().map(Deadline::after);
         let limit = Deadline::after(limit);
         let call = Box::new(Call {
@@ -124,15 +140,15 @@ impl<S: Service> Edge<S> {
             permit: None,
         });
 
-        if request.method() != HttpMethod::POST {
-            let text = "gRPC calls use POST\n";
-            let status = StatusCode::METHOD_NOT_ALLOWED;
-            return self.not_grpc(call, connection, request, status, text).await;
+        if let Some((status, text)) = not_grpc {
+            return reply::not_grpc(call, status, text);
         }
-        if !is_grpc(headers) {
-            let text = "the content type must be application/grpc or application/grpc+proto\n";
-            let status = StatusCode::UNSUPPORTED_MEDIA_TYPE;
-            return self.not_grpc(call, connection, request, status, text).await;
+        let bytes = metadata_bytes(headers);
+        if bytes > MAX_METADATA_BYTES {
+            return reply::failure(call, &METADATA_TOO_LONG);
+        }
+        if bytes >= COPIED_METADATA_BYTES {
+            copy_head(&mut request);
         }
         if let Err(text) = caller_timeout {
             return reply::failure(call, &Error::Protocol(Code::InvalidArgument, text));
@@ -159,7 +175,7 @@ impl<S: Service> Edge<S> {
     async fn unary(
         &self,
         mut call: Box<Call>,
-        request: Box<Request<Incoming>>,
+        request: Box<Request<RequestBody>>,
     ) -> Response<ReplyBody> {
         let Some(permit) = self.in_flight.try_acquire(call.caller) else {
             return reply::failure(call, &Error::Overloaded);
@@ -176,13 +192,16 @@ impl<S: Service> Edge<S> {
     async fn get_task_detail(
         &self,
         call: &mut Call,
-        mut request: Box<Request<Incoming>>,
+        mut request: Box<Request<RequestBody>>,
     ) -> Result<GetTaskDetailResponse, Error> {
         let deadline = call.deadline;
         let message = deadline
             .bound(message::read(request.body_mut()))
             .await
-            .map_err(|_| Error::DeadlineExceeded)??;
+            .map_err(|_| {
+                call.record.set_callers_deadline();
+                Error::DeadlineExceeded
+            })??;
         if deadline.remaining().is_zero() {
             return Err(Error::DeadlineExceeded);
         }
@@ -208,7 +227,7 @@ impl<S: Service> Edge<S> {
         &self,
         mut call: Box<Call>,
         connection: &Connection,
-        request: Box<Request<Incoming>>,
+        request: Box<Request<RequestBody>>,
     ) -> Response<ReplyBody> {
         let own = Arc::clone(&connection.watches).try_acquire_owned();
         let (Ok(own), Some(permit)) = (own, self.watches.try_acquire(call.caller)) else {
@@ -238,12 +257,15 @@ impl<S: Service> Edge<S> {
     async fn start_watch(
         &self,
         call: &mut Call,
-        mut request: Box<Request<Incoming>>,
+        mut request: Box<Request<RequestBody>>,
     ) -> Result<WatchStream, Error> {
         let message = Deadline::after(self.timeout)
             .bound(message::read(request.body_mut()))
             .await
-            .map_err(|_| Error::DeadlineExceeded)??;
+            .map_err(|_| {
+                call.record.set_callers_deadline();
+                Error::DeadlineExceeded
+            })??;
         let metadata = request.headers();
         let message = message::decode(metadata, &message)?;
         let work = self.service.watch_task_detail(call, metadata, message);
@@ -286,7 +308,7 @@ impl<S: Service> Edge<S> {
         mut call: Box<Call>,
         connection: &Connection,
         until: Option<Deadline>,
-        request: Box<Request<Incoming>>,
+        request: Box<Request<RequestBody>>,
     ) -> Response<ReplyBody> {
         let Some(permit) = self.auxiliary_permit(connection) else {
             return reply::failure(call, &Error::Overloaded);
@@ -304,26 +326,6 @@ impl<S: Service> Edge<S> {
         }
     }
 
-    /// Replies to a request that is not gRPC. Reads its body first if a permit is free, because many HTTP clients ignore a response
-    /// until they have sent everything.
-    async fn not_grpc(
-        &self,
-        mut call: Box<Call>,
-        connection: &Connection,
-        request: Box<Request<Incoming>>,
-        status: StatusCode,
-        text: &'static str,
-    ) -> Response<ReplyBody> {
-        if let Some(permit) = self.auxiliary_permit(connection) {
-            call.permit = Some(Permit::Auxiliary(permit));
-            let mut rest = Limited::new(request.into_body(), message::MAX_BYTES);
-            let end = async { while let Some(Ok(_)) = rest.frame().await {} };
-            // A body that is too long or too slow is not read to its end.
-            let _ = call.deadline.bound(end).await;
-        }
-        reply::not_grpc(call, status, text)
-    }
-
     /// A permit for an auxiliary stream: one that is reserved for the connection, so that other connections cannot block its health
     /// checks, or else a shared one.
     fn auxiliary_permit(&self, connection: &Connection) -> Option<OwnedSemaphorePermit> {
@@ -331,6 +333,33 @@ impl<S: Service> Edge<S> {
             .into_iter()
             .find_map(|permits| Arc::clone(permits).try_acquire_owned().ok())
     }
+}
+
+/// The HTTP status and text for a request that is not gRPC.
+fn not_grpc(request: &Request<RequestBody>) -> Option<(StatusCode, &'static str)> {
+    if request.method() != HttpMethod::POST {
+        return Some((StatusCode::METHOD_NOT_ALLOWED, "gRPC calls use POST\n"));
+    }
+    let text = "the content type must be application/grpc or application/grpc+proto\n";
+    (!is_grpc(request.headers())).then_some((StatusCode::UNSUPPORTED_MEDIA_TYPE, text))
+}
+
+/// The size of the metadata, without the fields that HTTP/2 uses for method, scheme, authority and path (RFC 9113, section 6.5.2).
+fn metadata_bytes(headers: &HeaderMap) -> usize {
+    let field_bytes =
+        |(name, value): (&HeaderName, &HeaderValue)| name.as_str().len() + value.len() + 32;
+    headers.iter().map(field_bytes).sum()
+}
+
+/// Replaces path and metadata by copies that share no memory with the received ones.
+fn copy_head<B>(request: &mut Request<B>) {
+    let path = Uri::try_from(request.uri().path());
+    let fields = request.headers().iter().filter_map(|(name, value)| {
+        let name = HeaderName::from_bytes(name.as_str().as_bytes()).ok()?;
+        Some((name, HeaderValue::from_bytes(value.as_bytes()).ok()?))
+    });
+    *request.headers_mut() = fields.collect();
+    *request.uri_mut() = path.unwrap_or_default();
 }
 
 /// The caller's `grpc-timeout`, if any, or an error message.

@@ -9,7 +9,7 @@
 //!   | each socket goes to the worker with the fewest connections
 //! worker thread, one runtime each                            worker.rs
 //!   connection: TLS -> preface -> HTTP/2 -> age, GOAWAY       connection.rs preface.rs stream.rs
-//!     call: checks, deadline, permit, message -> handler      edge.rs message.rs
+//!     call: checks, deadline, permit, message -> handler      edge.rs message.rs request_body.rs
 //!           <- status, body, record                           reply.rs watch_body.rs
 //! ```
 
@@ -22,6 +22,7 @@ mod message;
 mod options;
 mod preface;
 mod reply;
+mod request_body;
 mod stream;
 #[cfg(test)]
 mod tests;
@@ -42,10 +43,10 @@ use tokio_util::sync::CancellationToken;
 pub use options::{Options, Timings};
 
 use self::{
-    accept::Acceptor, connection::WorkerContext, edge::Edge, health::HealthState, tls::Tls,
-    watch_body::WatchDrain, worker::Worker,
+    accept::Acceptor, connection::WorkerContext, edge::Edge, health::HealthState,
+    request_body::Discarded, tls::Tls, watch_body::WatchDrain, worker::Worker,
 };
-use crate::{fair_limit::FairLimit, rpc::Service, telemetry::Sinks};
+use crate::{fair_limit::FairLimit, rpc::Service, supervise::Task, telemetry::Sinks};
 
 /// Cap of the part of the shutdown grace that is reserved for replies to calls that are cut off, and for ending the workers.
 const MAX_CUT_OFF_TIME: Duration = Duration::from_millis(500);
@@ -76,6 +77,7 @@ pub struct Server<S> {
     tls: Option<Arc<Tls>>,
     in_flight: Arc<FairLimit>,
     go_away: CancellationToken,
+    discarded: Arc<Discarded>,
     cut_off: CancellationToken,
 }
 
@@ -110,6 +112,7 @@ impl<S: Service> Server<S> {
         let go_away = CancellationToken::new();
         let watch_drain = WatchDrain::new((options.shutdown_grace / 2).min(MAX_WATCH_DRAIN));
         let auxiliary_permits = Arc::new(Semaphore::new(options.max_connections));
+        let discarded = Arc::new(Discarded::new(options.timings.late_data_timeout));
         let cut_off = CancellationToken::new();
         let start_worker = |(index, service)| {
             let context = WorkerContext {
@@ -129,6 +132,7 @@ impl<S: Service> Server<S> {
                 },
                 tls: tls.clone(),
                 timings: options.timings.clone(),
+                discarded: Arc::clone(&discarded),
             };
             Worker::start(index, context)
         };
@@ -148,6 +152,7 @@ impl<S: Service> Server<S> {
             tls,
             in_flight,
             go_away,
+            discarded,
             cut_off,
         })
     }
@@ -163,16 +168,21 @@ impl<S: Service> Server<S> {
             tls,
             in_flight,
             go_away,
+            discarded,
             cut_off,
         } = self;
         let is_ready = *ready.borrow_and_update();
         health.set(is_ready).await;
+        let background = &acceptor.metrics.background;
+        let accept = || acceptor.accept_from(&listener);
+        let follow_ready = || health.follow(ready.clone());
+        let follow_files = || tls::follow(tls.as_deref());
         tokio::select! {
             biased;
             () = shutdown => {}
-            never = acceptor.accept_from(&listener) => match never {},
-            never = health.follow(ready) => match never {},
-            never = tls::follow(tls.as_deref()) => match never {},
+            never = background.supervise(Task::Accept, accept) => match never {},
+            never = background.supervise(Task::Health, follow_ready) => match never {},
+            never = background.supervise(Task::Certificates, follow_files) => match never {},
         }
 
         health.set(false).await;
@@ -187,6 +197,7 @@ impl<S: Service> Server<S> {
             ..
         } = acceptor;
         go_away.cancel();
+        discarded.cancel();
         let end = Instant::now() + options.shutdown_grace;
         // Calls that outlive the grace period get a reply in its last moments, and the exit comes before its end.
         let cut_off_time = (options.shutdown_grace / 10).min(MAX_CUT_OFF_TIME);

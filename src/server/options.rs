@@ -65,6 +65,9 @@ pub struct Timings {
     /// From the end of the handshake to the end of the HTTP/2 preface.
     #[arg(skip = Duration::from_secs(10))]
     pub preface_timeout: Duration,
+    /// From the reply to a call to the end of its request.
+    #[arg(skip = Duration::from_secs(30))]
+    pub late_data_timeout: Duration,
     /// The interval between PINGs on a silent connection.
     #[arg(skip = Duration::from_secs(30))]
     pub keepalive_interval: Duration,

@@ -10,6 +10,8 @@ use std::{
 
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
 
+use crate::telemetry::metrics::Refusal;
+
 /// RFC 9113, section 3.4.
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
@@ -35,23 +37,30 @@ pub(super) struct Replay<I> {
     replayed: usize,
 }
 
-/// Reads the preface. Returns `None` if the peer closes the connection or speaks another protocol, after a reply if that is HTTP/1.1.
-pub(super) async fn read<I: AsyncRead + AsyncWrite + Unpin>(mut io: I) -> Option<Replay<I>> {
+/// Reads the preface. Another protocol gets a reply first if it is HTTP/1.1.
+///
+/// # Errors
+/// [`Refusal`] when the peer closes the connection or speaks another protocol.
+pub(super) async fn read<I>(mut io: I) -> Result<Replay<I>, Refusal>
+where
+    I: AsyncRead + AsyncWrite + Unpin,
+{
     let mut bytes = [0; PREFACE.len()];
     let mut have = 0;
     while have < PREFACE.len() {
-        let count = io.read(&mut bytes[have..]).await.ok()?;
+        let read = io.read(&mut bytes[have..]).await;
+        let count = read.map_err(|_| Refusal::Closed)?;
         if count == 0 {
-            return None;
+            return Err(Refusal::Closed);
         }
         have += count;
         if bytes[..have] != PREFACE[..have] {
             let http1 = HTTP1.iter().any(|start| bytes.starts_with(start));
             close(io, if http1 { NOT_HTTP2 } else { b"" }).await;
-            return None;
+            return Err(Refusal::Protocol);
         }
     }
-    Some(Replay { io, replayed: 0 })
+    Ok(Replay { io, replayed: 0 })
 }
 
 /// Sends `reply` and waits up to 500 ms for the peer to close: closing with unread bytes would reset the connection, and the peer

@@ -26,6 +26,7 @@ use super::{
 };
 use crate::{
     call::Call,
+    credentials::Owner,
     deadline::Deadline,
     error::Error,
     reason::Reason,
@@ -95,6 +96,7 @@ pub(super) fn failure(mut call: Box<Call>, error: &Error) -> Response<ReplyBody>
     let failure = Failure::from_error(error);
     call.record.fail(failure.reason);
     call.record.finish(failure.code);
+    count_rejected_credential(&failure, &call);
     let mut response: Response<ReplyBody> = failure
         .to_status(call.record.request_id(), call.caller_remaining())
         .into_http();
@@ -176,8 +178,15 @@ fn complete(headers: &mut HeaderMap, call: &mut Call) {
     write_trailers(&failure, headers, call);
 }
 
+fn count_rejected_credential(failure: &Failure<'_>, call: &Call) {
+    if let Some(owner) = failure.rejected_owner() {
+        call.record.credential_rejected(owner == Owner::Server);
+    }
+}
+
 /// Finishes a call with this failure.
 pub(super) fn write_trailers(failure: &Failure<'_>, headers: &mut HeaderMap, call: &mut Call) {
+    count_rejected_credential(failure, call);
     call.record.fail(failure.reason);
     call.record.finish(failure.code);
     failure

@@ -2,27 +2,28 @@
 
 use std::{
     convert::Infallible,
-    path::{Path, PathBuf},
+    io,
+    net::SocketAddr,
+    path::PathBuf,
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
 use arc_swap::ArcSwap;
 use rustls::{
-    RootCertStore, ServerConfig,
+    ServerConfig,
     crypto::aws_lc_rs::default_provider,
-    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _},
-    server::WebPkiClientVerifier,
+    server::{Acceptor, WebPkiClientVerifier},
     version::{TLS12, TLS13},
 };
 use tokio::{net::TcpStream, sync::Semaphore};
-use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tokio_rustls::{LazyConfigAcceptor, server::TlsStream};
 
 use super::certificate;
 use crate::{
     files::{self, Contents, Digest, Watcher},
-    options,
-    telemetry::metrics::Metrics,
+    options, pem,
+    telemetry::metrics::{Metrics, Refusal},
 };
 
 /// The only application protocol.
@@ -37,13 +38,13 @@ const MAX_FILE_BYTES: usize = 4 << 20;
 #[group(id = "tls")]
 pub struct Files {
     /// PEM file of the listener's certificate chain; read again when it changes
-    #[arg(long = "tls-cert", value_name = "FILE", value_parser = options::file)]
+    #[arg(long = "tls-cert", value_name = "FILE", value_parser = options::public_file)]
     pub certificate: PathBuf,
     /// PEM file of the certificate's key; read again when it changes
     #[arg(long = "tls-key", value_name = "FILE", value_parser = options::file)]
     pub key: PathBuf,
     /// PEM file of the CAs of client certificates, which become mandatory; read again when it changes
-    #[arg(long = "tls-client-ca", value_name = "FILE", value_parser = options::file)]
+    #[arg(long = "tls-client-ca", value_name = "FILE", value_parser = options::public_file)]
     pub client_ca: Option<PathBuf>,
     /// How often the files are read to detect a change of their content: Kubernetes replaces them by swapping a directory.
     #[arg(skip = Duration::from_secs(10))]
@@ -68,9 +69,9 @@ pub enum Error {
     /// A file cannot be read.
     #[error(transparent)]
     Read(#[from] files::Error),
-    /// A file contains no certificate in PEM.
-    #[error("{}: must contain at least one certificate in PEM form", .0.display())]
-    NoCertificate(PathBuf),
+    /// A file contains no certificate in PEM, or a damaged one.
+    #[error("{}: {}", .0.display(), .1)]
+    Certificates(PathBuf, pem::Error),
     /// A file contains no private key in PEM.
     #[error("{}: must contain an unencrypted private key in PEM form (PKCS#8, PKCS#1 or SEC1)", .0.display())]
     NoKey(PathBuf),
@@ -84,14 +85,9 @@ pub enum Error {
         /// The message of the TLS library.
         reason: String,
     },
-    /// A client CA cannot be used.
-    #[error("{}: cannot be used as a client CA: {reason}", path.display())]
-    ClientCa {
-        /// The file.
-        path: PathBuf,
-        /// The message of the TLS library.
-        reason: String,
-    },
+    /// The certificate has expired. Not an error at the start: then there is no better one.
+    #[error("{}: the certificate has expired; replace it", .0.display())]
+    Expired(PathBuf),
 }
 
 /// Checks that the listener can use these files.
@@ -110,6 +106,8 @@ pub(super) struct Tls {
     current: ArcSwap<ServerConfig>,
     handshakes: Semaphore,
     metrics: Arc<Metrics>,
+    /// When the certificate that was loaded at the start expires.
+    expires: Option<SystemTime>,
     /// The digest of the files that were loaded at the start.
     loaded: Digest,
 }
@@ -123,7 +121,12 @@ impl Tls {
         let contents = files::read_all(&files.paths(), MAX_FILE_BYTES)?;
         let (current, expires) = build(&contents, &files)?;
         record_expiry(metrics, expires);
+        if is_expired(expires) {
+            let error = Error::Expired(files.certificate.clone());
+            tracing::warn!(%error, "clients will reject this server");
+        }
         Ok(Self {
+            expires,
             current: ArcSwap::from_pointee(current),
             handshakes: Semaphore::new(MAX_HANDSHAKES),
             metrics: Arc::clone(metrics),
@@ -132,35 +135,92 @@ impl Tls {
         })
     }
 
-    /// Performs the handshake with one client; `None` if it fails. The caller bounds its time.
-    pub(super) async fn handshake(&self, socket: TcpStream) -> Option<TlsStream<TcpStream>> {
+    /// Performs the handshake with one client. The caller bounds its time.
+    ///
+    /// # Errors
+    /// [`Refusal`] when it fails.
+    pub(super) async fn handshake(
+        &self,
+        socket: TcpStream,
+        peer: SocketAddr,
+    ) -> Result<TlsStream<TcpStream>, Refusal> {
         // Waits for the first bytes, so that a silent peer takes no permit.
-        socket.readable().await.ok()?;
-        let _permit = self.handshakes.acquire().await.ok()?;
-        let acceptor = TlsAcceptor::from(self.current.load_full());
-        let peer = socket.peer_addr().ok()?;
-        let stream = acceptor
-            .accept(socket)
-            .await
-            .inspect_err(|error| tracing::warn!(%peer, %error, "TLS handshake failed"))
-            .ok()?;
+        socket.readable().await.map_err(|_| Refusal::Closed)?;
+        let _permit = self.handshakes.acquire().await.expect("never closed");
+        let hello = LazyConfigAcceptor::new(Acceptor::default(), socket);
+        let hello = hello.await.map_err(|error| {
+            if is_end(&error) {
+                tracing::debug!(%peer, %error, "the client closed the connection before its first TLS record");
+                return Refusal::Closed;
+            }
+            tracing::warn!(%peer, %error, "TLS handshake failed: the client does not speak TLS");
+            Refusal::Tls
+        })?;
+        let stream = hello.into_stream(self.current.load_full()).await;
+        let stream = stream.map_err(|error| log_failure(peer, &error))?;
         // rustls accepts a client that offers no protocol.
-        (stream.get_ref().1.alpn_protocol() == Some(HTTP2)).then_some(stream)
+        if stream.get_ref().1.alpn_protocol() != Some(HTTP2) {
+            return Err(log_failure(
+                peer,
+                &io::Error::other(rustls::Error::NoApplicationProtocol),
+            ));
+        }
+        Ok(stream)
     }
 }
 
-/// Reloads changed files for new handshakes until the future is dropped. Changed files that cannot be used are logged once, and the
-/// current certificates stay in use.
+/// Logs a failed handshake. Each line suppresses only its own repetitions, so a frequent cause does not hide the others.
+fn log_failure(peer: SocketAddr, error: &io::Error) -> Refusal {
+    let cause = error.get_ref().and_then(|inner| inner.downcast_ref());
+    match cause {
+        Some(rustls::Error::NoApplicationProtocol) => {
+            tracing::warn!(%peer, "TLS handshake failed: the client does not offer h2 by ALPN, which gRPC requires");
+            return Refusal::Alpn;
+        }
+        Some(rustls::Error::NoCertificatesPresented) => {
+            tracing::warn!(%peer, "TLS handshake failed: the client has no certificate");
+        }
+        Some(rustls::Error::InvalidCertificate(reason)) => {
+            tracing::warn!(%peer, error = %reason, "TLS handshake failed: the client's certificate is not valid");
+        }
+        Some(rustls::Error::AlertReceived(alert)) => {
+            tracing::warn!(%peer, ?alert, "TLS handshake failed: the client rejected it");
+        }
+        Some(error) => tracing::warn!(%peer, %error, "TLS handshake failed"),
+        None => tracing::warn!(%peer, %error, "TLS handshake failed: the connection broke"),
+    }
+    Refusal::Tls
+}
+
+/// Whether the client closed or reset the connection.
+fn is_end(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset
+    )
+}
+
+/// Reloads changed files for new handshakes until the future is dropped. Changed files that cannot be used are logged, and the current
+/// certificates stay in use. So they do if the changed certificate has expired and the current one has not.
 pub(super) async fn follow(tls: Option<&Tls>) -> Infallible {
     let Some(tls) = tls else {
         return std::future::pending().await;
     };
     let (paths, interval) = (tls.files.paths(), tls.files.reload_interval);
     let mut watcher = Watcher::new(paths, MAX_FILE_BYTES, interval, Some(tls.loaded));
+    let mut current = tls.expires;
     loop {
         let changed = watcher.changed().await.map_err(Error::from);
-        match changed.and_then(|contents| build(&contents, &tls.files)) {
+        let usable = changed.and_then(|contents| {
+            let (config, expires) = build(&contents, &tls.files)?;
+            if is_expired(expires) && !is_expired(current) {
+                return Err(Error::Expired(tls.files.certificate.clone()));
+            }
+            Ok((config, expires))
+        });
+        match usable {
             Ok((config, expires)) => {
+                current = expires;
                 record_expiry(&tls.metrics, expires);
                 tls.current.store(Arc::new(config));
                 tracing::info!("certificates reloaded");
@@ -172,6 +232,15 @@ pub(super) async fn follow(tls: Option<&Tls>) -> Infallible {
     }
 }
 
+/// An expiry that cannot be read counts as in the future.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "reload compares certificates with the system's clock, as clients do"
+)]
+fn is_expired(expires: Option<SystemTime>) -> bool {
+    expires.is_some_and(|at| at <= SystemTime::now())
+}
+
 /// An expiry that cannot be read leaves the metric as it was.
 fn record_expiry(metrics: &Metrics, expires: Option<SystemTime>) {
     if let Some(at) = expires {
@@ -181,9 +250,12 @@ fn record_expiry(metrics: &Metrics, expires: Option<SystemTime>) {
 
 /// Builds the TLS configuration from the contents of [`Files::paths`], and returns when the certificate expires.
 fn build(contents: &Contents, files: &Files) -> Result<(ServerConfig, Option<SystemTime>), Error> {
-    let chain = certificates(&contents[0], &files.certificate)?;
-    let key =
-        PrivateKeyDer::from_pem_slice(&contents[1]).map_err(|_| Error::NoKey(files.key.clone()))?;
+    let invalid = |path: &PathBuf| {
+        let path = path.clone();
+        move |error| Error::Certificates(path, error)
+    };
+    let chain = pem::certificates(&contents[0]).map_err(invalid(&files.certificate))?;
+    let key = pem::private_key(&contents[1]).ok_or_else(|| Error::NoKey(files.key.clone()))?;
     let expires = certificate::expires_at(&chain[0]);
     let provider = Arc::new(default_provider());
     let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
@@ -192,19 +264,10 @@ fn build(contents: &Contents, files: &Files) -> Result<(ServerConfig, Option<Sys
     let builder = match &files.client_ca {
         None => builder.with_no_client_auth(),
         Some(path) => {
-            let unusable = |reason: String| Error::ClientCa {
-                path: path.clone(),
-                reason,
-            };
-            let mut roots = RootCertStore::empty();
-            for root in certificates(&contents[2], path)? {
-                roots
-                    .add(root)
-                    .map_err(|error| unusable(error.to_string()))?;
-            }
-            let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider)
+            let roots = Arc::new(pem::roots(&contents[2]).map_err(invalid(path))?);
+            let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider)
                 .build()
-                .map_err(|error| unusable(error.to_string()))?;
+                .expect("there are roots, and no revocation lists");
             builder.with_client_cert_verifier(verifier)
         }
     };
@@ -217,12 +280,4 @@ fn build(contents: &Contents, files: &Files) -> Result<(ServerConfig, Option<Sys
         })?;
     config.alpn_protocols = vec![HTTP2.to_vec()];
     Ok((config, expires))
-}
-
-fn certificates(pem: &[u8], path: &Path) -> Result<Vec<CertificateDer<'static>>, Error> {
-    let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
-    match certificates {
-        Ok(certificates) if !certificates.is_empty() => Ok(certificates),
-        _ => Err(Error::NoCertificate(path.to_owned())),
-    }
 }

@@ -14,6 +14,7 @@ use super::connection::{self, WorkerContext};
 use crate::{
     lateness,
     rpc::Service,
+    supervise::Task,
     telemetry::metrics::{Counted, Metrics},
 };
 
@@ -39,13 +40,14 @@ impl<S: Service> Worker<S> {
         let handle = runtime.handle().clone();
         let (stop, stop_requested) = oneshot::channel::<()>();
         let (running, stopped) = oneshot::channel::<()>();
+        let metrics = Arc::clone(&context.edge.sinks.metrics);
         thread::Builder::new()
             .name(format!("worker-{index}"))
             .spawn(move || {
                 runtime.block_on(async {
                     tokio::select! {
                         _ = stop_requested => {}
-                        () = lateness::measure() => {}
+                        never = metrics.background.supervise(Task::Lateness, lateness::measure) => match never {},
                     }
                 });
                 // Does not wait for a name lookup that may hang in a helper thread.
@@ -72,16 +74,16 @@ impl<S: Service> Worker<S> {
         socket: std::net::TcpStream,
         peer: SocketAddr,
         permit: OwnedSemaphorePermit,
-        metrics: &Metrics,
+        metrics: &Arc<Metrics>,
     ) {
         let counted = Counted::new(&metrics.connections);
         let context = Arc::clone(&self.context);
-        let refused = metrics.connections_refused.clone();
+        let metrics = Arc::clone(metrics);
         self.connections.spawn_on(
             async move {
                 let _held = (permit, counted);
-                if !connection::serve(socket, peer, context).await {
-                    refused.inc();
+                if let Err(reason) = connection::serve(socket, peer, context).await {
+                    metrics.connection_refused(reason);
                 }
             },
             &self.handle,

@@ -58,6 +58,10 @@ impl<'a> Failure<'a> {
         }
     }
 
+    fn overloaded() -> Self {
+        Self::new(Code::ResourceExhausted, Reason::Overloaded).after(OVERLOADED_WAIT)
+    }
+
     fn after(self, wait: Duration) -> Self {
         Self {
             retry_after: Some(wait),
@@ -95,9 +99,7 @@ impl<'a> Failure<'a> {
                 ..Self::from_lookup(lookup)
             },
             Error::DeadlineExceeded => Self::new(Code::DeadlineExceeded, Reason::DeadlineExceeded),
-            Error::Overloaded => {
-                Self::new(Code::ResourceExhausted, Reason::Overloaded).after(OVERLOADED_WAIT)
-            }
+            Error::Overloaded => Self::overloaded(),
             Error::ShuttingDown { retry_after } => Self {
                 retry_after: *retry_after,
                 ..Self::new(Code::Unavailable, Reason::ShuttingDown)
@@ -106,6 +108,14 @@ impl<'a> Failure<'a> {
                 Self::new(Code::Unavailable, Reason::WatchExpired).after(*retry_after)
             }
             Error::Internal => Self::new(Code::Internal, Reason::Internal),
+        }
+    }
+
+    /// The owner of the credential, if the call failed because the credential was rejected or is locked.
+    pub fn rejected_owner(&self) -> Option<Owner> {
+        match self.reason {
+            Reason::CredentialRejected | Reason::CredentialLocked => self.owner,
+            _ => None,
         }
     }
 
@@ -150,7 +160,11 @@ impl<'a> Failure<'a> {
     fn from_lookup(lookup: &'a FailedLookup) -> Self {
         match &lookup.error {
             upstream::Error::Rejected(rejection) => Self::from_rejection(rejection, lookup),
-            upstream::Error::Transport(reason) => Self::new(Code::Unavailable, *reason),
+            upstream::Error::Transport(Reason::Overloaded, _) => Self::overloaded(),
+            upstream::Error::Transport(reason, obstacle) => Self {
+                message: sentence::for_transport(*reason, *obstacle).to_owned(),
+                ..Self::new(Code::Unavailable, *reason)
+            },
             upstream::Error::AttemptTimeout => {
                 Self::new(Code::DeadlineExceeded, Reason::UpstreamTimeout)
             }

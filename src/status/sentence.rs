@@ -1,7 +1,8 @@
 //! The messages of statuses: a sentence of this module, or the text of RDS where it is safe and helps.
 
 use crate::{
-    credentials::Owner, error::Violation, reason::Reason, telemetry::Facts, upstream::Rejection,
+    credentials::Owner, error::Violation, http_client::Obstacle, reason::Reason, telemetry::Facts,
+    upstream::Rejection,
 };
 use tonic::Code;
 
@@ -76,7 +77,7 @@ pub(super) fn for_reason(reason: Reason) -> &'static str {
             "no connection to the RDS endpoint: try again; the operator has to check the network if the error persists"
         }
         Reason::UpstreamTls => {
-            "the TLS handshake with the RDS endpoint failed: the operator has to check certificate and clock"
+            "the TLS handshake with the RDS endpoint failed: the operator has to look up the cause in the server's log"
         }
         Reason::UpstreamReset => "the connection to RDS closed before a reply arrived: try again",
         Reason::UpstreamTruncated => "the reply of RDS is incomplete: try again",
@@ -110,7 +111,7 @@ pub(super) fn for_reason(reason: Reason) -> &'static str {
             "the clocks of the server and RDS differ too much: the operator has to set the server's clock"
         }
         Reason::Overloaded => {
-            "too many calls are in flight on the server: wait for the delay in RetryInfo"
+            "the server has too many calls or connections: wait for the delay in RetryInfo"
         }
         Reason::WatchExpired => {
             "the watch has reached its longest duration: continue it with the etag of the last message"
@@ -122,6 +123,40 @@ pub(super) fn for_reason(reason: Reason) -> &'static str {
             "RDS failed too often, so calls are paused: wait for the delay in RetryInfo"
         }
         Reason::Internal => "internal error of the server: report x-request-id to its operator",
+    }
+}
+
+/// As [`for_reason`], for an attempt without a reply: names the obstacle to the connection, if it is known.
+pub(super) fn for_transport(reason: Reason, obstacle: Option<Obstacle>) -> &'static str {
+    match obstacle {
+        None => for_reason(reason),
+        Some(Obstacle::ProxyUnreachable) => {
+            "no connection to the server's proxy: try again; the operator has to check --upstream-proxy if the error persists"
+        }
+        Some(Obstacle::ProxyLogin) => {
+            "the server's proxy requires another login (HTTP 407): the operator has to check user and password of the proxy"
+        }
+        Some(Obstacle::ProxyRejection) => {
+            "the server's proxy rejected the connection to the RDS endpoint: the operator has to check the proxy's rules and log"
+        }
+        Some(Obstacle::CertificateDates) => {
+            "the certificate of the RDS endpoint has expired or is not yet valid: the operator has to check certificate and clock"
+        }
+        Some(Obstacle::CertificateIssuer) => {
+            "no trusted authority issued the certificate of the RDS endpoint: the operator has to check --upstream-ca and the endpoint"
+        }
+        Some(Obstacle::CertificateName) => {
+            "the certificate is for another name than that of the RDS endpoint: the operator has to check the endpoint"
+        }
+        Some(Obstacle::Certificate) => {
+            "the certificate of the RDS endpoint is invalid: the operator has to look up the cause in the server's log"
+        }
+        Some(Obstacle::NoCommonTls) => {
+            "the RDS endpoint accepts no TLS version and cipher of the server: the operator has to check the endpoint and what intercepts TLS"
+        }
+        Some(Obstacle::NotTls) => {
+            "the RDS endpoint does not speak TLS: the operator has to check scheme and port of the endpoint"
+        }
     }
 }
 

@@ -9,6 +9,7 @@ use tracing::Level;
 use super::{
     context::Context,
     line::{Line, Style},
+    metrics::CallerFault,
     record::{Facts, Record},
     trace::ServerSpan,
     writer::Writer,
@@ -17,6 +18,9 @@ use crate::{code, method::Method, reason::Reason};
 
 /// The target of access lines in `RUST_LOG`: `access=off` hides all of them, `access=error` those at level INFO.
 pub(super) const TARGET: &str = "access";
+
+/// The target of access lines of health checks, which can be hidden on their own. A filter for [`TARGET`] also applies to it.
+pub(super) const HEALTH_TARGET: &str = "access::health";
 
 /// Longest text that a peer chooses, in bytes.
 const MAX_PEER_TEXT: usize = 128;
@@ -41,10 +45,19 @@ impl Access {
 
     /// Writes one line unless the filter hides it. Never blocks.
     pub(super) fn write(&self, record: &Record, code: Code, took: Duration, facts: &Facts) {
-        let level = level(record.method, code, record.reason);
-        // Two call sites, because each caches the filter's decision for its own level.
-        let shown = match level {
-            Level::ERROR => tracing::enabled!(target: TARGET, Level::ERROR),
+        let level = level(
+            record.method,
+            code,
+            record.reason,
+            record.caller_fault(code, facts),
+        );
+        // Separate call sites, because each caches the filter's decision for its own target and level.
+        let shown = match (target(record.method), level) {
+            (HEALTH_TARGET, Level::ERROR) => {
+                tracing::enabled!(target: HEALTH_TARGET, Level::ERROR)
+            }
+            (HEALTH_TARGET, _) => tracing::enabled!(target: HEALTH_TARGET, Level::INFO),
+            (_, Level::ERROR) => tracing::enabled!(target: TARGET, Level::ERROR),
             _ => tracing::enabled!(target: TARGET, Level::INFO),
         };
         if shown {
@@ -55,15 +68,27 @@ impl Access {
     }
 }
 
+fn target(method: Method) -> &'static str {
+    match method {
+        Method::HealthCheck | Method::HealthWatch => HEALTH_TARGET,
+        _ => TARGET,
+    }
+}
+
 /// ERROR if the server or upstream is at fault, else INFO.
-fn level(method: Method, code: Code, reason: Option<Reason>) -> Level {
+fn level(
+    method: Method,
+    code: Code,
+    reason: Option<Reason>,
+    caller_fault: Option<CallerFault>,
+) -> Level {
     match code {
+        _ if caller_fault.is_some() => Level::INFO,
         // The caller is at fault with any code, for example for a request that is not gRPC.
         _ if reason == Some(Reason::InvalidRequest) => Level::INFO,
         // Normal ends of a long watch.
-        Code::Unavailable
-            if method == Method::WatchTaskDetail
-                && matches!(reason, Some(Reason::WatchExpired | Reason::ShuttingDown)) =>
+        _ if method == Method::WatchTaskDetail
+            && matches!(reason, Some(Reason::WatchExpired | Reason::ShuttingDown)) =>
         {
             Level::INFO
         }
@@ -87,7 +112,7 @@ fn render(
     took: Duration,
     facts: &Facts,
 ) -> String {
-    let mut line = Line::new(style, now, level, TARGET, "rpc");
+    let mut line = Line::new(style, now, level, target(record.method), "rpc");
     line.text("request_id", &limited(record.request_id.as_bytes()));
     // The call's own span if traces are exported, else the caller's span.
     let caller = match (&record.span, &record.traceparent) {
@@ -160,21 +185,22 @@ mod tests {
     use tracing::subscriber::with_default;
 
     use super::*;
-    use crate::{
-        method::Method,
-        telemetry::{
-            log,
-            metrics::Metrics,
-            record::{Peer, Sinks},
-            repeats::Repeats,
-            writer::tests::Recorder,
-        },
+    use crate::telemetry::{
+        log,
+        metrics::Metrics,
+        record::{Peer, Sinks},
+        repeats::Repeats,
+        writer::tests::Recorder,
     };
 
     const METHOD: Method = Method::GetTaskDetail;
     const TOOK: Duration = Duration::from_micros(12_345);
 
     fn record(access: &Access, headers: &[(&'static str, &[u8])]) -> Record {
+        record_of(METHOD, access, headers)
+    }
+
+    fn record_of(method: Method, access: &Access, headers: &[(&'static str, &[u8])]) -> Record {
         let sinks = Arc::new(Sinks {
             metrics: Metrics::new(),
             access: access.clone(),
@@ -191,7 +217,7 @@ mod tests {
             .collect();
         let peer = Arc::new(Peer::new("127.0.0.1:4711".parse().unwrap()));
         let id = "request-1".to_owned();
-        Record::start(&sinks, METHOD, id, Duration::from_secs(30), peer, &headers)
+        Record::start(&sinks, method, id, Duration::from_secs(30), peer, &headers)
     }
 
     fn now() -> Timestamp {
@@ -285,7 +311,7 @@ mod tests {
     fn only_server_and_upstream_errors_are_logged_at_error() {
         let errors: Vec<Code> = (0..17)
             .map(Code::from)
-            .filter(|code| level(METHOD, *code, None) == Level::ERROR)
+            .filter(|code| level(METHOD, *code, None, None) == Level::ERROR)
             .collect();
 
         assert_eq!(
@@ -310,7 +336,33 @@ mod tests {
         ];
         for (code, reason, expected) in cases {
             assert_eq!(
-                level(METHOD, code, Some(reason)),
+                level(METHOD, code, Some(reason), None),
+                expected,
+                "{code:?} {reason:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn normal_ends_of_a_watch_are_logged_at_info() {
+        let cases = [
+            (Code::Unavailable, Reason::WatchExpired, Level::INFO),
+            (Code::Unavailable, Reason::ShuttingDown, Level::INFO),
+            (
+                Code::DeadlineExceeded,
+                Reason::DeadlineExceeded,
+                Level::ERROR,
+            ),
+            (
+                Code::DeadlineExceeded,
+                Reason::UpstreamTimeout,
+                Level::ERROR,
+            ),
+            (Code::Unavailable, Reason::UpstreamReset, Level::ERROR),
+        ];
+        for (code, reason, expected) in cases {
+            assert_eq!(
+                level(Method::WatchTaskDetail, code, Some(reason), None),
                 expected,
                 "{code:?} {reason:?}"
             );
@@ -319,16 +371,20 @@ mod tests {
 
     #[test]
     fn filter_selects_access_lines_by_target_and_level() {
+        // The number of lines of calls, and of health checks.
         let cases = [
-            ("info", 2),
-            ("error", 1),
-            ("warn,access=info", 2),
-            ("info,access=off", 0),
-            ("access=error", 1),
-            ("off", 0),
+            ("info", 2, 2),
+            ("error", 1, 1),
+            ("warn,access=info", 2, 2),
+            ("info,access=off", 0, 0),
+            ("access=error", 1, 1),
+            ("info,access::health=error", 2, 1),
+            ("info,access::health=off", 2, 0),
+            ("warn,access=info,access::health=warn", 2, 1),
+            ("off", 0, 0),
         ];
 
-        for (filter, expected) in cases {
+        for (filter, calls, checks) in cases {
             let recorder = Recorder::default();
             let (writer, flush) = Writer::new(recorder.clone(), Counter::default());
             let repeats = Repeats::new(Counter::default());
@@ -338,9 +394,14 @@ mod tests {
             with_default(subscriber, || {
                 record(&access, &[]).finish(Code::NotFound);
                 record(&access, &[]).finish(Code::Internal);
+                record_of(Method::HealthCheck, &access, &[]).finish(Code::Ok);
+                record_of(Method::HealthWatch, &access, &[]).finish(Code::Internal);
             });
             drop(flush);
-            assert_eq!(recorder.text().lines().count(), expected, "{filter}");
+            let text = recorder.text();
+            let count = |target: &str| text.matches(&format!(" {target}: rpc ")).count();
+            assert_eq!(count(TARGET), calls, "{filter}");
+            assert_eq!(count(HEALTH_TARGET), checks, "{filter}");
         }
     }
 }

@@ -29,6 +29,14 @@ impl Context {
         w3c.or_else(|| accepted.b3.then(|| b3(headers)).flatten())
     }
 
+    /// The caller's decision whether to record a trace that begins here: B3 allows a decision without ids.
+    pub(super) fn decision_from_headers(
+        headers: &HeaderMap,
+        accepted: Propagators,
+    ) -> Option<bool> {
+        accepted.b3.then(|| b3_decision(headers)).flatten()
+    }
+
     /// Parses a `traceparent`; `None` if it is invalid (W3C Trace Context, section 3.2).
     pub fn from_traceparent(value: &HeaderValue) -> Option<Self> {
         let mut parts = value.to_str().ok()?.split('-');
@@ -108,17 +116,38 @@ fn trace_state(headers: &HeaderMap) -> String {
 }
 
 /// Zipkin's headers: `b3: {trace}-{span}[-{sampled}[-{parent}]]`, or one header for each (B3 propagation, "Overall
-/// Process"). Without a decision the trace is recorded; so is `d`, a debug trace.
+/// Process"). Without a decision the trace is recorded.
 fn b3(headers: &HeaderMap) -> Option<Context> {
-    let text = |name: &str| headers.get(name)?.to_str().ok();
-    if let Some(single) = text("b3") {
+    let sampled = b3_decision(headers).unwrap_or(true);
+    if let Some(single) = text(headers, "b3") {
         let mut parts = single.split('-');
-        let (trace_id, span_id) = (parts.next()?, parts.next()?);
-        return Context::from_ids(trace_id, span_id, parts.next() != Some("0"));
+        return Context::from_ids(parts.next()?, parts.next()?, sampled);
     }
-    let sampled =
-        !matches!(text("x-b3-sampled"), Some("0" | "false")) || text("x-b3-flags") == Some("1");
-    Context::from_ids(text("x-b3-traceid")?, text("x-b3-spanid")?, sampled)
+    Context::from_ids(
+        text(headers, "x-b3-traceid")?,
+        text(headers, "x-b3-spanid")?,
+        sampled,
+    )
+}
+
+/// The decision in Zipkin's headers: the third part of `b3`, or all of it (`b3: 0`), else `x-b3-flags` and `x-b3-sampled`. A debug
+/// trace, `d` or the flag, is recorded.
+fn b3_decision(headers: &HeaderMap) -> Option<bool> {
+    let decision = match text(headers, "b3") {
+        Some(single) if single.contains('-') => single.split('-').nth(2)?,
+        Some(single) => single,
+        None if text(headers, "x-b3-flags") == Some("1") => "d",
+        None => text(headers, "x-b3-sampled")?,
+    };
+    match decision {
+        "1" | "d" | "true" => Some(true),
+        "0" | "false" => Some(false),
+        _ => None,
+    }
+}
+
+fn text<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
+    headers.get(name)?.to_str().ok()
 }
 
 #[cfg(test)]
@@ -268,6 +297,43 @@ mod tests {
 
         assert_eq!(format!("{:032x}", both.trace_id), TRACE);
         assert_eq!(unaccepted, None);
+    }
+
+    #[test]
+    fn a_b3_decision_counts_without_ids() {
+        let cases: &[(&[(&'static str, &str)], _)] = &[
+            (&[("b3", "0")], Some(false)),
+            (&[("b3", "1")], Some(true)),
+            (&[("b3", "d")], Some(true)),
+            (&[("b3", "")], None),
+            (&[("b3", "2")], None),
+            (&[("b3", TRACE)], None),
+            (&[("x-b3-sampled", "0")], Some(false)),
+            (&[("x-b3-sampled", "false")], Some(false)),
+            (&[("x-b3-sampled", "1")], Some(true)),
+            (&[("x-b3-sampled", "true")], Some(true)),
+            (&[("x-b3-sampled", "d")], Some(true)),
+            (&[("x-b3-sampled", "maybe")], None),
+            (&[("x-b3-flags", "1")], Some(true)),
+            (&[("x-b3-flags", "0")], None),
+            (&[("x-b3-flags", "1"), ("x-b3-sampled", "0")], Some(true)),
+            (
+                &[("x-b3-traceid", TRACE), ("x-b3-sampled", "0")],
+                Some(false),
+            ),
+            (&[("b3", "0"), ("x-b3-sampled", "1")], Some(false)),
+            (&[("traceparent", "00-0-0-01"), ("b3", "0")], Some(false)),
+            (&[], None),
+        ];
+
+        for (pairs, expected) in cases {
+            let headers = headers(pairs);
+            let found = Context::decision_from_headers(&headers, ALL);
+            assert_eq!(found, *expected, "{pairs:?}");
+            assert_eq!(Context::from_headers(&headers, ALL), None, "{pairs:?}");
+            let only_w3c = Propagators { b3: false, ..ALL };
+            assert_eq!(Context::decision_from_headers(&headers, only_w3c), None);
+        }
     }
 
     #[test]

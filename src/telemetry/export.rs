@@ -24,7 +24,8 @@ use super::{
     },
 };
 use crate::{
-    http_client::{BuildError, SystemRoots, build, client_builder, read_body, tls_config},
+    http_client::{BuildError, SystemRoots, build, cause, client_builder, read_body, tls_config},
+    supervise::Task,
     wait::{date, retry_after},
 };
 
@@ -39,29 +40,6 @@ const MAX_BODY_BYTES: usize = 64 * 1024;
 const QUEUE_FULL: usize = 0;
 const EXPORT_FAILED: usize = 1;
 
-/// Why the trace export cannot start.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// The certificate file is unusable.
-    #[error("OTEL_EXPORTER_OTLP_CERTIFICATE: the file contains no valid PEM certificate")]
-    Certificate,
-    /// The HTTP client cannot be created; usually the system has no CA certificates.
-    #[error(
-        "cannot create the client for the OTLP collector: the system has no usable CA certificates; install them, or set \
-         OTEL_EXPORTER_OTLP_CERTIFICATE"
-    )]
-    Client,
-}
-
-impl From<BuildError> for Error {
-    fn from(error: BuildError) -> Self {
-        match error {
-            BuildError::Roots => Self::Certificate,
-            BuildError::Proxy | BuildError::Tls => Self::Client,
-        }
-    }
-}
-
 /// The bounded queue of ended spans, emptied by the exporter's thread.
 #[derive(Debug)]
 pub(super) struct SpanQueue {
@@ -75,11 +53,11 @@ impl SpanQueue {
     /// Starts the exporter's thread.
     ///
     /// # Errors
-    /// [`Error`] for an unusable setting.
+    /// [`BuildError`] for an https endpoint without CA certificates.
     ///
     /// # Panics
     /// When no thread can be started.
-    pub(super) fn start(config: &Tracing, metrics: Arc<Metrics>) -> Result<Self, Error> {
+    pub(super) fn start(config: &Tracing, metrics: Arc<Metrics>) -> Result<Self, BuildError> {
         let mut exporter = Exporter {
             client: client(config)?,
             config: config.clone(),
@@ -87,9 +65,17 @@ impl SpanQueue {
         };
         let protobuf = HeaderValue::from_static("application/x-protobuf");
         exporter.config.headers.insert(CONTENT_TYPE, protobuf);
-        let (spans, queue) = channel(config.queue_spans);
+        let (spans, mut queue) = channel(config.queue_spans);
         let shutdown = CancellationToken::new();
-        let exporting = exporter.run(queue, shutdown.clone());
+        let until = shutdown.clone();
+        let exporting = async move {
+            let background = &exporter.metrics.background;
+            while background
+                .catch(Task::Spans, exporter.run(&mut queue, &until))
+                .await
+                .is_none()
+            {}
+        };
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
@@ -119,7 +105,7 @@ impl SpanQueue {
     }
 }
 
-fn client(config: &Tracing) -> Result<reqwest::Client, Error> {
+fn client(config: &Tracing) -> Result<reqwest::Client, BuildError> {
     // A certificate file replaces the system's roots, as in OpenTelemetry's exporters.
     let https = config.endpoint.starts_with("https:");
     let system = if https && config.certificate_pem.is_none() {
@@ -133,7 +119,7 @@ fn client(config: &Tracing) -> Result<reqwest::Client, Error> {
         proxy: None,
         connect_timeout: config.timeout,
     })?;
-    Ok(build(builder)?)
+    build(builder)
 }
 
 struct Exporter {
@@ -144,10 +130,10 @@ struct Exporter {
 
 impl Exporter {
     /// Exports batches until `shutdown`, then the remaining spans of the queue.
-    async fn run(self, mut queue: Receiver<Span>, shutdown: CancellationToken) {
+    async fn run(&self, queue: &mut Receiver<Span>, shutdown: &CancellationToken) {
         let mut batch = Vec::new();
         loop {
-            let filling = self.fill(&mut batch, &mut queue);
+            let filling = self.fill(&mut batch, queue);
             if shutdown.run_until_cancelled(filling).await.is_none() {
                 while batch.len() < self.config.batch_spans
                     && let Ok(span) = queue.try_recv()
@@ -178,13 +164,17 @@ impl Exporter {
     async fn export(&self, spans: Vec<Span>) {
         let count = spans.len() as u64;
         let body = self.request(spans).encode_to_vec();
-        let delivered = timeout(self.config.timeout, self.deliver(body.into())).await;
-        let dropped = match delivered.unwrap_or(Err(
-            "the collector accepted nothing within the timeout".to_owned(),
-        )) {
-            Ok(rejected) => rejected.min(count),
-            Err(error) => {
-                tracing::warn!(spans = count, error, "spans cannot be exported");
+        let mut last_error = "the collector does not reply".to_owned();
+        let delivering = self.deliver(body.into(), &mut last_error);
+        let delivered = timeout(self.config.timeout, delivering).await;
+        let dropped = match delivered {
+            Ok(Some(rejected)) => rejected.min(count),
+            Ok(None) | Err(_) => {
+                tracing::warn!(
+                    spans = count,
+                    error = last_error,
+                    "spans cannot be exported"
+                );
                 count
             }
         };
@@ -192,28 +182,49 @@ impl Exporter {
         self.metrics.spans_dropped[EXPORT_FAILED].inc_by(dropped);
     }
 
-    /// Sends the body until the collector accepts it or fails permanently. Returns the number of rejected spans.
-    async fn deliver(&self, body: Bytes) -> Result<u64, String> {
+    /// Sends the body until the collector accepts it or fails permanently, and sets the error of each attempt. Returns the number of
+    /// rejected spans.
+    async fn deliver(&self, body: Bytes, last_error: &mut String) -> Option<u64> {
         let mut pause = FIRST_PAUSE;
         loop {
             let request = self.client.post(&self.config.endpoint);
             let request = request.headers(self.config.headers.clone());
             let wait = match request.body(body.clone()).send().await {
-                Ok(mut response) if response.status().is_success() => {
-                    let body = read_body(&mut response, MAX_BODY_BYTES).await;
-                    return Ok(rejected(&body.unwrap_or_default()));
-                }
-                Ok(response) if is_transient(response.status()) => {
-                    retry_after(response.headers(), date(response.headers()))
+                Ok(response) if response.status().is_success() => {
+                    let mut response = http::Response::from(response);
+                    let body = read_body(response.body_mut(), MAX_BODY_BYTES).await;
+                    return Some(rejected(&body.unwrap_or_default()));
                 }
                 Ok(response) => {
-                    let status = response.status().as_u16();
-                    return Err(format!("the collector replied with HTTP {status}"));
+                    let status = response.status();
+                    *last_error = format!("the collector replied with HTTP {}", status.as_u16());
+                    if !is_transient(status) {
+                        return None;
+                    }
+                    retry_after(response.headers(), date(response.headers()))
                 }
-                Err(_) => None,
+                Err(error) => {
+                    *last_error = self.explain(&error);
+                    None
+                }
             };
             sleep(wait.unwrap_or_default().max(pause)).await;
             pause = (pause * 2).min(MAX_PAUSE);
+        }
+    }
+
+    /// The cause of an attempt without a response. A port that speaks another protocol than HTTP/1.1 is probably the one for gRPC.
+    fn explain(&self, error: &reqwest::Error) -> String {
+        let cause = cause(error);
+        // A TLS port for gRPC accepts only HTTP/2.
+        if error.is_connect() && !cause.contains("NoApplicationProtocol") {
+            return cause;
+        }
+        let endpoint = &self.config.endpoint;
+        let hint = "the port does not speak HTTP/1.1; OTLP over HTTP usually has port 4318, not the port 4317 of gRPC";
+        match endpoint.starts_with("https:") {
+            true => format!("{cause}: {hint}"),
+            false => format!("{cause}: {hint}; for a port with TLS, use https"),
         }
     }
 
@@ -284,18 +295,21 @@ mod tests {
         let address = listener.local_addr().unwrap();
         let (requests, received) = channel(100);
         tokio::spawn(async move {
-            let (stream, _) = listener.accept().await.unwrap();
-            let service = service_fn(async |request: Request<Incoming>| {
-                let body = request.into_body().collect().await.unwrap().to_bytes();
-                let request = ExportTraceServiceRequest::decode(body).unwrap();
-                let spans = &request.resource_spans[0].scope_spans[0].spans;
-                let names = spans.iter().map(|span| span.name.clone()).collect();
-                requests.send(names).await.unwrap();
-                Ok::<_, Infallible>(Response::new(Full::new(Bytes::new())))
-            });
-            let connection = http1::Builder::new().serve_connection(TokioIo::new(stream), service);
-            // A client may close the connection at any time.
-            let _ = connection.await;
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                let service = service_fn(async |request: Request<Incoming>| {
+                    let body = request.into_body().collect().await.unwrap().to_bytes();
+                    let request = ExportTraceServiceRequest::decode(body).unwrap();
+                    let spans = &request.resource_spans[0].scope_spans[0].spans;
+                    let names = spans.iter().map(|span| span.name.clone()).collect();
+                    requests.send(names).await.unwrap();
+                    Ok::<_, Infallible>(Response::new(Full::new(Bytes::new())))
+                });
+                let connection =
+                    http1::Builder::new().serve_connection(TokioIo::new(stream), service);
+                // A client may close the connection at any time.
+                let _ = connection.await;
+            }
         });
         (address, received)
     }

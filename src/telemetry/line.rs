@@ -120,7 +120,7 @@ impl Line {
                 '\n' => self.buffer.push_str("\\n"),
                 '\r' => self.buffer.push_str("\\r"),
                 '\t' => self.buffer.push_str("\\t"),
-                c if needs_escape(c) => self.write(format_args!("\\u{:04x}", u32::from(c))),
+                c if needs_escape(c) => escape_utf16(c, &mut self.buffer),
                 c => self.buffer.push(c),
             }
         }
@@ -141,10 +141,21 @@ fn truncate(text: &str) -> &str {
     &text[..text.floor_char_boundary(MAX_FIELD_BYTES)]
 }
 
-/// Control characters, line separators and text direction marks.
-fn needs_escape(c: char) -> bool {
+/// Control characters, line separators, text direction marks, and characters without width, which can hide text from a reader.
+pub(crate) fn needs_escape(c: char) -> bool {
     c.is_control()
-        || matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+        || matches!(
+            c,
+            '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
+                | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}'
+        )
+}
+
+/// Appends a character as in JSON: `\u` and four hexadecimal digits for each unit of UTF-16.
+pub(crate) fn escape_utf16(c: char, text: &mut String) {
+    for unit in c.encode_utf16(&mut [0; 2]) {
+        write!(text, "\\u{unit:04x}").expect("writing to a String does not fail");
+    }
 }
 
 #[cfg(test)]
@@ -176,6 +187,7 @@ mod tests {
             ("\u{1b}[31m", "user_agent=\"\\u001b[31m\""),
             ("\u{9b}31m", "user_agent=\"\\u009b31m\""),
             ("\u{202e}", "user_agent=\"\\u202e\""),
+            ("\u{200b}\u{e0041}", "user_agent=\"\\u200b\\udb40\\udc41\""),
             ("\u{e4}", "user_agent=\"\u{e4}\""),
         ];
 

@@ -4,7 +4,8 @@
 //! log URLs and header values, which can contain a token.
 
 use std::{
-    fmt::{self, Write as _},
+    fmt,
+    hash::{DefaultHasher, Hash as _, Hasher as _},
     time::Instant,
 };
 
@@ -20,6 +21,7 @@ use tracing_subscriber::{
 };
 
 use super::{
+    access,
     line::{Line, Style},
     repeats::Repeats,
     writer::Writer,
@@ -53,7 +55,7 @@ pub(super) fn subscriber(
 fn may_log(metadata: &Metadata<'_>) -> bool {
     let target = metadata.target();
     *metadata.level() <= Level::WARN
-        || target == super::access::TARGET
+        || matches!(target, access::TARGET | access::HEALTH_TARGET)
         || target
             .strip_prefix(OWN_TARGET)
             .is_some_and(|rest| rest.is_empty() || rest.starts_with("::"))
@@ -77,20 +79,29 @@ struct Lines {
 impl<S: Subscriber> Layer<S> for Lines {
     fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
         let metadata = event.metadata();
-        let Some(suppressed) = self.repeats.admit(metadata, Instant::now()) else {
-            return;
-        };
-        let mut message = Message(String::new());
-        event.record(&mut message);
+        let mut main = MainFields::default();
+        event.record(&mut main);
         let now = Timestamp::now();
         let mut line = Line::new(
             self.style,
             now,
             *metadata.level(),
             metadata.target(),
-            &message.0,
+            &main.message,
         );
-        event.record(&mut Fields(&mut line));
+        let mut fields = Fields {
+            line: &mut line,
+            hash: DefaultHasher::new(),
+        };
+        main.message.hash(&mut fields.hash);
+        event.record(&mut fields);
+        let hash = fields.hash.finish();
+        let admitted = self
+            .repeats
+            .admit(metadata, &main.reason, hash, Instant::now());
+        let Some(suppressed) = admitted else {
+            return;
+        };
         if suppressed > 0 {
             line.plain("suppressed", suppressed);
         }
@@ -100,24 +111,32 @@ impl<S: Subscriber> Layer<S> for Lines {
 
 const MESSAGE: &str = "message";
 
-struct Message(String);
+/// The fields that distinguish the kinds of lines of one call site.
+#[derive(Default)]
+struct MainFields {
+    message: String,
+    reason: String,
+}
 
-impl Visit for Message {
+impl Visit for MainFields {
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        if field.name() == MESSAGE {
-            write!(self.0, "{value:?}").expect("writing to a String does not fail");
-        }
+        self.record_str(field, &format!("{value:?}"));
     }
 
     fn record_str(&mut self, field: &Field, value: &str) {
-        if field.name() == MESSAGE {
-            self.0.push_str(value);
+        match field.name() {
+            MESSAGE => self.message.push_str(value),
+            "reason" => self.reason.push_str(value),
+            _ => {}
         }
     }
 }
 
-/// Every field but the message.
-struct Fields<'a>(&'a mut Line);
+/// Writes every field but the message, and hashes the texts.
+struct Fields<'a> {
+    line: &'a mut Line,
+    hash: DefaultHasher,
+}
 
 impl Visit for Fields<'_> {
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
@@ -126,26 +145,27 @@ impl Visit for Fields<'_> {
 
     fn record_str(&mut self, field: &Field, value: &str) {
         match field.name() {
-            MESSAGE => {}
+            MESSAGE => return,
             // Names of the line's fixed fields, which must not occur twice in a JSON object.
-            "ts" => self.0.text("field.ts", value),
-            "level" => self.0.text("field.level", value),
-            "target" => self.0.text("field.target", value),
-            "msg" => self.0.text("field.msg", value),
-            name => self.0.text(name, value),
+            "ts" => self.line.text("field.ts", value),
+            "level" => self.line.text("field.level", value),
+            "target" => self.line.text("field.target", value),
+            "msg" => self.line.text("field.msg", value),
+            name => self.line.text(name, value),
         }
+        value.hash(&mut self.hash);
     }
 
     fn record_u64(&mut self, field: &Field, value: u64) {
-        self.0.plain(field.name(), value);
+        self.line.plain(field.name(), value);
     }
 
     fn record_i64(&mut self, field: &Field, value: i64) {
-        self.0.plain(field.name(), value);
+        self.line.plain(field.name(), value);
     }
 
     fn record_bool(&mut self, field: &Field, value: bool) {
-        self.0.plain(field.name(), value);
+        self.line.plain(field.name(), value);
     }
 }
 
@@ -227,14 +247,19 @@ mod tests {
 
     #[test]
     fn only_repeated_warnings_are_suppressed() {
+        let warn = |reason: &str, cause: &str| tracing::warn!(reason, cause, "flood");
         let text = logged(Style::Json, "info", || {
-            for _ in 0..50 {
-                tracing::warn!("flood");
+            for number in 0..50 {
+                warn("SAME", "cause");
+                warn("DIFFERENT", &format!("cause {number}"));
                 tracing::info!("information");
             }
+            warn("RARE", "cause");
         });
 
-        assert_eq!(text.matches("flood").count(), 5);
+        assert_eq!(text.matches("SAME").count(), 1);
+        assert_eq!(text.matches("DIFFERENT").count(), 5);
+        assert_eq!(text.matches("RARE").count(), 1);
         assert_eq!(text.matches("information").count(), 50);
     }
 

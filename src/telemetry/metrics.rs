@@ -14,7 +14,12 @@ use prometheus_client::{
 };
 use tonic::Code;
 
-use crate::{code, method::Method, reason::Reason};
+use crate::{
+    code,
+    method::Method,
+    reason::Reason,
+    supervise::{Restarts, Task},
+};
 
 /// How one upstream attempt ended, as the label `outcome`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,6 +33,18 @@ pub enum AttemptOutcome {
     /// Dropped because no call waits for it any more.
     Cancelled,
 }
+
+/// Why a call failed that the caller alone is responsible for, as the label `cause`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CallerFault {
+    /// The caller's deadline left no time for a reply.
+    Deadline,
+    /// The request is not gRPC.
+    Http,
+}
+
+/// In the order of [`CallerFault`].
+const CALLER_FAULTS: [&str; 2] = ["deadline", "http"];
 
 /// In the order of [`AttemptOutcome`].
 const OUTCOMES: [&str; 4] = ["answer", "transport_error", "timeout", "cancelled"];
@@ -109,6 +126,26 @@ const RETRY_REASONS: [Reason; 10] = [
     Reason::ClockSkew,
 ];
 
+/// Why the server closed a connection before HTTP/2, as the label `reason`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refusal {
+    /// As many connections are open as `--max-connections` and the descriptors of the process allow.
+    Limit,
+    /// The client closed the connection before it sent anything complete, as TCP checks do.
+    Closed,
+    /// The client was silent or slow, or the server drains.
+    Timeout,
+    /// The TLS handshake failed.
+    Tls,
+    /// The client does not offer h2 by ALPN.
+    Alpn,
+    /// The client does not speak HTTP/2.
+    Protocol,
+}
+
+/// In the order of [`Refusal`].
+const REFUSALS: [&str; 6] = ["limit", "closed", "timeout", "tls", "alpn", "protocol"];
+
 /// The label names and values of one series.
 type Labels<const N: usize> = [(&'static str, &'static str); N];
 
@@ -156,8 +193,14 @@ pub struct Metrics {
     pub cache_hits: Counter,
     /// Calls rejected by a throttle window or the rate limiter.
     pub throttled: Counter,
+    /// Replies about another instance than requested.
+    pub mismatched_replies: Counter,
     credential_expiry: Gauge<f64, AtomicU64>,
     credential_refresh: [Counter; 2],
+    /// The caller's credential, the facade's own.
+    credential_rejected: [Counter; 2],
+    /// Indexed by [`CallerFault`].
+    caller_faults: [Counter; CALLER_FAULTS.len()],
     tls_certificate_expiry: Gauge<f64, AtomicU64>,
     /// Open watches.
     pub watches: Gauge,
@@ -175,10 +218,12 @@ pub struct Metrics {
     watch_ends: [Counter; WATCH_ENDS.len()],
     /// Open gRPC connections.
     pub connections: Gauge,
-    /// Connections without a gRPC session: refused at the limit, failed TLS handshake, no HTTP/2 preface.
-    pub connections_refused: Counter,
+    /// Indexed by [`Refusal`].
+    connections_refused: [Counter; REFUSALS.len()],
     /// Caught panics.
     pub panics: Counter,
+    /// Background tasks restarted after a panic.
+    pub background: Restarts,
     /// Log lines dropped because the pipe was blocked.
     pub log_lines_dropped: Counter,
     /// Repeated WARN and ERROR lines that were not written.
@@ -239,6 +284,11 @@ impl Metrics {
                 "rds_throttled_calls",
                 "Calls rejected by a throttle window or the rate limiter",
             ),
+            mismatched_replies: register(
+                r,
+                "rds_upstream_mismatched_replies",
+                "Replies of RDS about another instance than requested",
+            ),
             credential_expiry: register(
                 r,
                 "rds_credential_expiry_timestamp_seconds",
@@ -249,6 +299,18 @@ impl Metrics {
                 "rds_credential_refresh",
                 "Fetches of a credential",
                 ["success", "failure"].map(|outcome| [("outcome", outcome)]),
+            ),
+            credential_rejected: counters(
+                r,
+                "rds_credential_rejected",
+                "Calls that failed because the credential was rejected or is locked",
+                ["caller", "server"].map(|owner| [("owner", owner)]),
+            ),
+            caller_faults: counters(
+                r,
+                "rds_caller_faults",
+                "Calls with an error code that the caller alone is responsible for",
+                CALLER_FAULTS.map(|cause| [("cause", cause)]),
             ),
             tls_certificate_expiry: register(
                 r,
@@ -282,12 +344,19 @@ impl Metrics {
                 WATCH_ENDS.map(|cause| [("cause", cause)]),
             ),
             connections: register(r, "grpc_server_connections", "Open gRPC connections"),
-            connections_refused: register(
+            connections_refused: counters(
                 r,
                 "grpc_server_connections_refused",
-                "Connections refused at the limit or failed before HTTP/2",
+                "Connections closed before HTTP/2",
+                REFUSALS.map(|reason| [("reason", reason)]),
             ),
             panics: register(r, "panics", "Panics caught"),
+            background: Restarts(counters(
+                r,
+                "background_task_restarts",
+                "Background tasks restarted after a panic",
+                Task::NAMES.map(|task| [("task", task)]),
+            )),
             log_lines_dropped: register(
                 r,
                 "log_lines_dropped",
@@ -366,9 +435,24 @@ impl Metrics {
         self.watch_ends[cause as usize].inc();
     }
 
+    /// Counts a connection that was closed before HTTP/2.
+    pub fn connection_refused(&self, reason: Refusal) {
+        self.connections_refused[reason as usize].inc();
+    }
+
     /// Counts a fetch of a credential.
     pub fn credential_refreshed(&self, success: bool) {
         self.credential_refresh[usize::from(!success)].inc();
+    }
+
+    /// Counts a call whose credential, the facade's own or the caller's, was rejected or is locked.
+    pub fn credential_rejected(&self, is_own: bool) {
+        self.credential_rejected[usize::from(is_own)].inc();
+    }
+
+    /// Counts a call that failed because of the caller alone.
+    pub fn caller_fault(&self, fault: CallerFault) {
+        self.caller_faults[fault as usize].inc();
     }
 
     /// Records when the fetched credential expires.

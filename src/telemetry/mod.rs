@@ -27,10 +27,10 @@ use std::{
 use jiff::Timestamp;
 use tracing::Level;
 
+pub(crate) use self::line::{escape_utf16, needs_escape};
 pub use self::{
     access::Access,
     attempt::AttemptRecord,
-    export::Error as TracingError,
     options::{LogFormat, Options},
     otel::{Propagators, Sampler, Tracing},
     record::{Facts, Peer, Progress, Record, Sinks},
@@ -74,20 +74,27 @@ pub fn start(options: &Options, metrics: &Metrics) -> Telemetry {
     }
 }
 
-/// Starts the export of traces.
-///
-/// # Errors
-/// [`TracingError`] for an unusable setting.
+/// Starts the export of traces, if it is configured and possible. Logs which settings of it are not used.
 ///
 /// # Panics
 /// When no thread can be started.
-pub fn start_tracing(
-    tracing: &Tracing,
-    propagate_upstream: bool,
-    metrics: Arc<Metrics>,
-) -> Result<Arc<Tracer>, TracingError> {
-    let queue = export::SpanQueue::start(tracing, metrics)?;
-    Ok(Tracer::new(tracing, propagate_upstream, queue))
+pub fn start_tracing(options: &Options, metrics: Arc<Metrics>) -> Option<Arc<Tracer>> {
+    if !options.unusable.is_empty() {
+        let variables = options.unusable.join("; ");
+        tracing::warn!(variables, "some variables of OpenTelemetry are not used");
+    }
+    let tracing = options.tracing.as_ref()?;
+    let queue = export::SpanQueue::start(tracing, metrics);
+    let queue = queue
+        .inspect_err(
+            |error| tracing::warn!(endpoint = tracing.endpoint, %error, "traces are not exported"),
+        )
+        .ok()?;
+    Some(Tracer::new(
+        tracing,
+        options.propagate_trace_upstream,
+        queue,
+    ))
 }
 
 /// Prints configuration problems on standard error, one line each; JSON objects if the log is JSON.

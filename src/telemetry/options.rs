@@ -30,6 +30,9 @@ pub struct Options {
     /// The trace export; `None` without it.
     #[arg(skip)]
     pub tracing: Option<Tracing>,
+    /// The `OTEL_*` variables that cannot be used, each with its value and the reason.
+    #[arg(skip)]
+    pub unusable: Vec<String>,
 }
 
 impl Default for Options {
@@ -44,7 +47,7 @@ impl Options {
         if let Some(filter) = validation.parsed_variable("RUST_LOG", filter) {
             self.filter = filter;
         }
-        self.tracing = otel::read(validation);
+        (self.tracing, self.unusable) = otel::read(validation.environment());
     }
 }
 
@@ -69,6 +72,9 @@ fn filter(text: &str) -> Parsed<String> {
     }
     match log::filter(text) {
         Some(_) => Ok(text.to_owned()),
-        None => Err("must be a level (error, warn, info, debug, trace, off) or target=level, separated by commas".to_owned()),
+        None => Err(options::not(
+            text,
+            "a level (error, warn, info, debug, trace, off) or target=level, separated by commas",
+        )),
     }
 }

@@ -1,12 +1,15 @@
 //! The `OTEL_*` variables of trace export ("OpenTelemetry Environment Variable Specification", "OpenTelemetry Protocol
-//! Exporter"). Without an endpoint the others are ignored.
+//! Exporter"). Platforms inject them for all programs, so a value that cannot be used is never a problem at start.
 
-use std::{fs, time::Duration};
+use std::{ffi::OsStr, fs, time::Duration};
 
-use http::{HeaderMap, HeaderName, HeaderValue, Uri};
+use http::{HeaderMap, HeaderName, HeaderValue};
 use percent_encoding::percent_decode_str;
 
-use crate::options::{self, Parsed, Validation, number};
+use crate::{
+    options::{self, Environment, Parsed, number, url},
+    pem,
+};
 
 /// How spans are created and exported.
 #[derive(Debug, Clone)]
@@ -70,106 +73,150 @@ pub struct Propagators {
 const ENDPOINT: &str = "OTEL_EXPORTER_OTLP_ENDPOINT";
 const TRACES_ENDPOINT: &str = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT";
 
-/// Reads the variables; `None` without trace export.
-pub(super) fn read(validation: &mut Validation<'_>) -> Option<Tracing> {
-    let disabled = validation.variable("OTEL_SDK_DISABLED");
-    let exporter = validation.variable("OTEL_TRACES_EXPORTER");
-    let off = disabled.is_some_and(|text| text.eq_ignore_ascii_case("true"))
-        || exporter.is_some_and(|text| text == "none");
-    let (own, base) = (
-        validation.variable(TRACES_ENDPOINT),
-        validation.variable(ENDPOINT),
-    );
-    let endpoint = match (own, base) {
-        _ if off => return None,
-        (Some(text), _) => validation.accept(TRACES_ENDPOINT, url(&text)),
-        (None, Some(text)) => {
-            let base = validation.accept(ENDPOINT, url(&text));
-            base.map(|base| format!("{}/v1/traces", base.trim_end_matches('/')))
-        }
-        (None, None) => return None,
+/// The trace export, if the variables configure it, and the variables that cannot be used, each with its value and the reason.
+/// Without a usable exporter and endpoint there is no trace export; any other setting gets its default.
+pub(super) fn read(environment: &Environment) -> (Option<Tracing>, Vec<String>) {
+    let mut variables = Variables {
+        environment,
+        unusable: Vec::new(),
     };
-    exporter_setting(validation, "PROTOCOL", protocol);
-    let headers = exporter_setting(validation, "HEADERS", headers).unwrap_or_default();
-    let timeout =
-        exporter_setting(validation, "TIMEOUT", milliseconds).unwrap_or(Duration::from_secs(10));
-    let certificate_pem = exporter_setting(validation, "CERTIFICATE", certificate);
-    let sampler = sampler(validation);
-    let propagators = validation.parsed_variable("OTEL_PROPAGATORS", propagators);
-    let mut resource = validation
-        .parsed_variable("OTEL_RESOURCE_ATTRIBUTES", pairs)
-        .unwrap_or_default();
-    let named = resource.iter().position(|(key, _)| key == "service.name");
-    let named = named.map(|at| resource.remove(at).1);
-    // The exporter sets service.version itself.
-    resource.retain(|(key, _)| key != "service.version");
-    let service_name = validation
-        .variable("OTEL_SERVICE_NAME")
-        .or(named)
-        .unwrap_or_else(|| env!("CARGO_PKG_NAME").to_owned());
-    let queue_spans = validation
-        .parsed_variable("OTEL_BSP_MAX_QUEUE_SIZE", options::limit)
-        .unwrap_or(2048);
-    let batch_spans = validation
-        .parsed_variable("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", options::limit)
-        .unwrap_or(512);
-    let delay = validation.parsed_variable("OTEL_BSP_SCHEDULE_DELAY", milliseconds);
-    Some(Tracing {
-        endpoint: endpoint?,
-        headers,
-        timeout,
-        certificate_pem,
-        sampler,
-        propagators: propagators.unwrap_or(Propagators {
-            w3c: true,
-            b3: true,
-        }),
-        service_name,
-        resource,
-        queue_spans,
-        batch_spans: batch_spans.min(queue_spans),
-        delay: delay.unwrap_or(Duration::from_secs(5)),
-    })
+    let tracing = variables.tracing();
+    (tracing, variables.unusable)
 }
 
-/// Reads an exporter setting: the variable for traces wins over the variable for all signals.
-fn exporter_setting<T>(
-    validation: &mut Validation<'_>,
-    name: &str,
-    parse: impl Fn(&str) -> Parsed<T>,
-) -> Option<T> {
-    let own = format!("OTEL_EXPORTER_OTLP_TRACES_{name}");
-    if validation.variable(&own).is_some() {
-        return validation.parsed_variable(&own, parse);
+struct Variables<'a> {
+    environment: &'a Environment,
+    unusable: Vec<String>,
+}
+
+impl Variables<'_> {
+    fn tracing(&mut self) -> Option<Tracing> {
+        if self.parsed("OTEL_SDK_DISABLED", boolean) == Some(true) || !self.exports_otlp() {
+            return None;
+        }
+        let endpoint = self.parsed(TRACES_ENDPOINT, endpoint).or_else(|| {
+            let base = self.parsed(ENDPOINT, endpoint)?;
+            Some(format!("{}/v1/traces", base.trim_end_matches('/')))
+        });
+        self.exporter_setting("PROTOCOL", |text| only(text, "http/protobuf"));
+        self.exporter_setting("COMPRESSION", |text| only(text, "none"));
+        let headers = self.exporter_setting("HEADERS", headers);
+        let timeout = self.exporter_setting("TIMEOUT", milliseconds);
+        let certificate_pem = self.exporter_setting("CERTIFICATE", certificate);
+        let sampler = self.sampler();
+        let propagators = self.parsed("OTEL_PROPAGATORS", propagators);
+        let resource = self.parsed("OTEL_RESOURCE_ATTRIBUTES", pairs);
+        let mut resource = resource.unwrap_or_default();
+        let named = resource.iter().position(|(key, _)| key == "service.name");
+        let named = named.map(|at| resource.remove(at).1);
+        // The exporter sets service.version itself.
+        resource.retain(|(key, _)| key != "service.version");
+        let service_name = self.parsed("OTEL_SERVICE_NAME", |text| Ok(text.to_owned()));
+        let queue_spans = self
+            .parsed("OTEL_BSP_MAX_QUEUE_SIZE", count)
+            .unwrap_or(2048);
+        let batch_spans = self.parsed("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", count);
+        let delay = self.parsed("OTEL_BSP_SCHEDULE_DELAY", milliseconds);
+        let export_timeout = self.parsed("OTEL_BSP_EXPORT_TIMEOUT", milliseconds);
+        Some(Tracing {
+            endpoint: endpoint?,
+            headers: headers.unwrap_or_default(),
+            timeout: timeout
+                .unwrap_or(Duration::from_secs(10))
+                .min(export_timeout.unwrap_or(Duration::from_secs(30))),
+            certificate_pem,
+            sampler,
+            propagators: propagators.unwrap_or(Propagators {
+                w3c: true,
+                b3: true,
+            }),
+            service_name: service_name
+                .or(named)
+                .unwrap_or_else(|| env!("CARGO_PKG_NAME").to_owned()),
+            resource,
+            queue_spans,
+            batch_spans: batch_spans.unwrap_or(512).min(queue_spans),
+            delay: delay.unwrap_or(Duration::from_secs(5)),
+        })
     }
-    validation.parsed_variable(&format!("OTEL_EXPORTER_OTLP_{name}"), parse)
+
+    /// The parsed value of a variable; `None` if it is unset, empty, or cannot be used.
+    fn parsed<T>(&mut self, name: &str, parse: impl Fn(&str) -> Parsed<T>) -> Option<T> {
+        let value = self.environment.get(OsStr::new(name))?.to_string_lossy();
+        let text = value.trim();
+        if text.is_empty() {
+            return None;
+        }
+        let parsed = parse(text).map_err(|reason| {
+            // Headers hold secrets.
+            let shown = match name.ends_with("HEADERS") {
+                true => None,
+                false => options::quoted(text),
+            };
+            let value = shown.map_or_else(String::new, |value| format!("={value}"));
+            self.unusable.push(format!("{name}{value} {reason}"));
+        });
+        parsed.ok()
+    }
+
+    /// An exporter setting: the variable for traces wins over the variable for all signals.
+    fn exporter_setting<T>(&mut self, name: &str, parse: fn(&str) -> Parsed<T>) -> Option<T> {
+        self.parsed(&format!("OTEL_EXPORTER_OTLP_TRACES_{name}"), parse)
+            .or_else(|| self.parsed(&format!("OTEL_EXPORTER_OTLP_{name}"), parse))
+    }
+
+    /// Whether `otlp` is among the exporters. It is the default.
+    fn exports_otlp(&mut self) -> bool {
+        const NAME: &str = "OTEL_TRACES_EXPORTER";
+        let Some(list) = self.parsed(NAME, |text| Ok(text.to_ascii_lowercase())) else {
+            return true;
+        };
+        let exporters = || list.split(',').map(str::trim);
+        let known = exporters().all(|exporter| matches!(exporter, "otlp" | "none"));
+        self.parsed(NAME, |_| match known {
+            true => Ok(()),
+            false => Err("must be otlp or none".to_owned()),
+        });
+        exporters().any(|exporter| exporter == "otlp")
+    }
+
+    fn sampler(&mut self) -> Sampler {
+        let chosen = self.parsed("OTEL_TRACES_SAMPLER", sampler);
+        let (parent_based, fixed) = chosen.unwrap_or((true, Some(1.0)));
+        let ratio = fixed.or_else(|| self.parsed("OTEL_TRACES_SAMPLER_ARG", ratio));
+        Sampler {
+            parent_based,
+            ratio: ratio.unwrap_or(1.0),
+        }
+    }
+}
+
+fn boolean(text: &str) -> Parsed<bool> {
+    match text.to_ascii_lowercase().as_str() {
+        "true" => Ok(true),
+        "false" => Ok(false),
+        _ => Err("must be true or false".to_owned()),
+    }
+}
+
+fn only(text: &str, supported: &str) -> Parsed<()> {
+    match text.eq_ignore_ascii_case(supported) {
+        true => Ok(()),
+        false => Err(format!("is not supported; {supported} is used")),
+    }
 }
 
 /// Rejects a URL with a password, because the log shows the URL. Credentials belong into `OTEL_EXPORTER_OTLP_HEADERS`.
-fn url(text: &str) -> Parsed<String> {
-    let form = || {
-        "must be an http or https URL without user and query, like http://127.0.0.1:4318".to_owned()
-    };
-    let uri: Uri = text.parse().map_err(|_| form())?;
-    let authority = uri.authority().ok_or_else(form)?;
-    let valid = matches!(uri.scheme_str(), Some("http" | "https"))
-        && !authority.as_str().contains('@')
-        && !authority.host().is_empty()
-        && uri.query().is_none()
-        && reqwest::Url::parse(text).is_ok();
-    if valid {
-        Ok(uri.to_string())
-    } else {
-        Err(form())
-    }
-}
-
-fn protocol(text: &str) -> Parsed<()> {
-    match text {
-        "http/protobuf" => Ok(()),
-        "grpc" => Err("grpc is not supported; use http/protobuf and the collector's HTTP port (4318 by default)".to_owned()),
-        _ => Err("must be http/protobuf".to_owned()),
-    }
+fn endpoint(text: &str) -> Parsed<String> {
+    url::parse(text)
+        .filter(|url| {
+            url.username().is_empty() && url.password().is_none() && url.query().is_none()
+        })
+        .map(String::from)
+        .ok_or_else(|| {
+            "must be an http or https URL without user and query, like http://127.0.0.1:4318"
+                .to_owned()
+        })
 }
 
 fn headers(text: &str) -> Parsed<HeaderMap> {
@@ -206,31 +253,40 @@ fn pairs(text: &str) -> Parsed<Vec<(String, String)>> {
 }
 
 fn milliseconds(text: &str) -> Parsed<Duration> {
-    number::<1, 3_600_000>(text).map(|number| Duration::from_millis(number.into()))
+    match number::<1, 3_600_000>(text) {
+        Ok(number) => Ok(Duration::from_millis(number.into())),
+        Err(_) => Err("must be a whole number of milliseconds, up to an hour".to_owned()),
+    }
+}
+
+fn count(text: &str) -> Parsed<usize> {
+    options::limit(text).map_err(|_| "must be a whole number from 1 to 1000000".to_owned())
 }
 
 fn certificate(text: &str) -> Parsed<Vec<u8>> {
     let path = options::file(text)?;
-    fs::read(path).map_err(|error| format!("cannot be read: {error}"))
+    // Reading a pipe could block the start.
+    if !path.is_file() {
+        return Err("must be a regular file".to_owned());
+    }
+    let content = fs::read(path).map_err(|error| format!("cannot be read: {error}"))?;
+    pem::roots(&content).map_err(|error| error.to_string())?;
+    Ok(content)
 }
 
-fn sampler(validation: &mut Validation<'_>) -> Sampler {
-    // Parent-based or not, and the ratio; `None` if OTEL_TRACES_SAMPLER_ARG sets it.
-    let known = [
-        ("always_on", (false, Some(1.0))),
-        ("always_off", (false, Some(0.0))),
-        ("traceidratio", (false, None)),
-        ("parentbased_always_on", (true, Some(1.0))),
-        ("parentbased_always_off", (true, Some(0.0))),
-        ("parentbased_traceidratio", (true, None)),
-    ];
-    let chosen =
-        validation.parsed_variable("OTEL_TRACES_SAMPLER", |text| options::word(text, &known));
-    let (parent_based, fixed) = chosen.unwrap_or((true, Some(1.0)));
-    let ratio = fixed.or_else(|| validation.parsed_variable("OTEL_TRACES_SAMPLER_ARG", ratio));
-    Sampler {
-        parent_based,
-        ratio: ratio.unwrap_or(1.0),
+/// Whether a sampler is parent-based, and its ratio; without a ratio, `OTEL_TRACES_SAMPLER_ARG` sets it.
+fn sampler(text: &str) -> Parsed<(bool, Option<f64>)> {
+    match text.to_ascii_lowercase().as_str() {
+        "always_on" => Ok((false, Some(1.0))),
+        "always_off" => Ok((false, Some(0.0))),
+        "traceidratio" => Ok((false, None)),
+        "parentbased_always_on" => Ok((true, Some(1.0))),
+        "parentbased_always_off" => Ok((true, Some(0.0))),
+        "parentbased_traceidratio" => Ok((true, None)),
+        _ => Err(
+            "must be always_on, always_off, traceidratio, or one of them after parentbased_"
+                .to_owned(),
+        ),
     }
 }
 
@@ -248,7 +304,7 @@ fn propagators(text: &str) -> Parsed<Propagators> {
         b3: false,
     };
     for name in text.split(',') {
-        match name.trim() {
+        match name.trim().to_ascii_lowercase().as_str() {
             "tracecontext" => accepted.w3c = true,
             "b3" | "b3multi" => accepted.b3 = true,
             // The facade neither reads nor forwards baggage.
@@ -268,15 +324,21 @@ mod tests {
     use super::*;
     use crate::options::Environment;
 
-    fn read(pairs: &[(&str, &str)]) -> Result<Option<Tracing>, Vec<String>> {
+    type Pairs<'a> = &'a [(&'a str, &'a str)];
+
+    fn read(pairs: Pairs<'_>) -> (Option<Tracing>, Vec<String>) {
         let environment: Environment = pairs
             .iter()
             .map(|(name, value)| (name.into(), value.into()))
             .collect();
-        let mut validation = Validation::new(&environment);
-        let tracing = super::read(&mut validation);
-        let problems = validation.into_problems();
-        problems.is_empty().then_some(tracing).ok_or(problems)
+        super::read(&environment)
+    }
+
+    /// The settings of variables that can all be used.
+    fn usable(pairs: &[(&str, &str)]) -> Tracing {
+        let (tracing, unusable) = read(pairs);
+        assert_eq!(unusable, [""; 0]);
+        tracing.expect("the export is configured")
     }
 
     #[test]
@@ -285,69 +347,163 @@ mod tests {
             (ENDPOINT, "http://c:4318", "http://c:4318/v1/traces"),
             (ENDPOINT, "http://c:4318/", "http://c:4318/v1/traces"),
             (ENDPOINT, "https://c/otlp", "https://c/otlp/v1/traces"),
+            (ENDPOINT, " HTTP://C:4318 ", "http://c:4318/v1/traces"),
             (TRACES_ENDPOINT, "http://c:4318", "http://c:4318/"),
             (TRACES_ENDPOINT, "http://c/own/path", "http://c/own/path"),
         ];
 
         for (name, value, expected) in cases {
-            let tracing = read(&[(name, value)]).unwrap().unwrap();
-            assert_eq!(tracing.endpoint, expected, "{name}={value}");
+            assert_eq!(
+                usable(&[(name, value)]).endpoint,
+                expected,
+                "{name}={value}"
+            );
         }
         let both = [(ENDPOINT, "http://a"), (TRACES_ENDPOINT, "http://b/x")];
-        assert_eq!(read(&both).unwrap().unwrap().endpoint, "http://b/x");
+        assert_eq!(usable(&both).endpoint, "http://b/x");
     }
 
     #[test]
-    fn other_variables_are_ignored_without_an_endpoint_or_when_disabled() {
-        let bad = ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc");
-        let cases: [&[(&str, &str)]; 4] = [
-            &[bad],
-            &[bad, (ENDPOINT, "")],
-            &[bad, (ENDPOINT, "http://c"), ("OTEL_SDK_DISABLED", "true")],
-            &[
-                bad,
-                (ENDPOINT, "http://c"),
-                ("OTEL_TRACES_EXPORTER", "none"),
-            ],
+    fn traces_are_exported_only_to_a_usable_endpoint_and_with_the_otlp_exporter() {
+        let on = (ENDPOINT, "http://c");
+        // The variables, whether traces are exported, and the names of the unusable variables.
+        let cases: [(Pairs<'_>, bool, &[&str]); 19] = [
+            (&[], false, &[]),
+            (&[(ENDPOINT, " ")], false, &[]),
+            (&[on, ("OTEL_SDK_DISABLED", "TRUE")], false, &[]),
+            (&[on, ("OTEL_SDK_DISABLED", "False")], true, &[]),
+            (
+                &[on, ("OTEL_SDK_DISABLED", "1")],
+                true,
+                &["OTEL_SDK_DISABLED"],
+            ),
+            (&[on, ("OTEL_TRACES_EXPORTER", "None")], false, &[]),
+            (&[on, ("OTEL_TRACES_EXPORTER", "OTLP")], true, &[]),
+            (
+                &[on, ("OTEL_TRACES_EXPORTER", "console")],
+                false,
+                &["OTEL_TRACES_EXPORTER"],
+            ),
+            (
+                &[on, ("OTEL_TRACES_EXPORTER", "zipkin,jaeger")],
+                false,
+                &["OTEL_TRACES_EXPORTER"],
+            ),
+            (
+                &[on, ("OTEL_TRACES_EXPORTER", "otlp, console")],
+                true,
+                &["OTEL_TRACES_EXPORTER"],
+            ),
+            (&[(ENDPOINT, "collector:4317")], false, &[ENDPOINT]),
+            (&[(ENDPOINT, "grpc://c:4317")], false, &[ENDPOINT]),
+            (&[(ENDPOINT, "http://10.0.0.256")], false, &[ENDPOINT]),
+            (&[(ENDPOINT, "http://a..b")], false, &[ENDPOINT]),
+            (&[(ENDPOINT, "http://[fe80::1%25eth0]")], false, &[ENDPOINT]),
+            (&[(ENDPOINT, "http://u:canary@c")], false, &[ENDPOINT]),
+            (&[(ENDPOINT, "http://c/?t=canary")], false, &[ENDPOINT]),
+            (&[(TRACES_ENDPOINT, "localhost")], false, &[TRACES_ENDPOINT]),
+            (
+                &[on, (TRACES_ENDPOINT, "localhost")],
+                true,
+                &[TRACES_ENDPOINT],
+            ),
         ];
 
-        for case in cases {
-            assert!(read(case).unwrap().is_none(), "{case:?}");
+        for (case, exported, names) in cases {
+            let (tracing, unusable) = read(case);
+            assert_eq!(tracing.is_some(), exported, "{case:?}");
+            assert_eq!(unusable.len(), names.len(), "{case:?}: {unusable:?}");
+            for (line, name) in unusable.iter().zip(names) {
+                assert!(line.starts_with(name), "{line}");
+                assert!(!line.contains("canary"), "{line}");
+            }
         }
     }
 
     #[test]
-    fn problems_are_reported_together_and_echo_no_secret() {
-        let problems = read(&[
-            (ENDPOINT, "http://user:canary@c"),
+    fn unusable_settings_get_their_default_and_are_named_with_their_value() {
+        let missing = "/nonexistent/ca.pem";
+        let cases = [
             ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc"),
-            ("OTEL_EXPORTER_OTLP_HEADERS", "canary"),
+            ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/json"),
+            ("OTEL_EXPORTER_OTLP_COMPRESSION", "gzip"),
+            ("OTEL_EXPORTER_OTLP_TRACES_COMPRESSION", "zstd"),
             ("OTEL_EXPORTER_OTLP_TIMEOUT", "10s"),
-            ("OTEL_TRACES_SAMPLER", "traceidratio"),
-            ("OTEL_TRACES_SAMPLER_ARG", "2"),
+            ("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "0"),
+            ("OTEL_EXPORTER_OTLP_CERTIFICATE", missing),
+            ("OTEL_EXPORTER_OTLP_TRACES_CERTIFICATE", "/dev/null"),
+            ("OTEL_TRACES_SAMPLER", "jaeger_remote"),
+            ("OTEL_TRACES_SAMPLER", "xray"),
             ("OTEL_PROPAGATORS", "jaeger"),
-        ])
-        .unwrap_err();
-
-        let names: Vec<&str> = problems
-            .iter()
-            .filter_map(|m| Some(m.split_once(':')?.0))
-            .collect();
-        let expected = [
-            ENDPOINT,
-            "OTEL_EXPORTER_OTLP_PROTOCOL",
-            "OTEL_EXPORTER_OTLP_HEADERS",
-            "OTEL_EXPORTER_OTLP_TIMEOUT",
-            "OTEL_TRACES_SAMPLER_ARG",
-            "OTEL_PROPAGATORS",
+            ("OTEL_PROPAGATORS", "tracecontext,xray"),
+            ("OTEL_RESOURCE_ATTRIBUTES", "service.name"),
+            ("OTEL_RESOURCE_ATTRIBUTES", "a=%ff"),
+            ("OTEL_BSP_MAX_QUEUE_SIZE", "-1"),
+            ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "many"),
+            ("OTEL_BSP_SCHEDULE_DELAY", "5s"),
+            ("OTEL_BSP_EXPORT_TIMEOUT", "1e3"),
         ];
-        assert_eq!(names, expected);
-        assert!(!problems.concat().contains("canary"), "{problems:?}");
+        let on = (ENDPOINT, "http://c");
+        let default = format!("{:?}", usable(&[on]));
+
+        for (name, value) in cases {
+            let (tracing, unusable) = read(&[on, (name, value)]);
+            assert_eq!(format!("{:?}", tracing.unwrap()), default, "{name}");
+            assert_eq!(unusable.len(), 1, "{unusable:?}");
+            let start = format!("{name}=\"{value}\" ");
+            assert!(unusable[0].starts_with(&start), "{unusable:?}");
+            // Also without an endpoint, because the variable is wrong in any case.
+            assert_eq!(read(&[(name, value)]).1, unusable);
+        }
+        for headers in ["canary", "a b=canary", "a=canary%0a", "=canary"] {
+            let unusable = read(&[on, ("OTEL_EXPORTER_OTLP_HEADERS", headers)]).1;
+            assert_eq!(unusable.len(), 1, "{headers:?}");
+            assert!(!unusable[0].contains("canary"), "{unusable:?}");
+        }
+        let ratio = |value| {
+            read(&[
+                on,
+                ("OTEL_TRACES_SAMPLER", "traceidratio"),
+                ("OTEL_TRACES_SAMPLER_ARG", value),
+            ])
+        };
+        for value in ["2", "-0.1", "NaN", "half"] {
+            let (tracing, unusable) = ratio(value);
+            assert_eq!(tracing.unwrap().sampler.ratio, 1.0, "{value}");
+            assert_eq!(unusable.len(), 1, "{value}");
+        }
+    }
+
+    #[test]
+    fn values_are_compared_without_regard_to_case() {
+        let tracing = usable(&[
+            (ENDPOINT, "http://c"),
+            ("OTEL_EXPORTER_OTLP_PROTOCOL", "HTTP/Protobuf"),
+            ("OTEL_EXPORTER_OTLP_COMPRESSION", "None"),
+            ("OTEL_TRACES_SAMPLER", "ParentBased_TraceIdRatio"),
+            ("OTEL_TRACES_SAMPLER_ARG", " 0.25 "),
+            ("OTEL_PROPAGATORS", "B3Multi, Baggage"),
+        ]);
+
+        assert_eq!(
+            tracing.sampler,
+            Sampler {
+                parent_based: true,
+                ratio: 0.25
+            }
+        );
+        assert_eq!(
+            tracing.propagators,
+            Propagators {
+                w3c: false,
+                b3: true
+            }
+        );
     }
 
     #[test]
     fn every_setting_is_parsed() {
-        let tracing = read(&[
+        let tracing = usable(&[
             (ENDPOINT, "http://c"),
             (
                 "OTEL_EXPORTER_OTLP_HEADERS",
@@ -357,9 +513,7 @@ mod tests {
             ("OTEL_RESOURCE_ATTRIBUTES", "service.name=a,k=v%2Cw"),
             ("OTEL_BSP_MAX_QUEUE_SIZE", "100"),
             ("OTEL_PROPAGATORS", "tracecontext,baggage"),
-        ])
-        .unwrap()
-        .unwrap();
+        ]);
 
         assert_eq!(tracing.headers["authorization"], "Bearer x");
         assert!(!format!("{tracing:?}").contains("Bearer"));

@@ -13,10 +13,13 @@ use tonic::Code;
 
 use super::{
     access::Access,
-    metrics::Metrics,
+    metrics::{CallerFault, Metrics},
     trace::{ServerSpan, Tracer},
 };
 use crate::{method::Method, reason::Reason};
+
+/// A shorter deadline leaves RDS no fair time for a reply. The objective for the duration of calls, as in `deploy/monitoring`.
+const FAIR_TIME: Duration = Duration::from_millis(2500);
 
 /// The destinations of all call records.
 pub struct Sinks {
@@ -49,6 +52,8 @@ pub struct Record {
     started: Instant,
     /// The caller's timeout or `--timeout`, whichever is shorter.
     pub(super) timeout: Duration,
+    /// Whether the caller chose the deadline, or used it up before its request was complete.
+    is_callers_deadline: bool,
     /// The lookup that the call waits for, or that produced its reply.
     progress: Option<Arc<Progress>>,
     pub(super) reason: Option<Reason>,
@@ -82,6 +87,7 @@ impl Record {
             user_agent: headers.get(header::USER_AGENT).cloned(),
             started: Instant::now(),
             timeout,
+            is_callers_deadline: false,
             progress: None,
             reason: None,
             code: None,
@@ -124,6 +130,35 @@ impl Record {
         self.messages += 1;
     }
 
+    /// Marks the deadline as the caller's: the caller chose it, or used it up before its request was complete.
+    pub fn set_callers_deadline(&mut self) {
+        self.is_callers_deadline = true;
+    }
+
+    /// Counts that the credential of the call, the facade's own or the caller's, was rejected or is locked.
+    pub fn credential_rejected(&self, is_own: bool) {
+        self.sinks.metrics.credential_rejected(is_own);
+    }
+
+    /// Why the caller alone is responsible for this error code, if that is so.
+    pub(super) fn caller_fault(&self, code: Code, facts: &Facts) -> Option<CallerFault> {
+        let no_fair_time = self.timeout < FAIR_TIME || facts.attempts == 0;
+        // A watch of a task that is not over ends with the caller's deadline. A poll has a deadline of its own.
+        let is_expected = match self.method {
+            Method::WatchTaskDetail => self.started.elapsed() >= self.timeout,
+            _ => no_fair_time,
+        };
+        match (code, self.reason?) {
+            (Code::Unknown, Reason::InvalidRequest) => Some(CallerFault::Http),
+            (Code::DeadlineExceeded, Reason::DeadlineExceeded)
+                if self.is_callers_deadline && is_expected =>
+            {
+                Some(CallerFault::Deadline)
+            }
+            _ => None,
+        }
+    }
+
     /// Sets the reason of a failed call.
     pub fn fail(&mut self, reason: Reason) {
         self.reason = Some(reason);
@@ -140,7 +175,14 @@ impl Drop for Record {
         let code = self.code.unwrap_or(Code::Cancelled);
         let took = self.started.elapsed();
         let facts = self.facts();
-        self.sinks.metrics.call_handled(self.method, code, took);
+        let metrics = &self.sinks.metrics;
+        metrics.call_handled(self.method, code, took);
+        match self.caller_fault(code, &facts) {
+            // The error rate, from which it is subtracted, has only calls of this method.
+            Some(CallerFault::Deadline) if self.method != Method::GetTaskDetail => {}
+            Some(fault) => metrics.caller_fault(fault),
+            None => {}
+        }
         self.sinks.access.write(self, code, took, &facts);
         if let Some(span) = &self.span {
             span.end(self, code, took, &facts);
@@ -199,5 +241,51 @@ impl Progress {
     /// Changes the facts.
     pub fn update(&self, change: impl FnOnce(&mut Facts)) {
         change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_deadline_is_the_callers_fault_if_the_caller_chose_it_and_left_no_fair_time() {
+        let sinks = Arc::new(Sinks {
+            metrics: Metrics::new(),
+            access: Access::off(),
+            tracer: None,
+        });
+        let peer = Arc::new(Peer::new("127.0.0.1:4711".parse().unwrap()));
+        let deadline = (Code::DeadlineExceeded, Some(Reason::DeadlineExceeded));
+        let upstream = (Code::DeadlineExceeded, Some(Reason::UpstreamTimeout));
+        let fault = Some(CallerFault::Deadline);
+        let cases = [
+            (deadline, true, 1, 0, fault),
+            (deadline, true, 2499, 3, fault),
+            (deadline, true, 2500, 1, None),
+            (deadline, true, 30_000, 0, fault),
+            (deadline, false, 1, 0, None),
+            (upstream, true, 1, 1, None),
+            ((Code::Ok, None), true, 1, 1, None),
+            ((Code::Cancelled, None), true, 1, 0, None),
+        ];
+
+        for ((code, reason), is_callers, milliseconds, attempts, expected) in cases {
+            let timeout = Duration::from_millis(milliseconds);
+            let method = Method::GetTaskDetail;
+            let id = String::new();
+            let headers = HeaderMap::new();
+            let mut record = Record::start(&sinks, method, id, timeout, peer.clone(), &headers);
+            record.reason = reason;
+            if is_callers {
+                record.set_callers_deadline();
+            }
+            let facts = Facts {
+                attempts,
+                ..Facts::default()
+            };
+            let case = format!("{code:?} {reason:?} {is_callers} {milliseconds} {attempts}");
+            assert_eq!(record.caller_fault(code, &facts), expected, "{case}");
+        }
     }
 }

@@ -1,5 +1,8 @@
-//! Suppresses repeated warnings: each call site may write a few WARN and ERROR lines per period; further lines are counted. The
-//! access log is exempt.
+//! Suppresses repeated warnings. Each call site may write a few different WARN and ERROR lines per reason and period, and each text
+//! once. Further lines are counted. The access log is exempt.
+//!
+//! A line without the field `reason` has the empty reason. Reasons come from closed sets, so a flood of lines with one reason hides no
+//! line with another.
 
 use std::{
     collections::HashMap,
@@ -10,58 +13,67 @@ use std::{
 use prometheus_client::metrics::counter::Counter;
 use tracing::{Level, Metadata, callsite::Identifier};
 
-/// Lines per call site and [`PERIOD`]: enough to see different causes of the same warning.
-const LINES: u64 = 5;
+/// Lines per call site, reason and [`PERIOD`]: enough to see different causes of the same warning.
+const LINES: usize = 5;
 const PERIOD: Duration = Duration::from_secs(10);
 
-/// Counts lines by call site. Bounded by the number of call sites.
+/// The recent lines by call site and reason. Bounded by the number of both.
 #[derive(Debug)]
 pub(super) struct Repeats {
-    sites: Mutex<HashMap<Identifier, Period>>,
+    kinds: Mutex<HashMap<(Identifier, String), Period>>,
     suppressed: Counter,
 }
 
-/// The current period of one call site.
+/// The current period of one call site and reason.
 #[derive(Debug)]
 struct Period {
     began: Instant,
-    lines: u64,
+    /// Hashes of the written texts.
+    written: Vec<u64>,
+    /// Lines suppressed since the last written line.
+    suppressed: u64,
 }
 
 impl Repeats {
     /// `suppressed` counts the suppressed lines.
     pub(super) fn new(suppressed: Counter) -> Self {
         Self {
-            sites: Mutex::default(),
+            kinds: Mutex::default(),
             suppressed,
         }
     }
 
-    /// Returns `None` to suppress a line, else the number of lines suppressed since the call site's last line.
-    pub(super) fn admit(&self, metadata: &Metadata<'_>, now: Instant) -> Option<u64> {
+    /// Returns `None` to suppress a line, else the number of lines suppressed since the last line of its call site and reason. `text` is
+    /// the hash of message and fields.
+    pub(super) fn admit(
+        &self,
+        metadata: &Metadata<'_>,
+        reason: &str,
+        text: u64,
+        now: Instant,
+    ) -> Option<u64> {
         if *metadata.level() > Level::WARN {
             return Some(0);
         }
-        let new = Period {
+        let new = || Period {
             began: now,
-            lines: 0,
+            written: Vec::new(),
+            suppressed: 0,
         };
-        let mut sites = self.sites.lock().unwrap_or_else(PoisonError::into_inner);
-        let period = sites.entry(metadata.callsite()).or_insert(new);
-        let mut suppressed = 0;
+        let mut kinds = self.kinds.lock().unwrap_or_else(PoisonError::into_inner);
+        let kind = (metadata.callsite(), reason.to_owned());
+        let period = kinds.entry(kind).or_insert_with(new);
         if now.saturating_duration_since(period.began) >= PERIOD {
-            suppressed = period.lines.saturating_sub(LINES);
-            *period = Period {
-                began: now,
-                lines: 0,
-            };
+            period.began = now;
+            period.written.clear();
         }
-        period.lines += 1;
-        if period.lines > LINES {
+        if period.written.len() == LINES || period.written.contains(&text) {
+            period.suppressed += 1;
             self.suppressed.inc();
             return None;
         }
-        Some(suppressed)
+        period.written.push(text);
+        Some(std::mem::take(&mut period.suppressed))
     }
 }
 
@@ -87,15 +99,29 @@ mod tests {
         let now = Instant::now();
 
         let flood: Vec<_> = (0..100)
-            .map(|_| repeats.admit(site(Level::ERROR), now))
+            .map(|text| repeats.admit(site(Level::ERROR), "a", text, now))
             .collect();
-        let other = repeats.admit(site(Level::WARN), now);
-        let next = repeats.admit(site(Level::ERROR), now + PERIOD);
+        let other = repeats.admit(site(Level::WARN), "a", 0, now);
+        let other_reason = repeats.admit(site(Level::ERROR), "b", 0, now);
+        let next = repeats.admit(site(Level::ERROR), "a", 0, now + PERIOD);
 
         assert_eq!(flood.iter().filter(|line| line.is_some()).count(), 5);
         assert_eq!(suppressed.get(), 95);
         assert_eq!(other, Some(0), "call sites are counted separately");
+        assert_eq!(other_reason, Some(0), "reasons are counted separately");
         assert_eq!(next, Some(95));
+    }
+
+    #[test]
+    fn each_text_is_written_once_per_period() {
+        let repeats = Repeats::new(Counter::default());
+        let now = Instant::now();
+        let admit = |text, now| repeats.admit(site(Level::WARN), "", text, now);
+
+        assert_eq!(admit(1, now), Some(0));
+        assert_eq!(admit(1, now), None);
+        assert_eq!(admit(2, now), Some(1));
+        assert_eq!(admit(1, now + PERIOD), Some(0));
     }
 
     #[test]
@@ -104,7 +130,7 @@ mod tests {
         let now = Instant::now();
 
         let suppressed = (0..100)
-            .filter(|_| repeats.admit(site(Level::INFO), now).is_none())
+            .filter(|_| repeats.admit(site(Level::INFO), "", 0, now).is_none())
             .count();
 
         assert_eq!(suppressed, 0);

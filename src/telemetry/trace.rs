@@ -68,7 +68,10 @@ impl Tracer {
     /// Starts the span of a call with these headers.
     pub fn server_span(self: &Arc<Self>, headers: &HeaderMap) -> Arc<ServerSpan> {
         let parent = Context::from_headers(headers, self.accepted);
-        let decision = parent.as_ref().map(|parent| parent.sampled);
+        let decision = match &parent {
+            Some(parent) => Some(parent.sampled),
+            None => Context::decision_from_headers(headers, self.accepted),
+        };
         let (trace_id, parent_span_id, trace_state) = match parent {
             Some(parent) => (parent.trace_id, parent.span_id, parent.trace_state),
             None => (fastrand::u128(1..), 0, String::new()),
@@ -142,7 +145,7 @@ impl ServerSpan {
             Method::Other => names::OTHER,
             known => known.full_name(),
         };
-        let failed = is_server_error(code);
+        let failed = is_server_error(code) && record.caller_fault(code, facts).is_none();
         let code = code::name(code);
         let mut attributes = vec![
             KeyValue::text(names::RPC_SYSTEM_NAME, "grpc"),

@@ -8,24 +8,26 @@ use http::{HeaderMap, header::CONTENT_ENCODING};
 use tokio::time::Instant;
 
 use super::{
-    Client, Error, Rejection, breaker,
+    Client, Error, Rejection,
+    breaker::{self, Breaker},
     client::LookupContext,
     clock,
     key_evidence::{self, KeyEvidence},
+    redaction::{redact_facts, redact_rejection, redact_task},
     rejection::{self, KEY_LOCK},
     request::TaskRequest,
     retry,
     throttle::Throttled,
     verdict::{Credential, Repeat},
-    wire::{NotATask, TaskDetail, parse_task_detail},
+    wire::{BYTES_PER_STEP, NotATask, TaskDetail, parse_with_pauses},
 };
 use crate::{
     credentials::{self, Auth, Token, TokenEvidence, key_guard},
     deadline::Deadline,
-    http_client::{Error as HttpError, Response},
+    http_client::{Error as HttpError, Response, Reuse},
     lateness::is_late,
     reason::Reason,
-    telemetry::{AttemptRecord, Facts, Progress, metrics::AttemptOutcome},
+    telemetry::{AttemptRecord, Facts, metrics::AttemptOutcome},
     wait,
 };
 
@@ -59,9 +61,18 @@ enum Used<'a> {
     Key(key_guard::SigningPermit<'a>),
 }
 
-/// The times of an attempt.
+/// The body of a reply.
+enum Content<'a> {
+    /// Of a 200, parsed.
+    Task(Result<TaskDetail, NotATask>),
+    /// Of any other status.
+    Other(&'a [u8]),
+}
+
+/// The credential and the times of an attempt.
 #[derive(Debug, Clone, Copy)]
-struct Signed {
+struct Signed<'a> {
+    auth: &'a Auth,
     /// The time in the signature.
     at: SystemTime,
     sent_at: Instant,
@@ -82,7 +93,7 @@ impl FailedAttempt {
     fn transport(failure: HttpError) -> Self {
         let error = match failure.reason {
             Reason::UpstreamResponseTooLarge => Error::TooLarge,
-            reason => Error::Transport(reason),
+            reason => Error::Transport(reason, failure.obstacle),
         };
         let advice = retry::Advice {
             // Usually a stale pooled connection, and then a new connection is enough.
@@ -135,10 +146,13 @@ impl Client {
         &self,
         request: &TaskRequest<'_>,
         auth: &Auth,
+        reuse: Reuse,
         clock_corrected: bool,
+        breaker: &Breaker,
         lookup: &LookupContext<'_>,
     ) -> Result<TaskDetail, FailedAttempt> {
         let endpoint = &*self.endpoint;
+        let instance = endpoint.scope.instance(lookup.query);
         let deadline = lookup.deadline.deadline();
         check_remaining(deadline)?;
         let identity = auth.identity();
@@ -147,19 +161,23 @@ impl Client {
             identity,
             caller: lookup.caller,
         };
-        endpoint.throttle.check(identity).map_err(throttled)?;
+        let check_throttle = || {
+            let checked = endpoint.throttle.check(identity, instance);
+            checked.map_err(throttled)
+        };
+        check_throttle()?;
+        let guard;
         let used = match auth {
             Auth::Token(token) => Used::Token(token),
             Auth::Key(key) => {
-                let admission = key
-                    .guard
-                    .admit(&lookup.query.project_id, lookup.caller, deadline);
+                guard = key.guard.scoped(instance);
+                let admission = guard.admit(&lookup.query.project_id, lookup.caller, deadline);
                 Used::Key(admission.await.map_err(key_unavailable)?)
             }
         };
         if let Some(pacing) = &endpoint.pacing {
             // An attempt that the breaker would reject must not use up the rate.
-            endpoint.breaker.check(attempt).map_err(circuit_open)?;
+            breaker.check(attempt).map_err(circuit_open)?;
             let start = pacing.wait(identity, lookup.caller, deadline).await;
             start.map_err(|retry_after| {
                 throttled(Throttled {
@@ -169,11 +187,12 @@ impl Client {
             })?;
         }
         // Another call may have been throttled, and the deadline may have come near, while this one waited.
-        endpoint.throttle.check(identity).map_err(throttled)?;
+        check_throttle()?;
         check_remaining(deadline)?;
-        let admission = endpoint.breaker.admit(attempt).map_err(circuit_open)?;
+        let admission = breaker.admit(attempt).map_err(circuit_open)?;
 
         let signed = Signed {
+            auth,
             at: endpoint.clock.now(),
             sent_at: Instant::now(),
             clock_corrected,
@@ -189,7 +208,7 @@ impl Client {
         let until = signed.sent_at + endpoint.options.attempt_timeout;
         let connect_due = signed.sent_at + endpoint.options.connect_timeout;
         let message = request.with(auth, signed.at, &record);
-        let mut reply = match tokio::time::timeout_at(until, self.http.send(message)).await {
+        let mut reply = match tokio::time::timeout_at(until, self.http.send(message, reuse)).await {
             Ok(Ok(reply)) => reply,
             Ok(Err(failure)) => {
                 return Err(failed_exchange(record, admission, failure, connect_due));
@@ -200,6 +219,7 @@ impl Client {
             facts.http_status = Some(reply.status());
             facts.upstream_request_id = rejection::request_id(reply.headers());
             facts.upstream_code = None;
+            redact_facts(facts, auth);
             record.replied(reply.status(), facts.upstream_request_id.as_ref());
         });
         let body = match tokio::time::timeout_at(until, reply.body()).await {
@@ -218,13 +238,37 @@ impl Client {
             Err(_) => return Err(timed_out(record, admission, until, false)),
         };
         record.finish(AttemptOutcome::Reply);
-        let outcome = self.interpret(&reply, &body, signed, admission, used, progress);
-        if let Err(FailedAttempt {
-            error: Error::Rejected(rejection),
-            ..
-        }) = &outcome
+        let _permit = if body.len() > BYTES_PER_STEP {
+            self.large_replies.acquire().await.ok()
+        } else {
+            None
+        };
+        let content = match (reply.status(), is_encoded(reply.headers())) {
+            (200, true) => Content::Task(Err(NotATask::Malformed)),
+            (200, false) => Content::Task(parse_with_pauses(&body).await),
+            (_, true) => Content::Other(UNREADABLE),
+            (_, false) => Content::Other(&body),
+        };
+        let mut outcome = self.interpret(&reply, content, signed, admission, used, lookup);
+        if let Ok(task) = &outcome
+            && !task.instance_id.is_empty()
+            && task.instance_id != lookup.query.instance_id
         {
-            endpoint.throttle.record(identity, rejection);
+            // Perhaps the reply to an earlier request on this connection, which is closed before it delivers the next one.
+            endpoint.metrics.mismatched_replies.inc();
+            tracing::warn!(
+                "upstream replied about another instance than requested; the connection is not used again"
+            );
+        } else {
+            reply.release();
+        }
+        match &mut outcome {
+            Ok(task) => redact_task(task, auth),
+            Err(FailedAttempt {
+                error: Error::Rejected(rejection),
+                ..
+            }) => redact_rejection(rejection, auth),
+            Err(_) => {}
         }
         outcome
     }
@@ -232,50 +276,53 @@ impl Client {
     fn interpret(
         &self,
         reply: &Response,
-        body: &[u8],
-        signed: Signed,
+        content: Content<'_>,
+        signed: Signed<'_>,
         admission: breaker::Admission<'_>,
         used: Used<'_>,
-        progress: &Progress,
+        lookup: &LookupContext<'_>,
     ) -> Result<TaskDetail, FailedAttempt> {
         let (headers, now) = (reply.headers(), self.endpoint.clock.now());
-        let (rejection, facts) = match (reply.status(), is_encoded(headers)) {
-            (200, true) => return Err(malformed(admission)),
-            (200, false) => match parse_task_detail(body) {
-                Ok(task) => {
-                    admission.succeeded();
-                    match used {
-                        Used::Token(token) => self.credentials.accepted(token, signed.sent_at),
-                        Used::Key(key) => key.accepted(),
-                    }
-                    return Ok(task);
+        let (rejection, mut facts) = match content {
+            Content::Task(Ok(task)) => {
+                admission.succeeded();
+                match used {
+                    Used::Token(token) => self.credentials.accepted(token, signed.sent_at),
+                    Used::Key(key) => key.accepted(),
                 }
-                Err(NotATask::Malformed) => return Err(malformed(admission)),
-                Err(NotATask::TooManyParts) => {
-                    admission.succeeded();
-                    return Err(FailedAttempt::permanent(
-                        Error::TooLarge,
-                        Reason::UpstreamResponseTooLarge,
-                    ));
-                }
-                Err(NotATask::ErrorObject(envelope)) => {
-                    rejection::from_envelope(200, headers, envelope, now)
-                }
-            },
-            (status, false) => rejection::from_reply(status, headers, body, now),
-            (status, true) => rejection::from_reply(status, headers, UNREADABLE, now),
+                return Ok(task);
+            }
+            Content::Task(Err(NotATask::Malformed)) => return Err(malformed(admission)),
+            Content::Task(Err(NotATask::TooManyParts)) => {
+                admission.succeeded();
+                return Err(FailedAttempt::permanent(
+                    Error::TooLarge,
+                    Reason::UpstreamResponseTooLarge,
+                ));
+            }
+            Content::Task(Err(NotATask::ErrorObject(envelope))) => {
+                rejection::from_envelope(200, headers, envelope, now)
+            }
+            Content::Other(body) => rejection::from_reply(reply.status(), headers, body, now),
         };
         if rejection.verdict.trips_breaker {
             admission.failed();
         } else {
             admission.succeeded();
         }
-        progress.update(|known| {
+        redact_facts(&mut facts, signed.auth);
+        lookup.progress.update(|known| {
             *known = Facts {
                 attempts: known.attempts,
                 ..facts.clone()
             };
         });
+        let identity = signed.auth.identity();
+        let instance = self.endpoint.scope.instance(lookup.query);
+        // Before the permit of a key is dropped, because calls that wait for it must find the throttle window.
+        self.endpoint
+            .throttle
+            .record(identity, instance, &rejection);
         Err(match used {
             Used::Key(key) => self.with_key(rejection, &facts, headers, signed, key),
             Used::Token(token) => self.with_token(rejection, &facts, signed, token),
@@ -287,7 +334,7 @@ impl Client {
         &self,
         rejection: Rejection,
         facts: &Facts,
-        signed: Signed,
+        signed: Signed<'_>,
         token: &Token,
     ) -> FailedAttempt {
         let code = facts.upstream_code.as_deref();
@@ -313,7 +360,7 @@ impl Client {
         rejection: Rejection,
         facts: &Facts,
         headers: &HeaderMap,
-        signed: Signed,
+        signed: Signed<'_>,
         key: key_guard::SigningPermit<'_>,
     ) -> FailedAttempt {
         let clock = &self.endpoint.clock;
@@ -415,10 +462,17 @@ fn failed_exchange(
     failure: HttpError,
     connect_due: Instant,
 ) -> FailedAttempt {
+    tracing::warn!(
+        reason = failure.reason.as_str(),
+        cause = failure.cause,
+        "no complete reply from RDS"
+    );
     record.fail(failure.reason);
     match failure.reason {
         // Upstream is up if it replies, even if the reply cannot be read.
         Reason::UpstreamResponseTooLarge | Reason::UpstreamProtocol => admission.succeeded(),
+        // Out of descriptors, which shows nothing about upstream.
+        Reason::Overloaded => drop(admission),
         // Connecting may have waited for CPU time of this process or for other connects, not for upstream.
         _ if failure.timed_out && is_late(connect_due) => drop(admission),
         _ => admission.failed(),

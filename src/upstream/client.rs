@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use reqwest::Url;
+use tokio::sync::Semaphore;
 
 use super::{
     Error, Options, TaskQuery,
@@ -20,22 +21,60 @@ use crate::{
     caller::Caller,
     credentials::{Auth, Credentials},
     deadline::SharedDeadline,
-    http_client,
+    http_client::{self, Reuse},
     reason::Reason,
     telemetry::{Progress, ServerSpan, metrics::Metrics},
 };
+
+/// Which later calls the outcome of a call affects, through the breaker, the retry budget, a throttle window or the key guard.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scope {
+    /// Calls to the endpoint.
+    Endpoint,
+    /// Calls for the same instance id. Its failures open no circuit and use up no retry budget that calls share.
+    Instance,
+}
+
+impl Scope {
+    /// The instance that throttle windows and evidence about keys are kept for; `None` if all instances share them.
+    pub(super) fn instance(self, query: &TaskQuery) -> Option<&str> {
+        match self {
+            Self::Endpoint => None,
+            Self::Instance => Some(&query.instance_id),
+        }
+    }
+}
 
 /// The state of the endpoint that all workers share.
 #[derive(Debug)]
 pub struct Endpoint {
     base_url: Url,
     pub(super) options: Options,
-    pub(super) breaker: Breaker,
+    pub(super) scope: Scope,
     pub(super) clock: Clock,
     pub(super) pacing: Option<Pacing>,
     pub(super) throttle: Throttle,
     pub(super) metrics: Arc<Metrics>,
+    safeguards: Arc<Safeguards>,
+}
+
+/// Limits the load on a failing upstream.
+#[derive(Debug)]
+pub(super) struct Safeguards {
+    pub(super) breaker: Breaker,
     budget: Budget,
+}
+
+impl Safeguards {
+    fn new(options: &Options, metrics: &Metrics) -> Arc<Self> {
+        Arc::new(Self {
+            breaker: Breaker::new(
+                metrics.circuit_open.clone(),
+                metrics.circuit_open_instances.clone(),
+            ),
+            budget: Budget::new(options.retry_budget),
+        })
+    }
 }
 
 impl Endpoint {
@@ -43,17 +82,22 @@ impl Endpoint {
     pub fn new(base_url: Url, options: Options, metrics: Arc<Metrics>) -> Arc<Self> {
         Arc::new(Self {
             base_url,
-            breaker: Breaker::new(
-                metrics.circuit_open.clone(),
-                metrics.circuit_open_instances.clone(),
-            ),
+            scope: options.scope(),
             clock: Clock::default(),
             pacing: options.upstream_rate.map(Pacing::new),
             throttle: Throttle::new(),
-            budget: Budget::new(options.retry_budget),
+            safeguards: Safeguards::new(&options, &metrics),
             options,
             metrics,
         })
+    }
+
+    /// The safeguards of one lookup: those of all lookups, or new ones.
+    fn safeguards(&self) -> Arc<Safeguards> {
+        match self.scope {
+            Scope::Endpoint => Arc::clone(&self.safeguards),
+            Scope::Instance => Safeguards::new(&self.options, &self.metrics),
+        }
     }
 }
 
@@ -78,6 +122,8 @@ pub struct Client {
     pub(super) http: http_client::Client,
     pub(super) endpoint: Arc<Endpoint>,
     pub(super) credentials: Credentials,
+    /// The right to parse a large reply, so that those of one caller do not fill the worker's queue.
+    pub(super) large_replies: Arc<Semaphore>,
 }
 
 impl Client {
@@ -91,6 +137,7 @@ impl Client {
             http,
             endpoint,
             credentials,
+            large_replies: Arc::new(Semaphore::new(1)),
         }
     }
 
@@ -112,10 +159,13 @@ impl Client {
         let mut attempts = Attempts::new(self.endpoint.options.max_attempts);
         let mut refreshed = false;
         let mut clock_corrected = false;
+        let mut reuse = Reuse::Allowed;
         let mut last = None;
-        self.endpoint.budget.call();
+        let Safeguards { breaker, budget } = &*self.endpoint.safeguards();
+        budget.call();
         loop {
-            let failed = match self.attempt(&request, auth, clock_corrected, &lookup).await {
+            let attempt = self.attempt(&request, auth, reuse, clock_corrected, breaker, &lookup);
+            let failed = match attempt.await {
                 Ok(task) => return Ok(task),
                 Err(failed) => failed,
             };
@@ -141,7 +191,6 @@ impl Client {
                 _ => {}
             }
             let remaining = deadline.deadline().remaining();
-            let budget = &self.endpoint.budget;
             let Some(wait) = attempts.next(failed.advice, remaining, budget, lookup.caller) else {
                 // Upstream's error is more useful than a circuit that opened between two attempts.
                 return Err(match (last, failed.error) {
@@ -151,6 +200,7 @@ impl Client {
             };
             self.endpoint.metrics.upstream_retry(failed.reason);
             last = Some(failed.error);
+            reuse = Reuse::Forbidden;
             tokio::time::sleep(wait).await;
         }
     }

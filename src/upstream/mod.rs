@@ -10,6 +10,7 @@ pub mod known_codes;
 mod options;
 mod overrides;
 mod pacing;
+mod redaction;
 pub mod rejection;
 mod request;
 mod retry;
@@ -21,12 +22,12 @@ pub mod wire;
 use std::time::Duration;
 
 pub use self::{
-    client::{Client, Endpoint, LookupContext},
+    client::{Client, Endpoint, LookupContext, Scope},
     options::{Options, rate},
     pacing::{Config as RateConfig, Pacing},
 };
 use self::{key_evidence::KeyEvidence, throttling_text::Subject};
-use crate::{credentials, reason::Reason};
+use crate::{credentials, http_client::Obstacle, reason::Reason};
 
 /// One task lookup, already validated: building the URL and the body from it cannot fail.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -47,7 +48,7 @@ pub enum Error {
     /// The vendor replied with an error, or with a status that this operation never has.
     Rejected(Box<Rejection>),
     /// No complete reply: one of `UPSTREAM_DNS`, `_CONNECT`, `_TLS`, `_RESET`, `_TRUNCATED`, `_PROTOCOL`.
-    Transport(Reason),
+    Transport(Reason, Option<Obstacle>),
     /// The last attempt outlived the attempt timeout.
     AttemptTimeout,
     /// A 200 whose body cannot be read as a task.

@@ -5,13 +5,15 @@ use std::{fs, num::NonZeroU32, path::PathBuf, time::Duration};
 use clap::ArgAction;
 use reqwest::Url;
 
-use super::RateConfig;
+use super::{RateConfig, Scope};
 use crate::{
+    credentials::file,
     http_client::{self, BuildError, SystemRoots},
     options::{
         self, Parsed, Validation, boolean, duration, not, number,
         url::{self, Proxy},
     },
+    pem,
     regions::{self, Region},
 };
 
@@ -49,11 +51,14 @@ pub struct Options {
     )]
     pub allow_insecure_upstream: bool,
     /// PEM file of certificates that are trusted on top of the system's
-    #[arg(long, value_name = "FILE", value_parser = roots)]
+    #[arg(long, value_name = "FILE", value_parser = pem::roots_file)]
     pub upstream_ca: Option<PathBuf>,
     /// Proxy for the vendor's endpoints, with optional user and password; proxy variables of the environment are not read
-    #[arg(long, value_name = "http://[USER:PASSWORD@]HOST:PORT", value_parser = Proxy::parse)]
+    #[arg(long, value_name = "http://[USER[:PASSWORD]@]HOST:PORT", value_parser = Proxy::parse)]
     pub upstream_proxy: Option<Proxy>,
+    /// File with the password of the proxy's user, which keeps it off the command line; read at start
+    #[arg(long, value_name = "FILE", value_parser = options::file)]
+    pub upstream_proxy_password_file: Option<PathBuf>,
     // The full path keeps clap from reading the type as an optional flag.
     /// Maximum rate of upstream attempts per credential, for example 60/1m; a call waits if it can start before its
     /// deadline, else it is rejected at once
@@ -80,8 +85,18 @@ impl Default for Options {
 }
 
 impl Options {
-    /// Checks the rules that span several options.
-    pub fn validate(&self, validation: &mut Validation<'_>) {
+    /// Checks the rules that span several options, and reads the password of the proxy.
+    pub fn validate(&mut self, validation: &mut Validation<'_>) {
+        if let Some(path) = &self.upstream_proxy_password_file
+            && !validation.is_rejected(&["upstream-proxy"])
+        {
+            let password = file::read_password(path).map_err(|error| error.to_string());
+            let set = password.and_then(|password| match &mut self.upstream_proxy {
+                Some(proxy) => proxy.set_password(&password),
+                None => Err("requires --upstream-proxy".to_owned()),
+            });
+            validation.accept(&validation.name_of("upstream-proxy-password-file"), set);
+        }
         const TARGETS: [&str; 3] = ["region", "endpoint", "sandbox"];
         if validation.is_rejected(&TARGETS) {
             return;
@@ -115,6 +130,15 @@ impl Options {
             .or_else(|| self.region.map(Region::rds_url))
     }
 
+    /// In the sandbox, the instance id selects the outcome of a call, which must not depend on the calls for other ids.
+    pub fn scope(&self) -> Scope {
+        if self.sandbox {
+            Scope::Instance
+        } else {
+            Scope::Endpoint
+        }
+    }
+
     /// The settings of HTTP clients for RDS at `base_url`.
     ///
     /// # Errors
@@ -125,9 +149,8 @@ impl Options {
         system_roots: SystemRoots,
     ) -> Result<http_client::Config, BuildError> {
         let extra_roots = self.upstream_ca.as_ref().map(fs::read).transpose();
-        let extra_roots = extra_roots.map_err(|_| BuildError::Roots)?;
         Ok(http_client::Config {
-            tls: http_client::tls_config(system_roots, extra_roots.as_deref())?,
+            tls: http_client::tls_config(system_roots, extra_roots?.as_deref())?,
             https_only: base_url.scheme() == "https",
             proxy: self
                 .upstream_proxy
@@ -135,16 +158,6 @@ impl Options {
                 .map(|proxy| proxy.url().clone()),
             connect_timeout: self.connect_timeout,
         })
-    }
-}
-
-/// A file with at least one certificate.
-fn roots(text: &str) -> Parsed<PathBuf> {
-    let path = options::file(text)?;
-    let pem = fs::read(&path).map_err(|error| format!("cannot be read: {error}"))?;
-    match http_client::check_roots(&pem) {
-        Ok(()) => Ok(path),
-        Err(error) => Err(error.to_string()),
     }
 }
 

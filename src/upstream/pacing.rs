@@ -2,8 +2,10 @@
 //!
 //! While the window has room and the queue is empty, an attempt starts at once. Otherwise it waits if it can start before its deadline, and
 //! is rejected at once if not. Queued attempts start at least T/N apart, round robin among callers, so that a caller with a hundred calls
-//! does not delay the calls of others by more than one start each. The repeated polls of watches have a queue of their own. While both
-//! queues have entries, they start in turn, so that first polls of ever-new tasks do not stop the polls of others.
+//! does not delay the calls of others by more than one start each.
+//!
+//! The first poll of a watched task starts like an attempt, but without a distance from others. Repeated polls have a queue of their own and
+//! start at least T/N apart. While any of them is queued, first polls may use only half of the window.
 //!
 //! Hand-written, because the limiters in crates (governor, leaky-bucket) allow 2N starts in a window: a full bucket and its refill.
 
@@ -48,14 +50,27 @@ pub struct Config {
 #[derive(Debug)]
 pub struct Pacing {
     config: Config,
+    spacings: [Duration; 2],
     lanes: Cache<Identity, Arc<Lane>>,
 }
 
 impl Pacing {
-    /// A limiter with empty windows.
+    /// A limiter of attempts, with empty windows.
     pub fn new(config: Config) -> Self {
+        let spacing = config.period / config.calls.get();
+        Self::with_spacings(config, [spacing; 2])
+    }
+
+    /// A limiter of polls, with empty windows.
+    pub fn of_polls(config: Config) -> Self {
+        let spacing = config.period / config.calls.get();
+        Self::with_spacings(config, [Duration::ZERO, spacing])
+    }
+
+    fn with_spacings(config: Config, spacings: [Duration; 2]) -> Self {
         Self {
             config,
+            spacings,
             // After that time the window is empty, so a new lane is equivalent.
             lanes: Cache::builder()
                 .max_capacity(MAX_IDENTITIES)
@@ -65,7 +80,7 @@ impl Pacing {
         }
     }
 
-    /// Waits until one attempt may start. Dropping the future leaves the queue.
+    /// Waits until one attempt or first poll may start. Dropping the future leaves the queue.
     ///
     /// # Errors
     /// The necessary wait, if it exceeds the deadline.
@@ -75,9 +90,7 @@ impl Pacing {
         caller: Caller,
         deadline: Deadline,
     ) -> Result<(), Duration> {
-        let lane = self
-            .lanes
-            .get_with(identity, || Arc::new(Lane::new(self.config)));
+        let lane = self.lane(identity);
         let Some(queued) = lane.enter(caller, deadline)? else {
             return Ok(());
         };
@@ -86,22 +99,47 @@ impl Pacing {
         let started = tokio::time::timeout_at(latest, start).await;
         // Keeps a lane with a queue from being evicted, even if no attempt joins it.
         self.lanes.get(&identity);
-        started.map_err(|_| lane.state().wait_at_end())
+        started.map(drop).map_err(|_| lane.state().wait_at_end())
     }
 
-    /// Waits until a repeated poll may start, however long that takes, as the poll of the caller with the fewest queued polls. Dropping
-    /// the future leaves the queue. Returns the caller.
-    ///
-    /// # Panics
-    /// Without callers.
-    pub async fn wait_patiently(&self, identity: Identity, callers: &[Caller]) -> Caller {
-        let lane = self
-            .lanes
-            .get_with(identity, || Arc::new(Lane::new(self.config)));
-        let (queued, caller) = lane.enter_patiently(callers);
-        queued.start().await;
-        self.lanes.get(&identity);
-        caller
+    /// Queues a repeated poll under each of these callers. It starts when the first of them is next.
+    pub fn queue_repeated(&self, identity: Identity, callers: &[Caller]) -> QueuedPoll {
+        let lane = self.lane(identity);
+        let poll = QueuedPoll {
+            queued: Queued {
+                waiter: Arc::new(Notify::new()),
+                lane,
+            },
+        };
+        poll.add(callers);
+        poll
+    }
+
+    fn lane(&self, identity: Identity) -> Arc<Lane> {
+        let new = || Arc::new(Lane::new(self.config, self.spacings));
+        self.lanes.get_with(identity, new)
+    }
+}
+
+/// A repeated poll that waits for its start. Dropping it leaves the queue.
+#[derive(Debug)]
+pub struct QueuedPoll {
+    queued: Queued,
+}
+
+impl QueuedPoll {
+    /// Queues the poll under further callers as well. Its places under other callers stay.
+    pub fn add(&self, callers: &[Caller]) {
+        let mut state = self.queued.lane.state();
+        for caller in callers {
+            state.queue(REPEATED, *caller, &self.queued.waiter);
+        }
+        state.wake_next();
+    }
+
+    /// Waits until the poll may start, and returns the caller under whom it does. Dropping the future keeps the place.
+    pub async fn start(&self) -> Caller {
+        self.queued.start().await
     }
 }
 
@@ -110,8 +148,16 @@ impl Pacing {
 struct Starts {
     first: Instant,
     latest: Instant,
-    count: u32,
+    counts: Counts,
 }
+
+/// A number for each kind of start: [`FIRST`] and [`REPEATED`].
+type Counts = [u32; 2];
+
+/// Attempts and first polls.
+const FIRST: usize = 0;
+/// Repeated polls.
+const REPEATED: usize = 1;
 
 #[derive(Debug)]
 struct Lane(Mutex<State>);
@@ -121,72 +167,57 @@ struct State {
     config: Config,
     /// How long a start counts against the rate.
     window: Duration,
-    /// The minimum time between two starts while attempts are queued.
-    spacing: Duration,
+    /// The minimum time between the latest start and a queued one of each kind.
+    spacings: [Duration; 2],
     /// Starts within this time share an entry.
     resolution: Duration,
     /// The starts in the window, oldest first.
     starts: VecDeque<Starts>,
-    /// The sum of the numbers in `starts`.
-    started: u32,
-    /// The queued attempts, then the queued polls. The first entry of the first caller starts next.
+    /// The sums of the numbers in `starts`.
+    started: Counts,
+    /// The queues of each kind.
     queues: [Queue; 2],
-    /// The latest start from a queue was an attempt.
-    is_turn_of_polls: bool,
 }
 
-/// Attempts or polls by caller.
+/// The waiters by caller. The first waiter of the first caller starts next.
 type Queue = VecDeque<(Caller, VecDeque<Arc<Notify>>)>;
 
-const ATTEMPTS: usize = 0;
-const POLLS: usize = 1;
-
 impl Lane {
-    fn new(config: Config) -> Self {
-        let calls = config.calls.get();
+    fn new(config: Config, spacings: [Duration; 2]) -> Self {
         Self(Mutex::new(State {
             config,
             window: config.period + JITTER.min(config.period / 20),
-            spacing: config.period / calls,
-            resolution: match calls > MAX_STARTS {
+            spacings,
+            resolution: match config.calls.get() > MAX_STARTS {
                 true => config.period / MAX_STARTS,
                 false => Duration::ZERO,
             },
             starts: VecDeque::new(),
-            started: 0,
+            started: [0; 2],
             queues: Default::default(),
-            is_turn_of_polls: false,
         }))
     }
 
     /// Joins the queue; `None` for an attempt that starts at once.
-    fn enter(&self, caller: Caller, deadline: Deadline) -> Result<Option<Queued<'_>>, Duration> {
+    fn enter(
+        self: &Arc<Self>,
+        caller: Caller,
+        deadline: Deadline,
+    ) -> Result<Option<Queued>, Duration> {
         let mut state = self.state();
         let now = Instant::now();
-        if state.queues[ATTEMPTS].is_empty() && state.next_at(now, false) <= now {
-            state.start(now);
+        if state.queues[FIRST].is_empty() && state.room_at(FIRST, now) <= now {
+            state.start(FIRST, now);
             return Ok(None);
         }
         let wait = state.wait_of(caller, now);
         if wait > deadline.remaining() {
             return Err(wait);
         }
-        let waiter = state.queue(ATTEMPTS, caller);
-        Ok(Some(Queued { lane: self, waiter }))
-    }
-
-    /// Joins the queue of polls as the caller with the fewest queued polls.
-    fn enter_patiently(&self, callers: &[Caller]) -> (Queued<'_>, Caller) {
-        let mut state = self.state();
-        let queued = |caller: &&Caller| {
-            let known = state.queues[POLLS]
-                .iter()
-                .find(|(known, _)| known == *caller);
-            known.map_or(0, |(_, waiters)| waiters.len())
-        };
-        let caller = *callers.iter().min_by_key(queued).expect("a caller");
-        let waiter = state.queue(POLLS, caller);
-        (Queued { lane: self, waiter }, caller)
+        let waiter = Arc::new(Notify::new());
+        state.queue(FIRST, caller, &waiter);
+        let lane = Arc::clone(self);
+        Ok(Some(Queued { lane, waiter }))
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -195,99 +226,122 @@ impl Lane {
 }
 
 impl State {
-    /// When the next attempt may start: when the window has room and, for a queued attempt, `spacing` after the latest start.
-    fn next_at(&mut self, now: Instant, is_queued: bool) -> Instant {
+    /// When the window has room for a start of this kind.
+    fn room_at(&mut self, kind: usize, now: Instant) -> Instant {
         while let Some(oldest) = self.starts.front()
             && now.saturating_duration_since(oldest.latest) >= self.window
         {
-            self.started -= oldest.count;
+            self.started[FIRST] -= oldest.counts[FIRST];
+            self.started[REPEATED] -= oldest.counts[REPEATED];
             self.starts.pop_front();
         }
-        let mut next = now;
+        let mut room_at = now;
         if let Some(oldest) = self.starts.front()
-            && self.started >= self.config.calls.get()
+            && self.started.iter().sum::<u32>() >= self.config.calls.get()
         {
-            next = oldest.latest + self.window;
+            room_at = oldest.latest + self.window;
         }
-        if let Some(newest) = self.starts.back()
-            && is_queued
-        {
-            next = next.max(newest.latest + self.spacing);
+        if kind == FIRST && self.started[FIRST] >= self.limit_of_first() {
+            let first = self.starts.iter().find(|starts| starts.counts[FIRST] > 0);
+            room_at = first.map_or(room_at, |starts| room_at.max(starts.latest + self.window));
         }
-        next
+        room_at
     }
 
-    fn start(&mut self, now: Instant) {
-        self.started += 1;
+    /// When the next queued start of this kind is possible.
+    fn next_at(&mut self, kind: usize, now: Instant) -> Instant {
+        let room_at = self.room_at(kind, now);
+        match self.starts.back() {
+            Some(newest) => room_at.max(newest.latest + self.spacings[kind]),
+            None => room_at,
+        }
+    }
+
+    /// The number of attempts or first polls in a window.
+    fn limit_of_first(&self) -> u32 {
+        let calls = self.config.calls.get();
+        match self.queues[REPEATED].is_empty() {
+            true => calls,
+            false => calls.div_ceil(2),
+        }
+    }
+
+    fn start(&mut self, kind: usize, now: Instant) {
+        self.started[kind] += 1;
         match self.starts.back_mut() {
             Some(newest) if now.saturating_duration_since(newest.first) < self.resolution => {
-                newest.count += 1;
+                newest.counts[kind] += 1;
                 newest.latest = now;
             }
-            _ => self.starts.push_back(Starts {
-                first: now,
-                latest: now,
-                count: 1,
-            }),
+            _ => {
+                let mut counts = [0; 2];
+                counts[kind] = 1;
+                self.starts.push_back(Starts {
+                    first: now,
+                    latest: now,
+                    counts,
+                });
+            }
         }
     }
 
-    /// Appends a waiter of `caller` to a queue.
-    fn queue(&mut self, queue: usize, caller: Caller) -> Arc<Notify> {
-        let waiter = Arc::new(Notify::new());
-        let queue = &mut self.queues[queue];
+    /// Appends a waiter to the queue of a caller, unless it is there already.
+    fn queue(&mut self, kind: usize, caller: Caller, waiter: &Arc<Notify>) {
+        let queue = &mut self.queues[kind];
         match queue.iter_mut().find(|(known, _)| *known == caller) {
-            Some((_, waiters)) => waiters.push_back(Arc::clone(&waiter)),
-            None => queue.push_back((caller, VecDeque::from([Arc::clone(&waiter)]))),
-        }
-        waiter
-    }
-
-    /// The queue of the waiter that starts next, if any.
-    fn next_queue(&self) -> usize {
-        match [ATTEMPTS, POLLS].map(|queue| self.queues[queue].is_empty()) {
-            [true, _] => POLLS,
-            [false, false] if self.is_turn_of_polls => POLLS,
-            [false, _] => ATTEMPTS,
+            Some((_, waiters)) if waiters.iter().any(|known| Arc::ptr_eq(known, waiter)) => {}
+            Some((_, waiters)) => waiters.push_back(Arc::clone(waiter)),
+            None => queue.push_back((caller, VecDeque::from([Arc::clone(waiter)]))),
         }
     }
 
-    /// The waiter that starts next.
-    fn next(&self) -> Option<&Arc<Notify>> {
-        let (_, waiters) = self.queues[self.next_queue()].front()?;
+    /// The kind of the next queued start, and when it is possible. The first kind wins a tie.
+    fn next(&mut self, now: Instant) -> Option<(usize, Instant)> {
+        let queued = [FIRST, REPEATED].map(|kind| match self.queues[kind].is_empty() {
+            true => None,
+            false => Some((kind, self.next_at(kind, now))),
+        });
+        queued.into_iter().flatten().min_by_key(|(_, at)| *at)
+    }
+
+    /// The waiter at the head of a queue.
+    fn head(&self, kind: usize) -> Option<&Arc<Notify>> {
+        let (_, waiters) = self.queues[kind].front()?;
         waiters.front()
     }
 
-    /// Starts the next waiter and moves its caller to the end of the queue.
-    fn start_next(&mut self, now: Instant) {
-        self.start(now);
-        let next = self.next_queue();
-        let queue = &mut self.queues[next];
-        queue[0].1.pop_front();
-        queue.rotate_left(1);
-        self.is_turn_of_polls = next == ATTEMPTS;
-        self.wake_next();
+    /// Starts the head of a queue and moves its caller, which is returned, to the end of the queue.
+    fn start_head(&mut self, kind: usize, now: Instant) -> Option<Caller> {
+        self.start(kind, now);
+        let (caller, waiters) = self.queues[kind].front_mut()?;
+        let (caller, started) = (*caller, waiters.pop_front()?);
+        self.queues[kind].rotate_left(1);
+        // A poll may be queued under other callers, too.
+        self.leave(&started);
+        Some(caller)
     }
 
     fn leave(&mut self, waiter: &Arc<Notify>) {
-        for (_, waiters) in self.queues.iter_mut().flatten() {
-            waiters.retain(|waiting| !Arc::ptr_eq(waiting, waiter));
+        for queue in &mut self.queues {
+            queue.retain_mut(|(_, waiters)| {
+                waiters.retain(|waiting| !Arc::ptr_eq(waiting, waiter));
+                !waiters.is_empty()
+            });
         }
         self.wake_next();
     }
 
     fn wake_next(&mut self) {
-        for queue in &mut self.queues {
-            queue.retain(|(_, waiters)| !waiters.is_empty());
-        }
-        if let Some(next) = self.next() {
-            next.notify_one();
+        if let Some((kind, _)) = self.next(Instant::now())
+            && let Some(head) = self.head(kind)
+        {
+            head.notify_one();
         }
     }
 
     /// How long another attempt of `caller` would wait if the queue stayed as it is.
     fn wait_of(&mut self, caller: Caller, now: Instant) -> Duration {
-        let queue = &self.queues[ATTEMPTS];
+        let queue = &self.queues[FIRST];
         let queued = queue.iter().find(|(known, _)| *known == caller);
         // The round robin's round in which it would start. Callers before its own start one more attempt until then than those behind.
         let round = queued.map_or(0, |(_, waiters)| waiters.len());
@@ -303,7 +357,7 @@ impl State {
     /// How long an attempt at the end of the queue would wait.
     fn wait_at_end(&mut self) -> Duration {
         let now = Instant::now();
-        let waiting = self.queues[ATTEMPTS]
+        let waiting = self.queues[FIRST]
             .iter()
             .map(|(_, waiters)| waiters.len())
             .sum();
@@ -313,55 +367,73 @@ impl State {
 
     /// When an attempt with `before` others ahead of it would start.
     fn start_after(&mut self, before: usize, now: Instant) -> Instant {
-        let polls = self.queues[POLLS].iter().map(|(_, waiters)| waiters.len());
-        let before = before
-            + polls
-                .sum::<usize>()
-                .min(before + usize::from(self.is_turn_of_polls));
-        let mut at = self.next_at(now, true);
-        let limit = u64::from(self.config.calls.get());
-        let mut free = limit - u64::from(self.started).min(limit);
+        let mut at = self.next_at(FIRST, now);
+        let calls = self.config.calls.get();
+        let limit = self.limit_of_first();
+        // Below the whole rate, only starts of the same kind count.
+        let count = |counts: &Counts| match limit < calls {
+            true => counts[FIRST],
+            false => counts.iter().sum(),
+        };
+        let mut free = limit.saturating_sub(count(&self.started));
         // The window has room now, or when a start leaves it; after all of them only the spacing counts.
-        let mut leaving = self.starts.iter();
+        let mut leaving = self
+            .starts
+            .iter()
+            .filter(|starts| count(&starts.counts) > 0);
         for position in 0..=before {
             if position > 0 {
-                at += self.spacing;
+                at += self.spacings[FIRST];
             }
             if free > 0 {
                 free -= 1;
             } else if let Some(starts) = leaving.next() {
                 at = at.max(starts.latest + self.window);
-                free = u64::from(starts.count) - 1;
+                free = count(&starts.counts) - 1;
             }
         }
         at
     }
 }
 
-/// A queued attempt, which leaves the queue when dropped.
-struct Queued<'a> {
-    lane: &'a Lane,
+/// A queued attempt or poll, which leaves the queue when dropped.
+#[derive(Debug)]
+struct Queued {
+    lane: Arc<Lane>,
     waiter: Arc<Notify>,
 }
 
-impl Queued<'_> {
-    /// Waits until this attempt is next and may start.
-    async fn start(self) {
+impl Queued {
+    /// Waits until this waiter is next and may start. Returns the caller under whom it was queued.
+    async fn start(&self) -> Caller {
         loop {
-            let next_at = {
+            let wait_until = {
                 let mut state = self.lane.state();
                 let now = Instant::now();
-                let is_next = state
-                    .next()
-                    .is_some_and(|first| Arc::ptr_eq(first, &self.waiter));
-                let next_at = state.next_at(now, true);
-                if is_next && next_at <= now {
-                    return state.start_next(now);
+                let next = state.next(now);
+                let own = next.filter(|(kind, _)| {
+                    state
+                        .head(*kind)
+                        .is_some_and(|head| Arc::ptr_eq(head, &self.waiter))
+                });
+                if let Some((kind, at)) = own
+                    && at <= now
+                    && let Some(caller) = state.start_head(kind, now)
+                {
+                    return caller;
                 }
-                is_next.then_some(next_at)
+                if own.is_none() {
+                    // The head may sleep only because this waiter was the head when it looked.
+                    state.wake_next();
+                }
+                own.map(|(_, at)| at)
             };
-            match next_at {
-                Some(at) => sleep_until(at).await,
+            match wait_until {
+                // Woken earlier if another one leaves or joins.
+                Some(at) => tokio::select! {
+                    () = sleep_until(at) => {}
+                    () = self.waiter.notified() => {}
+                },
                 // `Notify` stores a wake-up that comes before this line.
                 None => self.waiter.notified().await,
             }
@@ -369,7 +441,7 @@ impl Queued<'_> {
     }
 }
 
-impl Drop for Queued<'_> {
+impl Drop for Queued {
     fn drop(&mut self) {
         self.lane.state().leave(&self.waiter);
     }
@@ -585,72 +657,143 @@ mod tests {
         assert!(lane.state().starts.len() <= MAX_STARTS as usize + 1);
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn polls_start_a_spacing_apart_round_robin_and_after_attempts() {
-        let pacing = pacing(3, Duration::from_secs(30));
+    fn polls(calls: u32, period: Duration) -> Arc<Pacing> {
+        Arc::new(Pacing::of_polls(Config {
+            calls: NonZeroU32::new(calls).unwrap(),
+            period,
+        }))
+    }
+
+    /// Queues a repeated poll for each list of callers. Each returns its start in seconds from now, and the caller that it used.
+    async fn repeat(pacing: &Arc<Pacing>, callers: &[&[Caller]]) -> JoinSet<(u64, Caller)> {
         let begun = Instant::now();
         let mut polls = JoinSet::new();
-        for callers in [&[ANN][..], &[ANN], &[ANN], &[BOB], &[ANN, BOB]] {
-            let pacing = Arc::clone(&pacing);
+        for callers in callers {
+            let poll = pacing.queue_repeated(RDS, callers);
             polls.spawn(async move {
-                let caller = pacing.wait_patiently(RDS, callers).await;
+                let caller = poll.start().await;
                 (begun.elapsed().as_secs(), caller)
             });
             yield_now().await;
         }
-        tokio::time::advance(Duration::from_secs(1)).await;
+        polls
+    }
 
-        // The first poll has started at 0 s, this attempt starts at once.
-        let attempt = pacing.wait(RDS, Caller::Connection(3), in_seconds(0)).await;
+    #[tokio::test(start_paused = true)]
+    async fn repeated_polls_start_a_spacing_apart_and_round_robin_among_callers() {
+        let pacing = polls(3, Duration::from_secs(30));
 
-        attempt.expect("room in the window");
+        let polls = repeat(&pacing, &[&[ANN], &[ANN], &[ANN], &[BOB], &[ANN, BOB]]).await;
+
         let mut starts = polls.join_all().await;
         starts.sort_unstable_by_key(|(at, _)| *at);
         assert_eq!(
             starts,
-            [(0, ANN), (11, ANN), (30, BOB), (40, ANN), (50, BOB)]
+            [(0, ANN), (10, ANN), (20, BOB), (30, ANN), (40, BOB)]
         );
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_queued_attempt_starts_before_a_poll_that_was_queued_earlier() {
-        let pacing = pacing(1, Duration::from_secs(10));
-        start(&pacing, &[ANN]).await.join_all().await;
-        let mut poll = Box::pin(pacing.wait_patiently(RDS, &[ANN]));
-        assert!(poll!(&mut poll).is_pending());
+    async fn a_poll_keeps_its_place_when_callers_join() {
+        let pacing = polls(1, Duration::from_secs(10));
+        let mut first = repeat(&pacing, &[&[ANN]]).await;
+        first.join_next().await;
+        let shared = pacing.queue_repeated(RDS, &[ANN]);
+        let mut others = repeat(&pacing, &[&[ANN], &[ANN]]).await;
+        let begun = Instant::now();
 
-        let mut attempt = Box::pin(pacing.wait(RDS, ANN, in_seconds(11)));
-        assert!(poll!(&mut attempt).is_pending());
-        tokio::time::advance(Duration::from_millis(10_050)).await;
+        for number in 10..20 {
+            shared.add(&[ANN, Caller::Connection(number)]);
+        }
 
-        assert!(poll!(&mut poll).is_pending());
-        assert!(poll!(&mut attempt).is_ready());
-        tokio::time::advance(Duration::from_millis(10_050)).await;
-        assert!(poll!(&mut poll).is_ready());
+        assert_eq!(shared.start().await, ANN);
+        assert_eq!(begun.elapsed().as_secs(), 10);
+        assert_eq!(others.join_next().await.unwrap().unwrap().0, 20);
+        assert_eq!(others.join_next().await.unwrap().unwrap().0, 30);
+        let lane = pacing.lanes.get(&RDS).expect("a lane");
+        assert!(lane.state().queues.iter().all(VecDeque::is_empty));
     }
 
     #[tokio::test(start_paused = true)]
-    async fn queued_polls_and_attempts_start_in_turn() {
-        let pacing = pacing(1, Duration::from_secs(10));
-        start(&pacing, &[ANN]).await.join_all().await;
+    async fn first_polls_start_at_once_before_repeated_ones() {
+        let pacing = polls(6, Duration::from_secs(60));
+        let mut repeated = repeat(&pacing, &[&[ANN], &[ANN]]).await;
+        repeated.join_next().await;
+        tokio::time::advance(Duration::from_secs(1)).await;
+
+        for caller in [BOB, BOB, BOB] {
+            let first = pacing.wait(RDS, caller, in_seconds(0)).await;
+            first.expect("half of the window");
+        }
+        let fourth = pacing.wait(RDS, BOB, in_seconds(10)).await;
+
+        let wait = fourth.expect_err("the other half is for repeated polls");
+        assert_eq!(wait.as_secs(), 60);
+        let (at, _) = repeated.join_next().await.unwrap().unwrap();
+        assert_eq!(at, 11);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn ever_new_first_polls_of_a_caller_leave_repeated_polls_their_half() {
+        let pacing = polls(30, Duration::from_secs(60));
+        let greedy = Arc::clone(&pacing);
+        let _greedy = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(async move {
+            loop {
+                let _ = greedy.wait(RDS, BOB, in_seconds(10)).await;
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }));
+        tokio::time::sleep(Duration::from_secs(90)).await;
         let begun = Instant::now();
-        let mut polls = JoinSet::new();
-        for _ in 0..2 {
-            let pacing = Arc::clone(&pacing);
-            polls.spawn(async move {
-                pacing.wait_patiently(RDS, &[BOB]).await;
-                begun.elapsed().as_secs()
-            });
-            yield_now().await;
+
+        for _ in 0..60 {
+            pacing.queue_repeated(RDS, &[ANN]).start().await;
         }
 
-        let attempts = start(&pacing, &[ANN; 4]).await;
-        let wait = pacing.wait(RDS, BOB, in_seconds(0)).await.unwrap_err();
+        // Fifteen a minute, after at most a minute in which the window is still full of first polls.
+        assert!(
+            begun.elapsed() <= Duration::from_secs(5 * 60),
+            "{:?}",
+            begun.elapsed()
+        );
+    }
 
-        // After the first attempt and poll of ANN and BOB.
-        assert_eq!(wait.as_secs(), 30);
-        assert_eq!(times(attempts).await, [10, 30, 50, 60]);
-        assert_eq!(polls.join_all().await, [20, 40]);
+    #[tokio::test(start_paused = true)]
+    async fn a_waiter_that_became_second_wakes_the_first() {
+        let pacing = polls(2, Duration::from_secs(10));
+        repeat(&pacing, &[&[ANN]]).await.join_all().await;
+        tokio::time::advance(Duration::from_secs(5)).await;
+        start(&pacing, &[ANN]).await.join_all().await;
+        let mut repeated = repeat(&pacing, &[&[ANN]]).await;
+        let mut first = start(&pacing, &[BOB]).await;
+
+        // Both could have started by now.
+        tokio::time::advance(Duration::from_secs(20)).await;
+
+        let begun = Instant::now();
+        first
+            .join_next()
+            .await
+            .expect("a poll")
+            .expect("no panic")
+            .1
+            .expect("a start");
+        assert_eq!(Instant::now(), begun);
+        repeated
+            .join_next()
+            .await
+            .expect("a poll")
+            .expect("no panic");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn queued_first_polls_start_when_the_window_has_room_without_a_spacing() {
+        let pacing = polls(3, Duration::from_secs(9));
+        start(&pacing, &[ANN; 3]).await.join_all().await;
+
+        let starts = start(&pacing, &[ANN; 3]).await;
+
+        assert_eq!(times(starts).await, [9, 9, 9]);
     }
 
     proptest! {

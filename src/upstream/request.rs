@@ -4,9 +4,10 @@ use std::time::SystemTime;
 
 use bytes::Bytes;
 use http::{
-    HeaderValue, Method,
+    HeaderValue, Method, Request, Uri,
     header::{AUTHORIZATION, CONTENT_TYPE},
 };
+use http_body_util::Full;
 use reqwest::Url;
 use serde::Serialize;
 
@@ -26,6 +27,8 @@ const APPLICATION_JSON: &str = "application/json";
 #[derive(Debug)]
 pub(super) struct TaskRequest<'a> {
     url: Url,
+    /// The path of the URL.
+    target: Uri,
     project_id: &'a str,
     body: Bytes,
 }
@@ -60,6 +63,9 @@ impl<'a> TaskRequest<'a> {
         let body = serde_json::to_vec(&body).expect("two strings serialize");
         Self {
             url,
+            target: path
+                .try_into()
+                .expect("a path of letters, digits, '-', '_' and '/'"),
             project_id,
             body: Bytes::from(body),
         }
@@ -85,8 +91,10 @@ impl<'a> TaskRequest<'a> {
         auth: &Auth,
         signed_at: SystemTime,
         record: &AttemptRecord<'_>,
-    ) -> reqwest::Request {
-        let mut request = reqwest::Request::new(Method::POST, self.url.clone());
+    ) -> Request<Full<Bytes>> {
+        let mut request = Request::new(Full::new(self.body.clone()));
+        *request.method_mut() = Method::POST;
+        *request.uri_mut() = self.target.clone();
         let headers = request.headers_mut();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static(APPLICATION_JSON));
         match auth {
@@ -118,7 +126,6 @@ impl<'a> TaskRequest<'a> {
             }
         }
         record.propagate(headers);
-        *request.body_mut() = Some(self.body.clone().into());
         request
     }
 }

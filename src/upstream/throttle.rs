@@ -1,10 +1,7 @@
 //! Tracks the vendor's throttle windows: no attempt goes out before the end of its window.
 
 use std::{
-    sync::{
-        Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::atomic::{AtomicU64, Ordering},
     time::Duration,
 };
 
@@ -15,18 +12,19 @@ use super::{Rejection, throttling_text::Subject};
 use crate::{credentials::Identity, reason::Reason, wait::MAX_RETRY_AFTER};
 
 /// Limit on tracked windows; the least recently used ones are evicted.
-const MAX_IDENTITIES: u64 = 10_000;
+const MAX_WINDOWS: u64 = 10_000;
 
 /// The windows of one endpoint, shared by all workers.
 #[derive(Debug)]
 pub(super) struct Throttle {
     base: Instant,
-    windows: Cache<Identity, Window>,
+    windows: Cache<Key, Window>,
     /// The end of the latest window, in nanoseconds since `base`. Once it has passed, a check is one atomic load.
     latest: AtomicU64,
-    /// The window of all identities, for a limit per address or of the API as a whole.
-    everyone: Mutex<Option<Window>>,
 }
+
+/// The identity, or `None` for a limit per address or of the API as a whole; and the instance, or `None` for all instances.
+type Key = (Option<Identity>, Option<String>);
 
 /// A throttle window.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,29 +46,30 @@ impl Throttle {
         Self {
             base: Instant::now(),
             windows: Cache::builder()
-                .max_capacity(MAX_IDENTITIES)
+                .max_capacity(MAX_WINDOWS)
                 .eviction_policy(EvictionPolicy::lru())
                 .time_to_live(MAX_RETRY_AFTER)
                 .build(),
             latest: AtomicU64::new(0),
-            everyone: Mutex::default(),
         }
     }
 
-    /// Checks that `identity` is in no window.
+    /// Checks that `identity` is in no window, for `instance` if windows are kept for each instance.
     ///
     /// # Errors
     /// [`Throttled`] with the time to the end of the window.
-    pub(super) fn check(&self, identity: Identity) -> Result<(), Throttled> {
+    pub(super) fn check(
+        &self,
+        identity: Identity,
+        instance: Option<&str>,
+    ) -> Result<(), Throttled> {
         let now = Instant::now();
         if self.latest.load(Ordering::Relaxed) <= nanos(now - self.base) {
             return Ok(());
         }
-        let own = self.windows.get(&identity);
-        let windows = [own, *self.everyone()];
-        let longest = windows
+        let longest = [Some(identity), None]
             .into_iter()
-            .flatten()
+            .filter_map(|identity| self.windows.get(&(identity, instance.map(str::to_owned))))
             .max_by_key(|window| window.until);
         match longest.filter(|window| window.until > now) {
             Some(Window { until, subject }) => Err(Throttled {
@@ -82,33 +81,35 @@ impl Throttle {
     }
 
     /// Records the window that a reply to `identity` opens, if any.
-    pub(super) fn record(&self, identity: Identity, rejection: &Rejection) {
+    pub(super) fn record(&self, identity: Identity, instance: Option<&str>, rejection: &Rejection) {
         if rejection.verdict.reason == Reason::Throttled
             && let Some(wait) = rejection.retry_after
         {
-            self.open(identity, wait, rejection.throttled_subject);
+            self.open(identity, instance, wait, rejection.throttled_subject);
         }
     }
 
     /// Replies to concurrent attempts come in any order, so the longer of two windows counts.
-    fn open(&self, identity: Identity, wait: Duration, subject: Option<Subject>) {
+    fn open(
+        &self,
+        identity: Identity,
+        instance: Option<&str>,
+        wait: Duration,
+        subject: Option<Subject>,
+    ) {
         let until = Instant::now() + wait.min(MAX_RETRY_AFTER);
         let window = Window { until, subject };
         let longer = |known: Window| if known.until > until { known } else { window };
-        if subject.is_some_and(Subject::is_everyone) {
-            let mut everyone = self.everyone();
-            *everyone = Some(everyone.map_or(window, longer));
-        } else {
-            self.windows
-                .entry(identity)
-                .and_upsert_with(|known| known.map_or(window, |known| longer(known.into_value())));
-        }
+        let is_everyone = subject.is_some_and(Subject::is_everyone);
+        let key = (
+            (!is_everyone).then_some(identity),
+            instance.map(str::to_owned),
+        );
+        self.windows
+            .entry(key)
+            .and_upsert_with(|known| known.map_or(window, |known| longer(known.into_value())));
         self.latest
             .fetch_max(nanos(until - self.base), Ordering::Relaxed);
-    }
-
-    fn everyone(&self) -> MutexGuard<'_, Option<Window>> {
-        self.everyone.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -146,7 +147,7 @@ mod tests {
             body.as_bytes(),
             SystemTime::UNIX_EPOCH,
         );
-        throttle.record(ANN, &reply.0);
+        throttle.record(ANN, None, &reply.0);
         throttle
     }
 
@@ -197,7 +198,7 @@ mod tests {
             let throttle = throttle_after(http_status, retry_after, text);
 
             let waits = [ANN, BOB]
-                .map(|identity| throttle.check(identity).err())
+                .map(|identity| throttle.check(identity, None).err())
                 .map(|throttled| throttled.map(|throttled| throttled.retry_after));
 
             assert_eq!(waits, [ann.map(seconds), bob.map(seconds)], "{case}");
@@ -208,15 +209,15 @@ mod tests {
     async fn a_window_ends_on_time() {
         for subject in [None, Some(Subject::Ip), Some(Subject::Api)] {
             let throttle = Throttle::new();
-            throttle.open(ANN, seconds(7), subject);
+            throttle.open(ANN, None, seconds(7), subject);
 
             tokio::time::advance(seconds(7) - Duration::from_nanos(1)).await;
 
-            let throttled = throttle.check(ANN).unwrap_err();
+            let throttled = throttle.check(ANN, None).unwrap_err();
             assert_eq!(throttled.retry_after, Duration::from_nanos(1));
             assert_eq!(throttled.subject, subject);
             tokio::time::advance(Duration::from_nanos(1)).await;
-            assert_eq!(throttle.check(ANN), Ok(()));
+            assert_eq!(throttle.check(ANN, None), Ok(()));
         }
     }
 
@@ -225,22 +226,43 @@ mod tests {
         for subject in [None, Some(Subject::Ip), Some(Subject::Api)] {
             let throttle = Throttle::new();
 
-            throttle.open(ANN, seconds(60), subject);
-            throttle.open(ANN, seconds(1), subject);
+            throttle.open(ANN, None, seconds(60), subject);
+            throttle.open(ANN, None, seconds(1), subject);
 
-            assert_eq!(throttle.check(ANN).unwrap_err().retry_after, seconds(60));
+            let throttled = throttle.check(ANN, None).unwrap_err();
+            assert_eq!(throttled.retry_after, seconds(60));
         }
     }
 
     #[tokio::test(start_paused = true)]
-    async fn identities_are_tracked_up_to_a_limit() {
+    async fn a_window_of_an_instance_applies_to_no_other_instance() {
+        for (subject, bob) in [(None, Ok(())), (Some(Subject::Ip), Err(seconds(60)))] {
+            let throttle = Throttle::new();
+
+            throttle.open(ANN, Some("i"), seconds(60), subject);
+
+            let check = |identity, instance| {
+                let checked = throttle.check(identity, Some(instance));
+                checked.map_err(|throttled| throttled.retry_after)
+            };
+            assert_eq!(check(ANN, "i"), Err(seconds(60)));
+            assert_eq!(check(BOB, "i"), bob);
+            for identity in [ANN, BOB] {
+                assert_eq!(check(identity, "j"), Ok(()));
+            }
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn windows_are_tracked_up_to_a_limit() {
         let throttle = Throttle::new();
 
-        for number in 0..3 * u128::from(MAX_IDENTITIES) {
-            throttle.open(Identity::Caller(number.to_be_bytes()), seconds(60), None);
+        for number in 0..3 * u128::from(MAX_WINDOWS) {
+            let identity = Identity::Caller(number.to_be_bytes());
+            throttle.open(identity, None, seconds(60), None);
         }
 
         throttle.windows.run_pending_tasks();
-        assert!(throttle.windows.entry_count() <= MAX_IDENTITIES);
+        assert!(throttle.windows.entry_count() <= MAX_WINDOWS);
     }
 }

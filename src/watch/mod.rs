@@ -14,13 +14,16 @@ mod snapshot;
 mod stream;
 
 use std::{
-    collections::{HashMap, hash_map::Entry},
+    collections::{HashMap, VecDeque, hash_map::Entry},
     fmt,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
 };
 
-use tokio::sync::{Notify, watch};
+use tokio::{
+    sync::{Notify, watch},
+    time::Instant,
+};
 
 pub use self::{
     options::Options,
@@ -30,12 +33,15 @@ use self::{poller::Poller, snapshot::Snapshot};
 use crate::{
     caller::Caller,
     coalescer::LookupKey,
-    credentials::Auth,
+    credentials::{Auth, Owner},
     error::Error,
     lookup::Lookups,
     telemetry::{Progress, ServerSpan, metrics::Metrics},
     upstream::Pacing,
 };
+
+/// The number of earlier states of a task that a client may name to get the newest one without another poll.
+const MAX_FORMER_ETAGS: usize = 32;
 
 /// All watched tasks. One per process: all workers share it.
 pub struct Hub {
@@ -58,7 +64,7 @@ impl fmt::Debug for Hub {
 pub struct Watcher {
     /// Whose share of the poll rate the watch uses.
     pub caller: Caller,
-    /// The credential of its polls. Held as long as the task has watchers.
+    /// The credential of its polls.
     pub auth: Auth,
     /// The span of the stream, to which polls are linked.
     pub span: Option<Arc<ServerSpan>>,
@@ -70,6 +76,8 @@ pub struct Watcher {
 struct WatchedTask {
     key: Arc<LookupKey>,
     observations: watch::Sender<Observation>,
+    /// The etags of earlier states, of the latest [`MAX_FORMER_ETAGS`] only.
+    former_etags: Mutex<VecDeque<String>>,
     watchers: Mutex<Watchers>,
     /// Notified when a watcher joins.
     joined: Notify,
@@ -79,11 +87,14 @@ struct WatchedTask {
 struct Watchers {
     /// Callers with the number of their watches.
     callers: HashMap<Caller, usize>,
-    /// The credential of the watcher that joined last; none without watchers.
+    /// The credential of the watcher that joined last if it is the caller's. For the facade's own credential, each poll takes the current
+    /// one.
     auth: Option<Auth>,
     /// The span of the watcher that joined last.
     span: Option<Arc<ServerSpan>>,
-    /// A watcher waits for the first poll that has seen no state before.
+    /// A watcher waits for a poll that begins after it has joined.
+    awaits_poll: bool,
+    /// One of the watchers does not resume an earlier watch, so the first poll is due.
     is_urgent: bool,
 }
 
@@ -98,6 +109,10 @@ struct Observation {
     missing: Option<Arc<Error>>,
     /// When RDS last confirmed the state, or that it does not know the task.
     checked_at: Option<SystemTime>,
+    /// When the poll began that brought or confirmed the state; `None` without a state.
+    asked_at: Option<Instant>,
+    /// The error of a poll that a watcher awaited, and when that poll began.
+    failure: Option<(Instant, Arc<Error>)>,
     /// What the attempts of the latest answer showed.
     progress: Arc<Progress>,
     /// Set when the poller has ended: the task is over, or its watches fail.
@@ -116,7 +131,7 @@ impl Hub {
     pub fn new(options: &Options, poll_timeout: Duration, metrics: Arc<Metrics>) -> Arc<Self> {
         Arc::new(Self {
             interval: options.watch_interval,
-            rate: options.watch_rate.map(Pacing::new),
+            rate: options.watch_rate.map(Pacing::of_polls),
             poll_timeout,
             tasks: Mutex::default(),
             metrics,
@@ -153,7 +168,7 @@ impl Hub {
         }
     }
 
-    /// Removes a task if nobody watches it. Returns whether it did.
+    /// Removes a task that has no watchers. Returns whether it did.
     fn remove_unwatched(&self, task: &Arc<WatchedTask>) -> bool {
         // Watchers join while the map is locked, so none can join in between.
         let mut tasks = self.tasks();
@@ -174,6 +189,7 @@ impl WatchedTask {
         Self {
             key,
             observations: watch::Sender::default(),
+            former_etags: Mutex::default(),
             watchers: Mutex::default(),
             joined: Notify::new(),
         }
@@ -182,7 +198,7 @@ impl WatchedTask {
     fn join(task: &Arc<Self>, watcher: Watcher) -> Subscription {
         let mut watchers = task.watchers();
         *watchers.callers.entry(watcher.caller).or_default() += 1;
-        watchers.auth = Some(watcher.auth);
+        watchers.auth = Some(watcher.auth).filter(|auth| auth.owner() == Owner::Caller);
         watchers.span = watcher.span;
         watchers.is_urgent |= !watcher.resumes;
         drop(watchers);
@@ -197,6 +213,23 @@ impl WatchedTask {
     /// The callers that watch the task.
     fn callers(&self) -> Vec<Caller> {
         self.watchers().callers.keys().copied().collect()
+    }
+
+    /// Publishes the end, once.
+    fn end(&self, end: Result<(), Error>) {
+        self.observations.send_if_modified(|observation| {
+            let is_first = observation.end.is_none();
+            if is_first {
+                observation.end = Some(end.map_err(Arc::new));
+            }
+            is_first
+        });
+    }
+
+    fn former_etags(&self) -> MutexGuard<'_, VecDeque<String>> {
+        self.former_etags
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     fn watchers(&self) -> MutexGuard<'_, Watchers> {

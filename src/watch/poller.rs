@@ -1,21 +1,22 @@
 //! The poller of one watched task: it polls while the task has watchers, and ends when the task is over or its watches fail.
 
 use std::{
+    future::pending,
     mem,
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
 use http::HeaderMap;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 use tonic::Code;
 
-use super::{Hub, Observation, WatchedTask, snapshot::Snapshot};
+use super::{Hub, MAX_FORMER_ETAGS, WatchedTask, snapshot::Snapshot};
 use crate::{
     caller::Caller,
     coalescer::Lookup,
-    credentials::{Auth, Owner},
-    deadline::Deadline,
+    credentials::{self, Auth, Owner},
+    deadline::{Deadline, Passed},
     error::{Error, FailedLookup},
     lookup::{Lookups, Origin, into_task},
     reason::Reason,
@@ -34,14 +35,14 @@ const MAX_FIRST_WAIT: Duration = Duration::from_secs(10);
 /// The span of time over which first polls for resumed watches are spread.
 const RESUME_SPREAD: Duration = Duration::from_secs(5);
 
-/// How long transient errors may last before the watches end with the latest of them.
+/// How long transient errors keep watches open. Then the watches end with the latest error.
 const MAX_STALE: Duration = Duration::from_secs(5 * 60);
 
 /// While nothing changes, each pause is longer than the previous one by this factor, up to [`MAX_GROWTH`] times the interval.
 const GROWTH: f64 = 1.5;
 const MAX_GROWTH: f64 = 3.0;
 
-/// The part of a pause that is added at random, so that tasks which are watched at the same moment do not stay in step.
+/// The longest random addition to a pause, as a part of it: tasks that are first watched at the same moment do not stay in step.
 const JITTER: f64 = 0.2;
 
 pub(super) struct Poller {
@@ -51,17 +52,22 @@ pub(super) struct Poller {
     _counted: Counted,
     /// The pause after the next unchanged poll, as a multiple of the interval.
     growth: f64,
-    /// When RDS last gave an answer about the task.
-    last_answer: Instant,
-    /// Unknown tasks in a row.
+    /// When the latest poll began.
+    asked_at: Option<Instant>,
+    /// RDS has replied about the task, also with an error that means an unknown task.
+    has_reply: bool,
+    /// Replies in a row that the task is unknown.
     unknown: u32,
-    /// The latest poll called the task completed although a part of it was not.
-    is_doubtful: bool,
+    /// The latest reply called the task completed although one of its parts was not, so it was not published.
+    is_withheld: bool,
+    /// Since when polls have failed with transient errors, and the latest of them.
+    failing: Option<(Instant, Error)>,
 }
 
 /// When and how the result of a poll arrived.
-struct Answer {
+struct Arrival {
     at: SystemTime,
+    asked_at: Instant,
     progress: Arc<Progress>,
 }
 
@@ -81,28 +87,45 @@ impl Poller {
             task,
             lookups,
             growth: 1.0,
-            last_answer: Instant::now(),
+            asked_at: None,
+            has_reply: false,
             unknown: 0,
-            is_doubtful: false,
+            is_withheld: false,
+            failing: None,
         }
     }
 
     pub(super) async fn run(mut self) {
         self.spread_resumed().await;
+        let mut pause = Duration::ZERO;
         loop {
-            let next = match self.turn().await {
-                Some(Ok(caller)) => self.poll(caller).await,
-                Some(Err(retry_after)) => Next::End(Err(self.throttled(retry_after))),
-                // Nobody watches any more.
-                None => Next::Pause(Duration::ZERO),
+            let stale_at = self.failing.as_ref().map(|(since, _)| *since + MAX_STALE);
+            let next = self.pause_and_poll(pause);
+            let next = match stale_at {
+                Some(at) => timeout_at(at, next).await,
+                None => Ok(next.await),
             };
+            let next = next.unwrap_or_else(|_| {
+                let stale = self.failing.take();
+                Next::End(Err(stale.map_or(Error::Internal, |(_, error)| error)))
+            });
             match next {
-                Next::Pause(pause) => self.pause(pause).await,
+                Next::Pause(next) => pause = next,
                 Next::End(end) => return self.end(end),
             }
-            if self.hub.remove_unwatched(&self.task) {
+            if pause.is_zero() && self.hub.remove_unwatched(&self.task) {
                 return;
             }
+        }
+    }
+
+    /// Pauses and polls. The pause is zero if the task has lost its watchers meanwhile.
+    async fn pause_and_poll(&mut self, pause: Duration) -> Next {
+        self.pause(pause).await;
+        match self.wait_for_rate().await {
+            Some(Ok(caller)) => self.poll(caller).await,
+            Some(Err(retry_after)) => Next::End(Err(self.throttled(retry_after))),
+            None => Next::Pause(Duration::ZERO),
         }
     }
 
@@ -121,47 +144,54 @@ impl Poller {
         }
     }
 
-    /// Waits until the rate allows a poll, and returns the caller whose share it uses; `None` once nobody watches.
+    /// Waits until the rate allows a poll, and returns the caller whose share it uses; `None` once the task has no watchers.
     ///
     /// # Errors
     /// The necessary wait, if it is too long for a first poll.
-    async fn turn(&self) -> Option<Result<Caller, Duration>> {
+    async fn wait_for_rate(&self) -> Option<Result<Caller, Duration>> {
         let identity = self.task.key.identity;
-        let is_first = self.task.observations.borrow().checked_at.is_none();
-        loop {
-            let callers = self.task.callers();
-            let caller = *callers.first()?;
-            let turn = async {
-                match &self.hub.rate {
-                    None => Ok(caller),
-                    Some(rate) if is_first => {
-                        let latest = Deadline::after(MAX_FIRST_WAIT);
-                        rate.wait(identity, caller, latest).await.map(|()| caller)
-                    }
-                    Some(rate) => Ok(rate.wait_patiently(identity, &callers).await),
-                }
-            };
-            tokio::select! {
-                biased;
-                turn = turn => return Some(turn),
-                () = self.task.observations.closed() => return None,
-                // The new watcher's caller may have a shorter wait.
-                () = self.task.joined.notified(), if !is_first => {}
+        let callers = self.task.callers();
+        let caller = *callers.first()?;
+        let Some(rate) = &self.hub.rate else {
+            return Some(Ok(caller));
+        };
+        let start = async {
+            if !self.has_reply {
+                let latest = Deadline::after(MAX_FIRST_WAIT);
+                let start = rate.wait(identity, caller, latest).await;
+                return start.map(|()| caller);
             }
+            let poll = rate.queue_repeated(identity, &callers);
+            loop {
+                tokio::select! {
+                    biased;
+                    caller = poll.start() => return Ok(caller),
+                    // A caller that joins may be next before the others.
+                    () = self.task.joined.notified() => poll.add(&self.task.callers()),
+                }
+            }
+        };
+        tokio::select! {
+            biased;
+            start = start => Some(start),
+            () = self.task.observations.closed() => None,
         }
     }
 
-    /// Polls once on behalf of `caller`.
+    /// Polls once on behalf of `caller`. The end of the last watch ends the first poll, as the end of a call ends its lookup, and a poll with
+    /// a caller's token. Another poll continues, because the next watcher can use its result.
     async fn poll(&mut self, caller: Caller) -> Next {
         let (auth, span) = {
             let watchers = self.task.watchers();
+            if watchers.callers.is_empty() {
+                return Next::Pause(Duration::ZERO);
+            }
             (watchers.auth.clone(), watchers.span.clone())
         };
-        let Some(auth) = auth else {
-            return Next::Pause(Duration::ZERO);
-        };
+        let ends_with_watches = auth.is_some() || !self.has_reply;
         let span = span.map(|span| span.poll());
         let started = Instant::now();
+        self.asked_at = Some(started);
         let deadline = Deadline::after(self.hub.poll_timeout);
         let origin = Origin {
             caller,
@@ -170,27 +200,33 @@ impl Poller {
             max_age: Some(self.hub.interval),
         };
         let lookup = async {
-            let auth = self.current(auth, caller, deadline).await?;
+            let auth = match auth {
+                Some(auth) => auth,
+                None => self.own_credential(caller, deadline).await?,
+            };
             let lookup = self.lookups.look_up(&self.task.key, &auth, origin, |_| {});
             // A call returns at its deadline, and so does a poll.
-            let lookup = deadline.bound(lookup).await;
-            Ok((lookup.map_err(|_| Error::DeadlineExceeded)?, auth))
+            match deadline.bound(lookup).await {
+                Ok(lookup) => Ok((lookup, auth.owner())),
+                Err(Passed) => {
+                    let error = upstream::Error::DeadlineExceeded;
+                    Err(self.failed(error, auth.owner()))
+                }
+            }
         };
-        let is_first = self.task.observations.borrow().checked_at.is_none();
         let result = tokio::select! {
             biased;
             result = lookup => result,
-            // As the end of a call ends its lookup. A later poll goes on: the next watcher profits from it.
-            () = self.task.observations.closed(), if is_first => return Next::Pause(Duration::ZERO),
+            () = self.task.observations.closed(), if ends_with_watches => {
+                return Next::Pause(Duration::ZERO);
+            }
         };
-        let mut answer = Answer::now();
-        let result = result.and_then(|(lookup, auth)| {
-            answer = Answer::of(&lookup);
-            let task = into_task(lookup, &self.task.key, &auth)?;
-            Snapshot::new(to_message(task)).ok_or_else(|| {
-                let error = upstream::Error::TooLarge;
-                self.failed(error, auth.owner())
-            })
+        let mut arrival = Arrival::now(started);
+        let result = result.and_then(|(lookup, owner)| {
+            arrival = Arrival::of(&lookup, started);
+            let task = into_task(lookup, &self.task.key, owner)?;
+            let too_large = || self.failed(upstream::Error::TooLarge, owner);
+            Snapshot::new(to_message(task)).ok_or_else(too_large)
         });
         let reason = |error| Failure::from_error(error).reason;
         let reason = result.as_ref().err().map(reason);
@@ -198,33 +234,29 @@ impl Poller {
             span.end_poll(started.elapsed(), reason);
         }
         match result {
-            Ok(snapshot) => self.observe(snapshot, answer),
+            Ok(snapshot) => self.observe(snapshot, arrival),
             Err(error) if reason == Some(Reason::TaskNotFound) => {
-                self.observe_unknown(error, answer)
+                self.observe_unknown(error, arrival)
             }
-            Err(error) => self.observe_error(error),
+            Err(error) => self.observe_error(error, reason == Some(Reason::Throttled), started),
         }
     }
 
-    /// The credential for the next poll: a caller's own, or the current one of the facade.
-    async fn current(&self, auth: Auth, caller: Caller, deadline: Deadline) -> Result<Auth, Error> {
-        match auth.owner() {
-            Owner::Caller => Ok(auth),
-            Owner::Server => {
-                let credentials = &self.lookups.credentials;
-                let no_metadata = HeaderMap::new();
-                let current = credentials.resolve(&no_metadata, caller, deadline);
-                current.await.map_err(Error::Credentials)
-            }
-        }
+    /// The current credential of the facade.
+    async fn own_credential(&self, caller: Caller, deadline: Deadline) -> Result<Auth, Error> {
+        let credentials = &self.lookups.credentials;
+        let no_metadata = HeaderMap::new();
+        let current = credentials.resolve(&no_metadata, caller, deadline);
+        current.await.map_err(Error::Credentials)
     }
 
     /// Publishes a state of the task.
-    fn observe(&mut self, snapshot: Snapshot, answer: Answer) -> Next {
-        self.last_answer = Instant::now();
+    fn observe(&mut self, snapshot: Snapshot, arrival: Arrival) -> Next {
+        self.has_reply = true;
         self.unknown = 0;
-        let was_doubtful = mem::replace(&mut self.is_doubtful, snapshot.is_contradictory);
-        if snapshot.is_contradictory && !was_doubtful {
+        self.failing = None;
+        let was_withheld = mem::replace(&mut self.is_withheld, snapshot.is_contradictory);
+        if snapshot.is_contradictory && !was_withheld {
             self.count(PollOutcome::Unchanged);
             self.growth = 1.0;
             return Next::Pause(self.hub.interval);
@@ -241,14 +273,23 @@ impl Poller {
             false => PollOutcome::Unchanged,
         });
         let is_over = snapshot.is_over;
-        self.task.observations.send_modify(|observation| {
+        let is_awaited = mem::take(&mut self.task.watchers().awaits_poll);
+        self.task.observations.send_if_modified(|observation| {
+            observation.missing = None;
+            observation.checked_at = Some(arrival.at);
+            observation.progress = arrival.progress;
             if is_new {
+                if let Some(former) = &observation.snapshot {
+                    let mut etags = self.task.former_etags();
+                    etags.truncate(MAX_FORMER_ETAGS - 1);
+                    etags.push_front(former.etag.clone());
+                }
                 observation.snapshot = Some(Arc::new(snapshot));
                 observation.states += 1;
             }
-            observation.missing = None;
-            observation.checked_at = Some(answer.at);
-            observation.progress = answer.progress;
+            observation.asked_at = Some(arrival.asked_at);
+            // A heartbeat reads the time of the check, so other watchers need not wake.
+            is_new || is_awaited
         });
         match is_over {
             true => Next::End(Ok(())),
@@ -257,9 +298,10 @@ impl Poller {
     }
 
     /// Publishes that RDS does not know the task. A task that it knew before may be missing once.
-    fn observe_unknown(&mut self, error: Error, answer: Answer) -> Next {
-        self.last_answer = Instant::now();
+    fn observe_unknown(&mut self, error: Error, arrival: Arrival) -> Next {
+        self.has_reply = true;
         self.unknown += 1;
+        self.failing = None;
         self.count(PollOutcome::Failed);
         let has_snapshot = self.task.observations.borrow().snapshot.is_some();
         if has_snapshot && self.unknown > 1 {
@@ -268,31 +310,34 @@ impl Poller {
         if !has_snapshot {
             self.task.observations.send_modify(|observation| {
                 observation.missing = Some(Arc::new(error));
-                observation.checked_at = Some(answer.at);
-                observation.progress = answer.progress;
+                observation.checked_at = Some(arrival.at);
+                observation.progress = arrival.progress;
             });
         }
         Next::Pause(self.next_pause())
     }
 
-    /// Ends the watches, unless the error is transient and they have had an answer in the last minutes.
-    fn observe_error(&mut self, error: Error) -> Next {
-        let failure = Failure::from_error(&error);
-        self.count(match failure.reason {
-            Reason::Throttled => PollOutcome::Throttled,
-            _ => PollOutcome::Failed,
+    /// Ends the watches, unless the error is transient and RDS has replied before.
+    fn observe_error(&mut self, error: Error, is_throttled: bool, asked_at: Instant) -> Next {
+        self.count(match is_throttled {
+            true => PollOutcome::Throttled,
+            false => PollOutcome::Failed,
         });
-        let is_transient = match failure.code {
-            Code::Unavailable | Code::DeadlineExceeded | Code::Aborted => true,
-            Code::ResourceExhausted => failure.reason == Reason::Throttled,
-            Code::Internal => failure.reason == Reason::UpstreamInternal,
-            _ => false,
-        };
-        let retry_after = failure.retry_after;
-        let is_first = self.task.observations.borrow().checked_at.is_none();
-        if is_first || !is_transient || self.last_answer.elapsed() >= MAX_STALE {
+        if !self.has_reply || !is_transient(&error) {
             return Next::End(Err(error));
         }
+        let retry_after = Failure::from_error(&error).retry_after;
+        let since = self
+            .failing
+            .as_ref()
+            .map_or_else(Instant::now, |(since, _)| *since);
+        if mem::take(&mut self.task.watchers().awaits_poll) {
+            let failure = Some((asked_at, Arc::new(error.clone())));
+            self.task
+                .observations
+                .send_modify(|observation| observation.failure = failure);
+        }
+        self.failing = Some((since, error));
         let pause = self.next_pause();
         Next::Pause(match retry_after {
             // Random, so that the tasks of one credential do not poll together at the end of its throttle window.
@@ -310,21 +355,33 @@ impl Poller {
         pause
     }
 
-    /// Waits for the next poll. Without a state that the next watcher can use, the pause ends when nobody watches any more.
+    /// Waits for the next poll. Without a state that the next watcher can use, the pause ends when the last watcher leaves. A watcher that
+    /// awaits a poll shortens the pause to the interval.
     async fn pause(&self, pause: Duration) {
         let has_snapshot = self.task.observations.borrow().snapshot.is_some();
+        let awaited = async {
+            while !self.task.watchers().awaits_poll {
+                self.task.joined.notified().await;
+            }
+            if let Some(asked_at) = self.asked_at
+                && self.failing.is_none()
+            {
+                sleep_until(asked_at + self.hub.interval).await;
+            } else {
+                pending().await
+            }
+        };
         tokio::select! {
             () = sleep(pause) => {}
+            () = awaited => {}
             () = self.task.observations.closed(), if !has_snapshot => {}
         }
     }
 
     fn end(self, end: Result<(), Error>) {
-        // First, so that nobody joins a task whose poller has ended.
+        // First, so that no watcher joins a task whose poller has ended.
         self.hub.remove(&self.task);
-        self.task
-            .observations
-            .send_modify(|observation| observation.end = Some(end.map_err(Arc::new)));
+        self.task.end(end);
     }
 
     /// The error of a first poll for which the rate has no room in time.
@@ -358,35 +415,60 @@ impl Drop for Poller {
             self.hub.metrics.panics.inc();
         }
         // After a panic, or if the runtime stops.
-        self.task
-            .observations
-            .send_if_modified(|observation: &mut Observation| {
-                let has_not_ended = observation.end.is_none();
-                if has_not_ended {
-                    observation.end = Some(Err(Arc::new(Error::Internal)));
-                }
-                has_not_ended
-            });
+        self.task.end(Err(Error::Internal));
     }
 }
 
-impl Answer {
+/// Whether the next poll may succeed.
+pub(super) fn is_transient(error: &Error) -> bool {
+    use credentials::Error as Credential;
+    let is_unavailable = |error: &_| {
+        matches!(
+            error,
+            Credential::Unavailable { .. } | Credential::DeadlineExceeded
+        )
+    };
+    let lookup = match error {
+        Error::Upstream(lookup) => lookup,
+        Error::Credentials(error) => return is_unavailable(error),
+        _ => return false,
+    };
+    match &lookup.error {
+        upstream::Error::Rejected(rejection) => {
+            let is_transient = matches!(rejection.verdict.code, Code::Unavailable | Code::Aborted);
+            let status = lookup.facts.http_status.unwrap_or_default();
+            is_transient || matches!(status, 408 | 425 | 429 | 500..)
+        }
+        upstream::Error::Transport(..)
+        | upstream::Error::AttemptTimeout
+        | upstream::Error::DeadlineExceeded
+        | upstream::Error::CircuitOpen { .. }
+        | upstream::Error::Throttled { .. } => true,
+        upstream::Error::Credentials(error) => is_unavailable(error),
+        _ => false,
+    }
+}
+
+impl Arrival {
     #[expect(
         clippy::disallowed_methods,
         reason = "check times are shown to callers and decide nothing"
     )]
-    fn now() -> Self {
+    fn now(asked_at: Instant) -> Self {
         Self {
             at: SystemTime::now(),
+            asked_at,
             progress: Arc::default(),
         }
     }
 
-    fn of(lookup: &Lookup) -> Self {
-        let now = Self::now();
+    fn of(lookup: &Lookup, asked_at: Instant) -> Self {
+        // A cached result is older than the poll.
+        let now = Self::now(asked_at.min(lookup.finished_at));
         let age = lookup.finished_at.elapsed();
         Self {
             at: now.at.checked_sub(age).unwrap_or(now.at),
+            asked_at: now.asked_at,
             progress: Arc::clone(&lookup.progress),
         }
     }

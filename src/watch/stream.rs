@@ -18,7 +18,7 @@ use tokio::{
 };
 use tokio_util::sync::ReusableBoxFuture;
 
-use super::{Hub, Observation, Subscription, Watcher};
+use super::{Hub, Observation, Subscription, Watcher, snapshot::Snapshot};
 use crate::{
     coalescer::LookupKey,
     error::Error,
@@ -78,15 +78,34 @@ impl Hub {
         etag: String,
         allow_missing: bool,
     ) -> Result<WatchStream, Arc<Error>> {
+        let begun_at = Instant::now();
         let mut subscription = self.subscribe(lookups, key, watcher);
         let newest = loop {
             let newest = subscription.observations.borrow_and_update().clone();
+            // Another instance may have sent the client a state that is newer than the one known here. A state for which RDS was asked
+            // after the call began is not older.
+            let is_current = |snapshot: &Snapshot| {
+                etag.is_empty()
+                    || etag == snapshot.etag
+                    || snapshot.is_over
+                    || newest.asked_at >= Some(begun_at)
+                    || subscription.task.former_etags().contains(&etag)
+            };
+            if let Some((asked_at, error)) = &newest.failure
+                && *asked_at >= begun_at
+            {
+                return Err(Arc::clone(error));
+            }
             match (&newest.snapshot, &newest.missing, &newest.end) {
-                (Some(_), ..) => break newest,
-                (None, _, Some(Err(error))) => return Err(Arc::clone(error)),
+                (Some(snapshot), ..) if is_current(snapshot) => break newest,
+                (_, _, Some(Err(error))) => return Err(Arc::clone(error)),
                 (None, Some(_), _) if allow_missing => break newest,
                 (None, Some(error), _) => return Err(Arc::clone(error)),
-                (None, None, _) => {}
+                (Some(_), ..) => {
+                    subscription.task.watchers().awaits_poll = true;
+                    subscription.task.joined.notify_one();
+                }
+                _ => {}
             }
             if subscription.observations.changed().await.is_err() {
                 return Err(Arc::new(Error::Internal));
@@ -212,7 +231,7 @@ mod tests {
         credentials::{Auth, Identity, Token},
         pb::GetTaskDetailResponse,
         upstream::TaskQuery,
-        watch::{Snapshot, WatchedTask},
+        watch::WatchedTask,
     };
 
     /// A task without a poller, whose observations the test publishes.
@@ -253,6 +272,7 @@ mod tests {
                 value: HeaderValue::from_static("t"),
                 generation: 0,
                 identity: Identity::Server,
+                fragments: None,
             });
             let watcher = Watcher {
                 caller: Caller::Connection(1),

@@ -2,7 +2,13 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use tokio::{sync::Semaphore, task::JoinSet};
 
-use crate::support::{Program, Upstream, example, program::run, reply};
+use crate::support::{
+    Program, Upstream,
+    certificates::{Authority, Pair},
+    example,
+    program::run,
+    reply,
+};
 
 const README: &str = include_str!("../../README.md");
 
@@ -243,49 +249,157 @@ async fn health_exits_with_0_only_when_serving() {
     assert_eq!(codes, [0, 0, 1, 1]);
 }
 
-#[tokio::test]
-async fn every_test_id_of_the_sandbox_fails_as_documented() {
-    // Scenarios that affect later calls (throttling, the breaker, a locked key) or take long get a separate program.
-    let isolated = [
-        "throttle", "429", "50", "reset", "close", "cut", "garbage", "bad-", "token-", "flaky",
-        "dribble", "slow", "hang",
+type Variables<'a> = &'a [(&'a str, &'a str)];
+
+/// Exit code and output of `health` with the variables of a server.
+fn health_of(listen: &str, metrics_listen: &str, tls: Variables<'_>) -> (i32, String) {
+    let mut env = vec![
+        ("RDS_TASK_FACADE_LISTEN", listen),
+        ("RDS_TASK_FACADE_METRICS_LISTEN", metrics_listen),
+        // Not about the listener, so `health` does not read it.
+        ("RDS_TASK_FACADE_TIMEOUT", "nonsense"),
     ];
-    let shared = Arc::new(Program::sandboxed(&[
-        "--max-attempts",
-        "1",
-        "--attempt-timeout",
-        "500ms",
-    ]));
-    let at_once = Arc::new(Semaphore::new(16));
+    env.extend_from_slice(tls);
+    let (code, out, err) = run(&["health"], &env);
+    (code, out + &err)
+}
+
+#[tokio::test]
+async fn health_without_a_target_asks_the_server_with_the_same_variables() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let authority = Authority::new();
+    let ca = authority.write(folder.path(), "ca");
+    let (cert, key) = Pair::for_server(&authority, "facade").write(folder.path(), "server");
+    let (both_cert, both_key) = Pair::for_both(&authority, "facade").write(folder.path(), "both");
+    let tls = [
+        ("RDS_TASK_FACADE_TLS_CERT", cert.as_str()),
+        ("RDS_TASK_FACADE_TLS_KEY", key.as_str()),
+    ];
+    let both = [
+        ("RDS_TASK_FACADE_TLS_CERT", both_cert.as_str()),
+        ("RDS_TASK_FACADE_TLS_KEY", both_key.as_str()),
+    ];
+    let client_ca = [("RDS_TASK_FACADE_TLS_CLIENT_CA", ca.as_str())];
+    let mutual = [&tls[..], &client_ca].concat();
+    let mutual_both = [&both[..], &client_ca].concat();
+    // The address, the variables of TLS, whether `health` knows the metrics listener, and whether it can find out.
+    let cases: [(&str, Variables<'_>, bool, bool); 10] = [
+        ("127.0.0.1:0", &[], true, true),
+        ("0.0.0.0:0", &[], true, true),
+        ("[::]:0", &[], true, true),
+        ("[::1]:0", &[], true, true),
+        ("0.0.0.0:0", &tls, true, true),
+        ("[::]:0", &tls, false, true),
+        ("[::1]:0", &tls, false, true),
+        ("[::]:0", &mutual, true, true),
+        ("[::1]:0", &mutual_both, false, true),
+        ("127.0.0.1:0", &mutual, false, false),
+    ];
+    // Without a credential, health is NOT_SERVING.
+    let unready = [
+        "--credentials",
+        "metadata",
+        "--metadata-endpoint",
+        "http://127.0.0.1:1",
+    ];
+
+    for (listen, tls, metrics, found) in cases {
+        for (args, serving) in [(&[][..], true), (&unready, false)] {
+            let args = [&["--sandbox"], args].concat();
+            let program = Program::start_under(&[], listen, &args, tls);
+            let metrics_listen = match metrics {
+                true => program.admin.to_string(),
+                false => "off".to_owned(),
+            };
+
+            let (code, output) = health_of(&program.grpc.to_string(), &metrics_listen, tls);
+
+            let expected = match (found, serving) {
+                (false, _) => None,
+                (true, true) => Some("SERVING\n"),
+                (true, false) => Some("NOT_SERVING\n"),
+            };
+            let case = format!("{listen} {tls:?} {metrics} {serving}: {output}");
+            assert_eq!(code == 0, found && serving, "{case}");
+            match expected {
+                Some(expected) => assert_eq!(output, expected, "{case}"),
+                None => assert!(output.contains("check --cert and --key"), "{case}"),
+            }
+        }
+    }
+}
+
+#[test]
+fn health_without_a_target_reports_a_stopped_server_and_invalid_variables() {
+    let closed = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = closed.local_addr().expect("an address").to_string();
+    drop(closed);
+    let cases = [
+        (
+            health_of(&address, "off", &[]),
+            1,
+            "cannot connect to http://127.0.0.1:",
+        ),
+        (
+            health_of("localhost:1", "off", &[]),
+            2,
+            "RDS_TASK_FACADE_LISTEN: ",
+        ),
+        (
+            health_of(&address, "of", &[]),
+            2,
+            "RDS_TASK_FACADE_METRICS_LISTEN: ",
+        ),
+        (
+            health_of(
+                &address,
+                "off",
+                &[("RDS_TASK_FACADE_TLS_CERT", "/nonexistent")],
+            ),
+            2,
+            "RDS_TASK_FACADE_TLS_CERT: ",
+        ),
+    ];
+
+    for ((code, output), expected, part) in cases {
+        assert_eq!(code, expected, "{output}");
+        assert!(output.contains(part), "{output}");
+        assert_eq!(output.lines().count(), 1, "{output}");
+    }
+}
+
+#[tokio::test]
+async fn every_test_id_of_the_sandbox_has_its_documented_outcome_also_after_all_others() {
+    let program = Arc::new(Program::sandboxed(&[]));
+    let at_once = Arc::new(Semaphore::new(32));
     let mut calls = JoinSet::new();
-    for scenario in rds_task_facade::sandbox::SCENARIOS {
-        let (shared, at_once) = (Arc::clone(&shared), Arc::clone(&at_once));
-        calls.spawn(async move {
-            let _permit = at_once.acquire().await;
-            let program = if isolated
-                .iter()
-                .any(|part| scenario.instance_id.contains(part))
-            {
-                Arc::new(Program::sandboxed(&[]))
-            } else {
-                shared
-            };
-            let mut request = crate::support::example_request();
-            request.instance_id = scenario.instance_id.to_owned();
-            let got = match program.call(request).await {
-                Ok(_) => "OK".to_owned(),
-                Err(status) => {
-                    let failure = crate::support::Failure::from_status(&status);
-                    format!("{} / {}", upper_snake(failure.code), failure.reason)
-                }
-            };
-            (scenario.instance_id, scenario.grpc, got)
-        });
+    // Each id is called often enough to open a circuit and to use up a retry budget that calls share.
+    for round in 0..4 {
+        for scenario in rds_task_facade::sandbox::SCENARIOS {
+            let (program, at_once) = (Arc::clone(&program), Arc::clone(&at_once));
+            calls.spawn(async move {
+                let _permit = at_once.acquire().await;
+                let mut request = crate::support::example_request();
+                request.instance_id = scenario.instance_id.to_owned();
+                request.workflow_id = format!("round-{round}");
+                let got = match program.call(request).await {
+                    Ok(_) => "OK".to_owned(),
+                    Err(status) => {
+                        let failure = crate::support::Failure::from_status(&status);
+                        format!("{} / {}", upper_snake(failure.code), failure.reason)
+                    }
+                };
+                (round, scenario.instance_id, scenario.grpc, got)
+            });
+        }
     }
     let mut results = calls.join_all().await;
 
-    results.retain(|(_, documented, got)| documented != got);
-    assert!(results.is_empty(), "(id, documented, got): {results:#?}");
+    results.retain(|(_, _, documented, got)| documented != got);
+    assert!(
+        results.is_empty(),
+        "(round, id, documented, got): {results:#?}"
+    );
 }
 
 fn upper_snake(code: tonic::Code) -> String {

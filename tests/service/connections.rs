@@ -3,12 +3,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::{io::AsyncReadExt as _, net::TcpStream};
+use rds_task_facade::pb::GetTaskDetailRequest;
+use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
+use tokio::{io::AsyncReadExt as _, net::TcpStream, task::JoinSet};
 use tonic::Code;
 
-use crate::support::{Connection, Program, Step, Upstream, eventually, example_request, within};
-
-const REFUSED: &str = "grpc_server_connections_refused_total";
+use crate::support::{
+    Connection, Failure, Gate, Program, Step, Upstream, eventually, example, example_request,
+    gated_example, numbered, within,
+};
 
 /// The CPU time that all threads of the program have used so far.
 fn processor_time(program: &Program) -> Duration {
@@ -68,42 +71,146 @@ async fn an_idle_program_with_open_connections_uses_less_than_a_thousandth_of_a_
     );
 }
 
-#[tokio::test]
-async fn without_descriptors_the_program_pauses_keeps_its_connections_and_recovers() {
-    let shell = ["/bin/sh", "-c", "ulimit -n 40 && exec \"$@\"", "sh"];
-    let program = Program::start_under(&shell, "127.0.0.1:0", &["--sandbox"], &[]);
-    let mut client = program.client().await;
-    client
-        .get_task_detail(example_request())
-        .await
-        .expect("before");
+/// Starts the program with this limit of open descriptors, set by a command of the shell.
+fn with_descriptors(ulimit: &str, args: &[&str]) -> Program {
+    let command = format!("ulimit {ulimit} && exec \"$@\"");
+    let shell = ["/bin/sh", "-c", &command, "sh"];
+    let token = [("RDS_TASK_FACADE_TOKEN", "token")];
+    Program::start_under(&shell, "127.0.0.1:0", args, &token)
+}
 
-    let mut crowd = Vec::new();
-    for _ in 0..60 {
-        crowd.push(
-            TcpStream::connect(program.grpc)
-                .await
-                .expect("the queue takes it"),
-        );
+#[tokio::test]
+async fn the_soft_limit_of_descriptors_is_raised_to_the_hard_one() {
+    let limit = getrlimit(Resource::Nofile);
+    let hard = limit.maximum.expect("Linux limits it") as f64;
+    let program = with_descriptors("-S -n 100", &["--sandbox", "--max-in-flight", "100"]);
+
+    assert_eq!(program.metric("process_max_fds").await, hard);
+    let warned = |line: &String| line.contains("descriptors");
+    assert!(!program.logs().iter().any(warned), "{:?}", program.logs());
+}
+
+#[tokio::test]
+async fn idle_connections_leave_descriptors_for_calls_and_probes() {
+    let gate = Gate::default();
+    let upstream = Upstream::always(gated_example(&gate)).await;
+    let source = ["--credentials", "token", "--endpoint", &upstream.url()].map(str::to_owned);
+    let args: Vec<_> = source.iter().map(String::as_str).collect();
+    let program = with_descriptors("-n 128", &args);
+    let mut client = program.client().await;
+    let mut idle = Vec::new();
+    for _ in 0..200 {
+        let socket = TcpStream::connect(program.grpc).await;
+        idle.push(socket.expect("the queue takes it"));
     }
-    program.wait_for_log(|line| line["level"] == "ERROR");
+    eventually("more than half are refused", async || {
+        program.refused("limit").await > 100.0
+    })
+    .await;
+
+    // Each needs an upstream connection, and the limit of descriptors allows no more.
+    let mut calls = JoinSet::new();
+    let allowed = fitted(&program, "max_in_flight");
+    for number in 0..allowed {
+        let mut client = client.clone();
+        let request = numbered(number);
+        calls.spawn(async move { client.get_task_detail(request).await });
+    }
+    upstream.wait_for_requests(allowed).await;
+    let beyond = client.get_task_detail(numbered(allowed)).await;
+    let live = program.admin("/livez").await.0;
     let before = processor_time(&program);
-    tokio::time::sleep(Duration::from_secs(2)).await;
-    let used = processor_time(&program) - before;
-    // This call uses the upstream connection of the first call.
-    let meanwhile = client.get_task_detail(example_request()).await;
-    drop(crowd);
+    let started = Instant::now();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let used = (processor_time(&program) - before).as_secs_f64() / started.elapsed().as_secs_f64();
+    gate.open();
+    let ended = calls.join_all().await;
+    drop(idle);
     eventually("served again", async || is_served(&program).await).await;
 
-    println!("out of descriptors: {used:?} of processor time in 2 s");
-    assert!(used < Duration::from_millis(100), "{used:?}");
-    assert!(meanwhile.is_ok(), "{meanwhile:?}");
-    let errors = program
-        .logs()
-        .iter()
-        .filter(|line| line.contains("\"ERROR\""))
-        .count();
-    assert_eq!(errors, 1, "one line per minute");
+    let beyond = Failure::from_status(&beyond.expect_err("no descriptor is left"));
+    assert_eq!(
+        beyond.code_and_reason(),
+        (Code::ResourceExhausted, "OVERLOADED")
+    );
+    assert_eq!(live, 200);
+    assert!(ended.iter().all(Result::is_ok), "{ended:?}");
+    assert!(used < 0.05, "{used} of a core");
+    assert_eq!(fitted(&program, "limit"), 128);
+    assert!(fitted(&program, "needed") > 3048);
+    assert!(!program.logs().iter().any(|line| line.contains("\"ERROR\"")));
+}
+
+/// A number in the warning about the limit of descriptors.
+fn fitted(program: &Program, field: &str) -> usize {
+    let warning = program.wait_for_log(|line| line["needed"].is_number());
+    warning[field].as_u64().expect("a number") as usize
+}
+
+#[tokio::test]
+async fn a_lack_of_descriptors_is_overload_and_does_not_count_against_upstream() {
+    let upstream = Upstream::always(example()).await;
+    let by_name = upstream.url().replace("127.0.0.1", "localhost");
+    for url in [upstream.url(), by_name] {
+        let program = Program::over(&url, &[]);
+        let mut client = program.client().await;
+        // The connection has been accepted, and none to upstream is open.
+        let empty = client.get_task_detail(GetTaskDetailRequest::default());
+        assert_eq!(
+            empty.await.expect_err("no ids").code(),
+            Code::InvalidArgument
+        );
+        let lacking = DescriptorLimit::of(&program);
+        lacking.exhaust();
+
+        let mut seen = Vec::new();
+        for number in 0..50 {
+            let status = client.get_task_detail(numbered(number)).await;
+            seen.push(Failure::from_status(
+                &status.expect_err("no descriptor is left"),
+            ));
+        }
+        lacking.reset();
+        let after = client.get_task_detail(numbered(50)).await;
+
+        for failure in seen {
+            assert_eq!(
+                failure.code_and_reason(),
+                (Code::ResourceExhausted, "OVERLOADED"),
+                "{url}"
+            );
+            assert!(failure.retry_delay.is_some(), "{failure:?}");
+        }
+        assert!(after.is_ok(), "{url}: {after:?}");
+    }
+}
+
+/// Changes the limit of descriptors of a running program.
+struct DescriptorLimit(Pid, Rlimit);
+
+impl DescriptorLimit {
+    fn of(program: &Program) -> Self {
+        let pid = i32::try_from(program.pid()).expect("a pid");
+        let pid = Pid::from_raw(pid).expect("a pid");
+        let limit = getrlimit(Resource::Nofile);
+        Self(pid, limit)
+    }
+
+    /// Lets the program open nothing: each new descriptor has a number from three on, because standard input and output are open.
+    fn exhaust(&self) {
+        self.put(Rlimit {
+            current: Some(3),
+            ..self.1
+        });
+    }
+
+    fn reset(&self) {
+        self.put(self.1);
+    }
+
+    fn put(&self, limit: Rlimit) {
+        prlimit(Some(self.0), Resource::Nofile, limit).expect("a child of this process");
+    }
 }
 
 #[tokio::test]
@@ -129,7 +236,7 @@ async fn connections_beyond_the_limit_are_refused_and_the_others_keep_working() 
         assert!(!matches!(read, Ok(1..)));
     }
     let within_limit = first.get_task_detail(example_request()).await;
-    let refused = program.metric(REFUSED).await;
+    let refused = program.refused("limit").await;
     drop(others);
     eventually("a closed connection makes room", async || {
         is_served(&program).await

@@ -8,19 +8,13 @@ use tonic::{Code, Request};
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus};
 
 use crate::support::{
-    Connection, Failure, Program, Step, Upstream, eventually, example, example_request,
+    Connection, Failure, Program, Step, Upstream, eventually, example, example_request, numbered,
+    program::run,
     raw::{framed, headers},
     reply,
 };
 
 const SAMPLES: usize = 60;
-
-/// A request with a distinct workflow id, so that calls are not coalesced.
-fn numbered(number: usize) -> rds_task_facade::pb::GetTaskDetailRequest {
-    let mut request = example_request();
-    request.workflow_id = format!("w-{number}");
-    request
-}
 
 /// Asserts that the first quartile of the samples is within `limit` plus four round trips of the same run. The other samples do not
 /// count, because a busy machine can pause this process or the program for longer than any limit.
@@ -319,7 +313,8 @@ async fn oversized_metadata_gets_431_and_no_metadata_of_the_caller_reaches_upstr
     let program = Program::over(&upstream.url(), &[]);
     let connection = Connection::open(program.grpc).await;
     let mut many = headers();
-    for number in 0..1000 {
+    // Over 64 KiB, as HTTP/2 counts it.
+    for number in 0..2000 {
         many = many.header(format!("k-{number}"), "v");
     }
     let some = headers()
@@ -384,4 +379,53 @@ async fn hostile_ids_and_trace_headers_neither_fail_the_call_nor_forge_a_log_lin
             "{line}"
         );
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_of_31_kib_reaches_upstream_from_every_client() {
+    let upstream = Upstream::always(example()).await;
+    let url = upstream.url();
+    let program = Program::start(&["--endpoint", &url], &[]);
+    let token = "t".repeat(31 << 10);
+    // What a mesh adds.
+    let traceparent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+    let metadata = [("x-auth-token", &*token), ("traceparent", traceparent)];
+    let repeated = [("x-auth-token", &token[..10 << 10])].repeat(2);
+
+    let called = program.call_with(example_request(), &metadata).await;
+    let target = format!("http://{}", program.grpc);
+    let args = ["call", "--target", &target];
+    let environment = [("RDS_TASK_FACADE_TOKEN", &*token)];
+    let printed = run(&args, &environment);
+
+    let rejected = program.call_with(example_request(), &repeated).await;
+
+    called.expect("a reply");
+    let rejected = Failure::from_status(&rejected.expect_err("two tokens"));
+    assert_eq!(rejected.reason, "CREDENTIAL_REJECTED");
+    assert_eq!(printed.0, 0, "{}", printed.2);
+    for request in upstream.requests() {
+        assert_eq!(request.header("x-auth-token"), Some(&*token));
+    }
+    assert_eq!(upstream.requests().len(), 2);
+}
+
+#[tokio::test]
+async fn metadata_over_32_kib_is_logged_and_counted_with_its_reason() {
+    let upstream = Upstream::always(example()).await;
+    let program = Program::over(&upstream.url(), &[]);
+    let long = "v".repeat(33 << 10);
+    let metadata = [("x-request-id", "long"), ("x-long", &*long)];
+
+    let status = program.call_with(example_request(), &metadata).await;
+
+    let failure = Failure::from_status(&status.expect_err("over the limit"));
+    assert_eq!(
+        failure.code_and_reason(),
+        (Code::ResourceExhausted, "INVALID_REQUEST")
+    );
+    let line = program.access_line("long");
+    assert_eq!(line["reason"], "INVALID_REQUEST", "{line}");
+    assert_eq!(program.handled("ResourceExhausted").await, 1.0);
+    assert!(upstream.requests().is_empty());
 }

@@ -80,6 +80,22 @@ async fn the_second_signal_ends_the_program_at_once_with_a_failure_exit_code() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn other_signals_do_not_end_the_program() {
+    let mut program = Program::sandboxed(&[]);
+
+    for signal in ["USR1", "USR2", "HUP", "HUP"] {
+        program.signal(signal);
+    }
+    program.wait_for_log(|line| line["msg"] == "SIGHUP: reading certificates and secrets again");
+    let served = program.call(example_request()).await;
+    program.signal("TERM");
+    let ended = program.wait();
+
+    assert!(served.is_ok(), "{served:?}");
+    assert_eq!(ended.code(), Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn during_the_drain_delay_calls_are_served_and_health_and_readyz_report_not_serving() {
     let program = Program::sandboxed(&["--drain-delay", "60s"]);
     let mut client = program.client().await;

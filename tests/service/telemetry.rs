@@ -1,7 +1,7 @@
 use serde_json::{Value, json};
 
 use crate::support::{
-    Connection, Program, Step, Upstream, example_request,
+    Connection, Program, Step, Upstream, example, example_request,
     program::run,
     raw::{framed, headers},
     reply,
@@ -215,5 +215,44 @@ async fn the_start_line_contains_version_addresses_and_settings() {
     ];
     for setting in settings {
         assert!(config.contains(setting), "{setting}: {config}");
+    }
+}
+
+#[tokio::test]
+async fn a_sampling_decision_without_ids_begins_a_trace_that_obeys_it() {
+    let upstream = Upstream::always(example()).await;
+    let args = [
+        "--endpoint",
+        &upstream.url(),
+        "--credentials",
+        "token",
+        "--propagate-trace-upstream",
+        "true",
+    ];
+    // No collector listens there: the decision is visible in the trace context that upstream receives.
+    let env = [
+        ("RDS_TASK_FACADE_TOKEN", "token"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1"),
+    ];
+    let program = Program::start(&args, &env);
+    let cases = [
+        ("b3", "0", "00"),
+        ("b3", "d", "01"),
+        ("b3", "1", "01"),
+        ("x-b3-sampled", "0", "00"),
+        ("x-b3-sampled", "true", "01"),
+        ("x-b3-flags", "1", "01"),
+    ];
+
+    for (name, value, flags) in cases {
+        let result = program.call_with(example_request(), &[(name, value)]).await;
+
+        assert!(result.is_ok(), "{name}: {value}: {result:?}");
+        let request = upstream.requests().pop().expect("a request");
+        let traceparent = request.header("traceparent").expect("a trace context");
+        assert!(
+            traceparent.ends_with(&format!("-{flags}")),
+            "{name}: {value}: {traceparent}"
+        );
     }
 }

@@ -14,15 +14,13 @@ use tokio_rustls::TlsAcceptor;
 use tonic::Code;
 
 use crate::support::{
-    Gate, Program, Step, Upstream,
+    Gate, Program, Sandbox, Step, Upstream,
     certificates::{Authority, Pair, client},
-    example, example_request, gated_example,
+    eventually, example, example_request, gated_example,
     program::run,
     tls::{call, connect},
     within,
 };
-
-const REFUSED: &str = "grpc_server_connections_refused_total";
 
 /// A client's hello in TLS 1.1, with two ciphers of its time.
 const HELLO_OF_TLS_1_1: &[u8] = &[
@@ -171,7 +169,7 @@ async fn unauthorized_clients_are_rejected_and_the_next_client_is_served() {
             Some(Code::Ok),
             "after {case}"
         );
-        assert_eq!(program.metric(REFUSED).await, (number + 1) as f64, "{case}");
+        assert_eq!(program.refused("tls").await, (number + 1) as f64, "{case}");
     }
     for (case, bytes) in [
         ("TLS 1.1", HELLO_OF_TLS_1_1),
@@ -188,7 +186,51 @@ async fn unauthorized_clients_are_rejected_and_the_next_client_is_served() {
         assert_eq!(received.len(), 7, "{case}: {received:?}");
         assert_eq!(call(program.grpc, good.clone()).await, Some(Code::Ok));
     }
-    assert_eq!(program.metric(REFUSED).await, 7.0);
+    assert_eq!(program.refused("tls").await, 7.0);
+}
+
+#[tokio::test]
+async fn tcp_checks_do_not_hide_clients_that_are_refused() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let authority = Authority::new();
+    let (program, _) = mutual(folder.path(), &authority);
+    let pair = Pair::for_client(&authority);
+    let mut no_protocol = (*client(&authority, Some(&pair))).clone();
+    no_protocol.alpn_protocols.clear();
+    let no_protocol = Arc::new(no_protocol);
+
+    for number in 0..50 {
+        let mut check = TcpStream::connect(program.grpc).await.expect("it listens");
+        // A check closes the connection, resets it, or first sends a part of a record.
+        match number % 3 {
+            0 => {}
+            1 => check.set_zero_linger().expect("a TCP option"),
+            _ => check
+                .write_all(&HELLO_OF_TLS_1_1[..3])
+                .await
+                .expect("it reads"),
+        }
+    }
+    eventually("all checks are counted", async || {
+        program.refused("closed").await == 50.0
+    })
+    .await;
+    for _ in 0..20 {
+        assert_eq!(call(program.grpc, no_protocol.clone()).await, None);
+    }
+    assert_eq!(call(program.grpc, client(&authority, None)).await, None);
+
+    let message = |line: &serde_json::Value, text: &str| {
+        line["level"] == "WARN" && line["msg"].as_str().is_some_and(|msg| msg.contains(text))
+    };
+    program.wait_for_log(|line| message(line, "ALPN"));
+    program.wait_for_log(|line| message(line, "no certificate"));
+    assert_eq!(program.refused("alpn").await, 20.0);
+    assert_eq!(program.refused("tls").await, 1.0);
+    let logs = program.logs();
+    let failed = logs.iter().filter(|line| line.contains("handshake failed"));
+    // The limit of lines of one kind, and the other kind.
+    assert_eq!(failed.count(), 6, "{logs:#?}");
 }
 
 #[tokio::test]
@@ -234,6 +276,35 @@ async fn changed_certificates_are_used_without_a_failed_call_and_invalid_ones_ar
         assert_eq!(status.code(), Code::Ok);
     }
     assert_eq!(with_current, Some(Code::Ok));
+}
+
+#[tokio::test]
+async fn an_expired_certificate_is_a_warning_at_the_start_and_never_replaces_a_valid_one() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let authority = Authority::new();
+    let expired = Pair::expired_of_server(&authority, "localhost");
+    let (cert, key) = expired.write(folder.path(), "server");
+    let upstream = Upstream::always(example()).await;
+    let start = || Program::patient(&upstream.url(), &["--tls-cert", &cert, "--tls-key", &key]);
+
+    let program = start();
+    let warning = program.wait_for_log(|line| line["level"] == "WARN");
+    let error = warning["error"].as_str().unwrap_or_default();
+    assert!(
+        error.ends_with("server.pem: the certificate has expired; replace it"),
+        "{warning}"
+    );
+    drop(program);
+
+    Pair::for_server(&authority, "localhost").write(folder.path(), "server");
+    let program = start();
+    expired.write(folder.path(), "server");
+    program.signal("HUP");
+    let rejected = program.wait_for_log(|line| line["level"] == "ERROR");
+    let served = call(program.grpc, client(&authority, None)).await;
+
+    assert_eq!(rejected["error"], warning["error"]);
+    assert_eq!(served, Some(Code::Ok));
 }
 
 #[tokio::test]
@@ -286,6 +357,9 @@ async fn the_configured_proxy_is_used_and_its_error_is_upstream_connect() {
     let pair = Pair::for_server(&authority, "localhost");
     let upstream = Upstream::always_over_tls(pair.server(), example()).await;
     let endpoint = upstream.url();
+    let password = folder.path().join("password");
+    fs::write(&password, "hunter2\n").expect("a file");
+    let password = password.display().to_string();
     let cases = [
         ("HTTP/1.1 200 OK\r\n\r\n", true),
         ("HTTP/1.1 403 Forbidden\r\ncontent-length: 0\r\n\r\n", false),
@@ -307,28 +381,25 @@ async fn the_configured_proxy_is_used_and_its_error_is_upstream_connect() {
             Step::Close
         };
         let proxy = Upstream::always(vec![Step::Send(reply.into()), after]).await;
-        let url = format!("http://user:proxy-password@{}", proxy.address);
-        let program = Program::over(
-            &endpoint,
-            &[
-                "--upstream-ca",
-                &ca,
-                "--upstream-proxy",
-                &url,
-                "--max-attempts",
-                "1",
-            ],
-        );
+        // The password comes from a file or from the URL.
+        let inline = if good { "" } else { ":hunter2" };
+        let url = format!("http://user{inline}@{}", proxy.address);
+        let mut args = vec!["--upstream-ca", &ca, "--upstream-proxy", &url];
+        args.extend_from_slice(&["--max-attempts", "1"]);
+        if good {
+            args.extend_from_slice(&["--upstream-proxy-password-file", &password]);
+        }
+        let program = Program::over(&endpoint, &args);
 
         let result = program.call(example_request()).await;
 
         let request = &proxy.requests()[0];
         let target = format!("CONNECT localhost:{} HTTP/1.1", upstream.address.port());
         assert_eq!(request.line, target, "{reply}");
-        // "user:proxy-password" in base 64.
+        // "user:hunter2" in base 64.
         assert_eq!(
             request.header("proxy-authorization"),
-            Some("Basic dXNlcjpwcm94eS1wYXNzd29yZA=="),
+            Some("Basic dXNlcjpodW50ZXIy"),
             "{reply}"
         );
         match result {
@@ -341,7 +412,7 @@ async fn the_configured_proxy_is_used_and_its_error_is_upstream_connect() {
             }
         }
         let log = program.logs().join("\n");
-        assert!(!log.contains("proxy-password"), "{log}");
+        assert!(!log.contains("hunter2"), "{log}");
     }
 }
 
@@ -369,4 +440,54 @@ async fn proxy_variables_of_the_environment_are_ignored() {
 
     assert!(result.is_ok(), "{result:?}");
     assert_eq!(elsewhere.connections().opened, 0);
+}
+
+/// At a limit on processes the system refuses new threads, so a running program must not need one.
+#[tokio::test(flavor = "multi_thread")]
+async fn certificates_and_tokens_are_replaced_without_a_new_thread() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let authorities = [(); 3].map(|()| Authority::new());
+    let rotate =
+        |authority| Pair::for_server(authority, "localhost").write(folder.path(), "server");
+    let (cert, key) = rotate(&authorities[0]);
+    let password = folder.path().join("password");
+    fs::write(&password, "sandbox-password").expect("a file");
+    let password = password.display().to_string();
+    let sandbox = Sandbox::start();
+    let url = sandbox.url();
+    let args = [
+        ["--endpoint", &url],
+        ["--credentials", "iam"],
+        ["--iam-endpoint", &url],
+        ["--iam-user", "sandbox-user"],
+        ["--iam-domain", "sandbox-domain"],
+        ["--iam-password-file", &password],
+        ["--iam-project", "0483b6b16e954cb88930a360d2c4e663"],
+        ["--tls-cert", &cert],
+        ["--tls-key", &key],
+    ];
+    let env = [("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")];
+    let program = Program::start(args.as_flattened(), &env);
+    let threads = || {
+        let tasks = format!("/proc/{}/task", program.pid());
+        fs::read_dir(tasks).expect("a running process").count()
+    };
+    let served = async |authority| {
+        eventually("a call with the new certificate", async || {
+            Box::pin(call(program.grpc, client(authority, None))).await == Some(Code::Ok)
+        })
+        .await;
+    };
+    served(&authorities[0]).await;
+
+    let before = threads();
+    for authority in &authorities[1..] {
+        rotate(authority);
+        program.signal("HUP");
+        sandbox.set("revoke-tokens").await;
+        served(authority).await;
+        assert_eq!(threads(), before);
+    }
+
+    assert!(sandbox.count("token_requests").await >= 2);
 }

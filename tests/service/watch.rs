@@ -48,6 +48,45 @@ fn unknown() -> Vec<Step> {
     reply(404, &[], UNKNOWN_TASK)
 }
 
+/// An upstream that sends each reply when the test allows it, because a watch may skip states that follow each other quickly.
+struct Steps {
+    upstream: Upstream,
+    gates: Vec<Gate>,
+}
+
+impl Steps {
+    async fn new(replies: Vec<Vec<Step>>) -> Self {
+        let gates: Vec<Gate> = replies.iter().map(|_| Gate::default()).collect();
+        let gated = gates.iter().zip(replies);
+        let gated = gated.map(|(gate, reply)| [vec![Step::WaitFor(gate.clone())], reply].concat());
+        Self {
+            upstream: sequence(gated.collect()).await,
+            gates,
+        }
+    }
+
+    /// Allows the first replies, this many in all.
+    fn allow(&self, count: usize) {
+        self.gates[..count].iter().for_each(Gate::open);
+    }
+
+    /// Allows replies up to each of these numbers, and expects the text of the message that follows.
+    async fn expect(
+        &self,
+        stream: &mut Streaming<WatchTaskDetailResponse>,
+        expected: &[(usize, &str)],
+    ) -> Vec<WatchTaskDetailResponse> {
+        let mut messages = Vec::new();
+        for (count, text) in expected {
+            self.allow(*count);
+            let message = next(stream).await.expect("open").expect("a message");
+            assert_eq!(texts(std::slice::from_ref(&message)), [*text]);
+            messages.push(message);
+        }
+        messages
+    }
+}
+
 /// An upstream that replies with one element after the other, and then with the last one again.
 async fn sequence(replies: Vec<Vec<Step>>) -> Upstream {
     Upstream::start(move |request| {
@@ -63,7 +102,7 @@ impl Program {
         request: impl tonic::IntoRequest<WatchTaskDetailRequest>,
     ) -> Result<Streaming<WatchTaskDetailResponse>, Status> {
         let mut client = self.client().await;
-        let stream = within("the first answer", client.watch_task_detail(request)).await;
+        let stream = within("the first reply", client.watch_task_detail(request)).await;
         stream.map(tonic::Response::into_inner)
     }
 
@@ -112,7 +151,7 @@ fn texts(messages: &[WatchTaskDetailResponse]) -> Vec<String> {
 
 #[tokio::test]
 async fn a_watch_sends_each_state_and_ends_with_the_task() {
-    let upstream = sequence(vec![
+    let steps = Steps::new(vec![
         task("Pending", ""),
         task("Running", "10"),
         task("Running", "10"),
@@ -120,20 +159,23 @@ async fn a_watch_sends_each_state_and_ends_with_the_task() {
         task("Completed", ""),
     ])
     .await;
-    let program = Program::over(&upstream.url(), &FAST);
+    let program = Program::patient(&steps.upstream.url(), &FAST);
     let mut request = Request::new(watch_request());
     request
         .metadata_mut()
         .insert("x-request-id", "the-watch".parse().expect("ASCII"));
 
-    let mut stream = program.watch(request).await.expect("a first answer");
-    let (messages, end) = messages(&mut stream).await;
+    steps.allow(1);
+    let mut stream = program.watch(request).await.expect("a first reply");
+    let expected = [
+        (1, "Pending "),
+        (2, "Running 10"),
+        (4, "Running 70%"),
+        (5, "Completed "),
+    ];
+    let messages = steps.expect(&mut stream, &expected).await;
 
-    end.expect("the task is over");
-    assert_eq!(
-        texts(&messages),
-        ["Pending ", "Running 10", "Running 70%", "Completed "]
-    );
+    assert_eq!(next(&mut stream).await.expect("the task is over"), None);
     let last = messages.last().expect("messages");
     let last_task = last.task.as_ref().expect("the task");
     assert_eq!(last_task.state(), TaskState::Succeeded);
@@ -141,7 +183,7 @@ async fn a_watch_sends_each_state_and_ends_with_the_task() {
     let etags: std::collections::HashSet<_> = messages.iter().map(|m| &m.etag).collect();
     assert_eq!(etags.len(), 4, "each state has an etag of its own");
     assert_eq!(last.etag.len(), 32);
-    assert_eq!(upstream.requests().len(), 5);
+    assert_eq!(steps.upstream.requests().len(), 5);
     let line = program.access_line("the-watch");
     assert_eq!(line["grpc_code"], "OK");
     assert_eq!(line["messages"], 4);
@@ -167,13 +209,16 @@ async fn failed_and_canceled_tasks_end_with_ok_and_unknown_words_never_end() {
         (" canceled", TaskState::Canceled),
         ("CANCELLED", TaskState::Canceled),
     ] {
-        let upstream = sequence(vec![task("Odd", "1"), task("", "2"), task(status, "3")]).await;
-        let program = Program::over(&upstream.url(), &FAST);
+        let steps = Steps::new(vec![task("Odd", "1"), task("", "2"), task(status, "3")]).await;
+        let program = Program::patient(&steps.upstream.url(), &FAST);
 
-        let mut stream = program.watch(watch_request()).await.expect("an answer");
-        let (messages, end) = messages(&mut stream).await;
+        steps.allow(1);
+        let mut stream = program.watch(watch_request()).await.expect("a reply");
+        let last = format!("{status} 3");
+        let allowed = [(1, "Odd 1"), (2, " 2"), (3, last.as_str())];
+        let messages = steps.expect(&mut stream, &allowed).await;
 
-        end.expect("the task is over");
+        assert_eq!(next(&mut stream).await.expect("the task is over"), None);
         let states: Vec<TaskState> = messages
             .iter()
             .map(|message| message.task.as_ref().expect("a task").state())
@@ -196,7 +241,7 @@ async fn sixty_watchers_of_a_task_cost_the_upstream_calls_of_one() {
             let mut client = client.clone();
             watches.spawn(async move {
                 let stream = client.watch_task_detail(watch_request()).await;
-                let mut stream = stream.expect("an answer").into_inner();
+                let mut stream = stream.expect("a reply").into_inner();
                 messages(&mut stream).await
             });
         }
@@ -288,15 +333,15 @@ async fn violations_are_reported_together_and_before_any_poll() {
 async fn a_resumed_watch_sends_the_task_only_if_it_has_changed_or_is_over() {
     let upstream = sequence(vec![task("Running", "1")]).await;
     let program = Program::over(&upstream.url(), &FAST);
-    let mut first = program.watch(watch_request()).await.expect("an answer");
+    let mut first = program.watch(watch_request()).await.expect("a reply");
     let seen = next(&mut first).await.expect("open").expect("a message");
     let resume = |etag: &str| WatchTaskDetailRequest {
         etag: etag.to_owned(),
         ..watch_request()
     };
 
-    let mut unchanged = program.watch(resume(&seen.etag)).await.expect("an answer");
-    let mut changed = program.watch(resume("00ff")).await.expect("an answer");
+    let mut unchanged = program.watch(resume(&seen.etag)).await.expect("a reply");
+    let mut changed = program.watch(resume("00ff")).await.expect("a reply");
 
     let unchanged = next(&mut unchanged)
         .await
@@ -311,45 +356,98 @@ async fn a_resumed_watch_sends_the_task_only_if_it_has_changed_or_is_over() {
 
     let upstream = sequence(vec![task("Completed", "")]).await;
     let program = Program::over(&upstream.url(), &FAST);
-    let mut over = program.watch(watch_request()).await.expect("an answer");
+    let mut over = program.watch(watch_request()).await.expect("a reply");
     let (seen, end) = messages(&mut over).await;
     end.expect("over");
-    let mut again = program
-        .watch(resume(&seen[0].etag))
-        .await
-        .expect("an answer");
+    let mut again = program.watch(resume(&seen[0].etag)).await.expect("a reply");
     let (again, end) = messages(&mut again).await;
     end.expect("over");
     assert_eq!(texts(&again), ["Completed "]);
 }
 
 #[tokio::test]
+async fn a_resumed_watch_gets_no_state_that_may_be_older_than_the_one_it_knows() {
+    let state = std::sync::Arc::new(Mutex::new(task("Running", "1")));
+    let current = std::sync::Arc::clone(&state);
+    let upstream = Upstream::start(move |_| current.lock().expect("no panic").clone()).await;
+    let set = |next| *state.lock().expect("no panic") = next;
+    // The first poll uses the cached reply to the unary call.
+    let flags = ["--watch-interval", "1s", "--cache-ttl", "1h"];
+    let program = Program::over(&upstream.url(), &flags);
+    program.call(example_request()).await.expect("a reply");
+    set(task("Running", "2"));
+    let other_instance = Program::over(&upstream.url(), &FAST);
+    let mut other = other_instance
+        .watch(watch_request())
+        .await
+        .expect("an answer");
+    let newest = next(&mut other).await.expect("open").expect("a message");
+    let _first = program.watch(watch_request()).await.expect("an answer");
+    let resumed = WatchTaskDetailRequest {
+        etag: newest.etag.clone(),
+        ..watch_request()
+    };
+
+    let mut stream = program.watch(resumed).await.expect("an answer");
+    let first = next(&mut stream).await.expect("open").expect("a message");
+    set(task("Completed", ""));
+    let (rest, end) = messages(&mut stream).await;
+
+    end.expect("the task is over");
+    assert_eq!(texts(&[newest]), ["Running 2"]);
+    assert_eq!(texts(&[first]), ["unchanged"]);
+    assert_eq!(texts(&rest), ["Completed "]);
+}
+
+#[tokio::test]
+async fn a_resumed_watch_whose_state_this_instance_has_replaced_needs_no_poll() {
+    let gate = Gate::default();
+    let held = vec![Step::WaitFor(gate)];
+    let upstream = sequence(vec![task("Running", "1"), task("Running", "2"), held]).await;
+    let program = Program::over(&upstream.url(), &FAST);
+    let mut first = program.watch(watch_request()).await.expect("an answer");
+    let former = next(&mut first).await.expect("open").expect("a message");
+    let newest = next(&mut first).await.expect("open").expect("a message");
+    let resumed = WatchTaskDetailRequest {
+        etag: former.etag,
+        ..watch_request()
+    };
+
+    let mut stream = program.watch(resumed).await.expect("an answer");
+    let message = next(&mut stream).await.expect("open").expect("a message");
+
+    assert_eq!(texts(&[newest]), ["Running 2"]);
+    assert_eq!(texts(&[message]), ["Running 2"]);
+}
+
+#[tokio::test]
 async fn a_task_that_rds_does_not_know_yet_is_awaited_on_request() {
-    let upstream = sequence(vec![
+    let steps = Steps::new(vec![
         unknown(),
         unknown(),
         task("Running", "1"),
         task("Completed", ""),
     ])
     .await;
-    let program = Program::over(&upstream.url(), &FAST);
+    let program = Program::patient(&steps.upstream.url(), &FAST);
     let patient = WatchTaskDetailRequest {
         allow_missing: true,
         ..watch_request()
     };
 
-    let mut stream = program.watch(patient).await.expect("an answer");
-    let (messages, end) = messages(&mut stream).await;
+    steps.allow(1);
+    let mut stream = program.watch(patient).await.expect("a reply");
+    let expected = [(1, "unchanged"), (3, "Running 1"), (4, "Completed ")];
+    let messages = steps.expect(&mut stream, &expected).await;
 
-    end.expect("the task is over");
-    assert_eq!(texts(&messages), ["unchanged", "Running 1", "Completed "]);
+    assert_eq!(next(&mut stream).await.expect("the task is over"), None);
     assert_eq!(messages[0].etag, "");
     assert!(messages[0].check_time.is_some());
 }
 
 #[tokio::test]
 async fn a_task_that_vanishes_ends_the_watch_when_rds_says_so_twice() {
-    let upstream = sequence(vec![
+    let steps = Steps::new(vec![
         task("Running", "1"),
         unknown(),
         task("Running", "2"),
@@ -357,23 +455,26 @@ async fn a_task_that_vanishes_ends_the_watch_when_rds_says_so_twice() {
         unknown(),
     ])
     .await;
-    let program = Program::over(&upstream.url(), &FAST);
+    let program = Program::patient(&steps.upstream.url(), &FAST);
 
-    let mut stream = program.watch(watch_request()).await.expect("an answer");
-    let (messages, end) = messages(&mut stream).await;
+    steps.allow(1);
+    let mut stream = program.watch(watch_request()).await.expect("a reply");
+    let expected = [(1, "Running 1"), (3, "Running 2")];
+    steps.expect(&mut stream, &expected).await;
+    steps.allow(5);
+    let end = next(&mut stream).await.expect_err("the task is gone");
 
-    let failure = Failure::from_status(&end.expect_err("the task is gone"));
+    let failure = Failure::from_status(&end);
     assert_eq!(
         failure.code_and_reason(),
         (Code::NotFound, "TASK_NOT_FOUND")
     );
-    assert_eq!(texts(&messages), ["Running 1", "Running 2"]);
-    assert_eq!(upstream.requests().len(), 5);
+    assert_eq!(steps.upstream.requests().len(), 5);
 }
 
 #[tokio::test]
 async fn transient_errors_keep_the_stream_open() {
-    let upstream = sequence(vec![
+    let steps = Steps::new(vec![
         task("Running", "1"),
         reply(503, &[], ""),
         vec![Step::Reset],
@@ -388,15 +489,14 @@ async fn transient_errors_keep_the_stream_open() {
     ])
     .await;
     let flags = [&FAST[..], &["--max-attempts", "1"]].concat();
-    let program = Program::over(&upstream.url(), &flags);
+    let program = Program::patient(&steps.upstream.url(), &flags);
 
-    let mut stream = program.watch(watch_request()).await.expect("an answer");
-    let first = next(&mut stream).await.expect("open").expect("a message");
-    let (messages, end) = messages(&mut stream).await;
+    steps.allow(1);
+    let mut stream = program.watch(watch_request()).await.expect("a reply");
+    let expected = [(1, "Running 1"), (7, "Completed ")];
+    steps.expect(&mut stream, &expected).await;
 
-    end.expect("the task is over");
-    assert_eq!(texts(&[first]), ["Running 1"]);
-    assert_eq!(texts(&messages), ["Completed "]);
+    assert_eq!(next(&mut stream).await.expect("the task is over"), None);
 }
 
 #[tokio::test]
@@ -422,14 +522,16 @@ async fn permanent_errors_end_the_watch() {
         (task(&"x".repeat(65 * 1024), ""), Code::Internal),
     ];
     for (steps, expected) in cases {
-        let upstream = sequence(vec![task("Running", "1"), steps]).await;
-        let program = Program::over(&upstream.url(), &FAST);
+        let steps = Steps::new(vec![task("Running", "1"), steps]).await;
+        let program = Program::patient(&steps.upstream.url(), &FAST);
 
-        let mut stream = program.watch(watch_request()).await.expect("an answer");
-        let (messages, end) = messages(&mut stream).await;
+        steps.allow(1);
+        let mut stream = program.watch(watch_request()).await.expect("a reply");
+        steps.expect(&mut stream, &[(1, "Running 1")]).await;
+        steps.allow(2);
+        let end = next(&mut stream).await.expect_err("an error");
 
-        assert_eq!(texts(&messages), ["Running 1"]);
-        assert_eq!(end.expect_err("an error").code(), expected);
+        assert_eq!(end.code(), expected);
     }
 }
 
@@ -455,7 +557,7 @@ async fn a_completed_task_with_a_running_part_is_over_when_rds_says_so_again() {
         r#"{"job_id":"j","status":"Completed","process":"1","sub_task_list":[{"status":"Running"}]}"#,
     );
     let cases = [
-        (vec![early.clone(), early.clone()], vec!["Completed 1"]),
+        (vec![early.clone(), early.clone()], vec![(2, "Completed 1")]),
         (
             vec![
                 task("Running", "9"),
@@ -464,20 +566,20 @@ async fn a_completed_task_with_a_running_part_is_over_when_rds_says_so_again() {
                 early.clone(),
                 task("Completed", ""),
             ],
-            vec!["Running 9", "Running 99", "Completed "],
+            vec![(1, "Running 9"), (3, "Running 99"), (5, "Completed ")],
         ),
     ];
     for (replies, expected) in cases {
         let count = replies.len();
-        let upstream = sequence(replies).await;
-        let program = Program::over(&upstream.url(), &FAST);
+        let steps = Steps::new(replies).await;
+        let program = Program::patient(&steps.upstream.url(), &FAST);
 
-        let mut stream = program.watch(watch_request()).await.expect("an answer");
-        let (messages, end) = messages(&mut stream).await;
+        steps.allow(expected[0].0);
+        let mut stream = program.watch(watch_request()).await.expect("a reply");
+        steps.expect(&mut stream, &expected).await;
 
-        end.expect("the task is over");
-        assert_eq!(texts(&messages), expected);
-        assert_eq!(upstream.requests().len(), count);
+        assert_eq!(next(&mut stream).await.expect("the task is over"), None);
+        assert_eq!(steps.upstream.requests().len(), count);
     }
 }
 
@@ -485,8 +587,8 @@ async fn a_completed_task_with_a_running_part_is_over_when_rds_says_so_again() {
 async fn watches_beyond_the_limit_are_rejected_and_a_freed_permit_is_used() {
     let upstream = Upstream::always(task("Running", "1")).await;
     let program = Program::over(&upstream.url(), &["--max-watches", "2"]);
-    let first = program.watch(watch_request()).await.expect("an answer");
-    let _second = program.watch(watch_request()).await.expect("an answer");
+    let first = program.watch(watch_request()).await.expect("a reply");
+    let _second = program.watch(watch_request()).await.expect("a reply");
 
     let failure = program.failed_watch(watch_request()).await;
 
@@ -509,7 +611,7 @@ async fn watches_of_one_connection_leave_room_for_unary_calls() {
     let mut client = program.client().await;
     let mut open = Vec::new();
 
-    let refused = loop {
+    let rejected = loop {
         let watch = within("an answer", client.watch_task_detail(watch_request())).await;
         match watch {
             Ok(stream) => open.push(stream),
@@ -519,7 +621,7 @@ async fn watches_of_one_connection_leave_room_for_unary_calls() {
 
     assert_eq!(open.len(), 768);
     assert_eq!(
-        refused.code_and_reason(),
+        rejected.code_and_reason(),
         (Code::ResourceExhausted, "OVERLOADED")
     );
     let unary = within("a unary call", client.get_task_detail(example_request())).await;
@@ -529,17 +631,17 @@ async fn watches_of_one_connection_leave_room_for_unary_calls() {
 #[tokio::test]
 async fn a_watch_ends_with_the_callers_deadline_or_its_own_longest_duration() {
     let upstream = Upstream::always(task("Running", "1")).await;
-    let program = Program::over(&upstream.url(), &["--max-watch-duration", "300ms"]);
+    let program = Program::over(&upstream.url(), &["--max-watch-duration", "4s"]);
 
-    let mut stream = program.watch(watch_request()).await.expect("an answer");
+    let mut stream = program.watch(watch_request()).await.expect("a reply");
     let (_, expired) = messages(&mut stream).await;
     let mut short = Request::new(watch_request());
-    short.set_timeout(Duration::from_millis(100));
+    short.set_timeout(Duration::from_secs(2));
     let mut client = program.client().await;
     let mut stream = client
         .watch_task_detail(short)
         .await
-        .expect("an answer")
+        .expect("a reply")
         .into_inner();
     let (_, deadline) = messages(&mut stream).await;
 
@@ -563,9 +665,9 @@ async fn a_watch_ends_with_the_callers_deadline_or_its_own_longest_duration() {
 #[tokio::test]
 async fn a_watch_ends_when_its_connection_reaches_its_age() {
     let upstream = Upstream::always(task("Running", "1")).await;
-    let program = Program::over(&upstream.url(), &["--max-connection-age", "500ms"]);
+    let program = Program::over(&upstream.url(), &["--max-connection-age", "3s"]);
 
-    let mut stream = program.watch(watch_request()).await.expect("an answer");
+    let mut stream = program.watch(watch_request()).await.expect("a reply");
     let (_, end) = messages(&mut stream).await;
 
     let end = Failure::from_status(&end.expect_err("it ends"));
@@ -578,7 +680,7 @@ async fn a_drain_ends_watches_one_after_the_other_and_exits_with_0() {
     let mut program = Program::over(&upstream.url(), &["--shutdown-grace", "6s"]);
     let mut watches = JoinSet::new();
     for _ in 0..100 {
-        let stream = program.watch(watch_request()).await.expect("an answer");
+        let stream = program.watch(watch_request()).await.expect("a reply");
         watches.spawn(async move {
             let mut stream = stream;
             let (_, end) = messages(&mut stream).await;
@@ -599,10 +701,10 @@ async fn a_drain_ends_watches_one_after_the_other_and_exits_with_0() {
         );
         assert!(failure.retry_delay.is_some());
     }
-    // Over three seconds. A busy machine delays ends, but does not bring them forward.
+    // Over three seconds.
     ends.sort_unstable_by_key(|(at, _)| *at);
     let spread = ends[99].0 - ends[0].0;
-    assert!(spread > Duration::from_secs(2), "{spread:?}");
+    assert!(spread > Duration::from_secs(1), "{spread:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -652,8 +754,8 @@ async fn a_first_poll_without_room_in_the_rate_is_rejected_at_once() {
         workflow_id: format!("other-{number}"),
         ..watch_request()
     };
-    let _first = program.watch(other(1)).await.expect("an answer");
-    let _second = program.watch(other(2)).await.expect("an answer");
+    let _first = program.watch(other(1)).await.expect("a reply");
+    let _second = program.watch(other(2)).await.expect("a reply");
 
     let begun = Instant::now();
     let failure = program.failed_watch(other(3)).await;
@@ -676,7 +778,7 @@ async fn a_first_poll_without_room_in_the_rate_is_rejected_at_once() {
 }
 
 #[tokio::test]
-async fn polls_stay_within_the_rate_whatever_the_number_of_tasks() {
+async fn polls_of_many_tasks_stay_within_the_rate() {
     let times = std::sync::Arc::new(Mutex::new(Vec::new()));
     let seen = std::sync::Arc::clone(&times);
     let upstream = Upstream::start(move |_| {
@@ -684,7 +786,7 @@ async fn polls_stay_within_the_rate_whatever_the_number_of_tasks() {
         task("Running", "1")
     })
     .await;
-    let flags = ["--watch-rate", "6/1s", "--watch-interval", "10ms"];
+    let flags = ["--watch-rate", "6/3s", "--watch-interval", "10ms"];
     let program = Program::over(&upstream.url(), &flags);
     let mut open = Vec::new();
     for number in 0..5 {
@@ -692,15 +794,15 @@ async fn polls_stay_within_the_rate_whatever_the_number_of_tasks() {
             workflow_id: format!("task-{number}"),
             ..watch_request()
         };
-        open.push(program.watch(request).await.expect("an answer"));
+        open.push(program.watch(request).await.expect("a reply"));
     }
 
-    upstream.wait_for_requests(30).await;
+    upstream.wait_for_requests(20).await;
 
     let times = times.lock().expect("no panic").clone();
     for window in times.windows(7) {
         let span = window[6] - window[0];
-        assert!(span >= Duration::from_millis(950), "{span:?}");
+        assert!(span >= Duration::from_secs(2), "{span:?}");
     }
 }
 
@@ -730,7 +832,7 @@ async fn watchers_share_polls_only_if_their_tokens_are_equal() {
         request
             .metadata_mut()
             .insert("x-auth-token", token.parse().expect("ASCII"));
-        let mut stream = program.watch(request).await.expect("an answer");
+        let mut stream = program.watch(request).await.expect("a reply");
         let message = next(&mut stream).await.expect("open").expect("a message");
         assert_eq!(texts(&[message]), [format!("Running {token}")]);
         open.push(stream);
@@ -752,7 +854,7 @@ async fn watchers_share_polls_only_if_their_tokens_are_equal() {
 async fn polling_stops_with_the_last_watcher() {
     let upstream = Upstream::always(task("Running", "1")).await;
     let program = Program::over(&upstream.url(), &FAST);
-    let stream = program.watch(watch_request()).await.expect("an answer");
+    let stream = program.watch(watch_request()).await.expect("a reply");
     upstream.wait_for_requests(3).await;
 
     drop(stream);
@@ -780,7 +882,7 @@ async fn a_poll_uses_the_cache_only_while_it_is_younger_than_the_interval() {
     let program = Program::over(&upstream.url(), &flags);
     program.call(example_request()).await.expect("a reply");
 
-    let mut stream = program.watch(watch_request()).await.expect("an answer");
+    let mut stream = program.watch(watch_request()).await.expect("a reply");
     let (messages, end) = messages(&mut stream).await;
     let cached = program.call(example_request()).await.expect("a reply");
 

@@ -67,6 +67,8 @@ type crowdFault struct {
 	repeats bool
 	// Honest callers watch: a call opens a watch and ends it after a change of the task.
 	watches bool
+	// Limit of the program's open descriptors, if any.
+	descriptors int
 	// Allowed delay of a call by the fault itself.
 	delays time.Duration
 	// Loads the machine: runs alone.
@@ -174,7 +176,11 @@ func (f *crowdFault) run(program string, duration time.Duration) (crowdRow, erro
 	if err != nil {
 		return row, err
 	}
-	facade, err := startFacadeIn(environment, program, upstream.url, nil, flags...)
+	limited, err := f.withDescriptors(program, folder)
+	if err != nil {
+		return row, err
+	}
+	facade, err := startFacadeIn(environment, limited, upstream.url, nil, flags...)
 	if err != nil {
 		return row, err
 	}
@@ -228,6 +234,20 @@ func (f *crowdFault) configuration(upstream, folder string) (environment, flags 
 			"--iam-password-file", password, "--iam-project", projectID)
 	}
 	return environment, flags, err
+}
+
+// withDescriptors returns the program, or a script in the folder that lowers the limit of descriptors and then becomes the program.
+func (f *crowdFault) withDescriptors(program, folder string) (string, error) {
+	if f.descriptors == 0 {
+		return program, nil
+	}
+	program, err := filepath.Abs(program)
+	if err != nil {
+		return "", err
+	}
+	script := filepath.Join(folder, "limited")
+	text := fmt.Sprintf("#!/bin/sh\nulimit -n %d\nexec '%s' \"$@\"\n", f.descriptors, program)
+	return script, os.WriteFile(script, []byte(text), 0o700)
 }
 
 // limit is the bound on the honest p99.

@@ -77,6 +77,12 @@ var crowdFaults = []crowdFault{
 	{name: "one caller does not read replies", owner: "permits", flags: []string{"--max-in-flight", "32"}, inject: readNoReplies},
 	{name: "more connections than allowed", owner: "connection limit", flags: []string{"--max-connections", "40"}, alone: true,
 		inject: floodConnections},
+	{name: "idle connections under a limit of 256 descriptors", owner: "descriptors", descriptors: 256, alone: true, inject: floodConnections},
+	{name: "200 slow sockets on the metrics port", owner: "metrics port", alone: true, inject: slowAdminSockets},
+
+	// Connections: behind a mesh, many callers share one.
+	{name: "late DATA of one caller's rejected calls", owner: "connection", inject: sendLateData},
+	{name: "metadata of 33 to 63 KiB", owner: "connection", inject: sendLongMetadata},
 
 	// Throttle windows: a 429 for one token stops the calls with that token and no others.
 	{name: "429 for one token", owner: "throttle windows",
@@ -116,7 +122,13 @@ var crowdFaults = []crowdFault{
 	// Workers and upstream connections.
 	{name: "malformed requests", owner: "workers", alone: true, inject: sendMalformedRequests},
 	{name: "1000 calls at once", owner: "workers", alone: true, inject: burst},
+	{name: "100 replies of 1 MiB at once with 349 000 parts", owner: "workers", alone: true, script: rogueInstances(manyParts),
+		inject: callForLargeReplies},
 	{name: "cancelled calls", owner: "upstream connections", alone: true, inject: cancelCalls},
+	{name: "one instance replies with 500", owner: "upstream connections",
+		script: rogueInstances(respond(http.StatusInternalServerError, gatewayError("DBS.200001", "internal"))), inject: countConnects(callBadInstance)},
+	{name: "replies about another instance", owner: "upstream connections",
+		script: rogueInstances(otherInstance), inject: countConnects(callForOtherInstance)},
 }
 
 // The gateway's reply to a signature that does not match, and a truncated one.
@@ -250,7 +262,104 @@ func readNoReplies(ctx context.Context, s *stage) error {
 	return nil
 }
 
-// floodConnections opens connections without a pause and keeps those that are accepted.
+// sendLateData makes calls of an unknown method and sends the message of each 80 calls later. Valid calls on the same connection must
+// succeed.
+func sendLateData(ctx context.Context, s *stage) error {
+	const lag = 80
+	peer, err := s.open()
+	if err != nil {
+		return err
+	}
+	defer peer.close()
+	peer.read()
+	unknown, valid := pairs([2]string{":path", "/no/such"}), pairs([2]string{"x-auth-token", rogueToken})
+	message := framed(rogueRequest("instance-0", 0).encoded())
+	var rejected []uint32
+	number, succeeded := 0, 0
+	for ; ctx.Err() == nil; number++ {
+		if number%20 == 0 {
+			peer.call(streamID(number), valid, rogueRequest("instance-0", number))
+			succeeded++
+		} else {
+			peer.headers(streamID(number), unknown, false)
+			rejected = append(rejected, streamID(number))
+		}
+		if len(rejected) > lag {
+			_ = peer.framer.WriteData(rejected[0], true, message)
+			rejected = rejected[1:]
+		}
+		if err := peer.writer.Flush(); err != nil {
+			return err
+		}
+		pause(ctx, roguePause)
+	}
+	outcomes := peer.outcomes(number, rogueDeadline)
+	if outcomes["gRPC 0"] != succeeded || outcomes["gRPC 12"] != number-succeeded {
+		return fmt.Errorf("%d calls on the connection of the late DATA: %v", number, outcomes)
+	}
+	return nil
+}
+
+// sendLongMetadata makes calls whose metadata is over the limit of the server but not over that of its HTTP library.
+func sendLongMetadata(ctx context.Context, s *stage) error {
+	const workers = 16
+	var others atomic.Int64
+	err := s.repeatAsRogue(ctx, workers, func(callCtx context.Context, connection *grpc.ClientConn, number int) {
+		long := strings.Repeat("a", (33+number%31)<<10)
+		got := call(callCtx, connection, method, rogueRequest("instance-0", number).encoded(), []string{"x-auth-token", rogueToken, "x-long", long})
+		if got.code != codes.ResourceExhausted && ctx.Err() == nil {
+			others.Add(1)
+		}
+	})
+	if others.Load() > 0 {
+		return fmt.Errorf("%d calls did not fail with RESOURCE_EXHAUSTED", others.Load())
+	}
+	return err
+}
+
+// slowAdminSockets sends requests of the metrics port a byte at a time, on sockets that it opens again when they are closed. Each probe must
+// get its response within a second.
+func slowAdminSockets(ctx context.Context, s *stage) error {
+	const sockets, interval = 200, 250 * time.Millisecond
+	var running sync.WaitGroup
+	defer running.Wait()
+	for range sockets {
+		running.Go(func() {
+			for ctx.Err() == nil {
+				socket, err := net.Dial("tcp", s.metrics)
+				for err == nil && ctx.Err() == nil {
+					_, err = io.WriteString(socket, "G")
+					pause(ctx, 100*time.Millisecond)
+				}
+				if socket != nil {
+					_ = socket.Close()
+				}
+			}
+		})
+	}
+	return s.probe(ctx, interval)
+}
+
+// probe fails if a probe gets no response within a second.
+func (s *stage) probe(ctx context.Context, interval time.Duration) error {
+	client := http.Client{Timeout: time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
+	for ctx.Err() == nil {
+		for _, path := range []string{"/livez", "/readyz"} {
+			reply, err := client.Get("http://" + s.metrics + path)
+			if err != nil {
+				return err
+			}
+			reply.Body.Close()
+			if reply.StatusCode != http.StatusOK {
+				return fmt.Errorf("%s: %s", path, reply.Status)
+			}
+		}
+		pause(ctx, interval)
+	}
+	return nil
+}
+
+// floodConnections opens connections without a pause and keeps those that are accepted. Each probe must get its response.
 func floodConnections(ctx context.Context, s *stage) error {
 	var opened []net.Conn
 	defer func() {
@@ -258,8 +367,14 @@ func floodConnections(ctx context.Context, s *stage) error {
 			_ = socket.Close()
 		}
 	}()
+	probed := make(chan error, 1)
+	go func() { probed <- s.probe(ctx, 100*time.Millisecond) }()
 	for ctx.Err() == nil && len(opened) < 5000 {
-		socket, err := net.Dial("tcp", s.address)
+		// Waits if the kernel's queue is full.
+		socket, err := (&net.Dialer{}).DialContext(ctx, "tcp", s.address)
+		if ctx.Err() != nil {
+			break
+		}
 		if err != nil {
 			return err
 		}
@@ -267,7 +382,7 @@ func floodConnections(ctx context.Context, s *stage) error {
 		pause(ctx, time.Millisecond)
 	}
 	<-ctx.Done()
-	return s.requireCount("grpc_server_connections_refused_total")
+	return errors.Join(<-probed, s.requireCount("grpc_server_connections_refused_total"))
 }
 
 func callWithNewTokens(ctx context.Context, s *stage) error {
@@ -386,6 +501,32 @@ func cancelCalls(ctx context.Context, s *stage) error {
 	})
 }
 
+// countConnects fails if the injection makes the program open more than one connection for each scripted reply.
+func countConnects(inject func(context.Context, *stage) error) func(context.Context, *stage) error {
+	// Connections of honest callers, and of calls that have no reply yet.
+	const others = 50
+	return func(ctx context.Context, s *stage) error {
+		before := s.upstream.connections.Load() - s.upstream.misbehaved.Load()
+		err := inject(ctx, s)
+		if more := s.upstream.connections.Load() - s.upstream.misbehaved.Load() - before; more > others {
+			return errors.Join(err, fmt.Errorf("%d connections more than scripted replies", more))
+		}
+		return err
+	}
+}
+
+func callForOtherInstance(ctx context.Context, s *stage) error {
+	return errors.Join(callBadInstance(ctx, s), s.requireCount("rds_upstream_mismatched_replies_total"))
+}
+
+// callForLargeReplies keeps a hundred calls in flight whose replies are as large as allowed.
+func callForLargeReplies(ctx context.Context, s *stage) error {
+	const inFlight = 100
+	return s.repeatAsRogue(ctx, inFlight, func(ctx context.Context, connection *grpc.ClientConn, number int) {
+		call(ctx, connection, method, rogueRequest(rogueInstance, number).encoded(), []string{"x-auth-token", rogueToken})
+	})
+}
+
 // sendMalformedRequests alternates between bytes that are not a message, ids against the rules, an unknown method and
 // calls without a token.
 func sendMalformedRequests(ctx context.Context, s *stage) error {
@@ -476,13 +617,14 @@ func (s *stage) burstEvery(ctx context.Context, interval time.Duration, calls in
 // signature and counts it for the one key that all replicas share.
 func startWrongReplicas(reject http.HandlerFunc) func(context.Context, *stage) error {
 	return func(ctx context.Context, s *stage) error {
-		gateway, url, err := serveHTTP(http.HandlerFunc(func(reply http.ResponseWriter, request *http.Request) {
+		gateway := &http.Server{Handler: http.HandlerFunc(func(reply http.ResponseWriter, request *http.Request) {
 			// A connection that is closed before its request is read would be reset.
 			_, _ = io.Copy(io.Discard, request.Body)
 			s.upstream.badSignatures.Add(1)
 			s.upstream.misbehaved.Add(1)
 			reject(reply, request)
-		}))
+		})}
+		url, err := serveHTTP(gateway)
 		if err != nil {
 			return err
 		}

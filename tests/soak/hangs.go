@@ -14,7 +14,10 @@ import (
 var hangs = []attack{
 	{name: "slow body", flags: []string{"--timeout", "5s"}, grows: 128 << 20, run: slowBody},
 	{name: "unfinished health checks", flags: []string{"--timeout", "5s"}, grows: 64 << 20, run: unfinishedChecks},
-	{name: "bodies that are not gRPC", flags: []string{"--timeout", "5s"}, grows: 128 << 20, run: webBodies},
+	// The honest caller's next call waits behind 300 MiB.
+	{name: "bodies that are not gRPC", honestWithin: 2 * time.Second, run: webBodies},
+	// The honest caller's next call waits behind 20 000 others.
+	{name: "rejected calls without a message", honestWithin: 5 * time.Second, run: incompleteCalls},
 	{name: "health watches", grows: 64 << 20, run: healthWatches},
 	{name: "window 0", flags: []string{"--timeout", "3s"}, grows: 64 << 20, run: closedWindow},
 }
@@ -63,6 +66,16 @@ func webBodies(t *target) (string, error) {
 		}
 		_ = peer.writer.Flush()
 	}, "HTTP 415")
+}
+
+// incompleteCalls makes twenty thousand calls of an unknown method and never sends their messages.
+func incompleteCalls(t *target) (string, error) {
+	return t.hang(20_000, 100, nil, func(peer *peer, streams int) {
+		for number := range streams {
+			peer.headers(streamID(number), pairs([2]string{":path", "/no/such"}), false)
+		}
+		_ = peer.writer.Flush()
+	}, "gRPC 12")
 }
 
 // healthWatches starts ten thousand health watches.

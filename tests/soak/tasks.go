@@ -27,8 +27,9 @@ type taskUpstream struct {
 
 func startTaskUpstream() (*taskUpstream, error) {
 	upstream := &taskUpstream{byToken: map[string]int{}}
+	upstream.server = &http.Server{Handler: upstream}
 	var err error
-	upstream.server, upstream.url, err = serveHTTP(upstream)
+	upstream.url, err = serveHTTP(upstream.server)
 	return upstream, err
 }
 

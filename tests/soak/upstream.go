@@ -40,6 +40,8 @@ type scriptedUpstream struct {
 	tokenRequests atomic.Int64
 	// Scripted replies.
 	misbehaved atomic.Int64
+	// Connections opened so far.
+	connections atomic.Int64
 	// Requests with the rogue's token, and whether they used up the quota of the facade's address.
 	rogueRequests   atomic.Int64
 	addressExceeded atomic.Bool
@@ -51,20 +53,24 @@ type scriptedUpstream struct {
 
 func startScriptedUpstream(script script, iamFailure int) (*scriptedUpstream, error) {
 	upstream := &scriptedUpstream{script: script, iamFailure: iamFailure}
+	upstream.server = &http.Server{Handler: upstream, ConnState: func(_ net.Conn, state http.ConnState) {
+		if state == http.StateNew {
+			upstream.connections.Add(1)
+		}
+	}}
 	var err error
-	upstream.server, upstream.url, err = serveHTTP(upstream)
+	upstream.url, err = serveHTTP(upstream.server)
 	return upstream, err
 }
 
-// serveHTTP serves on a free port of loopback and returns the server with its base URL.
-func serveHTTP(handler http.Handler) (*http.Server, string, error) {
+// serveHTTP serves on a free port of loopback and returns the base URL.
+func serveHTTP(server *http.Server) (string, error) {
 	listener, err := net.Listen("tcp", anyPort)
 	if err != nil {
-		return nil, "", err
+		return "", err
 	}
-	server := &http.Server{Handler: handler}
 	go func() { _ = server.Serve(listener) }()
-	return server, "http://" + listener.Addr().String(), nil
+	return "http://" + listener.Addr().String(), nil
 }
 
 func (u *scriptedUpstream) close() { _ = u.server.Close() }
@@ -266,6 +272,12 @@ func resetConnection(reply http.ResponseWriter, _ *http.Request) {
 
 // neverRespond waits until the client closes the connection.
 func neverRespond(_ http.ResponseWriter, request *http.Request) { <-request.Context().Done() }
+
+// otherInstance replies with a task of another instance, as a proxy does that is one reply behind.
+var otherInstance = respond(http.StatusOK, `{"instance_id":"another","instance_name":"n","job_id":"j","job_name":"n"}`)
+
+// manyParts is a reply close to the limit of 1 MiB, with as many parts as fit.
+var manyParts = respond(http.StatusOK, `{"job_id":"j","sub_task_list":[`+strings.TrimSuffix(strings.Repeat("{},", 349_000), ",")+`]}`)
 
 func gatewayError(code, message string) string {
 	return fmt.Sprintf(`{"error_code":%q,"error_msg":%q,"request_id":"7bd6ad1c8e0e4e0c9a5b6f3f3f0a4e11"}`, code, message)

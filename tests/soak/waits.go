@@ -19,8 +19,9 @@ const (
 var waits = []attack{
 	{name: "slow preface", run: slowPreface},
 	{name: "silent connections", run: silentConnections},
-	{name: "10000 idle connections", flags: []string{"--max-connections", "12000"}, grows: idlePeers * 32 << 10, run: idleConnections},
+	{name: "10000 idle connections", flags: []string{"--max-connections", "10500", "--max-in-flight", "500"}, grows: idlePeers * 32 << 10, run: idleConnections},
 	{name: "slow headers", run: slowHeaders},
+	{name: "incomplete long headers", run: longHeaders},
 }
 
 // slowPreface sends a byte of the preface every second.
@@ -54,6 +55,20 @@ func slowHeaders(t *target) (string, error) {
 	})
 }
 
+// longHeaders sends 60 KB of a header block that never ends.
+func longHeaders(t *target) (string, error) {
+	// A literal field (RFC 7541, section 6.2.2) with a value of 16 000 = 127 + 1 + 124 * 128 bytes.
+	field := append([]byte{0, 1, 'a', 127, 0x81, 124}, make([]byte, 16_000)...)
+	for index := range field[6:] {
+		field[6+index] = 'a'
+	}
+	first := opening()
+	for kind := byte(0x1); len(first) < 60_000; kind = 0x9 {
+		first = append(first, frame(kind, 0, field)...)
+	}
+	return t.hold(200, silenceLimit+slack, first, nil)
+}
+
 func opening() []byte { return append([]byte(http2.ClientPreface), frame(0x4, 0, nil)...) }
 
 // frame encodes a frame on stream 1, or on stream 0 for SETTINGS (RFC 9113, section 4.1).
@@ -62,7 +77,7 @@ func frame(kind, flags byte, payload []byte) []byte {
 	if kind == 0x4 {
 		stream = 0
 	}
-	return append([]byte{0, 0, byte(len(payload)), kind, flags, 0, 0, 0, stream}, payload...)
+	return append([]byte{0, byte(len(payload) >> 8), byte(len(payload)), kind, flags, 0, 0, 0, stream}, payload...)
 }
 
 // hold opens connections and calls everySecond for each of them every second. The server must close all of them within the

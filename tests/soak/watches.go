@@ -651,13 +651,14 @@ func (b *watchBench) rollingRestarts() error {
 // another is an upstream on a port of its own with the tasks of u, which counts its own requests only.
 func (u *taskUpstream) another() (*taskUpstream, error) {
 	other := &taskUpstream{}
-	var err error
-	other.server, other.url, err = serveHTTP(http.HandlerFunc(func(reply http.ResponseWriter, request *http.Request) {
+	other.server = &http.Server{Handler: http.HandlerFunc(func(reply http.ResponseWriter, request *http.Request) {
 		other.lock.Lock()
 		other.arrivals = append(other.arrivals, time.Now())
 		other.lock.Unlock()
 		u.ServeHTTP(reply, request)
-	}))
+	})}
+	var err error
+	other.url, err = serveHTTP(other.server)
 	return other, err
 }
 

@@ -127,6 +127,8 @@ struct Shared {
     script: Script,
     requests: watch::Sender<Vec<Received>>,
     connections: watch::Sender<Connections>,
+    /// Whether the listener is closed, or is to be.
+    refuses: watch::Sender<bool>,
     hellos: Mutex<Vec<String>>,
 }
 
@@ -135,7 +137,15 @@ impl Upstream {
     pub(crate) async fn start(
         script: impl Fn(&Received) -> Vec<Step> + Send + Sync + 'static,
     ) -> Self {
-        Self::listen(None, Box::new(script)).await
+        Self::start_at("127.0.0.1:0".parse().expect("an address"), script).await
+    }
+
+    /// Like [`Self::start`], on this address.
+    pub(crate) async fn start_at(
+        address: SocketAddr,
+        script: impl Fn(&Received) -> Vec<Step> + Send + Sync + 'static,
+    ) -> Self {
+        Self::listen(address, None, Box::new(script)).await
     }
 
     /// Replies to every request with the same steps.
@@ -145,11 +155,12 @@ impl Upstream {
 
     /// Like [`Self::always`], over TLS.
     pub(crate) async fn always_over_tls(config: Arc<ServerConfig>, steps: Vec<Step>) -> Self {
-        Self::listen(Some(config), Box::new(move |_| steps.clone())).await
+        let any = "127.0.0.1:0".parse().expect("an address");
+        Self::listen(any, Some(config), Box::new(move |_| steps.clone())).await
     }
 
-    async fn listen(tls: Option<Arc<ServerConfig>>, script: Script) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    async fn listen(address: SocketAddr, tls: Option<Arc<ServerConfig>>, script: Script) -> Self {
+        let listener = TcpListener::bind(address).await.expect("a free port");
         let address = listener
             .local_addr()
             .expect("a bound listener has an address");
@@ -161,6 +172,7 @@ impl Upstream {
             script,
             requests: watch::Sender::default(),
             connections: watch::Sender::default(),
+            refuses: watch::Sender::default(),
             hellos: Mutex::default(),
         });
         let task_context = Arc::clone(&shared);
@@ -168,8 +180,13 @@ impl Upstream {
         tasks.spawn(async move {
             let shared = task_context;
             let mut peers = JoinSet::new();
+            let mut refuses = shared.refuses.subscribe();
             for number in 0.. {
-                let Ok((stream, _)) = listener.accept().await else {
+                let accepted = tokio::select! {
+                    accepted = listener.accept() => accepted,
+                    _ = refuses.wait_for(|refuses| *refuses) => break,
+                };
+                let Ok((stream, _)) = accepted else {
                     return;
                 };
                 shared.connections.send_modify(|count| count.opened += 1);
@@ -179,6 +196,8 @@ impl Upstream {
                     shared.connections.send_modify(|count| count.closed += 1);
                 });
             }
+            drop((listener, refuses));
+            peers.join_all().await;
         });
         Self {
             address,
@@ -186,6 +205,13 @@ impl Upstream {
             shared,
             _tasks: tasks,
         }
+    }
+
+    /// Accepts no more connections, so that another upstream can take the address. Open connections stay.
+    pub(crate) async fn stop_accepting(&self) {
+        self.shared.refuses.send_replace(true);
+        // The task drops its receiver after the listener.
+        within("the listener is closed", self.shared.refuses.closed()).await;
     }
 
     pub(crate) fn url(&self) -> String {

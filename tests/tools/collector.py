@@ -14,6 +14,7 @@ class Span:
         self.name, self.kind = message.name, message.kind
         self.trace_id, self.span_id = message.trace_id.hex(), message.span_id.hex()
         self.parent = message.parent_span_id.hex()
+        self.links = [(link.trace_id.hex(), link.span_id.hex()) for link in message.links]
         self.state = message.trace_state
         self.error = message.status.code == 2
         self.start, self.end = message.start_time_unix_nano, message.end_time_unix_nano
@@ -23,6 +24,14 @@ class Span:
     @property
     def is_server(self):
         return self.kind == 2
+
+    @property
+    def is_attempt(self):
+        return self.kind == 3
+
+    @property
+    def is_poll(self):
+        return self.name == "poll"
 
 
 class Collector:
@@ -34,7 +43,7 @@ class Collector:
     def __init__(self, keep=True, delay=0.0, statuses=()):
         self.spans, self.codes, self.methods = [], collections.Counter(), collections.Counter()
         self.requests, self.bodies, self.headers, self.paths = 0, [], [], []
-        self.attempts = 0
+        self.attempts = self.polls = 0
         self._keep, self._delay, self._statuses = keep, delay, list(statuses)
         self._more = threading.Condition()
         self._stopped = threading.Event()
@@ -98,8 +107,8 @@ class Collector:
     def _count(self, span):
         if span.is_server:
             self.codes[span.attributes["rpc.method"], span.attributes["rpc.response.status_code"]] += 1
-        else:
-            self.attempts += 1
+        self.attempts += span.is_attempt
+        self.polls += span.is_poll
         if self._keep:
             self.spans.append(span)
 

@@ -75,9 +75,9 @@ class Program:
                 self.output.append(line.rstrip("\n"))
                 self._more.notify_all()
 
-    def wait_for(self, what, found):
+    def wait_for(self, what, found, seconds=START_SECONDS):
         """Passes the output so far to `found` until it returns something else than None, and returns that."""
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + seconds
         with self._more:
             while True:
                 value = found(self.output)
@@ -91,6 +91,12 @@ class Program:
         """Sends SIGTERM and returns the exit code."""
         self._process.terminate()
         return self._process.wait(STOP_SECONDS)
+
+    def wait(self, seconds):
+        """Waits for the end of the process and of its output. Returns the exit code."""
+        code = self._process.wait(seconds)
+        self.join()
+        return code
 
     def join(self):
         """Waits until the output of a stopped process is read to its end."""

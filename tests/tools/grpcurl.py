@@ -1,9 +1,10 @@
-"""Checks the service with an old and a new grpcurl: reflection (v1alpha and v1), a call, error details, health.
+"""Checks the service with an old and a new grpcurl: reflection (v1alpha and v1), a call, a watch, error details, health.
 
 grpcurl 1.8.6 supports reflection v1alpha only; the current version tries v1 first.
 """
 
 import json
+import re
 import subprocess
 
 from facade import EXAMPLE_TASK, INSTANCE_ID, PROJECT_ID, SERVICE, WORKFLOW_ID, WORKFLOW_NAME, Checks, Facade, tool
@@ -46,7 +47,8 @@ def check(checks, version, address):
         checks.that(f"{version} lists {service}", service in listed.stdout.split(), listed)
 
     described = grpcurl("describe", SERVICE)
-    checks.that(f"{version} describes the method", "rpc GetTaskDetail" in described.stdout, described)
+    for method in ("GetTaskDetail", "WatchTaskDetail"):
+        checks.that(f"{version} describes {method}", f"rpc {method}" in described.stdout, described)
     described = grpcurl("describe", "huaweicloud.rds.task.v1.GetTaskDetailRequest")
     checks.that(f"{version} describes the request", "string workflow_id = 3" in described.stdout, described)
 
@@ -56,6 +58,12 @@ def check(checks, version, address):
     proto_names = {name: reply.get(camel_case(name)) for name in EXAMPLE_TASK}
     checks.equal(f"{version} prints the example reply of the RDS API reference", proto_names, EXAMPLE_TASK)
     checks.equal(f"{version} prints no other field", len(reply), len(EXAMPLE_TASK))
+
+    # A workflow id of its own, because the task's clock starts with the first poll.
+    watched = grpcurl(f"{SERVICE}/WatchTaskDetail", data={**EXAMPLE_REQUEST, "instance_id": "lifecycle-5", "workflow_id": version})
+    checks.equal(f"{version} watches a task to its end", watched.returncode, 0)
+    states = re.findall(r'^    "state": "TASK_STATE_(\w+)"', watched.stdout, re.MULTILINE)
+    checks.that(f"{version} prints the states up to the last one", states[-1:] == ["SUCCEEDED"] and len(states) > 1, watched)
 
     failed = grpcurl(METHOD, data={**EXAMPLE_REQUEST, "workflow_id": "nope"})
     text = failed.stdout + failed.stderr

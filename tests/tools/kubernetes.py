@@ -16,7 +16,7 @@ import jsonschema
 import kubernetes_validate
 import yaml
 
-from facade import PROGRAM, ROOT, Checks, tool
+from facade import PROGRAM, ROOT, SERVICE, Checks, tool
 
 KUBERNETES = ROOT / "deploy/kubernetes"
 CRDS = Path(__file__).parent / "crds"
@@ -27,6 +27,8 @@ COMBINATIONS = [
     ["monitoring"],
     ["tls"],
     ["headless", "tls", "monitoring"],
+    ["ambient"],
+    ["ambient", "monitoring"],
     ["istio"],
     ["istio", "monitoring"],
     ["istio", "gateway-api", "monitoring"],
@@ -155,11 +157,13 @@ def check_rules(checks, title, resources, components):
     that("the autoscaler scales this Deployment, to at least two pods", scaler["scaleTargetRef"]["name"] == "rds-task-facade" and scaler["minReplicas"] >= 2)
 
     if "istio" in components:
-        route = one(resources, "VirtualService")["spec"]["http"][0]
+        watch, route = one(resources, "VirtualService")["spec"]["http"]
         limit = seconds(settings.get("RDS_TASK_FACADE_TIMEOUT", default_timeout()))
         retried = set(route["retries"]["retryOn"].split(","))
         that("the mesh retries only calls that reached no pod", retried <= {"connect-failure", "refused-stream"}, retried)
         that("the timeout of the mesh is longer than the facade's", seconds(route["timeout"]) > limit, (route["timeout"], limit))
+        that("the first route is that of watches", watch["match"] == [{"uri": {"exact": f"/{SERVICE}/WatchTaskDetail"}}], watch)
+        that("the mesh neither limits nor retries watches", (watch["timeout"], watch["retries"]) == ("0s", {"attempts": 0}), watch)
         policy = one(resources, "PeerAuthentication")["spec"]
         that("mutual TLS is strict on the gRPC port", policy["mtls"]["mode"] == "STRICT" and str(ports["grpc"]) not in policy["portLevelMtls"])
         outliers = one(resources, "DestinationRule")["spec"]["trafficPolicy"]["outlierDetection"]
@@ -177,7 +181,20 @@ def check_rules(checks, title, resources, components):
     if "linkerd" in components:
         server = one(resources, "Server")["spec"]
         that("only authenticated peers reach the gRPC port", (server["port"], server["accessPolicy"]) == ("grpc", "all-authenticated"))
+        check_watch_route(that, resources, "rds-task-facade-mesh")
+    if "gateway-api" in components:
+        check_watch_route(that, resources, "rds-task-facade")
     check_settings(that, settings)
+
+
+def check_watch_route(that, resources, name):
+    """The route of watches has the same parents as the general one, a more specific match, and no timeout."""
+    general, watch = (one(resources, "GRPCRoute", route) for route in (name, f"{name}-watch"))
+    methods = [match["method"] for match in watch["spec"]["rules"][0]["matches"]]
+    that(f"{name}-watch selects watches", methods == [{"service": SERVICE, "method": "WatchTaskDetail"}], methods)
+    that(f"{name}-watch has no timeout", "annotations" not in watch["metadata"], watch["metadata"])
+    for field in ("parentRefs", "hostnames"):
+        that(f"{name}-watch has the {field} of {name}", watch["spec"].get(field) == general["spec"].get(field), watch["spec"])
 
 
 def check_settings(that, settings):

@@ -1,16 +1,18 @@
-"""Checks the names, types and labels of /metrics with the OpenMetrics parser of the Prometheus client library."""
+"""Checks the names, types and labels of /metrics with the parsers of the Prometheus client library, in both text formats."""
 
 import concurrent.futures
 import urllib.request
 
 import grpc
 from facade import SERVICE, Checks, Facade
+from prometheus_client import parser
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 CODES = """OK Canceled Unknown InvalidArgument DeadlineExceeded NotFound AlreadyExists PermissionDenied ResourceExhausted
 FailedPrecondition Aborted OutOfRange Unimplemented Internal Unavailable DataLoss Unauthenticated""".split()
 METHODS = {
     ("unary", SERVICE, "GetTaskDetail"),
+    ("server_stream", SERVICE, "WatchTaskDetail"),
     ("unary", "grpc.health.v1.Health", "Check"),
     ("server_stream", "grpc.health.v1.Health", "Watch"),
     ("bidi_stream", "grpc.reflection.v1.ServerReflection", "ServerReflectionInfo"),
@@ -21,6 +23,10 @@ OUTCOMES = "answer transport_error timeout cancelled".split()
 CLASSES = "1xx 2xx 3xx 4xx 5xx none".split()
 RETRIES = """UPSTREAM_DNS UPSTREAM_CONNECT UPSTREAM_RESET UPSTREAM_TRUNCATED UPSTREAM_PROTOCOL UPSTREAM_TIMEOUT
 UPSTREAM_UNAVAILABLE UPSTREAM_INTERNAL CREDENTIAL_REJECTED CLOCK_SKEW""".split()
+TASKS = "accept certificates credential health lateness spans".split()
+POLLS = "changed unchanged failed throttled".split()
+WATCH_ENDS = "over deadline cancelled expired drain error stale unread".split()
+REFUSALS = "limit closed timeout tls alpn protocol".split()
 NONE = ((), {()})
 # Family to type, label names and sets of label values.
 EXPECTED = {
@@ -32,7 +38,7 @@ EXPECTED = {
     ),
     "grpc_server_handling_seconds": ("histogram", RPC, METHODS),
     "grpc_server_connections": ("gauge", *NONE),
-    "grpc_server_connections_refused": ("counter", *NONE),
+    "grpc_server_connections_refused": ("counter", ("reason",), {(reason,) for reason in REFUSALS}),
     "rds_upstream_requests": (
         "counter",
         ("outcome", "status_class"),
@@ -44,12 +50,23 @@ EXPECTED = {
     "rds_coalesced_calls": ("counter", *NONE),
     "rds_cache_hits": ("counter", *NONE),
     "rds_throttled_calls": ("counter", *NONE),
+    "rds_upstream_mismatched_replies": ("counter", *NONE),
+    "rds_watches": ("gauge", *NONE),
+    "rds_watches_limit": ("gauge", *NONE),
+    "rds_watched_tasks": ("gauge", *NONE),
+    "rds_watch_polls": ("counter", ("outcome",), {(outcome,) for outcome in POLLS}),
+    "rds_watch_messages": ("counter", ("kind",), {("state",), ("heartbeat",)}),
+    "rds_watch_states_skipped": ("counter", *NONE),
+    "rds_watch_ended": ("counter", ("cause",), {(cause,) for cause in WATCH_ENDS}),
     "rds_circuit_open": ("gauge", *NONE),
     "rds_circuit_open_instances": ("gauge", *NONE),
     "rds_credential_expiry_timestamp_seconds": ("gauge", *NONE),
+    "rds_credential_rejected": ("counter", ("owner",), {("caller",), ("server",)}),
+    "rds_caller_faults": ("counter", ("cause",), {("deadline",), ("http",)}),
     "rds_credential_refresh": ("counter", ("outcome",), {("success",), ("failure",)}),
     "tls_certificate_expiry_timestamp_seconds": ("gauge", *NONE),
     "panics": ("counter", *NONE),
+    "background_task_restarts": ("counter", ("task",), {(task,) for task in TASKS}),
     "log_lines_dropped": ("counter", *NONE),
     "log_lines_suppressed": ("counter", *NONE),
     "trace_spans_exported": ("counter", *NONE),
@@ -66,6 +83,14 @@ EXPECTED = {
 def scrape(address):
     with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
         return {family.name: family for family in text_string_to_metric_families(answer.read().decode())}
+
+
+def scrape_classic(address):
+    """The text and the samples of a scraper that does not accept OpenMetrics."""
+    request = urllib.request.Request(f"http://{address}/metrics", headers={"Accept": "text/plain;version=0.0.4"})
+    with urllib.request.urlopen(request, timeout=10) as reply:
+        text = reply.read().decode()
+    return text, {family.name: family for family in parser.text_string_to_metric_families(text)}
 
 
 def series(families):
@@ -96,6 +121,11 @@ def main():
             if values is not None:
                 checks.equal(f"{name}: all series exist from the start", seen, values)
         before = series(families)
+        _, classic = scrape_classic(facade.metrics)
+        checks.equal("series in the classic format", series(classic), before)
+        kinds = {name: family.type for name, family in classic.items()}
+        expected = {name: kind for name, (kind, _, _) in EXPECTED.items() if kind != "info"} | {"build_info": "gauge"}
+        checks.equal("types in the classic format", kinds, expected)
         paths = [f"/{'x' * (number % 200)}/{number}" for number in range(500)] + ["/" + SERVICE + "/gettaskdetail"]
         with grpc.insecure_channel(facade.address, [("grpc.primary_user_agent", "unknown-agent/1")]) as channel:
             with concurrent.futures.ThreadPoolExecutor(8) as pool:

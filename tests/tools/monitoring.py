@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 from facade import ROOT, Checks, Facade, tool
-from metrics import scrape
+from metrics import scrape, scrape_classic
 
 FOLDER = ROOT / "deploy/monitoring"
 # Labels that Prometheus adds to every series.
@@ -59,6 +59,9 @@ def main():
 
     with Facade("--sandbox") as facade:
         families = scrape(facade.metrics)
+        classic, _ = scrape_classic(facade.metrics)
+    done = subprocess.run([promtool, "check", "metrics"], input=classic, capture_output=True, text=True)
+    checks.that("promtool check metrics", done.returncode == 0, done.stdout + done.stderr)
     live = {}
     for family in families.values():
         for sample in family.samples:

@@ -1,7 +1,7 @@
 """Checks that callers, metrics, log and traces count each call exactly once, and with the same code.
 
 `reconcile.py [CALLS]` makes 5000 calls by default: successes, every class of failure of the sandbox, cancelled calls,
-deadlines, overload, throttling, unknown methods and health checks.
+deadlines, overload, throttling, watches, unknown methods and health checks.
 """
 
 import asyncio
@@ -15,13 +15,13 @@ import grpc
 from collector import Collector
 from facade import SERVICE, Checks, Facade
 from metrics import scrape
-from rpc import METHOD, request
+from rpc import METHOD, WATCH_METHOD, request
 
 IN_FLIGHT = 64
 ABANDONED = {"CANCELLED", "DEADLINE_EXCEEDED"}
 OTHER = "other"
 HEALTH = "grpc.health.v1.Health/Check"
-TASK = f"{SERVICE}/GetTaskDetail"
+TASK, WATCH = f"{SERVICE}/GetTaskDetail", f"{SERVICE}/WatchTaskDetail"
 # Instance ids of the sandbox, and their weights.
 MIXTURE = {
     "every-field": 600,
@@ -41,6 +41,9 @@ MIXTURE = {
     **{f"status-{status}": 12 for status in (400, 401, 402, 403, 404, 405, 406, 409, 412, 413, 418, 422, 423, 451, 501)},
     **{f"status-{status}": 3 for status in (201, 307, 408, 425, 500, 502, 503, 504, 505)},
 }
+# A task that ends, one that outlives the caller's deadline, and errors of the first poll.
+WATCHED = ["lifecycle-1", "every-field", "task-not-found", "policy-denial", "status-503", "no/such id"]
+WATCH_SECONDS = 3
 
 
 class Caller:
@@ -69,6 +72,21 @@ class Caller:
         except (grpc.RpcError, asyncio.CancelledError):
             pass
         self.seen[method, (await call.code()).name] += 1
+
+    async def watch(self, instance_id, cancels):
+        """Watches a task, to its end or only to the first message."""
+        self._next += 1
+        self.made[WATCH] += 1
+        channel = self._channels[self._next % len(self._channels)]
+        message = request(instance_id, workflow_id=f"task-{self._next}")
+        call = channel.unary_stream(WATCH_METHOD)(message, timeout=WATCH_SECONDS)
+        try:
+            async for _ in call:
+                if cancels:
+                    call.cancel()
+        except (grpc.RpcError, asyncio.CancelledError):
+            pass
+        self.seen[WATCH, (await call.code()).name] += 1
 
     async def all(self, instance_ids):
         """One call for each id, at most 40 at once."""
@@ -134,8 +152,9 @@ async def make_calls(facade, calls):
         await asyncio.gather(*map(caller.finish, started))
         overloaded += more
     await caller.all(["slow-5000"] * part(0.01))
-    # Last, because throttling makes the facade hold back all later calls.
-    await caller.all(["throttled-retry-after"] + ["every-field"] * part(0.02))
+    await asyncio.gather(*(caller.watch(id, cancels) for id in WATCHED for cancels in (False, True) for _ in range(part(0.001))))
+    # After the first replies, the facade rejects the rest itself.
+    await caller.all(["throttled-retry-after"] * part(0.02))
     await caller.close()
     return caller
 
@@ -155,27 +174,31 @@ def main():
     with Collector(keep=False) as collector:
         environment = collector.environment(OTEL_BSP_MAX_QUEUE_SIZE="1000000")
         flags = ["--timeout=1s", "--attempt-timeout=300ms", f"--max-in-flight={IN_FLIGHT}"]
+        flags += ["--watch-interval=100ms", "--watch-rate=off"]
         with Facade("--sandbox", *flags, environment=environment) as facade:
             begun = time.monotonic()
             caller = asyncio.run(make_calls(facade, calls))
             made = sum(caller.made.values())
             print(f"{made} calls in {time.monotonic() - begun:.0f} s")
             asyncio.run(until(lambda: total(facade, "grpc_server_handled") >= made, "all calls handled"))
-            attempts = total(facade, "rds_upstream_requests")
-            asyncio.run(until(lambda: total(facade, "trace_spans_exported") >= made + attempts, "all spans exported"))
+            watched_tasks = lambda: scrape(facade.metrics)["rds_watched_tasks"].samples[0].value
+            asyncio.run(until(lambda: not watched_tasks(), "all pollers ended"))
+            attempts, polls = (total(facade, name) for name in ("rds_upstream_requests", "rds_watch_polls"))
+            asyncio.run(until(lambda: total(facade, "trace_spans_exported") >= made + attempts + polls, "all spans exported"))
             families = scrape(facade.metrics)
             facade.stop()
             facade.join()
     rows = lambda name: [sample for sample in families[name].samples if sample.name.endswith("_total")]
     method = lambda labels: OTHER if labels["grpc_method"] == OTHER else f"{labels['grpc_service']}/{labels['grpc_method']}"
-    started, handled, logged, traced = (collections.Counter() for _ in range(4))
+    started, handled, logged, traced, messages = (collections.Counter() for _ in range(5))
     for sample in rows("grpc_server_started"):
         started[method(sample.labels)] += sample.value
     for sample in rows("grpc_server_handled"):
         handled[method(sample.labels), code_name(sample.labels["grpc_code"])] += sample.value
     for line in map(json.loads, facade.output):
-        if line["target"] == "access":
+        if line["target"].startswith("access"):
             logged[line["grpc_method"], code_name(line["grpc_code"])] += 1
+            messages[line["grpc_method"]] += line.get("messages", 0)
     for (name, code), count in collector.codes.items():
         traced[OTHER if name == "_OTHER" else name, code] += count
 
@@ -185,6 +208,12 @@ def main():
     checks.equal("handled = access lines, by method and code", logged, +handled)
     checks.equal("handled = server spans, by method and code", traced, +handled)
     checks.equal("attempts = client spans", collector.attempts, attempts)
+    checks.equal("polls = their spans", collector.polls, polls)
+    watches = {sample.labels["grpc_type"]: sample.value for sample in rows("grpc_server_started") if method(sample.labels) == WATCH}
+    checks.equal("watches are server streams", watches, {"server_stream": caller.made[WATCH]})
+    checks.equal("watches = their ends, by cause", sum(sample.value for sample in rows("rds_watch_ended")), caller.made[WATCH])
+    sent = sum(sample.value for sample in rows("rds_watch_messages"))
+    checks.equal("messages of watches, in access lines and metrics", +messages, {WATCH: sent})
     checks.equal("handled = calls made", sum(handled.values()), made)
     # If a caller cancels while the facade replies, the two may count different codes.
     settled = lambda counts: {key: count for key, count in counts.items() if count and key[1] not in ABANDONED}

@@ -34,7 +34,7 @@ def check_buf_curl(checks, address):
         return run("buf", "curl", "--protocol", "grpc", "--http2-prior-knowledge", *arguments, url)
 
     listed = buf_curl("", "--list-methods")
-    for method in (METHOD, "grpc.health.v1.Health/Check"):
+    for method in (METHOD, f"{SERVICE}/WatchTaskDetail", "grpc.health.v1.Health/Check"):
         checks.that(f"buf curl lists {method}", method in listed.stdout.split(), listed)
 
     result = buf_curl(f"/{METHOD}", "--data", json.dumps(EXAMPLE_REQUEST))

@@ -1,9 +1,10 @@
-"""Calls GetTaskDetail with grpcio and without generated code: the request is four strings."""
+"""Calls GetTaskDetail and WatchTaskDetail with grpcio and without generated code: their requests begin with the same four strings."""
 
 import grpc
 from facade import INSTANCE_ID, PROJECT_ID, SERVICE, WORKFLOW_ID, WORKFLOW_NAME
 
 METHOD = f"/{SERVICE}/GetTaskDetail"
+WATCH_METHOD = f"/{SERVICE}/WatchTaskDetail"
 
 
 def request(instance_id=INSTANCE_ID, workflow_id=WORKFLOW_ID, project_id=PROJECT_ID):
@@ -21,3 +22,14 @@ def call(channel, message=None, timeout=30, metadata=()):
     except grpc.RpcError as error:
         metadata = {**dict(error.initial_metadata() or ()), **dict(error.trailing_metadata() or ())}
         return error.code().name, metadata
+
+
+def watch(channel, message=None, timeout=30, metadata=()):
+    """Returns the name of the status code and the messages of the stream."""
+    messages = []
+    try:
+        for received in channel.unary_stream(WATCH_METHOD)(message or request(), timeout=timeout, metadata=metadata):
+            messages.append(received)
+        return "OK", messages
+    except grpc.RpcError as error:
+        return error.code().name, messages

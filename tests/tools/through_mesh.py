@@ -14,15 +14,14 @@ import time
 import urllib.request
 from collections import Counter
 
-from facade import SANDBOX_TOKEN, Checks, Facade, Sandbox, free_port
+from facade import Checks, Sandbox, free_port
 from mesh.certificates import Identities
-from mesh.envoy import Envoy, client_side, server_side
+from mesh.envoy import Envoy, client_side
 from mesh.load import DEADLINE_SECONDS, Load
+from mesh.pod import CALLER, SERVER, Pod, healthy, wait_for_health
 
-CALLER, SERVER = "caller", "rds-task-facade"
 RESTARTS = 6
 CRASHES = 3
-DRAIN_DELAY_SECONDS = 1
 SETTLE_SECONDS = 1.5
 OUTAGE_SECONDS = 5
 RECOVERY_SECONDS = 2
@@ -30,64 +29,13 @@ RECOVERY_SECONDS = 2
 OUTAGE_RECOVERY_SECONDS = 2.5
 
 
-class Pod:
-    """An instance and the proxy in front of it. Their ports stay the same after a restart."""
-
-    def __init__(self, number, folder, identities, upstream):
-        self.name = f"pod-{number}"
-        self.port, self.instance_port = free_port(), free_port()
-        self._folder, self._upstream = folder, upstream
-        self._resources = server_side(self.port, self.instance_port, identities.path(SERVER), CALLER)
-
-    def start(self):
-        self.start_proxy()
-        self.start_instance()
-
-    def start_proxy(self):
-        self.proxy = Envoy(self._folder, self.name, self._resources)
-
-    def start_instance(self):
-        begun = time.monotonic()
-        self.instance = Facade(
-            f"--endpoint={self._upstream}",
-            "--credentials=token",
-            f"--drain-delay={DRAIN_DELAY_SECONDS}s",
-            environment={"RDS_TASK_FACADE_TOKEN": SANDBOX_TOKEN},
-            port=self.instance_port,
-        )
-        self.instance.wait_until_serving()
-        self.start_seconds = time.monotonic() - begun
-
-    def stop(self):
-        """Stops the proxy last, as a native sidecar. Returns the instance's exit code and the seconds it took."""
-        begun = time.monotonic()
-        code = self.instance.stop()
-        took = time.monotonic() - begun
-        self.proxy.stop()
-        return code, took
-
-    def kill(self):
-        """Kills both at once, as when a node dies."""
-        for process in (self.proxy, self.instance):
-            process.kill()
-
-    def close(self):
-        for name in ("instance", "proxy"):
-            if hasattr(self, name):
-                getattr(self, name).__exit__()
-
-
 class Mesh:
     def __init__(self, checks, load, client, pods, identities, upstream_port):
         self.checks, self.load, self.client, self.pods = checks, load, client, pods
         self.identities, self.upstream_port = identities, upstream_port
 
-    def wait_for_health(self, count):
-        name = "cluster.facade.membership_healthy"
-        self.client.wait_until(f"{count} healthy pods", lambda: self.client.stat(name) == count)
-
     def settle(self):
-        self.wait_for_health(len(self.pods))
+        wait_for_health(self.client, len(self.pods))
         time.sleep(SETTLE_SECONDS)
 
     def none_failed(self, title, begun):
@@ -206,10 +154,6 @@ def is_call(name):
     return name.startswith("grpc_server_handled_total{") and "GetTaskDetail" in name
 
 
-def healthy(client):
-    return client.stat("cluster.facade.membership_healthy")
-
-
 def metrics_of(instance):
     with urllib.request.urlopen(f"http://{instance.metrics}/metrics", timeout=5) as response:
         lines = response.read().decode().splitlines()
@@ -239,7 +183,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         identities = Identities(folder, [CALLER, SERVER])
         sandbox = stack.enter_context(Sandbox())
-        pods = [Pod(number, folder, identities, sandbox.url) for number in (1, 2)]
+        pods = [Pod(f"pod-{number}", folder, identities, sandbox.url) for number in (1, 2)]
         for pod in pods:
             stack.callback(pod.close)
             pod.start()
@@ -247,7 +191,7 @@ def main():
         resources = client_side(port, [pod.port for pod in pods], identities.path(CALLER), SERVER)
         client = stack.enter_context(Envoy(folder, "caller", resources))
         check_strict(checks, pods[0])
-        client.wait_until("both pods healthy", lambda: healthy(client) == len(pods))
+        wait_for_health(client, len(pods))
         with Load(port) as load:
             mesh = Mesh(checks, load, client, pods, identities, sandbox.port)
             mesh.settle()

@@ -1,5 +1,7 @@
-"""Checks exported traces: caller, facade and attempts share one trace, and a bad collector delays no call."""
+"""Checks exported traces: caller, facade and attempts share one trace, each poll of a watch has a trace of its own, and a bad
+collector delays no call."""
 
+import contextlib
 import http.server
 import json
 import socket
@@ -10,13 +12,13 @@ import urllib.request
 
 import grpc
 from collector import Collector
-from facade import PROGRAM, PROJECT_ID, SERVICE, Checks, Facade, free_port, tool
+from facade import PROJECT_ID, SERVICE, Checks, Facade, free_port, tool
 from metrics import scrape
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.resource.v1.resource_pb2 import Resource
 from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Span
-from rpc import call, request
+from rpc import call, request, watch
 
 TRACE, CALLER = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 TRACEPARENT = f"00-{TRACE}-{CALLER}-01"
@@ -223,25 +225,69 @@ def a_busy_collector(checks):
     checks.equal("spans dropped because of a busy collector", sum(lost), 0)
 
 
-def propagation(checks):
-    """Checks the trace headers that upstream receives."""
-    seen = []
+@contextlib.contextmanager
+def upstream(reply):
+    """An upstream on a free port. `reply` maps the headers of a request to status and body. Yields the base URL."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
             self.rfile.read(int(self.headers["content-length"]))
-            seen.append({name.lower(): value for name, value in self.headers.items()})
-            self.send_response(404)
-            self.send_header("content-length", "0")
+            status, body = reply(self.headers)
+            self.send_response(status)
+            self.send_header("content-length", str(len(body)))
             self.end_headers()
+            self.wfile.write(body)
 
         def log_message(self, *_):
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_address[1]}"
-    with Collector() as collector:
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def polls(checks):
+    """Checks the spans of a watch with four polls, one of which fails."""
+    replies = [(200, "Pending"), (200, "Running"), (503, ""), (200, "Completed")]
+
+    def reply(_):
+        status, state = replies.pop(0)
+        return status, json.dumps({"job_id": "j", "status": state} if status == 200 else {}).encode()
+
+    flags = ["--credentials=token", "--watch-interval=10ms", "--watch-rate=off", "--max-attempts=1"]
+    with upstream(reply) as url, Collector() as collector:
+        environment = collector.environment(RDS_TASK_FACADE_TOKEN="t")
+        with Facade("--endpoint", url, *flags, environment=environment) as facade:
+            with grpc.insecure_channel(facade.address) as channel:
+                code, messages = watch(channel, metadata=[("traceparent", TRACEPARENT)])
+            facade.stop()
+    checks.equal("watch: code and number of states", (code, len(messages)), ("OK", 3))
+    streams = [span for span in collector.spans if span.is_server]
+    checks.equal("watch: one span per stream, in the caller's trace", [(s.trace_id, s.parent) for s in streams], [(TRACE, CALLER)])
+    polled = sorted((span for span in collector.spans if span.is_poll), key=lambda span: span.start)
+    failed = [(p.error, p.attributes.get("error.type")) for p in polled]
+    ok = (False, None)
+    checks.equal("watch: one span per poll, with its error", failed, [ok, ok, (True, "UPSTREAM_UNAVAILABLE"), ok])
+    checks.equal("watch: polls are root spans", [p.parent for p in polled], [""] * 4)
+    checks.equal("watch: each poll has a trace of its own", len({p.trace_id for p in polled} - {TRACE}), 4)
+    checks.equal("watch: each poll links to the stream", [p.links for p in polled], [[(TRACE, streams[0].span_id)]] * 4)
+    parents = [(span.trace_id, span.parent) for span in sorted(collector.spans, key=lambda span: span.start) if span.is_attempt]
+    checks.equal("watch: each attempt belongs to its poll", parents, [(p.trace_id, p.span_id) for p in polled])
+
+
+def propagation(checks):
+    """Checks the trace headers that upstream receives."""
+    seen = []
+
+    def reply(headers):
+        seen.append({name.lower(): value for name, value in headers.items()})
+        return 404, b""
+
+    with upstream(reply) as url, Collector() as collector:
         for flags, expected in [((), None), (("--propagate-trace-upstream",), TRACE)]:
             environment = collector.environment(RDS_TASK_FACADE_TOKEN="t")
             with Facade("--endpoint", url, "--credentials=token", *flags, environment=environment) as facade:
@@ -256,17 +302,15 @@ def propagation(checks):
             attempt = next(span for span in reversed(collector.spans) if not span.is_server)
             if expected:
                 checks.equal("the parent upstream is the span of the attempt", headers["traceparent"].split("-")[2], attempt.span_id)
-    server.shutdown()
 
 
-def invalid_settings(checks):
-    for variable, value in [("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc"), ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "grpc")]:
-        environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4317", variable: value}
-        run = subprocess.run(
-            [PROGRAM, "serve", "--sandbox"], env=environment, capture_output=True, text=True, timeout=20
-        )
-        checks.equal(f"{variable}={value}: exit code", run.returncode, 2)
-        checks.that(f"{variable}={value}: one clear line", f"{variable}: grpc is not supported" in run.stderr, run.stderr)
+def unusable_settings(checks):
+    with Collector() as collector:
+        environment = collector.environment(OTEL_EXPORTER_OTLP_PROTOCOL="grpc", OTEL_PROPAGATORS="xray", OTEL_TRACES_SAMPLER="Always_On")
+        with Facade("--sandbox", environment=environment) as facade:
+            with grpc.insecure_channel(facade.address) as channel:
+                checks.equal("with unusable settings, calls", call(channel)[0], "OK")
+        checks.equal("with unusable settings, spans", len(collector.wait_for(2)), 2)
 
 
 def main():
@@ -277,8 +321,9 @@ def main():
     bad_collectors(checks)
     end_of_the_process(checks)
     a_busy_collector(checks)
+    polls(checks)
     propagation(checks)
-    invalid_settings(checks)
+    unusable_settings(checks)
     checks.finish()
 
 

@@ -55,17 +55,17 @@ fn all_problems_are_reported_one_line_each() {
         "--allow-project: \"/\" is not a project id; separate ids by commas, each 1 to 64 of letters, digits, '-' and '_'",
         "--allow-project: is not a project id; separate ids by commas, each 1 to 64 of letters, digits, '-' and '_'",
         "--cache-ttl: is not a duration; write it like 250ms, 10s, 5m or 1h",
-        "--endpoint: plain http is allowed for loopback only; use https, or set --allow-insecure-upstream",
-        "--listen: \"nowhere\" is not an address; write it like 127.0.0.1:50051, 0.0.0.0:50051 or [::1]:50051",
+        "--endpoint: \"http://rds.example.com\" is plain http, which is allowed for loopback only; use https, or set --allow-insecure-upstream",
+        "--listen: \"nowhere\" is not an address; write it like 127.0.0.1:50051, 0.0.0.0:50051 or [::]:50051",
         "--max-attempts: \"11\" is not a whole number from 1 to 10",
         "--retry-budget: \"101\" is not a whole number from 0 to 100",
         "--timeout: \"0s\" is not longer than zero",
+        "--tls-cert: \"/nowhere/cert.pem\": the file cannot be read: entity not found",
         "--tls-cert: requires --tls-key",
-        "--tls-cert: the file cannot be read: entity not found",
         "RDS_TASK_FACADE_LOG_FORMAT: \"xml\" is not one of text, json",
         "RDS_TASK_FACADE_MAX_IN_FLIGHT: \"0\" is not a whole number from 1 to 1000000",
         "RDS_TASK_FACADE_MAX_IN_FLIHGT: is not a known variable; did you mean RDS_TASK_FACADE_MAX_IN_FLIGHT?",
-        "RUST_LOG: must be a level (error, warn, info, debug, trace, off) or target=level, separated by commas",
+        "RUST_LOG: \"info,=\" is not a level (error, warn, info, debug, trace, off) or target=level, separated by commas",
     ];
     assert_eq!(found, expected);
 }
@@ -255,7 +255,7 @@ fn client_commands_read_only_the_token_variable() {
     };
 
     assert_eq!(call.timeout, Duration::from_secs(10));
-    assert!(call.token.is_some());
+    assert!(call.token.from_variable.is_some());
     assert_eq!(health.timeout, Duration::from_secs(3));
     assert_eq!(
         without_slash(&health.server.target),

@@ -78,6 +78,7 @@ fn flags_and_defaults_match_the_contract() {
         ("allow-insecure-upstream", "false"),
         ("upstream-ca", ""),
         ("upstream-proxy", ""),
+        ("upstream-proxy-password-file", ""),
         ("upstream-rate", "off"),
         ("watch-interval", "5s"),
         ("watch-rate", "30/1m"),
@@ -303,28 +304,70 @@ fn exactly_one_of_region_endpoint_and_sandbox_must_be_set() {
 
 #[test]
 fn kubernetes_service_variables_are_ignored() {
+    let url = "tcp://10.0.0.1:50051";
+    // Name, value, and whether it is ignored.
     let cases = [
-        ("RDS_TASK_FACADE_SERVICE_HOST", true),
-        ("RDS_TASK_FACADE_SERVICE_PORT", true),
-        ("RDS_TASK_FACADE_SERVICE_PORT_GRPC", true),
-        ("RDS_TASK_FACADE_PORT", true),
-        ("RDS_TASK_FACADE_PORT_50051_TCP_ADDR", true),
-        ("RDS_TASK_FACADEX", true),
-        ("RDS_TASK_FACADE_SERVICE", false),
-        ("RDS_TASK_FACADE_PORTS", false),
-        ("RDS_TASK_FACADE_METRICS_PORT", false),
-        ("RDS_TASK_FACADE_", false),
-        ("RDS_TASK_FACADE_timeout", false),
+        ("RDS_TASK_FACADE_SERVICE_HOST", "10.0.0.1", true),
+        ("RDS_TASK_FACADE_SERVICE_PORT", "50051", true),
+        ("RDS_TASK_FACADE_SERVICE_PORT_GRPC", "50051", true),
+        ("RDS_TASK_FACADE_PORT", url, true),
+        ("RDS_TASK_FACADE_PORT_50051_TCP", url, true),
+        ("RDS_TASK_FACADE_PORT_50051_TCP_PROTO", "tcp", true),
+        ("RDS_TASK_FACADE_PORT_50051_TCP_PORT", "50051", true),
+        ("RDS_TASK_FACADE_PORT_50051_TCP_ADDR", "10.0.0.1", true),
+        ("RDS_TASK_FACADE_CANARY_SERVICE_HOST", "fd00::1", true),
+        ("RDS_TASK_FACADE_CANARY_SERVICE_PORT_GRPC_WEB", "80", true),
+        ("RDS_TASK_FACADE_2_PORT", "udp://10.0.0.1:53", true),
+        ("RDS_TASK_FACADE_2_PORT_53_UDP", "udp://10.0.0.1:53", true),
+        ("RDS_TASK_FACADE_X_PORT", "sctp://10.0.0.1:1", true),
+        ("RDS_TASK_FACADE_X_PORT_1_SCTP_ADDR", "10.0.0.1", true),
+        ("RDS_TASK_FACADE_PORT_8_PORT_80_TCP_ADDR", "10.0.0.1", true),
+        ("RDS_TASK_FACADE_METRICS_PORT", url, true),
+        ("RDS_TASK_FACADEX", "x", true),
+        ("RDS_TASK_FACADE_PORT", "50051", false),
+        ("RDS_TASK_FACADE_METRICS_PORT", "9464", false),
+        ("RDS_TASK_FACADE_PORT", "http://10.0.0.1:80", false),
+        ("RDS_TASK_FACADE_PORTS", url, false),
+        ("RDS_TASK_FACADE_PORT_50051", url, false),
+        ("RDS_TASK_FACADE_PORT_X_TCP", url, false),
+        ("RDS_TASK_FACADE_PORT_70000_TCP", url, false),
+        ("RDS_TASK_FACADE_PORT_50051_TLS", url, false),
+        ("RDS_TASK_FACADE_PORT_50051_TCP_HOST", "10.0.0.1", false),
+        ("RDS_TASK_FACADE_SERVICE", "x", false),
+        ("RDS_TASK_FACADE_SERVICE_PORT_", "1", false),
+        ("RDS_TASK_FACADE_SERVICE_HOSTS", "x", false),
+        ("RDS_TASK_FACADE_SERVICE_HOST_NAME", "x", false),
+        ("RDS_TASK_FACADE_", "x", false),
+        ("RDS_TASK_FACADE_timeout", "1s", false),
     ];
 
-    for (name, ignored) in cases {
-        assert_eq!(
-            serve(&["--sandbox"], &[(name, "x")]).is_ok(),
-            ignored,
-            "{name}"
-        );
+    for (name, value, ignored) in cases {
+        let found = serve(&["--sandbox"], &[(name, value)]);
+        assert_eq!(found.is_ok(), ignored, "{name}={value}");
     }
     assert!(serve(&["--sandbox"], &[("RDS_TASK_FACADE_ODD", "")]).is_ok());
+}
+
+#[test]
+fn the_problem_of_an_unknown_variable_has_the_nearest_name() {
+    let cases = [
+        ("RDS_TASK_FACADE_TIMOUT", "RDS_TASK_FACADE_TIMEOUT"),
+        ("RDS_TASK_FACADE_TOKEN_PATH", "RDS_TASK_FACADE_TOKEN_FILE"),
+        (
+            "RDS_TASK_FACADE_max_attempts",
+            "RDS_TASK_FACADE_MAX_ATTEMPTS",
+        ),
+        (
+            "RDS_TASK_FACADE_METRICS_PORT",
+            "RDS_TASK_FACADE_METRICS_LISTEN",
+        ),
+        ("RDS_TASK_FACADE_TOKENS", "RDS_TASK_FACADE_TOKEN"),
+    ];
+
+    for (name, close) in cases {
+        let expected = format!("{name}: is not a known variable; did you mean {close}?");
+        assert_eq!(problems(&["--sandbox"], &[(name, "x")]), [expected]);
+    }
 }
 
 /// A file with a certificate and its key, valid for every TLS flag.
@@ -421,26 +464,83 @@ fn repeated_and_comma_separated_projects_are_combined() {
 }
 
 #[test]
-fn exposed_port_with_a_server_credential_is_warned_about() {
+fn a_server_credential_for_any_project_is_warned_about() {
     let file = certificate_and_key();
     let path = file.path().to_str().unwrap();
     let tls = ["--tls-cert", path, "--tls-key", path];
     let exposed = ["--sandbox", "--listen", "0.0.0.0:50051"];
-    let cases = [
-        (exposed.to_vec(), true),
-        ([&exposed[..], &tls].concat(), true),
+    let both: &[&str] = &["--tls-client-ca", "--allow-project"];
+    let projects: &[&str] = &["--allow-project"];
+    // The arguments, and the flags that the warning names.
+    let cases: [(Vec<&str>, &[&str]); 9] = [
+        (exposed.to_vec(), both),
+        ([&exposed[..], &tls].concat(), both),
         (
             [&exposed[..], &tls, &["--tls-client-ca", path]].concat(),
-            false,
+            projects,
         ),
-        ([&exposed[..], &["--allow-project", "p"]].concat(), false),
-        ([&exposed[..], &["--credentials", "caller"]].concat(), false),
-        (vec!["--sandbox", "--listen", "[::1]:50051"], false),
-        (vec!["--sandbox", "--listen", "[::]:50051"], true),
+        ([&exposed[..], &["--allow-project", "p"]].concat(), &[]),
+        ([&exposed[..], &["--credentials", "caller"]].concat(), &[]),
+        (vec!["--sandbox", "--listen", "[::]:50051"], both),
+        (vec!["--sandbox", "--listen", "[::1]:50051"], projects),
+        (vec!["--sandbox"], projects),
+        (vec!["--sandbox", "--allow-project", "p"], &[]),
     ];
 
-    for (args, expected) in cases {
-        let warning = serve(&args, &[]).unwrap().exposure_warning();
-        assert_eq!(warning.is_some(), expected, "{args:?}");
+    let empty = ("RDS_TASK_FACADE_ALLOW_PROJECT", "");
+    for (args, named) in cases {
+        let warning = serve(&args, &[empty]).unwrap().exposure_warning();
+        let warning = warning.unwrap_or_default();
+        for flag in both {
+            assert_eq!(warning.contains(flag), named.contains(flag), "{args:?}");
+        }
+    }
+}
+
+#[test]
+fn the_password_of_the_proxy_comes_from_a_file() {
+    let good = file_with("\u{feff}a b:c@%\u{e4}\r\n");
+    let bad = [
+        file_with(""),
+        file_with("\"canary\""),
+        file_with("can\0ary"),
+    ];
+    let path = |file: &tempfile::NamedTempFile| file.path().to_str().unwrap().to_owned();
+    let with = |proxy: &str, file: &str| {
+        let file = ["--upstream-proxy-password-file", file];
+        serve(
+            &[&["--sandbox"][..], &file].concat(),
+            &[("RDS_TASK_FACADE_UPSTREAM_PROXY", proxy)],
+        )
+    };
+
+    let options = with("http://ann@proxy:3128", &path(&good)).unwrap();
+    let proxy = options.upstream.upstream_proxy.as_ref().unwrap();
+    assert_eq!(
+        proxy.url().as_str(),
+        "http://ann:a%20b%3Ac%40%25%C3%A4@proxy:3128/"
+    );
+    for text in [options.printed(), options.summary(), format!("{options:?}")] {
+        assert!(!text.contains("ann") && !text.contains("a%20b"), "{text}");
+    }
+
+    let mut rejected = vec![
+        with("", &path(&good)),
+        with("http://proxy:3128", &path(&good)),
+        with("http://ann:canary@proxy:3128", &path(&good)),
+        with("http://ann@proxy:3128", "/nonexistent/canary"),
+    ];
+    rejected.extend(
+        bad.iter()
+            .map(|file| with("http://ann@proxy:3128", &path(file))),
+    );
+    for result in rejected {
+        let problems = result.unwrap_err().problems;
+        assert_eq!(problems.len(), 1, "{problems:?}");
+        assert!(
+            problems[0].starts_with("--upstream-proxy-password-file: "),
+            "{problems:?}"
+        );
+        assert!(!problems[0].contains("canary"), "{problems:?}");
     }
 }

@@ -32,6 +32,8 @@ use tokio_util::task::AbortOnDropHandle;
 use super::{Error, Issuer, TokenEvidence, fetch::FetchError, server_time};
 use crate::{
     deadline::{Deadline, THIRTY_YEARS},
+    files,
+    supervise::{self, Task},
     telemetry::metrics::Metrics,
     wait,
 };
@@ -287,7 +289,7 @@ impl<V: Clone + PartialEq + Send + Sync + 'static> Cache<V> {
             state,
             on_rejection,
             last_success,
-            _refresher: AbortOnDropHandle::new(tokio::spawn(refresher.run())),
+            _refresher: AbortOnDropHandle::new(tokio::spawn(refresher.supervised())),
         }
     }
 
@@ -368,10 +370,21 @@ struct Refresher<R: Refresh> {
 }
 
 impl<R: Refresh> Refresher<R> {
-    async fn run(mut self) {
+    async fn supervised(mut self) {
+        let metrics = self.metrics.clone();
+        loop {
+            metrics.background.catch(Task::Credential, self.run()).await;
+            // Calls without a value must not wait for a refresh that may panic again.
+            let error = FetchError::unavailable("the refresh panicked");
+            let rejections = self.state.borrow().rejections;
+            self.record_failure(&error, supervise::PAUSE, rejections);
+        }
+    }
+
+    async fn run(&mut self) {
         let mut changes = self.state.subscribe();
         let mut failures = 0;
-        let mut last_error = None;
+        let mut logged: Option<(FetchError, Instant)> = None;
         loop {
             let rejections = self.state.borrow().rejections;
             let outcome = timeout(FETCH_TIMEOUT, self.source.refresh())
@@ -382,7 +395,7 @@ impl<R: Refresh> Refresher<R> {
             let (pause, rejection_ends_pause) = match outcome {
                 Ok(fetched) => {
                     failures = 0;
-                    last_error = None;
+                    logged = None;
                     let lifetime = fetched.lifetime;
                     if !self.publish(fetched, rejections) {
                         continue;
@@ -393,15 +406,18 @@ impl<R: Refresh> Refresher<R> {
                     let pause = backoff(failures, R::MAX_BACKOFF).max(error.wait);
                     failures = failures.saturating_add(1);
                     self.record_failure(&error, pause, rejections);
-                    if last_error.as_ref() != Some(&error) {
+                    let is_known = logged.as_ref().is_some_and(|(known, at)| {
+                        *known == error && at.elapsed() < files::REPORT_INTERVAL
+                    });
+                    if !is_known {
                         tracing::warn!(
                             source = self.name,
                             %error,
                             retry_seconds = pause.as_secs(),
                             "credential cannot be fetched"
                         );
+                        logged = Some((error, Instant::now()));
                     }
-                    last_error = Some(error);
                     // A rejected value does not shorten the wait of an issuer that fails or rejects us.
                     (pause, matches!(self.on_rejection, OnRejection::Recheck))
                 }

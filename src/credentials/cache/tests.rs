@@ -734,3 +734,25 @@ fn backoff_is_a_random_part_of_a_time_that_doubles_up_to_a_minute() {
         assert!(*longest > seconds * SECOND / 2, "{failures}");
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_refresh_that_panics_is_restarted_and_calls_get_the_next_value() {
+    let issuer = issuer(|nth| match nth {
+        1 | 2 => panic!("a bug"),
+        _ => good(nth),
+    });
+    let cache = issuer.start();
+
+    let begun = Instant::now();
+    let without = cache.current(soon()).await;
+    let waited = begun.elapsed();
+    sleep(5 * SECOND).await;
+
+    assert!(
+        matches!(without, Err(Error::Unavailable { .. })),
+        "{without:?}"
+    );
+    assert!(waited < 3 * SECOND, "{waited:?}");
+    assert_eq!(cache.current(soon()).await, Ok((3, 1)));
+    assert_eq!(issuer.fetches(), 3);
+}

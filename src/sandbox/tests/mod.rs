@@ -1,6 +1,7 @@
 //! Tests of the sandbox over loopback sockets.
 
 mod authentication;
+mod course;
 mod credentials;
 mod scenarios;
 mod task;
@@ -8,6 +9,7 @@ mod task;
 use std::{future::pending, net::SocketAddr};
 
 use serde_json::Value;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use super::*;
 
@@ -153,5 +155,67 @@ async fn invalid_control_parameters_are_rejected() {
 
         assert_eq!(status, 400, "{path}");
         assert!(body["error"].is_string(), "{path}");
+    }
+}
+
+#[tokio::test]
+async fn control_paths_reject_requests_that_a_web_page_can_send() {
+    let sandbox = start().await;
+    let address = sandbox.base.trim_start_matches("http://");
+    let (_, port) = address.rsplit_once(':').unwrap();
+    let own = "127.0.0.1:PORT";
+    let cases: &[(&[&str], &[&str], u16)] = &[
+        (&[own], &[], 200),
+        (&["localhost:PORT"], &[], 200),
+        (&["LocalHost:PORT"], &[], 200),
+        (&["[::1]:PORT"], &[], 200),
+        (&["127.0.0.53:PORT"], &[], 200),
+        // A forwarded port, as with ssh.
+        (&["localhost:9000"], &[], 200),
+        (&["localhost"], &[], 200),
+        (&[own], &["http://127.0.0.1:PORT"], 200),
+        (&[], &[], 403),
+        (&[""], &[], 403),
+        (&["evil.example:PORT"], &[], 403),
+        (&["127.0.0.1.evil.example:PORT"], &[], 403),
+        (&["localhost.evil.example:PORT"], &[], 403),
+        (&["10.0.0.1:PORT"], &[], 403),
+        (&["0.0.0.0:PORT"], &[], 403),
+        (&["[fe80::1]:PORT"], &[], 403),
+        (&["evil.example@127.0.0.1:PORT"], &[], 403),
+        (&[own, "evil.example:PORT"], &[], 403),
+        (&[own], &["http://evil.example"], 403),
+        (&[own], &["http://127.0.0.1:PORT.evil.example"], 403),
+        (&[own], &["http://127.0.0.1:1"], 403),
+        (&[own], &["http://localhost:PORT"], 403),
+        (&[own], &["https://127.0.0.1:PORT"], 403),
+        (&[own], &["null"], 403),
+        (&[own], &[""], 403),
+        (
+            &[own],
+            &["http://127.0.0.1:PORT", "http://evil.example"],
+            403,
+        ),
+    ];
+
+    for (hosts, origins, status) in cases {
+        for line in ["POST /sandbox/revoke-tokens", "GET /sandbox/counts"] {
+            let mut request = format!("{line} HTTP/1.1\r\nConnection: close\r\n");
+            for host in *hosts {
+                request += &format!("Host: {host}\r\n");
+            }
+            for origin in *origins {
+                request += &format!("Origin: {origin}\r\n");
+            }
+            request += "Content-Length: 0\r\n\r\n";
+            let request = request.replace("PORT", port);
+            let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+            stream.write_all(request.as_bytes()).await.unwrap();
+            let mut response = String::new();
+            stream.read_to_string(&mut response).await.unwrap();
+
+            let head = format!("HTTP/1.1 {status} ");
+            assert!(response.starts_with(&head), "{request}{response}");
+        }
     }
 }

@@ -29,7 +29,8 @@ async fn a_connection_without_a_complete_preface_is_closed_and_counted_as_refuse
         // Without the configured timeout it would be the default of 10 s.
         assert!(started.elapsed() < Duration::from_secs(8), "{name}");
     }
-    eventually(|| running.metric("grpc_server_connections_refused_total") == 3).await;
+    eventually(|| running.refused("timeout") == 2).await;
+    eventually(|| running.refused("protocol") == 1).await;
     eventually(|| running.metric("grpc_server_connections ") == 0).await;
 }
 
@@ -87,7 +88,7 @@ async fn connections_beyond_the_limit_are_closed_and_the_others_keep_working() {
         assert!(until_closed(&mut socket).await.is_empty());
     }
 
-    assert_eq!(running.metric("grpc_server_connections_refused_total"), 20);
+    assert_eq!(running.refused("limit"), 20);
     assert_eq!(call(&first, "i").await.unwrap().code(), Code::Ok);
     drop(second);
     second_connection.abort();

@@ -7,6 +7,7 @@ pub(super) const SETTINGS: u8 = 4;
 pub(super) const PING: u8 = 6;
 pub(super) const GOAWAY: u8 = 7;
 pub(super) const CONTINUATION: u8 = 9;
+pub(super) const ACK: u8 = 1;
 pub(super) const END_STREAM: u8 = 1;
 pub(super) const END_HEADERS: u8 = 4;
 
@@ -15,6 +16,7 @@ pub(super) const END_HEADERS: u8 = 4;
 pub(super) struct Frame {
     pub(super) kind: u8,
     pub(super) flags: u8,
+    pub(super) stream: u32,
     pub(super) payload: Vec<u8>,
 }
 
@@ -43,6 +45,11 @@ pub(super) fn opening() -> Vec<u8> {
 
 /// The header block of a valid call, uncompressed (RFC 7541, section 6.2.2).
 pub(super) fn block(path: &str) -> Vec<u8> {
+    block_with(path, &[])
+}
+
+/// The header block of a call with further fields, which replace those of the same name.
+pub(super) fn block_with(path: &str, more: &[(&str, &str)]) -> Vec<u8> {
     let fields = [
         (":method", "POST"),
         (":scheme", "http"),
@@ -50,12 +57,39 @@ pub(super) fn block(path: &str) -> Vec<u8> {
         (":path", path),
         ("content-type", "application/grpc"),
     ];
+    let is_kept = |field: &&(&str, &str)| more.iter().all(|(name, _)| *name != field.0);
     let mut bytes = Vec::new();
-    for (name, value) in fields {
-        bytes.extend([0, name.len() as u8]);
-        bytes.extend(name.as_bytes());
-        bytes.push(u8::try_from(value.len()).unwrap());
-        bytes.extend(value.as_bytes());
+    for (name, value) in fields.iter().filter(is_kept).chain(more) {
+        bytes.push(0);
+        for text in [name, value] {
+            push_length(&mut bytes, text.len());
+            bytes.extend(text.as_bytes());
+        }
+    }
+    bytes
+}
+
+/// Appends the length of a string (RFC 7541, section 5.1).
+fn push_length(bytes: &mut Vec<u8>, length: usize) {
+    let Some(mut rest) = length.checked_sub(127) else {
+        return bytes.push(length as u8);
+    };
+    bytes.push(127);
+    while rest >= 128 {
+        bytes.push((rest % 128) as u8 | 128);
+        rest /= 128;
+    }
+    bytes.push(rest as u8);
+}
+
+/// The HEADERS frame with this header block, and as many CONTINUATION frames as it needs.
+pub(super) fn headers(stream: u32, block: &[u8]) -> Vec<u8> {
+    let pieces: Vec<_> = block.chunks(16 << 10).collect();
+    let mut bytes = Vec::new();
+    for (index, piece) in pieces.iter().enumerate() {
+        let kind = if index == 0 { HEADERS } else { CONTINUATION };
+        let is_last = index + 1 == pieces.len();
+        bytes.extend(frame(kind, END_HEADERS * u8::from(is_last), stream, piece));
     }
     bytes
 }
@@ -71,6 +105,7 @@ pub(super) fn parse(mut bytes: &[u8]) -> Vec<Frame> {
         frames.push(Frame {
             kind: head[3],
             flags: head[4],
+            stream: u32::from_be_bytes(head[5..].try_into().unwrap()),
             payload: payload.to_vec(),
         });
         bytes = rest;

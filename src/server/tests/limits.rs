@@ -2,7 +2,6 @@
 
 use std::time::Instant;
 
-use futures_util::poll;
 use tonic_health::pb::{
     HealthCheckRequest, HealthCheckResponse, health_check_response::ServingStatus,
 };
@@ -231,40 +230,6 @@ async fn auxiliary_streams_have_a_shared_limit_and_two_reserved_per_connection()
     assert_eq!(health_status(&first), ServingStatus::Serving);
     assert_eq!(second, None);
     assert_eq!(health_status(&again), ServingStatus::Serving);
-}
-
-#[tokio::test]
-async fn reading_the_rest_of_a_non_grpc_request_needs_a_permit() {
-    let running = start(Options {
-        max_connections: 1,
-        timeout: Duration::from_secs(5),
-        ..options()
-    });
-    let (client, _) = connect(running.address).await;
-    let endless = async || {
-        let mut client = within(client.clone().ready()).await.unwrap();
-        let head = Request::post("http://facade/").body(()).unwrap();
-        let (response, mut body) = client.send_request(head, false).unwrap();
-        body.send_data(Bytes::from_static(b"a"), false).unwrap();
-        (response, body)
-    };
-
-    let started = Instant::now();
-    let mut waiting = [endless().await, endless().await, endless().await];
-    let (response, _body) = endless().await;
-    let response = within(response).await.unwrap();
-    for (response, _body) in &mut waiting {
-        assert!(
-            poll!(response).is_pending(),
-            "reply before the end of the request"
-        );
-    }
-    for (response, _body) in waiting {
-        assert_eq!(within(response).await.unwrap().status(), 415);
-    }
-
-    assert_eq!(response.status(), 415);
-    assert!(started.elapsed() >= Duration::from_secs(5));
 }
 
 #[tokio::test]

@@ -3,6 +3,7 @@
 mod connections;
 mod floods;
 mod frames;
+mod late_data;
 mod lifecycle;
 mod limits;
 mod requests;
@@ -215,6 +216,13 @@ impl Running {
         let text = self.metrics.encode();
         let value = text.lines().find_map(|found| found.strip_prefix(line));
         value.map_or(0, |value| value.trim().parse::<f64>().unwrap() as u64)
+    }
+
+    /// The number of connections that were closed before HTTP/2 for this reason.
+    fn refused(&self, reason: &str) -> u64 {
+        self.metric(&format!(
+            "grpc_server_connections_refused_total{{reason=\"{reason}\"}} "
+        ))
     }
 
     /// Waits for `count` finished calls and returns the codes of all finished calls, sorted.

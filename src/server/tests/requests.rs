@@ -70,6 +70,10 @@ async fn a_request_that_is_not_grpc_gets_an_http_status_and_does_not_reach_the_s
     }
     assert_eq!(running.ended(7).await, [Code::Unknown; 7]);
     assert_eq!(*running.script.entered.borrow(), 0);
+    // The caller's fault, and no call of the task service.
+    let faults = "rds_caller_faults_total{cause=\"http\"}";
+    let other = "grpc_server_handled_total{grpc_type=\"other\",grpc_service=\"other\",grpc_method=\"other\",grpc_code=\"Unknown\"}";
+    assert_eq!((running.metric(faults), running.metric(other)), (7, 7));
 }
 
 #[tokio::test]
@@ -323,26 +327,60 @@ async fn compressed_requests_are_accepted_and_a_gzip_bomb_is_rejected() {
 }
 
 #[tokio::test]
-async fn oversized_metadata_gets_431_and_the_connection_survives() {
+async fn metadata_over_32_kib_is_rejected_and_the_connection_survives() {
     let running = start(options());
     let (client, _) = connect(running.address).await;
-    let mut many = head(GET_TASK_DETAIL);
-    for index in 0..1000 {
-        many.headers_mut().append(
-            http::HeaderName::try_from(format!("k{index}")).unwrap(),
-            "v".parse().unwrap(),
-        );
-    }
+    // content-type and te, as HTTP/2 counts them.
+    let others = (12 + 16 + 32) + (2 + 8 + 32);
+    let longest = (32 << 10) - others - (1 + 32);
+    let one = |bytes| head_with("k", "v".repeat(bytes));
+    let many = |fields: usize, bytes: usize| {
+        let mut head = head(GET_TASK_DETAIL);
+        for index in 0..fields {
+            let name = http::HeaderName::try_from(format!("k{index:03}")).unwrap();
+            head.headers_mut()
+                .append(name, "v".repeat(bytes).parse().unwrap());
+        }
+        head
+    };
 
-    for (name, head) in [
-        ("one value", head_with("k", "v".repeat(17 << 10))),
-        ("many keys", many),
-    ] {
-        let response = send(&client, head, &[instance("i")]).await.unwrap();
+    for (name, head) in [("longest", one(longest)), ("many", many(400, 40))] {
+        let reply = send(&client, head, &[instance("i")]).await.unwrap();
 
-        assert_eq!(response.http, 431, "{name}");
+        assert_eq!(reply.code(), Code::Ok, "{name}");
     }
+    let too_long = [
+        ("one byte", one(longest + 1)),
+        ("a field that mostly counts as overhead", many(900, 1)),
+        ("close to the limit of the HTTP library", one(63 << 10)),
+    ];
+    for (name, head) in too_long {
+        let reply = send(&client, head, &[instance("i")]).await.unwrap();
+
+        assert_eq!(reply.http, 200, "{name}");
+        reply.assert_failed(Code::ResourceExhausted, name);
+        let status = reply.status();
+        let info = status.get_details_error_info().unwrap();
+        assert_eq!(info.reason, "INVALID_REQUEST", "{name}");
+        assert!(status.message().contains("32 KiB"), "{status:?}");
+    }
+    for (kib, code) in [(31, Code::Ok), (33, Code::ResourceExhausted)] {
+        let mut health = head(CHECK);
+        let value = "v".repeat(kib << 10).parse().unwrap();
+        health.headers_mut().insert("k", value);
+        let reply = send(&client, health, &[framed(0, &[])]).await.unwrap();
+        assert_eq!(reply.code(), code, "health with {kib} KiB");
+    }
+    let reply = send(&client, one(70 << 10), &[instance("i")])
+        .await
+        .unwrap();
+    assert_eq!(reply.http, 431);
     assert_eq!(call(&client, "i").await.unwrap().code(), Code::Ok);
+    let ended = running.ended(8).await;
+    let rejected = ended
+        .iter()
+        .filter(|code| **code == Code::ResourceExhausted);
+    assert_eq!((rejected.count(), ended.len()), (4, 8));
 }
 
 #[tokio::test]

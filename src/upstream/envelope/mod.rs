@@ -11,7 +11,7 @@ use std::{collections::VecDeque, fmt};
 
 use serde::{
     Deserialize, Deserializer,
-    de::{MapAccess, Visitor},
+    de::{IgnoredAny, MapAccess, SeqAccess, Visitor},
 };
 use serde_json::value::RawValue;
 
@@ -34,8 +34,12 @@ const DETAILS_KEY: &str = "details";
 
 /// Limit on searched objects; real replies have one to three.
 const MAX_OBJECTS: usize = 64;
+/// Limit on the JSON of nested objects, in bytes: each level is parsed again.
+const MAX_NESTED_BYTES: usize = 1 << 20;
 /// Limit on levels of nesting; real replies have two.
 const MAX_DEPTH: usize = 8;
+/// Limit on items of `details`, of which the objects are searched.
+const MAX_DETAILS: usize = 1000;
 const MAX_CODE_CHARS: usize = 64;
 const MAX_REQUEST_ID_CHARS: usize = 128;
 
@@ -84,14 +88,19 @@ pub fn read(body: &[u8]) -> Envelope {
         ..Envelope::default()
     };
     let mut waiting = VecDeque::from([(top, 1)]);
+    let mut nested_bytes = 0;
     for _ in 0..MAX_OBJECTS {
         let Some((object, depth)) = waiting.pop_front() else {
             break;
         };
         envelope.take(&object);
         if depth < MAX_DEPTH {
-            let nested = object.nested().into_iter().filter_map(Members::read);
-            waiting.extend(nested.map(|inner| (inner, depth + 1)));
+            let nested = object.nested().into_iter().filter(|json| {
+                nested_bytes += json.len();
+                nested_bytes <= MAX_NESTED_BYTES
+            });
+            let members = nested.filter_map(Members::read);
+            waiting.extend(members.map(|inner| (inner, depth + 1)));
         }
     }
     envelope
@@ -177,8 +186,9 @@ impl<'a> Members<'a> {
             if is_object(value) {
                 found.push(value.get());
             } else if key == DETAILS_KEY {
-                let items: Vec<&RawValue> = serde_json::from_str(value.get()).unwrap_or_default();
-                let objects = items.into_iter().filter(|item| is_object(item));
+                let items: Option<Items<'_, MAX_DETAILS>> = serde_json::from_str(value.get()).ok();
+                let objects = items.into_iter().flat_map(|items| items.0);
+                let objects = objects.filter(|item| is_object(item));
                 found.extend(objects.map(RawValue::get).take(MAX_OBJECTS));
             }
         }
@@ -228,5 +238,36 @@ impl<'de> Deserialize<'de> for Members<'de> {
         }
 
         deserializer.deserialize_map(Keep)
+    }
+}
+
+/// The first items of a JSON array; the others are checked and skipped.
+pub(super) struct Items<'a, const LIMIT: usize>(pub(super) Vec<&'a RawValue>);
+
+impl<'de, const LIMIT: usize> Deserialize<'de> for Items<'de, LIMIT> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Keep<const LIMIT: usize>;
+
+        impl<'de, const LIMIT: usize> Visitor<'de> for Keep<LIMIT> {
+            type Value = Items<'de, LIMIT>;
+
+            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                formatter.write_str("an array")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut array: A) -> Result<Self::Value, A::Error> {
+                let mut items = Vec::new();
+                while items.len() < LIMIT {
+                    match array.next_element()? {
+                        Some(item) => items.push(item),
+                        None => return Ok(Items(items)),
+                    }
+                }
+                while array.next_element::<IgnoredAny>()?.is_some() {}
+                Ok(Items(items))
+            }
+        }
+
+        deserializer.deserialize_seq(Keep)
     }
 }

@@ -358,3 +358,32 @@ fn hostile_bodies_of_a_mebibyte_are_read_without_overflow() {
     assert_eq!(read(repeated.as_bytes()).error_code.as_deref(), Some("A.1"));
     assert_eq!(read(details.as_bytes()).body, BodyKind::JsonObject);
 }
+
+#[test]
+fn an_error_reply_as_large_as_allowed_is_searched_at_most_three_times() {
+    let mut json = format!(
+        r#"{{"error_code":"DBS.1","text":"{}"}}"#,
+        "x".repeat(900_000)
+    );
+    for _ in 0..MAX_DEPTH - 2 {
+        json = format!(r#"{{"error":{json}}}"#);
+    }
+    let small = format!(
+        r#"{{"error":{{"error":{{"error_code":"DBS.1","text":"{}"}}}}}}"#,
+        "x".repeat(90_000)
+    );
+
+    assert_eq!(found(&json).0, None);
+    assert_eq!(found(&small).0.as_deref(), Some("DBS.1"));
+}
+
+#[test]
+fn an_error_reply_with_many_details_is_read_to_its_end() {
+    let many = vec!["{}"; 300_000].join(",");
+
+    let code = found(&format!(r#"{{"details":[{many}],"error_code":"DBS.1"}}"#));
+    let broken = found(&format!(r#"{{"details":[{many},],"error_code":"DBS.1"}}"#));
+
+    assert_eq!(code.0.as_deref(), Some("DBS.1"));
+    assert_eq!(broken.0, None);
+}

@@ -8,15 +8,12 @@
 #[cfg(test)]
 mod tests;
 
-use std::fmt;
+use std::vec;
 
-use serde::{
-    Deserialize, Deserializer,
-    de::{IgnoredAny, SeqAccess, Visitor},
-};
+use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use super::envelope::{self, Envelope, scalar};
+use super::envelope::{self, Envelope, Items, scalar};
 
 /// One task. The four documented fields are empty when RDS leaves them out, all others are `None`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -42,8 +39,8 @@ pub struct TaskDetail {
 }
 
 impl TaskDetail {
-    /// The size of its heap allocations in bytes.
-    pub fn heap_bytes(&self) -> usize {
+    /// Each text that is set.
+    pub(super) fn texts(&self) -> impl Iterator<Item = &str> {
         let documented = [
             &self.instance_id,
             &self.instance_name,
@@ -66,11 +63,44 @@ impl TaskDetail {
             ]
         });
         let optional = others.into_iter().chain(parts).flatten();
-        let texts: usize = documented
-            .into_iter()
-            .chain(optional)
-            .map(String::len)
-            .sum();
+        documented.into_iter().chain(optional).map(String::as_str)
+    }
+
+    /// Removes the texts that match, as if RDS had left them out.
+    pub(super) fn remove_texts(&mut self, matches: impl Fn(&str) -> bool) {
+        for text in [
+            &mut self.instance_id,
+            &mut self.instance_name,
+            &mut self.job_id,
+            &mut self.job_name,
+        ] {
+            if matches(text) {
+                text.clear();
+            }
+        }
+        let others = [
+            &mut self.created_at,
+            &mut self.update_at,
+            &mut self.process,
+            &mut self.status,
+        ];
+        let parts = self.sub_task_list.iter_mut().flat_map(|part| {
+            [
+                &mut part.sub_task_name,
+                &mut part.percent,
+                &mut part.executed_time,
+                &mut part.status,
+                &mut part.remaining_time,
+            ]
+        });
+        for text in others.into_iter().chain(parts) {
+            text.take_if(|text| matches(text));
+        }
+    }
+
+    /// The size of its heap allocations in bytes.
+    pub fn heap_bytes(&self) -> usize {
+        let texts: usize = self.texts().map(str::len).sum();
         texts + self.sub_task_list.capacity() * size_of::<SubTask>()
     }
 }
@@ -106,6 +136,9 @@ pub enum NotATask {
     ErrorObject(Envelope),
 }
 
+/// JSON parsed between two pauses, in bytes. Several times the size of a common task, and parsed within about a millisecond.
+pub(super) const BYTES_PER_STEP: usize = 16 << 10;
+
 /// Parses the body of a 200.
 ///
 /// `null`, and an object or array in place of text, leave a field unset. `sub_task_list` skips values that are not objects.
@@ -113,39 +146,94 @@ pub enum NotATask {
 /// # Errors
 /// [`NotATask`]: an error code makes an error object, also next to the fields of a task.
 pub fn parse_task_detail(body: &[u8]) -> Result<TaskDetail, NotATask> {
-    let text = std::str::from_utf8(body).map_err(|_| NotATask::Malformed)?;
-    let fields: TaskFields<'_> = object(text)?;
-    if fields.has_error_code() {
-        return Err(NotATask::ErrorObject(envelope::read(body)));
+    let mut parser = Parser::start(body)?;
+    while !parser.step()? {}
+    Ok(parser.task)
+}
+
+/// As [`parse_task_detail`], with pauses in which the worker serves other calls. A short body is parsed without a pause.
+pub(super) async fn parse_with_pauses(body: &[u8]) -> Result<TaskDetail, NotATask> {
+    let mut parser = Parser::start(body)?;
+    if body.len() > BYTES_PER_STEP {
+        tokio::task::yield_now().await;
+    }
+    while !parser.step()? {
+        tokio::task::yield_now().await;
+    }
+    Ok(parser.task)
+}
+
+/// Parses a task in steps.
+struct Parser<'a> {
+    task: TaskDetail,
+    /// The JSON of the parts, until they are split.
+    list: Option<&'a RawValue>,
+    /// The JSON of the parts that are not parsed yet.
+    parts: vec::IntoIter<&'a RawValue>,
+}
+
+impl<'a> Parser<'a> {
+    /// Parses all fields except the parts.
+    fn start(body: &'a [u8]) -> Result<Self, NotATask> {
+        let text = std::str::from_utf8(body).map_err(|_| NotATask::Malformed)?;
+        let fields: TaskFields<'_> = object(text)?;
+        if fields.has_error_code() {
+            return Err(NotATask::ErrorObject(envelope::read(body)));
+        }
+
+        let documented = [
+            self::text(fields.instance_id)?,
+            self::text(fields.instance_name)?,
+            self::text(fields.job_id)?,
+            self::text(fields.job_name)?,
+        ];
+        if documented.iter().all(Option::is_none) {
+            let envelope = envelope::read(body);
+            return Err(if envelope.has_code {
+                NotATask::ErrorObject(envelope)
+            } else {
+                NotATask::Malformed
+            });
+        }
+        let [instance_id, instance_name, job_id, job_name] =
+            documented.map(Option::unwrap_or_default);
+
+        Ok(Self {
+            task: TaskDetail {
+                instance_id,
+                instance_name,
+                job_id,
+                job_name,
+                created_at: self::text(fields.created_at)?,
+                update_at: self::text(fields.update_at)?,
+                process: self::text(fields.process)?,
+                status: self::text(fields.status)?,
+                sub_task_list: Vec::new(),
+            },
+            list: fields.sub_task_list,
+            parts: Vec::new().into_iter(),
+        })
     }
 
-    let documented = [
-        self::text(fields.instance_id)?,
-        self::text(fields.instance_name)?,
-        self::text(fields.job_id)?,
-        self::text(fields.job_name)?,
-    ];
-    if documented.iter().all(Option::is_none) {
-        let envelope = envelope::read(body);
-        return Err(if envelope.has_code {
-            NotATask::ErrorObject(envelope)
-        } else {
-            NotATask::Malformed
-        });
+    /// Parses about [`BYTES_PER_STEP`] of the parts. Returns whether that was the last step.
+    fn step(&mut self) -> Result<bool, NotATask> {
+        let mut parsed = 0;
+        if let Some(list) = self.list.take() {
+            let parts = split(list)?;
+            // Growing in steps would take up to twice the memory.
+            self.task.sub_task_list.reserve_exact(parts.len());
+            self.parts = parts.into_iter();
+            parsed += list.get().len();
+        }
+        while parsed < BYTES_PER_STEP {
+            let Some(part) = self.parts.next().map(RawValue::get) else {
+                return Ok(true);
+            };
+            self.task.sub_task_list.push(sub_task(part)?);
+            parsed += part.len();
+        }
+        Ok(false)
     }
-    let [instance_id, instance_name, job_id, job_name] = documented.map(Option::unwrap_or_default);
-
-    Ok(TaskDetail {
-        instance_id,
-        instance_name,
-        job_id,
-        job_name,
-        created_at: self::text(fields.created_at)?,
-        update_at: self::text(fields.update_at)?,
-        process: self::text(fields.process)?,
-        status: self::text(fields.status)?,
-        sub_task_list: sub_tasks(fields.sub_task_list)?,
-    })
 }
 
 #[derive(Deserialize)]
@@ -228,57 +316,22 @@ fn text(value: Option<&RawValue>) -> Result<Option<String>, NotATask> {
     }
 }
 
-/// A list, or a single object as a list with one element; any other value counts as an empty list.
-fn sub_tasks(value: Option<&RawValue>) -> Result<Vec<SubTask>, NotATask> {
-    let Some(value) = value else {
-        return Ok(Vec::new());
-    };
-    let items = match value.get().as_bytes().first() {
+/// The objects in a list, or a single object; any other value counts as an empty list.
+fn split(list: &RawValue) -> Result<Vec<&RawValue>, NotATask> {
+    let mut items = match list.get().as_bytes().first() {
         Some(b'[') => {
-            let Items(items) =
-                serde_json::from_str(value.get()).map_err(|_| NotATask::Malformed)?;
+            // One more than allowed.
+            let Items::<{ MAX_PARTS + 1 }>(items) =
+                serde_json::from_str(list.get()).map_err(|_| NotATask::Malformed)?;
             items
         }
-        _ => vec![value],
+        _ => vec![list],
     };
     if items.len() > MAX_PARTS {
         return Err(NotATask::TooManyParts);
     }
-    items
-        .into_iter()
-        .map(RawValue::get)
-        .filter(|json| json.starts_with('{'))
-        .map(sub_task)
-        .collect()
-}
-
-/// The items of a JSON array, up to one more than [`MAX_PARTS`].
-struct Items<'a>(Vec<&'a RawValue>);
-
-impl<'de> Deserialize<'de> for Items<'de> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct ItemsVisitor;
-        impl<'de> Visitor<'de> for ItemsVisitor {
-            type Value = Items<'de>;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an array")
-            }
-
-            fn visit_seq<A: SeqAccess<'de>>(self, mut array: A) -> Result<Self::Value, A::Error> {
-                let mut items = Vec::new();
-                while items.len() <= MAX_PARTS {
-                    match array.next_element()? {
-                        Some(item) => items.push(item),
-                        None => return Ok(Items(items)),
-                    }
-                }
-                while array.next_element::<IgnoredAny>()?.is_some() {}
-                Ok(Items(items))
-            }
-        }
-        deserializer.deserialize_seq(ItemsVisitor)
-    }
+    items.retain(|item| item.get().starts_with('{'));
+    Ok(items)
 }
 
 fn sub_task(json: &str) -> Result<SubTask, NotATask> {

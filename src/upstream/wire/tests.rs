@@ -1,3 +1,8 @@
+use std::{
+    pin::pin,
+    task::{Context, Poll, Waker},
+};
+
 use proptest::prelude::*;
 
 use super::*;
@@ -353,4 +358,64 @@ fn a_task_has_at_most_ten_thousand_parts() {
     }
     let broken = format!("{},", list(MAX_PARTS + 5).trim_end_matches(']'));
     assert_eq!(with(&broken), Err(NotATask::Malformed));
+}
+
+/// A task of about 1 MiB, the limit of a body, with this part as often as it fits.
+fn task_of_a_mebibyte(part: &str) -> String {
+    let count = ((1 << 20) - 40) / (part.len() + 1);
+    let list = vec![part; count.min(MAX_PARTS)].join(",");
+    format!(r#"{{"job_id":"j","sub_task_list":[{list}]}}"#)
+}
+
+/// Parts of different shapes, from short to one that fills the body.
+fn parts() -> Vec<String> {
+    let long = "x".repeat(1_000_000);
+    [
+        r#"{"sub_task_name":"a","percent":"1","executed_time":"1","status":"a","remaining_time":"1"}"#
+            .to_owned(),
+        format!(r#"{{"status":"{}"}}"#, &long[..90]),
+        format!(r#"{{"status":"{}"}}"#, &long[..100_000]),
+        format!(r#"{{"status":"{long}"}}"#),
+        format!(r#"{{"unknown":"{}"}}"#, &long[..90]),
+        format!("[{}{{}}]", "{},".repeat(30)),
+    ]
+    .to_vec()
+}
+
+#[test]
+fn a_task_of_a_mebibyte_takes_at_most_four_bytes_of_memory_per_byte() {
+    for part in parts() {
+        let body = task_of_a_mebibyte(&part);
+
+        let task = parse(&body).unwrap();
+
+        let pointers = task.sub_task_list.len() * size_of::<&RawValue>();
+        let memory = body.len() + pointers + task.heap_bytes();
+        assert!(
+            memory <= 4 * body.len(),
+            "{memory} for {} of {part:.40}",
+            body.len()
+        );
+    }
+}
+
+#[test]
+fn a_long_task_is_parsed_with_pauses_and_a_short_one_without() {
+    let short = r#"{"job_id":"j","sub_task_list":[{"status":"s"}]}"#;
+    let long = task_of_a_mebibyte(&parts()[1]);
+    for (body, expected_pauses) in [(short, 0..=0), (&long, 60..=70)] {
+        let mut parsing = pin!(parse_with_pauses(body.as_bytes()));
+        let mut context = Context::from_waker(Waker::noop());
+        let mut pauses = 0;
+
+        let parsed = loop {
+            match parsing.as_mut().poll(&mut context) {
+                Poll::Ready(parsed) => break parsed,
+                Poll::Pending => pauses += 1,
+            }
+        };
+
+        assert_eq!(parsed, parse(body));
+        assert!(expected_pauses.contains(&pauses), "{pauses}");
+    }
 }

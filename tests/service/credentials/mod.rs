@@ -1,3 +1,5 @@
+/// Credentials that upstream echoes.
+mod echoes;
 /// Signing: wrong keys, locks, clocks, repeated attempts.
 mod keys;
 /// Tokens from IAM and from files: fetched once, replaced in time, and in use while a fetch fails.

@@ -502,6 +502,28 @@ async fn a_rotated_token_file_is_used_without_a_restart_and_a_bad_one_changes_no
 }
 
 #[tokio::test]
+async fn a_pipe_in_place_of_the_token_file_is_reported_and_the_next_file_is_used() {
+    let upstream = Upstream::always(example()).await;
+    let folder = Folder::new();
+    let file = folder.file("token", "first");
+    let program = Program::start(&token_file(&upstream.url(), &file), &[]);
+    program.wait_for_log(|line| line["generation"] == 1);
+
+    std::fs::remove_file(&file).expect("a file");
+    let made = std::process::Command::new("mkfifo").arg(&file).status();
+    assert!(made.expect("mkfifo is installed").success());
+    program.signal("HUP");
+    let warning = program.wait_for_log(|line| line["level"] == "WARN");
+    let with_pipe = program.call(distinct_request()).await;
+    folder.file("token", "second");
+    program.signal("HUP");
+    program.wait_for_log(|line| line["generation"] == 2);
+
+    assert_eq!(warning["error"], "the file cannot be read: timed out");
+    assert!(with_pipe.is_ok(), "{with_pipe:?}");
+}
+
+#[tokio::test]
 async fn a_rejected_token_is_replaced_at_once_by_the_new_content_of_the_file() {
     let rejection = r#"{"error_code":"APIGW.0301","error_msg":"Incorrect IAM authentication information: decrypt token fail"}"#;
     let upstream = Upstream::start(move |request| match request.header("x-auth-token") {

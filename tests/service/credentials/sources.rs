@@ -247,3 +247,55 @@ async fn a_machine_without_an_agency_is_a_rejection_by_the_metadata_service() {
     assert_eq!(failure.metadata["httpStatus"], "401");
     assert_eq!(failure.retry_delay, None, "its operator has to act");
 }
+
+#[tokio::test]
+async fn the_log_shows_the_source_that_the_chain_has_chosen_and_why_it_skipped_others() {
+    let sandbox = Sandbox::start();
+    let url = sandbox.url();
+    let folder = Folder::new();
+    let home = folder.0.path().to_str().expect("a UTF-8 path");
+    let [ak, sk] = SANDBOX_KEY;
+    let token = ("HUAWEICLOUD_SDK_SECURITY_TOKEN", "sandbox-security-token");
+    let home = ("HOME", home);
+    let good = folder.file("good", PROFILE);
+    let half = folder.file("half", "[basic]\nak = SANDBOXACCESSKEY\n");
+    let variable = "HUAWEICLOUD_SDK_CREDENTIALS_FILE";
+    let (good, half) = ((variable, good.as_str()), (variable, half.as_str()));
+    // The variables, the start of the chosen source, and a part of each warning.
+    let cases: Vec<(Variables<'_>, &str, Vec<&str>)> = vec![
+        (vec![ak, sk], "environment", vec![]),
+        (vec![ak, good], "profile ", vec!["HUAWEICLOUD_SDK_SK"]),
+        (vec![sk, home], "metadata ", vec!["HUAWEICLOUD_SDK_AK"]),
+        (
+            vec![token],
+            "metadata ",
+            vec!["HUAWEICLOUD_SDK_AK, HUAWEICLOUD_SDK_SK"],
+        ),
+        (
+            vec![ak, half],
+            "metadata ",
+            vec!["HUAWEICLOUD_SDK_SK", "needs both ak and sk"],
+        ),
+        (vec![home], "metadata ", vec![]),
+    ];
+
+    for (env, source, warnings) in cases {
+        let program = Program::start(&metadata("chain", &url, &url), &env);
+        let lines = |level: &str| -> Vec<String> {
+            let lines = program.logs().into_iter();
+            lines
+                .filter(|line| line.contains(level) && line.contains("credentials::chain"))
+                .collect()
+        };
+
+        let chosen = lines("INFO");
+        assert_eq!(chosen.len(), 1, "{env:?}: {:?}", program.logs());
+        let expected = format!("\"source\":\"{source}");
+        assert!(chosen[0].contains(&expected), "{env:?}: {chosen:?}");
+        let warned = lines("WARN");
+        assert_eq!(warned.len(), warnings.len(), "{env:?}: {warned:?}");
+        for (line, part) in warned.iter().zip(warnings) {
+            assert!(line.contains(part), "{env:?}: {line}");
+        }
+    }
+}

@@ -38,9 +38,9 @@ impl Authority {
         path.display().to_string()
     }
 
-    fn issue(&self, name: &str, usage: ExtendedKeyUsagePurpose, last_year: i32) -> Pair {
+    fn issue(&self, name: &str, usages: &[ExtendedKeyUsagePurpose], last_year: i32) -> Pair {
         let mut params = CertificateParams::new(vec![name.to_owned()]).expect("a name");
-        params.extended_key_usages = vec![usage];
+        params.extended_key_usages = usages.to_vec();
         params.not_before = date_time_ymd(2000, 1, 1);
         params.not_after = date_time_ymd(last_year, 3, 2);
         let key = KeyPair::generate().expect("a key");
@@ -54,19 +54,24 @@ impl Authority {
 
 impl Pair {
     pub(crate) fn for_server(authority: &Authority, name: &str) -> Self {
-        authority.issue(name, ExtendedKeyUsagePurpose::ServerAuth, 2061)
+        authority.issue(name, &[ExtendedKeyUsagePurpose::ServerAuth], 2061)
+    }
+
+    /// For servers and for clients, as a certificate without usages is.
+    pub(crate) fn for_both(authority: &Authority, name: &str) -> Self {
+        authority.issue(name, &[], 2061)
     }
 
     pub(crate) fn for_client(authority: &Authority) -> Self {
-        authority.issue("client", ExtendedKeyUsagePurpose::ClientAuth, 2061)
+        authority.issue("client", &[ExtendedKeyUsagePurpose::ClientAuth], 2061)
     }
 
     pub(crate) fn expired_of_server(authority: &Authority, name: &str) -> Self {
-        authority.issue(name, ExtendedKeyUsagePurpose::ServerAuth, 2001)
+        authority.issue(name, &[ExtendedKeyUsagePurpose::ServerAuth], 2001)
     }
 
     pub(crate) fn expired_of_client(authority: &Authority) -> Self {
-        authority.issue("client", ExtendedKeyUsagePurpose::ClientAuth, 2001)
+        authority.issue("client", &[ExtendedKeyUsagePurpose::ClientAuth], 2001)
     }
 
     /// Writes both below `folder` as `<name>.pem` and `<name>-key.pem`; returns the paths.

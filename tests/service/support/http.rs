@@ -15,7 +15,7 @@ pub(crate) async fn exchange(address: SocketAddr, method: &str, path: &str) -> (
         .await
         .expect("the listener is open");
     let request = format!(
-        "{method} {path} HTTP/1.1\r\nhost: test\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+        "{method} {path} HTTP/1.1\r\nhost: {address}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
     );
     stream
         .write_all(request.as_bytes())

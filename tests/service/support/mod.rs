@@ -8,7 +8,7 @@ pub(crate) mod status;
 pub(crate) mod tls;
 
 pub(crate) use self::{
-    program::{Program, example_request},
+    program::{Program, example_request, numbered},
     raw::Connection,
     sandbox::Sandbox,
     status::Failure,

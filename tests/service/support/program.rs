@@ -33,6 +33,13 @@ pub(crate) fn example_request() -> GetTaskDetailRequest {
     }
 }
 
+/// A request with a distinct workflow id, so that calls are not coalesced.
+pub(crate) fn numbered(number: usize) -> GetTaskDetailRequest {
+    let mut request = example_request();
+    request.workflow_id = format!("w-{number}");
+    request
+}
+
 /// `rds-task-facade serve`, running; killed when dropped.
 pub(crate) struct Program {
     child: Child,
@@ -232,6 +239,12 @@ impl Program {
             .get(series)
             .copied()
             .unwrap_or_default()
+    }
+
+    /// How many connections were closed before HTTP/2 for this reason.
+    pub(crate) async fn refused(&self, reason: &str) -> f64 {
+        let series = format!("grpc_server_connections_refused_total{{reason=\"{reason}\"}}");
+        self.metric(&series).await
     }
 
     /// How many `GetTaskDetail` RPCs ended with `code`, in Go's spelling.

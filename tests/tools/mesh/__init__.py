@@ -1,1 +1,1 @@
-"""The parts of tests/tools/through_mesh.py: certificates, proxies, load."""
+"""The parts of tests/tools/through_mesh.py and tests/tools/watches_through_mesh.py."""

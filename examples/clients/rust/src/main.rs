@@ -1,6 +1,13 @@
-//! Looks up one task. Prints the reply or, if the call fails, its code, message, reason, retry delay and request id.
+//! Looks up one task, or watches it until it is over. Prints the reply or each state; for an error, its code, message, reason, retry
+//! delay and request id.
 
-use std::{error::Error, fs, path::PathBuf, process::ExitCode, time::Duration};
+use std::{
+    error::Error,
+    fs,
+    path::PathBuf,
+    process::ExitCode,
+    time::{Duration, Instant},
+};
 
 use clap::Parser;
 use tonic::{
@@ -10,7 +17,8 @@ use tonic::{
 use tonic_types::StatusExt as _;
 
 use task::v1::{
-    GetTaskDetailRequest, GetTaskDetailResponse, task_service_client::TaskServiceClient,
+    GetTaskDetailRequest, GetTaskDetailResponse, TaskState, WatchTaskDetailRequest,
+    task_service_client::TaskServiceClient,
 };
 
 mod task {
@@ -19,9 +27,12 @@ mod task {
     }
 }
 
-/// Looks up one task.
+/// Looks up one task, or watches it until it is over.
 #[derive(Parser)]
 struct Options {
+    /// `watch` to watch the task; one call if not set.
+    #[arg(value_parser = ["watch"])]
+    command: Option<String>,
     /// Address of the facade, HOST:PORT.
     #[arg(long, default_value = "127.0.0.1:50051")]
     target: String,
@@ -35,13 +46,21 @@ struct Options {
     #[arg(long, default_value = "0483b6b16e954cb88930a360d2c4e663")]
     project_id: String,
     /// Database instance.
-    #[arg(long, default_value = "1ffc4167903840cb93a3da56d28c14fdin01")]
+    #[arg(
+        long,
+        default_value = "1ffc4167903840cb93a3da56d28c14fdin01",
+        default_value_if("command", "watch", "lifecycle-20")
+    )]
     instance_id: String,
     /// Task.
     #[arg(long, default_value = "102772a9-31fa-4129-b9f8-7638e2792f3b")]
     workflow_id: String,
-    /// Deadline of the call, in seconds.
-    #[arg(long, default_value_t = 10.0)]
+    /// Deadline of the call or of the whole watch, in seconds.
+    #[arg(
+        long,
+        default_value_t = 10.0,
+        default_value_if("command", "watch", "3600")
+    )]
     timeout: f64,
 }
 
@@ -50,6 +69,9 @@ async fn main() -> Result<ExitCode, Box<dyn Error>> {
     let options = Options::parse();
     let channel = open_channel(&options)?;
     let deadline = Duration::try_from_secs_f64(options.timeout)?;
+    if options.command.is_some() {
+        return Ok(watch(channel, &options, deadline).await);
+    }
     // This timer bounds both attempts together. `biased` polls it first, because tonic's own timer for `grpc-timeout` fires in
     // the same millisecond and returns CANCELLED.
     let result = tokio::select! {
@@ -79,6 +101,10 @@ fn open_channel(options: &Options) -> Result<Channel, Box<dyn Error>> {
             Endpoint::from_shared(format!("https://{}", options.target))?.tls_config(trusted)?
         }
     };
+    // PINGs detect a lost connection, on which a watch would wait for its deadline.
+    let endpoint = endpoint
+        .http2_keep_alive_interval(Duration::from_secs(60))
+        .keep_alive_timeout(Duration::from_secs(20));
     Ok(endpoint.connect_lazy())
 }
 // [/connection]
@@ -93,10 +119,7 @@ async fn get_task_detail(
 ) -> Result<GetTaskDetailResponse, Status> {
     match call(channel.clone(), options, deadline).await {
         Err(status) if status.code() == Code::Unavailable => {
-            let delay = status
-                .get_details_retry_info()
-                .and_then(|info| info.retry_delay);
-            tokio::time::sleep(delay.unwrap_or(Duration::from_millis(200))).await;
+            tokio::time::sleep(retry_delay(&status).max(Duration::from_millis(200))).await;
             call(channel, options, deadline).await
         }
         result => result,
@@ -110,12 +133,20 @@ async fn call(
     options: &Options,
     deadline: Duration,
 ) -> Result<GetTaskDetailResponse, Status> {
-    let mut request = Request::new(GetTaskDetailRequest {
+    let message = GetTaskDetailRequest {
         project_id: options.project_id.clone(),
         instance_id: options.instance_id.clone(),
         workflow_id: options.workflow_id.clone(),
         workflow_name: None,
-    });
+    };
+    let reply = TaskServiceClient::new(channel)
+        .get_task_detail(request(message, options, deadline)?)
+        .await?;
+    Ok(reply.into_inner())
+}
+
+fn request<T>(message: T, options: &Options, deadline: Duration) -> Result<Request<T>, Status> {
+    let mut request = Request::new(message);
     request.set_timeout(deadline);
     if let Some(token) = &options.token {
         let token = token
@@ -123,25 +154,104 @@ async fn call(
             .map_err(|_| Status::invalid_argument("the token is not ASCII"))?;
         request.metadata_mut().insert("x-auth-token", token);
     }
-    let reply = TaskServiceClient::new(channel)
-        .get_task_detail(request)
-        .await?;
-    Ok(reply.into_inner())
+    Ok(request)
 }
 // [/call]
+
+// [watch]
+/// Returns the exit code: 0 succeeded, 3 failed or canceled, 4 the time is over, 1 the call failed.
+async fn watch(channel: Channel, options: &Options, timeout: Duration) -> ExitCode {
+    let mut client = TaskServiceClient::new(channel);
+    let mut message = WatchTaskDetailRequest {
+        project_id: options.project_id.clone(),
+        instance_id: options.instance_id.clone(),
+        workflow_id: options.workflow_id.clone(),
+        ..Default::default()
+    };
+    let begun = Instant::now();
+    let mut state = TaskState::Unspecified;
+    let mut pause = Duration::from_secs(1);
+    loop {
+        let left = timeout.saturating_sub(begun.elapsed());
+        let stream = async {
+            let request = request(message.clone(), options, left)?;
+            let mut stream = client.watch_task_detail(request).await?.into_inner();
+            while let Some(received) = stream.message().await? {
+                pause = Duration::from_secs(1);
+                if let Some(task) = received.task {
+                    // The final state comes again if the connection was lost after it.
+                    if received.etag != message.etag {
+                        print_state(&task);
+                    }
+                    state = task.state();
+                }
+                message.etag = received.etag;
+            }
+            Ok(())
+        };
+        // tonic's timer for `grpc-timeout` ends with the headers of the response.
+        let end = tokio::time::timeout(left, stream).await;
+        match end.unwrap_or_else(|_| Err(Status::deadline_exceeded("the time is over"))) {
+            Ok(()) if state == TaskState::Succeeded => return ExitCode::SUCCESS,
+            Ok(()) => return ExitCode::from(3),
+            Err(status) => {
+                print_error(&status);
+                if !is_transient(&status) {
+                    return ExitCode::FAILURE;
+                }
+                let jitter = 0.8 + 0.4 * fastrand::f64();
+                let delay = pause.mul_f64(jitter).max(retry_delay(&status));
+                pause = pause.mul_f64(1.6).min(Duration::from_secs(30));
+                if delay >= timeout.saturating_sub(begun.elapsed()) {
+                    return ExitCode::from(4);
+                }
+                tokio::time::sleep(delay).await;
+            }
+        }
+    }
+}
+
+fn is_transient(status: &Status) -> bool {
+    let reason = status.get_details_error_info().map(|info| info.reason);
+    match status.code() {
+        Code::Unavailable
+        | Code::ResourceExhausted
+        | Code::Aborted
+        | Code::DeadlineExceeded
+        | Code::Cancelled => reason.as_deref() != Some("QUOTA_EXHAUSTED"),
+        // Without a reason, these codes come from a proxy or a lost connection.
+        Code::Internal | Code::Unknown => reason.is_none(),
+        _ => false,
+    }
+}
+
+fn print_state(task: &GetTaskDetailResponse) {
+    let percent = task.progress_percent.map(|percent| format!(" {percent}%"));
+    println!(
+        "{}{}",
+        task.state().as_str_name(),
+        percent.unwrap_or_default()
+    );
+}
+// [/watch]
 
 // [error]
 fn print_error(status: &Status) {
     eprintln!("{:?}: {}", status.code(), status.message());
-    let details = status.get_error_details();
-    if let Some(info) = details.error_info() {
+    if let Some(info) = status.get_details_error_info() {
         eprintln!("reason: {}", info.reason);
     }
-    if let Some(delay) = details.retry_info().and_then(|info| info.retry_delay) {
+    let delay = retry_delay(status);
+    if !delay.is_zero() {
         eprintln!("retry after: {} s", delay.as_secs_f64());
     }
-    if let Some(info) = details.request_info() {
+    if let Some(info) = status.get_details_request_info() {
         eprintln!("request id: {}", info.request_id);
     }
+}
+
+fn retry_delay(status: &Status) -> Duration {
+    let info = status.get_details_retry_info();
+    info.and_then(|info| info.retry_delay).unwrap_or_default()
 }
 // [/error]
