@@ -19,6 +19,7 @@ use super::{
     Timings,
     edge::{self, Edge},
     preface::{self, Replay},
+    reply,
     request_body::{Discarded, RequestBody},
     stream::Streams,
     tls::Tls,
@@ -41,6 +42,8 @@ const MAX_HEADER_BYTES: u32 = (64 + 2) * 1024;
 const STREAM_WINDOW: u32 = 128 * 1024;
 /// Bounds the unread request bytes of one connection.
 const CONNECTION_WINDOW: u32 = 1024 * 1024;
+/// Bytes of a reply that wait in one stream for a client that does not read its connection; at most one frame more.
+const SEND_BUFFER: usize = 2 * reply::MAX_FRAME_BYTES;
 /// Streams that the client may reset before they are accepted; beyond that the connection ends with `ENHANCE_YOUR_CALM`. Not
 /// below [`MAX_STREAMS`], because a client may cancel all its streams at once.
 const MAX_REMOTE_RESETS: usize = MAX_STREAMS as usize;
@@ -149,13 +152,17 @@ async fn serve_http2<S: Service, I>(
         let request = Box::new(request.map(|body| RequestBody::new(body, &context.discarded)));
         async move { Ok::<_, Infallible>(context.edge.handle(&connection, request).await) }
     });
+    let streams = Streams {
+        go_away: Arc::new(go_away.clone()),
+    };
     let mut connection = pin!(
-        http2::Builder::new(Streams)
+        http2::Builder::new(streams)
             .timer(TokioTimer::new())
             .max_concurrent_streams(MAX_STREAMS)
             .max_header_list_size(MAX_HEADER_BYTES)
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
+            .max_send_buf_size(SEND_BUFFER)
             .max_pending_accept_reset_streams(MAX_REMOTE_RESETS)
             .max_local_error_reset_streams(MAX_LOCAL_RESETS)
             .keep_alive_interval(timings.keepalive_interval)

@@ -4,7 +4,7 @@
 //! record -> method, content type -> metadata -> deadline -> permit -> message -> handler -> reply
 //! ```
 
-use std::{convert::Infallible, panic::AssertUnwindSafe, sync::Arc, time::Duration};
+use std::{convert::Infallible, panic::AssertUnwindSafe, pin::pin, sync::Arc, time::Duration};
 
 use futures_util::{FutureExt as _, future::BoxFuture};
 use http::{
@@ -208,7 +208,9 @@ impl<S: Service> Edge<S> {
         let metadata = request.headers();
         let message = message::decode(metadata, &message)?;
         let work = self.service.get_task_detail(call, metadata, message);
-        let work = deadline.bound(AssertUnwindSafe(work).catch_unwind());
+        // Pinned, because each function that takes a future stores it again.
+        let work = pin!(AssertUnwindSafe(work).catch_unwind());
+        let work = pin!(deadline.bound(work));
         match self.cut_off.run_until_cancelled(work).await {
             Some(Ok(Ok(result))) => result,
             Some(Ok(Err(_))) => {
@@ -238,8 +240,9 @@ impl<S: Service> Edge<S> {
         let started = self.start_watch(&mut call, request);
         let started = tokio::select! {
             biased;
-            started = started => started,
+            // First, so that it wakes the stream's task whenever that waits, even if the reply is never read.
             error = &mut ending => Err(error),
+            started = started => started,
         };
         match started {
             Ok(stream) => reply::watch(call, stream, ending, open),

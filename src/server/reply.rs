@@ -124,13 +124,13 @@ pub(super) fn unary(call: Box<Call>, message: Bytes) -> Response<ReplyBody> {
 /// The response of a watch; `ending` resolves with the error that ends it from outside.
 pub(super) fn watch(
     mut call: Box<Call>,
-    stream: WatchStream,
+    watch: WatchStream,
     ending: BoxFuture<'static, Error>,
     open: OpenWatch,
 ) -> Response<ReplyBody> {
-    call.record.follow(Arc::clone(stream.progress()));
+    call.record.follow(Arc::clone(watch.progress()));
     let headers = success_headers(&call);
-    let body = WatchBody::new(call, stream, ending, open);
+    let body = WatchBody::new(call, watch, ending, open);
     let mut response = Response::new(ReplyBody::Watch(Box::new(body)));
     *response.headers_mut() = headers;
     response

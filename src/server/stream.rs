@@ -3,9 +3,8 @@
 //! The library waits without limit for a client that opens no window for the reply. The reply sets its read deadline in a
 //! thread-local cell while the stream is polled; only a stream that is still pending after that poll pays for a timer.
 //!
-//! A watch has no read deadline, because it may be silent. It registers for its next message even if there is no room for it, and the
-//! library does not ask for a message without room. So a wake-up that does not reach the watch starts the time within which the client
-//! must read.
+//! A watch has no read deadline, because it may be silent. The library takes the first byte of a message, and asks for the rest when that byte
+//! had room. Until then the time runs within which the client must read. A drain shortens it, because the watch cannot end without room either.
 
 use std::{
     cell::Cell,
@@ -22,9 +21,12 @@ use std::{
 use futures_util::task::AtomicWaker;
 use pin_project_lite::pin_project;
 use tokio::time::{Instant, Sleep, sleep_until};
+use tokio_util::sync::CancellationToken;
 
 /// How long a message of a watch may wait for room.
 const MAX_UNREAD: Duration = Duration::from_secs(60);
+/// The same during a drain.
+const MAX_UNREAD_IN_DRAIN: Duration = Duration::from_secs(1);
 
 thread_local! {
     static READ: Cell<Read> = const { Cell::new(Read::Unasked) };
@@ -39,13 +41,19 @@ enum Read {
     Unasked,
     /// The client must have read it by then.
     By(Instant),
-    /// It is a watch, and had room for a message.
-    Watch,
+    /// It is a watch.
+    Watch {
+        /// No message waits for room.
+        has_room: bool,
+    },
 }
 
 /// Spawns streams on the runtime of the worker that polls the connection.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Streams;
+#[derive(Debug, Clone)]
+pub(super) struct Streams {
+    /// Cancelled when a drain sends GOAWAY. Shared by the streams of one connection.
+    pub(super) go_away: Arc<CancellationToken>,
+}
 
 impl<F> hyper::rt::Executor<F> for Streams
 where
@@ -56,6 +64,7 @@ where
             stream,
             read_timer: None,
             is_watch: false,
+            go_away: Arc::clone(&self.go_away),
             early: None,
         });
         // Polled once before it becomes a task: a connection accepts all its new streams before any task runs, and a thousand
@@ -78,9 +87,9 @@ pub(super) fn set_read_deadline(at: Instant) {
     READ.set(Read::By(at));
 }
 
-/// Marks the stream that is being polled as a watch that has room for a message.
-pub(super) fn set_watch_has_room() {
-    READ.set(Read::Watch);
+/// Marks the stream that is being polled as a watch. `has_room`: no message waits for room.
+pub(super) fn set_watch(has_room: bool) {
+    READ.set(Read::Watch { has_room });
 }
 
 /// Whether the stream that is being dropped is reset because its client did not read.
@@ -111,6 +120,7 @@ pin_project! {
         stream: F,
         read_timer: Option<Pin<Box<Sleep>>>,
         is_watch: bool,
+        go_away: Arc<CancellationToken>,
         // Set until the task polls the stream for the first time.
         early: Option<Arc<EarlyWaker>>,
     }
@@ -138,14 +148,22 @@ impl<F: Future<Output = ()>> Future for Bounded<F> {
         }
         match read {
             Read::By(at) => *this.read_timer = Some(Box::pin(sleep_until(at))),
-            Read::Watch => {
+            Read::Watch { has_room: true } => {
                 *this.is_watch = true;
                 *this.read_timer = None;
             }
-            Read::Unasked if *this.is_watch && this.read_timer.is_none() => {
-                *this.read_timer = Some(Box::pin(sleep_until(Instant::now() + MAX_UNREAD)));
+            Read::Unasked if !*this.is_watch => {}
+            Read::Watch { has_room: false } | Read::Unasked => {
+                *this.is_watch = true;
+                let wait = match this.go_away.is_cancelled() {
+                    true => MAX_UNREAD_IN_DRAIN,
+                    false => MAX_UNREAD,
+                };
+                let at = Instant::now() + wait;
+                if !matches!(this.read_timer, Some(timer) if timer.deadline() <= at) {
+                    *this.read_timer = Some(Box::pin(sleep_until(at)));
+                }
             }
-            Read::Unasked => {}
         }
         let Some(timer) = this.read_timer else {
             return Poll::Pending;
@@ -174,12 +192,18 @@ mod tests {
 
     use super::*;
 
+    fn streams() -> Streams {
+        Streams {
+            go_away: Arc::default(),
+        }
+    }
+
     #[tokio::test]
     async fn a_stream_that_completes_at_once_needs_no_task() {
         let steps = Arc::new(AtomicUsize::new(0));
         let seen = Arc::clone(&steps);
 
-        Streams.execute(async move {
+        streams().execute(async move {
             seen.fetch_add(1, Ordering::Relaxed);
         });
 
@@ -192,7 +216,7 @@ mod tests {
         let steps = Arc::new(AtomicUsize::new(0));
         let seen = Arc::clone(&steps);
 
-        Streams.execute(async move {
+        streams().execute(async move {
             seen.fetch_add(1, Ordering::Relaxed);
             yield_now().await;
             seen.fetch_add(1, Ordering::Relaxed);
@@ -212,7 +236,7 @@ mod tests {
             let (wake, mut woken) = oneshot::channel::<()>();
             let seen = Arc::clone(&polls);
 
-            Streams.execute(std::future::poll_fn(move |context| {
+            streams().execute(std::future::poll_fn(move |context| {
                 seen.fetch_add(1, Ordering::Relaxed);
                 woken.poll_unpin(context).map(drop)
             }));
@@ -254,7 +278,7 @@ mod tests {
             loop {
                 if left > 0 {
                     left -= 1;
-                    set_watch_has_room();
+                    set_watch(true);
                 }
                 next.notified().await;
             }
@@ -265,7 +289,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_watch_is_reset_when_a_message_has_had_no_room_for_a_minute() {
         let (stream, message, dropped) = watch(2);
-        Streams.execute(stream);
+        streams().execute(stream);
         // Silence is no reason: there is no message without room.
         sleep(Duration::from_secs(3600)).await;
         message.notify_one();
@@ -282,9 +306,39 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn a_watch_whose_first_message_has_no_room_is_reset_after_a_minute() {
+        let begun = Instant::now();
+        let (stream, _message, dropped) = watch(0);
+
+        streams().execute(async move {
+            set_watch(false);
+            stream.await;
+        });
+
+        assert_eq!(dropped.await, Ok(true));
+        assert_eq!(begun.elapsed().as_secs(), MAX_UNREAD.as_secs());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_drain_waits_a_second_for_a_watch_without_room() {
+        let streams = streams();
+        let (stream, message, dropped) = watch(1);
+        streams.execute(stream);
+        message.notify_one();
+        sleep(Duration::from_secs(10)).await;
+        let begun = Instant::now();
+
+        streams.go_away.cancel();
+        message.notify_one();
+
+        assert_eq!(dropped.await, Ok(true));
+        assert_eq!(begun.elapsed(), MAX_UNREAD_IN_DRAIN);
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn room_for_a_message_ends_the_wait() {
         let (stream, message, mut dropped) = watch(usize::MAX);
-        Streams.execute(stream);
+        streams().execute(stream);
 
         for _ in 0..100 {
             message.notify_one();

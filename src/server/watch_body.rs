@@ -33,6 +33,10 @@ use crate::{
     watch::{Item, WatchStream},
 };
 
+/// The first byte of every message. The HTTP library takes one piece of data before it has room for it, and asks for the next one when the
+/// first has been sent: the content of a message is chosen only then.
+const UNCOMPRESSED: &[u8] = &[0];
+
 /// The body of a watch.
 pub(super) struct WatchBody {
     stream: WatchStream,
@@ -40,6 +44,8 @@ pub(super) struct WatchBody {
     ending: BoxFuture<'static, Error>,
     /// That error, once `ending` has resolved.
     ended: Option<Error>,
+    /// The first byte of a message was handed over.
+    has_begun: bool,
     /// The rest of the message that is being sent.
     data: Bytes,
     open: OpenWatch,
@@ -57,15 +63,24 @@ impl WatchBody {
             stream,
             ending,
             ended: None,
+            has_begun: false,
             data: Bytes::new(),
             open,
             call,
         }
     }
 
-    /// The next frame: the rest of a message, the newest state, a heartbeat, or the trailers, which come last.
+    /// The next frame: the first byte of a message, its rest, or the trailers, which come last.
     pub(super) fn poll_frame(&mut self, context: &mut Context<'_>) -> Poll<Frame<Bytes>> {
-        stream::set_watch_has_room();
+        stream::set_watch(true);
+        if self.has_begun {
+            self.has_begun = false;
+            let parts = self.stream.message(context);
+            let progress = Arc::clone(self.stream.progress());
+            self.call.record.follow(progress);
+            self.call.record.message();
+            self.data = message::join_parts(&parts).split_off(UNCOMPRESSED.len());
+        }
         if self.data.is_empty() {
             // Both register for their next event.
             let item = self.stream.poll_next(context);
@@ -75,12 +90,13 @@ impl WatchBody {
                 self.ended = Some(error);
             }
             match (item, self.ended.take()) {
-                (Poll::Ready(Item::Message(parts)), ended) => {
+                (Poll::Ready(Item::Message), ended) => {
                     self.ended = ended;
-                    let progress = Arc::clone(self.stream.progress());
-                    self.call.record.follow(progress);
-                    self.call.record.message();
-                    self.data = message::join_parts(&parts);
+                    self.has_begun = true;
+                    // Until the next poll it is unknown whether there is room.
+                    stream::set_watch(false);
+                    self.call.record.sent(UNCOMPRESSED.len());
+                    return Poll::Ready(Frame::data(Bytes::from_static(UNCOMPRESSED)));
                 }
                 (Poll::Ready(Item::End(Ok(()))), _) => {
                     self.open.end_with(WatchEnd::Over);

@@ -1,4 +1,5 @@
-//! The messages of one watch. HTTP/2 asks for the next one only when it has room for it, so the newest state is chosen at that moment.
+//! The messages of one watch. The caller first asks whether a message is due, and for its content only when HTTP/2 has room for it, so the
+//! newest state is chosen at that moment.
 
 use std::{
     fmt,
@@ -32,11 +33,11 @@ use crate::{
 /// The longest silence of a stream: below the idle limits of 60 s of common proxies, which HTTP/2's PING does not reset.
 const HEARTBEAT: Duration = Duration::from_secs(25);
 
-/// The next item of a watch.
+/// What a watch sends next.
 #[derive(Debug)]
 pub enum Item {
-    /// An encoded message, in two parts.
-    Message([Bytes; 2]),
+    /// A message, whose content [`WatchStream::message`] chooses.
+    Message,
     /// The stream ends: OK if the task is over.
     End(Result<(), Arc<Error>>),
 }
@@ -145,60 +146,74 @@ impl WatchStream {
         &self.newest.progress
     }
 
-    /// The next item. Also registers for the item after it, so that the stream is polled when that item is due, even if HTTP/2 has no
+    /// What is sent next. Also registers for the item after it, so that the stream is polled when that item is due, even if HTTP/2 has no
     /// room for it.
     pub fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Item> {
+        self.observe(context);
+        let silent = self.heartbeat.as_mut().poll(context).is_ready();
+        if self.has_news() {
+            return Poll::Ready(Item::Message);
+        }
+        if let Some(end) = &self.newest.end {
+            return Poll::Ready(Item::End(end.clone()));
+        }
+        match silent || self.sent_states.is_none() {
+            true => Poll::Ready(Item::Message),
+            false => Poll::Pending,
+        }
+    }
+
+    /// An encoded message, in two parts: the newest state, or a heartbeat if the client knows it.
+    pub fn message(&mut self, context: &mut Context<'_>) -> [Bytes; 2] {
+        self.observe(context);
+        self.heartbeat.as_mut().reset(Instant::now() + HEARTBEAT);
+        let _ = self.heartbeat.as_mut().poll(context);
+        let has_news = self.has_news();
+        let states = self.newest.states;
+        let sent_states = self.sent_states.replace(states);
+        match &self.newest.snapshot {
+            Some(snapshot) if has_news => {
+                let skipped = states - sent_states.unwrap_or(states - 1) - 1;
+                self.metrics.watch_states_skipped.inc_by(skipped);
+                self.known_etag.clone_from(&snapshot.etag);
+                self.has_sent_end = snapshot.is_over;
+                self.with_check_time(snapshot.message.clone(), WatchMessage::State)
+            }
+            snapshot => {
+                let unchanged = WatchTaskDetailResponse {
+                    etag: snapshot
+                        .as_ref()
+                        .map_or_else(String::new, |snapshot| snapshot.etag.clone()),
+                    ..WatchTaskDetailResponse::default()
+                };
+                self.with_check_time(unchanged.encode_to_vec().into(), WatchMessage::Heartbeat)
+            }
+        }
+    }
+
+    /// Takes the newest observation and registers for the next one.
+    fn observe(&mut self, context: &mut Context<'_>) {
         while let Poll::Ready(mut observations) = self.changed.poll(context) {
             self.newest = observations.borrow_and_update().clone();
             self.changed.set(changed(observations));
         }
-        let silent = self.heartbeat.as_mut().poll(context).is_ready();
-        let Some(item) = self.next(silent) else {
-            return Poll::Pending;
-        };
-        if let Item::Message(_) = item {
-            self.heartbeat.as_mut().reset(Instant::now() + HEARTBEAT);
-            let _ = self.heartbeat.as_mut().poll(context);
-        }
-        Poll::Ready(item)
     }
 
-    fn next(&mut self, silent: bool) -> Option<Item> {
-        if let Some(snapshot) = &self.newest.snapshot {
-            let is_last = snapshot.is_over && !self.has_sent_end;
-            if snapshot.etag != self.known_etag || is_last {
-                let sent_states = self.sent_states.unwrap_or(self.newest.states - 1);
-                let skipped = self.newest.states - sent_states - 1;
-                self.metrics.watch_states_skipped.inc_by(skipped);
-                self.sent_states = Some(self.newest.states);
-                self.known_etag.clone_from(&snapshot.etag);
-                self.has_sent_end = snapshot.is_over;
-                return Some(self.message(snapshot.message.clone(), WatchMessage::State));
-            }
-        }
-        if let Some(end) = &self.newest.end {
-            return Some(Item::End(end.clone()));
-        }
-        if self.sent_states.is_some() && !silent {
-            return None;
-        }
-        self.sent_states = Some(self.newest.states);
-        let snapshot = self.newest.snapshot.as_ref();
-        let unchanged = WatchTaskDetailResponse {
-            etag: snapshot.map_or_else(String::new, |snapshot| snapshot.etag.clone()),
-            ..WatchTaskDetailResponse::default()
-        };
-        Some(self.message(unchanged.encode_to_vec().into(), WatchMessage::Heartbeat))
+    /// Whether there is a state that the client does not know, or the final one.
+    fn has_news(&self) -> bool {
+        self.newest.snapshot.as_ref().is_some_and(|snapshot| {
+            snapshot.etag != self.known_etag || snapshot.is_over && !self.has_sent_end
+        })
     }
 
     /// The message, of which `encoded` is the part before the check time.
-    fn message(&self, encoded: Bytes, kind: WatchMessage) -> Item {
+    fn with_check_time(&self, encoded: Bytes, kind: WatchMessage) -> [Bytes; 2] {
         self.metrics.watch_message(kind);
         let checked = WatchTaskDetailResponse {
             check_time: self.newest.checked_at.map(Into::into),
             ..WatchTaskDetailResponse::default()
         };
-        Item::Message([encoded, checked.encode_to_vec().into()])
+        [encoded, checked.encode_to_vec().into()]
     }
 }
 
@@ -275,9 +290,10 @@ mod tests {
     /// The status of the next message, or "-" without a task.
     async fn next(stream: &mut WatchStream) -> String {
         let item = poll_fn(|context| stream.poll_next(context)).await;
-        let Item::Message(parts) = item else {
+        if let Item::End(_) = item {
             return format!("{item:?}");
-        };
+        }
+        let parts = poll_fn(|context| Poll::Ready(stream.message(context))).await;
         let message = WatchTaskDetailResponse::decode(&*parts.concat()).expect("a message");
         assert!(message.check_time.is_some());
         assert_eq!(message.etag.len(), 32);
@@ -322,6 +338,21 @@ mod tests {
         assert_eq!(task.1.watch_states_skipped.get(), 2);
         let mut more = Box::pin(next(&mut stream));
         assert!(poll!(&mut more).is_pending());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_newest_state_is_chosen_when_there_is_room_for_a_message() {
+        let task = Task::new();
+        task.publish("1");
+        let mut stream = task.watch("");
+        assert_eq!(next(&mut stream).await, "1");
+        task.publish("2");
+        let due = poll_fn(|context| stream.poll_next(context)).await;
+        assert!(matches!(due, Item::Message));
+
+        task.publish("3");
+
+        assert_eq!(next(&mut stream).await, "3");
     }
 
     #[tokio::test(start_paused = true)]

@@ -6,10 +6,12 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bytes::Bytes;
+use prost::Message as _;
 use rds_task_facade::pb::{
     GetTaskDetailRequest, TaskState, WatchTaskDetailRequest, WatchTaskDetailResponse,
 };
-use tokio::task::JoinSet;
+use tokio::{net::TcpStream, task::JoinSet};
 use tonic::{Code, Request, Status, Streaming};
 
 use crate::support::{
@@ -703,6 +705,44 @@ async fn a_drain_ends_watches_one_after_the_other_and_exits_with_0() {
     ends.sort_unstable_by_key(|(at, _)| *at);
     let spread = ends[99].0 - ends[0].0;
     assert!(spread > Duration::from_secs(1), "{spread:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_drain_does_not_wait_for_watches_whose_clients_do_not_read() {
+    let upstream = Upstream::always(task("Running", "1")).await;
+    let mut program = Program::over(&upstream.url(), &["--shutdown-grace", "20s"]);
+    let socket = TcpStream::connect(program.grpc).await.expect("a server");
+    let mut client = h2::client::Builder::new();
+    let handshake = client.initial_window_size(0).handshake::<_, Bytes>(socket);
+    let (send, connection) = handshake.await.expect("HTTP/2");
+    tokio::spawn(connection);
+    let mut send = send.ready().await.expect("ready");
+    let request =
+        http::Request::post("http://facade/huaweicloud.rds.task.v1.TaskService/WatchTaskDetail")
+            .header("content-type", "application/grpc")
+            .body(())
+            .expect("valid");
+    let (response, mut body) = send.send_request(request, false).expect("a stream");
+    let message = watch_request().encode_to_vec();
+    let length = u32::try_from(message.len()).expect("short").to_be_bytes();
+    let framed = [&[0][..], &length, &message].concat();
+    body.send_data(framed.into(), true).expect("sent");
+    let response = within("the headers", response).await.expect("a reply");
+    assert!(!response.headers().contains_key("grpc-status"));
+
+    let begun = Instant::now();
+    program.signal("TERM");
+    let code = program.wait().code();
+
+    assert_eq!(code, Some(0));
+    let took = begun.elapsed();
+    assert!(took < Duration::from_secs(15), "{took:?}");
+    assert!(
+        program
+            .logs()
+            .iter()
+            .all(|line| !line.contains("cut off at the end"))
+    );
 }
 
 #[tokio::test]

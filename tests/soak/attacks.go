@@ -4,11 +4,13 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 )
 
 // Requirements of every attack, unless the attack has its own.
@@ -33,6 +35,8 @@ type attack struct {
 	grows int64
 	// Limit of the honest caller's p99; honestWithin if zero.
 	honestWithin time.Duration
+	// The attack is on watches: the upstream's tasks change, and the honest caller watches, too.
+	watches bool
 	// Attacks and returns figures, and an error if the program did not stand the attack.
 	run func(*target) (string, error)
 }
@@ -44,6 +48,8 @@ type target struct {
 	program string
 	calls   int
 	honest  *honest
+	// The upstream of an attack on watches.
+	tasks *taskUpstream
 	// The program's log after its first line.
 	log *logLines
 }
@@ -70,10 +76,12 @@ func attacks(results *results, program string, calls int, only string) error {
 	}
 	inTurn(floods)
 	inTurn(names)
+	inTurn(watchAttacks)
 	var waiting sync.WaitGroup
 	waiting.Go(func() { inTurn(hangs) })
-	for index := range waits {
-		waiting.Go(func() { inTurn(waits[index : index+1]) })
+	together := slices.Concat(waits, watchWaits)
+	for index := range together {
+		waiting.Go(func() { inTurn(together[index : index+1]) })
 	}
 	waiting.Wait()
 	return nil
@@ -81,12 +89,22 @@ func attacks(results *results, program string, calls int, only string) error {
 
 func (a attack) against(program string, upstream *sandbox, calls int) (string, error) {
 	log := &logLines{}
-	facade, err := startFacade(program, upstream.url(), log.add, a.flags...)
+	url := upstream.url()
+	var tasks *taskUpstream
+	if a.watches {
+		var err error
+		if tasks, err = startTaskUpstream(); err != nil {
+			return "", err
+		}
+		defer tasks.close()
+		url = tasks.url
+	}
+	facade, err := startFacade(program, url, log.add, a.flags...)
 	if err != nil {
 		return "", err
 	}
 	defer facade.kill()
-	honest, err := startHonest(facade.address)
+	honest, err := startHonest(facade.address, a.watches)
 	if err != nil {
 		return "", err
 	}
@@ -99,7 +117,7 @@ func (a attack) against(program string, upstream *sandbox, calls int) (string, e
 		return "", err
 	}
 	begun := time.Now()
-	figures, err := a.run(&target{facade, upstream, program, calls, honest, log})
+	figures, err := a.run(&target{facade, upstream, program, calls, honest, tasks, log})
 	took := time.Since(begun)
 	if err != nil {
 		return figures, err
@@ -165,17 +183,25 @@ type honest struct {
 	first      callResult
 }
 
-func startHonest(address string) (*honest, error) {
+func startHonest(address string, watches bool) (*honest, error) {
 	connection, err := dial(address)
 	if err != nil {
 		return nil, err
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	honest := &honest{connection: connection, cancel: cancel}
+	if watches {
+		// Stays open during the whole attack.
+		honest.running.Go(func() { honest.stay(ctx) })
+	}
 	for worker := range 4 {
 		honest.running.Go(func() {
 			for number := worker; ctx.Err() == nil; number += 4 {
-				honest.ask(number)
+				if watches && worker%2 == 0 {
+					honest.watch()
+				} else {
+					honest.ask(number)
+				}
 				time.Sleep(20 * time.Millisecond)
 			}
 		})
@@ -186,7 +212,33 @@ func startHonest(address string) (*honest, error) {
 func (h *honest) ask(number int) {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
-	result := call(ctx, h.connection, method, example(number).encoded(), []string{"x-auth-token", token})
+	h.count(call(ctx, h.connection, method, example(number).encoded(), []string{"x-auth-token", token}))
+}
+
+// stay watches until the context ends; another end counts as failed.
+func (h *honest) stay(ctx context.Context) {
+	watch, err := openWatch(ctx, h.connection, watchedTask(0), "", []string{"x-auth-token", token})
+	for err == nil {
+		_, err = watch.next()
+	}
+	if ctx.Err() == nil {
+		h.count(callResult{code: status.Code(err), message: fmt.Sprint("a watch ended: ", status.Convert(err).Message())})
+	}
+}
+
+// watch opens another watch of the same task and ends it after the first message.
+func (h *honest) watch() {
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	begun := time.Now()
+	watch, err := openWatch(ctx, h.connection, watchedTask(0), "", []string{"x-auth-token", token})
+	if err == nil {
+		_, err = watch.next()
+	}
+	h.count(callResult{code: status.Code(err), message: status.Convert(err).Message(), took: time.Since(begun)})
+}
+
+func (h *honest) count(result callResult) {
 	if result.code == codes.OK {
 		h.succeeded.add(result.took)
 		return

@@ -55,8 +55,12 @@ type callResult struct {
 func (r callResult) String() string { return fmt.Sprintf("%s: %s", r.code, r.message) }
 
 func dial(address string, options ...grpc.DialOption) (*grpc.ClientConn, error) {
+	return dialTarget("passthrough:///"+address, options...)
+}
+
+func dialTarget(target string, options ...grpc.DialOption) (*grpc.ClientConn, error) {
 	options = append([]grpc.DialOption{grpc.WithTransportCredentials(insecure.NewCredentials())}, options...)
-	return grpc.NewClient("passthrough:///"+address, options...)
+	return grpc.NewClient(target, options...)
 }
 
 // call makes one call with pairs as metadata.

@@ -65,6 +65,8 @@ type crowdFault struct {
 	interval time.Duration
 	// Honest callers repeat a few requests instead of sending a new one each time.
 	repeats bool
+	// Honest callers watch: a call opens a watch and ends it after a change of the task.
+	watches bool
 	// Limit of the program's open descriptors, if any.
 	descriptors int
 	// Allowed delay of a call by the fault itself.
@@ -310,6 +312,7 @@ func (p *phase) success() float64 {
 type fleet struct {
 	interval    time.Duration
 	repeats     bool
+	watches     bool
 	connections [honestCallers]*grpc.ClientConn
 	// Calls of each caller so far.
 	numbers [honestCallers]int
@@ -317,7 +320,7 @@ type fleet struct {
 
 // startFleet connects the honest callers and makes one call of each.
 func startFleet(fault *crowdFault, address string) (*fleet, error) {
-	fleet := &fleet{interval: cmp.Or(fault.interval, honestInterval), repeats: fault.repeats}
+	fleet := &fleet{interval: cmp.Or(fault.interval, honestInterval), repeats: fault.repeats || fault.watches, watches: fault.watches}
 	for caller := range honestCallers {
 		connection, err := dial(address)
 		if err != nil {
@@ -372,7 +375,11 @@ func (f *fleet) call(caller, number int) (callResult, error) {
 	request := honestRequest(caller, number, f.repeats)
 	ctx, cancel := context.WithTimeout(context.Background(), honestDeadline)
 	defer cancel()
-	result := call(ctx, f.connections[caller], method, request.encoded(), []string{"x-auth-token", fmt.Sprint("honest-", caller)})
+	token := []string{"x-auth-token", fmt.Sprint("honest-", caller)}
+	if f.watches {
+		return watchChange(ctx, f.connections[caller], request, token)
+	}
+	result := call(ctx, f.connections[caller], method, request.encoded(), token)
 	if result.code != codes.OK {
 		return result, errors.New(result.String())
 	}
@@ -380,6 +387,26 @@ func (f *fleet) call(caller, number int) (callResult, error) {
 		return result, fmt.Errorf("the reply is not about %q", request.name)
 	}
 	return result, nil
+}
+
+// watchChange opens a watch and ends it when it has got two states of the task.
+func watchChange(ctx context.Context, connection *grpc.ClientConn, task taskRequest, pairs []string) (callResult, error) {
+	// Ends the watch.
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	begun := time.Now()
+	watch, err := openWatch(ctx, connection, task, "", pairs)
+	for states := 0; err == nil && states < 2; {
+		var message watchMessage
+		message, err = watch.next()
+		if err == nil && message.hasTask {
+			states++
+			if message.name != task.name {
+				err = fmt.Errorf("the message is not about %q", task.name)
+			}
+		}
+	}
+	return callResult{took: time.Since(begun)}, err
 }
 
 // honestRequest is about one of few instances, which several callers share.

@@ -99,6 +99,26 @@ var crowdFaults = []crowdFault{
 	{name: "ever-new requests fill the cache", owner: "cache", flags: []string{"--cache-ttl", "1h", "--cache-entries", "100"}, repeats: true,
 		inject: fillCache},
 
+	// Watches: their permits, the pollers that watchers of a task share, and the rate of polls.
+	{name: "one caller opens watches without end", owner: "watch permits", watches: true,
+		flags: []string{"--max-watches", "200", "--watch-rate", "off", "--watch-interval", "200ms"}, inject: holdWatches},
+	{name: "one connection opens watches without end", owner: "watch permits", credentials: "token", watches: true,
+		flags: []string{"--max-watches", "200", "--watch-rate", "off", "--watch-interval", "200ms"}, inject: holdWatches},
+	{name: "one caller does not read its watches", owner: "watch permits", watches: true,
+		flags: []string{"--max-watches", "200", "--watch-rate", "off", "--watch-interval", "200ms"}, inject: readNoWatches},
+	{name: "watches of shared tasks are opened and cancelled", owner: "pollers", credentials: "token", watches: true,
+		flags: []string{"--watch-rate", "off", "--watch-interval", "200ms"}, inject: cancelSharedWatches},
+	{name: "ever-new tasks are watched", owner: "watch rate", credentials: "token", watches: true,
+		flags: []string{"--watch-rate", "40/1s", "--watch-interval", "200ms"}, delays: time.Second, inject: watchNewTasks},
+	{name: "500 tasks of one caller are watched", owner: "watch rate", credentials: "token", watches: true,
+		flags: []string{"--watch-rate", "40/1s", "--watch-interval", "200ms"}, delays: time.Second, inject: watchManyTasks},
+	{name: "watches with ever-new tokens", owner: "watch rate", watches: true, alone: true,
+		flags:  []string{"--watch-rate", "40/1s", "--watch-interval", "200ms"},
+		script: rogueTokens(respond(http.StatusUnauthorized, gatewayError("APIGW.0301", "Incorrect IAM authentication information: decrypt token fail"))),
+		inject: watchWithNewTokens},
+	{name: "unary calls next to watches that are opened and reset", owner: "workers", alone: true,
+		flags: []string{"--watch-rate", "off", "--watch-interval", "200ms"}, inject: cancelSharedWatches},
+
 	// Workers and upstream connections.
 	{name: "malformed requests", owner: "workers", alone: true, inject: sendMalformedRequests},
 	{name: "1000 calls at once", owner: "workers", alone: true, inject: burst},
@@ -394,6 +414,82 @@ func (s *stage) requireCount(name string) error {
 		err = fmt.Errorf("%s is 0", name)
 	}
 	return err
+}
+
+// holdWatches keeps watches open on one connection, and opens more whenever some are rejected.
+func holdWatches(ctx context.Context, s *stage) error {
+	const watches = 400
+	err := s.repeatAsRogue(ctx, watches, func(ctx context.Context, connection *grpc.ClientConn, number int) {
+		watch, err := openWatch(ctx, connection, rogueRequest("instance-0", number%4), "", []string{"x-auth-token", rogueToken})
+		for err == nil {
+			_, err = watch.next()
+		}
+	})
+	return errors.Join(err, s.requireCount("rds_watch_messages_total"))
+}
+
+// readNoWatches opens watches on a connection that lets no byte of them through.
+func readNoWatches(ctx context.Context, s *stage) error {
+	const watches = 400
+	peer, err := s.open(http2.Setting{ID: http2.SettingInitialWindowSize, Val: 0})
+	if err != nil {
+		return err
+	}
+	defer peer.close()
+	peer.read()
+	for number := range watches {
+		peer.startWatch(streamID(number), rogueToken, rogueRequest("instance-0", number%4), "")
+	}
+	if err := peer.writer.Flush(); err != nil {
+		return err
+	}
+	<-ctx.Done()
+	return nil
+}
+
+// cancelSharedWatches opens and cancels watches of the tasks that honest callers watch, too: before the first message, and after it.
+func cancelSharedWatches(ctx context.Context, s *stage) error {
+	const workers = 32
+	err := s.repeatAsRogue(ctx, workers, func(ctx context.Context, connection *grpc.ClientConn, number int) {
+		ctx, cancel := context.WithTimeout(ctx, upstreamDelay)
+		defer cancel()
+		watch, err := openWatch(ctx, connection, honestRequest(0, number, true), "", []string{"x-auth-token", rogueToken})
+		for messages := 0; err == nil && messages < number%3; messages++ {
+			_, err = watch.next()
+		}
+	})
+	return errors.Join(err, s.requireCount("rds_watch_polls_total"))
+}
+
+// watchNewTasks opens watches of new tasks, each of which needs a first poll.
+func watchNewTasks(ctx context.Context, s *stage) error {
+	const workers = 100
+	return s.repeatAsRogue(ctx, workers, func(ctx context.Context, connection *grpc.ClientConn, number int) {
+		watch, err := openWatch(ctx, connection, rogueRequest("instance-0", number), "", nil)
+		if err == nil {
+			_, _ = watch.next()
+		}
+	})
+}
+
+// watchManyTasks keeps watches of many tasks open, each of which needs repeated polls.
+func watchManyTasks(ctx context.Context, s *stage) error {
+	const workers = 500
+	return s.repeatAsRogue(ctx, workers, func(ctx context.Context, connection *grpc.ClientConn, number int) {
+		watch, err := openWatch(ctx, connection, rogueRequest("instance-0", number), "", nil)
+		for err == nil {
+			_, err = watch.next()
+		}
+	})
+}
+
+func watchWithNewTokens(ctx context.Context, s *stage) error {
+	return s.repeatAsRogue(ctx, rogueWorkers, func(ctx context.Context, connection *grpc.ClientConn, number int) {
+		watch, err := openWatch(ctx, connection, rogueRequest("instance-0", number), "", []string{"x-auth-token", fmt.Sprint(rogueToken, "-", number)})
+		if err == nil {
+			_, _ = watch.next()
+		}
+	})
 }
 
 func cancelCalls(ctx context.Context, s *stage) error {

@@ -329,7 +329,7 @@ func (l *ledger) balance(results *results, metrics series) {
 	}
 }
 
-// settled waits until no connection, call or upstream request is open and returns the metrics.
+// settled waits until no connection, call, watch or upstream request is open and returns the metrics.
 func (f *facade) settled() (series, error) {
 	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(50 * time.Millisecond) {
 		metrics, err := f.scrape()
@@ -338,11 +338,12 @@ func (f *facade) settled() (series, error) {
 		}
 		connections, upstream := metrics.sum("grpc_server_connections"), metrics.sum("rds_upstream_in_flight")
 		inFlight := metrics.sum("grpc_server_started_total") - metrics.sum("grpc_server_handled_total")
-		if connections == 0 && upstream == 0 && inFlight == 0 {
+		watched := metrics.sum("rds_watches") + metrics.sum("rds_watched_tasks")
+		if connections == 0 && upstream == 0 && inFlight == 0 && watched == 0 {
 			return metrics, nil
 		}
 		if time.Now().After(deadline) {
-			return nil, fmt.Errorf("still %.0f connections, %.0f calls, %.0f upstream requests", connections, inFlight, upstream)
+			return nil, fmt.Errorf("still %.0f connections, %.0f calls, %.0f upstream requests, %.0f watches and watched tasks", connections, inFlight, upstream, watched)
 		}
 	}
 }

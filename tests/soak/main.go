@@ -5,8 +5,9 @@
 //	soak restarts [-count 200] PROGRAM         random signals under load
 //	soak attacks  [-calls 100000] PROGRAM      hostile peers next to an honest caller; one line of figures each
 //	soak crowd    [-duration 3s] PROGRAM       one fault at a time next to a crowd of honest callers; a table
+//	soak watches  [-duration 2m] PROGRAM       what watches cost, and what their callers see
 //
-// The upstream is the program's own `sandbox` in a separate process; for crowd, a scripted one in this process. CI runs each
+// The upstream is the program's own `sandbox` in a separate process; for crowd and watches, a scripted one in this process. CI runs each
 // subcommand for some seconds. The source of each states its requirements.
 package main
 
@@ -21,11 +22,11 @@ import (
 
 func main() {
 	flags := flag.NewFlagSet("soak", flag.ExitOnError)
-	duration := flags.Duration("duration", 0, "faults: length of the run (default 30m); crowd: length of each fault (default 3s)")
+	duration := flags.Duration("duration", 0, "faults: length of the run (default 30m); crowd: length of each fault (default 3s); watches: length of an observation (default 2m)")
 	window := flags.Duration("window", time.Minute, "overload: length of each load level")
 	count := flags.Int("count", 200, "restarts: number of restarts")
 	calls := flags.Int("calls", 100_000, "attacks: number of calls with new names")
-	only := flags.String("only", "", "attacks: name of the only attack to run")
+	only := flags.String("only", "", "attacks, watches: name of the only one to run")
 	crowdList := flags.String("faults", "", "crowd: comma-separated names of the faults to run (default all)")
 	seed := flags.Uint64("seed", uint64(time.Now().UnixNano()), "seed of all random choices")
 	if len(os.Args) < 3 {
@@ -60,6 +61,8 @@ func main() {
 		err = attacks(results, program, *calls, *only)
 	case "crowd":
 		err = crowd(results, program, cmp.Or(*duration, 3*time.Second), *crowdList)
+	case "watches":
+		watches(results, program, cmp.Or(*duration, 2*time.Minute), *only)
 	default:
 		usage()
 	}
@@ -81,7 +84,7 @@ func raiseDescriptors() (uint64, error) {
 }
 
 func usage() {
-	fmt.Fprintln(os.Stderr, "usage: soak faults|overload|restarts|attacks|crowd "+
+	fmt.Fprintln(os.Stderr, "usage: soak faults|overload|restarts|attacks|crowd|watches "+
 		"[-duration D] [-window D] [-count N] [-calls N] [-only NAME] [-faults NAME,...] [-seed N] PROGRAM")
 	os.Exit(2)
 }

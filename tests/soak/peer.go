@@ -22,6 +22,10 @@ type peer struct {
 	encoder  *hpack.Encoder
 	block    bytes.Buffer
 	received *received
+	// Gets each DATA frame, if set before `read`.
+	onData func(*http2.DataFrame)
+	// Whether PINGs are acknowledged.
+	acknowledges bool
 	// Closed when the server has closed the connection.
 	closed chan struct{}
 }
@@ -55,7 +59,12 @@ func (f *facade) open(settings ...http2.Setting) (*peer, error) {
 	return peer, peer.writer.Flush()
 }
 
-// read records the server's frames until the connection ends. It acknowledges none.
+// pong encodes the acknowledgement of a PING (RFC 9113, section 6.7).
+func pong(data [8]byte) []byte {
+	return append([]byte{0, 0, 8, byte(http2.FramePing), byte(http2.FlagPingAck), 0, 0, 0, 0}, data[:]...)
+}
+
+// read records the server's frames until the connection ends. It acknowledges none, except PINGs if asked to.
 func (p *peer) read() {
 	p.framer.ReadMetaHeaders = hpack.NewDecoder(4096, nil)
 	go func() {
@@ -72,6 +81,13 @@ func (p *peer) read() {
 				p.received.more.Broadcast()
 				p.received.lock.Unlock()
 				return
+			}
+			if data, ok := frame.(*http2.DataFrame); ok && p.onData != nil {
+				p.onData(data)
+			}
+			if ping, ok := frame.(*http2.PingFrame); ok && p.acknowledges && !ping.IsAck() {
+				// In one piece, past the writer, which another goroutine may use.
+				_, _ = p.socket.Write(pong(ping.Data))
 			}
 			p.received.note(frame)
 		}

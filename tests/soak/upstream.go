@@ -103,6 +103,8 @@ func (u *scriptedUpstream) ServeHTTP(reply http.ResponseWriter, request *http.Re
 	reply.Header().Set("Content-Type", "application/json")
 	_ = json.NewEncoder(reply).Encode(map[string]string{
 		"instance_id": parsed.instance, "instance_name": "instance", "job_id": parsed.workflow, "job_name": parsed.name,
+		// So that a watched task changes with every poll.
+		"status": "Running", "update_at": time.Now().Format(time.RFC3339Nano),
 	})
 }
 
