@@ -214,8 +214,8 @@ func resetOpenWatches(t *target) (string, error) {
 	return t.checkPolls(fmt.Sprintf("%d watches reset", rounds*streams), since)
 }
 
-// reconnectStorm resumes a hundred watches on a new connection and closes it, again and again: before the first messages, or after
-// them.
+// reconnectStorm resumes a hundred watches on a new connection and closes it, again and again: at once, or after a moment, in which
+// those get a message whose task is polled.
 func reconnectStorm(t *target) (string, error) {
 	const connections, threads, streams = 200, 4, 100
 	since := time.Now()
@@ -224,7 +224,7 @@ func reconnectStorm(t *target) (string, error) {
 	for thread := range threads {
 		running.Go(func() {
 			for number := range connections / threads {
-				peer, begun, err := t.openWatchPeer()
+				peer, _, err := t.openWatchPeer()
 				if err != nil {
 					failures[thread] = err
 					return
@@ -234,13 +234,9 @@ func reconnectStorm(t *target) (string, error) {
 				}
 				_ = peer.writer.Flush()
 				if number%2 == 0 {
-					err = eventually(func() bool { return begun.count()+peer.endedCount() == streams })
+					time.Sleep(200 * time.Millisecond)
 				}
 				peer.close()
-				if err != nil {
-					failures[thread] = fmt.Errorf("%d watches have begun, %v: %w", begun.count(), peer.ended(), err)
-					return
-				}
 			}
 		})
 	}
@@ -277,18 +273,20 @@ func (t *target) inBatches(count int, start func(peer *peer, stream uint32, numb
 	return outcomes, nil
 }
 
-// everNewEtags resumes each watch with an etag that no other has, every tenth with an invalid one.
+// everNewEtags resumes each watch with an etag that no other has, every tenth with an invalid one. An etag that is not that of the
+// state waits for the next poll.
 func everNewEtags(t *target) (string, error) {
+	count := t.calls / 10
 	since := time.Now()
-	outcomes, err := t.inBatches(t.calls, func(peer *peer, stream uint32, number int) {
+	outcomes, err := t.inBatches(count, func(peer *peer, stream uint32, number int) {
 		etag := fmt.Sprintf("%064x", rand.Uint64())
 		if number%10 == 0 {
 			etag += "0"
 		}
 		peer.startWatch(stream, watchRogue, watchedTask(0), etag)
 	})
-	text := fmt.Sprintf("%d watches: %v", t.calls, outcomes)
-	if err == nil && outcomes["gRPC 3"] != t.calls/10 {
+	text := fmt.Sprintf("%d watches: %v", count, outcomes)
+	if err == nil && outcomes["gRPC 3"] != count/10 {
 		err = errors.New("not every invalid etag was rejected")
 	}
 	if err != nil {
