@@ -30,8 +30,9 @@ use crate::{
     },
 };
 
-/// The longest silence of a stream: below the idle limits of 60 s of common proxies, which HTTP/2's PING does not reset.
-const HEARTBEAT: Duration = Duration::from_secs(25);
+/// The silence of a stream after which a heartbeat is due, so that none lasts longer than 25 s: below the idle limits of 60 s of common
+/// proxies, which HTTP/2's PING does not reset.
+const HEARTBEAT: Duration = Duration::from_secs(24);
 
 /// What a watch sends next.
 #[derive(Debug)]
@@ -44,7 +45,7 @@ pub enum Item {
 
 /// The messages of one watch, after the first answer of RDS.
 pub struct WatchStream {
-    _subscription: Subscription,
+    subscription: Subscription,
     /// Resolves when there is a new observation.
     changed: ReusableBoxFuture<'static, Receiver<Observation>>,
     newest: Observation,
@@ -131,7 +132,7 @@ impl WatchStream {
     ) -> Self {
         Self {
             changed: ReusableBoxFuture::new(changed(subscription.observations.clone())),
-            _subscription: subscription,
+            subscription,
             newest,
             heartbeat: Box::pin(sleep_until(Instant::now() + HEARTBEAT)),
             known_etag,
@@ -186,6 +187,7 @@ impl WatchStream {
                         .map_or_else(String::new, |snapshot| snapshot.etag.clone()),
                     ..WatchTaskDetailResponse::default()
                 };
+                self.known_etag.clone_from(&unchanged.etag);
                 self.with_check_time(unchanged.encode_to_vec().into(), WatchMessage::Heartbeat)
             }
         }
@@ -209,8 +211,10 @@ impl WatchStream {
     /// The message, of which `encoded` is the part before the check time.
     fn with_check_time(&self, encoded: Bytes, kind: WatchMessage) -> [Bytes; 2] {
         self.metrics.watch_message(kind);
+        let checked_at = self.subscription.observations.borrow().checked_at;
         let checked = WatchTaskDetailResponse {
-            check_time: self.newest.checked_at.map(Into::into),
+            // Not of the newest observation that this stream was woken for: a poll without a change wakes no stream.
+            check_time: checked_at.map(Into::into),
             ..WatchTaskDetailResponse::default()
         };
         [encoded, checked.encode_to_vec().into()]
@@ -302,23 +306,23 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_heartbeat_follows_25_seconds_of_silence() {
+    async fn a_heartbeat_follows_24_seconds_of_silence() {
         let task = Task::new();
         task.publish("Running");
         let mut stream = task.watch("");
         assert_eq!(next(&mut stream).await, "Running");
 
-        for expected in [25, 50] {
+        for expected in [24, 48] {
             let begun = Instant::now();
             assert_eq!(next(&mut stream).await, "-", "{expected}");
-            assert_eq!(begun.elapsed().as_secs(), 25);
+            assert_eq!(begun.elapsed().as_secs(), 24);
         }
         tokio::time::advance(Duration::from_secs(20)).await;
         task.publish("Pending");
         assert_eq!(next(&mut stream).await, "Pending");
         let begun = Instant::now();
         assert_eq!(next(&mut stream).await, "-");
-        assert_eq!(begun.elapsed().as_secs(), 25);
+        assert_eq!(begun.elapsed().as_secs(), 24);
         drop(stream);
         assert!(task.0.watchers().auth.is_none(), "no credential is kept");
     }
