@@ -47,18 +47,18 @@ impl Progress {
         check_time: Option<prost_types::Timestamp>,
     ) {
         let (significant, state) = match task {
-            Some(task) => {
-                let (part, left) = (part(task), time_left(task));
-                let significant = format!("{}{part}", state_and_percent(task));
-                (significant.clone(), significant + &left)
-            }
+            Some(task) => (
+                format!("{}{}", state_and_percent(task), part_name(task)),
+                format!("{}{}", state_and_percent(task), time_left(task)),
+            ),
             None => {
                 let unknown = "RDS does not know the task yet".to_owned();
                 (unknown.clone(), unknown)
             }
         };
+        let part_name = task.map(part_name).unwrap_or_default();
         let line = match task {
-            Some(task) => format!("{}: {state}", name(task)),
+            Some(task) => format!("{}: {state}{part_name}", name(task)),
             None => state.clone(),
         };
         match &self.bar {
@@ -70,7 +70,8 @@ impl Progress {
                 );
                 bar.set_prefix(task.map_or_else(String::new, name));
                 let checked = check_time.map(clock).unwrap_or_default();
-                bar.set_message(format!("{state}, checked {checked}"));
+                // The name comes last, because a narrow terminal cuts the line.
+                bar.set_message(format!("{state}, as of {checked}{part_name}"));
                 bar.tick();
             }
             None if significant != self.significant => {
@@ -129,9 +130,9 @@ fn may_move_cursor() -> bool {
 }
 
 fn bar() -> ProgressBar {
-    let style = ProgressStyle::with_template("{prefix} [{bar:12}] {wide_msg}")
+    let style = ProgressStyle::with_template("{prefix} {bar:6} {wide_msg}")
         .expect("the template is valid")
-        .progress_chars("=> ");
+        .progress_chars("=>-");
     ProgressBar::with_draw_target(Some(100), ProgressDrawTarget::stderr()).with_style(style)
 }
 
@@ -144,23 +145,24 @@ fn name(task: &GetTaskDetailResponse) -> String {
     Escaped(name).to_string()
 }
 
+/// State, percentage, and the number of the part that is running.
 fn state_and_percent(task: &GetTaskDetailResponse) -> String {
-    let state = state(task.state(), task.status.as_deref());
-    match task.progress_percent {
-        Some(percent) => format!("{state} {percent} %"),
-        None => state,
+    let mut line = state(task.state(), task.status.as_deref());
+    if let Some(percent) = task.progress_percent {
+        line += &format!(" {percent} %");
     }
+    if let Some((index, _)) = running_part(task) {
+        line += &format!(", part {} of {}", index + 1, task.sub_task_list.len());
+    }
+    line
 }
 
-/// The number and the name of the part that is running, if any.
-fn part(task: &GetTaskDetailResponse) -> String {
-    let Some((index, part)) = running_part(task) else {
-        return String::new();
-    };
-    let number = format!(", part {} of {}", index + 1, task.sub_task_list.len());
-    match part.sub_task_name.as_deref() {
-        Some(name) if !name.is_empty() => format!("{number} ({})", Escaped(name)),
-        _ => number,
+/// The name of the part that is running, if any.
+fn part_name(task: &GetTaskDetailResponse) -> String {
+    let name = running_part(task).and_then(|(_, part)| part.sub_task_name.as_deref());
+    match name {
+        Some(name) if !name.is_empty() => format!(" ({})", Escaped(name)),
+        _ => String::new(),
     }
 }
 

@@ -3,7 +3,7 @@
 use std::process::{Command, Stdio};
 
 use crate::support::{
-    Gate, Program, Step, Upstream, eventually,
+    Gate, Program, Sandbox, Step, Upstream, eventually,
     program::{PROGRAM, run},
     reply, within,
 };
@@ -187,4 +187,31 @@ async fn the_command_waits_for_a_task_that_rds_does_not_know_yet() {
 
     assert_eq!(code, 0, "{err}");
     assert_eq!(err.lines().next(), Some("RDS does not know the task yet"));
+}
+
+#[tokio::test]
+async fn without_ids_the_command_follows_a_task_of_the_sandbox() {
+    let sandbox = Sandbox::start();
+    let url = sandbox.url();
+    let args = [&["--endpoint", &url, "--credentials", "token"], &FAST[..]].concat();
+    let program = Program::start(&args, &[("RDS_TASK_FACADE_TOKEN", "sandbox-token")]);
+    let target = format!("http://{}", program.grpc);
+
+    let watching = tokio::task::spawn_blocking(move || run(&["watch", "--target", &target], &[]));
+    sent(&program, 1.0).await;
+    sandbox.set("clock?offset-seconds=10").await;
+    sent(&program, 2.0).await;
+    sandbox.set("clock?offset-seconds=30").await;
+    let (code, out, err) = within("the end of watch", watching)
+        .await
+        .expect("no panic");
+
+    assert_eq!(code, 0, "{err}");
+    assert!(out.contains("\"TASK_STATE_SUCCEEDED\""), "{out}");
+    let lines: Vec<&str> = err.lines().collect();
+    let first = lines.first().copied().unwrap_or_default();
+    assert!(first.starts_with("RestoreMysqlInstance: pending"), "{err}");
+    assert!(err.contains("part 2 of 3"), "{err}");
+    let last = lines.last().copied();
+    assert_eq!(last, Some("RestoreMysqlInstance: succeeded"), "{err}");
 }
