@@ -10,7 +10,7 @@ mod watch;
 use std::{
     fmt, fs,
     io::{self, Write as _},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
     time::Duration,
 };
@@ -28,7 +28,6 @@ use tonic::{
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
-
 use tower::util::MapResponse;
 
 pub use self::watch::{WatchOptions, watch};
@@ -251,7 +250,7 @@ pub async fn call(options: CallOptions) -> ExitCode {
     match get_task_detail(options).await {
         Ok(reply) => {
             let json = serde_json::to_string_pretty(&reply).expect("the reply serializes");
-            print(&escape_json(&json));
+            let _ = print(&escape_json(&json));
             ExitCode::SUCCESS
         }
         Err(error) => report(&error),
@@ -262,11 +261,11 @@ pub async fn call(options: CallOptions) -> ExitCode {
 pub async fn health(options: HealthOptions) -> ExitCode {
     match check_health(options).await {
         Ok(ServingStatus::Serving) => {
-            print("SERVING");
+            let _ = print("SERVING");
             ExitCode::SUCCESS
         }
         Ok(status) => {
-            print(status.as_str_name());
+            let _ = print(status.as_str_name());
             ExitCode::FAILURE
         }
         Err(error) => report(&error),
@@ -274,8 +273,8 @@ pub async fn health(options: HealthOptions) -> ExitCode {
 }
 
 async fn get_task_detail(options: CallOptions) -> Result<pb::GetTaskDetailResponse, Error> {
-    let token = token(&options.token, &options.server)?;
     let deadline = Deadline::after(options.timeout);
+    let token = token(&options.token, &options.server, deadline).await?;
     let channel = connect(&options.server, options.timeout, deadline).await?;
     let task = options.task.unwrap_or_else(Task::example);
     let mut request = Request::new(pb::GetTaskDetailRequest {
@@ -334,7 +333,7 @@ async fn connect(
     if server.target.scheme() == "https" {
         let mut tls = match &server.ca {
             Some(path) => {
-                let roots = roots(&pem("--ca", path)?);
+                let roots = roots(&pem("--ca", path, deadline).await?);
                 let roots = roots.map_err(|error| Error::File("--ca", error.to_string()))?;
                 ClientTlsConfig::new().trust_anchors(roots.roots)
             }
@@ -342,7 +341,9 @@ async fn connect(
             None => ClientTlsConfig::new().with_native_roots(),
         };
         if let Some(Pair { cert, key }) = &server.pair {
-            tls = tls.identity(Identity::from_pem(pem("--cert", cert)?, pem("--key", key)?));
+            let cert = pem("--cert", cert, deadline).await?;
+            let key = pem("--key", key, deadline).await?;
+            tls = tls.identity(Identity::from_pem(cert, key));
         }
         let secured = match (&server.own, &server.ca) {
             (Some(_), None) => endpoint.tls_config_with_verifier(tls, AnyCertificate::new()),
@@ -382,19 +383,36 @@ fn replace_broken_details(headers: &mut HeaderMap) {
     }
 }
 
-fn pem(flag: &'static str, path: &PathBuf) -> Result<Vec<u8>, Error> {
-    match fs::read(path) {
-        Ok(content) => Ok(without_mark(&content).to_owned()),
-        Err(error) => Err(Error::File(flag, error.kind().to_string())),
-    }
+async fn pem(flag: &'static str, path: &Path, deadline: Deadline) -> Result<Vec<u8>, Error> {
+    let content = read(flag, path, deadline).await?;
+    Ok(without_mark(&content).to_owned())
+}
+
+/// Reads a file within the deadline: it may be a pipe that no program writes to.
+async fn read(flag: &'static str, path: &Path, deadline: Deadline) -> Result<Vec<u8>, Error> {
+    let path = path.to_owned();
+    let reading = tokio::task::spawn_blocking(move || fs::read(path));
+    let problem = match deadline.bound(reading).await {
+        Ok(Ok(Ok(content))) => return Ok(content),
+        Ok(Ok(Err(error))) => error.kind().to_string(),
+        Ok(Err(_)) | Err(Passed) => "cannot be read within the time limit".to_owned(),
+    };
+    Err(Error::File(flag, problem))
 }
 
 /// The token to send, if any, as a header value. Warns if others can read it on the way.
-fn token(token: &Token, server: &Server) -> Result<Option<MetadataValue<Ascii>>, Error> {
+async fn token(
+    token: &Token,
+    server: &Server,
+    deadline: Deadline,
+) -> Result<Option<MetadataValue<Ascii>>, Error> {
     let text = match (&token.token_file, &token.from_variable) {
-        (Some(path), _) => fs::read_to_string(path)
-            .map(SecretString::from)
-            .map_err(|error| Error::File("--token-file", error.kind().to_string()))?,
+        (Some(path), _) => {
+            let content = read("--token-file", path, deadline).await?;
+            let text = String::from_utf8(content);
+            let not_text = |_| Error::File("--token-file", "the token is not text".to_owned());
+            SecretString::from(text.map_err(not_text)?)
+        }
         (None, Some(token)) => token.clone(),
         (None, None) => return Ok(None),
     };
@@ -425,9 +443,9 @@ fn escape_json(json: &str) -> String {
     escaped
 }
 
-/// Prints one line; ignores errors such as a closed standard output.
-fn print(text: &str) {
-    let _ = writeln!(io::stdout(), "{text}");
+/// Prints one line.
+fn print(text: &str) -> io::Result<()> {
+    writeln!(io::stdout(), "{text}")
 }
 
 fn warn(text: &str) {

@@ -13,8 +13,11 @@ use tokio::time::Instant;
 use super::{Error, status::Escaped};
 use crate::pb::{GetTaskDetailResponse, SubTask, TaskState};
 
-/// The longest silence of a log: systems for continuous integration end jobs that write nothing.
-const MAX_SILENCE: Duration = Duration::from_secs(60);
+/// The silence after which the line is written again, so that a log is never silent for a minute: systems for continuous integration end jobs that write nothing.
+const MAX_SILENCE: Duration = Duration::from_secs(55);
+
+/// Shown before the first message.
+const WAITING: &str = "waiting for the first reply";
 
 pub(super) struct Progress {
     /// `None` without a terminal.
@@ -34,7 +37,7 @@ impl Progress {
     fn new(is_terminal: bool) -> Self {
         Self {
             bar: is_terminal.then(bar),
-            line: "waiting for the first reply".to_owned(),
+            line: WAITING.to_owned(),
             significant: String::new(),
             written_at: Instant::now(),
         }
@@ -69,9 +72,10 @@ impl Progress {
                         .into(),
                 );
                 bar.set_prefix(task.map_or_else(String::new, name));
-                let checked = check_time.map(clock).unwrap_or_default();
+                let checked = check_time.map(|time| format!(", as of {}", clock(time)));
+                let checked = checked.unwrap_or_default();
                 // The name comes last, because a narrow terminal cuts the line.
-                bar.set_message(format!("{state}, as of {checked}{part_name}"));
+                bar.set_message(format!("{state}{checked}{part_name}"));
                 bar.tick();
             }
             None if significant != self.significant => {
@@ -107,7 +111,7 @@ impl Progress {
     }
 
     /// Writes to the terminal without the bar in the way.
-    pub(super) fn suspended(&self, write: impl FnOnce()) {
+    pub(super) fn suspended<T>(&self, write: impl FnOnce() -> T) -> T {
         match &self.bar {
             Some(bar) => bar.suspend(write),
             None => write(),
@@ -133,7 +137,9 @@ fn bar() -> ProgressBar {
     let style = ProgressStyle::with_template("{prefix} {bar:6} {wide_msg}")
         .expect("the template is valid")
         .progress_chars("=>-");
-    ProgressBar::with_draw_target(Some(100), ProgressDrawTarget::stderr()).with_style(style)
+    ProgressBar::with_draw_target(Some(100), ProgressDrawTarget::stderr())
+        .with_style(style)
+        .with_message(WAITING)
 }
 
 /// The name of the task, or its id.

@@ -38,7 +38,10 @@ const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const PAUSE_GROWTH: f64 = 1.6;
 const MAX_PAUSE: Duration = Duration::from_secs(30);
 
-/// A stream that is silent for longer is dead: the server sends a heartbeat after 25 s.
+/// The time limit for connecting.
+const MAX_CONNECT: Duration = Duration::from_secs(10);
+
+/// A stream that is silent for longer is dead: the server sends a heartbeat after at most 25 s.
 const MAX_SILENCE: Duration = Duration::from_secs(90);
 
 /// The options of `watch`.
@@ -106,7 +109,7 @@ pub async fn watch(options: WatchOptions) -> ExitCode {
         End::Over(task) => {
             if options.output == Output::Text {
                 let json = serde_json::to_string_pretty(&task).expect("the task serializes");
-                print(&escape_json(&json));
+                let _ = print(&escape_json(&json));
             }
             match task.state() {
                 TaskState::Succeeded => ExitCode::SUCCESS,
@@ -162,7 +165,8 @@ impl<'a> Watch<'a> {
 
     /// Opens one stream after the other until the watch is over.
     async fn follow(mut self, progress: &mut Progress) -> End {
-        let token = match token(&self.options.token, &self.options.server) {
+        let token = token(&self.options.token, &self.options.server, self.deadline);
+        let token = match token.await {
             Ok(token) => token,
             Err(error) => return End::Failed(error),
         };
@@ -200,7 +204,10 @@ impl<'a> Watch<'a> {
         } = self.options;
         let deadline = self.deadline;
         let failed = |status| Error::from_status(status, server, *timeout);
-        let channel = ticking(progress, connect(server, *timeout, deadline)).await?;
+        let connect_timeout = MAX_CONNECT.min(*timeout);
+        let connect_deadline = deadline.min(Deadline::after(MAX_CONNECT));
+        let connecting = connect(server, connect_timeout, connect_deadline);
+        let channel = ticking(progress, connecting).await?;
         let mut request = Request::new(self.request());
         request.set_timeout(deadline.remaining());
         if let Some(token) = token {
@@ -225,7 +232,7 @@ impl<'a> Watch<'a> {
                     });
             };
             self.pause = FIRST_PAUSE;
-            self.observe(message, progress);
+            self.observe(message, progress)?;
         }
     }
 
@@ -256,18 +263,27 @@ impl<'a> Watch<'a> {
     }
 
     /// Prints a message. The final state comes again if the connection failed after it.
-    fn observe(&mut self, message: WatchTaskDetailResponse, progress: &mut Progress) {
+    ///
+    /// # Errors
+    /// Standard output is closed.
+    fn observe(
+        &mut self,
+        message: WatchTaskDetailResponse,
+        progress: &mut Progress,
+    ) -> Result<(), Error> {
         self.has_begun = true;
         let is_new = message.etag != self.etag;
         self.etag = message.etag;
         if let Some(task) = message.task {
             if is_new && self.options.output == Output::Json {
                 let json = serde_json::to_string(&task).expect("the task serializes");
-                progress.suspended(|| print(&escape_json(&json)));
+                let printed = progress.suspended(|| print(&escape_json(&json)));
+                printed.map_err(|error| Error::File("--output", error.to_string()))?;
             }
             self.task = Some(task);
         }
         progress.observe(self.task.as_ref(), message.check_time);
+        Ok(())
     }
 }
 

@@ -247,7 +247,7 @@ impl<S: Service> Edge<S> {
         match started {
             Ok(stream) => reply::watch(call, stream, ending, open),
             Err(error) => {
-                open.end(&error, &mut call);
+                open.end(&error, false, &mut call);
                 reply::failure(call, &error)
             }
         }

@@ -24,7 +24,6 @@ use super::{
 use crate::{
     call::Call,
     error::Error,
-    reason::Reason,
     status::Failure,
     telemetry::{
         Progress,
@@ -117,7 +116,7 @@ impl WatchBody {
     }
 
     fn fail(&mut self, error: &Error) -> HeaderMap {
-        self.open.end(error, &mut self.call);
+        self.open.end(error, self.stream.is_stale(), &mut self.call);
         let mut trailers = HeaderMap::new();
         let failure = Failure::from_error(error);
         reply::write_trailers(&failure, &mut trailers, &mut self.call);
@@ -142,18 +141,17 @@ impl OpenWatch {
     }
 
     /// Counts an end with this error, and records what the poll showed that brought it.
-    pub(super) fn end(&mut self, error: &Error, call: &mut Call) {
+    pub(super) fn end(&mut self, error: &Error, is_stale: bool, call: &mut Call) {
         if let Error::Upstream(lookup) = error {
             let progress = Progress::finished(lookup.facts.clone());
             call.record.follow(progress);
         }
-        let failure = Failure::from_error(error);
-        self.end_with(match (error, failure.code) {
-            (Error::DeadlineExceeded, _) => WatchEnd::Deadline,
-            (Error::WatchExpired { .. }, _) => WatchEnd::Expired,
-            (Error::ShuttingDown { .. }, _) => WatchEnd::Drain,
-            (_, Code::Unavailable | Code::DeadlineExceeded | Code::Aborted) => WatchEnd::Stale,
-            _ if failure.reason == Reason::Throttled => WatchEnd::Stale,
+        self.end_with(match error {
+            Error::DeadlineExceeded => WatchEnd::Deadline,
+            Error::WatchExpired { .. } => WatchEnd::Expired,
+            Error::ShuttingDown { .. } => WatchEnd::Drain,
+            Error::Protocol(Code::Cancelled, _) => WatchEnd::Cancelled,
+            _ if is_stale => WatchEnd::Stale,
             _ => WatchEnd::Error,
         });
     }

@@ -117,6 +117,8 @@ struct Observation {
     progress: Arc<Progress>,
     /// Set when the poller has ended: the task is over, or its watches fail.
     end: Option<Result<(), Arc<Error>>>,
+    /// The watches end because transient errors have lasted too long.
+    is_stale: bool,
 }
 
 /// One watcher's view of a task. Dropping it ends the watch.

@@ -106,6 +106,9 @@ impl Poller {
                 None => Ok(next.await),
             };
             let next = next.unwrap_or_else(|_| {
+                self.task
+                    .observations
+                    .send_modify(|observation| observation.is_stale = true);
                 let stale = self.failing.take();
                 Next::End(Err(stale.map_or(Error::Internal, |(_, error)| error)))
             });
@@ -420,7 +423,7 @@ impl Drop for Poller {
 }
 
 /// Whether the next poll may succeed.
-pub(super) fn is_transient(error: &Error) -> bool {
+fn is_transient(error: &Error) -> bool {
     use credentials::Error as Credential;
     let is_unavailable = |error: &_| {
         matches!(

@@ -147,6 +147,11 @@ impl WatchStream {
         &self.newest.progress
     }
 
+    /// Whether the watch ends because transient errors have lasted too long.
+    pub fn is_stale(&self) -> bool {
+        self.newest.is_stale
+    }
+
     /// What is sent next. Also registers for the item after it, so that the stream is polled when that item is due, even if HTTP/2 has no
     /// room for it.
     pub fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Item> {
