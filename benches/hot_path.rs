@@ -179,7 +179,7 @@ fn start_facade(sandbox: SocketAddr) -> SocketAddr {
             let credentials = credentials.expect("a token needs nothing");
             let coalescer = Coalescer::new(&defaults(), Arc::clone(&metrics));
             let url: reqwest::Url = format!("http://{sandbox}").parse().expect("a URL");
-            let http = http_client::Client::new(&http, &url).expect("a client of plain HTTP");
+            let http = http_client::Client::new(&http, &url, 2048).expect("a client of plain HTTP");
             let endpoint = upstream::Endpoint::new(url, defaults(), Arc::clone(&metrics));
             let client = upstream::Client::new(http, endpoint, credentials.clone());
             let ready = credentials.ready();

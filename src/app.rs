@@ -28,6 +28,7 @@ use crate::{
     rpc::Facade,
     sandbox::Sandbox,
     server::{self, Server},
+    supervise::Task,
     telemetry::{self, Access, Sinks, metrics::Metrics},
     upstream,
     watch::Hub,
@@ -116,12 +117,31 @@ async fn run(options: Serve, metrics: Arc<Metrics>, access: Access) -> Result<()
     };
     let http = options.upstream.http_config(&base_url, system_roots)?;
     let credentials = Credentials::start(source, &http, Arc::clone(&metrics))?;
-    let facades = facades(&options, &base_url, &http, &credentials, &metrics)?;
+    let mut server_options = options.server.clone();
+    let (connections, calls) = (server_options.max_connections, server_options.max_in_flight);
+    let fitted = descriptors::fit(descriptors, connections, calls);
+    if let Some(fitted) = &fitted {
+        server_options.max_connections = fitted.connections;
+        server_options.max_in_flight = fitted.calls;
+    }
+    let max_calls = server_options.max_in_flight;
+    let facades = facades(
+        &options,
+        &base_url,
+        &http,
+        &credentials,
+        max_calls,
+        &metrics,
+    )?;
 
     let serving = watch::Sender::new(false);
     if let Some(listener) = admin {
         let ready = serving.subscribe();
-        tokio::spawn(admin::serve(listener, Arc::clone(&metrics), ready));
+        let metrics = Arc::clone(&metrics);
+        tokio::spawn(async move {
+            let serve = || admin::serve(&listener, Arc::clone(&metrics), ready.clone());
+            metrics.background.supervise(Task::Admin, serve).await
+        });
     }
     let shutdown_time = options.server.drain_delay + options.server.shutdown_grace;
     let tracer = telemetry::start_tracing(&options.telemetry, Arc::clone(&metrics));
@@ -138,13 +158,6 @@ async fn run(options: Serve, metrics: Arc<Metrics>, access: Access) -> Result<()
         access,
         tracer: tracer.clone(),
     });
-    let mut server_options = options.server.clone();
-    let (connections, calls) = (server_options.max_connections, server_options.max_in_flight);
-    let fitted = descriptors::fit(descriptors, connections, calls);
-    if let Some(fitted) = &fitted {
-        server_options.max_connections = fitted.connections;
-        server_options.max_in_flight = fitted.calls;
-    }
     let server = Server::start(listener, server_options, facades, serving, sinks).await?;
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
@@ -249,8 +262,12 @@ fn facades(
     base_url: &Url,
     http: &http_client::Config,
     credentials: &Credentials,
+    max_calls: usize,
     metrics: &Arc<Metrics>,
 ) -> Result<Vec<Facade>, Error> {
+    let workers = thread::available_parallelism().map_or(1, usize::from);
+    // All workers together keep no more idle connections than calls in flight need.
+    let max_idle = max_calls.div_ceil(workers);
     let shared = upstream::Endpoint::new(
         base_url.clone(),
         options.upstream.clone(),
@@ -260,7 +277,7 @@ fn facades(
     let hub = Hub::new(&options.watch, options.server.timeout, Arc::clone(metrics));
     let facade = |_| {
         let upstream = upstream::Client::new(
-            http_client::Client::new(http, base_url)?,
+            http_client::Client::new(http, base_url, max_idle)?,
             Arc::clone(&shared),
             credentials.clone(),
         );
@@ -271,6 +288,5 @@ fn facades(
         };
         Ok(Facade::new(lookups, Arc::clone(&hub), &options.rpc))
     };
-    let workers = thread::available_parallelism().map_or(1, usize::from);
     (0..workers).map(facade).collect()
 }

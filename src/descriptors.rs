@@ -61,12 +61,12 @@ pub fn fit(limit: usize, connections: usize, calls: usize) -> Option<Fitted> {
     })
 }
 
-/// Whether this error of the system means that the process or the machine is out of descriptors or of memory for sockets.
+/// Whether this error of the system means that the process or the machine is out of descriptors, of local ports or of memory for sockets.
 pub fn is_shortage(error: &io::Error) -> bool {
     let code = error.raw_os_error().map(Errno::from_raw_os_error);
     matches!(
         code,
-        Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM)
+        Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM | Errno::ADDRNOTAVAIL)
     )
 }
 

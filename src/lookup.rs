@@ -9,8 +9,9 @@ use crate::{
     credentials::{Auth, Credentials, Owner},
     deadline::Deadline,
     error::{Error, FailedLookup},
+    pb::GetTaskDetailResponse,
     telemetry::{Progress, ServerSpan},
-    upstream::{self, LookupContext, wire::TaskDetail},
+    upstream::{self, LookupContext},
 };
 
 /// Looks up tasks. Each worker has its own, with its own connections to RDS; clones share them.
@@ -78,7 +79,11 @@ impl Lookups {
 ///
 /// # Errors
 /// [`Error::Upstream`].
-pub fn into_task(lookup: Arc<Lookup>, key: &LookupKey, owner: Owner) -> Result<TaskDetail, Error> {
+pub fn into_task(
+    lookup: Arc<Lookup>,
+    key: &LookupKey,
+    owner: Owner,
+) -> Result<GetTaskDetailResponse, Error> {
     let lookup = Arc::unwrap_or_clone(lookup);
     lookup.result.map_err(|error| {
         Error::Upstream(Box::new(FailedLookup {

@@ -13,6 +13,8 @@ pub const PAUSE: Duration = Duration::from_secs(1);
 /// A background task, as the label `task`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Task {
+    /// Serves metrics and probes.
+    Admin,
     /// Accepts gRPC connections.
     Accept,
     /// Reloads changed certificates of the listener.
@@ -29,7 +31,8 @@ pub enum Task {
 
 impl Task {
     /// The values of the label, in the order of the variants.
-    pub const NAMES: [&'static str; 6] = [
+    pub const NAMES: [&'static str; 7] = [
+        "admin",
         "accept",
         "certificates",
         "credential",

@@ -22,10 +22,10 @@ use tokio::{
     net::{TcpListener, TcpStream},
     sync::{Semaphore, watch},
     task::{AbortHandle, JoinSet, yield_now},
+    time::Instant,
 };
 
 use self::exposition::Format;
-
 use crate::{
     accept::Accept,
     options::{self, Parsed},
@@ -60,6 +60,10 @@ pub fn address_or_off(text: &str) -> Parsed<Option<SocketAddr>> {
 /// enough that a request arrives before clients that reconnect all the time can close its connection.
 const MAX_WAITING: usize = 256;
 
+/// With more waiting connections than this, those that have waited for [`BUSY_HEADER_TIMEOUT`] are closed.
+const BUSY: usize = 32;
+const BUSY_HEADER_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// Responses of `/metrics` that are being sent, which a slow reader can delay. Those of the other paths fit into the socket.
 const MAX_SCRAPES: usize = 8;
 
@@ -83,7 +87,7 @@ struct Admin {
 
 /// Serves until the future is dropped, which also drops the open connections. `ready` decides the status of `/readyz`.
 pub async fn serve(
-    listener: TcpListener,
+    listener: &TcpListener,
     metrics: Arc<Metrics>,
     ready: watch::Receiver<bool>,
 ) -> Infallible {
@@ -95,20 +99,23 @@ pub async fn serve(
     // Aborts the open connections when it is dropped.
     let mut connections = JoinSet::new();
     // The oldest first.
-    let mut waiting: VecDeque<(Arc<AtomicBool>, AbortHandle)> = VecDeque::new();
+    let mut waiting: VecDeque<(Arc<AtomicBool>, AbortHandle, Instant)> = VecDeque::new();
     let mut accept = Accept::new("metrics");
     loop {
-        let (stream, _) = accept.next(&listener).await;
+        let (stream, _) = accept.next(listener).await;
         while connections.try_join_next().is_some() {}
-        waiting.retain(|(is_waiting, task)| is_waiting.load(Relaxed) && !task.is_finished());
-        if waiting.len() >= MAX_WAITING
-            && let Some((_, oldest)) = waiting.pop_front()
+        waiting.retain(|(is_waiting, task, _)| is_waiting.load(Relaxed) && !task.is_finished());
+        while let Some((_, oldest, since)) = waiting.front()
+            && (waiting.len() >= MAX_WAITING
+                || waiting.len() > BUSY && since.elapsed() >= BUSY_HEADER_TIMEOUT)
         {
             oldest.abort();
+            waiting.pop_front();
         }
         let is_waiting = Arc::new(AtomicBool::new(true));
         let connection = serve_connection(stream, Arc::clone(&admin), Arc::clone(&is_waiting));
-        waiting.push_back((is_waiting, connections.spawn(connection)));
+        let task = connections.spawn(connection);
+        waiting.push_back((is_waiting, task, Instant::now()));
         // Lets the connection read a request that has arrived already, before further ones can close it.
         yield_now().await;
     }
@@ -201,7 +208,8 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (ready, ready_seen) = watch::channel(false);
-        let task = tokio::spawn(serve(listener, Metrics::new(), ready_seen));
+        let serving = async move { serve(&listener, Metrics::new(), ready_seen).await };
+        let task = tokio::spawn(serving);
         Running {
             address,
             ready,

@@ -26,6 +26,8 @@ use crate::{
     credentials::{self, Identity},
     deadline::{Deadline, SharedDeadline},
     options,
+    pb::GetTaskDetailResponse,
+    task::to_message,
     telemetry::{Progress, metrics::Metrics},
     upstream::{Error, TaskQuery, wire::TaskDetail},
 };
@@ -55,7 +57,7 @@ impl Hash for LookupKey {
 #[derive(Debug, Clone)]
 pub struct Lookup {
     /// The task or the error.
-    pub result: Result<TaskDetail, Error>,
+    pub result: Result<GetTaskDetailResponse, Error>,
     /// What the attempts showed.
     pub progress: Arc<Progress>,
     /// When the result arrived.
@@ -175,13 +177,15 @@ impl Coalescer {
                 self.metrics.panics.inc();
                 Err(Error::Panicked)
             });
+            let is_cacheable = is_cacheable(&result);
             let lookup = Arc::new(Lookup {
-                result,
+                // Converted once, and not again for each call that shares the result.
+                result: result.map(to_message),
                 progress,
                 finished_at: Instant::now(),
             });
             if let Some(cache) = &self.cache
-                && is_cacheable(&lookup)
+                && is_cacheable
             {
                 cache.insert(key, Arc::clone(&lookup));
             }
@@ -202,8 +206,8 @@ fn ended_by_shorter_deadline(lookup: &Lookup, deadline: Deadline) -> bool {
     }
 }
 
-fn is_cacheable(lookup: &Lookup) -> bool {
-    match &lookup.result {
+fn is_cacheable(result: &Result<TaskDetail, Error>) -> bool {
+    match result {
         Ok(task) => task.heap_bytes() <= MAX_CACHED_BYTES,
         Err(Error::Rejected(rejection)) => {
             rejection.verdict.code == Code::NotFound && rejection.message.len() <= MAX_CACHED_BYTES

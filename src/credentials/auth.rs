@@ -86,9 +86,9 @@ pub struct Token {
 
 impl Token {
     /// A token of the facade. `password` is what the facade got it for, if it was a password.
-    pub(super) fn of_server(value: HeaderValue, password: Option<&str>) -> Self {
+    pub(super) fn for_server(value: HeaderValue, password: Option<&str>) -> Self {
         let parts = [Some(value.as_bytes()), password.map(str::as_bytes)];
-        let fragments = Fragments::of_credential(parts.into_iter().flatten());
+        let fragments = Fragments::from_credential(parts.into_iter().flatten());
         Self {
             value,
             generation: 0,
@@ -140,7 +140,7 @@ impl AccessKey {
         let parts = [access_key_id.as_bytes(), secret.as_bytes()];
         let token = security_token.as_ref().map(HeaderValue::as_bytes);
         Ok(Self {
-            fragments: Fragments::of_credential(parts.into_iter().chain(token)),
+            fragments: Fragments::from_credential(parts.into_iter().chain(token)),
             access_key_id: access_key_id.to_owned(),
             signing_key: hmac::Key::new(hmac::HMAC_SHA256, secret.as_bytes()),
             security_token,
@@ -201,7 +201,7 @@ mod tests {
         let key = AccessKey::parse("canary-ak", "canary-sk", Some("canary-st")).unwrap();
         let token = Token {
             generation: 1,
-            ..Token::of_server(parse_token("canary-token").unwrap(), None)
+            ..Token::for_server(parse_token("canary-token").unwrap(), None)
         };
 
         let printed = format!("{:?} {:?}", Auth::Key(Arc::new(key)), Auth::Token(token));

@@ -47,7 +47,7 @@ impl fmt::Debug for Fragments {
 
 impl Fragments {
     /// The fragments of a credential, which may have several parts. Parts of less than twelve characters are ignored.
-    pub fn of_credential<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> Self {
+    pub fn from_credential<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> Self {
         let mut grams = Vec::new();
         for part in parts.into_iter().filter(|part| part.len() >= MIN_COMMON) {
             grams.extend(part.windows(GRAM).map(gram));
@@ -375,7 +375,7 @@ mod tests {
     const TOKEN: &str = "MIIFTgYJKo+Zhvc/NAQcCoIIFPz-CCQTs_CAQExDT";
 
     fn is_found(text: &str) -> bool {
-        let found = Fragments::of_credential([TOKEN.as_bytes()]).are_in([text]);
+        let found = Fragments::from_credential([TOKEN.as_bytes()]).are_in([text]);
         assert_eq!(repeats(text, TOKEN.as_bytes()), found, "{text}");
         found
     }
@@ -511,7 +511,7 @@ mod tests {
     #[test]
     fn each_part_counts_and_one_of_less_than_twelve_characters_does_not() {
         let parts = ["ACCESSKEYIDOFTHEFACADE", "short-part", "100%25-secret\\key"];
-        let fragments = Fragments::of_credential(parts.map(str::as_bytes));
+        let fragments = Fragments::from_credential(parts.map(str::as_bytes));
 
         let found = parts.map(|part| fragments.are_in([part]));
         assert_eq!(found, [true, false, true]);
@@ -519,12 +519,12 @@ mod tests {
             fragments.are_in(["100%2525-secret\\\\key"]),
             "escaped again"
         );
-        assert!(!Fragments::of_credential([]).are_in([TOKEN]));
+        assert!(!Fragments::from_credential([]).are_in([TOKEN]));
     }
 
     #[test]
     fn a_long_text_is_searched_to_its_end() {
-        let fragments = Fragments::of_credential([TOKEN.as_bytes()]);
+        let fragments = Fragments::from_credential([TOKEN.as_bytes()]);
         let mut text = "V".repeat(1 << 20);
         assert!(!fragments.are_in([&*text]));
 
@@ -553,7 +553,7 @@ mod tests {
 
     #[test]
     fn debug_shows_nothing() {
-        let fragments = Fragments::of_credential([TOKEN.as_bytes()]);
+        let fragments = Fragments::from_credential([TOKEN.as_bytes()]);
 
         assert_eq!(format!("{fragments:?}"), "Fragments { .. }");
     }

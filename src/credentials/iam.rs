@@ -101,7 +101,7 @@ impl Refresh for IamTokens {
         self.rejected = None;
         let Fetched { value, lifetime } = token(&response)?;
         Ok(Fetched {
-            value: Token::of_server(value, Some(&password)),
+            value: Token::for_server(value, Some(&password)),
             lifetime,
         })
     }

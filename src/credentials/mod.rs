@@ -118,12 +118,12 @@ impl Credentials {
                 hmac::Key::generate(hmac::HMAC_SHA256, &SystemRandom::new())
                     .expect("the system has random bytes"),
             )),
-            Source::Token(value) => Running::Token(Token::of_server(value, None)),
+            Source::Token(value) => Running::Token(Token::for_server(value, None)),
             Source::Key(key) => Running::Key(key),
             Source::TokenFile(path) => {
                 let name = format!("token file {}", path.display());
                 let source = file::FileSource::new(path, |text, _| {
-                    Ok(Token::of_server(secret::parse_token(text)?, None))
+                    Ok(Token::for_server(secret::parse_token(text)?, None))
                 });
                 let cache = Cache::start(name, source, OnRejection::Recheck, tokens, metrics);
                 Running::CachedToken(cache)

@@ -199,7 +199,7 @@ async fn a_thousand_cold_calls_cause_one_token_request_and_a_revoked_token_anoth
         Box::pin(async move {
             let used = Auth::Token(Token {
                 generation: 1,
-                ..Token::of_server(HeaderValue::from_static("token-1"), None)
+                ..Token::for_server(HeaderValue::from_static("token-1"), None)
             });
             match credentials
                 .refresh(&used, TokenEvidence::Rejected, soon())

@@ -56,6 +56,8 @@ impl Connector {
         http.set_keepalive_interval(Some(KEEPALIVE));
         http.set_keepalive_retries(Some(3));
         http.set_tcp_user_timeout(Some(ACKNOWLEDGED_WITHIN));
+        // Divided among the addresses of a name, so that one that does not reply leaves time for the others.
+        http.set_connect_timeout(Some(config.connect_timeout));
         let proxy = match &config.proxy {
             Some(url) => {
                 let matcher = Matcher::builder().all(url.as_str()).build();

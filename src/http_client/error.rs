@@ -1,4 +1,4 @@
-//! What prevented an exchange, and its cause for the log.
+//! What prevented a complete response, and its cause for the log.
 
 use std::{error::Error as StdError, io};
 
@@ -11,7 +11,7 @@ use crate::{
     reason::Reason,
 };
 
-/// An exchange without a complete response.
+/// A request without a complete response.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Error {
     /// One of the transport reasons, `UpstreamResponseTooLarge`, or `Overloaded` if this process is out of descriptors.
@@ -68,8 +68,10 @@ pub(super) fn connect_error(error: &(dyn StdError + 'static)) -> Error {
         return tls_failure(tls, cause);
     }
     let is_lookup = chain(error).any(|cause| cause.is::<LookupError>());
-    let mut io_errors = chain(error).filter_map(|cause| cause.downcast_ref::<io::Error>());
-    if io_errors.any(descriptors::is_shortage) || is_lookup && descriptors::are_exhausted() {
+    let io_errors = || chain(error).filter_map(|cause| cause.downcast_ref::<io::Error>());
+    let timed_out =
+        error.is::<Elapsed>() || io_errors().any(|error| error.kind() == io::ErrorKind::TimedOut);
+    if io_errors().any(descriptors::is_shortage) || is_lookup && descriptors::are_exhausted() {
         return Error::new(Reason::Overloaded, false, cause);
     }
     let reason = match is_lookup {
@@ -82,14 +84,14 @@ pub(super) fn connect_error(error: &(dyn StdError + 'static)) -> Error {
         _ => Obstacle::ProxyRejection,
     });
     Error {
-        timed_out: error.is::<Elapsed>(),
+        timed_out,
         obstacle,
         ..Error::new(reason, obstacle != Some(Obstacle::ProxyLogin), cause)
     }
 }
 
 /// The error of a request that got no response head.
-pub(super) fn exchange_error(error: &hyper::Error) -> Error {
+pub(super) fn request_error(error: &hyper::Error) -> Error {
     let cause = describe(error);
     if let Some(tls) = chain(error).find_map(tls_error) {
         return tls_failure(tls, cause);

@@ -1,4 +1,4 @@
-//! HTTP clients for the vendor's endpoints, and the limits of their exchanges.
+//! HTTP clients for the vendor's endpoints, and the limits of their requests.
 //!
 //! [`Client`] serves the request path with connections of its own, because a response decides whether its connection is used again. The
 //! clients for credentials and traces ([`client_builder`]) open a connection per request. All share the settings, the resolver and the
@@ -28,7 +28,7 @@ use serde::de::IgnoredAny;
 pub use self::error::{Error, Obstacle, cause};
 use self::{
     connect::Connector,
-    error::{body_error, connect_error, exchange_error},
+    error::{body_error, connect_error, request_error},
     pool::{Connection, MAX_AGE, Pool},
     resolver::Resolver,
 };
@@ -248,15 +248,20 @@ struct Origin {
 }
 
 impl Client {
-    /// A client of the origin of `url`.
+    /// A client of the origin of `url` with at most `max_idle` idle connections.
     ///
     /// # Errors
     /// [`BuildError`] for a setting that cannot be used.
-    pub fn new(config: &Config, url: &Url) -> Result<Self, BuildError> {
-        Self::with_max_age(config, url, MAX_AGE)
+    pub fn new(config: &Config, url: &Url, max_idle: usize) -> Result<Self, BuildError> {
+        Self::with_max_age(config, url, max_idle, MAX_AGE)
     }
 
-    fn with_max_age(config: &Config, url: &Url, max_age: Duration) -> Result<Self, BuildError> {
+    fn with_max_age(
+        config: &Config,
+        url: &Url,
+        max_idle: usize,
+        max_age: Duration,
+    ) -> Result<Self, BuildError> {
         let origin = url.origin().ascii_serialization();
         let uri: Uri = origin.parse().map_err(|_| BuildError::Url)?;
         let authority = uri.authority().ok_or(BuildError::Url)?.to_string();
@@ -265,7 +270,7 @@ impl Client {
             authority,
             host,
             connector: Connector::new(config, uri)?,
-            pool: Arc::default(),
+            pool: Pool::new(max_idle),
             max_age,
         })))
     }
@@ -311,7 +316,13 @@ impl Client {
                 Err(mut failed) => match failed.take_message() {
                     // The peer closed an idle connection before the request was written.
                     Some(unsent) if connection.is_used => request = unsent,
-                    _ => return Err(exchange_error(failed.error())),
+                    _ => {
+                        if connection.is_used {
+                            // Perhaps the peer behind the idle connections has been replaced.
+                            self.0.pool.failed();
+                        }
+                        return Err(request_error(failed.error()));
+                    }
                 },
             }
         }
@@ -329,8 +340,14 @@ impl Origin {
             return Ok(connection);
         }
         let stream = self.connector.connect().await;
-        let stream = stream.map_err(|error| connect_error(&*error))?;
-        // Invalid header lines are safe to accept here: a connection carries one exchange at a time, and only the length and the transfer
+        let stream = stream.map_err(|error| {
+            let error = connect_error(&*error);
+            if error.reason == Reason::Overloaded {
+                self.pool.clear();
+            }
+            error
+        })?;
+        // Invalid header lines are safe to accept here: a connection carries one request at a time, and only the length and the transfer
         // encoding decide where a reply ends.
         let opened = http1::Builder::new()
             .allow_obsolete_multiline_headers_in_responses(true)
@@ -338,7 +355,7 @@ impl Origin {
             .ignore_invalid_headers_in_responses(true)
             .handshake(stream)
             .await;
-        let (sender, driver) = opened.map_err(|error| exchange_error(&error))?;
+        let (sender, driver) = opened.map_err(|error| request_error(&error))?;
         tokio::spawn(async {
             // An error also reaches the request, if there is one.
             let _ = driver.await;

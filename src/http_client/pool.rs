@@ -22,10 +22,6 @@ const JITTER: f64 = 0.1;
 /// Shorter than the keep-alive of common gateways (60 s and more), so that the client closes idle connections before they do.
 const MAX_IDLE: Duration = Duration::from_secs(20);
 
-/// Limit on idle connections, equal to the default of `--max-in-flight`: with fewer, many concurrent calls would close and reopen
-/// connections.
-const MAX_IDLE_CONNECTIONS: usize = 2048;
-
 /// When all responses for this long had a status of 500 or above, idle connections are closed: the peer behind them may have been replaced.
 /// While other responses arrive, only the connections of those responses are closed.
 const FAILING: Duration = Duration::from_secs(1);
@@ -60,8 +56,12 @@ fn jittered(age: Duration) -> Duration {
     age.mul_f64(1.0 + JITTER * (2.0 * fastrand::f64() - 1.0))
 }
 
-#[derive(Debug, Default)]
-pub(super) struct Pool(Mutex<State>);
+#[derive(Debug)]
+pub(super) struct Pool {
+    /// Limit on idle connections.
+    max_idle: usize,
+    state: Mutex<State>,
+}
 
 #[derive(Debug, Default)]
 struct State {
@@ -74,6 +74,13 @@ struct State {
 }
 
 impl Pool {
+    pub(super) fn new(max_idle: usize) -> Arc<Self> {
+        Arc::new(Self {
+            max_idle,
+            state: Mutex::default(),
+        })
+    }
+
     /// A connection that is open, neither too old nor idle for too long.
     pub(super) async fn take(&self) -> Option<Connection> {
         loop {
@@ -99,7 +106,7 @@ impl Pool {
             state.cleared = Some(Instant::now());
             state.idle.clear();
         }
-        if state.idle.len() < MAX_IDLE_CONNECTIONS {
+        if state.idle.len() < self.max_idle {
             state.idle.push((connection, Instant::now()));
         }
         if !state.is_closing {
@@ -108,13 +115,18 @@ impl Pool {
         }
     }
 
-    /// Records a response with a status of 500 or above, whose connection is closed.
+    /// Closes all idle connections.
+    pub(super) fn clear(&self) {
+        self.lock().idle.clear();
+    }
+
+    /// Records a response with a status of 500 or above, or a connection that broke although it was used before.
     pub(super) fn failed(&self) {
         self.lock().failing_since.get_or_insert_with(Instant::now);
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -38,7 +38,7 @@ fn plain_config() -> Config {
 
 fn client(upstream: &Upstream, max_age: Duration) -> Client {
     let url = upstream.url().parse().unwrap();
-    Client::with_max_age(&plain_config(), &url, max_age).unwrap()
+    Client::with_max_age(&plain_config(), &url, 2048, max_age).unwrap()
 }
 
 async fn send(client: &Client, path: &str) -> Response {
@@ -223,7 +223,7 @@ async fn a_proxy_forwards_plain_requests_with_its_credential_and_the_full_target
             ..plain_config()
         };
         let url = "http://rds.invalid:8080".parse().unwrap();
-        let client = Client::new(&config, &url).unwrap();
+        let client = Client::new(&config, &url, 2048).unwrap();
 
         send(&client, "/v3/path").await.release();
 

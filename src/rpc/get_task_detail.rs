@@ -10,7 +10,6 @@ use crate::{
     error::Error,
     lookup::{self, Origin},
     pb::{GetTaskDetailRequest, GetTaskDetailResponse},
-    task,
 };
 
 /// Handles one call: validation, allowed projects, credentials, lookup, reply.
@@ -38,5 +37,5 @@ pub(super) async fn handle(
     };
     let follow = |progress: &Arc<_>| call.record.follow(Arc::clone(progress));
     let lookup = lookups.look_up(&key, &auth, origin, follow).await;
-    lookup::into_task(lookup, &key, auth.owner()).map(task::to_message)
+    lookup::into_task(lookup, &key, auth.owner())
 }

@@ -64,6 +64,7 @@ impl<S: Service> Acceptor<S> {
             (Ok(permit), Some(worker), Ok(())) => {
                 worker.serve(socket, peer, permit, &self.metrics);
             }
+            (_, _, Err(_)) => self.metrics.connection_refused(Refusal::Closed),
             _ => self.metrics.connection_refused(Refusal::Limit),
         }
     }

@@ -50,7 +50,6 @@ impl<S: Service> Worker<S> {
                         never = metrics.background.supervise(Task::Lateness, lateness::measure) => match never {},
                     }
                 });
-                // Does not wait for a name lookup that may hang in a helper thread.
                 runtime.shutdown_background();
                 drop(running);
             })?;

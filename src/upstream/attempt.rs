@@ -211,7 +211,7 @@ impl Client {
         let mut reply = match tokio::time::timeout_at(until, self.http.send(message, reuse)).await {
             Ok(Ok(reply)) => reply,
             Ok(Err(failure)) => {
-                return Err(failed_exchange(record, admission, failure, connect_due));
+                return Err(failed_request(record, admission, failure, connect_due));
             }
             Err(_) => return Err(timed_out(record, admission, until, true)),
         };
@@ -233,7 +233,7 @@ impl Client {
                 Bytes::from_static(UNREADABLE)
             }
             Ok(Err(failure)) => {
-                return Err(failed_exchange(record, admission, failure, connect_due));
+                return Err(failed_request(record, admission, failure, connect_due));
             }
             Err(_) => return Err(timed_out(record, admission, until, false)),
         };
@@ -251,8 +251,7 @@ impl Client {
         };
         let mut outcome = self.interpret(&reply, content, signed, admission, used, lookup);
         if let Ok(task) = &outcome
-            && !task.instance_id.is_empty()
-            && task.instance_id != lookup.query.instance_id
+            && is_mismatched(task, lookup)
         {
             // Perhaps the reply to an earlier request on this connection, which is closed before it delivers the next one.
             endpoint.metrics.mismatched_replies.inc();
@@ -287,6 +286,8 @@ impl Client {
             Content::Task(Ok(task)) => {
                 admission.succeeded();
                 match used {
+                    // Perhaps the reply to a request with another credential.
+                    _ if is_mismatched(&task, lookup) => {}
                     Used::Token(token) => self.credentials.accepted(token, signed.sent_at),
                     Used::Key(key) => key.accepted(),
                 }
@@ -456,7 +457,12 @@ fn key_unavailable(error: credentials::Error) -> FailedAttempt {
     FailedAttempt::permanent(Error::Credentials(error), Reason::CredentialLocked)
 }
 
-fn failed_exchange(
+/// Whether the task belongs to another instance than requested.
+fn is_mismatched(task: &TaskDetail, lookup: &LookupContext<'_>) -> bool {
+    !task.instance_id.is_empty() && task.instance_id != lookup.query.instance_id
+}
+
+fn failed_request(
     record: AttemptRecord<'_>,
     admission: breaker::Admission<'_>,
     failure: HttpError,

@@ -62,7 +62,7 @@ impl Pacing {
     }
 
     /// A limiter of polls, with empty windows.
-    pub fn of_polls(config: Config) -> Self {
+    pub fn for_polls(config: Config) -> Self {
         let spacing = config.period / config.calls.get();
         Self::with_spacings(config, [Duration::ZERO, spacing])
     }
@@ -128,7 +128,7 @@ pub struct QueuedPoll {
 }
 
 impl QueuedPoll {
-    /// Queues the poll under further callers as well. Its places under other callers stay.
+    /// Queues the poll under further callers as well. It stays queued under its other callers.
     pub fn add(&self, callers: &[Caller]) {
         let mut state = self.queued.lane.state();
         for caller in callers {
@@ -137,7 +137,7 @@ impl QueuedPoll {
         state.wake_next();
     }
 
-    /// Waits until the poll may start, and returns the caller under whom it does. Dropping the future keeps the place.
+    /// Waits until the poll may start, and returns the caller under whom it does. Dropping the future does not leave the queue.
     pub async fn start(&self) -> Caller {
         self.queued.start().await
     }
@@ -658,7 +658,7 @@ mod tests {
     }
 
     fn polls(calls: u32, period: Duration) -> Arc<Pacing> {
-        Arc::new(Pacing::of_polls(Config {
+        Arc::new(Pacing::for_polls(Config {
             calls: NonZeroU32::new(calls).unwrap(),
             period,
         }))

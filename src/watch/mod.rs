@@ -133,7 +133,7 @@ impl Hub {
     pub fn new(options: &Options, poll_timeout: Duration, metrics: Arc<Metrics>) -> Arc<Self> {
         Arc::new(Self {
             interval: options.watch_interval,
-            rate: options.watch_rate.map(Pacing::of_polls),
+            rate: options.watch_rate.map(Pacing::for_polls),
             poll_timeout,
             tasks: Mutex::default(),
             metrics,

@@ -23,7 +23,7 @@ OUTCOMES = "answer transport_error timeout cancelled".split()
 CLASSES = "1xx 2xx 3xx 4xx 5xx none".split()
 RETRIES = """UPSTREAM_DNS UPSTREAM_CONNECT UPSTREAM_RESET UPSTREAM_TRUNCATED UPSTREAM_PROTOCOL UPSTREAM_TIMEOUT
 UPSTREAM_UNAVAILABLE UPSTREAM_INTERNAL CREDENTIAL_REJECTED CLOCK_SKEW""".split()
-TASKS = "accept certificates credential health lateness spans".split()
+TASKS = "admin accept certificates credential health lateness spans".split()
 POLLS = "changed unchanged failed throttled".split()
 WATCH_ENDS = "over deadline cancelled expired drain error stale unread".split()
 REFUSALS = "limit closed timeout tls alpn protocol".split()
