@@ -83,7 +83,7 @@ pub fn into_task(
     lookup: Arc<Lookup>,
     key: &LookupKey,
     owner: Owner,
-) -> Result<GetTaskDetailResponse, Error> {
+) -> Result<Arc<GetTaskDetailResponse>, Error> {
     let lookup = Arc::unwrap_or_clone(lookup);
     lookup.result.map_err(|error| {
         Error::Upstream(Box::new(FailedLookup {

@@ -57,7 +57,7 @@ impl Hash for LookupKey {
 #[derive(Debug, Clone)]
 pub struct Lookup {
     /// The task or the error.
-    pub result: Result<GetTaskDetailResponse, Error>,
+    pub result: Result<Arc<GetTaskDetailResponse>, Error>,
     /// What the attempts showed.
     pub progress: Arc<Progress>,
     /// When the result arrived.
@@ -180,7 +180,7 @@ impl Coalescer {
             let is_cacheable = is_cacheable(&result);
             let lookup = Arc::new(Lookup {
                 // Converted once, and not again for each call that shares the result.
-                result: result.map(to_message),
+                result: result.map(|task| Arc::new(to_message(task))),
                 progress,
                 finished_at: Instant::now(),
             });

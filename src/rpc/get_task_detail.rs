@@ -18,7 +18,7 @@ pub(super) async fn handle(
     call: &mut Call,
     metadata: &HeaderMap,
     request: GetTaskDetailRequest,
-) -> Result<GetTaskDetailResponse, Error> {
+) -> Result<Arc<GetTaskDetailResponse>, Error> {
     let query = validate(request)?;
     facade.check_allowed(&query.project_id)?;
     let lookups = &facade.lookups;

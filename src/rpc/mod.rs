@@ -29,7 +29,7 @@ pub trait Service: Clone + Send + Sync + 'static {
         call: &mut Call,
         metadata: &HeaderMap,
         request: GetTaskDetailRequest,
-    ) -> impl Future<Output = Result<GetTaskDetailResponse, Error>> + Send;
+    ) -> impl Future<Output = Result<Arc<GetTaskDetailResponse>, Error>> + Send;
 
     /// `WatchTaskDetail`. Returns after the first poll.
     fn watch_task_detail(
@@ -78,7 +78,7 @@ impl Service for Facade {
         call: &mut Call,
         metadata: &HeaderMap,
         request: GetTaskDetailRequest,
-    ) -> impl Future<Output = Result<GetTaskDetailResponse, Error>> + Send {
+    ) -> impl Future<Output = Result<Arc<GetTaskDetailResponse>, Error>> + Send {
         get_task_detail::handle(self, call, metadata, request)
     }
 

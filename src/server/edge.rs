@@ -182,7 +182,7 @@ impl<S: Service> Edge<S> {
         };
         call.permit = Some(Permit::InFlight(permit));
         let result = self.get_task_detail(&mut call, request).await;
-        match result.and_then(|message| message::encode(&message)) {
+        match result.and_then(|message| message::encode(&*message)) {
             Ok(message) => reply::unary(call, message),
             Err(error) => reply::failure(call, &error),
         }
@@ -193,7 +193,7 @@ impl<S: Service> Edge<S> {
         &self,
         call: &mut Call,
         mut request: Box<Request<RequestBody>>,
-    ) -> Result<GetTaskDetailResponse, Error> {
+    ) -> Result<Arc<GetTaskDetailResponse>, Error> {
         let deadline = call.deadline;
         let message = deadline
             .bound(message::read(request.body_mut()))

@@ -33,9 +33,9 @@ DISTINCT = "task-{{.RequestNumber}}"
 # Name, options, environment, instance, workflow, expected code, bound. The bounds are 10 % above the measured counts, to allow
 # for other patch versions of the compiler and of libc.
 CASES = [
-    ("token", ["--credentials=token"], TOKEN, "finished", DISTINCT, OK, 160_000),
-    ("signature", ["--credentials=env"], KEY, "finished", DISTINCT, OK, 200_000),
-    ("error", ["--credentials=token"], TOKEN, INSTANCE_ID, DISTINCT, NOT_FOUND, 203_000),
+    ("token", ["--credentials=token"], TOKEN, "finished", DISTINCT, OK, 153_000),
+    ("signature", ["--credentials=env"], KEY, "finished", DISTINCT, OK, 193_000),
+    ("error", ["--credentials=token"], TOKEN, INSTANCE_ID, DISTINCT, NOT_FOUND, 160_000),
     ("cached reply", ["--credentials=token", "--cache-ttl=1h"], TOKEN, "finished", "one", OK, 61_000),
 ]
 

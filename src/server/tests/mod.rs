@@ -96,7 +96,7 @@ impl Service for Script {
         _call: &mut Call,
         _metadata: &HeaderMap,
         request: GetTaskDetailRequest,
-    ) -> Result<GetTaskDetailResponse, error::Error> {
+    ) -> Result<Arc<GetTaskDetailResponse>, error::Error> {
         let thread = std::thread::current().name().unwrap().to_owned();
         *self.threads.lock().unwrap().entry(thread).or_default() += 1;
         self.entered.send_modify(|count| *count += 1);
@@ -117,7 +117,7 @@ impl Service for Script {
                 }
             }
         }
-        Ok(reply)
+        Ok(Arc::new(reply))
     }
 
     async fn watch_task_detail(
