@@ -251,7 +251,8 @@ impl Client {
         };
         let mut outcome = self.interpret(&reply, content, signed, admission, used, lookup);
         if let Ok(task) = &outcome
-            && is_mismatched(task, lookup)
+            && !task.instance_id.is_empty()
+            && task.instance_id != lookup.query.instance_id
         {
             // Perhaps the reply to an earlier request on this connection, which is closed before it delivers the next one.
             endpoint.metrics.mismatched_replies.inc();
@@ -286,8 +287,6 @@ impl Client {
             Content::Task(Ok(task)) => {
                 admission.succeeded();
                 match used {
-                    // Perhaps the reply to a request with another credential.
-                    _ if is_mismatched(&task, lookup) => {}
                     Used::Token(token) => self.credentials.accepted(token, signed.sent_at),
                     Used::Key(key) => key.accepted(),
                 }
@@ -455,11 +454,6 @@ fn malformed(admission: breaker::Admission<'_>) -> FailedAttempt {
 
 fn key_unavailable(error: credentials::Error) -> FailedAttempt {
     FailedAttempt::permanent(Error::Credentials(error), Reason::CredentialLocked)
-}
-
-/// Whether the task belongs to another instance than requested.
-fn is_mismatched(task: &TaskDetail, lookup: &LookupContext<'_>) -> bool {
-    !task.instance_id.is_empty() && task.instance_id != lookup.query.instance_id
 }
 
 fn failed_request(
