@@ -29,7 +29,7 @@ USER = 65532
 LIBRARIES = {"libc.so.6", "libm.so.6", "libgcc_s.so.1", "libdl.so.2", "libpthread.so.0", "librt.so.1", "libstdc++.so.6"}
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 # The image must stay below 40 MB, and the base takes about 24 MB.
-ADDED_LIMIT_MB = 12
+ADDED_LIMIT_MB = 13.5
 MB = 1_000_000
 
 
