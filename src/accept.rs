@@ -22,7 +22,7 @@ const MAX_PAUSE: Duration = Duration::from_secs(1);
 /// Failures are logged once per interval.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
 
-/// Listens on an address. `[::]` accepts IPv4 too, whatever the system's default is, and is 0.0.0.0 if the kernel has no IPv6.
+/// Listens on an address. `[::]` accepts IPv4 too, regardless of the system's default. If the kernel has no IPv6, it becomes 0.0.0.0.
 ///
 /// # Errors
 /// The error of the system.

@@ -227,7 +227,7 @@ impl Watcher {
     }
 }
 
-/// Resolves at the next signal; never if there is none.
+/// Waits for the next signal, or forever if signals cannot be received.
 async fn received(signal: &mut Option<Signal>) -> Option<()> {
     match signal {
         Some(signal) => signal.recv().await,

@@ -24,7 +24,7 @@ pub enum Error {
 /// The certificates of a file, at least one.
 ///
 /// # Errors
-/// [`Error`] if there is none, or for the first that is not PEM.
+/// [`Error`] if the file holds no certificate, or names the first that is not PEM.
 pub fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, Error> {
     let text = String::from_utf8_lossy(pem);
     // Splits by itself: the library's iterator skips a certificate whose first line is damaged or follows a byte order mark.
@@ -52,7 +52,7 @@ pub fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, Error> {
 /// The certificates of a file as trusted roots.
 ///
 /// # Errors
-/// [`Error`] if there is none, or for the first that is not a certificate.
+/// [`Error`] if the file holds no certificate, or names the first that is not one.
 pub fn roots(pem: &[u8]) -> Result<RootCertStore, Error> {
     let mut roots = RootCertStore::empty();
     for (index, certificate) in certificates(pem)?.into_iter().enumerate() {

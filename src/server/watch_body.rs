@@ -180,7 +180,7 @@ pub(super) struct WatchDrain {
     next: AtomicU64,
 }
 
-/// The fractional part of the golden ratio. Its multiples fill an interval evenly, whatever their number is.
+/// The fractional part of the golden ratio. Its multiples fill an interval evenly, however many there are.
 const GOLDEN: f64 = 0.618_033_988_749_895;
 
 impl WatchDrain {

@@ -14,7 +14,8 @@ import (
 var hangs = []attack{
 	{name: "slow body", flags: []string{"--timeout", "5s"}, grows: 128 << 20, run: slowBody},
 	{name: "unfinished health checks", flags: []string{"--timeout", "5s"}, grows: 64 << 20, run: unfinishedChecks},
-	// The honest caller's next call waits behind 300 MiB.
+	// The honest caller's next call waits behind 300 MiB. Each of the 500 connections may hold 64 KiB of buffers, and each of the
+	// 5000 bodies 1.3 KiB.
 	{name: "bodies that are not gRPC", grows: 48 << 20, honestWithin: 2 * time.Second, run: webBodies},
 	// The honest caller's next call waits behind 20 000 others.
 	{name: "rejected calls without a message", honestWithin: 5 * time.Second, run: incompleteCalls},
