@@ -10,7 +10,7 @@ use crate::support::{
     reply,
 };
 
-const README: &str = include_str!("../../README.md");
+const CONFIGURATION: &str = include_str!("../../docs/configuration.md");
 
 /// Flag -> default, as `serve --help` prints them.
 fn flags_of_help() -> BTreeMap<String, Option<String>> {
@@ -38,9 +38,9 @@ fn flags_of_help() -> BTreeMap<String, Option<String>> {
 }
 
 #[test]
-fn the_readme_table_and_the_help_list_the_same_flags_and_defaults() {
-    let mut readme_flags = BTreeMap::new();
-    let table = README
+fn the_documented_table_and_the_help_list_the_same_flags_and_defaults() {
+    let mut documented_flags = BTreeMap::new();
+    let table = CONFIGURATION
         .split("| flag of `serve` | default | |")
         .nth(1)
         .expect("the table");
@@ -53,11 +53,11 @@ fn the_readme_table_and_the_help_list_the_same_flags_and_defaults() {
         // A default in backticks is literal; any other text describes the absence of one.
         let default = cells[1].split('`').nth(1).map(str::to_owned);
         for flag in cells[0].split('`').filter(|word| word.starts_with("--")) {
-            readme_flags.insert(flag.to_owned(), default.clone());
+            documented_flags.insert(flag.to_owned(), default.clone());
         }
     }
 
-    assert_eq!(readme_flags, flags_of_help());
+    assert_eq!(documented_flags, flags_of_help());
 }
 
 #[test]

@@ -10,7 +10,7 @@ import (
 )
 
 const (
-	prefaceLimit = 10 * time.Second // README, "Silent peers".
+	prefaceLimit = 10 * time.Second // docs/behaviour.md, "Silent peers".
 	silenceLimit = 40 * time.Second // 30 s until the PING, 10 s for its reply.
 	idlePeers    = 10_000
 	slack        = 5 * time.Second
