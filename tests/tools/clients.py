@@ -284,12 +284,12 @@ def unavailable_replies(facade):
     )
 
 
-def make_certificate(folder, name):
-    """Creates a self-signed certificate for 127.0.0.1. Returns its path and the path of its key."""
+def make_certificate(folder, name, names="IP:127.0.0.1,DNS:localhost"):
+    """Creates a self-signed certificate for these names. Returns its path and the path of its key."""
     certificate, key = folder / f"{name}.pem", folder / f"{name}-key.pem"
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
-        + ["-subj", f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost"]
+        + ["-subj", f"/CN={name}", "-addext", f"subjectAltName={names}"]
         + ["-addext", "basicConstraints=critical,CA:FALSE"]
         + ["-keyout", str(key), "-out", str(certificate)],
         check=True,

@@ -20,11 +20,12 @@ REASON = re.compile(r"`([A-Z][A-Z_]+)`")
 
 def main():
     checks = Checks()
-    text = (ROOT / "docs/clients.md").read_text()
-    quotations = QUOTATION.findall(text)
-    for path, name, quoted in quotations:
-        checks.equal(f"docs/clients.md quotes {path}#{name}", quoted, region(path, name))
-    checks.equal("every block of docs/clients.md is a quotation", len(FENCE.findall(text)), len(quotations))
+    for page in ("docs/proxies.md", "docs/clients.md"):
+        text = (ROOT / page).read_text()
+        quotations = QUOTATION.findall(text)
+        for path, name, quoted in quotations:
+            checks.equal(f"{page} quotes {path}#{name}", quoted, region(path, name))
+        checks.equal(f"every block of {page} is a quotation", len(FENCE.findall(text)), len(quotations))
 
     reasons = set(re.findall(r'=> "([A-Z_]+)"', (ROOT / "src/reason.rs").read_text()))
     checks.that("src/reason.rs has reasons", len(reasons) > 30, reasons)
