@@ -42,15 +42,19 @@ def main():
         facades = [stack.enter_context(Facade(*flags)) for _ in range(2)]
         direct_port = int(facades[1].address.rpartition(":")[2])
         direct = stack.enter_context(open_channel(direct_port, identities["proxy"], certificate))
-        runs = []
+        runs, proxies = [], []
         for start in (haproxy, nginx):
             port = free_port()
-            stack.enter_context(start(folder, port, facades, identities))
+            proxy = stack.enter_context(start(folder, port, facades, identities))
             channel = stack.enter_context(open_channel(port, identities["client"], identities["proxy"][0]))
             grpc.channel_ready_future(channel).result(30)
             check(checks, start.__name__, channel, direct, port, identities)
             runs.append((start.__name__, channel))
+            proxies.append(proxy)
         check_watches(checks, runs, facades[0])
+        # HAProxy prints the changes of an instance's health.
+        seen = [line.partition(", reason")[0].partition("Server ")[2] for line in proxies[0].output if "Server " in line]
+        checks.equal("haproxy: the instance that stopped is down, and no other was", seen, ["rds-task-facade/one is DOWN"])
     checks.finish()
 
 
@@ -59,9 +63,7 @@ def haproxy(folder, port, facades, identities):
     tls = folder / "haproxy"
     tls.mkdir()
     (tls / "proxy.pem").write_text("".join(Path(file).read_text() for file in identities["proxy"]))
-    ports = [facade.metrics.rpartition(":")[2] for facade in facades]
-    configuration = configure("haproxy.cfg", folder, port, facades, identities, [f" port {metrics}" for metrics in ports])
-    return Program(["haproxy", "-db", "-f", configuration])
+    return Program(["haproxy", "-db", "-f", configure("haproxy.cfg", folder, port, facades, identities)])
 
 
 def nginx(folder, port, facades, identities):
@@ -76,13 +78,15 @@ def nginx(folder, port, facades, identities):
     return Program(["nginx", "-p", str(folder), "-e", "stderr", "-c", configuration, "-g", options])
 
 
-def configure(name, folder, port, facades, identities, suffixes=("", "")):
+def configure(name, folder, port, facades, identities):
     """Writes the example's configuration with these ports and files and the lower limit on silence. Returns its path."""
     tls = Path(name).stem
     text = (ROOT / "examples/proxies" / name).read_text()
     text = text.replace("bind :50051", f"bind 127.0.0.1:{port}").replace("listen 50051", f"listen 127.0.0.1:{port}")
-    for number, (facade, suffix) in enumerate(zip(facades, suffixes), 1):
-        text = text.replace(f"10.0.0.{number}:50051", facade.address + suffix)
+    for number, facade in enumerate(facades, 1):
+        metrics = facade.metrics.rpartition(":")[2]
+        text = text.replace(f"10.0.0.{number}:50051 check port 9464", f"{facade.address} check port {metrics}")
+        text = text.replace(f"10.0.0.{number}:50051", facade.address)
     text = text.replace(f"/etc/{tls}/tls", str(folder / tls)).replace(" 60s", f" {LIMIT_SECONDS}s")
     shutil.copy(identities["client"][0], folder / tls / "clients-ca.pem")
     shutil.copy(identities["facade"][0], folder / tls / "facade-ca.pem")
