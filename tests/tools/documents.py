@@ -40,6 +40,9 @@ def main():
         checks.equal(f"{page}: every link leads to a file and a heading", dead, [])
     lines = texts["README.md"].count("\n")
     checks.that(f"README.md has {lines} lines, at most {LONGEST_README}", lines <= LONGEST_README)
+    for page in ("docs/clients.md", "docs/proxies.md"):
+        others = [block.splitlines()[0] for mark, _, block in BLOCK.findall(texts[page]) if not QUOTATION.fullmatch(mark)]
+        checks.equal(f"every block of {page} is a quotation", others, [])
 
     reasons = set(re.findall(r'=> "([A-Z_]+)"', (ROOT / "src/reason.rs").read_text()))
     checks.that("src/reason.rs has reasons", len(reasons) > 30, reasons)

@@ -4,6 +4,8 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"flag"
 	"fmt"
 	"io"
@@ -55,20 +57,38 @@ func main() {
 	}
 	target := flag.String("target", "127.0.0.1:50051", "address of the facade, HOST:PORT")
 	ca := flag.String("ca", "", "PEM file of trusted certificates; plaintext if not set")
+	cert := flag.String("cert", "", "PEM file of the client's certificate, for a facade with --tls-client-ca")
+	key := flag.String("key", "", "PEM file of the certificate's key")
 	token := flag.String("token", "", "RDS token of the caller, needed if the facade runs with --credentials caller")
 	projectID := flag.String("project-id", "0483b6b16e954cb88930a360d2c4e663", "project that owns the instance")
 	instanceID := flag.String("instance-id", defaultInstance, "database instance")
 	workflowID := flag.String("workflow-id", "102772a9-31fa-4129-b9f8-7638e2792f3b", "task")
 	timeout := flag.Float64("timeout", defaultTimeout, "deadline of the call or of the whole watch, in seconds")
 	flag.CommandLine.Parse(arguments)
+	if (*cert == "") != (*key == "") || *cert != "" && *ca == "" {
+		log.Print("--cert and --key need each other and --ca")
+		os.Exit(2)
+	}
 
 	// [connection]
 	transport := insecure.NewCredentials()
 	if *ca != "" {
-		var err error
-		if transport, err = credentials.NewClientTLSFromFile(*ca, ""); err != nil {
+		roots, err := os.ReadFile(*ca)
+		if err != nil {
 			log.Fatal(err)
 		}
+		config := &tls.Config{RootCAs: x509.NewCertPool()}
+		if !config.RootCAs.AppendCertsFromPEM(roots) {
+			log.Fatalf("%s contains no certificate in PEM", *ca)
+		}
+		if *cert != "" {
+			certificate, err := tls.LoadX509KeyPair(*cert, *key)
+			if err != nil {
+				log.Fatal(err)
+			}
+			config.Certificates = []tls.Certificate{certificate}
+		}
+		transport = credentials.NewTLS(config)
 	}
 	conn, err := grpc.NewClient(*target,
 		grpc.WithTransportCredentials(transport),

@@ -6,6 +6,7 @@ import json
 import random
 import sys
 import time
+from pathlib import Path
 
 import grpc
 from google.protobuf import json_format
@@ -37,7 +38,7 @@ SERVICE_CONFIG = {
 
 def main():
     arguments = parse_arguments()
-    with open_channel(arguments.target, arguments.ca) as channel:
+    with open_channel(arguments) as channel:
         if arguments.command == "watch":
             sys.exit(watch(channel, arguments))
         try:
@@ -54,6 +55,8 @@ def parse_arguments():
     parser.add_argument("command", nargs="?", choices=["watch"], help="watch the task; one call if not set")
     parser.add_argument("--target", default="127.0.0.1:50051", help="address of the facade, HOST:PORT")
     parser.add_argument("--ca", help="PEM file of trusted certificates; plaintext if not set")
+    parser.add_argument("--cert", help="PEM file of the client's certificate, for a facade with --tls-client-ca")
+    parser.add_argument("--key", help="PEM file of the certificate's key")
     parser.add_argument("--token", help="RDS token of the caller, needed if the facade runs with --credentials caller")
     parser.add_argument("--project-id", default="0483b6b16e954cb88930a360d2c4e663", help="project that owns the instance")
     instance_id = "lifecycle-20" if watches else "1ffc4167903840cb93a3da56d28c14fdin01"
@@ -61,11 +64,14 @@ def parse_arguments():
     parser.add_argument("--workflow-id", default="102772a9-31fa-4129-b9f8-7638e2792f3b", help="task")
     timeout = 3600 if watches else 10
     parser.add_argument("--timeout", type=float, default=timeout, help="deadline of the call or of the whole watch, in seconds")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if bool(arguments.cert) != bool(arguments.key) or arguments.cert and not arguments.ca:
+        parser.error("--cert and --key need each other and --ca")
+    return arguments
 
 
 # [connection]
-def open_channel(target, ca):
+def open_channel(arguments):
     options = [
         ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
         # PINGs detect a lost connection, on which a watch would wait for its deadline.
@@ -73,11 +79,10 @@ def open_channel(target, ca):
         ("grpc.keepalive_timeout_ms", 20_000),
         ("grpc.http2.max_pings_without_data", 0),
     ]
-    if ca is None:
-        return grpc.insecure_channel(target, options)
-    with open(ca, "rb") as file:
-        credentials = grpc.ssl_channel_credentials(root_certificates=file.read())
-    return grpc.secure_channel(target, credentials, options)
+    if arguments.ca is None:
+        return grpc.insecure_channel(arguments.target, options)
+    roots, key, certificate = (path and Path(path).read_bytes() for path in (arguments.ca, arguments.key, arguments.cert))
+    return grpc.secure_channel(arguments.target, grpc.ssl_channel_credentials(roots, key, certificate), options)
 
 
 # [/connection]

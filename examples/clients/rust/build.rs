@@ -1,4 +1,8 @@
-//! Generates the client from the proto.
+//! Generates the client from the proto, and its descriptors for the output as JSON.
+
+use std::{env, fs, path::PathBuf};
+
+use prost::Message as _;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     const PROTO_FOLDER: &str = "../../../proto";
@@ -7,6 +11,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         ["huaweicloud/rds/task/v1/task_service.proto"],
         [PROTO_FOLDER],
     )?;
+    let path = PathBuf::from(env::var("OUT_DIR")?).join("descriptors.bin");
+    fs::write(path, descriptors.encode_to_vec())?;
     tonic_prost_build::configure()
         .build_server(false)
         .compile_fds(descriptors)?;

@@ -10,9 +10,10 @@ use std::{
 };
 
 use clap::Parser;
+use prost_reflect::{DescriptorPool, DynamicMessage, SerializeOptions};
 use tonic::{
     Code, Request, Status,
-    transport::{Certificate, Channel, ClientTlsConfig, Endpoint},
+    transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity},
 };
 use tonic_types::StatusExt as _;
 
@@ -39,6 +40,12 @@ struct Options {
     /// PEM file of trusted certificates; plaintext if not set.
     #[arg(long)]
     ca: Option<PathBuf>,
+    /// PEM file of the client's certificate, for a facade with `--tls-client-ca`.
+    #[arg(long, requires_all = ["ca", "key"])]
+    cert: Option<PathBuf>,
+    /// PEM file of the certificate's key.
+    #[arg(long, requires = "cert")]
+    key: Option<PathBuf>,
     /// RDS token of the caller, needed if the facade runs with `--credentials caller`.
     #[arg(long)]
     token: Option<String>,
@@ -81,7 +88,7 @@ async fn main() -> Result<ExitCode, Box<dyn Error>> {
     };
     Ok(match result {
         Ok(reply) => {
-            println!("{reply:#?}");
+            println!("{}", to_json(&reply)?);
             ExitCode::SUCCESS
         }
         Err(status) => {
@@ -91,14 +98,32 @@ async fn main() -> Result<ExitCode, Box<dyn Error>> {
     })
 }
 
+/// The reply as JSON, with the names of the proto. prost generates no JSON; prost-reflect derives it from the descriptors.
+fn to_json(reply: &GetTaskDetailResponse) -> Result<String, Box<dyn Error>> {
+    let pool =
+        DescriptorPool::decode(&include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"))[..])?;
+    let name = "huaweicloud.rds.task.v1.GetTaskDetailResponse";
+    let mut message = DynamicMessage::new(pool.get_message_by_name(name).ok_or(name)?);
+    message.transcode_from(reply)?;
+    let mut json = serde_json::Serializer::pretty(Vec::new());
+    message.serialize_with_options(
+        &mut json,
+        &SerializeOptions::new().use_proto_field_name(true),
+    )?;
+    Ok(String::from_utf8(json.into_inner())?)
+}
+
 // [connection]
 fn open_channel(options: &Options) -> Result<Channel, Box<dyn Error>> {
     let endpoint = match &options.ca {
         None => Endpoint::from_shared(format!("http://{}", options.target))?,
         Some(ca) => {
-            let trusted =
+            let mut tls =
                 ClientTlsConfig::new().ca_certificate(Certificate::from_pem(fs::read(ca)?));
-            Endpoint::from_shared(format!("https://{}", options.target))?.tls_config(trusted)?
+            if let (Some(cert), Some(key)) = (&options.cert, &options.key) {
+                tls = tls.identity(Identity::from_pem(fs::read(cert)?, fs::read(key)?));
+            }
+            Endpoint::from_shared(format!("https://{}", options.target))?.tls_config(tls)?
         }
     };
     // PINGs detect a lost connection, on which a watch would wait for its deadline.

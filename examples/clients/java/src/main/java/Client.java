@@ -56,11 +56,24 @@ public final class Client {
     private static final Metadata.Key<String> TOKEN =
             Metadata.Key.of("x-auth-token", Metadata.ASCII_STRING_MARSHALLER);
 
+    private static final String USAGE = """
+            usage: java -jar target/client.jar [watch] [--NAME VALUE]...
+            Looks up one task, or watches it until it is over.
+              --target       address of the facade, HOST:PORT
+              --ca           PEM file of trusted certificates; plaintext if not set
+              --cert         PEM file of the client's certificate, for a facade with --tls-client-ca
+              --key          PEM file of the certificate's key, in PKCS #8 ("BEGIN PRIVATE KEY")
+              --token        RDS token of the caller, needed if the facade runs with --credentials caller
+              --project-id   project that owns the instance
+              --instance-id  database instance
+              --workflow-id  task
+              --timeout      deadline of the call or of the whole watch, in seconds""";
+
     public static void main(String[] arguments) throws IOException, InterruptedException {
         // The word `watch` comes before the options.
         boolean watches = arguments.length > 0 && arguments[0].equals("watch");
         Map<String, String> options = parseOptions(arguments, watches);
-        ManagedChannel channel = openChannel(options.get("--target"), options.get("--ca"));
+        ManagedChannel channel = openChannel(options);
         try {
             if (watches) {
                 System.exit(watch(channel, options));
@@ -75,29 +88,45 @@ public final class Client {
     }
 
     private static Map<String, String> parseOptions(String[] arguments, boolean watches) {
+        if (List.of(arguments).contains("--help")) {
+            System.out.println(USAGE);
+            System.exit(0);
+        }
         Map<String, String> options = new HashMap<>(Map.of(
-                "--target", "127.0.0.1:50051", // address of the facade, HOST:PORT
-                "--ca", "", // PEM file of trusted certificates; plaintext if not set
-                "--token", "", // RDS token of the caller, needed if the facade runs with --credentials caller
-                "--project-id", "0483b6b16e954cb88930a360d2c4e663", // project that owns the instance
-                "--instance-id", watches ? "lifecycle-20" : "1ffc4167903840cb93a3da56d28c14fdin01", // database instance
-                "--workflow-id", "102772a9-31fa-4129-b9f8-7638e2792f3b", // task
-                "--timeout", watches ? "3600" : "10")); // deadline of the call or of the whole watch, in seconds
+                "--target", "127.0.0.1:50051",
+                "--ca", "",
+                "--cert", "",
+                "--key", "",
+                "--token", "",
+                "--project-id", "0483b6b16e954cb88930a360d2c4e663",
+                "--instance-id", watches ? "lifecycle-20" : "1ffc4167903840cb93a3da56d28c14fdin01",
+                "--workflow-id", "102772a9-31fa-4129-b9f8-7638e2792f3b",
+                "--timeout", watches ? "3600" : "10"));
         for (int index = watches ? 1 : 0; index < arguments.length; index += 2) {
             if (index + 1 == arguments.length || options.replace(arguments[index], arguments[index + 1]) == null) {
-                System.err.println("usage: --NAME VALUE, where --NAME is one of " + options.keySet());
+                System.err.println(USAGE);
                 System.exit(2);
             }
+        }
+        boolean hasCertificate = !options.get("--cert").isEmpty();
+        if (hasCertificate == options.get("--key").isEmpty() || hasCertificate && options.get("--ca").isEmpty()) {
+            System.err.println("--cert and --key need each other and --ca");
+            System.exit(2);
         }
         return options;
     }
 
     // [connection]
-    private static ManagedChannel openChannel(String target, String ca) throws IOException {
-        ChannelCredentials credentials = ca.isEmpty()
-                ? InsecureChannelCredentials.create()
-                : TlsChannelCredentials.newBuilder().trustManager(new File(ca)).build();
-        return Grpc.newChannelBuilder(target, credentials)
+    private static ManagedChannel openChannel(Map<String, String> options) throws IOException {
+        ChannelCredentials credentials = InsecureChannelCredentials.create();
+        if (!options.get("--ca").isEmpty()) {
+            TlsChannelCredentials.Builder tls = TlsChannelCredentials.newBuilder().trustManager(new File(options.get("--ca")));
+            if (!options.get("--cert").isEmpty()) {
+                tls.keyManager(new File(options.get("--cert")), new File(options.get("--key")));
+            }
+            credentials = tls.build();
+        }
+        return Grpc.newChannelBuilder(options.get("--target"), credentials)
                 .defaultServiceConfig(SERVICE_CONFIG)
                 .enableRetry()
                 // PINGs detect a lost connection, on which a watch would wait for its deadline.
