@@ -42,7 +42,7 @@ const LAST_LINES_DELAY: Duration = Duration::from_millis(30);
 
 /// Why the program cannot start or go on. One sentence for the operator.
 #[derive(Debug, thiserror::Error)]
-enum Error {
+pub(crate) enum Error {
     #[error("cannot listen on {0}: {1}")]
     Listen(SocketAddr, #[source] io::Error),
     #[error("cannot start the sandbox: {0}")]
@@ -106,15 +106,7 @@ async fn run(options: Serve, metrics: Arc<Metrics>, access: Access) -> Result<()
         tracing::info!("the kernel has no IPv6: listening on 0.0.0.0 instead of [::]");
     }
     let (base_url, source, sandbox) = resolve_upstream(&options).await?;
-    let iam_endpoint = match &source {
-        Source::Iam(iam) => Some(&iam.endpoint),
-        _ => None,
-    };
-    let needs_roots = |url: &Url| url.scheme() == "https";
-    let system_roots = match needs_roots(&base_url) || iam_endpoint.is_some_and(needs_roots) {
-        true => SystemRoots::Trusted,
-        false => SystemRoots::Ignored,
-    };
+    let system_roots = system_roots(&base_url, &source);
     let http = options.upstream.http_config(&base_url, system_roots)?;
     let credentials = Credentials::start(source, &http, Arc::clone(&metrics))?;
     let mut server_options = options.server.clone();
@@ -242,7 +234,7 @@ fn shutdown_signal() -> Result<impl Future<Output = ()>, Error> {
 }
 
 /// The base URL of RDS, the credential source, and whether the embedded sandbox is used, which this starts.
-async fn resolve_upstream(options: &Serve) -> Result<(Url, Source, bool), Error> {
+pub(crate) async fn resolve_upstream(options: &Serve) -> Result<(Url, Source, bool), Error> {
     let mut source = options.source.clone();
     if let Some(url) = options.upstream.base_url() {
         return Ok((url, source, false));
@@ -254,6 +246,19 @@ async fn resolve_upstream(options: &Serve) -> Result<(Url, Source, bool), Error>
     source.set_sandbox(address);
     let url = Url::parse(&format!("http://{address}")).expect("an address is a valid URL");
     Ok((url, source, true))
+}
+
+/// The system's certificates are needed for TLS only.
+pub(crate) fn system_roots(base_url: &Url, source: &Source) -> SystemRoots {
+    let iam_endpoint = match source {
+        Source::Iam(iam) => Some(&iam.endpoint),
+        _ => None,
+    };
+    let needs_roots = |url: &Url| url.scheme() == "https";
+    match needs_roots(base_url) || iam_endpoint.is_some_and(needs_roots) {
+        true => SystemRoots::Trusted,
+        false => SystemRoots::Ignored,
+    }
 }
 
 /// One facade for each worker, and one worker for each core that the process may use.

@@ -3,14 +3,19 @@
 use std::ffi::OsStr;
 
 use clap::ArgMatches;
+use http::HeaderValue;
 
 use crate::{
     admin, coalescer,
-    credentials::{self, Source, UpstreamContext},
-    options::{Validation, boolean},
-    rpc,
+    credentials::{self, Source, UpstreamContext, secret::parse_token},
+    options::{PREFIX, Validation, boolean},
+    rpc::{
+        self,
+        request::{MAX_ID, id_problem},
+    },
     server::{self, tls},
-    telemetry, upstream, watch,
+    telemetry::{self, LogFormat},
+    upstream, watch,
 };
 
 /// The text below the flags in `serve --help`.
@@ -26,6 +31,52 @@ Other variables:
   HUAWEICLOUD_SDK_IAM_ENDPOINT     for --credentials iam
   RUST_LOG                         log filter [default: info]
   OTEL_EXPORTER_OTLP_ENDPOINT      collector for traces, http/protobuf; enables the other OTEL_* variables";
+
+/// The options of `check`.
+#[derive(Debug, clap::Args)]
+#[group(skip)]
+#[command(next_line_help = true)]
+pub struct Check {
+    /// The configuration to check.
+    #[command(flatten)]
+    pub serve: Serve,
+    /// Format of the results, text or json: one object per line
+    #[arg(
+        long,
+        value_name = "FORMAT",
+        default_value = "text",
+        value_parser = LogFormat::parse,
+        help_heading = "Results"
+    )]
+    pub output: LogFormat,
+    /// The token of a caller, if callers bring their own.
+    #[arg(skip)]
+    pub caller_token: Option<HeaderValue>,
+    /// The project for a call; `None` if the configuration names none.
+    #[arg(skip)]
+    pub project: Option<String>,
+}
+
+impl Check {
+    /// Reads the variables that only `check` uses.
+    pub(super) fn read_variables(&mut self, validation: &mut Validation<'_>) {
+        if matches!(self.serve.source, Source::Caller) {
+            let variable = format!("{PREFIX}TOKEN");
+            self.caller_token = validation.parsed_variable(&variable, parse_token);
+        }
+        let allowed = self.serve.rpc.allow_project.first().map(String::as_str);
+        let from_iam = match &self.serve.source {
+            Source::Iam(iam) => iam.project_id(),
+            _ => None,
+        };
+        let from_sdk = || {
+            // Not of this program, so an unusable value is no problem.
+            let id = validation.raw_variable("HUAWEICLOUD_SDK_PROJECT_ID")?;
+            id.to_str().filter(|id| id_problem(id, MAX_ID).is_none())
+        };
+        self.project = allowed.or(from_iam).or_else(from_sdk).map(str::to_owned);
+    }
+}
 
 /// The options of `serve`.
 #[derive(Debug, clap::Args)]

@@ -190,6 +190,15 @@ impl Credentials {
         self.ready.subscribe()
     }
 
+    /// Why the last fetch of the credential failed, if it did. Holds no secret.
+    pub fn failure(&self) -> Option<String> {
+        match &*self.source {
+            Running::CachedToken(cache) => cache.failure(),
+            Running::CachedKey(cache) => cache.failure(),
+            Running::Caller(_) | Running::Token(_) | Running::Key(_) => None,
+        }
+    }
+
     /// The keyed hash of the caller's token, if callers bring tokens and this token is well-formed. Equal tokens have equal hashes
     /// as long as the process runs.
     pub fn token_hash(&self, metadata: &HeaderMap) -> Option<[u8; 16]> {
