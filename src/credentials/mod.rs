@@ -91,7 +91,7 @@ pub struct Credentials {
 
 /// A source at work.
 enum Running {
-    /// The key makes the hashes that distinguish callers.
+    /// See [`caller_key`].
     Caller(Box<hmac::Key>),
     Token(Token),
     Key(Arc<AccessKey>),
@@ -114,10 +114,7 @@ impl Credentials {
         let (tokens, latest_token) = watch::channel(None);
         let (keys, latest_key) = watch::channel(None);
         let source = match source {
-            Source::Caller => Running::Caller(Box::new(
-                hmac::Key::generate(hmac::HMAC_SHA256, &SystemRandom::new())
-                    .expect("the system has random bytes"),
-            )),
+            Source::Caller => Running::Caller(Box::new(caller_key(None))),
             Source::Token(value) => Running::Token(Token::for_server(value, None)),
             Source::Key(key) => Running::Key(key),
             Source::TokenFile(path) => {
@@ -276,6 +273,15 @@ impl Credentials {
             _ => None,
         };
         Ok(newer.map(|newer| Auth::Token(server_token(newer))))
+    }
+}
+
+/// The key of the hashes that distinguish callers, also in the access line: made of these bytes, or else random.
+pub fn caller_key(shared: Option<&[u8]>) -> hmac::Key {
+    match shared {
+        Some(bytes) => hmac::Key::new(hmac::HMAC_SHA256, bytes),
+        None => hmac::Key::generate(hmac::HMAC_SHA256, &SystemRandom::new())
+            .expect("the system has random bytes"),
     }
 }
 

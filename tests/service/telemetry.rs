@@ -1,10 +1,13 @@
+use rds_task_facade::pb::{GetTaskDetailRequest, WatchTaskDetailRequest};
 use serde_json::{Value, json};
 
 use crate::support::{
-    Connection, Program, Step, Upstream, example, example_request,
+    Connection, Program, Step, Upstream,
+    canary::assert_no_canary_shown,
+    example, example_request,
     program::run,
     raw::{framed, headers},
-    reply,
+    reply, within,
 };
 
 /// Text that must not alter a log line: line breaks, terminal escapes, another JSON object.
@@ -255,4 +258,64 @@ async fn a_sampling_decision_without_ids_begins_a_trace_that_obeys_it() {
             "{name}: {value}: {traceparent}"
         );
     }
+}
+
+#[tokio::test]
+async fn the_access_line_shows_the_project_and_a_hash_of_the_callers_token() {
+    let program = Program::sandboxed(&["--credentials", "caller", "--allow-project", "mine"]);
+    let line = async |id: &str, token: &str, project: &str| {
+        let request = GetTaskDetailRequest {
+            project_id: project.to_owned(),
+            ..example_request()
+        };
+        let metadata = [("x-request-id", id), ("x-auth-token", token)];
+        let _ = program.call_with(request, &metadata).await;
+        program.access_line(id)
+    };
+
+    let accepted = line("accepted", "sandbox-token", "mine").await;
+    let again = line("again", "sandbox-token", "theirs").await;
+    let other = line("other", "canary-token", "mine").await;
+    let malformed = line("malformed", "two words", "no/project").await;
+
+    let caller = accepted["caller"].as_str().expect("a hash");
+    let is_hex = |byte: u8| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
+    assert!(caller.len() == 12 && caller.bytes().all(is_hex), "{caller}");
+    assert_eq!(again["caller"], caller);
+    assert_ne!(other["caller"], caller);
+    assert_eq!(malformed.get("caller"), None);
+    assert_eq!(accepted["project_id"], "mine");
+    assert_eq!(again["reason"], "PROJECT_NOT_ALLOWED");
+    assert_eq!(again["project_id"], "theirs");
+    assert_eq!(malformed.get("project_id"), None);
+    assert_no_canary_shown("caller", &program).await;
+}
+
+#[tokio::test]
+async fn a_watch_and_calls_with_the_facades_own_credential_show_the_project_only() {
+    let program = Program::sandboxed(&[]);
+    let request = WatchTaskDetailRequest {
+        project_id: "mine".to_owned(),
+        instance_id: "finished".to_owned(),
+        workflow_id: "w".to_owned(),
+        ..WatchTaskDetailRequest::default()
+    };
+    let mut client = program.client().await;
+    let mut request = tonic::Request::new(request);
+    let id = "watch".parse().expect("metadata");
+    request.metadata_mut().insert("x-request-id", id);
+    let mut stream = client
+        .watch_task_detail(request)
+        .await
+        .expect("a watch")
+        .into_inner();
+    while within("a message", stream.message())
+        .await
+        .expect("OK")
+        .is_some()
+    {}
+
+    let line = program.access_line("watch");
+    assert_eq!(line["project_id"], "mine");
+    assert_eq!(line.get("caller"), None);
 }
