@@ -217,7 +217,9 @@ fn parse_merged(
             })
         }
         Command::Check(mut check) => {
-            check.serve.validate(subcommand, matches, validation);
+            let serve = declared.find_subcommand("serve");
+            let serve = serve.expect("the subcommand is declared");
+            check.serve.validate(serve, matches, validation);
             check.read_variables(validation);
             Ok(match check.serve.print_config {
                 true => Command::Print(check.serve.printed()),

@@ -2,13 +2,13 @@
 
 use std::ffi::OsStr;
 
-use clap::ArgMatches;
+use clap::{ArgMatches, parser::ValueSource};
 use http::HeaderValue;
 
 use crate::{
     admin, coalescer,
     credentials::{self, Source, UpstreamContext, secret::parse_token},
-    options::{PREFIX, Validation, boolean},
+    options::{PREFIX, Shown, Validation, boolean, variable_name},
     rpc::{
         self,
         request::{MAX_ID, id_problem},
@@ -106,7 +106,7 @@ pub struct Serve {
     /// Log and traces.
     #[command(flatten)]
     pub telemetry: telemetry::Options,
-    /// Print the effective configuration without secrets, and exit
+    /// Print the effective configuration as variables without secrets, and exit
     #[arg(
         long,
         value_name = "BOOL",
@@ -121,16 +121,44 @@ pub struct Serve {
     /// The credential source that `--credentials` and its flags describe.
     #[arg(skip)]
     pub source: Source,
-    /// Name and effective value of every option, without secrets.
+    /// Every setting with its effective value, without secrets.
     #[arg(skip)]
-    shown: Vec<(String, String)>,
+    shown: Vec<Setting>,
+}
+
+/// A flag or variable with its effective value.
+#[derive(Debug)]
+struct Setting {
+    /// The flag without dashes, or the variable if there is no flag.
+    name: String,
+    value: Shown,
+    /// Whether the log shows it: it was set, or follows from other settings.
+    is_notable: bool,
+}
+
+impl Setting {
+    /// A line of a file of variables, which a shell, systemd and container engines can read. Only values that a shell would change are
+    /// in quotes, because container engines do not remove quotes.
+    fn as_variable(&self) -> String {
+        let is_flag = self.name.starts_with(|c: char| c.is_ascii_lowercase());
+        let variable = match is_flag {
+            true => variable_name(&self.name),
+            false => self.name.clone(),
+        };
+        let is_plain = |c: char| c.is_alphanumeric() || "_-./:@%+,=[]".contains(c);
+        match &self.value {
+            Shown::Note(note) => format!("# {variable}: {note}\n"),
+            Shown::Value(value) if value.chars().all(is_plain) => format!("{variable}={value}\n"),
+            Shown::Value(value) => format!("{variable}='{}'\n", value.replace('\'', "'\\''")),
+        }
+    }
 }
 
 impl Serve {
-    /// Checks rules for several options, and reads variables without a flag.
+    /// Checks rules for several options, and reads variables without a flag. `serve` is the subcommand, `matches` its flags.
     pub(super) fn validate(
         &mut self,
-        subcommand: &clap::Command,
+        serve: &clap::Command,
         matches: &ArgMatches,
         validation: &mut Validation<'_>,
     ) {
@@ -148,62 +176,79 @@ impl Serve {
             validation.accept(flags, tls::check(files));
         }
         self.telemetry.read_variables(validation);
-        self.shown = self.effective_values(subcommand, matches);
+        self.shown = self.effective_values(serve, matches);
     }
 
-    /// The effective configuration. Flags of unused credential sources show as `not in use`, because their values are not checked.
-    fn effective_values(
-        &self,
-        subcommand: &clap::Command,
-        matches: &ArgMatches,
-    ) -> Vec<(String, String)> {
+    /// The effective configuration. The values of unused credential sources are not shown, because they are not checked.
+    fn effective_values(&self, serve: &clap::Command, matches: &ArgMatches) -> Vec<Setting> {
         // Names and values that are not the text of a flag.
-        let mut resolved = vec![("credentials", self.source.name().to_owned())];
+        let name = Shown::Value(self.source.name().to_owned());
+        let mut resolved = vec![("credentials", name)];
         resolved.extend(self.source.shown());
         // It may contain a password.
         if self.upstream.upstream_proxy.is_some() {
-            resolved.push(("upstream-proxy", "set".to_owned()));
+            resolved.push(("upstream-proxy", Shown::SECRET));
         }
         let mut shown = Vec::new();
-        for arg in subcommand.get_arguments() {
+        for arg in serve.get_arguments() {
             let flag = arg.get_long().unwrap_or_default();
-            let value = if let Some(at) = resolved.iter().position(|(name, _)| *name == flag) {
-                resolved.remove(at).1
-            } else if arg.get_help_heading() == Some(credentials::HEADING) {
-                "not in use".to_owned()
-            } else {
-                let values = matches.get_raw(arg.get_id().as_str()).into_iter().flatten();
-                let values: Vec<_> = values.map(OsStr::to_string_lossy).collect();
-                values.join(",")
-            };
-            shown.push((flag.to_owned(), value));
+            let id = arg.get_id().as_str();
+            let (value, is_notable) =
+                if let Some(at) = resolved.iter().position(|(name, _)| *name == flag) {
+                    (resolved.remove(at).1, true)
+                } else if arg.get_help_heading() == Some(credentials::HEADING) {
+                    (Shown::Note("not in use"), false)
+                } else {
+                    let values = matches.get_raw(id).into_iter().flatten();
+                    let values: Vec<_> = values.map(OsStr::to_string_lossy).collect();
+                    let is_set = matches.value_source(id) == Some(ValueSource::CommandLine);
+                    (Shown::Value(values.join(",")), is_set)
+                };
+            shown.push(Setting {
+                name: flag.to_owned(),
+                value,
+                is_notable,
+            });
         }
-        resolved.push(("RUST_LOG", self.telemetry.filter.clone()));
+        // Not a setting of a server.
+        shown.retain(|setting| setting.name != "print-config");
+        let filter = &self.telemetry.filter;
+        shown.push(Setting {
+            name: "RUST_LOG".to_owned(),
+            value: Shown::Value(filter.clone()),
+            is_notable: *filter != telemetry::Options::default().filter,
+        });
         if let Some(tracing) = &self.telemetry.tracing {
-            resolved.push(("traces", tracing.endpoint.clone()));
+            let endpoint = Shown::Value(tracing.endpoint.clone());
+            resolved.push(("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", endpoint));
             if !tracing.headers.is_empty() {
-                resolved.push(("OTEL_EXPORTER_OTLP_HEADERS", "set".to_owned()));
+                resolved.push(("OTEL_EXPORTER_OTLP_HEADERS", Shown::SECRET));
             }
         }
         let resolved = resolved.into_iter();
-        shown.extend(resolved.map(|(name, value)| (name.to_owned(), value)));
+        shown.extend(resolved.map(|(name, value)| Setting {
+            name: name.to_owned(),
+            value,
+            is_notable: true,
+        }));
         shown
     }
 
-    /// The effective configuration, one `name = value` per line; secrets show as `set`.
+    /// The effective configuration as variables, one per line; secrets, and values that are not in use, are comments.
     pub(super) fn printed(&self) -> String {
-        let line = |(name, value): &(String, String)| format!("{name} = {value}\n");
-        self.shown.iter().map(line).collect()
+        self.shown.iter().map(Setting::as_variable).collect()
     }
 
-    /// The effective configuration as one log field; secrets show as `set`. Not one field per option, because log indices limit the
+    /// The settings that are not defaults as one log field; secrets show as `set`. Not one field per option, because log indices limit the
     /// number of fields.
     pub fn summary(&self) -> String {
-        let set = self.shown.iter().filter(|(_, value)| !value.is_empty());
-        let options: Vec<String> = set
-            .map(|(name, value)| match value.contains(' ') {
-                true => format!("{name}={value:?}"),
-                false => format!("{name}={value}"),
+        let notable = self.shown.iter().filter(|setting| setting.is_notable);
+        let options: Vec<String> = notable
+            .filter_map(|Setting { name, value, .. }| match value {
+                Shown::Value(value) if value.is_empty() => None,
+                Shown::Value(value) if value.contains(' ') => Some(format!("{name}={value:?}")),
+                Shown::Value(value) => Some(format!("{name}={value}")),
+                Shown::Note(note) => Some(format!("{name}={note}")),
             })
             .collect();
         options.join(" ")

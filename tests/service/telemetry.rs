@@ -1,3 +1,5 @@
+use std::process::Command;
+
 use rds_task_facade::pb::{GetTaskDetailRequest, WatchTaskDetailRequest};
 use serde_json::{Value, json};
 
@@ -5,7 +7,7 @@ use crate::support::{
     Connection, Program, Step, Upstream,
     canary::assert_no_canary_shown,
     example, example_request,
-    program::run,
+    program::{PROGRAM, run},
     raw::{framed, headers},
     reply, within,
 };
@@ -186,7 +188,7 @@ async fn no_span_log_line_or_printed_setting_contains_a_secret() {
             );
         }
         assert!(
-            printed.contains("OTEL_EXPORTER_OTLP_HEADERS = set"),
+            printed.contains("# OTEL_EXPORTER_OTLP_HEADERS: set"),
             "{printed}"
         );
         let shown = [
@@ -200,7 +202,7 @@ async fn no_span_log_line_or_printed_setting_contains_a_secret() {
 }
 
 #[tokio::test]
-async fn the_start_line_contains_version_addresses_and_settings() {
+async fn the_start_line_is_short_and_contains_version_addresses_and_what_is_not_a_default() {
     let program = Program::sandboxed(&["--max-attempts", "2"]);
 
     let line = program.wait_for_log(|line| line["msg"] == "serving");
@@ -209,15 +211,46 @@ async fn the_start_line_contains_version_addresses_and_settings() {
     assert_eq!(line["listen"], program.grpc.to_string());
     assert_eq!(line["metrics_listen"], program.admin.to_string());
     let config = line["config"].as_str().expect("a text");
-    let settings = [
-        " sandbox=true",
-        " max-attempts=2",
-        " timeout=30s",
-        " credentials=token",
-        " RUST_LOG=info",
-    ];
-    for setting in settings {
+    for setting in [" sandbox=true", " max-attempts=2", " credentials=token"] {
         assert!(config.contains(setting), "{setting}: {config}");
+    }
+    assert!(!config.contains(" timeout="), "a default: {config}");
+    assert!(line.to_string().len() < 500, "{line}");
+}
+
+#[tokio::test]
+async fn the_log_suggests_a_first_call_to_the_sandbox_that_succeeds() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("rds-task-facade");
+    std::os::unix::fs::symlink(PROGRAM, path).expect("a link");
+    let cases: [&[&str]; 3] = [
+        &[],
+        &["--credentials", "caller"],
+        &["--allow-project", "mine"],
+    ];
+
+    for args in cases {
+        let program = Program::sandboxed(args);
+        let suggested = |part: &str| {
+            let line = program.wait_for_log(|line| {
+                let text = line["msg"].as_str().unwrap_or_default();
+                text.starts_with("try in another terminal: ") && text.contains(part)
+            });
+            let text = line["msg"].as_str().unwrap_or_default().to_owned();
+            text.trim_start_matches("try in another terminal: ")
+                .to_owned()
+        };
+        let command = suggested("rds-task-facade call");
+        let folder = folder.path().to_owned();
+        let called = tokio::task::spawn_blocking(move || {
+            let mut shell = Command::new("/bin/sh");
+            shell.args(["-c", &command]).env("PATH", folder).output()
+        });
+        let called = called.await.expect("no panic").expect("a shell");
+        assert!(called.status.success(), "{args:?}: {called:?}");
+        let grpcurl = suggested("grpcurl -plaintext");
+        assert!(grpcurl.contains(&program.grpc.to_string()), "{grpcurl}");
+        assert!(grpcurl.ends_with("TaskService/GetTaskDetail"), "{grpcurl}");
     }
 }
 
