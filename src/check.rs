@@ -463,8 +463,13 @@ async fn call(
         }
         reason => {
             let text = match (cure(reason, source), reason) {
-                // RDS names the missing permission or the policy.
-                (Some(cure), Reason::PermissionDenied) => format!("{message}; {cure}"),
+                // The message is the text of RDS, which names the permission, the policy or the project.
+                (
+                    Some(cure),
+                    Reason::PermissionDenied
+                    | Reason::PreconditionFailed
+                    | Reason::ResourceNotFound,
+                ) => format!("{message}; {cure}"),
                 (Some(cure), _) => cure.to_owned(),
                 (None, _) => message,
             };
@@ -504,6 +509,9 @@ fn cure(reason: Reason, source: &str) -> Option<&'static str> {
         (Reason::PermissionDenied, _) => {
             "grant the identity rds:task:listAll on the project, and check that the project is its own"
         }
+        (Reason::ResourceNotFound | Reason::PreconditionFailed, _) => {
+            "check that the project exists, is active and belongs to this region, and that --endpoint is RDS"
+        }
         (Reason::ClockSkew, _) => {
             "RDS rejects the time of the signature: set the clock of this machine, for example with NTP"
         }
@@ -511,8 +519,7 @@ fn cure(reason: Reason, source: &str) -> Option<&'static str> {
             Reason::UpstreamApiNotFound
             | Reason::UpstreamMalformedResponse
             | Reason::UpstreamRedirect
-            | Reason::UpstreamUnexpectedStatus
-            | Reason::ResourceNotFound,
+            | Reason::UpstreamUnexpectedStatus,
             _,
         ) => {
             "the reply is not one of this API: check --region and --endpoint; a proxy or a login page may have replied instead of RDS"

@@ -231,12 +231,20 @@ async fn obstacles_on_the_way_to_rds_fail_once_with_their_cause() {
     let expired = Upstream::always_over_tls(expired, example()).await;
     let plain = Upstream::always(example()).await;
     let proxy = Upstream::always(reply(407, &[], "")).await;
+    let proxy_url = format!("http://canary:canary@{}", proxy.address);
     let silent = Upstream::always(vec![Step::Hold]).await;
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
     let closed = format!("http://{}", listener.local_addr().expect("an address"));
     drop(listener);
     let not_tls = format!("https://localhost:{}", plain.address.port());
-    let through = |url: &str| [url.to_owned(), "--upstream-proxy".to_owned(), proxy.url()].to_vec();
+    let through = |url: &str| {
+        [
+            url.to_owned(),
+            "--upstream-proxy".to_owned(),
+            proxy_url.clone(),
+        ]
+        .to_vec()
+    };
     let direct = |url: &str| vec![url.to_owned()];
     let cases = [
         (
@@ -346,11 +354,18 @@ async fn each_kind_of_reply_has_an_outcome_and_a_cure_and_takes_three_requests_a
         ),
         ("denied", error(403, "DBS.200010", denied), "fail", "grant"),
         (
-            "project of another",
+            "unusable project",
             error(403, "APIGW.0310", "no"),
             "fail",
-            "project",
+            "check that the project exists",
         ),
+        (
+            "unknown project",
+            error(400, "IAM.1109", "no"),
+            "fail",
+            "check that the project exists",
+        ),
+        ("nothing", reply(404, &[], ""), "fail", "--endpoint is RDS"),
         (
             "no such API",
             error(404, "APIGW.0101", "no"),
