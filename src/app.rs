@@ -2,7 +2,7 @@
 
 use std::{
     future, io,
-    net::{Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     process::ExitCode,
     sync::{Arc, OnceLock},
     thread,
@@ -24,6 +24,7 @@ use crate::{
     descriptors,
     http_client::{self, SystemRoots},
     lookup::Lookups,
+    method::Method,
     options::url::without_slash,
     rpc::Facade,
     sandbox::Sandbox,
@@ -42,9 +43,15 @@ const LAST_LINES_DELAY: Duration = Duration::from_millis(30);
 
 /// Why the program cannot start or go on. One sentence for the operator.
 #[derive(Debug, thiserror::Error)]
-enum Error {
-    #[error("cannot listen on {0}: {1}")]
-    Listen(SocketAddr, #[source] io::Error),
+pub(crate) enum Error {
+    #[error("cannot listen on {address}: {error}{}", in_use_hint(flag, error))]
+    Listen {
+        /// The flag that sets the address.
+        flag: &'static str,
+        address: SocketAddr,
+        #[source]
+        error: io::Error,
+    },
     #[error("cannot start the sandbox: {0}")]
     Sandbox(#[source] io::Error),
     #[error(transparent)]
@@ -53,6 +60,16 @@ enum Error {
     Server(#[from] server::Error),
     #[error("cannot listen for signals: {0}")]
     Signals(#[source] io::Error),
+}
+
+fn in_use_hint(flag: &str, error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::AddrInUse => format!(
+            "; another process has this port, perhaps an earlier {}: stop it, or set {flag}",
+            env!("CARGO_PKG_NAME")
+        ),
+        _ => String::new(),
+    }
 }
 
 /// Runs the gRPC server until a signal, then drains.
@@ -82,15 +99,15 @@ fn finish(ended: Result<(), Error>) -> ExitCode {
 async fn run(options: Serve, metrics: Arc<Metrics>, access: Access) -> Result<(), Error> {
     let descriptors = descriptors::raise_limit();
     let shutdown = shutdown_signal()?;
-    let cannot_listen = |address| move |error| Error::Listen(address, error);
     let address = options.server.listen;
-    let listener = accept::listen(address).map_err(cannot_listen(address))?;
-    let listen = listener.local_addr().map_err(cannot_listen(address))?;
+    let listener = accept::listen(address).map_err(cannot_listen("--listen", address))?;
+    let listen = listener.local_addr();
+    let listen = listen.map_err(cannot_listen("--listen", address))?;
     let admin = match options.admin.metrics_listen {
         Some(address) => Some(
             accept::listen(address)
                 .and_then(TcpListener::from_std)
-                .map_err(cannot_listen(address))?,
+                .map_err(cannot_listen("--metrics-listen", address))?,
         ),
         None => None,
     };
@@ -106,15 +123,7 @@ async fn run(options: Serve, metrics: Arc<Metrics>, access: Access) -> Result<()
         tracing::info!("the kernel has no IPv6: listening on 0.0.0.0 instead of [::]");
     }
     let (base_url, source, sandbox) = resolve_upstream(&options).await?;
-    let iam_endpoint = match &source {
-        Source::Iam(iam) => Some(&iam.endpoint),
-        _ => None,
-    };
-    let needs_roots = |url: &Url| url.scheme() == "https";
-    let system_roots = match needs_roots(&base_url) || iam_endpoint.is_some_and(needs_roots) {
-        true => SystemRoots::Trusted,
-        false => SystemRoots::Ignored,
-    };
+    let system_roots = system_roots(&base_url, &source);
     let http = options.upstream.http_config(&base_url, system_roots)?;
     let credentials = Credentials::start(source, &http, Arc::clone(&metrics))?;
     let mut server_options = options.server.clone();
@@ -172,6 +181,9 @@ async fn run(options: Serve, metrics: Arc<Metrics>, access: Access) -> Result<()
             "the upstream is the embedded sandbox: replies are not real; \
              breaker, retry budget, throttle windows and key guard are scoped to the instance id"
         );
+        for command in first_calls(&options, listen) {
+            tracing::info!("try in another terminal: {command}");
+        }
     }
     if let Some(warning) = options.exposure_warning() {
         tracing::warn!("{warning}");
@@ -194,14 +206,65 @@ async fn run(options: Serve, metrics: Arc<Metrics>, access: Access) -> Result<()
             tracing::warn!("the last spans did not reach the collector in time");
         }
     }
+    tracing::info!("stopped");
     Ok(())
+}
+
+fn cannot_listen(flag: &'static str, address: SocketAddr) -> impl Fn(io::Error) -> Error {
+    move |error| Error::Listen {
+        flag,
+        address,
+        error,
+    }
+}
+
+/// Commands for a first call to this server with the sandbox.
+fn first_calls(options: &Serve, listen: SocketAddr) -> Vec<String> {
+    let host = match listen.ip() {
+        ip if ip.is_unspecified() => Ipv4Addr::LOCALHOST.to_string(),
+        IpAddr::V6(ip) => format!("[{ip}]"),
+        IpAddr::V4(ip) => ip.to_string(),
+    };
+    let address = format!("{host}:{}", listen.port());
+    if options.server.tls.is_some() {
+        return vec![format!(
+            "rds-task-facade call --target https://{address} --ca FILE"
+        )];
+    }
+    let (variable, header) = match options.source {
+        Source::Caller => (
+            "RDS_TASK_FACADE_TOKEN=sandbox-token ",
+            " -H 'x-auth-token: sandbox-token'",
+        ),
+        _ => ("", ""),
+    };
+    let project = options.rpc.allow_project.first();
+    let ids = project.map_or_else(String::new, |id| {
+        format!(" --project-id {id} --instance-id every-field --workflow-id w")
+    });
+    let project = project.map_or("p", String::as_str);
+    let task = format!(
+        r#"{{"project_id": "{project}", "instance_id": "every-field", "workflow_id": "w"}}"#
+    );
+    let method = Method::GetTaskDetail.full_name();
+    let mut commands = vec![format!(
+        "{variable}rds-task-facade call --target http://{address}{ids}"
+    )];
+    if options.server.reflection {
+        commands.push(format!(
+            "grpcurl -plaintext{header} -d '{task}' {address} {method}"
+        ));
+    }
+    commands
 }
 
 async fn run_sandbox(listen: SocketAddr) -> Result<(), Error> {
     let shutdown = shutdown_signal()?;
-    let sandbox = Sandbox::bind(listen).await.map_err(Error::Sandbox)?;
+    let sandbox = Sandbox::bind(listen).await;
+    let sandbox = sandbox.map_err(cannot_listen("--listen", listen))?;
     tracing::info!(listen = %sandbox.local_addr(), "sandbox");
     sandbox.serve(shutdown).await;
+    tracing::info!("stopped");
     Ok(())
 }
 
@@ -242,7 +305,7 @@ fn shutdown_signal() -> Result<impl Future<Output = ()>, Error> {
 }
 
 /// The base URL of RDS, the credential source, and whether the embedded sandbox is used, which this starts.
-async fn resolve_upstream(options: &Serve) -> Result<(Url, Source, bool), Error> {
+pub(crate) async fn resolve_upstream(options: &Serve) -> Result<(Url, Source, bool), Error> {
     let mut source = options.source.clone();
     if let Some(url) = options.upstream.base_url() {
         return Ok((url, source, false));
@@ -254,6 +317,19 @@ async fn resolve_upstream(options: &Serve) -> Result<(Url, Source, bool), Error>
     source.set_sandbox(address);
     let url = Url::parse(&format!("http://{address}")).expect("an address is a valid URL");
     Ok((url, source, true))
+}
+
+/// The system's certificates are needed for TLS only.
+pub(crate) fn system_roots(base_url: &Url, source: &Source) -> SystemRoots {
+    let iam_endpoint = match source {
+        Source::Iam(iam) => Some(&iam.endpoint),
+        _ => None,
+    };
+    let needs_roots = |url: &Url| url.scheme() == "https";
+    match needs_roots(base_url) || iam_endpoint.is_some_and(needs_roots) {
+        true => SystemRoots::Trusted,
+        false => SystemRoots::Ignored,
+    }
 }
 
 /// One facade for each worker, and one worker for each core that the process may use.

@@ -16,6 +16,7 @@
 //!
 //! - [`app`]: the composition root of `serve` and `sandbox`: starts the other modules and runs them until a signal
 //! - [`cli`]: the command line: merges flags and variables, validates them, reports all problems together
+//! - [`check`]: the subcommand `check`: whether `serve` can work with a configuration
 //! - [`options`], [`regions`]: the option parsers that all modules share; the regions of RDS
 //!
 //! The service:
@@ -60,6 +61,7 @@ pub mod admin;
 pub mod app;
 pub mod call;
 pub mod caller;
+pub mod check;
 pub mod cli;
 pub mod client;
 pub mod coalescer;

@@ -6,7 +6,7 @@ use std::{
 };
 
 use rds_task_facade::{
-    app,
+    app, check,
     cli::{self, Command},
     client, telemetry,
 };
@@ -49,6 +49,7 @@ fn run(command: Command) -> ExitCode {
             let _ = io::stdout().write_all(text.as_bytes());
             ExitCode::SUCCESS
         }
+        Command::Check(check) => runtime.block_on(check::check(*check)),
         Command::Call(call) => runtime.block_on(client::call(call)),
         Command::Watch(watch) => runtime.block_on(client::watch(watch)),
         Command::Health(health) => runtime.block_on(client::health(health)),

@@ -26,7 +26,7 @@ use clap::{
 };
 use secrecy::SecretString;
 
-pub use self::serve::Serve;
+pub use self::serve::{Check, Serve};
 use crate::{
     client,
     credentials::secret::visible,
@@ -43,6 +43,10 @@ pub enum Command {
     /// Run the gRPC server
     #[command(after_help = serve::NOTES)]
     Serve(Box<Serve>),
+    /// Check whether serve can work with the same flags and variables: files, name, connection, clock, credential, one call;
+    /// exit code 1 if a line begins with fail
+    #[command(after_help = serve::NOTES)]
+    Check(Box<Check>),
     /// Call a server once and print the reply as JSON
     Call(client::CallOptions),
     /// Watch a task until it is over; exit code 0 if it succeeded, 3 if not, 4 if the time is over, 1 if the call failed
@@ -76,13 +80,13 @@ pub fn parse_process() -> Result<Command, Invalid> {
     )
 }
 
-/// Parses the command line, which starts with the program's name, and for `serve` the variables of its flags.
+/// Parses the command line, which starts with the program's name, and for `serve` and `check` the variables of their flags.
 ///
 /// # Errors
 /// [`Invalid`] with every problem.
 pub fn parse(mut args: Vec<OsString>, environment: &Environment) -> Result<Command, Invalid> {
     let mut validation = Validation::new(environment);
-    if args.get(1).is_some_and(|subcommand| subcommand == "serve") {
+    if has_variables(&args) {
         merge_variables(&mut args, &mut validation);
     }
     let log_format = log_format(&args);
@@ -99,6 +103,12 @@ pub fn parse(mut args: Vec<OsString>, environment: &Environment) -> Result<Comma
             })
         }
     }
+}
+
+/// Whether the flags of the subcommand have variables.
+fn has_variables(args: &[OsString]) -> bool {
+    let subcommand = args.get(1).and_then(|subcommand| subcommand.to_str());
+    matches!(subcommand, Some("serve" | "check"))
 }
 
 /// Inserts `--flag=value` for every variable of `serve` whose flag is not typed. clap's own `env` would not treat an empty variable
@@ -167,11 +177,10 @@ fn assignment(flag: &str, value: &OsStr) -> OsString {
 
 /// The log format, read before validation because it is also the format of problems.
 fn log_format(args: &[OsString]) -> LogFormat {
-    let serve = args.get(1).is_some_and(|subcommand| subcommand == "serve");
     let json = args.windows(2).any(|pair| {
         pair[1] == "--log-format=json" || (pair[0] == "--log-format" && pair[1] == "json")
     });
-    match serve && json {
+    match has_variables(args) && json {
         true => LogFormat::Json,
         false => LogFormat::Text,
     }
@@ -205,6 +214,16 @@ fn parse_merged(
             Ok(match options.print_config {
                 true => Command::Print(options.printed()),
                 false => Command::Serve(options),
+            })
+        }
+        Command::Check(mut check) => {
+            let serve = declared.find_subcommand("serve");
+            let serve = serve.expect("the subcommand is declared");
+            check.serve.validate(serve, matches, validation);
+            check.read_variables(validation);
+            Ok(match check.serve.print_config {
+                true => Command::Print(check.serve.printed()),
+                false => Command::Check(check),
             })
         }
         Command::Call(mut call) => {

@@ -2,15 +2,20 @@
 
 use std::ffi::OsStr;
 
-use clap::ArgMatches;
+use clap::{ArgMatches, parser::ValueSource};
+use http::HeaderValue;
 
 use crate::{
     admin, coalescer,
-    credentials::{self, Source, UpstreamContext},
-    options::{Validation, boolean},
-    rpc,
+    credentials::{self, Source, UpstreamContext, secret::parse_token},
+    options::{PREFIX, Shown, Validation, boolean, variable_name},
+    rpc::{
+        self,
+        request::{MAX_ID, id_problem},
+    },
     server::{self, tls},
-    telemetry, upstream, watch,
+    telemetry::{self, LogFormat},
+    upstream, watch,
 };
 
 /// The text below the flags in `serve --help`.
@@ -26,6 +31,52 @@ Other variables:
   HUAWEICLOUD_SDK_IAM_ENDPOINT     for --credentials iam
   RUST_LOG                         log filter [default: info]
   OTEL_EXPORTER_OTLP_ENDPOINT      collector for traces, http/protobuf; enables the other OTEL_* variables";
+
+/// The options of `check`.
+#[derive(Debug, clap::Args)]
+#[group(skip)]
+#[command(next_line_help = true)]
+pub struct Check {
+    /// The configuration to check.
+    #[command(flatten)]
+    pub serve: Serve,
+    /// Format of the results, text or json: one object per line
+    #[arg(
+        long,
+        value_name = "FORMAT",
+        default_value = "text",
+        value_parser = LogFormat::parse,
+        help_heading = "Results"
+    )]
+    pub output: LogFormat,
+    /// The token of a caller, if callers bring their own.
+    #[arg(skip)]
+    pub caller_token: Option<HeaderValue>,
+    /// The project for a call; `None` if the configuration names none.
+    #[arg(skip)]
+    pub project: Option<String>,
+}
+
+impl Check {
+    /// Reads the variables that only `check` uses.
+    pub(super) fn read_variables(&mut self, validation: &mut Validation<'_>) {
+        if matches!(self.serve.source, Source::Caller) {
+            let variable = format!("{PREFIX}TOKEN");
+            self.caller_token = validation.parsed_variable(&variable, parse_token);
+        }
+        let allowed = self.serve.rpc.allow_project.first().map(String::as_str);
+        let from_iam = match &self.serve.source {
+            Source::Iam(iam) => iam.project_id(),
+            _ => None,
+        };
+        let from_sdk = || {
+            // Not of this program, so an unusable value is no problem.
+            let id = validation.raw_variable("HUAWEICLOUD_SDK_PROJECT_ID")?;
+            id.to_str().filter(|id| id_problem(id, MAX_ID).is_none())
+        };
+        self.project = allowed.or(from_iam).or_else(from_sdk).map(str::to_owned);
+    }
+}
 
 /// The options of `serve`.
 #[derive(Debug, clap::Args)]
@@ -55,7 +106,7 @@ pub struct Serve {
     /// Log and traces.
     #[command(flatten)]
     pub telemetry: telemetry::Options,
-    /// Print the effective configuration without secrets, and exit
+    /// Print the effective configuration as variables without secrets, and exit
     #[arg(
         long,
         value_name = "BOOL",
@@ -70,16 +121,44 @@ pub struct Serve {
     /// The credential source that `--credentials` and its flags describe.
     #[arg(skip)]
     pub source: Source,
-    /// Name and effective value of every option, without secrets.
+    /// Every setting with its effective value, without secrets.
     #[arg(skip)]
-    shown: Vec<(String, String)>,
+    shown: Vec<Setting>,
+}
+
+/// A flag or variable with its effective value.
+#[derive(Debug)]
+struct Setting {
+    /// The flag without dashes, or the variable if there is no flag.
+    name: String,
+    value: Shown,
+    /// Whether the log shows it: it was set, or follows from other settings.
+    is_notable: bool,
+}
+
+impl Setting {
+    /// A line of a file of variables, which a shell, systemd and container engines can read. Only values that a shell would change are
+    /// in quotes, because container engines do not remove quotes.
+    fn as_variable(&self) -> String {
+        let is_flag = self.name.starts_with(|c: char| c.is_ascii_lowercase());
+        let variable = match is_flag {
+            true => variable_name(&self.name),
+            false => self.name.clone(),
+        };
+        let is_plain = |c: char| c.is_alphanumeric() || "_-./:@%+,=[]".contains(c);
+        match &self.value {
+            Shown::Note(note) => format!("# {variable}: {note}\n"),
+            Shown::Value(value) if value.chars().all(is_plain) => format!("{variable}={value}\n"),
+            Shown::Value(value) => format!("{variable}='{}'\n", value.replace('\'', "'\\''")),
+        }
+    }
 }
 
 impl Serve {
-    /// Checks rules for several options, and reads variables without a flag.
+    /// Checks rules for several options, and reads variables without a flag. `serve` is the subcommand, `matches` its flags.
     pub(super) fn validate(
         &mut self,
-        subcommand: &clap::Command,
+        serve: &clap::Command,
         matches: &ArgMatches,
         validation: &mut Validation<'_>,
     ) {
@@ -97,62 +176,79 @@ impl Serve {
             validation.accept(flags, tls::check(files));
         }
         self.telemetry.read_variables(validation);
-        self.shown = self.effective_values(subcommand, matches);
+        self.shown = self.effective_values(serve, matches);
     }
 
-    /// The effective configuration. Flags of unused credential sources show as `not in use`, because their values are not checked.
-    fn effective_values(
-        &self,
-        subcommand: &clap::Command,
-        matches: &ArgMatches,
-    ) -> Vec<(String, String)> {
+    /// The effective configuration. The values of unused credential sources are not shown, because they are not checked.
+    fn effective_values(&self, serve: &clap::Command, matches: &ArgMatches) -> Vec<Setting> {
         // Names and values that are not the text of a flag.
-        let mut resolved = vec![("credentials", self.source.name().to_owned())];
+        let name = Shown::Value(self.source.name().to_owned());
+        let mut resolved = vec![("credentials", name)];
         resolved.extend(self.source.shown());
         // It may contain a password.
         if self.upstream.upstream_proxy.is_some() {
-            resolved.push(("upstream-proxy", "set".to_owned()));
+            resolved.push(("upstream-proxy", Shown::SECRET));
         }
         let mut shown = Vec::new();
-        for arg in subcommand.get_arguments() {
+        for arg in serve.get_arguments() {
             let flag = arg.get_long().unwrap_or_default();
-            let value = if let Some(at) = resolved.iter().position(|(name, _)| *name == flag) {
-                resolved.remove(at).1
-            } else if arg.get_help_heading() == Some(credentials::HEADING) {
-                "not in use".to_owned()
-            } else {
-                let values = matches.get_raw(arg.get_id().as_str()).into_iter().flatten();
-                let values: Vec<_> = values.map(OsStr::to_string_lossy).collect();
-                values.join(",")
-            };
-            shown.push((flag.to_owned(), value));
+            let id = arg.get_id().as_str();
+            let (value, is_notable) =
+                if let Some(at) = resolved.iter().position(|(name, _)| *name == flag) {
+                    (resolved.remove(at).1, true)
+                } else if arg.get_help_heading() == Some(credentials::HEADING) {
+                    (Shown::Note("not in use"), false)
+                } else {
+                    let values = matches.get_raw(id).into_iter().flatten();
+                    let values: Vec<_> = values.map(OsStr::to_string_lossy).collect();
+                    let is_set = matches.value_source(id) == Some(ValueSource::CommandLine);
+                    (Shown::Value(values.join(",")), is_set)
+                };
+            shown.push(Setting {
+                name: flag.to_owned(),
+                value,
+                is_notable,
+            });
         }
-        resolved.push(("RUST_LOG", self.telemetry.filter.clone()));
+        // Not a setting of a server.
+        shown.retain(|setting| setting.name != "print-config");
+        let filter = &self.telemetry.filter;
+        shown.push(Setting {
+            name: "RUST_LOG".to_owned(),
+            value: Shown::Value(filter.clone()),
+            is_notable: *filter != telemetry::Options::default().filter,
+        });
         if let Some(tracing) = &self.telemetry.tracing {
-            resolved.push(("traces", tracing.endpoint.clone()));
+            let endpoint = Shown::Value(tracing.endpoint.clone());
+            resolved.push(("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", endpoint));
             if !tracing.headers.is_empty() {
-                resolved.push(("OTEL_EXPORTER_OTLP_HEADERS", "set".to_owned()));
+                resolved.push(("OTEL_EXPORTER_OTLP_HEADERS", Shown::SECRET));
             }
         }
         let resolved = resolved.into_iter();
-        shown.extend(resolved.map(|(name, value)| (name.to_owned(), value)));
+        shown.extend(resolved.map(|(name, value)| Setting {
+            name: name.to_owned(),
+            value,
+            is_notable: true,
+        }));
         shown
     }
 
-    /// The effective configuration, one `name = value` per line; secrets show as `set`.
+    /// The effective configuration as variables, one per line; secrets, and values that are not in use, are comments.
     pub(super) fn printed(&self) -> String {
-        let line = |(name, value): &(String, String)| format!("{name} = {value}\n");
-        self.shown.iter().map(line).collect()
+        self.shown.iter().map(Setting::as_variable).collect()
     }
 
-    /// The effective configuration as one log field; secrets show as `set`. Not one field per option, because log indices limit the
+    /// The settings that are not defaults as one log field; secrets show as `set`. Not one field per option, because log indices limit the
     /// number of fields.
     pub fn summary(&self) -> String {
-        let set = self.shown.iter().filter(|(_, value)| !value.is_empty());
-        let options: Vec<String> = set
-            .map(|(name, value)| match value.contains(' ') {
-                true => format!("{name}={value:?}"),
-                false => format!("{name}={value}"),
+        let notable = self.shown.iter().filter(|setting| setting.is_notable);
+        let options: Vec<String> = notable
+            .filter_map(|Setting { name, value, .. }| match value {
+                Shown::Value(value) if value.is_empty() => None,
+                Shown::Value(value) if value.contains(' ') => Some(format!("{name}={value:?}")),
+                Shown::Value(value) => Some(format!("{name}={value}")),
+                Shown::Note(note) => Some(format!("{name}={note}")),
             })
             .collect();
         options.join(" ")

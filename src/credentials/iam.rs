@@ -41,6 +41,15 @@ pub struct IamConfig {
     pub project: String,
 }
 
+impl IamConfig {
+    /// The id of the project; `None` if it is a name.
+    pub fn project_id(&self) -> Option<&str> {
+        let id = self.project.as_str();
+        let is_id = id.len() == 32 && id.bytes().all(|byte| byte.is_ascii_hexdigit());
+        is_id.then_some(id)
+    }
+}
+
 /// The identity service as a source of the cache.
 pub(super) struct IamTokens {
     client: reqwest::Client,
@@ -123,12 +132,9 @@ impl Refresh for IamTokens {
 }
 
 fn body(config: &IamConfig, password: &str) -> Vec<u8> {
-    let is_id =
-        config.project.len() == 32 && config.project.bytes().all(|byte| byte.is_ascii_hexdigit());
-    let project = if is_id {
-        json!({ "id": config.project })
-    } else {
-        json!({ "name": config.project })
+    let project = match config.project_id() {
+        Some(id) => json!({ "id": id }),
+        None => json!({ "name": config.project }),
     };
     let user =
         json!({ "name": config.user, "password": password, "domain": { "name": config.domain } });

@@ -91,7 +91,7 @@ pub struct Credentials {
 
 /// A source at work.
 enum Running {
-    /// The key makes the hashes that distinguish callers.
+    /// See [`caller_key`].
     Caller(Box<hmac::Key>),
     Token(Token),
     Key(Arc<AccessKey>),
@@ -114,10 +114,7 @@ impl Credentials {
         let (tokens, latest_token) = watch::channel(None);
         let (keys, latest_key) = watch::channel(None);
         let source = match source {
-            Source::Caller => Running::Caller(Box::new(
-                hmac::Key::generate(hmac::HMAC_SHA256, &SystemRandom::new())
-                    .expect("the system has random bytes"),
-            )),
+            Source::Caller => Running::Caller(Box::new(caller_key(None))),
             Source::Token(value) => Running::Token(Token::for_server(value, None)),
             Source::Key(key) => Running::Key(key),
             Source::TokenFile(path) => {
@@ -188,6 +185,15 @@ impl Credentials {
     /// False again while a key that RDS has never accepted rests, and when a task that provides the credential has ended.
     pub fn ready(&self) -> watch::Receiver<bool> {
         self.ready.subscribe()
+    }
+
+    /// Why the last fetch of the credential failed, if it did. Holds no secret.
+    pub fn failure(&self) -> Option<String> {
+        match &*self.source {
+            Running::CachedToken(cache) => cache.failure(),
+            Running::CachedKey(cache) => cache.failure(),
+            Running::Caller(_) | Running::Token(_) | Running::Key(_) => None,
+        }
     }
 
     /// The keyed hash of the caller's token, if callers bring tokens and this token is well-formed. Equal tokens have equal hashes
@@ -267,6 +273,15 @@ impl Credentials {
             _ => None,
         };
         Ok(newer.map(|newer| Auth::Token(server_token(newer))))
+    }
+}
+
+/// The key of the hashes that distinguish callers, also in the access line: made of these bytes, or else random.
+pub fn caller_key(shared: Option<&[u8]>) -> hmac::Key {
+    match shared {
+        Some(bytes) => hmac::Key::new(hmac::HMAC_SHA256, bytes),
+        None => hmac::Key::generate(hmac::HMAC_SHA256, &SystemRandom::new())
+            .expect("the system has random bytes"),
     }
 }
 

@@ -1,6 +1,11 @@
 //! The options of the credential source. Only those of the source in use are parsed, so all of them are declared as text.
 
-use std::{fmt, net::SocketAddr, path::PathBuf, sync::Arc};
+use std::{
+    fmt,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use reqwest::Url;
 use secrecy::{ExposeSecret, SecretString};
@@ -10,7 +15,7 @@ use super::{
     secret::{self, is_invisible, visible},
 };
 use crate::{
-    options::{self, PREFIX, Parsed, Validation, url},
+    options::{self, PREFIX, Parsed, Shown, Validation, url},
     regions::Region,
 };
 
@@ -279,33 +284,38 @@ impl Source {
         }
     }
 
-    /// The effective values of the options in use, and `set` for each variable with a secret.
-    pub fn shown(&self) -> Vec<(&'static str, String)> {
-        let set = |name| (name, "set".to_owned());
+    /// The effective values of the options and variables in use.
+    pub fn shown(&self) -> Vec<(&'static str, Shown)> {
+        let value = |text: &str| Shown::Value(text.to_owned());
+        let file = |path: &Path| Shown::Value(path.display().to_string());
         let key = |key: &AccessKey| {
-            let mut shown = vec![set(AK_VARIABLE), set(SK_VARIABLE)];
-            shown.extend(
-                key.security_token
-                    .iter()
-                    .map(|_| set(SECURITY_TOKEN_VARIABLE)),
-            );
+            let mut shown = vec![(AK_VARIABLE, Shown::SECRET), (SK_VARIABLE, Shown::SECRET)];
+            if key.security_token.is_some() {
+                shown.push((SECURITY_TOKEN_VARIABLE, Shown::SECRET));
+            }
             shown
         };
         match self {
-            Self::Caller | Self::Profile(_) => Vec::new(),
-            Self::Token(_) => vec![("token-file", String::new()), set("RDS_TASK_FACADE_TOKEN")],
-            Self::TokenFile(path) => vec![("token-file", path.display().to_string())],
+            Self::Caller => Vec::new(),
+            Self::Token(_) => vec![
+                ("token-file", value("")),
+                ("RDS_TASK_FACADE_TOKEN", Shown::SECRET),
+            ],
+            Self::TokenFile(path) => vec![("token-file", file(path))],
             Self::Iam(iam) => vec![
                 ("iam-endpoint", shown_url(&iam.endpoint)),
-                ("iam-user", iam.user.clone()),
-                ("iam-domain", iam.domain.clone()),
-                ("iam-password-file", iam.password_file.display().to_string()),
-                ("iam-project", iam.project.clone()),
+                ("iam-user", value(&iam.user)),
+                ("iam-domain", value(&iam.domain)),
+                ("iam-password-file", file(&iam.password_file)),
+                ("iam-project", value(&iam.project)),
             ],
             Self::Key(environment) => key(environment),
+            Self::Profile(path) => vec![(PROFILE_VARIABLE, file(path))],
             Self::Metadata(endpoint) => vec![("metadata-endpoint", shown_url(endpoint))],
             Self::Chain(chain) => {
                 let mut shown = chain.environment.as_deref().map(key).unwrap_or_default();
+                let profile = chain.profile.iter();
+                shown.extend(profile.map(|path| (PROFILE_VARIABLE, file(path))));
                 shown.push(("metadata-endpoint", shown_url(&chain.metadata_endpoint)));
                 shown
             }
@@ -313,10 +323,10 @@ impl Source {
     }
 }
 
-fn shown_url(url: &Url) -> String {
+fn shown_url(url: &Url) -> Shown {
     match url.port() {
-        Some(0) => "sandbox".to_owned(),
-        _ => url::without_slash(url).to_owned(),
+        Some(0) => Shown::Note("of the sandbox"),
+        _ => Shown::Value(url::without_slash(url).to_owned()),
     }
 }
 

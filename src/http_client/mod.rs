@@ -9,7 +9,12 @@ mod error;
 mod pool;
 mod resolver;
 
-use std::{io, sync::Arc, time::Duration};
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 
 use bytes::{Bytes, BytesMut};
 use http::{
@@ -151,6 +156,17 @@ pub fn client_builder(config: &Config) -> Result<ClientBuilder, BuildError> {
 /// [`BuildError::Tls`] when TLS cannot be set up.
 pub fn build(builder: ClientBuilder) -> Result<reqwest::Client, BuildError> {
     builder.build().map_err(|_| BuildError::Tls)
+}
+
+/// The addresses of a host name, looked up as connections do it.
+///
+/// # Errors
+/// One sentence: the name cannot be looked up.
+pub async fn look_up(name: &str) -> Result<Vec<IpAddr>, String> {
+    let resolver = Resolver::system().map_err(|_| BuildError::Threads.to_string())?;
+    let found = resolver.addresses(name.to_owned()).await;
+    let found = found.map_err(|error| error.to_string())?;
+    Ok(found.iter().map(SocketAddr::ip).collect())
 }
 
 /// A body that was not read to its end.

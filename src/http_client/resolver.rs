@@ -38,14 +38,14 @@ const FRESH: Duration = Duration::from_millis(100);
 /// After this time, or when a lookup fails, connects use the addresses of the last successful lookup.
 const MAX_DELAY: Duration = Duration::from_secs(1);
 
-type Addresses = Arc<[SocketAddr]>;
+pub(super) type Addresses = Arc<[SocketAddr]>;
 
 /// A failed lookup.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("the name cannot be looked up: {0}")]
 pub(super) struct LookupError(Arc<str>);
 
-type Outcome = Result<Addresses, LookupError>;
+pub(super) type Outcome = Result<Addresses, LookupError>;
 /// `None` until the lookup ends.
 type Pending = watch::Receiver<Option<Outcome>>;
 
@@ -100,7 +100,7 @@ impl Resolver {
     }
 
     /// The addresses of `name`, with port 0.
-    async fn addresses(self, name: String) -> Outcome {
+    pub(super) async fn addresses(self, name: String) -> Outcome {
         let (mut outcome, previous) = self.join(&name)?;
         let lookup = async {
             let ended = outcome.wait_for(Option::is_some).await;

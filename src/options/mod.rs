@@ -16,6 +16,20 @@ use crate::deadline::THIRTY_YEARS;
 /// The value, or the rest of an error sentence: lower case, no full stop, ends with the accepted form.
 pub type Parsed<T> = Result<T, String>;
 
+/// The effective value of an option, as `--print-config` and the log show it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Shown {
+    /// The text of the value; empty if there is none.
+    Value(String),
+    /// In the place of a value, for example because it is a secret.
+    Note(&'static str),
+}
+
+impl Shown {
+    /// For a secret that is set.
+    pub const SECRET: Self = Self::Note("set");
+}
+
 /// The declared defaults of a module's options.
 ///
 /// # Panics

@@ -20,6 +20,7 @@ pub(super) async fn handle(
     request: GetTaskDetailRequest,
 ) -> Result<Arc<GetTaskDetailResponse>, Error> {
     let query = validate(request)?;
+    call.record.set_project(&query.project_id);
     facade.check_allowed(&query.project_id)?;
     let lookups = &facade.lookups;
     let auth = lookups

@@ -6,7 +6,8 @@ use crate::{
     upstream::TaskQuery,
 };
 
-pub(super) const MAX_ID: usize = 64;
+/// The longest project id and instance id, in characters.
+pub const MAX_ID: usize = 64;
 const MAX_WORKFLOW_ID: usize = 128;
 const MAX_WORKFLOW_NAME: usize = 256;
 
@@ -53,7 +54,7 @@ pub(super) fn validate_with(
 }
 
 /// Why `id` is not 1 to `max` letters, digits, `-` and `_`, if so.
-pub(super) fn id_problem(id: &str, max: usize) -> Option<String> {
+pub fn id_problem(id: &str, max: usize) -> Option<String> {
     let is_allowed = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
     if id.is_empty() {
         return Some("is required".to_owned());

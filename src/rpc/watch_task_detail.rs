@@ -36,6 +36,7 @@ pub(super) async fn handle(
         workflow_name,
     };
     let query = validate_with(task, etag_violation(&etag))?;
+    call.record.set_project(&query.project_id);
     facade.check_allowed(&query.project_id)?;
     let lookups = &facade.lookups;
     let auth = lookups

@@ -130,6 +130,9 @@ impl<S: Service> Edge<S> {
         if caller_timeout.is_ok_and(|caller_timeout| caller_timeout == Some(timeout)) {
             record.set_callers_deadline();
         }
+        if let Caller::Token(hash) = &caller {
+            record.set_token_hash(hash);
+        }
         let caller_deadline = caller_timeout.ok().flatten().map(Deadline::after);
         let limit = Deadline::after(limit);
         let call = Box::new(Call {

@@ -90,13 +90,13 @@ pub enum Error {
     Expired(PathBuf),
 }
 
-/// Checks that the listener can use these files.
+/// Checks that the listener can use these files. Returns when the certificate expires, if its date can be read. Blocks.
 ///
 /// # Errors
 /// [`Error`] of the first file that cannot be used.
-pub fn check(files: &Files) -> Result<(), Error> {
+pub fn check(files: &Files) -> Result<Option<SystemTime>, Error> {
     let contents = files::read_all(&files.paths(), MAX_FILE_BYTES)?;
-    build(&contents, files).map(drop)
+    build(&contents, files).map(|(_, expires)| expires)
 }
 
 /// The certificates in use, and the permits for handshakes.

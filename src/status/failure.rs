@@ -111,6 +111,11 @@ impl<'a> Failure<'a> {
         }
     }
 
+    /// The message: one cleaned line.
+    pub fn message(&self) -> &str {
+        &self.message
+    }
+
     /// The owner of the credential, if the call failed because the credential was rejected or is locked.
     pub fn rejected_owner(&self) -> Option<Owner> {
         match self.reason {

@@ -146,6 +146,13 @@ fn render(
     if let Some(agent) = &record.user_agent {
         line.text("user_agent", &limited(agent.as_bytes()));
     }
+    if let Some([a, b, c, d, e, f]) = record.token_hash {
+        let number = u64::from_be_bytes([0, 0, a, b, c, d, e, f]);
+        line.text("caller", &format!("{number:012x}"));
+    }
+    if let Some(id) = &record.project_id {
+        line.text("project_id", id);
+    }
     if record.method == Method::WatchTaskDetail {
         line.plain("messages", record.messages);
     }
@@ -232,6 +239,8 @@ mod tests {
             ("user-agent", b"grpc-go/1.80"),
         ];
         let mut record = record(&Access::off(), &headers);
+        record.set_token_hash(&[0x0a; 16]);
+        record.set_project("project-1");
         record.fail(Reason::TaskNotFound);
         let facts = Facts {
             attempts: 2,
@@ -259,7 +268,8 @@ mod tests {
             "grpc_code": "NotFound", "reason": "TASK_NOT_FOUND",
             "duration_ms": 12.345, "deadline_ms": 30000, "attempts": 2,
             "upstream_status": 404, "upstream_code": "DBS.200543", "upstream_request_id": "abc123",
-            "peer": "127.0.0.1:4711", "user_agent": "grpc-go/1.80", "bytes": 0,
+            "peer": "127.0.0.1:4711", "user_agent": "grpc-go/1.80",
+            "caller": "0a0a0a0a0a0a", "project_id": "project-1", "bytes": 0,
         });
         assert_eq!(object, expected);
     }

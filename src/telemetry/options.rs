@@ -61,7 +61,11 @@ pub enum LogFormat {
 }
 
 impl LogFormat {
-    fn parse(text: &str) -> Parsed<Self> {
+    /// Parses `text` or `json`.
+    ///
+    /// # Errors
+    /// The rest of an error sentence.
+    pub fn parse(text: &str) -> Parsed<Self> {
         options::word(text, &[("text", Self::Text), ("json", Self::Json)])
     }
 }

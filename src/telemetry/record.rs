@@ -49,6 +49,10 @@ pub struct Record {
     pub(super) peer: Arc<Peer>,
     /// The caller's `user-agent` as sent: any bytes that a header may hold.
     pub(super) user_agent: Option<HeaderValue>,
+    /// The start of the keyed hash of the caller's token, if it sent one.
+    pub(super) token_hash: Option<[u8; 6]>,
+    /// The project of the request, once it is known to have the form of an id.
+    pub(super) project_id: Option<String>,
     started: Instant,
     /// The caller's timeout or `--timeout`, whichever is shorter.
     pub(super) timeout: Duration,
@@ -85,6 +89,8 @@ impl Record {
             traceparent: headers.get("traceparent").cloned(),
             peer,
             user_agent: headers.get(header::USER_AGENT).cloned(),
+            token_hash: None,
+            project_id: None,
             started: Instant::now(),
             timeout,
             is_callers_deadline: false,
@@ -105,6 +111,16 @@ impl Record {
     /// The call's span, if traces are exported.
     pub fn span(&self) -> Option<&Arc<ServerSpan>> {
         self.span.as_ref()
+    }
+
+    /// Sets the keyed hash of the caller's token, of which the access line shows the first 12 digits.
+    pub fn set_token_hash(&mut self, hash: &[u8; 16]) {
+        self.token_hash = hash.first_chunk().copied();
+    }
+
+    /// Sets the project, whose id has been validated.
+    pub fn set_project(&mut self, id: &str) {
+        self.project_id = Some(id.to_owned());
     }
 
     /// Sets the lookup that the call waits for, or that produced its reply.

@@ -7,7 +7,7 @@ use std::{
 
 /// The gateway accepts a signature up to 15 minutes off its clock (API request signing guide, "Error codes"). A rejection with a
 /// difference near that is attributed to the clock; with a smaller one, to the key.
-const SKEW: Duration = Duration::from_secs(14 * 60);
+pub const SKEW: Duration = Duration::from_secs(14 * 60);
 
 /// A larger offset is attributed to a wrong reply, not to the system's clock: a day, and a minute of latency.
 const MAX_OFFSET: Duration = Duration::from_secs(24 * 60 * 60 + 60);
@@ -52,6 +52,11 @@ impl Clock {
         }
         had_offset
     }
+}
+
+/// How far the system's clock is behind this time of the gateway, in seconds; negative if it is ahead.
+pub fn seconds_behind(gateway: SystemTime) -> i64 {
+    seconds_between(system_clock(), gateway)
 }
 
 /// Whether `signed_at` is so far from the gateway's time that the clock is the likely cause of the rejection.

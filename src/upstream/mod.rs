@@ -3,7 +3,7 @@
 mod attempt;
 mod breaker;
 mod client;
-mod clock;
+pub mod clock;
 pub mod envelope;
 pub mod key_evidence;
 pub mod known_codes;

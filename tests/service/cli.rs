@@ -1,4 +1,4 @@
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, process::Command, sync::Arc};
 
 use tokio::{sync::Semaphore, task::JoinSet};
 
@@ -6,7 +6,7 @@ use crate::support::{
     Program, Upstream,
     certificates::{Authority, Pair},
     example,
-    program::run,
+    program::{PROGRAM, run},
     reply,
 };
 
@@ -127,10 +127,74 @@ fn the_printed_configuration_shows_which_secrets_are_set_but_not_their_values() 
     );
 
     assert_eq!(code, 0);
-    assert!(out.contains("timeout = 5s\n"), "{out}");
-    assert!(out.contains("region = cn-north-4\n"), "{out}");
-    assert!(out.contains("RDS_TASK_FACADE_TOKEN = set\n"), "{out}");
+    assert!(out.contains("RDS_TASK_FACADE_TIMEOUT=5s\n"), "{out}");
+    assert!(out.contains("RDS_TASK_FACADE_REGION=cn-north-4\n"), "{out}");
+    assert!(out.contains("# RDS_TASK_FACADE_TOKEN: set\n"), "{out}");
     assert!(!out.contains("canary"), "{out}");
+}
+
+#[test]
+fn a_shell_reads_the_printed_configuration_and_serve_accepts_it() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let password = folder.path().join("pass word's $file");
+    std::fs::write(&password, "canary").expect("a file");
+    let password = password.to_str().expect("a path");
+    let iam = [
+        "--credentials",
+        "iam",
+        "--iam-user",
+        "it's `me`, \"you\" & $HOME",
+        "--iam-domain",
+        "\u{5317}\u{4eac}",
+        "--iam-password-file",
+        password,
+    ];
+    let cases: [(&[&str], &[&str]); 4] = [
+        (&["--sandbox"], &[]),
+        (&["--sandbox"], &iam),
+        (
+            &[
+                "--region",
+                "cn-north-4",
+                "--allow-project",
+                "a,b",
+                "--upstream-rate",
+                "60/1m",
+            ],
+            &iam,
+        ),
+        (
+            &[
+                "--endpoint",
+                "https://[2001:db8::1]:8443",
+                "--metrics-listen",
+                "off",
+            ],
+            &[],
+        ),
+    ];
+
+    for (target, source) in cases {
+        let args = [&["serve", "--print-config"], target, source].concat();
+        let env = [("RUST_LOG", "info,access::health=error")];
+        let (code, printed, err) = run(&args, &env);
+        assert_eq!(code, 0, "{args:?}: {err}");
+        let file = folder.path().join("settings");
+        std::fs::write(&file, &printed).expect("a file");
+        let script = "set -a; . \"$1\"; exec \"$2\" serve --print-config";
+        let again = Command::new("sh")
+            .args(["-c", script, "sh"])
+            .args([file.as_os_str(), PROGRAM.as_ref()])
+            .env_clear()
+            .output()
+            .expect("a shell");
+        let err = String::from_utf8_lossy(&again.stderr);
+        assert_eq!(
+            String::from_utf8_lossy(&again.stdout),
+            printed,
+            "{args:?}: {err}"
+        );
+    }
 }
 
 #[test]
@@ -174,7 +238,7 @@ fn the_flag_wins_over_the_variable() {
 
     let (_, out, _) = run(&args, &[("RDS_TASK_FACADE_TIMEOUT", "5s")]);
 
-    assert!(out.contains("timeout = 7s\n"), "{out}");
+    assert!(out.contains("RDS_TASK_FACADE_TIMEOUT=7s\n"), "{out}");
 }
 
 #[tokio::test]

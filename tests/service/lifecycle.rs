@@ -42,6 +42,7 @@ async fn a_call_in_flight_at_the_signal_completes_and_the_exit_code_is_0() {
 
         assert!(result.is_ok(), "{signal}: {result:?}");
         assert_eq!(ended.code(), Some(0), "{signal}");
+        program.wait_for_log(|line| line["msg"] == "stopped");
     }
 }
 

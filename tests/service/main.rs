@@ -6,6 +6,8 @@ mod shared;
 /// Starts the program, calls it, reads statuses.
 mod support;
 
+/// The subcommand `check`.
+mod check;
 /// The command line, and the subcommands that are clients.
 mod cli;
 /// Connections: limits, descriptors, silence.

@@ -63,7 +63,7 @@ async fn a_failed_start_exits_within_five_seconds_with_one_line_that_names_the_c
             vec!["--sandbox", "--listen", &in_use],
             &[],
             1,
-            &in_use,
+            "perhaps an earlier rds-task-facade: stop it, or set --listen",
         ),
         (
             "address of another machine",
@@ -277,6 +277,13 @@ async fn a_failed_start_exits_within_five_seconds_with_one_line_that_names_the_c
         assert!(!lines[0].contains("secret-content"), "{case}: {lines:?}");
         assert!(took < Duration::from_secs(5), "{case}: {took:?}");
     }
+    let metrics = ["--listen", "127.0.0.1:0", "--metrics-listen", &in_use];
+    let (code, out, _) = run(&[&["serve", "--sandbox"], &metrics[..]].concat(), &[]);
+    assert_eq!(code, 1, "{out}");
+    assert!(out.ends_with("stop it, or set --metrics-listen\n"), "{out}");
+    let (code, out, _) = run(&["sandbox", "--listen", &in_use], &[]);
+    assert_eq!(code, 1, "{out}");
+    assert!(out.ends_with("stop it, or set --listen\n"), "{out}");
     drop(taken);
 }
 

@@ -1,10 +1,15 @@
+use std::process::Command;
+
+use rds_task_facade::pb::{GetTaskDetailRequest, WatchTaskDetailRequest};
 use serde_json::{Value, json};
 
 use crate::support::{
-    Connection, Program, Step, Upstream, example, example_request,
-    program::run,
+    Connection, Program, Step, Upstream,
+    canary::assert_no_canary_shown,
+    example, example_request,
+    program::{PROGRAM, run},
     raw::{framed, headers},
-    reply,
+    reply, within,
 };
 
 /// Text that must not alter a log line: line breaks, terminal escapes, another JSON object.
@@ -183,7 +188,7 @@ async fn no_span_log_line_or_printed_setting_contains_a_secret() {
             );
         }
         assert!(
-            printed.contains("OTEL_EXPORTER_OTLP_HEADERS = set"),
+            printed.contains("# OTEL_EXPORTER_OTLP_HEADERS: set"),
             "{printed}"
         );
         let shown = [
@@ -197,7 +202,7 @@ async fn no_span_log_line_or_printed_setting_contains_a_secret() {
 }
 
 #[tokio::test]
-async fn the_start_line_contains_version_addresses_and_settings() {
+async fn the_start_line_is_short_and_contains_version_addresses_and_what_is_not_a_default() {
     let program = Program::sandboxed(&["--max-attempts", "2"]);
 
     let line = program.wait_for_log(|line| line["msg"] == "serving");
@@ -206,15 +211,46 @@ async fn the_start_line_contains_version_addresses_and_settings() {
     assert_eq!(line["listen"], program.grpc.to_string());
     assert_eq!(line["metrics_listen"], program.admin.to_string());
     let config = line["config"].as_str().expect("a text");
-    let settings = [
-        " sandbox=true",
-        " max-attempts=2",
-        " timeout=30s",
-        " credentials=token",
-        " RUST_LOG=info",
-    ];
-    for setting in settings {
+    for setting in [" sandbox=true", " max-attempts=2", " credentials=token"] {
         assert!(config.contains(setting), "{setting}: {config}");
+    }
+    assert!(!config.contains(" timeout="), "a default: {config}");
+    assert!(line.to_string().len() < 500, "{line}");
+}
+
+#[tokio::test]
+async fn the_log_suggests_a_first_call_to_the_sandbox_that_succeeds() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("rds-task-facade");
+    std::os::unix::fs::symlink(PROGRAM, path).expect("a link");
+    let cases: [&[&str]; 3] = [
+        &[],
+        &["--credentials", "caller"],
+        &["--allow-project", "mine"],
+    ];
+
+    for args in cases {
+        let program = Program::sandboxed(args);
+        let suggested = |part: &str| {
+            let line = program.wait_for_log(|line| {
+                let text = line["msg"].as_str().unwrap_or_default();
+                text.starts_with("try in another terminal: ") && text.contains(part)
+            });
+            let text = line["msg"].as_str().unwrap_or_default().to_owned();
+            text.trim_start_matches("try in another terminal: ")
+                .to_owned()
+        };
+        let command = suggested("rds-task-facade call");
+        let folder = folder.path().to_owned();
+        let called = tokio::task::spawn_blocking(move || {
+            let mut shell = Command::new("/bin/sh");
+            shell.args(["-c", &command]).env("PATH", folder).output()
+        });
+        let called = called.await.expect("no panic").expect("a shell");
+        assert!(called.status.success(), "{args:?}: {called:?}");
+        let grpcurl = suggested("grpcurl -plaintext");
+        assert!(grpcurl.contains(&program.grpc.to_string()), "{grpcurl}");
+        assert!(grpcurl.ends_with("TaskService/GetTaskDetail"), "{grpcurl}");
     }
 }
 
@@ -255,4 +291,64 @@ async fn a_sampling_decision_without_ids_begins_a_trace_that_obeys_it() {
             "{name}: {value}: {traceparent}"
         );
     }
+}
+
+#[tokio::test]
+async fn the_access_line_shows_the_project_and_a_hash_of_the_callers_token() {
+    let program = Program::sandboxed(&["--credentials", "caller", "--allow-project", "mine"]);
+    let line = async |id: &str, token: &str, project: &str| {
+        let request = GetTaskDetailRequest {
+            project_id: project.to_owned(),
+            ..example_request()
+        };
+        let metadata = [("x-request-id", id), ("x-auth-token", token)];
+        let _ = program.call_with(request, &metadata).await;
+        program.access_line(id)
+    };
+
+    let accepted = line("accepted", "sandbox-token", "mine").await;
+    let again = line("again", "sandbox-token", "theirs").await;
+    let other = line("other", "canary-token", "mine").await;
+    let malformed = line("malformed", "two words", "no/project").await;
+
+    let caller = accepted["caller"].as_str().expect("a hash");
+    let is_hex = |byte: u8| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
+    assert!(caller.len() == 12 && caller.bytes().all(is_hex), "{caller}");
+    assert_eq!(again["caller"], caller);
+    assert_ne!(other["caller"], caller);
+    assert_eq!(malformed.get("caller"), None);
+    assert_eq!(accepted["project_id"], "mine");
+    assert_eq!(again["reason"], "PROJECT_NOT_ALLOWED");
+    assert_eq!(again["project_id"], "theirs");
+    assert_eq!(malformed.get("project_id"), None);
+    assert_no_canary_shown("caller", &program).await;
+}
+
+#[tokio::test]
+async fn a_watch_and_calls_with_the_facades_own_credential_show_the_project_only() {
+    let program = Program::sandboxed(&[]);
+    let request = WatchTaskDetailRequest {
+        project_id: "mine".to_owned(),
+        instance_id: "finished".to_owned(),
+        workflow_id: "w".to_owned(),
+        ..WatchTaskDetailRequest::default()
+    };
+    let mut client = program.client().await;
+    let mut request = tonic::Request::new(request);
+    let id = "watch".parse().expect("metadata");
+    request.metadata_mut().insert("x-request-id", id);
+    let mut stream = client
+        .watch_task_detail(request)
+        .await
+        .expect("a watch")
+        .into_inner();
+    while within("a message", stream.message())
+        .await
+        .expect("OK")
+        .is_some()
+    {}
+
+    let line = program.access_line("watch");
+    assert_eq!(line["project_id"], "mine");
+    assert_eq!(line.get("caller"), None);
 }

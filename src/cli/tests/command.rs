@@ -167,16 +167,24 @@ fn print_config_shows_the_effective_value_of_every_flag() {
     );
 
     for (flag, _) in flags("serve") {
-        assert!(text.contains(&format!("{flag} = ")), "{flag}: {text}");
+        let variable = variable_name(&flag);
+        let is_about = |line: &str| line.split(['=', ':']).next() == Some(&variable);
+        let lines = text.lines().map(|line| line.trim_start_matches("# "));
+        let expected = usize::from(flag != "print-config");
+        assert_eq!(
+            lines.filter(|line| is_about(line)).count(),
+            expected,
+            "{flag}: {text}"
+        );
     }
     let lines = [
-        "timeout = 7s",
-        "max-attempts = 5",
-        "connect-timeout = 3s",
-        "credentials = token",
-        "iam-user = not in use",
-        "RDS_TASK_FACADE_TOKEN = set",
-        "RUST_LOG = info",
+        "RDS_TASK_FACADE_TIMEOUT=7s",
+        "RDS_TASK_FACADE_MAX_ATTEMPTS=5",
+        "RDS_TASK_FACADE_CONNECT_TIMEOUT=3s",
+        "RDS_TASK_FACADE_CREDENTIALS=token",
+        "# RDS_TASK_FACADE_IAM_USER: not in use",
+        "# RDS_TASK_FACADE_TOKEN: set",
+        "RUST_LOG=info",
     ];
     for line in lines {
         assert!(text.lines().any(|found| found == line), "{line}: {text}");
@@ -186,7 +194,7 @@ fn print_config_shows_the_effective_value_of_every_flag() {
 #[test]
 fn help_shows_every_flag_with_its_default() {
     let overview = printed(&["--help"], &[]);
-    for subcommand in ["serve", "call", "health", "sandbox"] {
+    for subcommand in ["serve", "check", "call", "watch", "health", "sandbox"] {
         assert!(overview.contains(subcommand));
         let help = printed(&[subcommand, "--help"], &[]);
         for (flag, default) in flags(subcommand) {
@@ -202,6 +210,34 @@ fn help_shows_every_flag_with_its_default() {
         printed(&["--version"], &[]),
         concat!("rds-task-facade ", env!("CARGO_PKG_VERSION"), "\n")
     );
+}
+
+#[test]
+fn check_takes_the_flags_and_variables_of_serve() {
+    let mut flags_of_check = flags("check");
+    flags_of_check.retain(|(flag, _)| flag != "output");
+    assert_eq!(flags_of_check, flags("serve"));
+
+    let env = [
+        ("RDS_TASK_FACADE_SANDBOX", "1"),
+        ("RDS_TASK_FACADE_TIMEOUT", "7s"),
+    ];
+    let Ok(Command::Check(check)) = command(&["check", "--max-attempts=5"], &env) else {
+        panic!("valid settings");
+    };
+    let serve = &check.serve;
+    assert_eq!(serve.server.timeout, Duration::from_secs(7));
+    assert_eq!(
+        (serve.upstream.sandbox, serve.upstream.max_attempts),
+        (true, 5)
+    );
+
+    let misspelled = [
+        ("RDS_TASK_FACADE_OUTPUT", "json"),
+        ("RDS_TASK_FACADE_TIMEOUT", "soon"),
+    ];
+    let found = command(&["check", "--sandbox"], &misspelled).expect_err("two problems");
+    assert_eq!(found.problems.len(), 2, "{found:?}");
 }
 
 #[test]

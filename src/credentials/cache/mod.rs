@@ -122,6 +122,7 @@ struct Lease<V> {
 
 struct FailedFetch {
     rejected_by: Option<(Issuer, u16)>,
+    cause: String,
     next_fetch_at: Instant,
 }
 
@@ -296,6 +297,12 @@ impl<V: Clone + PartialEq + Send + Sync + 'static> Cache<V> {
     /// The value with its generation. Waits only for the first refresh.
     pub(super) async fn current(&self, deadline: Deadline) -> Result<(V, u64), Error> {
         self.wait_for(State::current, deadline).await
+    }
+
+    /// Why the last refresh failed, if it did. Holds no secret.
+    pub(super) fn failure(&self) -> Option<String> {
+        let state = self.state.borrow();
+        state.failed.as_ref().map(|failed| failed.cause.clone())
     }
 
     /// Upstream accepted the value of generation `used` in an attempt that was sent then.
@@ -504,6 +511,7 @@ impl<R: Refresh> Refresher<R> {
             };
             state.failed = Some(FailedFetch {
                 rejected_by: error.rejected_by,
+                cause: error.cause.clone(),
                 next_fetch_at: Instant::now() + pause,
             });
         });
