@@ -25,6 +25,7 @@ use rds_task_facade::{
     sandbox::Sandbox,
     server::Server,
     status::Failure,
+    task::Task,
     telemetry::{Access, Sinks, metrics::Metrics},
     upstream::{self, TaskQuery, rejection, wire},
     watch::Hub,
@@ -83,7 +84,7 @@ fn sign_one_attempt(bencher: Bencher<'_, '_>) {
 
 /// Decides whether the lenient parser of replies may stay hand-written.
 #[divan::bench]
-fn parse_task() -> wire::TaskDetail {
+fn parse_task() -> Task {
     let body = br#"{"instance_id":"1ffc4167903840cb93a3da56d28c14fdin01","instance_name":"rds-mysql-2","job_id":"102772a9-31fa-4129-b9f8-7638e2792f3b","job_name":"CreateMysqlSingleHAInstance"}"#;
     wire::parse_task_detail(black_box(body)).expect("a task")
 }

@@ -7,7 +7,7 @@
 //!        -> lookup -> coalescer (cache, single-flight) -> upstream (throttle, pacing, attempts) -> http_client -> RDS
 //! ```
 //!
-//! On the way back, [`upstream`] maps a reply of RDS to a task or an error, [`task`] converts the task to the message of the proto, and
+//! On the way back, [`upstream`] maps a reply of RDS to a [`task`], the message of the proto, or to an error, and
 //! [`status`] converts every error to a gRPC status.
 //!
 //! # Modules
@@ -27,7 +27,7 @@
 //! - [`call`], [`caller`], [`deadline`]: the context of a call: who makes it, and when it must end
 //! - [`fair_limit`]: the limit of calls in flight, shared fairly among callers
 //! - [`rpc`]: one file per method of the task service: validation, handler, reply
-//! - [`lookup`]: one lookup of a task, for a call or for a poll of a watch; [`task`]: converts its result to the proto
+//! - [`lookup`]: one lookup of a task, for a call or for a poll of a watch; [`task`]: its result, as the message of the proto
 //! - [`watch`]: polls each watched task once for all its watchers
 //! - [`coalescer`]: coalesces identical lookups in flight and caches results
 //! - [`error`], [`reason`], [`code`], [`status`]: why a call fails, and the gRPC status for it

@@ -9,7 +9,7 @@ use crate::{
     credentials::{Auth, Credentials, Owner},
     deadline::Deadline,
     error::{Error, FailedLookup},
-    pb::GetTaskDetailResponse,
+    task::Task,
     telemetry::{Progress, ServerSpan},
     upstream::{self, LookupContext},
 };
@@ -79,11 +79,7 @@ impl Lookups {
 ///
 /// # Errors
 /// [`Error::Upstream`].
-pub fn into_task(
-    lookup: Arc<Lookup>,
-    key: &LookupKey,
-    owner: Owner,
-) -> Result<Arc<GetTaskDetailResponse>, Error> {
+pub fn into_task(lookup: Arc<Lookup>, key: &LookupKey, owner: Owner) -> Result<Arc<Task>, Error> {
     let lookup = Arc::unwrap_or_clone(lookup);
     lookup.result.map_err(|error| {
         Error::Upstream(Box::new(FailedLookup {

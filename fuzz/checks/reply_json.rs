@@ -1,8 +1,12 @@
-//! The body of a 200 is parsed to the task in its JSON tree, or to an error. The parsed texts are not longer than the body.
+//! The body of a 200 is parsed to the task in its JSON tree, or to an error. The encoded task is hardly longer than the body.
 
 use std::fmt;
 
-use rds_task_facade::upstream::wire::{NotATask, SubTask, TaskDetail, parse_task_detail};
+use rds_task_facade::{
+    pb::{GetTaskDetailResponse, SubTask},
+    task::Task,
+    upstream::wire::{NotATask, parse_task_detail},
+};
 use serde::{
     Deserializer as _,
     de::{MapAccess, Visitor},
@@ -48,22 +52,23 @@ pub(crate) fn check(input: &[u8]) {
             assert!(envelope.has_code && tree.fields().is_some());
         }
         (Err(NotATask::Malformed), None) => {}
-        (Err(NotATask::TooManyParts), Some(Ok(task))) => assert!(task.sub_task_list.len() > 10_000),
+        (Err(NotATask::TooManyParts), Some(Ok(task))) => assert!(task.parts().count() > 10_000),
         (read, expected) => panic!("{read:?} but expected {expected:?}"),
     }
 }
 
-fn assert_bounded(task: &TaskDetail, input_bytes: usize) {
-    let texts = task.heap_bytes() - task.sub_task_list.capacity() * size_of::<SubTask>();
-    assert!(texts <= input_bytes, "{texts} of {input_bytes}");
-    assert!(task.sub_task_list.len() <= input_bytes / 2);
+fn assert_bounded(task: &Task, input_bytes: usize) {
+    // The typed fields of the task.
+    const TYPED: usize = 40;
+    let encoded = task.encoded_len();
+    assert!(encoded <= input_bytes + TYPED, "{encoded} of {input_bytes}");
 }
 
 #[derive(Debug)]
 struct ErrorCode;
 
 /// `None` for a body that is not a task and has no error code at its top level.
-fn parse_tree(tree: &Tree) -> Option<Result<TaskDetail, ErrorCode>> {
+fn parse_tree(tree: &Tree) -> Option<Result<Task, ErrorCode>> {
     let known: Vec<_> = [&TASK_FIELDS[..], &ERROR_FIELDS].concat();
     let top = tree.fields().filter(|_| tree.names_once(&known))?;
     let code = |name: &str| match tree.field(name)? {
@@ -95,7 +100,7 @@ fn parse_tree(tree: &Tree) -> Option<Result<TaskDetail, ErrorCode>> {
     if !parts.iter().all(|part| part.names_once(&PART_FIELDS)) {
         return None;
     }
-    Some(Ok(TaskDetail {
+    let mut task = Task::new(GetTaskDetailResponse {
         instance_id: tree.text("instance_id").unwrap_or_default(),
         instance_name: tree.text("instance_name").unwrap_or_default(),
         job_id: tree.text("job_id").unwrap_or_default(),
@@ -104,8 +109,12 @@ fn parse_tree(tree: &Tree) -> Option<Result<TaskDetail, ErrorCode>> {
         update_at: tree.text("update_at"),
         process: tree.text("process"),
         status: tree.text("status"),
-        sub_task_list: parts.into_iter().map(sub_task).collect(),
-    }))
+        ..GetTaskDetailResponse::default()
+    });
+    for part in parts {
+        task.push(sub_task(part));
+    }
+    Some(Ok(task))
 }
 
 fn sub_task(part: &Tree) -> SubTask {
@@ -116,6 +125,7 @@ fn sub_task(part: &Tree) -> SubTask {
         status: part.text("status"),
         remaining_time: part.text("remaining_time"),
         show_detail: part.text("show_detail").and_then(|text| text.parse().ok()),
+        ..SubTask::default()
     }
 }
 

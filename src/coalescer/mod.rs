@@ -26,10 +26,9 @@ use crate::{
     credentials::{self, Identity},
     deadline::{Deadline, SharedDeadline},
     options,
-    pb::GetTaskDetailResponse,
-    task::to_message,
+    task::Task,
     telemetry::{Progress, metrics::Metrics},
-    upstream::{Error, TaskQuery, wire::TaskDetail},
+    upstream::{Error, TaskQuery},
 };
 
 /// Larger results are not cached: a few of them would take more memory than all others.
@@ -57,7 +56,7 @@ impl Hash for LookupKey {
 #[derive(Debug, Clone)]
 pub struct Lookup {
     /// The task or the error.
-    pub result: Result<Arc<GetTaskDetailResponse>, Error>,
+    pub result: Result<Arc<Task>, Error>,
     /// What the attempts showed.
     pub progress: Arc<Progress>,
     /// When the result arrived.
@@ -123,7 +122,7 @@ impl Coalescer {
         work: impl Fn(SharedDeadline, Arc<Progress>) -> F,
     ) -> Arc<Lookup>
     where
-        F: Future<Output = Result<TaskDetail, Error>> + Send + 'static,
+        F: Future<Output = Result<Arc<Task>, Error>> + Send + 'static,
     {
         let mut counted = false;
         let lookup = loop {
@@ -169,7 +168,7 @@ impl Coalescer {
         self: Arc<Self>,
         key: Arc<LookupKey>,
         progress: Arc<Progress>,
-        work: impl Future<Output = Result<TaskDetail, Error>>,
+        work: impl Future<Output = Result<Arc<Task>, Error>>,
     ) -> impl Future<Output = Arc<Lookup>> {
         // Not an `async` block, which would hold the work twice, and every call would pay for moving it.
         AssertUnwindSafe(work).catch_unwind().map(move |result| {
@@ -177,15 +176,13 @@ impl Coalescer {
                 self.metrics.panics.inc();
                 Err(Error::Panicked)
             });
-            let is_cacheable = is_cacheable(&result);
             let lookup = Arc::new(Lookup {
-                // Converted once, and not again for each call that shares the result.
-                result: result.map(|task| Arc::new(to_message(task))),
+                result,
                 progress,
                 finished_at: Instant::now(),
             });
             if let Some(cache) = &self.cache
-                && is_cacheable
+                && is_cacheable(&lookup.result)
             {
                 cache.insert(key, Arc::clone(&lookup));
             }
@@ -206,9 +203,9 @@ fn ended_by_shorter_deadline(lookup: &Lookup, deadline: Deadline) -> bool {
     }
 }
 
-fn is_cacheable(result: &Result<TaskDetail, Error>) -> bool {
+fn is_cacheable(result: &Result<Arc<Task>, Error>) -> bool {
     match result {
-        Ok(task) => task.heap_bytes() <= MAX_CACHED_BYTES,
+        Ok(task) => task.encoded_len() <= MAX_CACHED_BYTES,
         Err(Error::Rejected(rejection)) => {
             rejection.verdict.code == Code::NotFound && rejection.message.len() <= MAX_CACHED_BYTES
         }

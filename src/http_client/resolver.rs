@@ -22,7 +22,7 @@ use hyper_util::client::legacy::connect::dns;
 use reqwest::dns::{Addrs, Resolve, Resolving};
 use tokio::{
     sync::watch,
-    time::{Instant, timeout},
+    time::{Instant, timeout_at},
 };
 use tower_service::Service;
 
@@ -35,7 +35,7 @@ const MAX_WAITING: usize = 16;
 /// A result is used again for this long, so that many connects at once do not flood the name server.
 const FRESH: Duration = Duration::from_millis(100);
 
-/// After this time, or when a lookup fails, connects use the addresses of the last successful lookup.
+/// Once a lookup takes longer, or has failed, connects use the addresses of the last successful lookup.
 const MAX_DELAY: Duration = Duration::from_secs(1);
 
 pub(super) type Addresses = Arc<[SocketAddr]>;
@@ -101,7 +101,7 @@ impl Resolver {
 
     /// The addresses of `name`, with port 0.
     pub(super) async fn addresses(self, name: String) -> Outcome {
-        let (mut outcome, previous) = self.join(&name)?;
+        let (mut outcome, previous, started) = self.join(&name)?;
         let lookup = async {
             let ended = outcome.wait_for(Option::is_some).await;
             // The sender is dropped early only by a panic of the thread.
@@ -111,7 +111,7 @@ impl Resolver {
         let Some(previous) = previous else {
             return lookup.await;
         };
-        match timeout(MAX_DELAY, lookup).await {
+        match timeout_at(started + MAX_DELAY, lookup).await {
             Ok(Ok(addresses)) => Ok(addresses),
             failed_or_late => {
                 let cause = match failed_or_late {
@@ -128,8 +128,9 @@ impl Resolver {
         }
     }
 
-    /// The lookup of `name` that is in progress or has just succeeded, else a new one; and the addresses known before.
-    fn join(&self, name: &str) -> Result<(Pending, Option<Addresses>), LookupError> {
+    /// The lookup of `name` that is in progress or has just succeeded, else a new one; the addresses known before; and when the lookup
+    /// started.
+    fn join(&self, name: &str) -> Result<(Pending, Option<Addresses>, Instant), LookupError> {
         let mut names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
         let mut previous = None;
         if let Some(latest) = names.get(name) {
@@ -143,7 +144,7 @@ impl Resolver {
                 }
             };
             if is_usable {
-                return Ok((latest.outcome.clone(), previous));
+                return Ok((latest.outcome.clone(), previous, latest.started));
             }
         }
         let (sender, outcome) = watch::channel(None);
@@ -153,13 +154,14 @@ impl Resolver {
         };
         let queued = self.jobs.try_send(job);
         queued.map_err(|_| LookupError("too many lookups are waiting".into()))?;
+        let started = Instant::now();
         let latest = Latest {
             outcome: outcome.clone(),
-            started: Instant::now(),
+            started,
             previous: previous.clone(),
         };
         names.insert(name.to_owned(), latest);
-        Ok((outcome, previous))
+        Ok((outcome, previous, started))
     }
 }
 
@@ -317,7 +319,7 @@ mod tests {
             look_up(&resolver, &format!("name-{number}")).await.unwrap();
         }
 
-        assert!(hung.iter().all(|(outcome, _)| outcome.borrow().is_none()));
+        assert!(hung.iter().all(|(outcome, ..)| outcome.borrow().is_none()));
     }
 
     #[tokio::test]
@@ -351,6 +353,25 @@ mod tests {
             let late = resolver.clone().addresses("name".to_owned()).await;
             assert_eq!(late.unwrap(), expected());
         }
+        fake.open();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn connects_wait_no_longer_than_the_delay_for_the_lookup_that_they_share() {
+        let fake = Fake::default();
+        fake.open();
+        let resolver = fake.start();
+        resolver.clone().addresses("name".to_owned()).await.unwrap();
+        tokio::time::advance(FRESH).await;
+        *fake.0.open.lock().unwrap() = false;
+
+        let begun = Instant::now();
+        for _ in 0..3 {
+            let found = resolver.clone().addresses("name".to_owned()).await;
+            assert_eq!(found.unwrap(), expected());
+        }
+
+        assert!(begun.elapsed() < 2 * MAX_DELAY, "{:?}", begun.elapsed());
         fake.open();
     }
 

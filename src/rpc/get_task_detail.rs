@@ -9,7 +9,8 @@ use crate::{
     call::Call,
     error::Error,
     lookup::{self, Origin},
-    pb::{GetTaskDetailRequest, GetTaskDetailResponse},
+    pb::GetTaskDetailRequest,
+    task::Task,
 };
 
 /// Handles one call: validation, allowed projects, credentials, lookup, reply.
@@ -18,7 +19,7 @@ pub(super) async fn handle(
     call: &mut Call,
     metadata: &HeaderMap,
     request: GetTaskDetailRequest,
-) -> Result<Arc<GetTaskDetailResponse>, Error> {
+) -> Result<Arc<Task>, Error> {
     let query = validate(request)?;
     call.record.set_project(&query.project_id);
     facade.check_allowed(&query.project_id)?;

@@ -14,7 +14,8 @@ use crate::{
     call::Call,
     error::Error,
     lookup::Lookups,
-    pb::{GetTaskDetailRequest, GetTaskDetailResponse, WatchTaskDetailRequest},
+    pb::{GetTaskDetailRequest, WatchTaskDetailRequest},
+    task::Task,
     watch::{Hub, WatchStream},
 };
 
@@ -29,7 +30,7 @@ pub trait Service: Clone + Send + Sync + 'static {
         call: &mut Call,
         metadata: &HeaderMap,
         request: GetTaskDetailRequest,
-    ) -> impl Future<Output = Result<Arc<GetTaskDetailResponse>, Error>> + Send;
+    ) -> impl Future<Output = Result<Arc<Task>, Error>> + Send;
 
     /// `WatchTaskDetail`. Returns after the first poll.
     fn watch_task_detail(
@@ -78,7 +79,7 @@ impl Service for Facade {
         call: &mut Call,
         metadata: &HeaderMap,
         request: GetTaskDetailRequest,
-    ) -> impl Future<Output = Result<Arc<GetTaskDetailResponse>, Error>> + Send {
+    ) -> impl Future<Output = Result<Arc<Task>, Error>> + Send {
         get_task_detail::handle(self, call, metadata, request)
     }
 

@@ -32,9 +32,9 @@ use crate::{
     error::Error,
     fair_limit::FairLimit,
     method::Method,
-    pb::GetTaskDetailResponse,
     rpc::Service,
     status,
+    task::Task,
     telemetry::{Peer, Record, Sinks},
     watch::WatchStream,
 };
@@ -185,7 +185,7 @@ impl<S: Service> Edge<S> {
         };
         call.permit = Some(Permit::InFlight(permit));
         let result = self.get_task_detail(&mut call, request).await;
-        match result.and_then(|message| message::encode(&*message)) {
+        match result.and_then(|message| message::encode(&message)) {
             Ok(message) => reply::unary(call, message),
             Err(error) => reply::failure(call, &error),
         }
@@ -196,7 +196,7 @@ impl<S: Service> Edge<S> {
         &self,
         call: &mut Call,
         mut request: Box<Request<RequestBody>>,
-    ) -> Result<Arc<GetTaskDetailResponse>, Error> {
+    ) -> Result<Arc<Task>, Error> {
         let deadline = call.deadline;
         let message = deadline
             .bound(message::read(request.body_mut()))

@@ -12,7 +12,7 @@ use http_body_util::BodyExt as _;
 use prost::Message;
 use tonic::Code;
 
-use crate::{error::Error, status};
+use crate::{error::Error, status, task::Task};
 
 /// The longest message of a request, compressed or not, in bytes.
 pub(super) const MAX_BYTES: usize = 64 * 1024;
@@ -136,7 +136,7 @@ fn decompress(compressed: &[u8]) -> Result<Vec<u8>, Error> {
 ///
 /// # Errors
 /// [`Error::Protocol`]: `RESOURCE_EXHAUSTED` for a reply longer than clients accept.
-pub(super) fn encode(reply: &impl Message) -> Result<Bytes, Error> {
+pub(super) fn encode(reply: &Task) -> Result<Bytes, Error> {
     let length = reply.encoded_len();
     if length > MAX_REPLY_BYTES {
         return Err(Error::Protocol(
@@ -145,7 +145,7 @@ pub(super) fn encode(reply: &impl Message) -> Result<Bytes, Error> {
         ));
     }
     let mut bytes = prefixed(length);
-    reply.encode(&mut bytes).expect("the buffer grows");
+    reply.encode(&mut bytes);
     Ok(bytes.freeze())
 }
 

@@ -6,10 +6,12 @@ use std::{
     net::SocketAddr,
     path::PathBuf,
     sync::Arc,
+    task::Poll,
     time::{Duration, SystemTime},
 };
 
 use arc_swap::ArcSwap;
+use futures_util::poll;
 use rustls::{
     ServerConfig,
     crypto::aws_lc_rs::default_provider,
@@ -28,8 +30,9 @@ use crate::{
 
 /// The only application protocol.
 const HTTP2: &[u8] = b"h2";
-/// Concurrent handshakes of all workers: bounds the memory and CPU that they take from calls.
-const MAX_HANDSHAKES: usize = 256;
+/// Handshakes that are ready to be signed, of all workers: a call waits behind no more of these, about a millisecond of CPU time each, when
+/// many clients connect at once.
+const MAX_SIGNATURES: usize = 8;
 /// Far more than a bundle of all public CA certificates.
 const MAX_FILE_BYTES: usize = 4 << 20;
 
@@ -99,12 +102,12 @@ pub fn check(files: &Files) -> Result<Option<SystemTime>, Error> {
     build(&contents, files).map(|(_, expires)| expires)
 }
 
-/// The certificates in use, and the permits for handshakes.
+/// The certificates in use, and the permits for signatures.
 #[derive(Debug)]
 pub(super) struct Tls {
     files: Files,
     current: ArcSwap<ServerConfig>,
-    handshakes: Semaphore,
+    signatures: Semaphore,
     metrics: Arc<Metrics>,
     /// When the certificate that was loaded at the start expires.
     expires: Option<SystemTime>,
@@ -128,7 +131,7 @@ impl Tls {
         Ok(Self {
             expires,
             current: ArcSwap::from_pointee(current),
-            handshakes: Semaphore::new(MAX_HANDSHAKES),
+            signatures: Semaphore::new(MAX_SIGNATURES),
             metrics: Arc::clone(metrics),
             loaded: files::digest(&contents),
             files,
@@ -144,9 +147,6 @@ impl Tls {
         socket: TcpStream,
         peer: SocketAddr,
     ) -> Result<TlsStream<TcpStream>, Refusal> {
-        // Waits for the first bytes, so that a silent peer takes no permit.
-        socket.readable().await.map_err(|_| Refusal::Closed)?;
-        let _permit = self.handshakes.acquire().await.expect("never closed");
         let hello = LazyConfigAcceptor::new(Acceptor::default(), socket);
         let hello = hello.await.map_err(|error| {
             if is_end(&error) {
@@ -156,7 +156,17 @@ impl Tls {
             tracing::warn!(%peer, %error, "TLS handshake failed: the client does not speak TLS");
             Refusal::Tls
         })?;
-        let stream = hello.into_stream(self.current.load_full()).await;
+        let mut handshake = hello.into_stream(self.current.load_full());
+        let permit = self.signatures.acquire().await.expect("never closed");
+        // Other tasks run first, and more handshakes become ready.
+        tokio::task::yield_now().await;
+        // The first poll signs. A client that does not continue afterwards holds no permit.
+        let signed = poll!(&mut handshake);
+        drop(permit);
+        let stream = match signed {
+            Poll::Ready(stream) => stream,
+            Poll::Pending => handshake.await,
+        };
         let stream = stream.map_err(|error| log_failure(peer, &error))?;
         // rustls accepts a client that offers no protocol.
         if stream.get_ref().1.alpn_protocol() != Some(HTTP2) {

@@ -1,7 +1,10 @@
 //! One upstream attempt: waits for admission, sends the request, and reports the result to the breaker, the throttle windows and the key
 //! guard.
 
-use std::time::{Duration, SystemTime};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use bytes::Bytes;
 use http::{HeaderMap, header::CONTENT_ENCODING};
@@ -13,13 +16,13 @@ use super::{
     client::LookupContext,
     clock,
     key_evidence::{self, KeyEvidence},
-    redaction::{redact_facts, redact_rejection, redact_task},
+    redaction::{is_secret, redact_facts, redact_rejection},
     rejection::{self, KEY_LOCK},
     request::TaskRequest,
     retry,
     throttle::Throttled,
     verdict::{Credential, Repeat},
-    wire::{BYTES_PER_STEP, NotATask, TaskDetail, parse_with_pauses},
+    wire::{BYTES_PER_STEP, NotATask, parse_with_pauses},
 };
 use crate::{
     credentials::{self, Auth, Token, TokenEvidence, key_guard},
@@ -27,6 +30,7 @@ use crate::{
     http_client::{Error as HttpError, Response, Reuse},
     lateness::is_late,
     reason::Reason,
+    task::Task,
     telemetry::{AttemptRecord, Facts, metrics::AttemptOutcome},
     wait,
 };
@@ -64,7 +68,7 @@ enum Used<'a> {
 /// The body of a reply.
 enum Content<'a> {
     /// Of a 200, parsed.
-    Task(Result<TaskDetail, NotATask>),
+    Task(Result<Arc<Task>, NotATask>),
     /// Of any other status.
     Other(&'a [u8]),
 }
@@ -150,7 +154,7 @@ impl Client {
         clock_corrected: bool,
         breaker: &Breaker,
         lookup: &LookupContext<'_>,
-    ) -> Result<TaskDetail, FailedAttempt> {
+    ) -> Result<Arc<Task>, FailedAttempt> {
         let endpoint = &*self.endpoint;
         let instance = endpoint.scope.instance(lookup.query);
         let deadline = lookup.deadline.deadline();
@@ -245,14 +249,18 @@ impl Client {
         };
         let content = match (reply.status(), is_encoded(reply.headers())) {
             (200, true) => Content::Task(Err(NotATask::Malformed)),
-            (200, false) => Content::Task(parse_with_pauses(&body).await),
+            (200, false) => Content::Task(
+                parse_with_pauses(&body, &is_secret(auth))
+                    .await
+                    .map(Arc::new),
+            ),
             (_, true) => Content::Other(UNREADABLE),
             (_, false) => Content::Other(&body),
         };
         let mut outcome = self.interpret(&reply, content, signed, admission, used, lookup);
         if let Ok(task) = &outcome
-            && !task.instance_id.is_empty()
-            && task.instance_id != lookup.query.instance_id
+            && !task.message().instance_id.is_empty()
+            && task.message().instance_id != lookup.query.instance_id
         {
             // Perhaps the reply to an earlier request on this connection, which is closed before it delivers the next one.
             endpoint.metrics.mismatched_replies.inc();
@@ -262,13 +270,12 @@ impl Client {
         } else {
             reply.release();
         }
-        match &mut outcome {
-            Ok(task) => redact_task(task, auth),
-            Err(FailedAttempt {
-                error: Error::Rejected(rejection),
-                ..
-            }) => redact_rejection(rejection, auth),
-            Err(_) => {}
+        if let Err(FailedAttempt {
+            error: Error::Rejected(rejection),
+            ..
+        }) = &mut outcome
+        {
+            redact_rejection(rejection, auth);
         }
         outcome
     }
@@ -281,7 +288,7 @@ impl Client {
         admission: breaker::Admission<'_>,
         used: Used<'_>,
         lookup: &LookupContext<'_>,
-    ) -> Result<TaskDetail, FailedAttempt> {
+    ) -> Result<Arc<Task>, FailedAttempt> {
         let (headers, now) = (reply.headers(), self.endpoint.clock.now());
         let (rejection, mut facts) = match content {
             Content::Task(Ok(task)) => {

@@ -15,7 +15,6 @@ use super::{
     request::TaskRequest,
     retry::{Attempts, Budget},
     throttle::Throttle,
-    wire::TaskDetail,
 };
 use crate::{
     caller::Caller,
@@ -23,6 +22,7 @@ use crate::{
     deadline::SharedDeadline,
     http_client::{self, Reuse},
     reason::Reason,
+    task::Task,
     telemetry::{Progress, ServerSpan, metrics::Metrics},
 };
 
@@ -153,7 +153,7 @@ impl Client {
         &self,
         auth: &mut Auth,
         lookup: LookupContext<'_>,
-    ) -> Result<TaskDetail, Error> {
+    ) -> Result<Arc<Task>, Error> {
         let deadline = lookup.deadline;
         let request = TaskRequest::new(&self.endpoint.base_url, lookup.query);
         let mut attempts = Attempts::new(self.endpoint.options.max_attempts);

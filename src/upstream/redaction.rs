@@ -3,7 +3,9 @@
 //! An upstream, gateway or proxy may echo the request. A message that repeats the credential is replaced by a sentence of the facade,
 //! any other text is dropped. A caller's own token is left in the reply to this caller, but not in what is logged.
 
-use super::{Rejection, wire::TaskDetail};
+use std::sync::Once;
+
+use super::Rejection;
 use crate::{credentials::Auth, telemetry::Facts};
 
 /// Removes the credential from what logs, spans and error details contain.
@@ -30,11 +32,15 @@ pub(super) fn redact_rejection(rejection: &mut Rejection, auth: &Auth) {
     }
 }
 
-/// Removes the credential from a task.
-pub(super) fn redact_task(task: &mut TaskDetail, auth: &Auth) {
-    if auth.is_own_in(task.texts()) {
-        task.remove_texts(|text| auth.is_own_in([text]));
-        warn();
+/// Whether a text of one task repeats the credential. Warns once.
+pub(super) fn is_secret(auth: &Auth) -> impl Fn(&str) -> bool {
+    let warned = Once::new();
+    move |text| {
+        let is_secret = auth.is_own_in([text]);
+        if is_secret {
+            warned.call_once(warn);
+        }
+        is_secret
     }
 }
 

@@ -228,7 +228,7 @@ impl Poller {
             arrival = Arrival::of(&lookup, started);
             let task = into_task(lookup, &self.task.key, owner)?;
             let too_large = || self.failed(upstream::Error::TooLarge, owner);
-            Snapshot::new(Arc::unwrap_or_clone(task)).ok_or_else(too_large)
+            Snapshot::new(&task).ok_or_else(too_large)
         });
         let reason = |error| Failure::from_error(error).reason;
         let reason = result.as_ref().err().map(reason);

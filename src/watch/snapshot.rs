@@ -7,12 +7,21 @@ use std::{
 
 use aws_lc_rs::digest;
 use bytes::Bytes;
-use prost::Message as _;
+use prost::{
+    Message as _,
+    encoding::{self, WireType},
+};
 
-use crate::pb::{GetTaskDetailResponse, TaskState, WatchTaskDetailResponse};
+use crate::{
+    pb::{GetTaskDetailResponse, SubTask, TaskState, WatchTaskDetailResponse},
+    task::Task,
+};
 
 /// The longest state of a watched task, in bytes of its encoded message: each watcher may hold one.
 const MAX_BYTES: usize = 64 * 1024;
+
+/// The number of the field `task` in the message of a watch.
+const TASK_FIELD: u32 = 1;
 
 /// The bytes of the digest that make an etag.
 const ETAG_BYTES: usize = 16;
@@ -34,31 +43,31 @@ pub(super) struct Snapshot {
 
 impl Snapshot {
     /// Encodes a task; `None` if it is longer than [`MAX_BYTES`].
-    pub(super) fn new(task: GetTaskDetailResponse) -> Option<Self> {
+    pub(super) fn new(task: &Task) -> Option<Self> {
         if task.encoded_len() > MAX_BYTES {
             return None;
         }
         let is_unfinished = |state| matches!(state, TaskState::Pending | TaskState::Running);
-        let state = task.state();
-        let etag = etag(&task);
+        let state = task.message().state();
+        let etag = etag(task);
+        let mut message = Vec::with_capacity(task.encoded_len() + 64);
+        encoding::encode_key(TASK_FIELD, WireType::LengthDelimited, &mut message);
+        encoding::encode_varint(task.encoded_len() as u64, &mut message);
+        task.encode(&mut message);
+        WatchTaskDetailResponse {
+            etag: etag.clone(),
+            ..WatchTaskDetailResponse::default()
+        }
+        .encode_raw(&mut message);
         Some(Self {
             is_over: matches!(
                 state,
                 TaskState::Succeeded | TaskState::Failed | TaskState::Canceled
             ),
             is_contradictory: state == TaskState::Succeeded
-                && task
-                    .sub_task_list
-                    .iter()
-                    .any(|part| is_unfinished(part.state())),
-            significant: significant(&task),
-            message: WatchTaskDetailResponse {
-                task: Some(task),
-                etag: etag.clone(),
-                check_time: None,
-            }
-            .encode_to_vec()
-            .into(),
+                && task.parts().any(|part| is_unfinished(part.state())),
+            significant: significant(task),
+            message: message.into(),
             etag,
         })
     }
@@ -69,19 +78,28 @@ impl Snapshot {
     }
 }
 
-fn etag(task: &GetTaskDetailResponse) -> String {
+fn etag(task: &Task) -> String {
+    let mut hash = digest::Context::new(&digest::SHA256);
     let mut text = GetTaskDetailResponse {
         state: TaskState::Unspecified.into(),
         progress_percent: None,
         create_time: None,
         update_time: None,
-        ..task.clone()
+        ..task.message().clone()
     };
-    for part in &mut text.sub_task_list {
-        part.state = TaskState::Unspecified.into();
-        part.progress_percent = None;
+    hash.update(&text.encode_to_vec());
+    for part in task.parts() {
+        text = GetTaskDetailResponse {
+            sub_task_list: vec![SubTask {
+                state: TaskState::Unspecified.into(),
+                progress_percent: None,
+                ..part
+            }],
+            ..GetTaskDetailResponse::default()
+        };
+        hash.update(&text.encode_to_vec());
     }
-    let digest = digest::digest(&digest::SHA256, &text.encode_to_vec());
+    let digest = hash.finish();
     let mut etag = String::with_capacity(2 * ETAG_BYTES);
     for byte in &digest.as_ref()[..ETAG_BYTES] {
         write!(etag, "{byte:02x}").expect("writing to a String does not fail");
@@ -89,10 +107,10 @@ fn etag(task: &GetTaskDetailResponse) -> String {
     etag
 }
 
-fn significant(task: &GetTaskDetailResponse) -> u64 {
+fn significant(task: &Task) -> u64 {
     let mut hasher = DefaultHasher::new();
-    (&task.status, &task.process).hash(&mut hasher);
-    for part in &task.sub_task_list {
+    (&task.message().status, &task.message().process).hash(&mut hasher);
+    for part in task.parts() {
         (&part.status, &part.percent).hash(&mut hasher);
     }
     hasher.finish()
@@ -101,11 +119,11 @@ fn significant(task: &GetTaskDetailResponse) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{task::to_message, upstream::wire::parse_task_detail};
+    use crate::upstream::wire::parse_task_detail;
 
     fn snapshot(body: &str) -> Snapshot {
         let task = parse_task_detail(body.as_bytes()).expect("a task");
-        Snapshot::new(to_message(task)).expect("a short task")
+        Snapshot::new(&task).expect("a short task")
     }
 
     #[test]
@@ -209,12 +227,12 @@ mod tests {
     #[test]
     fn a_task_over_the_limit_has_no_snapshot() {
         for (length, expected) in [(MAX_BYTES - 100, true), (MAX_BYTES, false)] {
-            let task = GetTaskDetailResponse {
+            let task = Task::new(GetTaskDetailResponse {
                 job_name: "n".repeat(length),
                 ..GetTaskDetailResponse::default()
-            };
+            });
 
-            assert_eq!(Snapshot::new(task).is_some(), expected, "{length}");
+            assert_eq!(Snapshot::new(&task).is_some(), expected, "{length}");
         }
     }
 }

@@ -239,6 +239,7 @@ mod tests {
         coalescer::Coalescer,
         credentials::{Auth, Identity, Token},
         pb::GetTaskDetailResponse,
+        task,
         upstream::TaskQuery,
         watch::WatchedTask,
     };
@@ -261,16 +262,12 @@ mod tests {
         }
 
         fn publish(&self, status: &str) {
-            let task = GetTaskDetailResponse {
-                state: match status {
-                    "Completed" => crate::pb::TaskState::Succeeded.into(),
-                    _ => 0,
-                },
+            let task = task::Task::new(GetTaskDetailResponse {
                 status: Some(status.to_owned()),
                 ..GetTaskDetailResponse::default()
-            };
+            });
             self.0.observations.send_modify(|observation| {
-                observation.snapshot = Some(Arc::new(Snapshot::new(task).expect("short")));
+                observation.snapshot = Some(Arc::new(Snapshot::new(&task).expect("short")));
                 observation.states += 1;
                 observation.checked_at = Some(SystemTime::UNIX_EPOCH);
             });

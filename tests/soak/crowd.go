@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"slices"
@@ -69,6 +70,9 @@ type crowdFault struct {
 	watches bool
 	// Limit of the program's open descriptors, if any.
 	descriptors int
+	// The program has its own user id, so that its threads can be limited, and looks up the name of its upstream at a nameServer. Needs
+	// root.
+	isolated bool
 	// Allowed delay of a call by the fault itself.
 	delays time.Duration
 	// Loads the machine: runs alone.
@@ -76,14 +80,17 @@ type crowdFault struct {
 	// Chooses the upstream's replies; nil if the upstream behaves well.
 	script script
 	// Causes the fault until the context ends.
-	inject func(context.Context, *stage) error
+	inject injection
 }
+
+type injection func(context.Context, *stage) error
 
 // stage is the program and its upstream under one fault.
 type stage struct {
 	fault *crowdFault
 	*facade
 	upstream *scriptedUpstream
+	names    *nameServer
 	program  string
 }
 
@@ -172,15 +179,24 @@ func (f *crowdFault) run(program string, duration time.Duration) (crowdRow, erro
 		return row, err
 	}
 	defer os.RemoveAll(folder)
-	environment, flags, err := f.configuration(upstream.url, folder)
+	names, err := startNameServer()
 	if err != nil {
 		return row, err
 	}
-	limited, err := f.withDescriptors(program, folder)
+	defer names.close()
+	url := upstream.url
+	if f.isolated {
+		url = strings.Replace(url, "127.0.0.1", upstreamName, 1)
+	}
+	environment, flags, err := f.configuration(url, folder)
 	if err != nil {
 		return row, err
 	}
-	facade, err := startFacadeIn(environment, limited, upstream.url, nil, flags...)
+	limited, err := f.limited(program, folder, names)
+	if err != nil {
+		return row, err
+	}
+	facade, err := startFacadeIn(environment, limited, url, nil, flags...)
 	if err != nil {
 		return row, err
 	}
@@ -199,7 +215,7 @@ func (f *crowdFault) run(program string, duration time.Duration) (crowdRow, erro
 	ctx, stop := context.WithCancel(context.Background())
 	defer stop()
 	injected := make(chan error, 1)
-	go func() { injected <- f.inject(ctx, &stage{f, facade, upstream, program}) }()
+	go func() { injected <- f.inject(ctx, &stage{f, facade, upstream, names, program}) }()
 	row.honest = fleet.measure(duration)
 	stop()
 	row.calmP99 = calm.succeeded.percentile(99)
@@ -222,6 +238,9 @@ func (f *crowdFault) run(program string, duration time.Duration) (crowdRow, erro
 func (f *crowdFault) configuration(upstream, folder string) (environment, flags []string, err error) {
 	credentials := cmp.Or(f.credentials, "caller")
 	flags = append([]string{"--credentials", credentials}, f.flags...)
+	if f.isolated {
+		flags = append(flags, "--allow-insecure-upstream")
+	}
 	switch credentials {
 	case "token":
 		environment = []string{"RDS_TASK_FACADE_TOKEN=" + serverToken}
@@ -236,9 +255,9 @@ func (f *crowdFault) configuration(upstream, folder string) (environment, flags 
 	return environment, flags, err
 }
 
-// withDescriptors returns the program, or a script in the folder that lowers the limit of descriptors and then becomes the program.
-func (f *crowdFault) withDescriptors(program, folder string) (string, error) {
-	if f.descriptors == 0 {
+// limited returns the program, or a script in the folder that limits itself and then becomes the program.
+func (f *crowdFault) limited(program, folder string, names *nameServer) (string, error) {
+	if f.descriptors == 0 && !f.isolated {
 		return program, nil
 	}
 	program, err := filepath.Abs(program)
@@ -247,7 +266,36 @@ func (f *crowdFault) withDescriptors(program, folder string) (string, error) {
 	}
 	script := filepath.Join(folder, "limited")
 	text := fmt.Sprintf("#!/bin/sh\nulimit -n %d\nexec '%s' \"$@\"\n", f.descriptors, program)
+	if f.isolated {
+		id := 100_000 + rand.IntN(1_000_000)
+		if err := names.writeConfiguration(folder); err != nil {
+			return "", err
+		}
+		if err := chown(folder, id); err != nil {
+			return "", err
+		}
+		text = fmt.Sprintf(isolation, program, folder, id)
+	}
 	return script, os.WriteFile(script, []byte(text), 0o700)
+}
+
+// isolation is a script that becomes the program, mounted in the folder because its own path may be closed to the user id.
+const isolation = `#!/bin/sh
+exec unshare --mount sh -e -c '
+program=$1 folder=$2 id=$3
+shift 3
+touch "$folder/program"
+mount --bind "$program" "$folder/program"
+mount --bind "$folder/resolv.conf" /etc/resolv.conf
+exec setpriv --reuid="$id" --clear-groups --pdeathsig=KILL "$folder/program" "$@"
+' sh '%s' '%s' %d "$@"
+`
+
+// chown gives a folder and the files in it to a user id.
+func chown(folder string, id int) error {
+	return filepath.Walk(folder, func(path string, _ os.FileInfo, err error) error {
+		return errors.Join(err, os.Chown(path, id, -1))
+	})
 }
 
 // limit is the bound on the honest p99.

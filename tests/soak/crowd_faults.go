@@ -7,6 +7,8 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
+	"os/exec"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -79,6 +81,16 @@ var crowdFaults = []crowdFault{
 		inject: floodConnections},
 	{name: "idle connections under a limit of 256 descriptors", owner: "descriptors", descriptors: 256, alone: true, inject: floodConnections},
 	{name: "200 slow sockets on the metrics port", owner: "metrics port", alone: true, inject: slowAdminSockets},
+
+	// The resolver's threads, and those of the system.
+	{name: "the name server does not reply", owner: "name lookups", isolated: true, delays: lookupDelay,
+		script: rogueInstances(resetConnection), inject: silenceNameServer(callBadInstance)},
+	{name: "1000 calls at once while the name server does not reply", owner: "name lookups", isolated: true, delays: lookupDelay, alone: true,
+		inject: silenceNameServer(burst)},
+	{name: "no thread may start while one project's calls get 401", owner: "threads", isolated: true, credentials: "iam",
+		script: foreignProject(respond(http.StatusUnauthorized, gatewayError("APIGW.0307", "The token must be updated."))),
+		inject: forbidThreads(callForeignProject)},
+	{name: "1000 calls at once while no thread may start", owner: "threads", isolated: true, alone: true, inject: forbidThreads(burst)},
 
 	// Connections: behind a mesh, many callers share one.
 	{name: "late DATA of one caller's rejected calls", owner: "connection", inject: sendLateData},
@@ -502,7 +514,7 @@ func cancelCalls(ctx context.Context, s *stage) error {
 }
 
 // countConnects fails if the injection makes the program open more than one connection for each scripted reply.
-func countConnects(inject func(context.Context, *stage) error) func(context.Context, *stage) error {
+func countConnects(inject injection) injection {
 	// Connections of honest callers, and of calls that have no reply yet.
 	const others = 50
 	return func(ctx context.Context, s *stage) error {
@@ -555,6 +567,40 @@ func sendMalformedRequests(ctx context.Context, s *stage) error {
 		return fmt.Errorf("%d malformed requests succeeded", accepted.Load())
 	}
 	return err
+}
+
+// lookupDelay is the time after which a connect uses the addresses of an earlier lookup.
+const lookupDelay = time.Second
+
+// silenceNameServer fails if the program looks up no name during the injection.
+func silenceNameServer(inject injection) injection {
+	return func(ctx context.Context, s *stage) error {
+		s.names.silent.Store(true)
+		err := inject(ctx, s)
+		if s.names.ignored.Load() == 0 {
+			return errors.Join(err, errors.New("the program looked up no name"))
+		}
+		return err
+	}
+}
+
+// forbidThreads limits the threads of the program's user id to less than it has.
+func forbidThreads(inject injection) injection {
+	return func(ctx context.Context, s *stage) error {
+		pid := s.command.Process.Pid
+		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+		if err != nil {
+			return err
+		}
+		// A process of the same user id may do that, root not everywhere.
+		limit := exec.Command("setpriv", "--reuid="+statusField(status, "Uid"), "--clear-groups", "prlimit", fmt.Sprint("--pid=", pid), "--nproc=1")
+		if output, err := limit.CombinedOutput(); err != nil {
+			return fmt.Errorf("prlimit: %w: %s", err, output)
+		}
+		// Reads all files again.
+		s.signal(syscall.SIGHUP)
+		return inject(ctx, s)
+	}
 }
 
 // burst starts a thousand calls at once on ten connections, again and again.
@@ -615,7 +661,7 @@ func (s *stage) burstEvery(ctx context.Context, interval time.Duration, calls in
 
 // startWrongReplicas starts two more programs whose secret key is wrong, as a bad rollout does. Their gateway rejects each
 // signature and counts it for the one key that all replicas share.
-func startWrongReplicas(reject http.HandlerFunc) func(context.Context, *stage) error {
+func startWrongReplicas(reject http.HandlerFunc) injection {
 	return func(ctx context.Context, s *stage) error {
 		gateway := &http.Server{Handler: http.HandlerFunc(func(reply http.ResponseWriter, request *http.Request) {
 			// A connection that is closed before its request is read would be reset.
@@ -644,7 +690,7 @@ func startWrongReplicas(reject http.HandlerFunc) func(context.Context, *stage) e
 					return
 				}
 				defer replica.kill()
-				failures[index] = callBadInstance(ctx, &stage{s.fault, replica, s.upstream, s.program})
+				failures[index] = callBadInstance(ctx, &stage{s.fault, replica, s.upstream, s.names, s.program})
 			})
 		}
 		running.Wait()

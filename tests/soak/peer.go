@@ -151,6 +151,28 @@ func (p *peer) ends(limit time.Duration) (http2.ErrCode, error) {
 	return *p.received.goAway, nil
 }
 
+// calmed waits until the server has either closed the connection with ENHANCE_YOUR_CALM or handled all frames so far.
+func (p *peer) calmed() (bool, error) {
+	// The server acknowledges the settings of the preface and this PING.
+	const acknowledgements = 2
+	_ = p.framer.WritePing(false, [8]byte{})
+	_ = p.writer.Flush()
+	timer := time.AfterFunc(startLimit, p.close)
+	defer timer.Stop()
+	p.received.lock.Lock()
+	defer p.received.lock.Unlock()
+	for p.received.acknowledged < acknowledgements && !p.received.over {
+		p.received.more.Wait()
+	}
+	if p.received.acknowledged == acknowledgements {
+		return false, nil
+	}
+	if code := p.received.goAway; code == nil || *code != http2.ErrCodeEnhanceYourCalm {
+		return false, errors.New("the server neither closed the connection with ENHANCE_YOUR_CALM nor acknowledged a PING")
+	}
+	return true, nil
+}
+
 // awaitWindow waits until the server has enlarged the connection's flow-control window.
 func (p *peer) awaitWindow() {
 	p.received.lock.Lock()

@@ -3,21 +3,24 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use tokio::time::sleep;
 
 use super::*;
-use crate::upstream::wire::SubTask;
+use crate::pb::SubTask;
 
 #[tokio::test]
 async fn only_tasks_and_not_found_errors_of_at_most_64_kib_are_cached() {
     let missing = r#"{"error_code":"DBS.200543","error_msg":"m"}"#;
-    let parts = |count| TaskDetail {
-        sub_task_list: vec![SubTask::default(); count],
-        ..task("")
+    let parts = |count| {
+        let mut task = Task::default();
+        for _ in 0..count {
+            task.push(SubTask::default());
+        }
+        Arc::new(task)
     };
-    let cases: Vec<(&str, bool, Result<TaskDetail, Error>)> = vec![
+    let cases: Vec<(_, _, Result<_, Error>)> = vec![
         ("a task", true, Ok(task("t"))),
-        ("64 KiB", true, Ok(task("t".repeat(64 << 10)))),
-        ("over 64 KiB", false, Ok(task("t".repeat((64 << 10) + 1)))),
-        ("ten empty parts", true, Ok(parts(10))),
-        ("many empty parts", false, Ok(parts(10_000))),
+        ("64 KiB", true, Ok(task("t".repeat((64 << 10) - 4)))),
+        ("over 64 KiB", false, Ok(task("t".repeat((64 << 10) - 3)))),
+        ("32 768 empty parts", true, Ok(parts(32 << 10))),
+        ("32 769 empty parts", false, Ok(parts((32 << 10) + 1))),
         ("no such task", true, Err(rejected(400, missing))),
         ("404", true, Err(rejected(404, ""))),
         ("403", false, Err(rejected(403, ""))),

@@ -10,7 +10,7 @@ use std::time::SystemTime;
 use http::HeaderMap;
 
 use super::*;
-use crate::upstream::rejection;
+use crate::{pb::GetTaskDetailResponse, upstream::rejection};
 
 const ANN: Identity = Identity::Caller([1; 16]);
 const BOB: Identity = Identity::Caller([2; 16]);
@@ -40,11 +40,11 @@ fn query(task: impl Into<String>) -> TaskQuery {
     }
 }
 
-fn task(job_id: impl Into<String>) -> TaskDetail {
-    TaskDetail {
+fn task(job_id: impl Into<String>) -> Arc<Task> {
+    Arc::new(Task::new(GetTaskDetailResponse {
         job_id: job_id.into(),
-        ..TaskDetail::default()
-    }
+        ..GetTaskDetailResponse::default()
+    }))
 }
 
 fn rejected(http_status: u16, body: &str) -> Error {
@@ -63,7 +63,7 @@ async fn look_up(
     coalescer: &Arc<Coalescer>,
     identity: Identity,
     task: &str,
-    outcome: impl Fn() -> Result<TaskDetail, Error>,
+    outcome: impl Fn() -> Result<Arc<Task>, Error>,
 ) -> Arc<Lookup> {
     let key = coalescer.key(identity, query(task));
     let work = |_, _| {
@@ -76,5 +76,5 @@ async fn look_up(
 }
 
 fn job_id(lookup: &Lookup) -> &str {
-    &lookup.result.as_ref().expect("a task").job_id
+    &lookup.result.as_ref().expect("a task").message().job_id
 }

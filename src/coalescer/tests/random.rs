@@ -58,7 +58,7 @@ async fn run(coalescer: Arc<Coalescer>, call: RandomCall) -> Option<String> {
     let lookup = coalescer.look_up(&key, in_seconds(1), None, |_| {}, work);
     let lookup = timeout(call.patience, lookup).await.ok()?;
     let task = lookup.result.as_ref().ok()?;
-    assert_eq!(task.job_id, name);
+    assert_eq!(task.message().job_id, name);
     Some(name)
 }
 
@@ -130,7 +130,7 @@ async fn cost_of_an_unshared_lookup() {
             &coalescer,
             ANN,
             "102772a9-31fa-4129-b9f8-7638e2792f3b",
-            || Ok(TaskDetail::default()),
+            || Ok(task("")),
         );
         assert!(lookup.await.result.is_ok(), "{number}");
     }

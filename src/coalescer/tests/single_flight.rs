@@ -21,11 +21,11 @@ struct Upstream {
     dropped: AtomicUsize,
     deadlines: Mutex<Vec<SharedDeadline>>,
     release: Notify,
-    outcome: Box<dyn Fn() -> Result<TaskDetail, Error> + Send + Sync>,
+    outcome: Box<dyn Fn() -> Result<Arc<Task>, Error> + Send + Sync>,
 }
 
 impl Upstream {
-    fn with(outcome: impl Fn() -> Result<TaskDetail, Error> + Send + Sync + 'static) -> Arc<Self> {
+    fn with(outcome: impl Fn() -> Result<Arc<Task>, Error> + Send + Sync + 'static) -> Arc<Self> {
         Arc::new(Self {
             started: AtomicUsize::new(0),
             dropped: AtomicUsize::new(0),
@@ -39,7 +39,7 @@ impl Upstream {
         Self::with(|| Ok(task("found")))
     }
 
-    async fn work(self: Arc<Self>, deadline: SharedDeadline) -> Result<TaskDetail, Error> {
+    async fn work(self: Arc<Self>, deadline: SharedDeadline) -> Result<Arc<Task>, Error> {
         let drop_counter = Dropped(Arc::clone(&self));
         self.started.fetch_add(1, Ordering::Relaxed);
         self.deadlines.lock().unwrap().push(deadline);

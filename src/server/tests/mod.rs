@@ -36,6 +36,7 @@ use crate::{
     options::defaults,
     pb::{GetTaskDetailRequest, GetTaskDetailResponse, WatchTaskDetailRequest},
     rpc::Service,
+    task::Task,
     telemetry::{Access, Sinks, metrics::Metrics},
     test_support::wait::{self, PATIENCE},
     watch::WatchStream,
@@ -96,7 +97,7 @@ impl Service for Script {
         _call: &mut Call,
         _metadata: &HeaderMap,
         request: GetTaskDetailRequest,
-    ) -> Result<Arc<GetTaskDetailResponse>, error::Error> {
+    ) -> Result<Arc<Task>, error::Error> {
         let thread = std::thread::current().name().unwrap().to_owned();
         *self.threads.lock().unwrap().entry(thread).or_default() += 1;
         self.entered.send_modify(|count| *count += 1);
@@ -117,7 +118,7 @@ impl Service for Script {
                 }
             }
         }
-        Ok(Arc::new(reply))
+        Ok(Arc::new(Task::new(reply)))
     }
 
     async fn watch_task_detail(

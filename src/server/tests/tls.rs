@@ -189,6 +189,35 @@ async fn an_incomplete_handshake_times_out_and_does_not_delay_other_clients() {
 }
 
 #[tokio::test]
+async fn many_handshakes_that_do_not_continue_do_not_delay_other_clients() {
+    let folder = tempfile::tempdir().unwrap();
+    let authority = authority();
+    write(folder.path(), &issue(&authority, 2061));
+    let running = start(with_tls(files(folder.path(), None)));
+    let name = ServerName::try_from("localhost").unwrap();
+    let client = Arc::new(trusting(&authority, None));
+    let mut hello = Vec::new();
+    let mut connection = rustls::ClientConnection::new(client, name).unwrap();
+    connection.write_tls(&mut hello).unwrap();
+    let mut stopped = Vec::new();
+    for hello in [&hello[..6], &hello] {
+        for _ in 0..150 {
+            let mut socket = TcpStream::connect(running.address).await.unwrap();
+            socket.write_all(hello).await.unwrap();
+            stopped.push(socket);
+        }
+    }
+    // The server has signed the handshakes that can continue.
+    for socket in &mut stopped[150..] {
+        within(socket.read_u8()).await.unwrap();
+    }
+
+    let code = call_over_tls(running.address, trusting(&authority, None)).await;
+
+    assert_eq!(code, Some(Code::Ok));
+}
+
+#[tokio::test]
 async fn changed_certificates_are_used_and_invalid_ones_are_ignored() {
     let folder = tempfile::tempdir().unwrap();
     let (first, second) = (authority(), authority());

@@ -242,7 +242,7 @@ impl<'de> Deserialize<'de> for Members<'de> {
 }
 
 /// The first items of a JSON array; the others are checked and skipped.
-pub(super) struct Items<'a, const LIMIT: usize>(pub(super) Vec<&'a RawValue>);
+struct Items<'a, const LIMIT: usize>(Vec<&'a RawValue>);
 
 impl<'de, const LIMIT: usize> Deserialize<'de> for Items<'de, LIMIT> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {

@@ -8,121 +8,16 @@
 #[cfg(test)]
 mod tests;
 
-use std::vec;
-
 use serde::Deserialize;
-use serde_json::value::RawValue;
+use serde_json::{Deserializer, value::RawValue};
 
-use super::envelope::{self, Envelope, Items, scalar};
+use super::envelope::{self, Envelope, scalar};
+use crate::{
+    pb::{GetTaskDetailResponse, SubTask},
+    task::Task,
+};
 
-/// One task. The four documented fields are empty when RDS leaves them out, all others are `None`.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct TaskDetail {
-    /// Id of the instance.
-    pub instance_id: String,
-    /// Name of the instance.
-    pub instance_name: String,
-    /// Id of the task.
-    pub job_id: String,
-    /// Name of the task.
-    pub job_name: String,
-    /// When the task was created.
-    pub created_at: Option<String>,
-    /// When the task last changed (really without a d).
-    pub update_at: Option<String>,
-    /// Progress.
-    pub process: Option<String>,
-    /// State of the task.
-    pub status: Option<String>,
-    /// The parts of the task.
-    pub sub_task_list: Vec<SubTask>,
-}
-
-impl TaskDetail {
-    /// Each text that is set.
-    pub(super) fn texts(&self) -> impl Iterator<Item = &str> {
-        let documented = [
-            &self.instance_id,
-            &self.instance_name,
-            &self.job_id,
-            &self.job_name,
-        ];
-        let others = [
-            &self.created_at,
-            &self.update_at,
-            &self.process,
-            &self.status,
-        ];
-        let parts = self.sub_task_list.iter().flat_map(|part| {
-            [
-                &part.sub_task_name,
-                &part.percent,
-                &part.executed_time,
-                &part.status,
-                &part.remaining_time,
-            ]
-        });
-        let optional = others.into_iter().chain(parts).flatten();
-        documented.into_iter().chain(optional).map(String::as_str)
-    }
-
-    /// Removes the texts that match, as if RDS had left them out.
-    pub(super) fn remove_texts(&mut self, matches: impl Fn(&str) -> bool) {
-        for text in [
-            &mut self.instance_id,
-            &mut self.instance_name,
-            &mut self.job_id,
-            &mut self.job_name,
-        ] {
-            if matches(text) {
-                text.clear();
-            }
-        }
-        let others = [
-            &mut self.created_at,
-            &mut self.update_at,
-            &mut self.process,
-            &mut self.status,
-        ];
-        let parts = self.sub_task_list.iter_mut().flat_map(|part| {
-            [
-                &mut part.sub_task_name,
-                &mut part.percent,
-                &mut part.executed_time,
-                &mut part.status,
-                &mut part.remaining_time,
-            ]
-        });
-        for text in others.into_iter().chain(parts) {
-            text.take_if(|text| matches(text));
-        }
-    }
-
-    /// The size of its heap allocations in bytes.
-    pub fn heap_bytes(&self) -> usize {
-        let texts: usize = self.texts().map(str::len).sum();
-        texts + self.sub_task_list.capacity() * size_of::<SubTask>()
-    }
-}
-
-/// One part of a task.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct SubTask {
-    /// Name of the part.
-    pub sub_task_name: Option<String>,
-    /// Progress of the part.
-    pub percent: Option<String>,
-    /// How long the part has been running.
-    pub executed_time: Option<String>,
-    /// State of the part.
-    pub status: Option<String>,
-    /// Estimated time left.
-    pub remaining_time: Option<String>,
-    /// Whether restored databases and tables are to be shown.
-    pub show_detail: Option<bool>,
-}
-
-/// Limit on the parts of a task. A reply of 1 MiB could hold 350 000 empty ones, which need a hundred times its size in memory.
+/// Limit on the parts of a task. A reply of 1 MiB could hold 350 000 empty ones, and clients decode each part to a hundred bytes or more.
 const MAX_PARTS: usize = 10_000;
 
 /// A 200 without a task. Contains nothing of the body, which may hold anything.
@@ -145,15 +40,19 @@ pub(super) const BYTES_PER_STEP: usize = 16 << 10;
 ///
 /// # Errors
 /// [`NotATask`]: an error code makes an error object, also next to the fields of a task.
-pub fn parse_task_detail(body: &[u8]) -> Result<TaskDetail, NotATask> {
-    let mut parser = Parser::start(body)?;
+pub fn parse_task_detail(body: &[u8]) -> Result<Task, NotATask> {
+    let mut parser = Parser::start(body, &|_| false)?;
     while !parser.step()? {}
     Ok(parser.task)
 }
 
-/// As [`parse_task_detail`], with pauses in which the worker serves other calls. A short body is parsed without a pause.
-pub(super) async fn parse_with_pauses(body: &[u8]) -> Result<TaskDetail, NotATask> {
-    let mut parser = Parser::start(body)?;
+/// As [`parse_task_detail`], with pauses in which the worker serves other calls. A short body is parsed without a pause. Leaves out
+/// texts that are secret.
+pub(super) async fn parse_with_pauses(
+    body: &[u8],
+    is_secret: &(dyn Fn(&str) -> bool + Sync),
+) -> Result<Task, NotATask> {
+    let mut parser = Parser::start(body, is_secret)?;
     if body.len() > BYTES_PER_STEP {
         tokio::task::yield_now().await;
     }
@@ -165,27 +64,31 @@ pub(super) async fn parse_with_pauses(body: &[u8]) -> Result<TaskDetail, NotATas
 
 /// Parses a task in steps.
 struct Parser<'a> {
-    task: TaskDetail,
-    /// The JSON of the parts, until they are split.
-    list: Option<&'a RawValue>,
-    /// The JSON of the parts that are not parsed yet.
-    parts: vec::IntoIter<&'a RawValue>,
+    task: Task,
+    /// The JSON of the parts that are not parsed yet, each followed by a comma or the end of the list.
+    list: &'a str,
+    /// The items of the list so far.
+    items: usize,
+    is_secret: &'a (dyn Fn(&str) -> bool + Sync),
 }
 
 impl<'a> Parser<'a> {
     /// Parses all fields except the parts.
-    fn start(body: &'a [u8]) -> Result<Self, NotATask> {
-        let text = std::str::from_utf8(body).map_err(|_| NotATask::Malformed)?;
-        let fields: TaskFields<'_> = object(text)?;
+    fn start(
+        body: &'a [u8],
+        is_secret: &'a (dyn Fn(&str) -> bool + Sync),
+    ) -> Result<Self, NotATask> {
+        let json = std::str::from_utf8(body).map_err(|_| NotATask::Malformed)?;
+        let fields: TaskFields<'_> = object(json)?;
         if fields.has_error_code() {
             return Err(NotATask::ErrorObject(envelope::read(body)));
         }
 
         let documented = [
-            self::text(fields.instance_id)?,
-            self::text(fields.instance_name)?,
-            self::text(fields.job_id)?,
-            self::text(fields.job_name)?,
+            text(fields.instance_id)?,
+            text(fields.instance_name)?,
+            text(fields.job_id)?,
+            text(fields.job_name)?,
         ];
         if documented.iter().all(Option::is_none) {
             let envelope = envelope::read(body);
@@ -195,44 +98,58 @@ impl<'a> Parser<'a> {
                 NotATask::Malformed
             });
         }
+        let public = |text: Option<String>| text.filter(|text| !is_secret(text));
         let [instance_id, instance_name, job_id, job_name] =
-            documented.map(Option::unwrap_or_default);
+            documented.map(|text| public(text).unwrap_or_default());
+        let mut task = Task::new(GetTaskDetailResponse {
+            instance_id,
+            instance_name,
+            job_id,
+            job_name,
+            created_at: public(text(fields.created_at)?),
+            update_at: public(text(fields.update_at)?),
+            process: public(text(fields.process)?),
+            status: public(text(fields.status)?),
+            ..GetTaskDetailResponse::default()
+        });
+        let list = fields.sub_task_list.map_or("", RawValue::get);
+        task.reserve_parts(list);
 
         Ok(Self {
-            task: TaskDetail {
-                instance_id,
-                instance_name,
-                job_id,
-                job_name,
-                created_at: self::text(fields.created_at)?,
-                update_at: self::text(fields.update_at)?,
-                process: self::text(fields.process)?,
-                status: self::text(fields.status)?,
-                sub_task_list: Vec::new(),
-            },
-            list: fields.sub_task_list,
-            parts: Vec::new().into_iter(),
+            task,
+            list: list.strip_prefix('[').unwrap_or(list),
+            items: 0,
+            is_secret,
         })
     }
 
     /// Parses about [`BYTES_PER_STEP`] of the parts. Returns whether that was the last step.
     fn step(&mut self) -> Result<bool, NotATask> {
         let mut parsed = 0;
-        if let Some(list) = self.list.take() {
-            let parts = split(list)?;
-            // Growing in steps would take up to twice the memory.
-            self.task.sub_task_list.reserve_exact(parts.len());
-            self.parts = parts.into_iter();
-            parsed += list.get().len();
-        }
         while parsed < BYTES_PER_STEP {
-            let Some(part) = self.parts.next().map(RawValue::get) else {
+            let Some(item) = self.next_item() else {
+                self.task.shrink();
                 return Ok(true);
             };
-            self.task.sub_task_list.push(sub_task(part)?);
-            parsed += part.len();
+            self.items += 1;
+            if self.items > MAX_PARTS {
+                return Err(NotATask::TooManyParts);
+            }
+            if item.starts_with('{') {
+                self.task.push(sub_task(item, self.is_secret)?);
+            }
+            parsed += item.len();
         }
         Ok(false)
+    }
+
+    /// Takes the next item from the list, which is valid JSON.
+    fn next_item(&mut self) -> Option<&'a str> {
+        let mut items = Deserializer::from_str(self.list).into_iter::<&RawValue>();
+        let item = items.next()?.ok()?.get();
+        let rest = self.list[items.byte_offset()..].trim_ascii_start();
+        self.list = rest.strip_prefix(',').unwrap_or_default();
+        Some(item)
     }
 }
 
@@ -316,26 +233,9 @@ fn text(value: Option<&RawValue>) -> Result<Option<String>, NotATask> {
     }
 }
 
-/// The objects in a list, or a single object; any other value counts as an empty list.
-fn split(list: &RawValue) -> Result<Vec<&RawValue>, NotATask> {
-    let mut items = match list.get().as_bytes().first() {
-        Some(b'[') => {
-            // One more than allowed.
-            let Items::<{ MAX_PARTS + 1 }>(items) =
-                serde_json::from_str(list.get()).map_err(|_| NotATask::Malformed)?;
-            items
-        }
-        _ => vec![list],
-    };
-    if items.len() > MAX_PARTS {
-        return Err(NotATask::TooManyParts);
-    }
-    items.retain(|item| item.get().starts_with('{'));
-    Ok(items)
-}
-
-fn sub_task(json: &str) -> Result<SubTask, NotATask> {
+fn sub_task(json: &str, is_secret: &dyn Fn(&str) -> bool) -> Result<SubTask, NotATask> {
     let fields: SubTaskFields<'_> = object(json)?;
+    let text = |value| Ok(text(value)?.filter(|text| !is_secret(text)));
     Ok(SubTask {
         sub_task_name: text(fields.sub_task_name)?,
         percent: text(fields.percent)?,
@@ -347,5 +247,6 @@ fn sub_task(json: &str) -> Result<SubTask, NotATask> {
             Some("false") => Some(false),
             _ => None,
         },
+        ..SubTask::default()
     })
 }
