@@ -15,9 +15,9 @@ use std::{
     time::Duration,
 };
 
+use ::url::Url;
 use http::HeaderMap;
 use http_body_util::BodyExt as _;
-use reqwest::Url;
 use secrecy::{ExposeSecret as _, SecretString};
 use tonic::{
     Code, Request, Response, Status,

@@ -2,7 +2,7 @@
 
 use std::{fmt, net::SocketAddr, path::PathBuf, sync::Arc};
 
-use reqwest::Url;
+use ::url::Url;
 use secrecy::{ExposeSecret, SecretString};
 
 use super::{

@@ -17,11 +17,9 @@ fn start_directly(source: Source) -> Credentials {
     start_with(source, None)
 }
 
-fn start_with(source: Source, proxy: Option<reqwest::Url>) -> Credentials {
+fn start_with(source: Source, proxy: Option<Url>) -> Credentials {
     let http = http_client::Config {
         tls: http_client::tls_config(http_client::SystemRoots::Ignored, None).unwrap(),
-        // The address of the source decides.
-        https_only: true,
         proxy,
         connect_timeout: Duration::from_secs(3),
     };

@@ -3,8 +3,8 @@
 use std::{fmt, net::IpAddr};
 
 use percent_encoding::{NON_ALPHANUMERIC, percent_encode};
-use reqwest::Url;
 use rustls::pki_types::ServerName;
+use url::Url;
 
 use super::{Parsed, not};
 
