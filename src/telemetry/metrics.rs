@@ -498,7 +498,7 @@ fn call_series(r: &mut Registry) -> Vec<MethodSeries> {
         seconds.clone(),
     );
     let series = |method: Method| {
-        let kind = ("grpc_type", method.kind().as_str());
+        let kind = ("grpc_type", method.kind());
         let service = ("grpc_service", method.service());
         let name = ("grpc_method", method.name());
         MethodSeries {
