@@ -7,11 +7,12 @@ use secrecy::{ExposeSecret, SecretString};
 
 use super::{
     AccessKey, Source, chain, file, iam, profile,
-    secret::{self, is_invisible, visible},
+    secret::{self, visible},
 };
 use crate::{
     options::{self, PREFIX, Parsed, Validation, url},
     regions::Region,
+    telemetry::is_invisible,
 };
 
 /// The heading of these options in `--help`.
