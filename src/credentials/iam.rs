@@ -256,6 +256,7 @@ mod tests {
     use crate::{
         credentials::fake_issuer::{FakeIssuer, response},
         http_client,
+        options::url::Proxy,
     };
 
     fn http_config() -> http_client::Config {
@@ -500,7 +501,7 @@ mod tests {
             FakeIssuer::start(|_, _| response("201 Created", "X-Subject-Token: t\r\n", "{}")).await;
         let url = proxy.endpoint.replace("http://", "http://user:canary@");
         let through = http_client::Config {
-            proxy: Some(url.parse().unwrap()),
+            proxy: Some(Proxy::parse(&url).unwrap()),
             ..http_config()
         };
 

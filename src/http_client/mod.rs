@@ -30,7 +30,7 @@ use self::{
     error::{body_error, connect_error, request_error},
     pool::{Connection, MAX_AGE, Pool},
 };
-use crate::{pem, reason::Reason};
+use crate::{options::url::Proxy, pem, reason::Reason};
 
 /// Size limit for a response of RDS. A task with its parts takes a few thousand bytes.
 const MAX_BODY_BYTES: usize = 1 << 20;
@@ -38,12 +38,12 @@ const MAX_BODY_BYTES: usize = 1 << 20;
 const AGENT: &str = concat!("rds-task-facade/", env!("CARGO_PKG_VERSION"));
 
 /// The settings of a client.
-#[derive(Clone)]
+#[derive(Debug, Clone)]
 pub struct Config {
     /// Made once by [`tls_config`] and cloned: clones share the roots and the sessions for resumption.
     pub tls: ClientConfig,
     /// The proxy, if any. Proxy variables of the environment are not read.
-    pub proxy: Option<Url>,
+    pub proxy: Option<Proxy>,
     /// For name lookup, TCP and TLS together.
     pub connect_timeout: Duration,
 }
@@ -358,15 +358,6 @@ impl Response {
         } else if self.is_complete {
             self.pool.keep(self.connection);
         }
-    }
-}
-
-impl std::fmt::Debug for Config {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        // The proxy's URL may hold a password.
-        f.debug_struct("Config")
-            .field("connect_timeout", &self.connect_timeout)
-            .finish_non_exhaustive()
     }
 }
 

@@ -219,7 +219,7 @@ async fn a_proxy_forwards_plain_requests_with_its_credential_and_the_full_target
         ("", None),
     ] {
         let config = Config {
-            proxy: Some(format!("http://{user}{}", proxy.address).parse().unwrap()),
+            proxy: Some(Proxy::parse(&format!("http://{user}{}", proxy.address)).unwrap()),
             ..plain_config()
         };
         let url = "http://rds.invalid:8080".parse().unwrap();

@@ -150,10 +150,7 @@ impl Options {
         let extra_roots = self.upstream_ca.as_ref().map(fs::read).transpose();
         Ok(http_client::Config {
             tls: http_client::tls_config(system_roots, extra_roots?.as_deref())?,
-            proxy: self
-                .upstream_proxy
-                .as_ref()
-                .map(|proxy| proxy.url().clone()),
+            proxy: self.upstream_proxy.clone(),
             connect_timeout: self.connect_timeout,
         })
     }
