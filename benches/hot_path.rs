@@ -171,7 +171,6 @@ fn start_facade(sandbox: SocketAddr) -> SocketAddr {
             let http = http_client::Config {
                 tls: http_client::tls_config(http_client::SystemRoots::Ignored, None)
                     .expect("no file, no error"),
-                https_only: false,
                 proxy: None,
                 connect_timeout: Duration::from_secs(3),
             };
@@ -179,7 +178,7 @@ fn start_facade(sandbox: SocketAddr) -> SocketAddr {
             let credentials = Credentials::start(source, &http, Arc::clone(&metrics));
             let credentials = credentials.expect("a token needs nothing");
             let coalescer = Coalescer::new(&defaults(), Arc::clone(&metrics));
-            let url: reqwest::Url = format!("http://{sandbox}").parse().expect("a URL");
+            let url: url::Url = format!("http://{sandbox}").parse().expect("a URL");
             let http = http_client::Client::new(&http, &url, 2048).expect("a client of plain HTTP");
             let endpoint = upstream::Endpoint::new(url, defaults(), Arc::clone(&metrics));
             let client = upstream::Client::new(http, endpoint, credentials.clone());

@@ -9,12 +9,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use reqwest::Url;
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
     sync::{oneshot, watch},
 };
+use url::Url;
 
 use crate::{
     accept, admin,
@@ -124,7 +124,7 @@ async fn run(options: Serve, metrics: Arc<Metrics>, access: Access) -> Result<()
     }
     let (base_url, source, sandbox) = resolve_upstream(&options).await?;
     let system_roots = system_roots(&base_url, &source);
-    let http = options.upstream.http_config(&base_url, system_roots)?;
+    let http = options.upstream.http_config(system_roots)?;
     let credentials = Credentials::start(source, &http, Arc::clone(&metrics))?;
     let mut server_options = options.server.clone();
     let (connections, calls) = (server_options.max_connections, server_options.max_in_flight);

@@ -17,9 +17,9 @@ use bytes::Bytes;
 use http::{HeaderMap, Request};
 use http_body_util::Full;
 use jiff::Timestamp;
-use reqwest::Url;
 use serde_json::json;
 use tokio::time::{Instant, timeout};
+use url::Url;
 
 use crate::{
     accept, app,
@@ -30,11 +30,11 @@ use crate::{
     descriptors,
     error::{Error, FailedLookup},
     http_client::{self, Obstacle, Reuse},
-    options::url::without_slash,
+    options::url::{Proxy, without_slash},
     reason::Reason,
     server::tls,
     status::Failure,
-    telemetry::{Facts, LogFormat, Progress, escape_utf16, metrics::Metrics, needs_escape},
+    telemetry::{Facts, LogFormat, Progress, escape_utf16, is_invisible, metrics::Metrics},
     upstream::{self, LookupContext, TaskQuery, clock},
     wait,
 };
@@ -87,7 +87,7 @@ impl Report {
         // Parts of it can come from a peer.
         let mut safe = String::with_capacity(message.len());
         for c in message.chars() {
-            match needs_escape(c) {
+            match is_invisible(c) {
                 true => escape_utf16(c, &mut safe),
                 false => safe.push(c),
             }
@@ -165,7 +165,7 @@ async fn upstream(options: &Check, base_url: &Url, source: Source, report: &mut 
     settings.attempt_timeout = settings.attempt_timeout.min(REPLY_TIMEOUT);
     settings.max_attempts = 1;
     let roots = app::system_roots(base_url, &source);
-    let http = match settings.http_config(base_url, roots) {
+    let http = match settings.http_config(roots) {
         Ok(http) => http,
         Err(error) => return report.add("roots", Fail, &error.to_string()),
     };
@@ -182,7 +182,7 @@ async fn upstream(options: &Check, base_url: &Url, source: Source, report: &mut 
         Ok(client) => client,
         Err(error) => return report.add("connection", Fail, &error.to_string()),
     };
-    let is_reached = name(http.proxy.as_ref().unwrap_or(base_url), report).await
+    let is_reached = name(http.proxy.as_ref().map_or(base_url, Proxy::url), report).await
         && connection(&client, base_url, &settings, report).await;
 
     let metrics = Metrics::new();

@@ -18,63 +18,34 @@ pub enum Method {
     Other,
 }
 
-/// The kind of a method: the label `grpc_type`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum MethodKind {
-    /// One request, one reply.
-    Unary,
-    /// One request, a stream of replies.
-    ServerStream,
-    /// A stream of requests, a stream of replies.
-    BidiStream,
-    /// An unknown method.
-    Other,
-}
-
-impl MethodKind {
-    /// The value of the label `grpc_type`.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Unary => "unary",
-            Self::ServerStream => "server_stream",
-            Self::BidiStream => "bidi_stream",
-            Self::Other => "other",
-        }
-    }
-}
-
 /// Each method with its kind and its full name: service and method, as log and traces show them. With a leading slash the full name
 /// is the path. Indexed by `Method as usize`.
-const TABLE: [(Method, MethodKind, &str); Method::COUNT] = [
+const TABLE: [(Method, &str, &str); Method::COUNT] = [
     (
         Method::GetTaskDetail,
-        MethodKind::Unary,
+        "unary",
         "huaweicloud.rds.task.v1.TaskService/GetTaskDetail",
     ),
     (
         Method::WatchTaskDetail,
-        MethodKind::ServerStream,
+        "server_stream",
         "huaweicloud.rds.task.v1.TaskService/WatchTaskDetail",
     ),
-    (
-        Method::HealthCheck,
-        MethodKind::Unary,
-        "grpc.health.v1.Health/Check",
-    ),
+    (Method::HealthCheck, "unary", "grpc.health.v1.Health/Check"),
     (
         Method::HealthWatch,
-        MethodKind::ServerStream,
+        "server_stream",
         "grpc.health.v1.Health/Watch",
     ),
     (
         Method::Reflection,
-        MethodKind::BidiStream,
+        "bidi_stream",
         "grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
     ),
-    (Method::Other, MethodKind::Other, OTHER),
+    (Method::Other, OTHER, OTHER),
 ];
 
-/// Service and method name of [`Method::Other`].
+/// Kind, service and method name of [`Method::Other`].
 const OTHER: &str = "other";
 
 /// The full name of the task service.
@@ -103,8 +74,8 @@ impl Method {
         }
     }
 
-    /// Unary or streaming.
-    pub fn kind(self) -> MethodKind {
+    /// The label `grpc_type`: unary or streaming.
+    pub fn kind(self) -> &'static str {
         TABLE[self as usize].1
     }
 

@@ -1,6 +1,6 @@
 //! The regions of RDS and their hosts, as the vendor's SDK lists them.
 
-use reqwest::Url;
+use url::Url;
 
 use crate::options::{Parsed, nearest, not};
 

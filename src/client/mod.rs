@@ -15,9 +15,9 @@ use std::{
     time::Duration,
 };
 
+use ::url::Url;
 use http::HeaderMap;
 use http_body_util::BodyExt as _;
-use reqwest::Url;
 use secrecy::{ExposeSecret as _, SecretString};
 use tonic::{
     Code, Request, Response, Status,
@@ -45,7 +45,7 @@ use crate::{
     },
     pb,
     pem::{roots, roots_file, without_mark},
-    telemetry::{escape_utf16, needs_escape},
+    telemetry::{escape_utf16, is_invisible},
 };
 
 /// The metadata of the details of a status.
@@ -434,7 +434,7 @@ async fn token(
 fn escape_json(json: &str) -> String {
     let mut escaped = String::with_capacity(json.len());
     for c in json.chars() {
-        if c != '\n' && needs_escape(c) {
+        if c != '\n' && is_invisible(c) {
             escape_utf16(c, &mut escaped);
         } else {
             escaped.push(c);

@@ -6,7 +6,6 @@ use std::{
     sync::Arc,
 };
 
-use reqwest::Url;
 use rustls::{
     DigitallySignedStruct, SignatureScheme,
     client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
@@ -18,6 +17,7 @@ use tokio::{
     net::TcpStream,
 };
 use tonic_health::pb::health_check_response::ServingStatus;
+use url::Url;
 
 use super::{HealthOptions, Pair};
 use crate::{

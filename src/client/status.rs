@@ -5,7 +5,7 @@ use std::fmt;
 use tonic::Status;
 use tonic_types::{ErrorDetail, StatusExt as _};
 
-use crate::{code, telemetry::needs_escape};
+use crate::{code, telemetry::is_invisible};
 
 /// Writes code and message on the first line, then one indented line per detail.
 pub(super) fn describe(f: &mut fmt::Formatter<'_>, status: &Status) -> fmt::Result {
@@ -64,7 +64,7 @@ pub(super) struct Escaped<'a>(pub(super) &'a str);
 impl fmt::Display for Escaped<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         use fmt::Write as _;
-        self.0.chars().try_for_each(|c| match needs_escape(c) {
+        self.0.chars().try_for_each(|c| match is_invisible(c) {
             true => write!(f, "{}", c.escape_default()),
             false => f.write_char(c),
         })

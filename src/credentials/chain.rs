@@ -3,7 +3,7 @@
 
 use std::{io::ErrorKind, path::PathBuf, sync::Arc};
 
-use reqwest::Url;
+use url::Url;
 
 use super::{auth::AccessKey, file, profile_key};
 use crate::options::url::without_slash;

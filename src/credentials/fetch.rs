@@ -3,20 +3,18 @@
 use std::{fmt, time::Duration};
 
 use bytes::Bytes;
-use http::{HeaderMap, StatusCode};
-use reqwest::RequestBuilder;
+use http::{HeaderMap, Request};
+use http_body_util::Full;
 
 use super::Issuer;
 use crate::{
-    http_client::{self, BodyError, BuildError, SystemRoots},
+    http_client::{self, Client, Reuse},
+    reason::Reason,
     wait,
 };
 
 /// Far more than any response of an issuer without its service catalog.
 const MAX_BODY_BYTES: usize = 64 * 1024;
-
-/// Connect and read timeout of the metadata service, as in the vendor's SDK. The service runs on the same host.
-const METADATA_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// A failed refresh. Holds no secret and no part of a body.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -46,7 +44,7 @@ impl FetchError {
         response: &Response,
         wait_if_rejected: Duration,
     ) -> Self {
-        let status = response.status.as_u16();
+        let status = response.status;
         let headers = &response.headers;
         let requested = wait::retry_after(headers, wait::date(headers)).unwrap_or_default();
         let rejected = matches!(status, 401 | 403);
@@ -60,17 +58,19 @@ impl FetchError {
             cause: format!("HTTP status {status}"),
         }
     }
+}
 
-    fn from_transport(error: &reqwest::Error) -> Self {
-        let what = if error.is_timeout() {
-            "no reply in time"
-        } else if error.is_connect() {
-            "cannot connect"
-        } else {
-            "the reply is broken"
+impl From<http_client::Error> for FetchError {
+    fn from(error: http_client::Error) -> Self {
+        let what = match error.reason {
+            Reason::UpstreamResponseTooLarge => {
+                return Self::unavailable("the reply is longer than 64 KiB");
+            }
+            _ if error.timed_out => "no reply in time",
+            _ if error.is_connect() => "cannot connect",
+            _ => "the reply is broken",
         };
-        let cause = http_client::cause(error);
-        Self::unavailable(format!("{what}: {cause}"))
+        Self::unavailable(format!("{what}: {}", error.cause))
     }
 }
 
@@ -82,41 +82,21 @@ impl fmt::Display for FetchError {
 
 /// A complete response.
 pub(super) struct Response {
-    pub(super) status: StatusCode,
+    pub(super) status: u16,
     pub(super) headers: HeaderMap,
     pub(super) body: Bytes,
 }
 
-/// The client for the identity service.
-pub(super) fn identity_client(config: &http_client::Config) -> Result<reqwest::Client, BuildError> {
-    http_client::build(http_client::client_builder(config)?)
-}
-
-/// The client for the metadata service: never through a proxy.
-pub(super) fn metadata_client() -> Result<reqwest::Client, BuildError> {
-    let direct = http_client::Config {
-        tls: http_client::tls_config(SystemRoots::Ignored, None)?,
-        https_only: false,
-        proxy: None,
-        connect_timeout: METADATA_TIMEOUT,
-    };
-    http_client::build(http_client::client_builder(&direct)?.read_timeout(METADATA_TIMEOUT))
-}
-
 /// Sends a request and reads the response, up to 64 KiB.
-pub(super) async fn send(request: RequestBuilder) -> Result<Response, FetchError> {
-    let sent = request.send().await;
-    let response = sent.map_err(|error| FetchError::from_transport(&error))?;
-    let mut response = http::Response::from(response);
-    let body = http_client::read_body(response.body_mut(), MAX_BODY_BYTES)
-        .await
-        .map_err(|error| match error {
-            BodyError::TooLarge => FetchError::unavailable("the reply is longer than 64 KiB"),
-            BodyError::Broken(error) => FetchError::from_transport(&error),
-        })?;
+pub(super) async fn send(
+    client: &Client,
+    request: Request<Full<Bytes>>,
+) -> Result<Response, FetchError> {
+    let mut response = client.send(request, Reuse::Forbidden).await?;
+    let body = response.body_up_to(MAX_BODY_BYTES).await?;
     Ok(Response {
         status: response.status(),
-        headers: std::mem::take(response.headers_mut()),
+        headers: response.headers().clone(),
         body,
     })
 }

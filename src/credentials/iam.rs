@@ -4,10 +4,11 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use http::{HeaderValue, header};
-use reqwest::Url;
+use http::{HeaderValue, Request, header};
+use http_body_util::Full;
 use serde::Deserialize;
 use serde_json::{Value, json};
+use url::Url;
 use zeroize::Zeroizing;
 
 use super::{
@@ -18,6 +19,7 @@ use super::{
 };
 use crate::{
     files::{self, Digest, Watcher},
+    http_client::{self, BuildError, Client},
     wait,
 };
 
@@ -52,7 +54,7 @@ impl IamConfig {
 
 /// The identity service as a source of the cache.
 pub(super) struct IamTokens {
-    client: reqwest::Client,
+    client: Client,
     config: IamConfig,
     password_file: Watcher,
     /// The digest of the password that the identity service rejected, if it did.
@@ -60,13 +62,13 @@ pub(super) struct IamTokens {
 }
 
 impl IamTokens {
-    pub(super) fn new(client: reqwest::Client, config: IamConfig) -> Self {
-        Self {
-            client,
+    pub(super) fn new(http: &http_client::Config, config: IamConfig) -> Result<Self, BuildError> {
+        Ok(Self {
+            client: Client::new(http, &config.endpoint, 0)?,
             password_file: file::watch(config.password_file.clone(), file::INTERVAL),
             config,
             rejected: None,
-        }
+        })
     }
 
     async fn password(&mut self) -> Result<Zeroizing<String>, file::Error> {
@@ -87,17 +89,12 @@ impl Refresh for IamTokens {
             let path = self.config.password_file.display();
             FetchError::unavailable(format!("password file {path}: {error}"))
         })?;
-        let url = format!(
-            "{}/v3/auth/tokens?nocatalog=true",
-            self.config.endpoint.as_str().trim_end_matches('/')
-        );
-        let request = self
-            .client
-            .post(url)
+        let request = Request::post("/v3/auth/tokens?nocatalog=true")
             .header(header::CONTENT_TYPE, "application/json;charset=utf8")
-            .body(body(&self.config, &password));
-        let response = fetch::send(request).await?;
-        if !response.status.is_success() {
+            .body(Full::from(body(&self.config, &password)))
+            .expect("path and header are valid");
+        let response = fetch::send(&self.client, request).await?;
+        if !(200..300).contains(&response.status) {
             let mut error =
                 FetchError::from_response(Issuer::Identity, &response, REST_AFTER_REJECTION);
             let secrets = [&*password, &*self.config.user, &*self.config.domain];
@@ -131,7 +128,7 @@ impl Refresh for IamTokens {
     }
 }
 
-fn body(config: &IamConfig, password: &str) -> Vec<u8> {
+fn body(config: &IamConfig, password: &str) -> String {
     let project = match config.project_id() {
         Some(id) => json!({ "id": id }),
         None => json!({ "name": config.project }),
@@ -143,7 +140,6 @@ fn body(config: &IamConfig, password: &str) -> Vec<u8> {
         "scope": { "project": project },
     } })
     .to_string()
-    .into_bytes()
 }
 
 /// An error response. IAM puts code and message into an object `error`, its gateway puts them at the top.
@@ -266,12 +262,12 @@ mod tests {
     use crate::{
         credentials::fake_issuer::{FakeIssuer, response},
         http_client,
+        options::url::Proxy,
     };
 
     fn http_config() -> http_client::Config {
         http_client::Config {
             tls: http_client::tls_config(http_client::SystemRoots::Ignored, None).unwrap(),
-            https_only: false,
             proxy: None,
             connect_timeout: Duration::from_secs(3),
         }
@@ -291,7 +287,7 @@ mod tests {
             password_file: password_file.path().to_owned(),
             project: "cn-north-4".to_owned(),
         };
-        IamTokens::new(fetch::identity_client(&http_config()).unwrap(), config)
+        IamTokens::new(&http_config(), config).unwrap()
     }
 
     async fn refresh_with(response: &'static str) -> Result<Fetched<Token>, FetchError> {
@@ -350,7 +346,7 @@ mod tests {
         let file = password_file();
         let mut config = source("http://127.0.0.1", &file).config;
         let scope = |config: &IamConfig| {
-            let body: Value = serde_json::from_slice(&body(config, "p")).unwrap();
+            let body: Value = serde_json::from_str(&body(config, "p")).unwrap();
             body["auth"]["scope"]["project"].clone()
         };
 
@@ -511,14 +507,13 @@ mod tests {
             FakeIssuer::start(|_, _| response("201 Created", "X-Subject-Token: t\r\n", "{}")).await;
         let url = proxy.endpoint.replace("http://", "http://user:canary@");
         let through = http_client::Config {
-            proxy: Some(url.parse().unwrap()),
+            proxy: Some(Proxy::parse(&url).unwrap()),
             ..http_config()
         };
 
-        let client = fetch::identity_client(&through).unwrap();
         let file = password_file();
-        let mut source = source("http://iam.invalid", &file);
-        source.client = client;
+        let source = source("http://iam.invalid", &file);
+        let mut source = IamTokens::new(&through, source.config).unwrap();
         source.refresh().await.unwrap();
 
         let request = &proxy.requests()[0];

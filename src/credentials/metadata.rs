@@ -4,10 +4,12 @@
 
 use std::{sync::Arc, time::Duration};
 
-use http::{HeaderValue, StatusCode};
-use reqwest::Url;
+use bytes::Bytes;
+use http::{HeaderValue, Request};
+use http_body_util::Full;
 use serde::Deserialize;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
+use url::Url;
 
 use super::{
     Issuer,
@@ -16,7 +18,13 @@ use super::{
     fetch::{self, FetchError, Response},
     secret, server_time,
 };
-use crate::{options::url, wait};
+use crate::{
+    http_client::{self, BuildError, Client, SystemRoots},
+    wait,
+};
+
+/// The time to connect to the metadata service, and the time for its reply, as in the vendor's SDK. The service runs on the same host.
+const TIMEOUT: Duration = Duration::from_secs(3);
 
 /// The requested lifetime of a token of the hardened mode, in seconds, as in the vendor's SDK.
 const TOKEN_TTL: &str = "21600";
@@ -33,8 +41,7 @@ const NO_AGENCY: &[u8] = b"Please configure Cloud Service Agency first";
 /// The metadata service as a source of the cache. Its keys live 24 hours and are replaced 6 hours before their end, so a refresh
 /// at 80 % of the remaining lifetime always finds new ones.
 pub(super) struct MetadataKeys {
-    client: reqwest::Client,
-    endpoint: String,
+    client: Client,
     /// Begins the text of each error.
     error_prefix: String,
     hardened: Hardened,
@@ -50,18 +57,26 @@ enum Hardened {
 }
 
 impl MetadataKeys {
-    pub(super) fn new(
-        client: reqwest::Client,
-        endpoint: &Url,
-        error_prefix: impl Into<String>,
-    ) -> Self {
-        Self {
-            client,
-            endpoint: url::without_slash(endpoint).to_owned(),
-            error_prefix: error_prefix.into(),
+    pub(super) fn new(endpoint: &Url, error_prefix: String) -> Result<Self, BuildError> {
+        let direct = http_client::Config {
+            tls: http_client::tls_config(SystemRoots::Ignored, None)?,
+            proxy: None,
+            connect_timeout: TIMEOUT,
+        };
+        Ok(Self {
+            client: Client::new(&direct, endpoint, 0)?,
+            error_prefix,
             hardened: Hardened::Unknown,
             previous: None,
-        }
+        })
+    }
+
+    async fn send(&self, request: http::request::Builder) -> Result<Response, FetchError> {
+        let request = request.body(Full::<Bytes>::default());
+        let request = request.expect("path and headers are valid");
+        timeout(2 * TIMEOUT, fetch::send(&self.client, request))
+            .await
+            .unwrap_or_else(|_| Err(FetchError::unavailable("no reply in time")))
     }
 
     /// The token to send, if the machine supports them.
@@ -74,7 +89,7 @@ impl MetadataKeys {
             _ => {}
         }
         let response = self.request_token().await?;
-        if matches!(response.status.as_u16(), 404 | 405 | 503) {
+        if matches!(response.status, 404 | 405 | 503) {
             self.hardened = Hardened::Absent {
                 until: Instant::now() + UNHARDENED_FOR,
             };
@@ -84,16 +99,13 @@ impl MetadataKeys {
     }
 
     async fn request_token(&self) -> Result<Response, FetchError> {
-        let url = format!("{}/meta-data/latest/api/token", self.endpoint);
-        let request = self
-            .client
-            .put(url)
-            .header("x-metadata-token-ttl-seconds", TOKEN_TTL);
-        fetch::send(request).await
+        let request = Request::put("/meta-data/latest/api/token");
+        self.send(request.header("x-metadata-token-ttl-seconds", TOKEN_TTL))
+            .await
     }
 
     fn store_token(&mut self, response: &Response) -> Result<HeaderValue, FetchError> {
-        if response.status != StatusCode::OK {
+        if response.status != 200 {
             return Err(unexpected(response));
         }
         let value = str::from_utf8(&response.body)
@@ -110,18 +122,17 @@ impl MetadataKeys {
     }
 
     async fn request_key(&self, token: Option<HeaderValue>) -> Result<Response, FetchError> {
-        let url = format!("{}/openstack/latest/securitykey", self.endpoint);
-        let mut request = self.client.get(url);
+        let mut request = Request::get("/openstack/latest/securitykey");
         if let Some(token) = token {
             request = request.header("x-metadata-token", token);
         }
-        fetch::send(request).await
+        self.send(request).await
     }
 
     async fn key(&mut self) -> Result<Fetched<Arc<AccessKey>>, FetchError> {
         let token = self.token().await?;
         let mut response = self.request_key(token).await?;
-        if response.status == StatusCode::UNAUTHORIZED {
+        if response.status == 401 {
             let mut parts = response.body.windows(NO_AGENCY.len());
             if parts.any(|part| part == NO_AGENCY) {
                 return Err(FetchError {
@@ -135,7 +146,7 @@ impl MetadataKeys {
             let token = self.store_token(&token)?;
             response = self.request_key(Some(token)).await?;
         }
-        if response.status != StatusCode::OK {
+        if response.status != 200 {
             return Err(unexpected(&response));
         }
         let fetched = temporary_key(&response, self.previous.as_deref())?;
@@ -211,7 +222,7 @@ mod tests {
 
     fn source(issuer: &FakeIssuer) -> MetadataKeys {
         let endpoint = issuer.endpoint.parse().unwrap();
-        MetadataKeys::new(fetch::metadata_client().unwrap(), &endpoint, "")
+        MetadataKeys::new(&endpoint, String::new()).unwrap()
     }
 
     fn key() -> String {

@@ -30,9 +30,9 @@ use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
 
 use aws_lc_rs::{hmac, rand::SystemRandom};
 use http::{HeaderMap, HeaderValue};
-use reqwest::Url;
 use tokio::{sync::watch, time::Instant};
 use tokio_util::task::AbortOnDropHandle;
+use url::Url;
 
 pub use self::{
     auth::{AccessKey, Auth, Identity, Token},
@@ -127,17 +127,12 @@ impl Credentials {
             }
             Source::Profile(path) => Running::profile(path, keys, metrics),
             Source::Iam(iam) => {
-                let http = http_client::Config {
-                    https_only: iam.endpoint.scheme() == "https",
-                    ..http.clone()
-                };
-                let source = iam::IamTokens::new(fetch::identity_client(&http)?, iam);
+                let source = iam::IamTokens::new(http, iam)?;
                 let cache = Cache::start("iam", source, ON_TOKEN_REJECTED, tokens, metrics);
                 Running::CachedToken(cache)
             }
             Source::Metadata(endpoint) => {
-                let client = fetch::metadata_client()?;
-                let source = metadata::MetadataKeys::new(client, &endpoint, "");
+                let source = metadata::MetadataKeys::new(&endpoint, String::new())?;
                 let cache = Cache::start("metadata", source, ON_KEY_REJECTED, keys, metrics);
                 Running::CachedKey(cache)
             }
@@ -145,9 +140,8 @@ impl Credentials {
                 chain::Choice::Environment(key) => Running::Key(key),
                 chain::Choice::Profile(path) => Running::profile(path, keys, metrics),
                 chain::Choice::Metadata(error_prefix) => {
-                    let client = fetch::metadata_client()?;
                     let endpoint = &chain.metadata_endpoint;
-                    let source = metadata::MetadataKeys::new(client, endpoint, error_prefix);
+                    let source = metadata::MetadataKeys::new(endpoint, error_prefix)?;
                     let cache = Cache::start("chain", source, ON_KEY_REJECTED, keys, metrics);
                     Running::CachedKey(cache)
                 }

@@ -7,16 +7,17 @@ use std::{
     sync::Arc,
 };
 
-use reqwest::Url;
+use ::url::Url;
 use secrecy::{ExposeSecret, SecretString};
 
 use super::{
     AccessKey, Source, chain, file, iam, profile,
-    secret::{self, is_invisible, visible},
+    secret::{self, visible},
 };
 use crate::{
     options::{self, PREFIX, Parsed, Shown, Validation, url},
     regions::Region,
+    telemetry::is_invisible,
 };
 
 /// The heading of these options in `--help`.

@@ -3,6 +3,8 @@
 use http::HeaderValue;
 use zeroize::Zeroizing;
 
+use crate::telemetry::is_invisible;
+
 /// The longest accepted token or key. IAM's tokens take up to 31 KiB; the vendor's gateway rejects a header of 32 KB.
 const MAX_BYTES: usize = 31 * 1024;
 
@@ -74,16 +76,6 @@ pub fn visible(text: &str) -> Result<&str, Malformed> {
         Some(_) if text.contains(is_invisible) => Err(Malformed::Invisible),
         Some(_) => Err(Malformed::NotVisibleAscii),
     }
-}
-
-/// Whether a character is a control character or has no width: in a secret or name it goes unnoticed.
-pub fn is_invisible(c: char) -> bool {
-    c.is_control()
-        || matches!(
-            c,
-            '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}'
-                | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}'
-        )
 }
 
 /// The text without a byte order mark and one final line break, which editors add to files.

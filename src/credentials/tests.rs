@@ -7,21 +7,20 @@ use super::{
     fake_issuer::{FakeIssuer, response},
     *,
 };
+use crate::options::url::Proxy;
 
 fn start(source: Source) -> Credentials {
     let proxy = "http://user:canary-proxy@127.0.0.1:1";
-    start_with(source, Some(proxy.parse().unwrap()))
+    start_with(source, Some(Proxy::parse(proxy).unwrap()))
 }
 
 fn start_directly(source: Source) -> Credentials {
     start_with(source, None)
 }
 
-fn start_with(source: Source, proxy: Option<reqwest::Url>) -> Credentials {
+fn start_with(source: Source, proxy: Option<Proxy>) -> Credentials {
     let http = http_client::Config {
         tls: http_client::tls_config(http_client::SystemRoots::Ignored, None).unwrap(),
-        // The address of the source decides.
-        https_only: true,
         proxy,
         connect_timeout: Duration::from_secs(3),
     };

@@ -59,8 +59,8 @@ impl Connector {
         // Divided among the addresses of a name, so that one that does not reply leaves time for the others.
         http.set_connect_timeout(Some(config.connect_timeout));
         let proxy = match &config.proxy {
-            Some(url) => {
-                let matcher = Matcher::builder().all(url.as_str()).build();
+            Some(proxy) => {
+                let matcher = Matcher::builder().all(proxy.url().as_str()).build();
                 Some(matcher.intercept(&origin).ok_or(BuildError::Proxy)?)
             }
             None => None,

@@ -59,6 +59,17 @@ impl Error {
             cause: cause.into(),
         }
     }
+
+    /// Whether no connection was opened.
+    pub fn is_connect(&self) -> bool {
+        matches!(
+            self.reason,
+            Reason::UpstreamDns
+                | Reason::UpstreamConnect
+                | Reason::UpstreamTls
+                | Reason::Overloaded
+        )
+    }
 }
 
 /// The error of a connection that was not opened.
@@ -119,23 +130,10 @@ pub(super) fn body_error(error: &hyper::Error) -> Error {
     Error::new(reason, true, describe(error))
 }
 
-/// The innermost cause of a failed request of a client for credentials or traces.
-pub fn cause(error: &reqwest::Error) -> String {
-    if error.is_connect() && error.is_timeout() {
-        return CONNECT_TIMEOUT.to_owned();
-    }
-    // The message of the outermost error holds the URL, so only its sources are shown.
-    error
-        .source()
-        .map_or_else(|| "no details".to_owned(), describe)
-}
-
-const CONNECT_TIMEOUT: &str = "no connection within the connect timeout";
-
 /// The innermost cause: the message of the system, the TLS library, the HTTP parser or the proxy.
 fn describe(error: &(dyn StdError + 'static)) -> String {
     if error.is::<Elapsed>() {
-        return CONNECT_TIMEOUT.to_owned();
+        return "no connection within the connect timeout".to_owned();
     }
     match tunnel_error(error).as_deref() {
         Some("proxy authorization required") => {

@@ -1,8 +1,7 @@
 //! HTTP clients for the vendor's endpoints, and the limits of their requests.
 //!
-//! [`Client`] serves the request path with connections of its own, because a response decides whether its connection is used again. The
-//! clients for credentials and traces ([`client_builder`]) open a connection per request. All share the settings, the resolver and the
-//! limit on bodies ([`read_body`]).
+//! Calls of RDS reuse connections, and a response decides whether its connection is used again. The requests for credentials and traces are
+//! seconds to hours apart, so each opens a connection and looks the name up again.
 
 mod connect;
 mod error;
@@ -23,36 +22,34 @@ use http::{
 };
 use http_body_util::{BodyExt as _, Full};
 use hyper::{
-    body::{Body, Incoming},
+    body::{Body as _, Incoming},
     client::conn::http1,
 };
-use reqwest::{ClientBuilder, Proxy, Url, redirect};
 use rustls::{ClientConfig, DEFAULT_VERSIONS, RootCertStore, crypto::aws_lc_rs::default_provider};
 use serde::de::IgnoredAny;
+use url::Url;
 
-pub use self::error::{Error, Obstacle, cause};
+pub use self::error::{Error, Obstacle};
 use self::{
     connect::Connector,
     error::{body_error, connect_error, request_error},
     pool::{Connection, MAX_AGE, Pool},
     resolver::Resolver,
 };
-use crate::{pem, reason::Reason};
+use crate::{options::url::Proxy, pem, reason::Reason};
 
 /// Size limit for a response of RDS. A task with its parts takes a few thousand bytes.
-pub const MAX_BODY_BYTES: usize = 1 << 20;
+const MAX_BODY_BYTES: usize = 1 << 20;
 
 const AGENT: &str = concat!("rds-task-facade/", env!("CARGO_PKG_VERSION"));
 
 /// The settings of a client.
-#[derive(Clone)]
+#[derive(Debug, Clone)]
 pub struct Config {
     /// Made once by [`tls_config`] and cloned: clones share the roots and the sessions for resumption.
     pub tls: ClientConfig,
-    /// Rejects URLs without TLS, for requests that carry credentials.
-    pub https_only: bool,
     /// The proxy, if any. Proxy variables of the environment are not read.
-    pub proxy: Option<Url>,
+    pub proxy: Option<Proxy>,
     /// For name lookup, TCP and TLS together.
     pub connect_timeout: Duration,
 }
@@ -124,40 +121,6 @@ pub fn tls_config(
     Ok(config)
 }
 
-/// The settings of the clients for credentials and traces: no redirects, no retries inside the library, no proxies from the environment, TLS
-/// as configured. Their requests are seconds to hours apart, so each has a new connection and looks the name up again.
-///
-/// # Errors
-/// [`BuildError`] for a setting that cannot be used.
-pub fn client_builder(config: &Config) -> Result<ClientBuilder, BuildError> {
-    let resolver = Resolver::system().map_err(|_| BuildError::Threads)?;
-    let mut builder = reqwest::Client::builder()
-        .dns_resolver(resolver)
-        .pool_max_idle_per_host(0)
-        .https_only(config.https_only)
-        .redirect(redirect::Policy::none())
-        // With a limit of 0 the library does not copy each request for a retry; `never` alone does not prevent that.
-        .retry(reqwest::retry::never().max_retries_per_request(0))
-        .referer(false)
-        .no_proxy()
-        .http1_only()
-        .tls_backend_preconfigured(config.tls.clone())
-        .connect_timeout(config.connect_timeout)
-        .user_agent(AGENT);
-    if let Some(proxy) = &config.proxy {
-        builder = builder.proxy(Proxy::all(proxy.clone()).map_err(|_| BuildError::Proxy)?);
-    }
-    Ok(builder)
-}
-
-/// Builds the client of a [`client_builder`].
-///
-/// # Errors
-/// [`BuildError::Tls`] when TLS cannot be set up.
-pub fn build(builder: ClientBuilder) -> Result<reqwest::Client, BuildError> {
-    builder.build().map_err(|_| BuildError::Tls)
-}
-
 /// The addresses of a host name, looked up as connections do it.
 ///
 /// # Errors
@@ -169,34 +132,19 @@ pub async fn look_up(name: &str) -> Result<Vec<IpAddr>, String> {
     Ok(found.iter().map(SocketAddr::ip).collect())
 }
 
-/// A body that was not read to its end.
-#[derive(Debug)]
-pub enum BodyError<E> {
-    /// It is longer than allowed.
-    TooLarge,
-    /// It is cut off, or its framing is broken.
-    Broken(E),
-}
-
 /// Reads a body of up to `max_bytes`.
 ///
 /// A body that is cut off after a complete JSON object counts as read: some peers close a TLS connection without `close_notify`.
-///
-/// # Errors
-/// [`BodyError`] when it is longer or broken.
-pub async fn read_body<B: Body<Data = Bytes> + Unpin>(
-    body: &mut B,
-    max_bytes: usize,
-) -> Result<Bytes, BodyError<B::Error>> {
+async fn read_body(body: &mut Incoming, max_bytes: usize) -> Result<Bytes, Error> {
     let length = body.size_hint().exact().unwrap_or(0);
     if length > max_bytes as u64 {
-        return Err(BodyError::TooLarge);
+        return Err(too_large(max_bytes));
     }
     let Some(first) = next_chunk(body, &[]).await? else {
         return Ok(Bytes::new());
     };
     if first.len() > max_bytes {
-        return Err(BodyError::TooLarge);
+        return Err(too_large(max_bytes));
     }
     let mut next = next_chunk(body, &first).await?;
     if next.is_none() {
@@ -208,7 +156,7 @@ pub async fn read_body<B: Body<Data = Bytes> + Unpin>(
     read.reserve((length as usize).saturating_sub(read.len()));
     while let Some(chunk) = next {
         if read.len() + chunk.len() > max_bytes {
-            return Err(BodyError::TooLarge);
+            return Err(too_large(max_bytes));
         }
         read.extend_from_slice(&chunk);
         next = next_chunk(body, &read).await?;
@@ -216,14 +164,11 @@ pub async fn read_body<B: Body<Data = Bytes> + Unpin>(
     Ok(read.freeze())
 }
 
-async fn next_chunk<B: Body<Data = Bytes> + Unpin>(
-    body: &mut B,
-    read: &[u8],
-) -> Result<Option<Bytes>, BodyError<B::Error>> {
+async fn next_chunk(body: &mut Incoming, read: &[u8]) -> Result<Option<Bytes>, Error> {
     while let Some(frame) = body.frame().await {
         match frame {
             Err(_) if is_json_object(read) => return Ok(None),
-            Err(error) => return Err(BodyError::Broken(error)),
+            Err(error) => return Err(body_error(&error)),
             // Trailers are ignored.
             Ok(frame) => {
                 if let Ok(chunk) = frame.into_data() {
@@ -233,6 +178,11 @@ async fn next_chunk<B: Body<Data = Bytes> + Unpin>(
         }
     }
     Ok(None)
+}
+
+fn too_large(max_bytes: usize) -> Error {
+    let cause = format!("the body is over {} KiB", max_bytes >> 10);
+    Error::new(Reason::UpstreamResponseTooLarge, false, cause)
 }
 
 fn is_json_object(body: &[u8]) -> bool {
@@ -405,15 +355,17 @@ impl Response {
     /// # Errors
     /// [`Error`] when it breaks off or is longer.
     pub async fn body(&mut self) -> Result<Bytes, Error> {
-        let read = read_body(self.response.body_mut(), MAX_BODY_BYTES).await;
+        self.body_up_to(MAX_BODY_BYTES).await
+    }
+
+    /// Reads the body, up to `max_bytes`.
+    ///
+    /// # Errors
+    /// As [`Self::body`].
+    pub async fn body_up_to(&mut self, max_bytes: usize) -> Result<Bytes, Error> {
+        let read = read_body(self.response.body_mut(), max_bytes).await;
         self.is_complete = read.is_ok();
-        read.map_err(|error| match error {
-            BodyError::TooLarge => {
-                let cause = "the body is over 1 MiB";
-                Error::new(Reason::UpstreamResponseTooLarge, false, cause)
-            }
-            BodyError::Broken(error) => body_error(&error),
-        })
+        read
     }
 
     /// Keeps the connection for the next request, unless the status is 500 or above or the body was not read to its end.
@@ -423,15 +375,6 @@ impl Response {
         } else if self.is_complete {
             self.pool.keep(self.connection);
         }
-    }
-}
-
-impl std::fmt::Debug for Config {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        // The proxy's URL may hold a password.
-        f.debug_struct("Config")
-            .field("connect_timeout", &self.connect_timeout)
-            .finish_non_exhaustive()
     }
 }
 

@@ -5,7 +5,6 @@
 
 use std::{
     collections::HashMap,
-    error::Error as StdError,
     io,
     net::{SocketAddr, ToSocketAddrs as _},
     pin::Pin,
@@ -19,7 +18,6 @@ use std::{
 };
 
 use hyper_util::client::legacy::connect::dns;
-use reqwest::dns::{Addrs, Resolve, Resolving};
 use tokio::{
     sync::watch,
     time::{Instant, timeout_at},
@@ -181,7 +179,6 @@ fn run(queue: &Mutex<Receiver<Job>>, lookup: &dyn Fn(&str) -> io::Result<Vec<Soc
     }
 }
 
-/// For the connector of `hyper-util`.
 impl Service<dns::Name> for Resolver {
     type Response = std::vec::IntoIter<SocketAddr>;
     type Error = LookupError;
@@ -194,19 +191,6 @@ impl Service<dns::Name> for Resolver {
     fn call(&mut self, name: dns::Name) -> Self::Future {
         let lookup = self.clone().addresses(name.as_str().to_owned());
         Box::pin(async { Ok(lookup.await?.to_vec().into_iter()) })
-    }
-}
-
-impl Resolve for Resolver {
-    fn resolve(&self, name: reqwest::dns::Name) -> Resolving {
-        let lookup = self.clone().addresses(name.as_str().to_owned());
-        Box::pin(async {
-            let found = lookup
-                .await
-                .map_err(Box::<dyn StdError + Send + Sync>::from)?;
-            let found: Vec<_> = found.iter().copied().collect();
-            Ok(Box::new(found.into_iter()) as Addrs)
-        })
     }
 }
 

@@ -1,3 +1,5 @@
+use tokio::io::AsyncReadExt as _;
+
 use super::*;
 use crate::test_support::{
     upstream::{Gate, Received, Step, Upstream, reply},
@@ -5,32 +7,30 @@ use crate::test_support::{
 };
 
 #[tokio::test]
-async fn an_https_only_client_opens_no_plain_connection() {
-    let plain = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let url = format!("http://{}", plain.local_addr().unwrap());
-    let client = |https_only| {
-        let config = Config {
-            https_only,
-            ..plain_config()
-        };
-        build(client_builder(&config).unwrap()).unwrap()
+async fn a_client_of_an_https_origin_sends_nothing_in_plain_text() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("https://{}", listener.local_addr().unwrap());
+    let client = Client::new(&plain_config(), &url.parse().unwrap(), 0).unwrap();
+    let first_byte = async {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        stream.read_u8().await.unwrap()
     };
 
-    tokio::select! {
-        ended = client(true).get(&url).send() => assert!(ended.unwrap_err().is_builder()),
-        _ = plain.accept() => panic!("a connection"),
-    }
-    // Without `https_only` the same request connects.
-    tokio::select! {
-        accepted = plain.accept() => assert!(accepted.is_ok()),
-        ended = client(false).get(&url).send() => panic!("{ended:?}"),
-    }
+    let request = client.send(Request::new(Full::default()), Reuse::Forbidden);
+    let first_byte = within("a byte", async {
+        tokio::select! {
+            byte = first_byte => byte,
+            ended = request => panic!("{ended:?}"),
+        }
+    });
+
+    const HANDSHAKE_RECORD: u8 = 22;
+    assert_eq!(first_byte.await, HANDSHAKE_RECORD);
 }
 
 fn plain_config() -> Config {
     Config {
         tls: tls_config(SystemRoots::Ignored, None).unwrap(),
-        https_only: false,
         proxy: None,
         connect_timeout: PATIENCE,
     }
@@ -219,7 +219,7 @@ async fn a_proxy_forwards_plain_requests_with_its_credential_and_the_full_target
         ("", None),
     ] {
         let config = Config {
-            proxy: Some(format!("http://{user}{}", proxy.address).parse().unwrap()),
+            proxy: Some(Proxy::parse(&format!("http://{user}{}", proxy.address)).unwrap()),
             ..plain_config()
         };
         let url = "http://rds.invalid:8080".parse().unwrap();

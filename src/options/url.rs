@@ -3,8 +3,8 @@
 use std::{fmt, net::IpAddr};
 
 use percent_encoding::{NON_ALPHANUMERIC, percent_encode};
-use reqwest::Url;
 use rustls::pki_types::ServerName;
+use url::Url;
 
 use super::{Parsed, not};
 
@@ -106,7 +106,7 @@ fn split(text: &str) -> Option<(&str, &str)> {
     bare.then_some((scheme, authority))
 }
 
-/// Parses a URL that every library accepts: reqwest converts it to a `Uri`, and TLS needs a valid name. A host name that no
+/// Parses a URL that every library accepts: hyper needs a `Uri`, and TLS needs a valid name. A host name that no
 /// library can use would only show as a service that never gets a reply.
 pub fn parse(text: &str) -> Option<Url> {
     let url = Url::parse(text).ok()?;

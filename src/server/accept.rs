@@ -62,7 +62,7 @@ impl<S: Service> Acceptor<S> {
             .and_then(|()| socket.set_nodelay(true));
         match (permit, worker, prepared) {
             (Ok(permit), Some(worker), Ok(())) => {
-                worker.serve(socket, peer, permit, &self.metrics);
+                worker.serve(socket, peer, permit);
             }
             (_, _, Err(_)) => self.metrics.connection_refused(Refusal::Closed),
             _ => self.metrics.connection_refused(Refusal::Limit),

@@ -16,13 +16,11 @@ use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Timings,
     edge::{self, Edge},
     preface::{self, Replay},
     reply,
-    request_body::{Discarded, RequestBody},
+    request_body::RequestBody,
     stream::Streams,
-    tls::Tls,
 };
 use crate::{
     caller::Caller,
@@ -54,14 +52,6 @@ const RESERVED_AUXILIARY_STREAMS: usize = 2;
 /// The time that a connection without a complete preface has left once a drain has begun: enough for bytes in transit.
 const DRAIN_PREFACE_TIMEOUT: Duration = Duration::from_millis(200);
 
-/// What all connections of one worker share.
-pub(super) struct WorkerContext<S> {
-    pub(super) edge: Edge<S>,
-    pub(super) tls: Option<Arc<Tls>>,
-    pub(super) timings: Timings,
-    pub(super) discarded: Arc<Discarded>,
-}
-
 /// Serves one connection to its end.
 ///
 /// # Errors
@@ -69,22 +59,21 @@ pub(super) struct WorkerContext<S> {
 pub(super) async fn serve<S: Service>(
     socket: std::net::TcpStream,
     peer: SocketAddr,
-    context: Arc<WorkerContext<S>>,
+    edge: Arc<Edge<S>>,
 ) -> Result<(), Refusal> {
-    let go_away = &context.edge.go_away;
     let socket = TcpStream::from_std(socket).map_err(|_| Refusal::Closed)?;
     let connection = Caller::Connection(fastrand::u64(..));
-    match &context.tls {
-        None => read_preface_and_serve(socket, peer, connection, &context).await,
+    match &edge.shared.tls {
+        None => read_preface_and_serve(socket, peer, connection, &edge).await,
         Some(tls) => {
             // Boxed, as is the preface below, to free its memory for the rest of the connection's life.
             let handshake = Box::pin(timeout(
-                context.timings.handshake_timeout,
+                edge.shared.options.timings.handshake_timeout,
                 tls.handshake(socket, peer),
             ));
-            let io = before_drain(handshake, go_away).await?;
+            let io = before_drain(handshake, &edge.shared.go_away).await?;
             let caller = client_certificate(&io).unwrap_or(connection);
-            read_preface_and_serve(io, peer, caller, &context).await
+            read_preface_and_serve(io, peer, caller, &edge).await
         }
     }
 }
@@ -93,14 +82,15 @@ async fn read_preface_and_serve<S: Service, I>(
     io: I,
     peer: SocketAddr,
     caller: Caller,
-    context: &Arc<WorkerContext<S>>,
+    edge: &Arc<Edge<S>>,
 ) -> Result<(), Refusal>
 where
     I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let preface = Box::pin(timeout(context.timings.preface_timeout, preface::read(io)));
-    let io = before_drain(preface, &context.edge.go_away).await?;
-    serve_http2(io, peer, caller, context).await;
+    let limit = edge.shared.options.timings.preface_timeout;
+    let preface = Box::pin(timeout(limit, preface::read(io)));
+    let io = before_drain(preface, &edge.shared.go_away).await?;
+    serve_http2(io, peer, caller, edge).await;
     Ok(())
 }
 
@@ -132,12 +122,12 @@ async fn serve_http2<S: Service, I>(
     io: Replay<I>,
     peer: SocketAddr,
     caller: Caller,
-    context: &Arc<WorkerContext<S>>,
+    edge: &Arc<Edge<S>>,
 ) where
     I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let timings = &context.timings;
-    let go_away = &context.edge.go_away;
+    let timings = &edge.shared.options.timings;
+    let go_away = &edge.shared.go_away;
     let aged = CancellationToken::new();
     let connection = Arc::new(edge::Connection {
         peer: Arc::new(Peer::new(peer)),
@@ -147,10 +137,10 @@ async fn serve_http2<S: Service, I>(
         aged: aged.clone(),
     });
     let service = service_fn(|request: Request<Incoming>| {
-        let (context, connection) = (Arc::clone(context), Arc::clone(&connection));
+        let (edge, connection) = (Arc::clone(edge), Arc::clone(&connection));
         // Boxed, because each future that it passes through would hold a copy, and every call would pay for moving it.
-        let request = Box::new(request.map(|body| RequestBody::new(body, &context.discarded)));
-        async move { Ok::<_, Infallible>(context.edge.handle(&connection, request).await) }
+        let request = Box::new(request.map(|body| RequestBody::new(body, &edge.shared.discarded)));
+        async move { Ok::<_, Infallible>(edge.handle(&connection, request).await) }
     });
     let streams = Streams {
         go_away: Arc::new(go_away.clone()),

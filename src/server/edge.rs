@@ -20,9 +20,10 @@ use tonic::{Code, service::Routes};
 use tower_service::Service as _;
 
 use super::{
-    message,
+    Options, message,
     reply::{self, REQUEST_ID, ReplyBody},
-    request_body::RequestBody,
+    request_body::{Discarded, RequestBody},
+    tls::Tls,
     watch_body::{OpenWatch, WatchDrain},
 };
 use crate::{
@@ -67,25 +68,28 @@ pub(super) struct Connection {
 /// What all calls of one worker share.
 pub(super) struct Edge<S> {
     pub(super) service: S,
+    /// Cancelled shortly before the end of the shutdown grace period. Of this worker, because each call registers with it.
+    pub(super) cut_off: CancellationToken,
+    pub(super) shared: Arc<Shared>,
+}
+
+/// What all workers share.
+pub(super) struct Shared {
+    pub(super) options: Options,
+    pub(super) tls: Option<Tls>,
     /// Health and, if it is on, reflection.
     pub(super) routes: Routes,
-    pub(super) reflection: bool,
-    /// Upper bound of one unary call.
-    pub(super) timeout: Duration,
-    /// Permits for unary calls of the task service, shared by all workers.
+    /// Permits for unary calls of the task service.
     pub(super) in_flight: Arc<FairLimit>,
-    /// Upper bound of one watch.
-    pub(super) max_watch_duration: Duration,
-    /// Permits for watches, shared by all workers.
+    /// Permits for watches.
     pub(super) watches: Arc<FairLimit>,
     /// Spreads the ends of watches during a drain.
     pub(super) watch_drain: Arc<WatchDrain>,
+    /// Permits for auxiliary streams (health, reflection) beyond those that are reserved for each connection.
+    pub(super) auxiliary_permits: Arc<Semaphore>,
+    pub(super) discarded: Arc<Discarded>,
     /// Cancelled when a drain sends GOAWAY.
     pub(super) go_away: CancellationToken,
-    /// Permits for auxiliary streams (health, reflection) beyond those that are reserved for each connection, shared by all workers.
-    pub(super) auxiliary_permits: Arc<Semaphore>,
-    /// Cancelled shortly before the end of the shutdown grace period.
-    pub(super) cut_off: CancellationToken,
     pub(super) sinks: Arc<Sinks>,
 }
 
@@ -96,6 +100,7 @@ impl<S: Service> Edge<S> {
         connection: &Connection,
         mut request: Box<Request<RequestBody>>,
     ) -> Response<ReplyBody> {
+        let options = &self.shared.options;
         let headers = request.headers();
         let caller = match self.service.token_hash(headers) {
             Some(hash) => Caller::Token(hash),
@@ -111,16 +116,16 @@ impl<S: Service> Edge<S> {
             // Less up to a fifth at random, so that watches that began together do not end together.
             Method::WatchTaskDetail => {
                 let part = 1.0 - 0.2 * fastrand::f64();
-                self.max_watch_duration.mul_f64(part)
+                options.max_watch_duration.mul_f64(part)
             }
-            _ => self.timeout,
+            _ => options.timeout,
         };
         let timeout = match caller_timeout {
             Ok(Some(timeout)) => timeout.min(limit),
             _ => limit,
         };
         let mut record = Record::start(
-            &self.sinks,
+            &self.shared.sinks,
             method,
             request_id(headers),
             timeout,
@@ -165,7 +170,7 @@ impl<S: Service> Edge<S> {
             Method::HealthCheck => Some(call.deadline),
             // A stream ends with the caller's deadline, not with the server's maximum.
             Method::HealthWatch => call.caller_deadline,
-            Method::Reflection if self.reflection => call.caller_deadline,
+            Method::Reflection if options.reflection => call.caller_deadline,
             Method::Reflection | Method::Other => {
                 let error = Error::Protocol(Code::Unimplemented, status::UNKNOWN_METHOD);
                 return reply::failure(call, &error);
@@ -180,7 +185,7 @@ impl<S: Service> Edge<S> {
         mut call: Box<Call>,
         request: Box<Request<RequestBody>>,
     ) -> Response<ReplyBody> {
-        let Some(permit) = self.in_flight.try_acquire(call.caller) else {
+        let Some(permit) = self.shared.in_flight.try_acquire(call.caller) else {
             return reply::failure(call, &Error::Overloaded);
         };
         call.permit = Some(Permit::InFlight(permit));
@@ -216,10 +221,7 @@ impl<S: Service> Edge<S> {
         let work = pin!(deadline.bound(work));
         match self.cut_off.run_until_cancelled(work).await {
             Some(Ok(Ok(result))) => result,
-            Some(Ok(Err(_))) => {
-                self.sinks.metrics.panics.inc();
-                Err(Error::Internal)
-            }
+            Some(Ok(Err(_))) => Err(self.panicked()),
             Some(Err(_)) => Err(Error::DeadlineExceeded),
             None => Err(Error::ShuttingDown { retry_after: None }),
         }
@@ -233,11 +235,11 @@ impl<S: Service> Edge<S> {
         request: Box<Request<RequestBody>>,
     ) -> Response<ReplyBody> {
         let own = Arc::clone(&connection.watches).try_acquire_owned();
-        let (Ok(own), Some(permit)) = (own, self.watches.try_acquire(call.caller)) else {
+        let (Ok(own), Some(permit)) = (own, self.shared.watches.try_acquire(call.caller)) else {
             return reply::failure(call, &Error::Overloaded);
         };
         call.permit = Some(Permit::Watch(permit, own));
-        let metrics = Arc::clone(&self.sinks.metrics);
+        let metrics = Arc::clone(&self.shared.sinks.metrics);
         let mut open = OpenWatch::new(metrics);
         let mut ending = self.watch_ending(&call, connection);
         let started = self.start_watch(&mut call, request);
@@ -262,7 +264,7 @@ impl<S: Service> Edge<S> {
         call: &mut Call,
         mut request: Box<Request<RequestBody>>,
     ) -> Result<WatchStream, Error> {
-        let message = Deadline::after(self.timeout)
+        let message = Deadline::after(self.shared.options.timeout)
             .bound(message::read(request.body_mut()))
             .await
             .map_err(|_| {
@@ -272,13 +274,8 @@ impl<S: Service> Edge<S> {
         let metadata = request.headers();
         let message = message::decode(metadata, &message)?;
         let work = self.service.watch_task_detail(call, metadata, message);
-        match AssertUnwindSafe(work).catch_unwind().await {
-            Ok(result) => result,
-            Err(_) => {
-                self.sinks.metrics.panics.inc();
-                Err(Error::Internal)
-            }
-        }
+        let result = AssertUnwindSafe(work).catch_unwind().await;
+        result.unwrap_or_else(|_| Err(self.panicked()))
     }
 
     /// Resolves with the error that ends a watch from outside.
@@ -290,8 +287,8 @@ impl<S: Service> Edge<S> {
         };
         let (deadline, caller_deadline) = (call.deadline, call.caller_deadline);
         let aged = connection.aged.clone();
-        let (go_away, cut_off) = (self.go_away.clone(), self.cut_off.clone());
-        let watch_drain = Arc::clone(&self.watch_drain);
+        let (go_away, cut_off) = (self.shared.go_away.clone(), self.cut_off.clone());
+        let watch_drain = Arc::clone(&self.shared.watch_drain);
         Box::pin(async move {
             tokio::select! {
                 () = sleep_until(deadline.at()) => match caller_deadline {
@@ -317,22 +314,25 @@ impl<S: Service> Edge<S> {
             return reply::failure(call, &Error::Overloaded);
         };
         call.permit = Some(Permit::Auxiliary(permit));
-        let response = AssertUnwindSafe(self.routes.clone().call(*request)).catch_unwind();
+        let response = AssertUnwindSafe(self.shared.routes.clone().call(*request)).catch_unwind();
         // Boxed, because it is larger than all that a call of the task service needs.
         match Box::pin(call.deadline.bound(response)).await {
             Ok(Ok(Ok::<_, Infallible>(response))) => reply::auxiliary(call, response, until),
-            Ok(Err(_)) => {
-                self.sinks.metrics.panics.inc();
-                reply::failure(call, &Error::Internal)
-            }
+            Ok(Err(_)) => reply::failure(call, &self.panicked()),
             Err(_) => reply::failure(call, &Error::DeadlineExceeded),
         }
+    }
+
+    /// Counts a panic of a handler.
+    fn panicked(&self) -> Error {
+        self.shared.sinks.metrics.panics.inc();
+        Error::Internal
     }
 
     /// A permit for an auxiliary stream: one that is reserved for the connection, so that other connections cannot block its health
     /// checks, or else a shared one.
     fn auxiliary_permit(&self, connection: &Connection) -> Option<OwnedSemaphorePermit> {
-        [&connection.auxiliary, &self.auxiliary_permits]
+        [&connection.auxiliary, &self.shared.auxiliary_permits]
             .into_iter()
             .find_map(|permits| Arc::clone(permits).try_acquire_owned().ok())
     }

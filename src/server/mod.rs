@@ -43,8 +43,13 @@ use tokio_util::sync::CancellationToken;
 pub use options::{Options, Timings};
 
 use self::{
-    accept::Acceptor, connection::WorkerContext, edge::Edge, health::HealthState,
-    request_body::Discarded, tls::Tls, watch_body::WatchDrain, worker::Worker,
+    accept::Acceptor,
+    edge::{Edge, Shared},
+    health::HealthState,
+    request_body::Discarded,
+    tls::Tls,
+    watch_body::WatchDrain,
+    worker::Worker,
 };
 use crate::{fair_limit::FairLimit, rpc::Service, supervise::Task, telemetry::Sinks};
 
@@ -70,14 +75,10 @@ pub enum Error {
 
 /// The gRPC server: its listener and its workers, started and not yet accepting connections.
 pub struct Server<S> {
-    options: Options,
     listener: TcpListener,
     acceptor: Acceptor<S>,
     health: HealthState,
-    tls: Option<Arc<Tls>>,
-    in_flight: Arc<FairLimit>,
-    go_away: CancellationToken,
-    discarded: Arc<Discarded>,
+    shared: Arc<Shared>,
     cut_off: CancellationToken,
 }
 
@@ -101,58 +102,46 @@ impl<S: Service> Server<S> {
         sinks: Arc<Sinks>,
     ) -> Result<Self, Error> {
         let tls = match &options.tls {
-            Some(files) => Some(Arc::new(Tls::load(files.clone(), &sinks.metrics)?)),
+            Some(files) => Some(Tls::load(files.clone(), &sinks.metrics)?),
             None => None,
         };
         let health = HealthState::new(serving).await;
-        let routes = health.routes(options.reflection);
-        let in_flight = FairLimit::new(options.max_in_flight);
-        let watches = FairLimit::new(options.max_watches);
+        let watch_drain = (options.shutdown_grace / 2).min(MAX_WATCH_DRAIN);
         sinks.metrics.watches_limit.set(options.max_watches as i64);
-        let go_away = CancellationToken::new();
-        let watch_drain = WatchDrain::new((options.shutdown_grace / 2).min(MAX_WATCH_DRAIN));
-        let auxiliary_permits = Arc::new(Semaphore::new(options.max_connections));
-        let discarded = Arc::new(Discarded::new(options.timings.late_data_timeout));
+        let shared = Arc::new(Shared {
+            tls,
+            routes: health.routes(options.reflection),
+            in_flight: FairLimit::new(options.max_in_flight),
+            watches: FairLimit::new(options.max_watches),
+            watch_drain: WatchDrain::new(watch_drain),
+            auxiliary_permits: Arc::new(Semaphore::new(options.max_connections)),
+            discarded: Arc::new(Discarded::new(options.timings.late_data_timeout)),
+            go_away: CancellationToken::new(),
+            options,
+            sinks,
+        });
         let cut_off = CancellationToken::new();
         let start_worker = |(index, service)| {
-            let context = WorkerContext {
-                edge: Edge {
-                    service,
-                    routes: routes.clone(),
-                    reflection: options.reflection,
-                    timeout: options.timeout,
-                    in_flight: Arc::clone(&in_flight),
-                    max_watch_duration: options.max_watch_duration,
-                    watches: Arc::clone(&watches),
-                    watch_drain: Arc::clone(&watch_drain),
-                    go_away: go_away.clone(),
-                    auxiliary_permits: Arc::clone(&auxiliary_permits),
-                    cut_off: cut_off.child_token(),
-                    sinks: Arc::clone(&sinks),
-                },
-                tls: tls.clone(),
-                timings: options.timings.clone(),
-                discarded: Arc::clone(&discarded),
+            let edge = Edge {
+                service,
+                cut_off: cut_off.child_token(),
+                shared: Arc::clone(&shared),
             };
-            Worker::start(index, context)
+            Worker::start(index, edge)
         };
         let workers: io::Result<Vec<_>> =
             services.into_iter().enumerate().map(start_worker).collect();
         let acceptor = Acceptor {
             workers: workers.map_err(Error::Worker)?,
-            connections: Arc::new(Semaphore::new(options.max_connections)),
-            metrics: Arc::clone(&sinks.metrics),
+            connections: Arc::new(Semaphore::new(shared.options.max_connections)),
+            metrics: Arc::clone(&shared.sinks.metrics),
         };
         listener.set_nonblocking(true).map_err(Error::Listener)?;
         Ok(Self {
             listener: TcpListener::from_std(listener).map_err(Error::Listener)?,
-            options,
             acceptor,
             health,
-            tls,
-            in_flight,
-            go_away,
-            discarded,
+            shared,
             cut_off,
         })
     }
@@ -161,22 +150,19 @@ impl<S: Service> Server<S> {
     /// `shutdown_grace` after GOAWAY, even if clients misbehave. `ready` holds whether the first credential is available.
     pub async fn run(self, mut ready: watch::Receiver<bool>, shutdown: impl Future<Output = ()>) {
         let Self {
-            options,
             listener,
             acceptor,
             health,
-            tls,
-            in_flight,
-            go_away,
-            discarded,
+            shared,
             cut_off,
         } = self;
+        let options = &shared.options;
         let is_ready = *ready.borrow_and_update();
         health.set(is_ready).await;
         let background = &acceptor.metrics.background;
         let accept = || acceptor.accept_from(&listener);
         let follow_ready = || health.follow(ready.clone());
-        let follow_files = || tls::follow(tls.as_deref());
+        let follow_files = || tls::follow(shared.tls.as_ref());
         tokio::select! {
             biased;
             () = shutdown => {}
@@ -196,8 +182,8 @@ impl<S: Service> Server<S> {
             connections,
             ..
         } = acceptor;
-        go_away.cancel();
-        discarded.cancel();
+        shared.go_away.cancel();
+        shared.discarded.cancel();
         let end = Instant::now() + options.shutdown_grace;
         // Calls that outlive the grace period get a reply in its last moments, and the exit comes before its end.
         let cut_off_time = (options.shutdown_grace / 10).min(MAX_CUT_OFF_TIME);
@@ -206,7 +192,7 @@ impl<S: Service> Server<S> {
         if timeout_at(end - cut_off_time, drained()).await.is_err() {
             tracing::warn!(
                 connections = options.max_connections - connections.available_permits(),
-                calls = in_flight.held(),
+                calls = shared.in_flight.held(),
                 "cut off at the end of the shutdown grace"
             );
             cut_off.cancel();

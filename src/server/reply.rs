@@ -94,12 +94,7 @@ pub(super) fn not_grpc(
 /// The response to a failed call: headers only.
 pub(super) fn failure(mut call: Box<Call>, error: &Error) -> Response<ReplyBody> {
     let failure = Failure::from_error(error);
-    call.record.fail(failure.reason);
-    call.record.finish(failure.code);
-    count_rejected_credential(&failure, &call);
-    let mut response: Response<ReplyBody> = failure
-        .to_status(call.record.request_id(), call.caller_remaining())
-        .into_http();
+    let mut response: Response<ReplyBody> = finish(&failure, &mut call).into_http();
     let headers = response.headers_mut();
     headers.insert(REQUEST_ID, id_value(&call));
     if failure.code == Code::Unimplemented {
@@ -178,19 +173,19 @@ fn complete(headers: &mut HeaderMap, call: &mut Call) {
     write_trailers(&failure, headers, call);
 }
 
-fn count_rejected_credential(failure: &Failure<'_>, call: &Call) {
+/// Finishes a call with this failure, and returns its status.
+fn finish(failure: &Failure<'_>, call: &mut Call) -> Status {
     if let Some(owner) = failure.rejected_owner() {
         call.record.credential_rejected(owner == Owner::Server);
     }
-}
-
-/// Finishes a call with this failure.
-pub(super) fn write_trailers(failure: &Failure<'_>, headers: &mut HeaderMap, call: &mut Call) {
-    count_rejected_credential(failure, call);
     call.record.fail(failure.reason);
     call.record.finish(failure.code);
-    failure
-        .to_status(call.record.request_id(), call.caller_remaining())
+    failure.to_status(call.record.request_id(), call.caller_remaining())
+}
+
+/// Finishes a call with this failure, whose status it writes to `headers`.
+pub(super) fn write_trailers(failure: &Failure<'_>, headers: &mut HeaderMap, call: &mut Call) {
+    finish(failure, call)
         .add_header(headers)
         .expect("code, message and details are valid header values");
 }

@@ -10,13 +10,8 @@ use tokio::{
 };
 use tokio_util::task::TaskTracker;
 
-use super::connection::{self, WorkerContext};
-use crate::{
-    lateness,
-    rpc::Service,
-    supervise::Task,
-    telemetry::metrics::{Counted, Metrics},
-};
+use super::{connection, edge::Edge};
+use crate::{lateness, rpc::Service, supervise::Task, telemetry::metrics::Counted};
 
 /// Events taken per `epoll_wait`. Few at a time let a call finish while its data is still in the CPU cache.
 const EVENTS_PER_POLL: usize = 8;
@@ -24,7 +19,7 @@ const EVENTS_PER_POLL: usize = 8;
 /// One worker, as the accept loop sees it.
 pub(super) struct Worker<S> {
     handle: Handle,
-    context: Arc<WorkerContext<S>>,
+    edge: Arc<Edge<S>>,
     connections: TaskTracker,
     stop: oneshot::Sender<()>,
     stopped: oneshot::Receiver<()>,
@@ -32,7 +27,7 @@ pub(super) struct Worker<S> {
 
 impl<S: Service> Worker<S> {
     /// Starts the thread.
-    pub(super) fn start(index: usize, context: WorkerContext<S>) -> io::Result<Self> {
+    pub(super) fn start(index: usize, edge: Edge<S>) -> io::Result<Self> {
         let runtime = Builder::new_current_thread()
             .enable_all()
             .max_io_events_per_tick(EVENTS_PER_POLL)
@@ -40,7 +35,7 @@ impl<S: Service> Worker<S> {
         let handle = runtime.handle().clone();
         let (stop, stop_requested) = oneshot::channel::<()>();
         let (running, stopped) = oneshot::channel::<()>();
-        let metrics = Arc::clone(&context.edge.sinks.metrics);
+        let metrics = Arc::clone(&edge.shared.sinks.metrics);
         thread::Builder::new()
             .name(format!("worker-{index}"))
             .spawn(move || {
@@ -55,7 +50,7 @@ impl<S: Service> Worker<S> {
             })?;
         Ok(Self {
             handle,
-            context: Arc::new(context),
+            edge: Arc::new(edge),
             connections: TaskTracker::new(),
             stop,
             stopped,
@@ -73,15 +68,14 @@ impl<S: Service> Worker<S> {
         socket: std::net::TcpStream,
         peer: SocketAddr,
         permit: OwnedSemaphorePermit,
-        metrics: &Arc<Metrics>,
     ) {
+        let edge = Arc::clone(&self.edge);
+        let metrics = Arc::clone(&edge.shared.sinks.metrics);
         let counted = Counted::new(&metrics.connections);
-        let context = Arc::clone(&self.context);
-        let metrics = Arc::clone(metrics);
         self.connections.spawn_on(
             async move {
                 let _held = (permit, counted);
-                if let Err(reason) = connection::serve(socket, peer, context).await {
+                if let Err(reason) = connection::serve(socket, peer, edge).await {
                     metrics.connection_refused(reason);
                 }
             },

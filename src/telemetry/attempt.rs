@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use http::HeaderMap;
-use reqwest::Url;
 use tokio::time::Instant;
+use url::Url;
 
 use super::{
     metrics::{AttemptOutcome, Metrics},

@@ -7,13 +7,15 @@
 use std::{mem, sync::Arc, thread, time::Duration};
 
 use bytes::Bytes;
-use http::{HeaderValue, StatusCode, header::CONTENT_TYPE};
+use http::{HeaderValue, Method, Request, Uri, header::CONTENT_TYPE};
+use http_body_util::Full;
 use prost::Message as _;
 use tokio::{
     sync::mpsc::{Receiver, Sender, channel},
     time::{sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
+use url::Url;
 
 use super::{
     Tracing, conventions as names,
@@ -24,7 +26,7 @@ use super::{
     },
 };
 use crate::{
-    http_client::{BuildError, SystemRoots, build, cause, client_builder, read_body, tls_config},
+    http_client::{self, BuildError, Client, Reuse, SystemRoots, tls_config},
     supervise::Task,
     wait::{date, retry_after},
 };
@@ -58,8 +60,10 @@ impl SpanQueue {
     /// # Panics
     /// When no thread can be started.
     pub(super) fn start(config: &Tracing, metrics: Arc<Metrics>) -> Result<Self, BuildError> {
+        let endpoint = Url::parse(&config.endpoint).map_err(|_| BuildError::Url)?;
         let mut exporter = Exporter {
-            client: client(config)?,
+            client: client(config, &endpoint)?,
+            path: endpoint.path().parse().map_err(|_| BuildError::Url)?,
             config: config.clone(),
             metrics: Arc::clone(&metrics),
         };
@@ -105,25 +109,24 @@ impl SpanQueue {
     }
 }
 
-fn client(config: &Tracing) -> Result<reqwest::Client, BuildError> {
+fn client(config: &Tracing, endpoint: &Url) -> Result<Client, BuildError> {
     // A certificate file replaces the system's roots, as in OpenTelemetry's exporters.
-    let https = config.endpoint.starts_with("https:");
-    let system = if https && config.certificate_pem.is_none() {
+    let system = if endpoint.scheme() == "https" && config.certificate_pem.is_none() {
         SystemRoots::Trusted
     } else {
         SystemRoots::Ignored
     };
-    let builder = client_builder(&crate::http_client::Config {
+    let direct = http_client::Config {
         tls: tls_config(system, config.certificate_pem.as_deref())?,
-        https_only: https,
         proxy: None,
         connect_timeout: config.timeout,
-    })?;
-    build(builder)
+    };
+    Client::new(&direct, endpoint, 0)
 }
 
 struct Exporter {
-    client: reqwest::Client,
+    client: Client,
+    path: Uri,
     config: Tracing,
     metrics: Arc<Metrics>,
 }
@@ -187,24 +190,25 @@ impl Exporter {
     async fn deliver(&self, body: Bytes, last_error: &mut String) -> Option<u64> {
         let mut pause = FIRST_PAUSE;
         loop {
-            let request = self.client.post(&self.config.endpoint);
-            let request = request.headers(self.config.headers.clone());
-            let wait = match request.body(body.clone()).send().await {
-                Ok(response) if response.status().is_success() => {
-                    let mut response = http::Response::from(response);
-                    let body = read_body(response.body_mut(), MAX_BODY_BYTES).await;
+            let mut request = Request::new(Full::new(body.clone()));
+            *request.method_mut() = Method::POST;
+            *request.uri_mut() = self.path.clone();
+            *request.headers_mut() = self.config.headers.clone();
+            let wait = match self.client.send(request, Reuse::Forbidden).await {
+                Ok(mut response) if (200..300).contains(&response.status()) => {
+                    let body = response.body_up_to(MAX_BODY_BYTES).await;
                     return Some(rejected(&body.unwrap_or_default()));
                 }
                 Ok(response) => {
                     let status = response.status();
-                    *last_error = format!("the collector replied with HTTP {}", status.as_u16());
+                    *last_error = format!("the collector replied with HTTP {status}");
                     if !is_transient(status) {
                         return None;
                     }
                     retry_after(response.headers(), date(response.headers()))
                 }
                 Err(error) => {
-                    *last_error = self.explain(&error);
+                    *last_error = self.explain(error);
                     None
                 }
             };
@@ -214,10 +218,11 @@ impl Exporter {
     }
 
     /// The cause of an attempt without a response. A port that speaks another protocol than HTTP/1.1 is probably the one for gRPC.
-    fn explain(&self, error: &reqwest::Error) -> String {
-        let cause = cause(error);
+    fn explain(&self, error: http_client::Error) -> String {
+        let is_connect = error.is_connect();
+        let cause = error.cause;
         // A TLS port for gRPC accepts only HTTP/2.
-        if error.is_connect() && !cause.contains("NoApplicationProtocol") {
+        if is_connect && !cause.contains("NoApplicationProtocol") {
             return cause;
         }
         let endpoint = &self.config.endpoint;
@@ -269,8 +274,8 @@ fn rejected(body: &[u8]) -> u64 {
 }
 
 /// Whether OTLP permits a retry after this status (OTLP specification, "Failures" of OTLP/HTTP).
-fn is_transient(status: StatusCode) -> bool {
-    matches!(status.as_u16(), 429 | 502 | 503 | 504)
+fn is_transient(status: u16) -> bool {
+    matches!(status, 429 | 502 | 503 | 504)
 }
 
 #[cfg(test)]

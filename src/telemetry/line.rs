@@ -120,7 +120,7 @@ impl Line {
                 '\n' => self.buffer.push_str("\\n"),
                 '\r' => self.buffer.push_str("\\r"),
                 '\t' => self.buffer.push_str("\\t"),
-                c if needs_escape(c) => escape_utf16(c, &mut self.buffer),
+                c if is_invisible(c) => escape_utf16(c, &mut self.buffer),
                 c => self.buffer.push(c),
             }
         }
@@ -141,8 +141,9 @@ fn truncate(text: &str) -> &str {
     &text[..text.floor_char_boundary(MAX_FIELD_BYTES)]
 }
 
-/// Control characters, line separators, text direction marks, and characters without width, which can hide text from a reader.
-pub(crate) fn needs_escape(c: char) -> bool {
+/// Whether a character is a control character, a line separator or a direction mark, or has no width: it can hide text from a reader, and
+/// goes unnoticed in a secret or name.
+pub(crate) fn is_invisible(c: char) -> bool {
     c.is_control()
         || matches!(
             c,
@@ -236,7 +237,7 @@ mod tests {
             prop_assert_eq!(object["user_agent"].as_str().unwrap(), truncate(&value));
             for line in [json, text] {
                 let line = line.strip_suffix('\n').unwrap();
-                prop_assert!(!line.contains(needs_escape));
+                prop_assert!(!line.contains(is_invisible));
             }
         }
     }

@@ -2,7 +2,7 @@
 //! and no caller can add a series.
 
 use std::{
-    array, fmt,
+    array,
     sync::{Arc, atomic::AtomicU64},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -176,6 +176,7 @@ impl Drop for Counted {
 }
 
 /// All metrics of one process, and the registry that prints them.
+#[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
     /// Indexed by [`Method`].
@@ -236,12 +237,6 @@ pub struct Metrics {
     pub spans_exported: Counter,
     /// Spans dropped because the queue was full, and because their export failed.
     pub spans_dropped: [Counter; 2],
-}
-
-impl fmt::Debug for Metrics {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Metrics").finish_non_exhaustive()
-    }
 }
 
 impl Metrics {
@@ -498,7 +493,7 @@ fn call_series(r: &mut Registry) -> Vec<MethodSeries> {
         seconds.clone(),
     );
     let series = |method: Method| {
-        let kind = ("grpc_type", method.kind().as_str());
+        let kind = ("grpc_type", method.kind());
         let service = ("grpc_service", method.service());
         let name = ("grpc_method", method.name());
         MethodSeries {

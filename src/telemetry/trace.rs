@@ -67,6 +67,10 @@ impl Tracer {
 
     /// Starts the span of a call with these headers.
     pub fn server_span(self: &Arc<Self>, headers: &HeaderMap) -> Arc<ServerSpan> {
+        self.start(headers, None)
+    }
+
+    fn start(self: &Arc<Self>, headers: &HeaderMap, link: Option<Link>) -> Arc<ServerSpan> {
         let parent = Context::from_headers(headers, self.accepted);
         let decision = match &parent {
             Some(parent) => Some(parent.sampled),
@@ -85,7 +89,7 @@ impl Tracer {
                 trace_state,
             },
             parent_span_id,
-            link: None,
+            link,
             started: Timestamp::now(),
         })
     }
@@ -99,23 +103,12 @@ impl ServerSpan {
 
     /// Starts the span of a poll for this watch: the root of a trace of its own, linked to the watch, because a watch can last for hours.
     pub fn poll(&self) -> Arc<Self> {
-        let trace_id = fastrand::u128(1..);
-        Arc::new(Self {
-            tracer: Arc::clone(&self.tracer),
-            context: Context {
-                trace_id,
-                span_id: fastrand::u64(1..),
-                sampled: self.tracer.sampler.samples(trace_id, None),
-                trace_state: String::new(),
-            },
-            parent_span_id: 0,
-            link: Some(Link {
-                trace_id: self.context.trace_id.to_be_bytes().to_vec(),
-                span_id: self.context.span_id.to_be_bytes().to_vec(),
-                ..Link::default()
-            }),
-            started: Timestamp::now(),
-        })
+        let link = Link {
+            trace_id: self.context.trace_id.to_be_bytes().to_vec(),
+            span_id: self.context.span_id.to_be_bytes().to_vec(),
+            ..Link::default()
+        };
+        self.tracer.start(&HeaderMap::new(), Some(link))
     }
 
     /// Exports the span of a poll, which failed for this reason, if any. Called once.

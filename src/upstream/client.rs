@@ -3,8 +3,8 @@
 
 use std::sync::Arc;
 
-use reqwest::Url;
 use tokio::sync::Semaphore;
+use url::Url;
 
 use super::{
     Error, Options, TaskQuery,

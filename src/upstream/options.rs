@@ -2,8 +2,8 @@
 
 use std::{fs, num::NonZeroU32, path::PathBuf, time::Duration};
 
+use ::url::Url;
 use clap::ArgAction;
-use reqwest::Url;
 
 use super::{RateConfig, Scope};
 use crate::{
@@ -139,23 +139,18 @@ impl Options {
         }
     }
 
-    /// The settings of HTTP clients for RDS at `base_url`.
+    /// The settings of the HTTP clients.
     ///
     /// # Errors
     /// [`BuildError`] if there are no certificates to trust.
     pub fn http_config(
         &self,
-        base_url: &Url,
         system_roots: SystemRoots,
     ) -> Result<http_client::Config, BuildError> {
         let extra_roots = self.upstream_ca.as_ref().map(fs::read).transpose();
         Ok(http_client::Config {
             tls: http_client::tls_config(system_roots, extra_roots?.as_deref())?,
-            https_only: base_url.scheme() == "https",
-            proxy: self
-                .upstream_proxy
-                .as_ref()
-                .map(|proxy| proxy.url().clone()),
+            proxy: self.upstream_proxy.clone(),
             connect_timeout: self.connect_timeout,
         })
     }

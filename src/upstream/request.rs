@@ -8,8 +8,8 @@ use http::{
     header::{AUTHORIZATION, CONTENT_TYPE},
 };
 use http_body_util::Full;
-use reqwest::Url;
 use serde::Serialize;
+use url::Url;
 
 use super::TaskQuery;
 use crate::{

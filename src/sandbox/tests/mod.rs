@@ -33,7 +33,6 @@ async fn start() -> TestSandbox {
         client: reqwest::Client::builder()
             .no_proxy()
             .redirect(reqwest::redirect::Policy::none())
-            .tls_certs_only([])
             .build()
             .unwrap(),
     }
