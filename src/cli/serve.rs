@@ -8,7 +8,7 @@ use http::HeaderValue;
 use crate::{
     admin, coalescer,
     credentials::{self, Source, UpstreamContext, secret::parse_token},
-    options::{PREFIX, Shown, Validation, boolean, variable_name},
+    options::{PREFIX, Shown, Validation, boolean, variable_name, word},
     rpc::{
         self,
         request::{MAX_ID, id_problem},
@@ -45,7 +45,7 @@ pub struct Check {
         long,
         value_name = "FORMAT",
         default_value = "text",
-        value_parser = LogFormat::parse,
+        value_parser = word::<LogFormat>,
         help_heading = "Results"
     )]
     pub output: LogFormat,

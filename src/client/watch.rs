@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     deadline::{Deadline, Passed},
-    options::{self, Parsed, boolean, word},
+    options::{self, boolean, word},
     pb::{
         GetTaskDetailResponse, TaskState, WatchTaskDetailRequest, WatchTaskDetailResponse,
         task_service_client::TaskServiceClient,
@@ -58,7 +58,7 @@ pub struct WatchOptions {
     #[arg(long, value_name = "DURATION", default_value = "1h", value_parser = options::duration)]
     pub timeout: Duration,
     /// Print the final task (text), or each state of the task as one line of JSON (json)
-    #[arg(long, value_name = "FORMAT", default_value = "text", value_parser = output)]
+    #[arg(long, value_name = "FORMAT", default_value = "text", value_parser = word::<Output>)]
     pub output: Output,
     /// Wait for a task that RDS does not know yet
     #[arg(
@@ -77,16 +77,12 @@ pub struct WatchOptions {
 }
 
 /// What standard output shows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Output {
     /// The final task.
     Text,
     /// Each state, one line each.
     Json,
-}
-
-fn output(text: &str) -> Parsed<Output> {
-    word(text, &[("text", Output::Text), ("json", Output::Json)])
 }
 
 /// Watches the task. Prints results on standard output and the progress on standard error.

@@ -110,7 +110,6 @@ impl Credentials {
         http: &http_client::Config,
         metrics: Arc<Metrics>,
     ) -> Result<Self, BuildError> {
-        let ready = Arc::new(watch::Sender::new(false));
         let (tokens, latest_token) = watch::channel(None);
         let (keys, latest_key) = watch::channel(None);
         let source = match source {
@@ -147,12 +146,8 @@ impl Credentials {
                 }
             },
         };
-        if matches!(
-            source,
-            Running::Caller(_) | Running::Token(_) | Running::Key(_)
-        ) {
-            ready.send_replace(true);
-        }
+        let is_fetched = matches!(source, Running::CachedToken(_) | Running::CachedKey(_));
+        let ready = Arc::new(watch::Sender::new(!is_fetched));
         let readiness = || Readiness(ready.clone());
         let task = match &source {
             Running::Caller(_) | Running::Token(_) => None,

@@ -46,7 +46,7 @@ const METADATA_ENDPOINT: &str = "http://169.254.169.254";
 pub struct Options {
     /// caller (x-auth-token of each call), token, iam, env, profile, metadata or chain (env, profile, metadata); with
     /// --sandbox the default is token [default: caller]
-    #[arg(long, value_name = "SOURCE", value_parser = SourceKind::parse)]
+    #[arg(long, value_name = "SOURCE", value_parser = options::word::<SourceKind>)]
     credentials: Option<SourceKind>,
     /// For token: file with the token, read again when it changes; or the variable RDS_TASK_FACADE_TOKEN
     #[arg(long, value_name = "FILE")]
@@ -79,7 +79,7 @@ impl fmt::Debug for Options {
 }
 
 /// The credential source by its name.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 enum SourceKind {
     Caller,
     Token,
@@ -88,21 +88,6 @@ enum SourceKind {
     Profile,
     Metadata,
     Chain,
-}
-
-impl SourceKind {
-    fn parse(text: &str) -> Parsed<Self> {
-        let kinds = [
-            ("caller", Self::Caller),
-            ("token", Self::Token),
-            ("iam", Self::Iam),
-            ("env", Self::Env),
-            ("profile", Self::Profile),
-            ("metadata", Self::Metadata),
-            ("chain", Self::Chain),
-        ];
-        options::word(text, &kinds)
-    }
 }
 
 /// The settings of the upstream that the credential source depends on.

@@ -8,7 +8,7 @@ mod validation;
 
 use std::{fs, net::SocketAddr, path::PathBuf, time::Duration};
 
-use clap::{Args, Command};
+use clap::{Args, Command, ValueEnum, builder::PossibleValue};
 
 pub use self::validation::{Environment, PREFIX, Validation, variable_name};
 use crate::deadline::THIRTY_YEARS;
@@ -124,18 +124,17 @@ pub fn address(text: &str) -> Parsed<SocketAddr> {
     })
 }
 
-/// Parses one of these words.
+/// Parses the name of a variant.
 ///
 /// # Errors
 /// The rest of an error sentence.
-pub fn word<T: Copy>(text: &str, words: &[(&str, T)]) -> Parsed<T> {
-    match words.iter().find(|(word, _)| *word == text) {
-        Some((_, value)) => Ok(*value),
-        None => {
-            let words: Vec<&str> = words.iter().map(|(word, _)| *word).collect();
-            Err(not(text, &format!("one of {}", words.join(", "))))
-        }
-    }
+pub fn word<T: ValueEnum>(text: &str) -> Parsed<T> {
+    T::from_str(text, false).map_err(|_| {
+        let variants = T::value_variants().iter();
+        let variants: Vec<_> = variants.filter_map(T::to_possible_value).collect();
+        let names: Vec<&str> = variants.iter().map(PossibleValue::get_name).collect();
+        not(text, &format!("one of {}", names.join(", ")))
+    })
 }
 
 /// The path of a readable file. The path is not echoed, because users mistakenly type the secret instead of its file.

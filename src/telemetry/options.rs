@@ -11,7 +11,7 @@ use crate::options::{self, Parsed, Validation, boolean};
 #[command(next_help_heading = "Log and traces")]
 pub struct Options {
     /// Log format, text or json; RUST_LOG sets the filter
-    #[arg(long, value_name = "FORMAT", default_value = "text", value_parser = LogFormat::parse)]
+    #[arg(long, value_name = "FORMAT", default_value = "text", value_parser = options::word::<LogFormat>)]
     pub log_format: LogFormat,
     /// Send traceparent and tracestate of each attempt's span to RDS; needs trace export
     #[arg(
@@ -52,22 +52,12 @@ impl Options {
 }
 
 /// The format of log lines.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum LogFormat {
     /// For people.
     Text,
     /// One JSON object per line.
     Json,
-}
-
-impl LogFormat {
-    /// Parses `text` or `json`.
-    ///
-    /// # Errors
-    /// The rest of an error sentence.
-    pub fn parse(text: &str) -> Parsed<Self> {
-        options::word(text, &[("text", Self::Text), ("json", Self::Json)])
-    }
 }
 
 fn filter(text: &str) -> Parsed<String> {
