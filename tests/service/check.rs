@@ -120,12 +120,14 @@ async fn every_credential_source_passes_with_the_sandbox() {
         &password,
     ];
     let caller = [("RDS_TASK_FACADE_TOKEN", "sandbox-token")];
-    let cases: [(&str, &[&str], Variables<'_>); 5] = [
+    let cases: [(&str, &[&str], Variables<'_>); 7] = [
         ("token", &[], &[]),
         ("caller", &["--credentials", "caller"], &caller),
         ("env", &["--credentials", "env"], &KEY),
         ("iam", &iam, &[]),
         ("metadata", &["--credentials", "metadata"], &[]),
+        ("chain: environment", &["--credentials", "chain"], &KEY),
+        ("chain: metadata service", &["--credentials", "chain"], &[]),
     ];
 
     for (case, args, env) in cases {
