@@ -112,19 +112,18 @@ pub async fn check(options: Check) -> ExitCode {
     };
     let descriptors = descriptors::raise_limit();
     let serve = &options.serve;
-    certificate(serve, &mut report);
-    match app::resolve_upstream(serve).await {
-        Ok((base_url, source, _)) => {
-            let settings = format!(
-                "RDS at {} with --credentials {}",
-                without_slash(&base_url),
-                source.name()
-            );
-            report.add("settings", Fine, &settings);
-            upstream(&options, &base_url, source, &mut report).await;
+    let (base_url, source, _) = match app::resolve_upstream(serve).await {
+        Ok(found) => found,
+        Err(error) => {
+            report.add("sandbox", Fail, &error.to_string());
+            return ExitCode::FAILURE;
         }
-        Err(error) => report.add("sandbox", Fail, &error.to_string()),
-    }
+    };
+    let (target, from) = (without_slash(&base_url), source.name());
+    let settings = format!("RDS at {target} with --credentials {from}");
+    report.add("settings", Fine, &settings);
+    certificate(serve, &mut report);
+    upstream(&options, &base_url, source, &mut report).await;
     listeners(serve, &mut report);
     descriptor_limit(descriptors, serve, &mut report);
     match report.has_failed {

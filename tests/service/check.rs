@@ -600,4 +600,12 @@ async fn invalid_settings_exit_with_code_2_as_with_serve() {
         assert!(err.contains(part), "{part} in {err}");
         assert_no_canary("check", &err);
     }
+    let (_, _, err) = finished(&["check", "--output", "json"], &[]).await;
+    let line: Value = serde_json::from_str(&err).expect("one JSON object");
+    assert!(
+        line["msg"]
+            .as_str()
+            .is_some_and(|text| text.contains("--region")),
+        "{err}"
+    );
 }
