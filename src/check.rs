@@ -25,7 +25,7 @@ use crate::{
     accept, app,
     caller::Caller,
     cli::{Check, Serve},
-    credentials::{self, Auth, Credentials, Source},
+    credentials::{self, Auth, Credentials, Source, chain},
     deadline::{Deadline, SharedDeadline},
     descriptors,
     error::{Error, FailedLookup},
@@ -112,19 +112,18 @@ pub async fn check(options: Check) -> ExitCode {
     };
     let descriptors = descriptors::raise_limit();
     let serve = &options.serve;
-    certificate(serve, &mut report);
-    match app::resolve_upstream(serve).await {
-        Ok((base_url, source, _)) => {
-            let settings = format!(
-                "RDS at {} with --credentials {}",
-                without_slash(&base_url),
-                source.name()
-            );
-            report.add("settings", Fine, &settings);
-            upstream(&options, &base_url, source, &mut report).await;
+    let (base_url, source, _) = match app::resolve_upstream(serve).await {
+        Ok(found) => found,
+        Err(error) => {
+            report.add("sandbox", Fail, &error.to_string());
+            return ExitCode::FAILURE;
         }
-        Err(error) => report.add("sandbox", Fail, &error.to_string()),
-    }
+    };
+    let (target, from) = (without_slash(&base_url), source.name());
+    let settings = format!("RDS at {target} with --credentials {from}");
+    report.add("settings", Fine, &settings);
+    certificate(serve, &mut report);
+    upstream(&options, &base_url, source, &mut report).await;
     listeners(serve, &mut report);
     descriptor_limit(descriptors, serve, &mut report);
     match report.has_failed {
@@ -186,13 +185,12 @@ async fn upstream(options: &Check, base_url: &Url, source: Source, report: &mut 
         && connection(&client, base_url, &settings, report).await;
 
     let metrics = Metrics::new();
-    let name = source.name();
-    let credentials = match Credentials::start(source, &http, Arc::clone(&metrics)) {
+    let credentials = match Credentials::start(source.clone(), &http, Arc::clone(&metrics)) {
         Ok(credentials) => credentials,
         Err(error) => return report.add("credential", Fail, &error.to_string()),
     };
     let endpoint = upstream::Endpoint::new(base_url.clone(), settings, metrics);
-    match first_credential(&credentials, options, report).await {
+    match first_credential(&credentials, &source, options, report).await {
         _ if !is_reached => report.add("call", Warn, "skipped: there is no connection to RDS"),
         Credential::Failed => report.add("call", Warn, "skipped: there is no credential"),
         Credential::OfCallers => report.add(
@@ -202,7 +200,7 @@ async fn upstream(options: &Check, base_url: &Url, source: Source, report: &mut 
         ),
         Credential::Usable(mut auth, caller) => {
             let client = upstream::Client::new(client, endpoint, credentials);
-            call(&client, &mut auth, caller, options, name, report).await;
+            call(&client, &mut auth, caller, options, source.name(), report).await;
         }
     }
 }
@@ -337,10 +335,10 @@ enum Credential {
 
 async fn first_credential(
     credentials: &Credentials,
+    source: &Source,
     options: &Check,
     report: &mut Report,
 ) -> Credential {
-    let source = &options.serve.source;
     let mut metadata = HeaderMap::new();
     if let Some(token) = &options.caller_token {
         metadata.insert("x-auth-token", token.clone());
@@ -358,7 +356,11 @@ async fn first_credential(
                 (Auth::Key(key), _) if key.security_token.is_some() => "a temporary key",
                 (Auth::Key(_), _) => "a key",
             };
-            let message = format!("{kind}, from --credentials {}", source.name());
+            let place = match source {
+                Source::Chain(chain) => format!(": {}", chain::chosen(chain)),
+                _ => String::new(),
+            };
+            let message = format!("{kind}, from --credentials {}{place}", source.name());
             report.add("credential", Fine, &message);
             return Credential::Usable(auth, caller);
         }

@@ -175,10 +175,14 @@ fn assignment(flag: &str, value: &OsStr) -> OsString {
     argument
 }
 
-/// The log format, read before validation because it is also the format of problems.
+/// The format of problems, read before validation: the one of the log, or of the results of `check`.
 fn log_format(args: &[OsString]) -> LogFormat {
     let json = args.windows(2).any(|pair| {
-        pair[1] == "--log-format=json" || (pair[0] == "--log-format" && pair[1] == "json")
+        let name = pair[0].to_str();
+        matches!(
+            pair[1].to_str(),
+            Some("--log-format=json" | "--output=json")
+        ) || (matches!(name, Some("--log-format" | "--output")) && pair[1] == "json")
     });
     match has_variables(args) && json {
         true => LogFormat::Json,

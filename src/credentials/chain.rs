@@ -29,6 +29,24 @@ pub(super) enum Choice {
     Metadata(String),
 }
 
+impl Choice {
+    fn name(&self, config: &ChainConfig) -> String {
+        match self {
+            Self::Environment(_) => "environment".to_owned(),
+            Self::Profile(path) => format!("profile {}", path.display()),
+            Self::Metadata(_) => {
+                let endpoint = without_slash(&config.metadata_endpoint);
+                format!("metadata service {endpoint}")
+            }
+        }
+    }
+}
+
+/// The name of the link that [`choose`] chooses now. Reads the profile file; blocks.
+pub fn chosen(config: &ChainConfig) -> String {
+    find(config).name(config)
+}
+
 /// Chooses a link. Reads the profile file; blocks.
 pub(super) fn choose(config: &ChainConfig) -> Choice {
     if !config.missing.is_empty() {
@@ -38,18 +56,20 @@ pub(super) fn choose(config: &ChainConfig) -> Choice {
             "the environment has only a part of a key, which is not used"
         );
     }
-    let choice = |source: &str| tracing::info!(source, "the credential chain has chosen a source");
+    let choice = find(config);
+    let source = choice.name(config);
+    tracing::info!(source, "the credential chain has chosen a source");
+    choice
+}
+
+fn find(config: &ChainConfig) -> Choice {
     if let Some(key) = &config.environment {
-        choice("environment");
         return Choice::Environment(key.clone());
     }
     let profile = match &config.profile {
         None => "profile: no home directory and no path given".to_owned(),
         Some(path) => match file::load(path, |text| profile_key(text, None)) {
-            Ok(_) => {
-                choice(&format!("profile {}", path.display()));
-                return Choice::Profile(path.clone());
-            }
+            Ok(_) => return Choice::Profile(path.clone()),
             Err(error) => {
                 let reason = format!("profile {}: {error}", path.display());
                 if error != file::Error::Unreadable(ErrorKind::NotFound) {
@@ -59,10 +79,6 @@ pub(super) fn choose(config: &ChainConfig) -> Choice {
             }
         },
     };
-    choice(&format!(
-        "metadata service {}",
-        without_slash(&config.metadata_endpoint)
-    ));
     Choice::Metadata(format!(
         "environment: no key; {profile}; metadata service: "
     ))

@@ -120,12 +120,14 @@ async fn every_credential_source_passes_with_the_sandbox() {
         &password,
     ];
     let caller = [("RDS_TASK_FACADE_TOKEN", "sandbox-token")];
-    let cases: [(&str, &[&str], Variables<'_>); 5] = [
+    let cases: [(&str, &[&str], Variables<'_>); 7] = [
         ("token", &[], &[]),
         ("caller", &["--credentials", "caller"], &caller),
         ("env", &["--credentials", "env"], &KEY),
         ("iam", &iam, &[]),
         ("metadata", &["--credentials", "metadata"], &[]),
+        ("chain: environment", &["--credentials", "chain"], &KEY),
+        ("chain: metadata service", &["--credentials", "chain"], &[]),
     ];
 
     for (case, args, env) in cases {
@@ -598,4 +600,12 @@ async fn invalid_settings_exit_with_code_2_as_with_serve() {
         assert!(err.contains(part), "{part} in {err}");
         assert_no_canary("check", &err);
     }
+    let (_, _, err) = finished(&["check", "--output", "json"], &[]).await;
+    let line: Value = serde_json::from_str(&err).expect("one JSON object");
+    assert!(
+        line["msg"]
+            .as_str()
+            .is_some_and(|text| text.contains("--region")),
+        "{err}"
+    );
 }
