@@ -85,6 +85,49 @@ pub enum Reason {
 }
 
 impl Reason {
+    /// Every reason, in the order of declaration.
+    pub const ALL: [Self; 39] = [
+        Self::TaskNotFound,
+        Self::InstanceNotFound,
+        Self::ResourceNotFound,
+        Self::AlreadyExists,
+        Self::InstanceBusy,
+        Self::PreconditionFailed,
+        Self::PermissionDenied,
+        Self::QuotaExhausted,
+        Self::Throttled,
+        Self::UpstreamInvalidArgument,
+        Self::UpstreamUnavailable,
+        Self::UpstreamTimeout,
+        Self::UpstreamInternal,
+        Self::UpstreamApiNotFound,
+        Self::UpstreamRejectedRequest,
+        Self::UpstreamUnexpectedStatus,
+        Self::UpstreamRedirect,
+        Self::UpstreamUnknown,
+        Self::UpstreamDns,
+        Self::UpstreamConnect,
+        Self::UpstreamTls,
+        Self::UpstreamReset,
+        Self::UpstreamTruncated,
+        Self::UpstreamProtocol,
+        Self::UpstreamMalformedResponse,
+        Self::UpstreamResponseTooLarge,
+        Self::DeadlineExceeded,
+        Self::InvalidRequest,
+        Self::ProjectNotAllowed,
+        Self::CredentialMissing,
+        Self::CredentialRejected,
+        Self::CredentialLocked,
+        Self::CredentialUnavailable,
+        Self::ClockSkew,
+        Self::Overloaded,
+        Self::ShuttingDown,
+        Self::WatchExpired,
+        Self::CircuitOpen,
+        Self::Internal,
+    ];
+
     /// The text on the wire, in `UPPER_SNAKE_CASE`.
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -127,6 +170,20 @@ impl Reason {
             Self::WatchExpired => "WATCH_EXPIRED",
             Self::CircuitOpen => "CIRCUIT_OPEN",
             Self::Internal => "INTERNAL",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_list_has_every_reason_in_the_order_of_declaration() {
+        let named = include_str!("reason.rs").matches(" => \"").count() - 1;
+        assert_eq!(Reason::ALL.len(), named);
+        for (index, reason) in Reason::ALL.into_iter().enumerate() {
+            assert_eq!(reason as usize, index, "{reason:?}");
         }
     }
 }

@@ -247,6 +247,7 @@ mod tests {
             http_status: Some(404),
             upstream_code: Some("DBS.200543".to_owned()),
             upstream_request_id: Some("abc123".to_owned()),
+            ..Facts::default()
         };
 
         let text = render(

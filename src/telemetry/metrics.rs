@@ -194,6 +194,10 @@ pub struct Metrics {
     pub cache_hits: Counter,
     /// Calls rejected by a throttle window or the rate limiter.
     pub throttled: Counter,
+    /// Calls of `GetTaskDetail` that were slow only because they waited for the rate limiter.
+    pub paced: Counter,
+    /// Indexed by [`Reason`].
+    failed: [Counter; Reason::ALL.len()],
     /// Replies about another instance than requested.
     pub mismatched_replies: Counter,
     credential_expiry: Gauge<f64, AtomicU64>,
@@ -278,6 +282,17 @@ impl Metrics {
                 r,
                 "rds_throttled_calls",
                 "Calls rejected by a throttle window or the rate limiter",
+            ),
+            paced: register(
+                r,
+                "rds_paced_calls",
+                "Calls of GetTaskDetail over 2.5 s, of which less without the wait for the rate limiter",
+            ),
+            failed: counters(
+                r,
+                "rds_failed_calls",
+                "Calls and watches that failed, by reason",
+                Reason::ALL.map(|reason| [("reason", reason.as_str())]),
             ),
             mismatched_replies: register(
                 r,
@@ -394,6 +409,11 @@ impl Metrics {
         let series = &self.calls[method as usize];
         series.handled[code as usize].inc();
         series.seconds.observe(took.as_secs_f64());
+    }
+
+    /// Counts a failed call or watch by its reason.
+    pub fn call_failed(&self, reason: Reason) {
+        self.failed[reason as usize].inc();
     }
 
     /// Counts one upstream attempt; `http_status` is `None` without a reply.

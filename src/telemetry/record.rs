@@ -193,6 +193,17 @@ impl Drop for Record {
         let facts = self.facts();
         let metrics = &self.sinks.metrics;
         metrics.call_handled(self.method, code, took);
+        if self.method == Method::GetTaskDetail
+            && took > FAIR_TIME
+            && took.saturating_sub(facts.paced) <= FAIR_TIME
+        {
+            metrics.paced.inc();
+        }
+        if let (Some(reason), Method::GetTaskDetail | Method::WatchTaskDetail) =
+            (self.reason, self.method)
+        {
+            metrics.call_failed(reason);
+        }
         match self.caller_fault(code, &facts) {
             // The error rate, from which it is subtracted, has only calls of this method.
             Some(CallerFault::Deadline) if self.method != Method::GetTaskDetail => {}
@@ -234,6 +245,8 @@ pub struct Facts {
     pub upstream_code: Option<String>,
     /// The vendor's request id of the last attempt. At most 128 printable ASCII characters.
     pub upstream_request_id: Option<String>,
+    /// The time for which the lookup has waited for the rate limiter.
+    pub paced: Duration,
 }
 
 /// The [`Facts`] of a lookup, readable during its attempts.

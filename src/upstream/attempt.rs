@@ -182,7 +182,10 @@ impl Client {
         if let Some(pacing) = &endpoint.pacing {
             // An attempt that the breaker would reject must not use up the rate.
             breaker.check(attempt).map_err(circuit_open)?;
+            let queued = Instant::now();
             let start = pacing.wait(identity, lookup.caller, deadline).await;
+            let paced = queued.elapsed();
+            lookup.progress.update(|facts| facts.paced += paced);
             start.map_err(|retry_after| {
                 throttled(Throttled {
                     retry_after,
@@ -321,6 +324,7 @@ impl Client {
         lookup.progress.update(|known| {
             *known = Facts {
                 attempts: known.attempts,
+                paced: known.paced,
                 ..facts.clone()
             };
         });

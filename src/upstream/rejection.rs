@@ -63,10 +63,10 @@ pub fn from_envelope(
     let named = named.filter(|wait| !(wait.is_zero() && verdict.reason == Reason::Throttled));
 
     let facts = Facts {
-        attempts: 0,
         http_status: Some(http_status),
         upstream_request_id: request_id(headers).or(envelope.request_id),
         upstream_code: envelope.error_code,
+        ..Facts::default()
     };
     let rejection = Rejection {
         verdict,

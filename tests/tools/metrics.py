@@ -1,10 +1,11 @@
 """Checks the names, types and labels of /metrics with the parsers of the Prometheus client library, in both text formats."""
 
 import concurrent.futures
+import re
 import urllib.request
 
 import grpc
-from facade import SERVICE, Checks, Facade
+from facade import ROOT, SERVICE, Checks, Facade
 from prometheus_client import parser
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
@@ -23,6 +24,7 @@ OUTCOMES = "answer transport_error timeout cancelled".split()
 CLASSES = "1xx 2xx 3xx 4xx 5xx none".split()
 RETRIES = """UPSTREAM_DNS UPSTREAM_CONNECT UPSTREAM_RESET UPSTREAM_TRUNCATED UPSTREAM_PROTOCOL UPSTREAM_TIMEOUT
 UPSTREAM_UNAVAILABLE UPSTREAM_INTERNAL CREDENTIAL_REJECTED CLOCK_SKEW""".split()
+REASONS = re.findall(r'=> "([A-Z_]+)"', (ROOT / "src/reason.rs").read_text())
 TASKS = "admin accept certificates credential health lateness spans".split()
 POLLS = "changed unchanged failed throttled".split()
 WATCH_ENDS = "over deadline cancelled expired drain error stale unread".split()
@@ -50,6 +52,8 @@ EXPECTED = {
     "rds_coalesced_calls": ("counter", *NONE),
     "rds_cache_hits": ("counter", *NONE),
     "rds_throttled_calls": ("counter", *NONE),
+    "rds_paced_calls": ("counter", *NONE),
+    "rds_failed_calls": ("counter", ("reason",), {(reason,) for reason in REASONS}),
     "rds_upstream_mismatched_replies": ("counter", *NONE),
     "rds_watches": ("gauge", *NONE),
     "rds_watches_limit": ("gauge", *NONE),

@@ -164,4 +164,8 @@ async fn the_rate_limiter_paces_calls_within_their_deadline_and_rejects_others_a
         "rejected while others wait for their turn"
     );
     assert_eq!(upstream.requests().len(), 4);
+    // The third and the fourth waited some four seconds.
+    assert_eq!(program.metric("rds_paced_calls_total").await, 2.0);
+    let throttled = "rds_failed_calls_total{reason=\"THROTTLED\"}";
+    assert_eq!(program.metric(throttled).await, 1.0);
 }
