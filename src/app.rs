@@ -26,6 +26,7 @@ use crate::{
     lookup::Lookups,
     method::Method,
     options::url::without_slash,
+    quota_store::{self, QuotaStore},
     rpc::Facade,
     sandbox::Sandbox,
     server::{self, Server},
@@ -37,6 +38,9 @@ use crate::{
 
 /// Longest time for exporting the last spans.
 const MAX_LAST_EXPORT: Duration = Duration::from_secs(5);
+
+/// The exit code for a configuration that cannot be used.
+const INVALID_CONFIGURATION: u8 = 2;
 
 /// Time for the log thread to write its queued lines when a second signal ends the process.
 const LAST_LINES_DELAY: Duration = Duration::from_millis(30);
@@ -60,6 +64,8 @@ pub(crate) enum Error {
     Server(#[from] server::Error),
     #[error("cannot listen for signals: {0}")]
     Signals(#[source] io::Error),
+    #[error(transparent)]
+    QuotaStore(#[from] quota_store::Error),
 }
 
 fn in_use_hint(flag: &str, error: &io::Error) -> String {
@@ -89,6 +95,10 @@ pub async fn sandbox(listen: SocketAddr) -> ExitCode {
 fn finish(ended: Result<(), Error>) -> ExitCode {
     match ended {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error @ Error::QuotaStore(_)) => {
+            tracing::error!("{error}");
+            ExitCode::from(INVALID_CONFIGURATION)
+        }
         Err(error) => {
             tracing::error!("{error}");
             ExitCode::FAILURE
@@ -125,6 +135,14 @@ async fn run(options: Serve, metrics: Arc<Metrics>, access: Access) -> Result<()
     let (base_url, source, sandbox) = resolve_upstream(&options).await?;
     let system_roots = system_roots(&base_url, &source);
     let http = options.upstream.http_config(system_roots)?;
+    let store = QuotaStore::start(
+        &options.quota_store,
+        &base_url,
+        options.upstream.attempt_timeout,
+        options.result_lifetime(),
+        &metrics,
+    );
+    let store = store.await?;
     let credentials = Credentials::start(source, &http, Arc::clone(&metrics))?;
     let mut server_options = options.server.clone();
     let (connections, calls) = (server_options.max_connections, server_options.max_in_flight);
@@ -139,6 +157,7 @@ async fn run(options: Serve, metrics: Arc<Metrics>, access: Access) -> Result<()
         &base_url,
         &http,
         &credentials,
+        store.as_ref(),
         max_calls,
         &metrics,
     )?;
@@ -198,6 +217,9 @@ async fn run(options: Serve, metrics: Arc<Metrics>, access: Access) -> Result<()
         );
     }
     server.run(credentials.ready(), shutdown).await;
+    if let Some(store) = store {
+        store.leave().await;
+    }
     if let Some(tracer) = tracer {
         let spent = stopping.get().map(Instant::elapsed).unwrap_or_default();
         let left = shutdown_time.saturating_sub(spent);
@@ -338,6 +360,7 @@ fn facades(
     base_url: &Url,
     http: &http_client::Config,
     credentials: &Credentials,
+    store: Option<&Arc<QuotaStore>>,
     max_calls: usize,
     metrics: &Arc<Metrics>,
 ) -> Result<Vec<Facade>, Error> {
@@ -361,6 +384,7 @@ fn facades(
             credentials: credentials.clone(),
             coalescer: Arc::clone(&coalescer),
             upstream,
+            store: store.cloned(),
         };
         Ok(Facade::new(lookups, Arc::clone(&hub), &options.rpc))
     };

@@ -408,6 +408,7 @@ async fn call(
         deadline: &shared,
         progress: &progress,
         span: None,
+        store: None,
     };
     let owner = auth.owner();
     let found = deadline.bound(client.show_task_detail(auth, context)).await;

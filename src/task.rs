@@ -2,7 +2,7 @@
 
 use bytes::BufMut;
 use jiff::Timestamp;
-use prost::{Message as _, encoding};
+use prost::{DecodeError, Message as _, encoding};
 
 use crate::pb::{GetTaskDetailResponse, SubTask, TaskState};
 
@@ -70,6 +70,27 @@ impl Task {
     /// The length of the encoded message in bytes.
     pub fn encoded_len(&self) -> usize {
         self.message.encoded_len() + self.parts.len()
+    }
+
+    /// The encoded message.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(self.encoded_len());
+        self.encode(&mut bytes);
+        bytes
+    }
+
+    /// The task in an encoded message.
+    ///
+    /// # Errors
+    /// [`DecodeError`] for other bytes.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, DecodeError> {
+        let mut message = GetTaskDetailResponse::decode(bytes)?;
+        let parts = std::mem::take(&mut message.sub_task_list);
+        let mut task = Self::new(message);
+        for part in parts {
+            task.push(part);
+        }
+        Ok(task)
     }
 
     /// Encodes the message.

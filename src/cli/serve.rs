@@ -1,6 +1,6 @@
 //! The options of `serve`, composed of the options of its modules.
 
-use std::ffi::OsStr;
+use std::{ffi::OsStr, time::Duration};
 
 use clap::{ArgMatches, parser::ValueSource};
 use http::HeaderValue;
@@ -9,6 +9,7 @@ use crate::{
     admin, coalescer,
     credentials::{self, Source, UpstreamContext, secret::parse_token},
     options::{PREFIX, Shown, Validation, boolean, variable_name, word},
+    quota_store,
     rpc::{
         self,
         request::{MAX_ID, id_problem},
@@ -103,6 +104,9 @@ pub struct Serve {
     /// The cache.
     #[command(flatten)]
     pub coalescer: coalescer::Options,
+    /// What replicas share.
+    #[command(flatten)]
+    pub quota_store: quota_store::Options,
     /// Log and traces.
     #[command(flatten)]
     pub telemetry: telemetry::Options,
@@ -163,6 +167,7 @@ impl Serve {
         validation: &mut Validation<'_>,
     ) {
         self.upstream.validate(validation);
+        self.quota_store.validate(validation);
         let upstream = UpstreamContext {
             region: self.upstream.region,
             sandbox: self.upstream.sandbox,
@@ -188,6 +193,15 @@ impl Serve {
         // It may contain a password.
         if self.upstream.upstream_proxy.is_some() {
             resolved.push(("upstream-proxy", Shown::SECRET));
+        }
+        if let Some(store) = &self.quota_store.quota_store {
+            resolved.push((
+                "quota-store",
+                match store.has_credential() {
+                    true => Shown::SECRET,
+                    false => Shown::Value(store.to_string()),
+                },
+            ));
         }
         let mut shown = Vec::new();
         for arg in serve.get_arguments() {
@@ -252,6 +266,12 @@ impl Serve {
             })
             .collect();
         options.join(" ")
+    }
+
+    /// How long the quota store keeps a result: as long as the cache does, and until the next poll of a watched task.
+    pub fn result_lifetime(&self) -> Duration {
+        let poll = self.watch.watch_interval * 4;
+        self.coalescer.cache_ttl.max(poll)
     }
 
     /// A warning if callers can use the configured cloud account for any project.

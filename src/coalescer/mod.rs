@@ -52,6 +52,25 @@ impl Hash for LookupKey {
     }
 }
 
+/// What the work of a lookup has found.
+#[derive(Debug)]
+pub struct Found {
+    /// The task or the error.
+    pub result: Result<Arc<Task>, Error>,
+    /// The time since RDS has returned it, perhaps to another replica.
+    pub age: Duration,
+}
+
+/// A result that RDS has returned now.
+impl From<Result<Arc<Task>, Error>> for Found {
+    fn from(result: Result<Arc<Task>, Error>) -> Self {
+        Self {
+            result,
+            age: Duration::ZERO,
+        }
+    }
+}
+
 /// A finished lookup, shared by all calls that waited for it.
 #[derive(Debug, Clone)]
 pub struct Lookup {
@@ -59,7 +78,7 @@ pub struct Lookup {
     pub result: Result<Arc<Task>, Error>,
     /// What the attempts showed.
     pub progress: Arc<Progress>,
-    /// When the result arrived.
+    /// When RDS has returned the result.
     pub finished_at: Instant,
 }
 
@@ -81,6 +100,8 @@ pub struct Options {
 pub struct Coalescer {
     hasher: RandomState,
     in_flight: Arc<SingleFlight>,
+    /// How long a result is cached; zero for not at all.
+    ttl: Duration,
     cache: Option<Cache<Arc<LookupKey>, Arc<Lookup>>>,
     metrics: Arc<Metrics>,
 }
@@ -97,9 +118,15 @@ impl Coalescer {
         Arc::new(Self {
             hasher: RandomState::new(),
             in_flight: SingleFlight::new(),
+            ttl: options.cache_ttl,
             cache,
             metrics,
         })
+    }
+
+    /// How long a result is cached, if results are.
+    pub fn ttl(&self) -> Option<Duration> {
+        (!self.ttl.is_zero()).then_some(self.ttl)
     }
 
     /// The key of a lookup of `query` by `identity`.
@@ -122,7 +149,7 @@ impl Coalescer {
         work: impl Fn(SharedDeadline, Arc<Progress>) -> F,
     ) -> Arc<Lookup>
     where
-        F: Future<Output = Result<Arc<Task>, Error>> + Send + 'static,
+        F: Future<Output: Into<Found>> + Send + 'static,
     {
         let mut counted = false;
         let lookup = loop {
@@ -158,8 +185,9 @@ impl Coalescer {
 
     fn cached(&self, key: &Arc<LookupKey>, max_age: Option<Duration>) -> Option<Arc<Lookup>> {
         let lookup = self.cache.as_ref()?.get(key)?;
-        let is_fresh = |max_age| lookup.finished_at.elapsed() < max_age;
-        max_age.is_none_or(is_fresh).then_some(lookup)
+        // A result of another replica was not new when it was inserted.
+        let max_age = max_age.unwrap_or(self.ttl);
+        (lookup.finished_at.elapsed() < max_age).then_some(lookup)
     }
 
     /// Runs the leader's work. A panic becomes a result: otherwise it would reach only the waiter that happens to poll, and the others
@@ -168,18 +196,22 @@ impl Coalescer {
         self: Arc<Self>,
         key: Arc<LookupKey>,
         progress: Arc<Progress>,
-        work: impl Future<Output = Result<Arc<Task>, Error>>,
+        work: impl Future<Output: Into<Found>>,
     ) -> impl Future<Output = Arc<Lookup>> {
         // Not an `async` block, which would hold the work twice, and every call would pay for moving it.
         AssertUnwindSafe(work).catch_unwind().map(move |result| {
-            let result = result.unwrap_or_else(|_| {
-                self.metrics.panics.inc();
-                Err(Error::Panicked)
-            });
+            let found = result.map_or_else(
+                |_| {
+                    self.metrics.panics.inc();
+                    Found::from(Err(Error::Panicked))
+                },
+                Into::into,
+            );
+            let now = Instant::now();
             let lookup = Arc::new(Lookup {
-                result,
+                result: found.result,
                 progress,
-                finished_at: Instant::now(),
+                finished_at: now.checked_sub(found.age).unwrap_or(now),
             });
             if let Some(cache) = &self.cache
                 && is_cacheable(&lookup.result)
@@ -203,7 +235,8 @@ fn ended_by_shorter_deadline(lookup: &Lookup, deadline: Deadline) -> bool {
     }
 }
 
-fn is_cacheable(result: &Result<Arc<Task>, Error>) -> bool {
+/// Whether later calls may use a result.
+pub fn is_cacheable(result: &Result<Arc<Task>, Error>) -> bool {
     match result {
         Ok(task) => task.encoded_len() <= MAX_CACHED_BYTES,
         Err(Error::Rejected(rejection)) => {

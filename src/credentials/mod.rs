@@ -35,7 +35,7 @@ use tokio_util::task::AbortOnDropHandle;
 use url::Url;
 
 pub use self::{
-    auth::{AccessKey, Auth, Identity, Token},
+    auth::{AccessKey, Auth, Identity, SharedIdentity, Token},
     options::{HEADING, Options, UpstreamContext},
 };
 use self::{
@@ -85,6 +85,8 @@ pub enum Source {
 #[derive(Clone)]
 pub struct Credentials {
     source: Arc<Running>,
+    /// The shared identity, if it does not depend on the current token or key.
+    fixed_identity: Option<SharedIdentity>,
     ready: Arc<watch::Sender<bool>>,
     _readiness: Option<Arc<AbortOnDropHandle<()>>>,
 }
@@ -112,6 +114,7 @@ impl Credentials {
     ) -> Result<Self, BuildError> {
         let (tokens, latest_token) = watch::channel(None);
         let (keys, latest_key) = watch::channel(None);
+        let mut fixed_identity = None;
         let source = match source {
             Source::Caller => Running::Caller(Box::new(caller_key(None))),
             Source::Token(value) => Running::Token(Token::for_server(value, None)),
@@ -126,11 +129,14 @@ impl Credentials {
             }
             Source::Profile(path) => Running::profile(path, keys, metrics),
             Source::Iam(iam) => {
+                let parts = [iam.endpoint.as_str(), &iam.domain, &iam.user];
+                fixed_identity = Some(SharedIdentity::new("iam", &parts));
                 let source = iam::IamTokens::new(http, iam)?;
                 let cache = Cache::start("iam", source, ON_TOKEN_REJECTED, tokens, metrics);
                 Running::CachedToken(cache)
             }
             Source::Metadata(endpoint) => {
+                fixed_identity = Some(SharedIdentity::new("metadata", &[]));
                 let source = metadata::MetadataKeys::new(&endpoint, String::new())?;
                 let cache = Cache::start("metadata", source, ON_KEY_REJECTED, keys, metrics);
                 Running::CachedKey(cache)
@@ -139,6 +145,7 @@ impl Credentials {
                 chain::Choice::Environment(key) => Running::Key(key),
                 chain::Choice::Profile(path) => Running::profile(path, keys, metrics),
                 chain::Choice::Metadata(error_prefix) => {
+                    fixed_identity = Some(SharedIdentity::new("metadata", &[]));
                     let endpoint = &chain.metadata_endpoint;
                     let source = metadata::MetadataKeys::new(endpoint, error_prefix)?;
                     let cache = Cache::start("chain", source, ON_KEY_REJECTED, keys, metrics);
@@ -157,6 +164,7 @@ impl Credentials {
         };
         Ok(Self {
             source: Arc::new(source),
+            fixed_identity,
             ready,
             _readiness: task.map(|task| Arc::new(AbortOnDropHandle::new(task))),
         })
@@ -196,6 +204,18 @@ impl Credentials {
             .as_ref()
             .first_chunk()
             .copied()
+    }
+
+    /// The identity of a credential of this source for the other replicas.
+    pub fn shared_identity(&self, auth: &Auth) -> SharedIdentity {
+        match (&self.fixed_identity, auth) {
+            (Some(fixed), _) => fixed.clone(),
+            (_, Auth::Key(key)) => SharedIdentity::new("key", &[&key.access_key_id]),
+            (_, Auth::Token(token)) => {
+                let token = token.value.to_str().unwrap_or_default();
+                SharedIdentity::new("token", &[token])
+            }
+        }
     }
 
     /// The credential for a call with this metadata. `caller` holds the [`Credentials::token_hash`], if there is a hash.

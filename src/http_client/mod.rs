@@ -25,8 +25,10 @@ use hyper::{
     body::{Body as _, Incoming},
     client::conn::http1,
 };
+use hyper_util::rt::TokioIo;
 use rustls::{ClientConfig, DEFAULT_VERSIONS, RootCertStore, crypto::aws_lc_rs::default_provider};
 use serde::de::IgnoredAny;
+use tokio::io::{AsyncRead, AsyncWrite};
 use url::Url;
 
 pub use self::error::{Error, Obstacle};
@@ -130,6 +132,23 @@ pub async fn look_up(name: &str) -> Result<Vec<IpAddr>, String> {
     let found = resolver.addresses(name.to_owned()).await;
     let found = found.map_err(|error| error.to_string())?;
     Ok(found.iter().map(SocketAddr::ip).collect())
+}
+
+/// Connects to the host of `url`, with TLS if its scheme is https, for another protocol than HTTP.
+///
+/// # Errors
+/// Why there is no connection.
+pub async fn connect(
+    config: &Config,
+    url: &Url,
+) -> Result<impl AsyncRead + AsyncWrite + Unpin + Send + use<>, String> {
+    let origin = url.origin().ascii_serialization().parse();
+    let origin: Uri = origin.map_err(|_| BuildError::Url.to_string())?;
+    let connector = Connector::new(config, origin).map_err(|error| error.to_string())?;
+    let stream = connector.connect().await;
+    Ok(TokioIo::new(
+        stream.map_err(|error| connect_error(&*error).cause)?,
+    ))
 }
 
 /// Reads a body of up to `max_bytes`.
