@@ -25,11 +25,12 @@ Every flag has a variable: RDS_TASK_FACADE_ and the flag in capitals, for exampl
 wins; an empty variable is unset. Durations are written 250ms, 10s, 5m, 1h; booleans true, false, 1, 0; lists a,b,c.
 
 Other variables:
-  RDS_TASK_FACADE_TOKEN            for --credentials token
+  RDS_TASK_FACADE_TOKEN            for --credentials token; in check also for caller
   HUAWEICLOUD_SDK_AK, _SK, _SECURITY_TOKEN
                                    for --credentials env and chain
   HUAWEICLOUD_SDK_CREDENTIALS_FILE for --credentials profile and chain [default: ~/.huaweicloud/credentials]
   HUAWEICLOUD_SDK_IAM_ENDPOINT     for --credentials iam
+  HUAWEICLOUD_SDK_PROJECT_ID       project for the call of check, without --allow-project
   RUST_LOG                         log filter [default: info]
   OTEL_EXPORTER_OTLP_ENDPOINT      collector for traces, http/protobuf; enables the other OTEL_* variables";
 
