@@ -45,6 +45,7 @@ use crate::{
     },
     pb,
     pem::{roots, roots_file, without_mark},
+    sandbox,
     telemetry::{escape_utf16, is_invisible},
 };
 
@@ -148,9 +149,9 @@ impl Task {
     /// The example task of the RDS API reference, "Obtaining Task Information", which the sandbox also has.
     pub fn example() -> Self {
         Self {
-            project_id: "0483b6b16e954cb88930a360d2c4e663".to_owned(),
-            instance_id: "1ffc4167903840cb93a3da56d28c14fdin01".to_owned(),
-            workflow_id: "102772a9-31fa-4129-b9f8-7638e2792f3b".to_owned(),
+            project_id: sandbox::EXAMPLE_PROJECT_ID.to_owned(),
+            instance_id: sandbox::EXAMPLE_INSTANCE_ID.to_owned(),
+            workflow_id: sandbox::EXAMPLE_WORKFLOW_ID.to_owned(),
             workflow_name: Some("CreateMysqlSingleHAInstance".to_owned()),
         }
     }

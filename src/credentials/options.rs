@@ -17,17 +17,12 @@ use super::{
 use crate::{
     options::{self, PREFIX, Parsed, Shown, Validation, url},
     regions::Region,
+    sandbox,
     telemetry::is_invisible,
 };
 
 /// The heading of these options in `--help`.
 pub const HEADING: &str = "Credentials";
-
-/// The token that the sandbox accepts if none is configured.
-const SANDBOX_TOKEN: &str = "sandbox-token";
-
-/// The sandbox accepts any project; this is the one of the vendor's example.
-const SANDBOX_PROJECT: &str = "0483b6b16e954cb88930a360d2c4e663";
 
 /// The variable of the vendor's SDKs for the path of the profile file.
 const PROFILE_VARIABLE: &str = "HUAWEICLOUD_SDK_CREDENTIALS_FILE";
@@ -153,7 +148,7 @@ impl Options {
                 .map(Source::Token);
         }
         if upstream.sandbox {
-            return secret::parse_token(SANDBOX_TOKEN).ok().map(Source::Token);
+            return secret::parse_token(sandbox::TOKEN).ok().map(Source::Token);
         }
         let sentence = format!("must be set for --credentials token, or the variable {variable}");
         validation.problem("--token-file", sentence);
@@ -181,7 +176,7 @@ impl Options {
             }
             // The name of a region's main project is the region's id.
             (None, Some(region)) => Some(region.id.to_owned()),
-            (None, None) if upstream.sandbox => Some(SANDBOX_PROJECT.to_owned()),
+            (None, None) if upstream.sandbox => Some(sandbox::EXAMPLE_PROJECT_ID.to_owned()),
             (None, None) => {
                 validation.problem(
                     "--iam-project",

@@ -1,7 +1,7 @@
 //! Parses the expiry date of a certificate; rustls checks the rest of it. Hand-written, because an X.509 parser would add more than
 //! ten crates for one date.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::SystemTime;
 
 use jiff::{civil::DateTime, tz::TimeZone};
 
@@ -40,8 +40,7 @@ pub(super) fn expires_at(certificate: &[u8]) -> Option<SystemTime> {
         _ => return None,
     };
     let at = DateTime::strptime("%Y%m%d%H%M%SZ", text).ok()?;
-    let seconds = TimeZone::UTC.to_timestamp(at).ok()?.as_second();
-    Some(UNIX_EPOCH + Duration::from_secs(seconds.try_into().ok()?))
+    SystemTime::try_from(TimeZone::UTC.to_timestamp(at).ok()?).ok()
 }
 
 /// Splits off the first element of `bytes`: its tag, its content, and the rest.
@@ -67,6 +66,8 @@ fn element(bytes: &[u8]) -> Option<(u8, &[u8], &[u8])> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, UNIX_EPOCH};
+
     use rcgen::{CertificateParams, KeyPair, date_time_ymd};
 
     use super::*;

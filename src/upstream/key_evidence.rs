@@ -1,9 +1,9 @@
 //! Evidence in a 401 about the key or token of the attempt. All callers share it, and the gateway also replies with 401 to calls for
 //! projects and endpoints that its owner may not use: such replies must not count against it.
 
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
-use jiff::{civil::DateTime, tz::TimeZone};
+use jiff::Timestamp;
 
 use crate::credentials::TokenEvidence;
 
@@ -75,14 +75,14 @@ pub fn about_token(error_code: Option<&str>, message: &str) -> TokenEvidence {
 /// The time in `signature time:20230527T000431Z,server time:20230527T020608Z`.
 fn server_time(text: &str) -> Option<SystemTime> {
     let (_, rest) = text.split_once("server time:")?;
-    let digits = rest.trim_start().get(..16)?.to_ascii_uppercase();
-    let at = DateTime::strptime("%Y%m%dT%H%M%SZ", digits).ok()?;
-    let seconds = TimeZone::UTC.to_timestamp(at).ok()?.as_second();
-    Some(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds.try_into().ok()?))
+    let at: Timestamp = rest.trim_start().get(..16)?.parse().ok()?;
+    SystemTime::try_from(at).ok()
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     #[test]
