@@ -175,13 +175,11 @@ impl Client {
                 Used::Key(admission.await.map_err(key_unavailable)?)
             }
         };
+        let queued_at = Instant::now();
         if let Some(pacing) = &endpoint.pacing {
             // An attempt that the breaker would reject must not use up the rate.
             breaker.check(attempt).map_err(circuit_open)?;
-            let queued = Instant::now();
             let start = pacing.wait(identity, lookup.caller, deadline).await;
-            let paced = queued.elapsed();
-            lookup.progress.update(|facts| facts.paced += paced);
             start.map_err(|retry_after| {
                 throttled(Throttled {
                     retry_after,
@@ -205,6 +203,7 @@ impl Client {
         progress.update(|facts| {
             resend_count = facts.attempts;
             facts.attempts += 1;
+            facts.paced += signed.sent_at - queued_at;
         });
         let mut record =
             AttemptRecord::start(&endpoint.metrics, request.url(), lookup.span, resend_count);
