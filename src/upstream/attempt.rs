@@ -184,6 +184,7 @@ impl Client {
                 (Used::Key(permit), in_fleet)
             }
         };
+        let queued_at = Instant::now();
         if let Some(session) = lookup.store {
             breaker.check(attempt).map_err(circuit_open)?;
             let admitted = self.admit_in_fleet(session, in_fleet, identity, lookup.caller);
@@ -191,10 +192,7 @@ impl Client {
         } else if let Some(pacing) = &endpoint.pacing {
             // An attempt that the breaker would reject must not use up the rate.
             breaker.check(attempt).map_err(circuit_open)?;
-            let queued = Instant::now();
             let start = pacing.wait(identity, lookup.caller, deadline).await;
-            let paced = queued.elapsed();
-            lookup.progress.update(|facts| facts.paced += paced);
             start.map_err(|retry_after| {
                 throttled(Throttled {
                     retry_after,
@@ -219,6 +217,7 @@ impl Client {
         progress.update(|facts| {
             resend_count = facts.attempts;
             facts.attempts += 1;
+            facts.paced += signed.sent_at - queued_at;
         });
         let mut record =
             AttemptRecord::start(&endpoint.metrics, request.url(), lookup.span, resend_count);
