@@ -217,7 +217,10 @@ impl Client {
             Ok(Err(failure)) => {
                 return Err(failed_request(record, admission, failure, connect_due));
             }
-            Err(_) => return Err(timed_out(record, admission, until, true)),
+            Err(_) => {
+                self.http.timed_out();
+                return Err(timed_out(record, admission, until, true));
+            }
         };
         progress.update(|facts| {
             facts.http_status = Some(reply.status());
