@@ -312,6 +312,11 @@ impl Client {
             }
         }
     }
+
+    /// Records that no response head arrived in time: perhaps the peer behind the idle connections is gone.
+    pub fn timed_out(&self) {
+        self.0.pool.failed();
+    }
 }
 
 impl Origin {

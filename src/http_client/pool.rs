@@ -22,7 +22,7 @@ const JITTER: f64 = 0.1;
 /// Shorter than the keep-alive of common gateways (60 s and more), so that the client closes idle connections before they do.
 const MAX_IDLE: Duration = Duration::from_secs(20);
 
-/// When all responses for this long had a status of 500 or above, idle connections are closed: the peer behind them may have been replaced.
+/// When all responses for this long had a status of 500 or above or did not arrive in time, idle connections are closed: the peer behind them may have been replaced.
 /// While other responses arrive, only the connections of those responses are closed.
 const FAILING: Duration = Duration::from_secs(1);
 
@@ -120,7 +120,8 @@ impl Pool {
         self.lock().idle.clear();
     }
 
-    /// Records a response with a status of 500 or above, or a connection that broke although it was used before.
+    /// Records a response with a status of 500 or above or one that did not arrive in time, or a connection that broke although it was used
+    /// before.
     pub(super) fn failed(&self) {
         self.lock().failing_since.get_or_insert_with(Instant::now);
     }

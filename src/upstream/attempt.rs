@@ -16,7 +16,7 @@ use super::{
     client::LookupContext,
     clock, fleet,
     key_evidence::{self, KeyEvidence},
-    redaction::{is_secret, redact_facts, redact_rejection},
+    redaction::{Secrets, is_secret, redact_facts, redact_rejection},
     rejection::{self, KEY_LOCK},
     request::TaskRequest,
     retry,
@@ -224,18 +224,22 @@ impl Client {
         let until = signed.sent_at + endpoint.options.attempt_timeout;
         let connect_due = signed.sent_at + endpoint.options.connect_timeout;
         let message = request.with(auth, signed.at, &record);
+        let secrets = self.secrets(auth);
         let mut reply = match tokio::time::timeout_at(until, self.http.send(message, reuse)).await {
             Ok(Ok(reply)) => reply,
             Ok(Err(failure)) => {
                 return Err(failed_request(record, admission, failure, connect_due));
             }
-            Err(_) => return Err(timed_out(record, admission, until, true)),
+            Err(_) => {
+                self.http.timed_out();
+                return Err(timed_out(record, admission, until, true));
+            }
         };
         progress.update(|facts| {
             facts.http_status = Some(reply.status());
             facts.upstream_request_id = rejection::request_id(reply.headers());
             facts.upstream_code = None;
-            redact_facts(facts, auth);
+            redact_facts(facts, secrets);
             record.replied(reply.status(), facts.upstream_request_id.as_ref());
         });
         let body = match tokio::time::timeout_at(until, reply.body()).await {
@@ -262,7 +266,7 @@ impl Client {
         let content = match (reply.status(), is_encoded(reply.headers())) {
             (200, true) => Content::Task(Err(NotATask::Malformed)),
             (200, false) => Content::Task(
-                parse_with_pauses(&body, &is_secret(auth))
+                parse_with_pauses(&body, &is_secret(secrets))
                     .await
                     .map(Arc::new),
             ),
@@ -287,9 +291,16 @@ impl Client {
             ..
         }) = &mut outcome
         {
-            redact_rejection(rejection, auth);
+            redact_rejection(rejection, secrets);
         }
         outcome
+    }
+
+    fn secrets<'a>(&'a self, auth: &'a Auth) -> Secrets<'a> {
+        Secrets {
+            auth,
+            proxy: self.endpoint.proxy_password.as_ref(),
+        }
     }
 
     fn interpret(
@@ -332,7 +343,7 @@ impl Client {
         } else {
             admission.succeeded();
         }
-        redact_facts(&mut facts, signed.auth);
+        redact_facts(&mut facts, self.secrets(signed.auth));
         lookup.progress.update(|known| {
             *known = Facts {
                 attempts: known.attempts,

@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     caller::Caller,
-    credentials::{Auth, Credentials},
+    credentials::{Auth, Credentials, fragments::Fragments},
     deadline::SharedDeadline,
     http_client::{self, Reuse},
     quota_store::Session,
@@ -52,6 +52,8 @@ pub struct Endpoint {
     base_url: Url,
     pub(super) options: Options,
     pub(super) scope: Scope,
+    /// Of the proxy, if it has one.
+    pub(super) proxy_password: Option<Fragments>,
     pub(super) clock: Clock,
     pub(super) pacing: Option<Pacing>,
     pub(super) throttle: Throttle,
@@ -81,9 +83,13 @@ impl Safeguards {
 impl Endpoint {
     /// An endpoint without any history.
     pub fn new(base_url: Url, options: Options, metrics: Arc<Metrics>) -> Arc<Self> {
+        let proxy = options.upstream_proxy.as_ref();
+        let password = proxy.and_then(|proxy| proxy.url().password());
         Arc::new(Self {
             base_url,
             scope: options.scope(),
+            proxy_password: password
+                .map(|password| Fragments::from_credential([password.as_bytes()])),
             clock: Clock::default(),
             pacing: options.upstream_rate.map(Pacing::new),
             throttle: Throttle::new(),

@@ -1,5 +1,6 @@
 use std::{
     fs,
+    ops::Range,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -72,6 +73,43 @@ async fn no_call_fails_when_the_address_moves_and_the_previous_upstream_replies_
     let retries = program.metric("rds_upstream_retries_total{reason=\"UPSTREAM_UNAVAILABLE\"}");
     assert!(next.requests().len() >= 40);
     assert!(retries.await >= 1.0);
+}
+
+#[tokio::test]
+async fn idle_connections_are_closed_after_an_attempt_on_one_of_them_has_timed_out() {
+    const IDLE: usize = 10;
+    let gate = Gate::default();
+    let has_moved = Arc::new(AtomicBool::new(false));
+    let upstream = Upstream::start({
+        let (gate, has_moved) = (gate.clone(), Arc::clone(&has_moved));
+        move |request| match has_moved.load(Ordering::Relaxed) && request.connection < IDLE {
+            true => vec![Step::Hold],
+            false => gated_example(&gate),
+        }
+    })
+    .await;
+    let program = Program::over(&upstream.url(), &["--attempt-timeout", "2s"]);
+    // One connection, so that one worker gets all calls.
+    let client = program.client().await;
+    let calls = |numbers: Range<usize>| {
+        let calls = numbers.map(|number| {
+            let mut client = client.clone();
+            async move { client.get_task_detail(request(number)).await }
+        });
+        calls.collect::<JoinSet<_>>()
+    };
+    let first = calls(0..IDLE);
+    upstream.wait_for_requests(IDLE).await;
+    gate.open();
+    assert!(first.join_all().await.iter().all(Result::is_ok));
+
+    // As if a firewall had dropped the connections.
+    has_moved.store(true, Ordering::Relaxed);
+    assert!(calls(0..1).join_all().await.iter().all(Result::is_ok));
+    assert!(calls(0..IDLE).join_all().await.iter().all(Result::is_ok));
+
+    let retries = program.metric("rds_upstream_retries_total{reason=\"UPSTREAM_TIMEOUT\"}");
+    assert_eq!(retries.await, 1.0);
 }
 
 #[tokio::test]

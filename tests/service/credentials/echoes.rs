@@ -9,6 +9,8 @@ const TOKEN: &str = "MIIFTgYJKo+Zhvc-NAQcCoIIFPz";
 const AK: &str = "HPUAKEXAMPLE0123ABCD";
 const SK: &str = "9tR-fQmZ2vLx8WcNd5KsYb1G";
 const SECURITY_TOKEN: &str = "ggpjbi1ub3J0aC00-T0V4QU1QTEU";
+/// Of the proxy.
+const PASSWORD: &str = "Pq7-wRt5_yUi3oPa9s";
 /// Not a credential of the facade.
 const OTHER: &str = "MIIKqwEAOther-text/of+length";
 
@@ -17,11 +19,12 @@ fn forms(text: &str) -> Vec<String> {
     let hex = |prefix: &str| text.bytes().map(|b| format!("{prefix}{b:02x}")).collect();
     let full_width = |c| char::from_u32(u32::from(c) + 0xfee0).expect("a character");
     let base64 = [
-        // base64 of "a:" and TOKEN, of AK, SK and SECURITY_TOKEN.
+        // base64 of "a:" and TOKEN, of AK, SK and SECURITY_TOKEN, of "a:" and PASSWORD.
         (TOKEN, "YTpNSUlGVGdZSktvK1podmMtTkFRY0NvSUlGUHo="),
         (AK, "SFBVQUtFWEFNUExFMDEyM0FCQ0Q="),
         (SK, "OXRSLWZRbVoydkx4OFdjTmQ1S3NZYjFH"),
         (SECURITY_TOKEN, "Z2dwamJpMXViM0owYUMwMC1UMFY0UVUxUVRFVQ=="),
+        (PASSWORD, "YTpQcTctd1J0NV95VWkzb1BhOXM="),
         (OTHER, "TUlJS3F3RUFPdGhlci10ZXh0L29mK2xlbmd0aA=="),
     ];
     let base64 = base64.iter().find(|(of, _)| *of == text);
@@ -104,18 +107,30 @@ async fn the_facades_own_credential_in_a_reply_reaches_neither_callers_nor_the_l
         ("HUAWEICLOUD_SDK_SECURITY_TOKEN", SECURITY_TOKEN),
     ];
     let token = [("RDS_TASK_FACADE_TOKEN", TOKEN)];
-    let cases: [(_, &[_], _, _); 5] = [
+    let cases: [(_, &[_], _, _); 7] = [
         ("token", &token, TOKEN, false),
         ("token", &token, OTHER, true),
         ("env", &key, AK, false),
         ("env", &key, SK, false),
         ("env", &key, SECURITY_TOKEN, false),
+        ("token", &token, PASSWORD, false),
+        ("env", &key, PASSWORD, false),
     ];
 
     for (source, env, text, is_shown) in cases {
         let upstream = echoing(text).await;
         let url = upstream.url();
-        let program = Program::start(&["--endpoint", &url, "--credentials", source], env);
+        // Forwards plain requests.
+        let proxy = format!("http://a:{PASSWORD}@{}", upstream.address);
+        let flags = [
+            "--endpoint",
+            &url,
+            "--credentials",
+            source,
+            "--upstream-proxy",
+            &proxy,
+        ];
+        let program = Program::start(&flags, env);
         for place in 0..PLACES {
             for (form, shown) in forms(text).iter().enumerate() {
                 let result = program.call(request_for(place, form)).await;
