@@ -32,6 +32,8 @@ COMBINATIONS = [
     ["istio"],
     ["istio", "monitoring"],
     ["istio", "gateway-api", "monitoring"],
+    ["istio", "istio-hash"],
+    ["istio", "istio-hash-own", "monitoring"],
     ["linkerd"],
     ["linkerd", "monitoring"],
     ["linkerd", "gateway-api", "monitoring"],
@@ -166,10 +168,14 @@ def check_rules(checks, title, resources, components):
         that("the mesh neither limits nor retries watches", (watch["timeout"], watch["retries"]) == ("0s", {"attempts": 0}), watch)
         policy = one(resources, "PeerAuthentication")["spec"]
         that("mutual TLS is strict on the gRPC port", policy["mtls"]["mode"] == "STRICT" and str(ports["grpc"]) not in policy["portLevelMtls"])
-        outliers = one(resources, "DestinationRule")["spec"]["trafficPolicy"]["outlierDetection"]
+        # With consistent hashing, there is no outlier detection at all.
+        traffic = one(resources, "DestinationRule")["spec"]["trafficPolicy"]
+        outliers, hashed = traffic.get("outlierDetection"), "consistentHash" in traffic["loadBalancer"]
         that(
             "an outage of RDS ejects no pod",
-            outliers["splitExternalLocalOriginErrors"] is True and not any(outliers[name] for name in EJECTING),
+            not outliers
+            if hashed
+            else outliers["splitExternalLocalOriginErrors"] is True and not any(outliers[name] for name in EJECTING),
             outliers,
         )
         hosts = {host for r in resources if r["kind"] == "ServiceEntry" for host in r["spec"]["hosts"]}
