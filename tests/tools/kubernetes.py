@@ -32,6 +32,10 @@ COMBINATIONS = [
     ["istio"],
     ["istio", "monitoring"],
     ["istio", "gateway-api", "monitoring"],
+    ["quota-store"],
+    ["istio", "monitoring", "quota-store"],
+    ["linkerd", "monitoring", "quota-store"],
+    ["ambient", "quota-store"],
     ["istio", "istio-hash"],
     ["istio", "istio-hash-own", "monitoring"],
     ["linkerd"],
@@ -204,11 +208,16 @@ def check_watch_route(that, resources, name):
 
 
 def check_settings(that, settings):
-    """Runs the program with the settings, except those that name files, which do not exist here."""
+    """Runs the program with the settings, except those that name files, which do not exist here. The quota store needs its key."""
     environment = {name: value for name, value in settings.items() if not value.startswith("/")}
-    result = subprocess.run(
-        [PROGRAM, "serve", "--print-config"], capture_output=True, text=True, timeout=30, env=environment
-    )
+    with tempfile.NamedTemporaryFile() as key:
+        key.write(os.urandom(32))
+        key.flush()
+        if "RDS_TASK_FACADE_QUOTA_STORE" in settings:
+            environment["RDS_TASK_FACADE_QUOTA_STORE_KEY_FILE"] = key.name
+        result = subprocess.run(
+            [PROGRAM, "serve", "--print-config"], capture_output=True, text=True, timeout=30, env=environment
+        )
     that("the program accepts the settings", result.returncode == 0, result.stderr)
 
 
@@ -246,8 +255,9 @@ def main():
     for overlay in sorted((KUBERNETES / "overlays").iterdir()):
         found = [problem for resource in render(overlay) for problem in problems(resource)]
         checks.that(f"overlay {overlay.name} fits the schemas", not found, found)
-    found = problems(yaml.safe_load((KUBERNETES / "secret.example.yaml").read_text()))
-    checks.that("the example of a Secret fits its schema", not found, found)
+    for example in KUBERNETES.rglob("secret.example.yaml"):
+        found = problems(yaml.safe_load(example.read_text()))
+        checks.that(f"the example of a Secret in {example.parent.name} fits its schema", not found, found)
 
     check_runbook(checks)
 
