@@ -2,11 +2,13 @@ package main
 
 import (
 	"context"
+	_ "embed"
 	"errors"
 	"fmt"
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -16,9 +18,13 @@ import (
 	"github.com/redis/go-redis/v9"
 )
 
+//go:embed clock/clock.c
+var clockSource []byte
+
 // store is a running Valkey or Redis without persistence, with a connection of its administrator.
 type store struct {
 	program, folder, address string
+	environment              []string
 	command                  *exec.Cmd
 	admin                    *redis.Client
 }
@@ -39,7 +45,7 @@ func startStore() (*store, error) {
 	if err != nil {
 		return nil, err
 	}
-	store := &store{program: program, folder: folder, address: address}
+	store := &store{program: program, folder: folder, address: address, environment: os.Environ()}
 	store.admin = redis.NewClient(&redis.Options{Addr: address, DialTimeout: time.Second, MaxRetries: -1})
 	return store, store.start()
 }
@@ -61,6 +67,7 @@ func (s *store) start() error {
 		return err
 	}
 	s.command = exec.Command(s.program, "--bind", host, "--port", port, "--dir", s.folder, "--save", "", "--appendonly", "no", "--loglevel", "warning")
+	s.command.Env = s.environment
 	s.command.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := s.command.Start(); err != nil {
 		return err
@@ -70,6 +77,30 @@ func (s *store) start() error {
 		return fmt.Errorf("%s does not reply to PING: %w", s.program, err)
 	}
 	return nil
+}
+
+// restartWithClock restarts the store with a clock that setClock moves.
+func (s *store) restartWithClock() error {
+	s.kill()
+	source, library, file := filepath.Join(s.folder, "clock.c"), filepath.Join(s.folder, "clock.so"), filepath.Join(s.folder, "clock")
+	if err := errors.Join(os.WriteFile(source, clockSource, 0o600), s.setClock(0)); err != nil {
+		return err
+	}
+	if output, err := exec.Command("cc", "-shared", "-fPIC", "-O2", "-o", library, source).CombinedOutput(); err != nil {
+		return fmt.Errorf("cc: %w: %s", err, output)
+	}
+	s.environment = append(s.environment, "LD_PRELOAD="+library, "STORE_CLOCK="+file)
+	return s.start()
+}
+
+// setClock moves the store's clock that far from the true time.
+func (s *store) setClock(offset time.Duration) error {
+	file := filepath.Join(s.folder, "clock")
+	// Replaced at once, because the store may read it at any time.
+	if err := os.WriteFile(file+".new", fmt.Append(nil, int(offset.Seconds())), 0o600); err != nil {
+		return err
+	}
+	return os.Rename(file+".new", file)
 }
 
 func (s *store) kill() {
