@@ -44,8 +44,10 @@ var storeFaults = []storeFault{
 		end:   func(_ *store, r *relay) error { r.delay.Store(0); return nil }},
 	{name: "store with another password",
 		begin: func(s *store, r *relay) error {
+			err := s.do("CONFIG", "SET", "requirepass", wrongPassword)
+			// An open connection would keep its permission.
 			r.reset()
-			return s.do("CONFIG", "SET", "requirepass", wrongPassword)
+			return err
 		},
 		end: func(s *store, _ *relay) error { return s.authenticated("CONFIG", "SET", "requirepass", "") }},
 	{name: "store read-only",
@@ -62,16 +64,16 @@ var storeFaults = []storeFault{
 		begin: func(s *store, _ *relay) error { return s.setClock(-time.Hour) }, losesData: true},
 }
 
-// Loads next to a fault: polite callers have several tokens and stay below the rate of each, even at a single replica that paces itself
-// alone. The greedy caller has one token.
+// Loads next to a fault: polite callers have several tokens and use a fifth of the rate of each, so that they also stay below the share of
+// each replica that paces itself alone. The greedy caller has one token.
 const (
 	faultRate     = 60
 	faultPeriod   = 3 * time.Second
 	politeTokens  = 6
-	politeEvery   = 20 * time.Millisecond
+	politeEvery   = 40 * time.Millisecond
 	politePrefix  = "polite-"
 	greedyToken   = "greedy"
-	greedyEvery   = 10 * time.Millisecond
+	greedyEvery   = 20 * time.Millisecond
 	storeWait     = 50 * time.Millisecond
 	storeSettles  = 200 * time.Millisecond
 	storeRecovers = 10 * time.Second
@@ -128,7 +130,7 @@ func (b *fleetBench) storeFault(fault storeFault) error {
 		number := 0
 		for start := time.Now(); ctx.Err() == nil; start = start.Add(politeEvery) {
 			pause(ctx, time.Until(start))
-			replica, token, task := number%replicaCount, fmt.Sprint(politePrefix, number%politeTokens), fmt.Sprint("polite-", number)
+			replica, token, task := number/politeTokens%replicaCount, fmt.Sprint(politePrefix, number%politeTokens), fmt.Sprint("polite-", number)
 			number++
 			each.Go(func() {
 				begun := time.Now()
