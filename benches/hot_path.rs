@@ -188,6 +188,7 @@ fn start_facade(sandbox: SocketAddr) -> SocketAddr {
                 credentials,
                 coalescer,
                 upstream: client,
+                store: None,
             };
             let facade = Facade::new(lookups, hub, &defaults());
             let sinks = Arc::new(Sinks {

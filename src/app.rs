@@ -25,6 +25,7 @@ use crate::{
     http_client::{self, SystemRoots},
     lookup::Lookups,
     options::url::without_slash,
+    quota_store::{self, QuotaStore},
     rpc::Facade,
     sandbox::Sandbox,
     server::{self, Server},
@@ -36,6 +37,9 @@ use crate::{
 
 /// Longest time for exporting the last spans.
 const MAX_LAST_EXPORT: Duration = Duration::from_secs(5);
+
+/// The exit code for a configuration that cannot be used.
+const INVALID_CONFIGURATION: u8 = 2;
 
 /// Time for the log thread to write its queued lines when a second signal ends the process.
 const LAST_LINES_DELAY: Duration = Duration::from_millis(30);
@@ -53,6 +57,8 @@ enum Error {
     Server(#[from] server::Error),
     #[error("cannot listen for signals: {0}")]
     Signals(#[source] io::Error),
+    #[error(transparent)]
+    QuotaStore(#[from] quota_store::Error),
 }
 
 /// Runs the gRPC server until a signal, then drains.
@@ -72,6 +78,10 @@ pub async fn sandbox(listen: SocketAddr) -> ExitCode {
 fn finish(ended: Result<(), Error>) -> ExitCode {
     match ended {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error @ Error::QuotaStore(_)) => {
+            tracing::error!("{error}");
+            ExitCode::from(INVALID_CONFIGURATION)
+        }
         Err(error) => {
             tracing::error!("{error}");
             ExitCode::FAILURE
@@ -116,6 +126,14 @@ async fn run(options: Serve, metrics: Arc<Metrics>, access: Access) -> Result<()
         false => SystemRoots::Ignored,
     };
     let http = options.upstream.http_config(&base_url, system_roots)?;
+    let store = QuotaStore::start(
+        &options.quota_store,
+        &base_url,
+        options.upstream.attempt_timeout,
+        options.result_lifetime(),
+        &metrics,
+    );
+    let store = store.await?;
     let credentials = Credentials::start(source, &http, Arc::clone(&metrics))?;
     let mut server_options = options.server.clone();
     let (connections, calls) = (server_options.max_connections, server_options.max_in_flight);
@@ -130,6 +148,7 @@ async fn run(options: Serve, metrics: Arc<Metrics>, access: Access) -> Result<()
         &base_url,
         &http,
         &credentials,
+        store.as_ref(),
         max_calls,
         &metrics,
     )?;
@@ -186,6 +205,9 @@ async fn run(options: Serve, metrics: Arc<Metrics>, access: Access) -> Result<()
         );
     }
     server.run(credentials.ready(), shutdown).await;
+    if let Some(store) = store {
+        store.leave().await;
+    }
     if let Some(tracer) = tracer {
         let spent = stopping.get().map(Instant::elapsed).unwrap_or_default();
         let left = shutdown_time.saturating_sub(spent);
@@ -262,6 +284,7 @@ fn facades(
     base_url: &Url,
     http: &http_client::Config,
     credentials: &Credentials,
+    store: Option<&Arc<QuotaStore>>,
     max_calls: usize,
     metrics: &Arc<Metrics>,
 ) -> Result<Vec<Facade>, Error> {
@@ -285,6 +308,7 @@ fn facades(
             credentials: credentials.clone(),
             coalescer: Arc::clone(&coalescer),
             upstream,
+            store: store.cloned(),
         };
         Ok(Facade::new(lookups, Arc::clone(&hub), &options.rpc))
     };

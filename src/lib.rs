@@ -37,6 +37,7 @@
 //! - [`upstream`]: the operation of RDS: request, throttling, pacing, attempts, retry, breaker, wire format, meaning of errors
 //! - [`credentials`]: the sources of tokens and keys, their refresh, the signature of a request
 //! - [`http_client`]: the HTTP clients for the vendor's endpoints and their limits
+//! - [`quota_store`]: what the replicas of a fleet share in a Valkey or Redis server
 //! - [`wait`]: `Retry-After` and backoff
 //!
 //! Used by all:
@@ -78,6 +79,7 @@ pub mod method;
 pub mod options;
 pub mod pb;
 pub mod pem;
+pub mod quota_store;
 pub mod reason;
 pub mod regions;
 pub mod rpc;

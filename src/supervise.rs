@@ -25,19 +25,22 @@ pub enum Task {
     Health,
     /// Detects that a worker lacks CPU time.
     Lateness,
+    /// Connects to the quota store.
+    QuotaStore,
     /// Exports spans.
     Spans,
 }
 
 impl Task {
     /// The values of the label, in the order of the variants.
-    pub const NAMES: [&'static str; 7] = [
+    pub const NAMES: [&'static str; 8] = [
         "admin",
         "accept",
         "certificates",
         "credential",
         "health",
         "lateness",
+        "quota_store",
         "spans",
     ];
 }

@@ -1,6 +1,6 @@
 //! The options of `serve`, composed of the options of its modules.
 
-use std::ffi::OsStr;
+use std::{ffi::OsStr, time::Duration};
 
 use clap::ArgMatches;
 
@@ -8,7 +8,7 @@ use crate::{
     admin, coalescer,
     credentials::{self, Source, UpstreamContext},
     options::{Validation, boolean},
-    rpc,
+    quota_store, rpc,
     server::{self, tls},
     telemetry, upstream, watch,
 };
@@ -52,6 +52,9 @@ pub struct Serve {
     /// The cache.
     #[command(flatten)]
     pub coalescer: coalescer::Options,
+    /// What replicas share.
+    #[command(flatten)]
+    pub quota_store: quota_store::Options,
     /// Log and traces.
     #[command(flatten)]
     pub telemetry: telemetry::Options,
@@ -84,6 +87,7 @@ impl Serve {
         validation: &mut Validation<'_>,
     ) {
         self.upstream.validate(validation);
+        self.quota_store.validate(validation);
         let upstream = UpstreamContext {
             region: self.upstream.region,
             sandbox: self.upstream.sandbox,
@@ -112,6 +116,9 @@ impl Serve {
         // It may contain a password.
         if self.upstream.upstream_proxy.is_some() {
             resolved.push(("upstream-proxy", "set".to_owned()));
+        }
+        if let Some(store) = &self.quota_store.quota_store {
+            resolved.push(("quota-store", store.to_string()));
         }
         let mut shown = Vec::new();
         for arg in subcommand.get_arguments() {
@@ -156,6 +163,12 @@ impl Serve {
             })
             .collect();
         options.join(" ")
+    }
+
+    /// How long the quota store keeps a result: as long as the cache does, and until the next poll of a watched task.
+    pub fn result_lifetime(&self) -> Duration {
+        let poll = self.watch.watch_interval * 4;
+        self.coalescer.cache_ttl.max(poll)
     }
 
     /// A warning if callers can use the configured cloud account for any project.

@@ -53,6 +53,29 @@ impl Hash for LookupKey {
     }
 }
 
+/// What the work of a lookup has found.
+#[derive(Debug)]
+pub struct Found {
+    /// The task or the error.
+    pub result: Result<Arc<GetTaskDetailResponse>, Error>,
+    /// Later calls may use it.
+    pub is_cacheable: bool,
+    /// The time since RDS has returned it, perhaps to another replica.
+    pub age: Duration,
+}
+
+/// A result that RDS has returned now.
+impl From<Result<TaskDetail, Error>> for Found {
+    fn from(result: Result<TaskDetail, Error>) -> Self {
+        Self {
+            is_cacheable: is_cacheable(&result),
+            // Converted once, and not again for each call that shares the result.
+            result: result.map(|task| Arc::new(to_message(task))),
+            age: Duration::ZERO,
+        }
+    }
+}
+
 /// A finished lookup, shared by all calls that waited for it.
 #[derive(Debug, Clone)]
 pub struct Lookup {
@@ -60,7 +83,7 @@ pub struct Lookup {
     pub result: Result<Arc<GetTaskDetailResponse>, Error>,
     /// What the attempts showed.
     pub progress: Arc<Progress>,
-    /// When the result arrived.
+    /// When RDS has returned the result.
     pub finished_at: Instant,
 }
 
@@ -82,6 +105,8 @@ pub struct Options {
 pub struct Coalescer {
     hasher: RandomState,
     in_flight: Arc<SingleFlight>,
+    /// How long a result is cached; zero for not at all.
+    ttl: Duration,
     cache: Option<Cache<Arc<LookupKey>, Arc<Lookup>>>,
     metrics: Arc<Metrics>,
 }
@@ -98,9 +123,15 @@ impl Coalescer {
         Arc::new(Self {
             hasher: RandomState::new(),
             in_flight: SingleFlight::new(),
+            ttl: options.cache_ttl,
             cache,
             metrics,
         })
+    }
+
+    /// How long a result is cached, if results are.
+    pub fn ttl(&self) -> Option<Duration> {
+        (!self.ttl.is_zero()).then_some(self.ttl)
     }
 
     /// The key of a lookup of `query` by `identity`.
@@ -123,7 +154,7 @@ impl Coalescer {
         work: impl Fn(SharedDeadline, Arc<Progress>) -> F,
     ) -> Arc<Lookup>
     where
-        F: Future<Output = Result<TaskDetail, Error>> + Send + 'static,
+        F: Future<Output: Into<Found>> + Send + 'static,
     {
         let mut counted = false;
         let lookup = loop {
@@ -159,8 +190,9 @@ impl Coalescer {
 
     fn cached(&self, key: &Arc<LookupKey>, max_age: Option<Duration>) -> Option<Arc<Lookup>> {
         let lookup = self.cache.as_ref()?.get(key)?;
-        let is_fresh = |max_age| lookup.finished_at.elapsed() < max_age;
-        max_age.is_none_or(is_fresh).then_some(lookup)
+        // A result of another replica was not new when it was inserted.
+        let max_age = max_age.unwrap_or(self.ttl);
+        (lookup.finished_at.elapsed() < max_age).then_some(lookup)
     }
 
     /// Runs the leader's work. A panic becomes a result: otherwise it would reach only the waiter that happens to poll, and the others
@@ -169,23 +201,25 @@ impl Coalescer {
         self: Arc<Self>,
         key: Arc<LookupKey>,
         progress: Arc<Progress>,
-        work: impl Future<Output = Result<TaskDetail, Error>>,
+        work: impl Future<Output: Into<Found>>,
     ) -> impl Future<Output = Arc<Lookup>> {
         // Not an `async` block, which would hold the work twice, and every call would pay for moving it.
         AssertUnwindSafe(work).catch_unwind().map(move |result| {
-            let result = result.unwrap_or_else(|_| {
-                self.metrics.panics.inc();
-                Err(Error::Panicked)
-            });
-            let is_cacheable = is_cacheable(&result);
+            let found = result.map_or_else(
+                |_| {
+                    self.metrics.panics.inc();
+                    Found::from(Err(Error::Panicked))
+                },
+                Into::into,
+            );
+            let now = Instant::now();
             let lookup = Arc::new(Lookup {
-                // Converted once, and not again for each call that shares the result.
-                result: result.map(|task| Arc::new(to_message(task))),
+                result: found.result,
                 progress,
-                finished_at: Instant::now(),
+                finished_at: now.checked_sub(found.age).unwrap_or(now),
             });
             if let Some(cache) = &self.cache
-                && is_cacheable
+                && found.is_cacheable
             {
                 cache.insert(key, Arc::clone(&lookup));
             }

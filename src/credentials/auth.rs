@@ -4,6 +4,7 @@ use std::{fmt, sync::Arc};
 
 use aws_lc_rs::hmac;
 use http::HeaderValue;
+use zeroize::Zeroizing;
 
 use super::{
     Owner,
@@ -69,6 +70,35 @@ pub enum Identity {
     Server,
     /// The caller with the token of this hash. The hash key is random for each process, so the hash is useless elsewhere.
     Caller([u8; 16]),
+}
+
+/// The identity of a credential, equal on all replicas of a fleet, and the same after a refresh. Holds the token of a caller, so it is
+/// not stored anywhere; the quota store gets a keyed hash.
+#[derive(Clone)]
+pub struct SharedIdentity(Zeroizing<Vec<u8>>);
+
+impl fmt::Debug for SharedIdentity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SharedIdentity").finish_non_exhaustive()
+    }
+}
+
+impl SharedIdentity {
+    /// An identity of this kind, with these parts.
+    pub(super) fn new(kind: &str, parts: &[&str]) -> Self {
+        let mut bytes = Zeroizing::new(kind.as_bytes().to_vec());
+        for part in parts {
+            // No part holds a zero byte.
+            bytes.push(0);
+            bytes.extend_from_slice(part.as_bytes());
+        }
+        Self(bytes)
+    }
+
+    /// The input of the keyed hash.
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
 }
 
 /// A token.
@@ -163,9 +193,14 @@ impl AccessKey {
         self
     }
 
+    /// Equal for equal secrets, and useless without the secret.
+    pub fn secret_tag(&self) -> [u8; 32] {
+        let tag = hmac::sign(&self.signing_key, b"same secret?");
+        *tag.as_ref().first_chunk().expect("SHA-256 has 32 bytes")
+    }
+
     fn same_secret(&self, other: &Self) -> bool {
-        let tag = |key| hmac::sign(key, b"same secret?");
-        tag(&self.signing_key).as_ref() == tag(&other.signing_key).as_ref()
+        self.secret_tag() == other.secret_tag()
     }
 }
 

@@ -30,7 +30,7 @@ use crate::{caller::Caller, deadline::Deadline};
 pub const KEY_LOCK: Duration = Duration::from_secs(5 * 60);
 
 /// Rejections in a row after which a proven key rests. The gateway allows five; the rest is for other programs that use the key.
-const REJECTIONS_BEFORE_REST: usize = 3;
+pub const REJECTIONS_BEFORE_REST: usize = 3;
 
 /// How long the probe of one caller keeps the probes of others waiting. The gateway rejects a signature faster.
 const PROBE_PATIENCE: Duration = Duration::from_secs(1);
@@ -58,6 +58,8 @@ pub struct KeyGuard {
     unproven_rest: watch::Sender<Option<Instant>>,
     /// The guards that [`KeyGuard::scoped`] has created.
     instances: Mutex<HashMap<String, Arc<KeyGuard>>>,
+    /// When the key was last reported to the other replicas as accepted.
+    reported: Mutex<Option<Instant>>,
 }
 
 #[derive(Debug, Default)]
@@ -180,8 +182,28 @@ impl KeyGuard {
         }
     }
 
-    fn rest(&self, mut evidence: MutexGuard<'_, Evidence>) {
-        let until = Instant::now() + KEY_LOCK;
+    /// Another replica has evidence for which the key rests.
+    pub fn rest_for(&self, time: Duration) {
+        self.rest(self.evidence(), time);
+    }
+
+    /// Whether the latest evidence is an accepted signature.
+    pub fn is_proven(&self) -> bool {
+        self.proven.load(Ordering::Acquire)
+    }
+
+    /// Whether the other replicas have got no report of an accepted signature within `interval`. If so, one is made now.
+    pub fn is_report_due(&self, interval: Duration) -> bool {
+        let mut reported = self.reported.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_due = reported.is_none_or(|at| at.elapsed() >= interval);
+        if is_due {
+            *reported = Some(Instant::now());
+        }
+        is_due
+    }
+
+    fn rest(&self, mut evidence: MutexGuard<'_, Evidence>, time: Duration) {
+        let until = Instant::now() + time;
         evidence.wary = true;
         evidence.rests_until = Some(until);
         if evidence.accepted.is_empty() {
@@ -205,6 +227,17 @@ impl Evidence {
         let is_foreign = !self.accepted.is_empty() && !accepted(&self.accepted);
         !(is_foreign && accepted(&self.rejections))
     }
+}
+
+/// What a rejected signature means for the key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rejected {
+    /// Nothing: the project may be the cause.
+    Uncounted,
+    /// Evidence against the key.
+    Counted,
+    /// The key rests.
+    Rests,
 }
 
 /// Permission to sign one request. Dropping it (after a timeout or a broken connection) leaves the evidence about the key unchanged.
@@ -245,29 +278,32 @@ impl SigningPermit<'_> {
         }
     }
 
-    /// The gateway rejected the signature or the key. Returns whether the key rests.
-    pub fn rejected(self) -> bool {
+    /// The gateway rejected the signature or the key. Returns whether that counts, and whether the key rests.
+    pub fn rejected(self) -> Rejected {
         let guard = self.guard;
         let mut evidence = guard.evidence();
         if !evidence.counts(self.project_id) {
-            return false;
+            return Rejected::Uncounted;
         }
         evidence.rejections.push(self.project_id.to_owned());
         let is_unproven = evidence.accepted.is_empty();
         let rests =
             is_unproven || evidence.wary || evidence.rejections.len() >= REJECTIONS_BEFORE_REST;
         if rests {
-            guard.rest(evidence);
+            guard.rest(evidence, KEY_LOCK);
         } else {
             guard.epoch.fetch_add(1, Ordering::AcqRel);
             guard.proven.store(false, Ordering::Release);
         }
-        rests
+        match rests {
+            true => Rejected::Rests,
+            false => Rejected::Counted,
+        }
     }
 
     /// The gateway has locked the key.
     pub fn locked(self) {
-        self.guard.rest(self.guard.evidence());
+        self.guard.rest(self.guard.evidence(), KEY_LOCK);
     }
 }
 

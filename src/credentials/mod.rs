@@ -35,7 +35,7 @@ use tokio::{sync::watch, time::Instant};
 use tokio_util::task::AbortOnDropHandle;
 
 pub use self::{
-    auth::{AccessKey, Auth, Identity, Token},
+    auth::{AccessKey, Auth, Identity, SharedIdentity, Token},
     options::{HEADING, Options, UpstreamContext},
 };
 use self::{
@@ -85,6 +85,8 @@ pub enum Source {
 #[derive(Clone)]
 pub struct Credentials {
     source: Arc<Running>,
+    /// The shared identity, if it does not depend on the current token or key.
+    fixed_identity: Option<SharedIdentity>,
     ready: Arc<watch::Sender<bool>>,
     _readiness: Option<Arc<AbortOnDropHandle<()>>>,
 }
@@ -113,6 +115,7 @@ impl Credentials {
         let ready = Arc::new(watch::Sender::new(false));
         let (tokens, latest_token) = watch::channel(None);
         let (keys, latest_key) = watch::channel(None);
+        let mut fixed_identity = None;
         let source = match source {
             Source::Caller => Running::Caller(Box::new(
                 hmac::Key::generate(hmac::HMAC_SHA256, &SystemRandom::new())
@@ -134,11 +137,14 @@ impl Credentials {
                     https_only: iam.endpoint.scheme() == "https",
                     ..http.clone()
                 };
+                let parts = [iam.endpoint.as_str(), &iam.domain, &iam.user];
+                fixed_identity = Some(SharedIdentity::new("iam", &parts));
                 let source = iam::IamTokens::new(fetch::identity_client(&http)?, iam);
                 let cache = Cache::start("iam", source, ON_TOKEN_REJECTED, tokens, metrics);
                 Running::CachedToken(cache)
             }
             Source::Metadata(endpoint) => {
+                fixed_identity = Some(SharedIdentity::new("metadata", &[]));
                 let client = fetch::metadata_client()?;
                 let source = metadata::MetadataKeys::new(client, &endpoint, "");
                 let cache = Cache::start("metadata", source, ON_KEY_REJECTED, keys, metrics);
@@ -148,6 +154,7 @@ impl Credentials {
                 chain::Choice::Environment(key) => Running::Key(key),
                 chain::Choice::Profile(path) => Running::profile(path, keys, metrics),
                 chain::Choice::Metadata(error_prefix) => {
+                    fixed_identity = Some(SharedIdentity::new("metadata", &[]));
                     let client = fetch::metadata_client()?;
                     let endpoint = &chain.metadata_endpoint;
                     let source = metadata::MetadataKeys::new(client, endpoint, error_prefix);
@@ -171,6 +178,7 @@ impl Credentials {
         };
         Ok(Self {
             source: Arc::new(source),
+            fixed_identity,
             ready,
             _readiness: task.map(|task| Arc::new(AbortOnDropHandle::new(task))),
         })
@@ -201,6 +209,18 @@ impl Credentials {
             .as_ref()
             .first_chunk()
             .copied()
+    }
+
+    /// The identity of a credential of this source for the other replicas.
+    pub fn shared_identity(&self, auth: &Auth) -> SharedIdentity {
+        match (&self.fixed_identity, auth) {
+            (Some(fixed), _) => fixed.clone(),
+            (_, Auth::Key(key)) => SharedIdentity::new("key", &[&key.access_key_id]),
+            (_, Auth::Token(token)) => {
+                let token = token.value.to_str().unwrap_or_default();
+                SharedIdentity::new("token", &[token])
+            }
+        }
     }
 
     /// The credential for a call with this metadata. `caller` holds the [`Credentials::token_hash`], if there is a hash.

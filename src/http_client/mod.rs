@@ -21,9 +21,11 @@ use hyper::{
     body::{Body, Incoming},
     client::conn::http1,
 };
+use hyper_util::rt::TokioIo;
 use reqwest::{ClientBuilder, Proxy, Url, redirect};
 use rustls::{ClientConfig, DEFAULT_VERSIONS, RootCertStore, crypto::aws_lc_rs::default_provider};
 use serde::de::IgnoredAny;
+use tokio::io::{AsyncRead, AsyncWrite};
 
 pub use self::error::{Error, Obstacle, cause};
 use self::{
@@ -151,6 +153,23 @@ pub fn client_builder(config: &Config) -> Result<ClientBuilder, BuildError> {
 /// [`BuildError::Tls`] when TLS cannot be set up.
 pub fn build(builder: ClientBuilder) -> Result<reqwest::Client, BuildError> {
     builder.build().map_err(|_| BuildError::Tls)
+}
+
+/// Connects to the host of `url`, with TLS if its scheme is https, for another protocol than HTTP.
+///
+/// # Errors
+/// Why there is no connection.
+pub async fn connect(
+    config: &Config,
+    url: &Url,
+) -> Result<impl AsyncRead + AsyncWrite + Unpin + Send + use<>, String> {
+    let origin = url.origin().ascii_serialization().parse();
+    let origin: Uri = origin.map_err(|_| BuildError::Url.to_string())?;
+    let connector = Connector::new(config, origin).map_err(|error| error.to_string())?;
+    let stream = connector.connect().await;
+    Ok(TokioIo::new(
+        stream.map_err(|error| connect_error(&*error).cause)?,
+    ))
 }
 
 /// A body that was not read to its end.

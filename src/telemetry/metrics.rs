@@ -110,6 +110,54 @@ const WATCH_ENDS: [&str; 8] = [
     "unread",
 ];
 
+/// What a request to the quota store is for, as the label `operation`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StoreOperation {
+    /// Admits an attempt: throttle windows, the rest of the key, the rate.
+    Admit,
+    /// Admits a poll: a result of another replica, the rate.
+    Poll,
+    /// Looks for the result of another replica.
+    Share,
+    /// Stores a result.
+    Publish,
+    /// Stores a throttle window.
+    Throttle,
+    /// Stores evidence about a key.
+    Key,
+    /// Counts the replicas.
+    Heartbeat,
+}
+
+/// In the order of [`StoreOperation`].
+const STORE_OPERATIONS: [&str; 7] = [
+    "admit",
+    "poll",
+    "share",
+    "publish",
+    "throttle",
+    "key",
+    "heartbeat",
+];
+
+/// How a request to the quota store ended, as the label `outcome`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StoreOutcome {
+    /// With a reply that was used.
+    Ok,
+    /// No reply within the time that a call waits.
+    Timeout,
+    /// No connection, or a reply of another form than expected.
+    Error,
+    /// Not sent: the store is down, the call has no time left, or too many writes are waiting.
+    Skipped,
+    /// The entry in the reply was not used: not authentic, too long, too old, or from another version.
+    Rejected,
+}
+
+/// In the order of [`StoreOutcome`].
+const STORE_OUTCOMES: [&str; 5] = ["ok", "timeout", "error", "skipped", "rejected"];
+
 const STATUS_CLASSES: [&str; 6] = ["1xx", "2xx", "3xx", "4xx", "5xx", "none"];
 
 /// Reasons for a retry, as the label `reason` of the retry counter.
@@ -232,6 +280,13 @@ pub struct Metrics {
     pub circuit_open: Gauge,
     /// Instances whose calls are rejected because attempts for them keep failing.
     pub circuit_open_instances: Gauge,
+    /// 1 while calls use the quota store.
+    pub store_up: Gauge,
+    /// Replicas last seen in the quota store; 0 before that.
+    pub store_replicas: Gauge,
+    /// Indexed by [`StoreOperation`], then by [`StoreOutcome`].
+    store_requests: [[Counter; STORE_OUTCOMES.len()]; STORE_OPERATIONS.len()],
+    store_seconds: Histogram,
     /// Spans the collector accepted.
     pub spans_exported: Counter,
     /// Spans dropped because the queue was full, and because their export failed.
@@ -257,6 +312,12 @@ impl Metrics {
             "rds_upstream_request_duration_seconds",
             "Duration of an upstream attempt",
             seconds.clone(),
+        );
+        let store_seconds = Histogram::new(STORE_BUCKETS);
+        r.register(
+            "quota_store_request_duration_seconds",
+            "Duration of a request to the quota store",
+            store_seconds.clone(),
         );
         let metrics = Self {
             calls: call_series(r),
@@ -377,6 +438,14 @@ impl Metrics {
                 "rds_circuit_open_instances",
                 "Instances whose calls are rejected because attempts for them keep failing",
             ),
+            store_up: register(r, "quota_store_up", "1 while calls use the quota store"),
+            store_replicas: register(
+                r,
+                "quota_store_replicas",
+                "Replicas that share the quota store, as last seen; 0 before that",
+            ),
+            store_requests: store_series(r),
+            store_seconds,
             spans_exported: register(r, "trace_spans_exported", "Spans the collector accepted"),
             spans_dropped: counters(
                 r,
@@ -455,6 +524,22 @@ impl Metrics {
         self.caller_faults[fault as usize].inc();
     }
 
+    /// Counts a request to the quota store.
+    pub fn store_request(&self, operation: StoreOperation, outcome: StoreOutcome, took: Duration) {
+        self.store_requests[operation as usize][outcome as usize].inc();
+        self.store_seconds.observe(took.as_secs_f64());
+    }
+
+    /// Counts a request to the quota store that was not sent.
+    pub fn store_skipped(&self, operation: StoreOperation) {
+        self.store_requests[operation as usize][StoreOutcome::Skipped as usize].inc();
+    }
+
+    /// Counts an entry of the quota store that was not used.
+    pub fn store_rejected(&self, operation: StoreOperation) {
+        self.store_requests[operation as usize][StoreOutcome::Rejected as usize].inc();
+    }
+
     /// Records when the fetched credential expires.
     pub fn credential_expires(&self, at: SystemTime) {
         self.credential_expiry.set(unix_seconds(at));
@@ -476,6 +561,11 @@ impl Metrics {
 /// From 1 ms, the least that a call to RDS takes, to 30 s, the default of `--timeout`.
 const LATENCY_BUCKETS: [f64; 13] = [
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 30.0,
+];
+
+/// Up to 50 ms, the longest that a call waits for the quota store, and beyond for writes.
+const STORE_BUCKETS: [f64; 10] = [
+    0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 1.0,
 ];
 
 fn unix_seconds(at: SystemTime) -> f64 {
@@ -519,6 +609,16 @@ fn attempt_series(r: &mut Registry) -> [[Counter; STATUS_CLASSES.len()]; OUTCOME
     OUTCOMES.map(|outcome| {
         STATUS_CLASSES.map(|class| {
             family.get_or_create_owned(&[("outcome", outcome), ("status_class", class)])
+        })
+    })
+}
+
+fn store_series(r: &mut Registry) -> [[Counter; STORE_OUTCOMES.len()]; STORE_OPERATIONS.len()] {
+    let family: Family<Labels<2>, Counter> =
+        register(r, "quota_store_requests", "Requests to the quota store");
+    STORE_OPERATIONS.map(|operation| {
+        STORE_OUTCOMES.map(|outcome| {
+            family.get_or_create_owned(&[("operation", operation), ("outcome", outcome)])
         })
     })
 }

@@ -11,7 +11,7 @@ use super::{
     Client, Error, Rejection,
     breaker::{self, Breaker},
     client::LookupContext,
-    clock,
+    clock, fleet,
     key_evidence::{self, KeyEvidence},
     redaction::{redact_facts, redact_rejection, redact_task},
     rejection::{self, KEY_LOCK},
@@ -26,6 +26,7 @@ use crate::{
     deadline::Deadline,
     http_client::{Error as HttpError, Response, Reuse},
     lateness::is_late,
+    quota_store::Session,
     reason::Reason,
     telemetry::{AttemptRecord, Facts, metrics::AttemptOutcome},
     wait,
@@ -78,6 +79,8 @@ struct Signed<'a> {
     sent_at: Instant,
     /// Whether an earlier attempt of this lookup has corrected the clock.
     clock_corrected: bool,
+    /// The attempt as the quota store sees it.
+    in_fleet: fleet::InFleet<'a>,
 }
 
 impl FailedAttempt {
@@ -167,15 +170,21 @@ impl Client {
         };
         check_throttle()?;
         let guard;
-        let used = match auth {
-            Auth::Token(token) => Used::Token(token),
+        let (used, in_fleet) = match auth {
+            Auth::Token(token) => (Used::Token(token), fleet::attempt(None, instance, deadline)),
             Auth::Key(key) => {
                 guard = key.guard.scoped(instance);
                 let admission = guard.admit(&lookup.query.project_id, lookup.caller, deadline);
-                Used::Key(admission.await.map_err(key_unavailable)?)
+                let permit = admission.await.map_err(key_unavailable)?;
+                let in_fleet = fleet::attempt(Some((key, &guard)), instance, deadline);
+                (Used::Key(permit), in_fleet)
             }
         };
-        if let Some(pacing) = &endpoint.pacing {
+        if let Some(session) = lookup.store {
+            breaker.check(attempt).map_err(circuit_open)?;
+            let admitted = self.admit_in_fleet(session, in_fleet, identity, lookup.caller);
+            admitted.await?;
+        } else if let Some(pacing) = &endpoint.pacing {
             // An attempt that the breaker would reject must not use up the rate.
             breaker.check(attempt).map_err(circuit_open)?;
             let start = pacing.wait(identity, lookup.caller, deadline).await;
@@ -196,6 +205,7 @@ impl Client {
             at: endpoint.clock.now(),
             sent_at: Instant::now(),
             clock_corrected,
+            in_fleet,
         };
         let progress = lookup.progress;
         let mut resend_count = 0;
@@ -288,7 +298,10 @@ impl Client {
                 admission.succeeded();
                 match used {
                     Used::Token(token) => self.credentials.accepted(token, signed.sent_at),
-                    Used::Key(key) => key.accepted(),
+                    Used::Key(key) => {
+                        key.accepted();
+                        signed.in_fleet.accepted(lookup.store);
+                    }
                 }
                 return Ok(task);
             }
@@ -323,8 +336,11 @@ impl Client {
         self.endpoint
             .throttle
             .record(identity, instance, &rejection);
+        if let Some(session) = lookup.store {
+            fleet::record(session, instance, &rejection);
+        }
         Err(match used {
-            Used::Key(key) => self.with_key(rejection, &facts, headers, signed, key),
+            Used::Key(key) => self.with_key(rejection, &facts, headers, signed, key, lookup.store),
             Used::Token(token) => self.with_token(rejection, &facts, signed, token),
         })
     }
@@ -362,6 +378,7 @@ impl Client {
         headers: &HeaderMap,
         signed: Signed<'_>,
         key: key_guard::SigningPermit<'_>,
+        store: Option<&Session>,
     ) -> FailedAttempt {
         let clock = &self.endpoint.clock;
         let clock_skew = |remedy| FailedAttempt {
@@ -376,11 +393,13 @@ impl Client {
                 let code = facts.upstream_code.as_deref().unwrap_or_default();
                 if code.starts_with("DBS.") {
                     key.accepted();
+                    signed.in_fleet.accepted(store);
                 }
                 FailedAttempt::rejected(rejection)
             }
             KeyEvidence::Locked => {
                 key.locked();
+                signed.in_fleet.locked(store);
                 key_unavailable(credentials::Error::Locked {
                     retry_after: KEY_LOCK,
                 })
@@ -403,12 +422,15 @@ impl Client {
             }
             KeyEvidence::Rejected if signed.clock_corrected => {
                 clock.reset();
-                key.rejected();
+                signed.in_fleet.rejected(store, key.rejected());
                 clock_skew(Remedy::None)
             }
             KeyEvidence::Rejected => {
-                let rests = key.rejected();
-                if !rests && date.is_some_and(|gateway| clock.correct(gateway)) {
+                let rejected = key.rejected();
+                signed.in_fleet.rejected(store, rejected);
+                if rejected != key_guard::Rejected::Rests
+                    && date.is_some_and(|gateway| clock.correct(gateway))
+                {
                     return clock_skew(Remedy::SignAgain);
                 }
                 // Requests a new key, in case a temporary one was revoked, but does not retry this call.
@@ -431,7 +453,7 @@ fn check_remaining(deadline: Deadline) -> Result<(), FailedAttempt> {
     Ok(())
 }
 
-fn throttled(throttled: Throttled) -> FailedAttempt {
+pub(super) fn throttled(throttled: Throttled) -> FailedAttempt {
     let Throttled {
         retry_after,
         subject,
@@ -452,7 +474,7 @@ fn malformed(admission: breaker::Admission<'_>) -> FailedAttempt {
     FailedAttempt::permanent(Error::Malformed, Reason::UpstreamMalformedResponse)
 }
 
-fn key_unavailable(error: credentials::Error) -> FailedAttempt {
+pub(super) fn key_unavailable(error: credentials::Error) -> FailedAttempt {
     FailedAttempt::permanent(Error::Credentials(error), Reason::CredentialLocked)
 }
 

@@ -22,6 +22,7 @@ use crate::{
     credentials::{Auth, Credentials},
     deadline::SharedDeadline,
     http_client::{self, Reuse},
+    quota_store::Session,
     reason::Reason,
     telemetry::{Progress, ServerSpan, metrics::Metrics},
 };
@@ -114,6 +115,8 @@ pub struct LookupContext<'a> {
     pub progress: &'a Progress,
     /// The parent of each attempt's span.
     pub span: Option<&'a Arc<ServerSpan>>,
+    /// The quota store, if there is one.
+    pub store: Option<&'a Session>,
 }
 
 /// Makes calls. Each worker has its own, with its own connections.

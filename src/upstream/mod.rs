@@ -5,6 +5,7 @@ mod breaker;
 mod client;
 mod clock;
 pub mod envelope;
+mod fleet;
 pub mod key_evidence;
 pub mod known_codes;
 mod options;
@@ -24,7 +25,7 @@ use std::time::Duration;
 pub use self::{
     client::{Client, Endpoint, LookupContext, Scope},
     options::{Options, rate},
-    pacing::{Config as RateConfig, Pacing},
+    pacing::{Config as RateConfig, Pacing, QueuedPoll},
 };
 use self::{key_evidence::KeyEvidence, throttling_text::Subject};
 use crate::{credentials, http_client::Obstacle, reason::Reason};

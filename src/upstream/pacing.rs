@@ -7,6 +7,10 @@
 //! The first poll of a watched task starts like an attempt, but without a distance from others. Repeated polls have a queue of their own and
 //! start at least T/N apart. While any of them is queued, first polls may use only half of the window.
 //!
+//! With a quota store, the queues keep their order, and the head of a queue takes its start from the store, which applies the rate to all
+//! replicas ([`Pacing::wait_in_fleet`]). While the store is not available, the rate divided by the number of replicas applies here, and
+//! afterwards until the last start that the store has not seen has left the window.
+//!
 //! Hand-written, because the limiters in crates (governor, leaky-bucket) allow 2N starts in a window: a full bucket and its refill.
 
 use std::{
@@ -22,7 +26,12 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-use crate::{caller::Caller, credentials::Identity, deadline::Deadline};
+use crate::{
+    caller::Caller,
+    credentials::Identity,
+    deadline::Deadline,
+    quota_store::{Answer, Request, Session, Slot},
+};
 
 /// Limit on credentials with a window; an evicted one starts with an empty window.
 const MAX_IDENTITIES: u64 = 10_000;
@@ -36,6 +45,9 @@ const SLACK: Duration = Duration::from_millis(5);
 /// How much longer than the period a start counts: requests sent a period apart may arrive closer together, for example if the earlier
 /// one had to open its connection. At most a twentieth of the period.
 const JITTER: Duration = Duration::from_millis(50);
+
+/// The longest wait of a repeated poll for a start from the quota store. One with a longer wait asks again later.
+const LONGEST_POLL_WAIT: Duration = Duration::from_secs(60);
 
 /// Attempts in a period of time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -102,6 +114,43 @@ impl Pacing {
         started.map(drop).map_err(|_| lane.state().wait_at_end())
     }
 
+    /// As [`Self::wait`], with the start taken from the quota store. Returns [`Answer::Start`] once the attempt or first poll may start,
+    /// else why it may not.
+    pub async fn wait_in_fleet(
+        &self,
+        identity: Identity,
+        caller: Caller,
+        deadline: Deadline,
+        session: &Session,
+        request: Request<'_>,
+    ) -> Answer {
+        let lane = self.lane(identity);
+        let queued = {
+            let mut state = lane.state();
+            let now = Instant::now();
+            if !state.queues[FIRST].is_empty() || state.room_at(FIRST, now) > now {
+                let wait = state.wait_of(caller, now);
+                if wait > deadline.remaining() {
+                    return Answer::Late(wait);
+                }
+            }
+            let waiter = Arc::new(Notify::new());
+            state.queue(FIRST, caller, &waiter);
+            let lane = Arc::clone(&lane);
+            Queued { lane, waiter }
+        };
+        let latest = deadline.at() - SLACK.min(deadline.remaining());
+        let start = queued.start_in_fleet(FIRST, Some(latest), session, request);
+        let started = tokio::time::timeout_at(latest, start).await;
+        // Keeps a lane with a queue from being evicted, even if no attempt joins it.
+        self.lanes.get(&identity);
+        match started {
+            Ok(Ok(_)) => Answer::Start(Duration::ZERO),
+            Ok(Err(answer)) => answer,
+            Err(_) => Answer::Late(lane.state().wait_at_end()),
+        }
+    }
+
     /// Queues a repeated poll under each of these callers. It starts when the first of them is next.
     pub fn queue_repeated(&self, identity: Identity, callers: &[Caller]) -> QueuedPoll {
         let lane = self.lane(identity);
@@ -141,6 +190,19 @@ impl QueuedPoll {
     pub async fn start(&self) -> Caller {
         self.queued.start().await
     }
+
+    /// As [`Self::start`], with the start taken from the quota store. See [`Pacing::wait_in_fleet`].
+    ///
+    /// # Errors
+    /// Why the poll may not start. It has to be queued again.
+    pub async fn start_in_fleet(
+        &self,
+        session: &Session,
+        request: Request<'_>,
+    ) -> Result<Caller, Answer> {
+        let start = self.queued.start_in_fleet(REPEATED, None, session, request);
+        start.await
+    }
 }
 
 /// Starts that leave the window together, with the latest of them.
@@ -169,6 +231,8 @@ struct State {
     window: Duration,
     /// The minimum time between the latest start and a queued one of each kind.
     spacings: [Duration; 2],
+    /// The state of the lane with a quota store.
+    fleet: Option<Fleet>,
     /// Starts within this time share an entry.
     resolution: Duration,
     /// The starts in the window, oldest first.
@@ -177,6 +241,19 @@ struct State {
     started: Counts,
     /// The queues of each kind.
     queues: [Queue; 2],
+}
+
+/// What is known from the quota store.
+#[derive(Debug)]
+struct Fleet {
+    /// It has replied to the latest request.
+    is_up: bool,
+    /// While it has not, the rate is divided by this number.
+    replicas: u32,
+    /// When the latest start without it leaves the window.
+    alone_until: Instant,
+    /// The latest start of an attempt or first poll that the rate has delayed; `None` once their queue is empty.
+    next_at: Option<Instant>,
 }
 
 /// The waiters by caller. The first waiter of the first caller starts next.
@@ -192,6 +269,7 @@ impl Lane {
                 true => config.period / MAX_STARTS,
                 false => Duration::ZERO,
             },
+            fleet: None,
             starts: VecDeque::new(),
             started: [0; 2],
             queues: Default::default(),
@@ -226,24 +304,54 @@ impl Lane {
 }
 
 impl State {
+    /// Whether only the quota store applies the rate.
+    fn follows_store(&self, now: Instant) -> bool {
+        let fleet = self.fleet.as_ref();
+        fleet.is_some_and(|fleet| fleet.is_up && fleet.alone_until <= now)
+    }
+
+    /// The number of starts in a window.
+    fn calls(&self) -> u32 {
+        let replicas = self.fleet.as_ref().map_or(1, |fleet| fleet.replicas);
+        (self.config.calls.get() / replicas).max(1)
+    }
+
+    /// How long a start counts. With more replicas than starts, each replica has one start in a longer window.
+    fn window(&self) -> Duration {
+        let calls = self.config.calls.get();
+        match &self.fleet {
+            Some(Fleet { replicas, .. }) if *replicas > calls => self.window * *replicas / calls,
+            _ => self.window,
+        }
+    }
+
+    fn spacing(&self, kind: usize) -> Duration {
+        let replicas = self.fleet.as_ref().map_or(1, |fleet| fleet.replicas);
+        self.spacings[kind] * replicas
+    }
+
     /// When the window has room for a start of this kind.
     fn room_at(&mut self, kind: usize, now: Instant) -> Instant {
+        let window = self.window();
         while let Some(oldest) = self.starts.front()
-            && now.saturating_duration_since(oldest.latest) >= self.window
+            && now.saturating_duration_since(oldest.latest) >= window
         {
             self.started[FIRST] -= oldest.counts[FIRST];
             self.started[REPEATED] -= oldest.counts[REPEATED];
             self.starts.pop_front();
         }
         let mut room_at = now;
+        if self.follows_store(now) {
+            return room_at;
+        }
         if let Some(oldest) = self.starts.front()
-            && self.started.iter().sum::<u32>() >= self.config.calls.get()
+            && self.started.iter().sum::<u32>() >= self.calls()
         {
-            room_at = oldest.latest + self.window;
+            room_at = oldest.latest + window;
         }
         if kind == FIRST && self.started[FIRST] >= self.limit_of_first() {
             let first = self.starts.iter().find(|starts| starts.counts[FIRST] > 0);
-            room_at = first.map_or(room_at, |starts| room_at.max(starts.latest + self.window));
+            room_at = first.map_or(room_at, |starts| room_at.max(starts.latest + window));
         }
         room_at
     }
@@ -252,14 +360,19 @@ impl State {
     fn next_at(&mut self, kind: usize, now: Instant) -> Instant {
         let room_at = self.room_at(kind, now);
         match self.starts.back() {
-            Some(newest) => room_at.max(newest.latest + self.spacings[kind]),
-            None => room_at,
+            Some(newest) if !self.follows_store(now) => {
+                room_at.max(newest.latest + self.spacing(kind))
+            }
+            _ => room_at,
         }
     }
 
     /// The number of attempts or first polls in a window.
     fn limit_of_first(&self) -> u32 {
-        let calls = self.config.calls.get();
+        self.half_while_polls_repeat(self.calls())
+    }
+
+    fn half_while_polls_repeat(&self, calls: u32) -> u32 {
         match self.queues[REPEATED].is_empty() {
             true => calls,
             false => calls.div_ceil(2),
@@ -328,10 +441,23 @@ impl State {
                 !waiters.is_empty()
             });
         }
+        if let Some(fleet) = &mut self.fleet
+            && self.queues[FIRST].is_empty()
+        {
+            fleet.next_at = None;
+        }
         self.wake_next();
     }
 
     fn wake_next(&mut self) {
+        if self.follows_store(Instant::now()) {
+            let heads = [FIRST, REPEATED].map(|kind| self.head(kind));
+            heads
+                .into_iter()
+                .flatten()
+                .for_each(|head| head.notify_one());
+            return;
+        }
         if let Some((kind, _)) = self.next(Instant::now())
             && let Some(head) = self.head(kind)
         {
@@ -367,8 +493,14 @@ impl State {
 
     /// When an attempt with `before` others ahead of it would start.
     fn start_after(&mut self, before: usize, now: Instant) -> Instant {
+        if self.follows_store(now) {
+            // Other replicas may take the starts between these.
+            let next_at = self.fleet.as_ref().and_then(|fleet| fleet.next_at);
+            let spacing = self.spacings[FIRST] * u32::try_from(before).unwrap_or(u32::MAX);
+            return next_at.map_or(now, |next_at| next_at.max(now) + spacing);
+        }
         let mut at = self.next_at(FIRST, now);
-        let calls = self.config.calls.get();
+        let (calls, window) = (self.calls(), self.window());
         let limit = self.limit_of_first();
         // Below the whole rate, only starts of the same kind count.
         let count = |counts: &Counts| match limit < calls {
@@ -383,12 +515,12 @@ impl State {
             .filter(|starts| count(&starts.counts) > 0);
         for position in 0..=before {
             if position > 0 {
-                at += self.spacings[FIRST];
+                at += self.spacing(FIRST);
             }
             if free > 0 {
                 free -= 1;
             } else if let Some(starts) = leaving.next() {
-                at = at.max(starts.latest + self.window);
+                at = at.max(starts.latest + window);
                 free = count(&starts.counts) - 1;
             }
         }
@@ -437,6 +569,133 @@ impl Queued {
                 // `Notify` stores a wake-up that comes before this line.
                 None => self.waiter.notified().await,
             }
+        }
+    }
+}
+
+impl Queued {
+    /// Waits until this waiter is the head of its queue and has a start from the quota store. With `latest`, the start must not be later.
+    ///
+    /// # Errors
+    /// Any reply of the store but [`Answer::Start`] and [`Answer::Unavailable`].
+    async fn start_in_fleet(
+        &self,
+        kind: usize,
+        latest: Option<Instant>,
+        session: &Session,
+        request: Request<'_>,
+    ) -> Result<Caller, Answer> {
+        loop {
+            self.due(kind).await;
+            let slot = self.lane.state().slot(kind, latest);
+            let answer = session.admit(request, slot).await;
+            {
+                let mut state = self.lane.state();
+                let now = Instant::now();
+                state.answered(&answer, session.replicas(), now);
+                let starts_alone = answer == Answer::Unavailable && state.due_at(kind, now) <= now;
+                if starts_alone && let Some(caller) = state.start_head(kind, now) {
+                    let leaves_at = now + state.window();
+                    if let Some(fleet) = &mut state.fleet {
+                        fleet.alone_until = leaves_at;
+                    }
+                    return Ok(caller);
+                }
+            }
+            match answer {
+                // The local rule applies now.
+                Answer::Unavailable => continue,
+                Answer::Start(wait) => tokio::time::sleep(wait).await,
+                _ => return Err(answer),
+            }
+            if let Some(caller) = self.lane.state().start_head(kind, Instant::now()) {
+                return Ok(caller);
+            }
+        }
+    }
+
+    /// Waits until this waiter is the head of its queue, and until the local rule permits a start if it applies.
+    async fn due(&self, kind: usize) {
+        loop {
+            let wait_until = {
+                let mut state = self.lane.state();
+                let now = Instant::now();
+                let is_head = state
+                    .head(kind)
+                    .is_some_and(|head| Arc::ptr_eq(head, &self.waiter));
+                is_head.then(|| state.due_at(kind, now))
+            };
+            match wait_until {
+                Some(at) if at <= Instant::now() => return,
+                Some(at) => tokio::select! {
+                    () = sleep_until(at) => {}
+                    () = self.waiter.notified() => {}
+                },
+                None => self.waiter.notified().await,
+            }
+        }
+    }
+}
+
+impl State {
+    /// The start that the head of a queue asks the quota store for.
+    fn slot(&mut self, kind: usize, latest: Option<Instant>) -> Slot {
+        let calls = self.config.calls.get();
+        // The store keeps every start, so a large number in a window becomes a smaller one in a part of it.
+        let parts = calls.div_ceil(MAX_STARTS);
+        let calls = calls / parts;
+        let period = self.config.period / parts;
+        Slot {
+            calls,
+            window: period + JITTER.min(period / 20),
+            spacing: self.spacings[kind],
+            limit_of_first: (kind == FIRST).then(|| self.half_while_polls_repeat(calls)),
+            has_waited: kind == REPEATED
+                || self
+                    .fleet
+                    .as_ref()
+                    .is_some_and(|fleet| fleet.next_at.is_some()),
+            longest: latest.map_or(LONGEST_POLL_WAIT, |latest| {
+                latest.saturating_duration_since(Instant::now())
+            }),
+        }
+    }
+
+    /// Whether starts of this kind wait for the rate, and not only for the replies of the store.
+    fn has_waited(&self, kind: usize) -> bool {
+        let fleet = self.fleet.as_ref();
+        kind == REPEATED || fleet.is_some_and(|fleet| fleet.next_at.is_some())
+    }
+
+    /// When the local rule permits the start of the head of this queue.
+    fn due_at(&mut self, kind: usize, now: Instant) -> Instant {
+        let at = match self.has_waited(kind) {
+            true => self.next_at(kind, now),
+            false => self.room_at(kind, now),
+        };
+        if at > now
+            && kind == FIRST
+            && let Some(fleet) = &mut self.fleet
+        {
+            fleet.next_at = Some(at);
+        }
+        at
+    }
+
+    /// Takes over what a reply shows about the quota store.
+    fn answered(&mut self, answer: &Answer, replicas: u32, now: Instant) {
+        let fleet = self.fleet.get_or_insert(Fleet {
+            is_up: true,
+            replicas,
+            alone_until: now,
+            next_at: None,
+        });
+        fleet.is_up = *answer != Answer::Unavailable;
+        fleet.replicas = replicas;
+        if let Answer::Start(wait) = answer
+            && !wait.is_zero()
+        {
+            fleet.next_at = Some(now + *wait);
         }
     }
 }

@@ -89,8 +89,8 @@ impl Throttle {
         }
     }
 
-    /// Replies to concurrent attempts come in any order, so the longer of two windows counts.
-    fn open(
+    /// Opens a window. Replies to concurrent attempts come in any order, so the longer of two windows counts.
+    pub(super) fn open(
         &self,
         identity: Identity,
         instance: Option<&str>,

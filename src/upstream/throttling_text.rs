@@ -37,6 +37,13 @@ impl Subject {
         }
     }
 
+    /// The subject with this word, if any.
+    pub fn parse(word: &str) -> Option<Self> {
+        Self::ALL
+            .into_iter()
+            .find(|subject| subject.as_str() == word)
+    }
+
     /// Whether the window applies to every credential, not only to the one that was throttled.
     pub fn is_everyone(self) -> bool {
         matches!(self, Self::Ip | Self::Api)

@@ -18,14 +18,15 @@ use crate::{
     credentials::{self, Auth, Owner},
     deadline::{Deadline, Passed},
     error::{Error, FailedLookup},
-    lookup::{Lookups, Origin, into_task},
+    lookup::{Lookups, Origin, into_task, task_name},
+    quota_store::{Answer, Request, Session, Slot, TaskName},
     reason::Reason,
     status::Failure,
     telemetry::{
         Facts, Progress,
         metrics::{Counted, PollOutcome},
     },
-    upstream,
+    upstream::{self, QueuedPoll},
 };
 
 /// The longest wait of a first poll for the rate; one that would wait longer fails at once.
@@ -44,6 +45,13 @@ const MAX_GROWTH: f64 = 3.0;
 /// The longest random addition to a pause, as a part of it: tasks that are first watched at the same moment do not stay in step.
 const JITTER: f64 = 0.2;
 
+/// The pauses between two looks while another replica polls the task.
+const FIRST_LOOK: Duration = Duration::from_millis(100);
+const LONGEST_LOOK: Duration = Duration::from_secs(1);
+
+/// Two results whose times differ by less may be the same.
+const SAME_RESULT: Duration = Duration::from_millis(50);
+
 pub(super) struct Poller {
     hub: Arc<Hub>,
     task: Arc<WatchedTask>,
@@ -53,6 +61,9 @@ pub(super) struct Poller {
     growth: f64,
     /// When the latest poll began.
     asked_at: Option<Instant>,
+    /// The latest pause, and when RDS returned the latest result: with a quota store, a result of another replica within that pause
+    /// counts as the next poll.
+    latest: (Duration, Option<Instant>),
     /// RDS has replied about the task, also with an error that means an unknown task.
     has_reply: bool,
     /// Replies in a row that the task is unknown.
@@ -61,6 +72,18 @@ pub(super) struct Poller {
     is_withheld: bool,
     /// Since when polls have failed with transient errors, and the latest of them.
     failing: Option<(Instant, Error)>,
+}
+
+/// A task in the quota store, for one poll. Dropping it ends the lease of the poll.
+struct InFleet {
+    session: Session,
+    task: TaskName,
+}
+
+impl Drop for InFleet {
+    fn drop(&mut self) {
+        self.session.release_poll(&self.task);
+    }
 }
 
 /// When and how the result of a poll arrived.
@@ -87,6 +110,7 @@ impl Poller {
             lookups,
             growth: 1.0,
             asked_at: None,
+            latest: (Duration::ZERO, None),
             has_reply: false,
             unknown: 0,
             is_withheld: false,
@@ -124,7 +148,13 @@ impl Poller {
     /// Pauses and polls. The pause is zero if the task has lost its watchers meanwhile.
     async fn pause_and_poll(&mut self, pause: Duration) -> Next {
         self.pause(pause).await;
-        match self.wait_for_rate().await {
+        self.latest.0 = pause;
+        let in_fleet = self.in_fleet().await;
+        let turn = match &in_fleet {
+            Some(in_fleet) => self.wait_in_fleet(in_fleet).await,
+            None => self.wait_for_rate().await,
+        };
+        match turn {
             Some(Ok(caller)) => self.poll(caller).await,
             Some(Err(retry_after)) => Next::End(Err(self.throttled(retry_after))),
             None => Next::Pause(Duration::ZERO),
@@ -146,6 +176,94 @@ impl Poller {
         }
     }
 
+    /// The task in the quota store, if there is a store and a credential.
+    async fn in_fleet(&self) -> Option<InFleet> {
+        let store = self.lookups.store.as_ref()?;
+        let caller = *self.task.callers().first()?;
+        let auth = self.task.watchers().auth.clone();
+        let auth = match auth {
+            Some(auth) => auth,
+            None => {
+                let deadline = Deadline::after(self.hub.poll_timeout);
+                self.own_credential(caller, deadline).await.ok()?
+            }
+        };
+        let session = store.session(&self.lookups.credentials.shared_identity(&auth));
+        let task = task_name(&session, &self.task.key.query);
+        Some(InFleet { session, task })
+    }
+
+    /// The greatest age of a result that counts as this poll. Never one that the poller has used already.
+    fn max_age(&self) -> Duration {
+        let (pause, latest) = self.latest;
+        let max_age = self.hub.interval.max(pause);
+        // The same result looks a little younger if the store replies more slowly.
+        let margin = SAME_RESULT.min(self.hub.interval / 2);
+        latest.map_or(max_age, |at| {
+            max_age.min(at.elapsed().saturating_sub(margin))
+        })
+    }
+
+    /// As [`Self::wait_for_rate`] for the rate of all replicas, until no other replica polls the task.
+    async fn wait_in_fleet(&self, in_fleet: &InFleet) -> Option<Result<Caller, Duration>> {
+        let identity = self.task.key.identity;
+        let latest = Deadline::after(MAX_FIRST_WAIT);
+        let start = async {
+            let mut pause = FIRST_LOOK;
+            loop {
+                let callers = self.task.callers();
+                let Some(caller) = callers.first().copied() else {
+                    return std::future::pending().await;
+                };
+                let InFleet { session, task } = in_fleet;
+                let request = Request::Poll {
+                    task,
+                    max_age: self.max_age(),
+                };
+                let answer = match &self.hub.rate {
+                    None => session.admit(request, Slot::UNLIMITED).await,
+                    Some(rate) if !self.has_reply => {
+                        let start = rate.wait_in_fleet(identity, caller, latest, session, request);
+                        start.await
+                    }
+                    Some(rate) => {
+                        let poll = rate.queue_repeated(identity, &callers);
+                        let start = poll.start_in_fleet(session, request);
+                        match self.start_repeated(&poll, start).await {
+                            Ok(caller) => return Ok(caller),
+                            Err(answer) => answer,
+                        }
+                    }
+                };
+                match answer {
+                    Answer::Late(wait) if !self.has_reply => return Err(wait),
+                    Answer::Late(_) | Answer::Busy => {}
+                    _ => return Ok(caller),
+                }
+                sleep(pause.mul_f64(1.0 + JITTER * fastrand::f64())).await;
+                pause = (pause * 2).min(LONGEST_LOOK);
+            }
+        };
+        tokio::select! {
+            biased;
+            start = start => Some(start),
+            () = self.task.observations.closed() => None,
+        }
+    }
+
+    /// Waits for the start of a queued poll, and queues it under the callers that join meanwhile.
+    async fn start_repeated<T>(&self, poll: &QueuedPoll, start: impl Future<Output = T>) -> T {
+        let mut start = std::pin::pin!(start);
+        loop {
+            tokio::select! {
+                biased;
+                started = &mut start => return started,
+                // A caller that joins may be next before the others.
+                () = self.task.joined.notified() => poll.add(&self.task.callers()),
+            }
+        }
+    }
+
     /// Waits until the rate allows a poll, and returns the caller whose share it uses; `None` once the task has no watchers.
     ///
     /// # Errors
@@ -164,14 +282,7 @@ impl Poller {
                 return start.map(|()| caller);
             }
             let poll = rate.queue_repeated(identity, &callers);
-            loop {
-                tokio::select! {
-                    biased;
-                    caller = poll.start() => return Ok(caller),
-                    // A caller that joins may be next before the others.
-                    () = self.task.joined.notified() => poll.add(&self.task.callers()),
-                }
-            }
+            Ok(self.start_repeated(&poll, poll.start()).await)
         };
         tokio::select! {
             biased;
@@ -199,7 +310,10 @@ impl Poller {
             caller,
             deadline,
             span: span.as_ref(),
-            max_age: Some(self.hub.interval),
+            max_age: Some(match self.lookups.store {
+                Some(_) => self.max_age(),
+                None => self.hub.interval,
+            }),
         };
         let lookup = async {
             let auth = match auth {
@@ -226,6 +340,7 @@ impl Poller {
         let mut arrival = Arrival::now(started);
         let result = result.and_then(|(lookup, owner)| {
             arrival = Arrival::of(&lookup, started);
+            self.latest.1 = Some(lookup.finished_at);
             let task = into_task(lookup, &self.task.key, owner)?;
             let too_large = || self.failed(upstream::Error::TooLarge, owner);
             Snapshot::new(Arc::unwrap_or_clone(task)).ok_or_else(too_large)
@@ -235,12 +350,21 @@ impl Poller {
         if let Some(span) = span {
             span.end_poll(started.elapsed(), reason);
         }
-        match result {
+        let next = match result {
             Ok(snapshot) => self.observe(snapshot, arrival),
             Err(error) if reason == Some(Reason::TaskNotFound) => {
                 self.observe_unknown(error, arrival)
             }
             Err(error) => self.observe_error(error, reason == Some(Reason::Throttled), started),
+        };
+        match (next, &self.lookups.store, self.latest.1) {
+            // Replicas that use the same result poll at about the same time again, and one of them for all.
+            (Next::Pause(pause), Some(_), Some(at))
+                if matches!(reason, None | Some(Reason::TaskNotFound)) =>
+            {
+                Next::Pause(pause.saturating_sub(at.elapsed()))
+            }
+            (next, ..) => next,
         }
     }
 

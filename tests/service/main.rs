@@ -20,6 +20,8 @@ mod diagnosis;
 mod edge;
 /// The status for every error reply and every incomplete reply of upstream.
 mod errors;
+/// Several replicas with a quota store.
+mod fleet;
 /// The request that upstream receives, the reply, and validation.
 mod get_task_detail;
 /// The subcommands `call` and `health` against servers that hang, break the protocol or send unsafe text.

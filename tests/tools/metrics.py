@@ -23,9 +23,11 @@ OUTCOMES = "answer transport_error timeout cancelled".split()
 CLASSES = "1xx 2xx 3xx 4xx 5xx none".split()
 RETRIES = """UPSTREAM_DNS UPSTREAM_CONNECT UPSTREAM_RESET UPSTREAM_TRUNCATED UPSTREAM_PROTOCOL UPSTREAM_TIMEOUT
 UPSTREAM_UNAVAILABLE UPSTREAM_INTERNAL CREDENTIAL_REJECTED CLOCK_SKEW""".split()
-TASKS = "admin accept certificates credential health lateness spans".split()
+TASKS = "admin accept certificates credential health lateness quota_store spans".split()
 POLLS = "changed unchanged failed throttled".split()
 WATCH_ENDS = "over deadline cancelled expired drain error stale unread".split()
+STORE_OPERATIONS = "admit poll share publish throttle key heartbeat".split()
+STORE_OUTCOMES = "ok timeout error skipped rejected".split()
 REFUSALS = "limit closed timeout tls alpn protocol".split()
 NONE = ((), {()})
 # Family to type, label names and sets of label values.
@@ -65,6 +67,14 @@ EXPECTED = {
     "rds_caller_faults": ("counter", ("cause",), {("deadline",), ("http",)}),
     "rds_credential_refresh": ("counter", ("outcome",), {("success",), ("failure",)}),
     "tls_certificate_expiry_timestamp_seconds": ("gauge", *NONE),
+    "quota_store_up": ("gauge", *NONE),
+    "quota_store_replicas": ("gauge", *NONE),
+    "quota_store_requests": (
+        "counter",
+        ("operation", "outcome"),
+        {(operation, outcome) for operation in STORE_OPERATIONS for outcome in STORE_OUTCOMES},
+    ),
+    "quota_store_request_duration_seconds": ("histogram", *NONE),
     "panics": ("counter", *NONE),
     "background_task_restarts": ("counter", ("task",), {(task,) for task in TASKS}),
     "log_lines_dropped": ("counter", *NONE),

@@ -5,6 +5,7 @@ pub(crate) mod program;
 pub(crate) mod raw;
 pub(crate) mod sandbox;
 pub(crate) mod status;
+pub(crate) mod store;
 pub(crate) mod tls;
 
 pub(crate) use self::{
@@ -12,6 +13,7 @@ pub(crate) use self::{
     raw::Connection,
     sandbox::Sandbox,
     status::Failure,
+    store::Store,
 };
 pub(crate) use crate::shared::{
     upstream::{self, Gate, Step, Upstream, example, gated_example, reply},

@@ -1,15 +1,19 @@
 //! One lookup of a task: coalesced with identical lookups, and passed to RDS with the credential of the call. Unary calls and the polls
 //! of watches share this path.
 
+mod shared;
+
 use std::{sync::Arc, time::Duration};
 
+pub use self::shared::task_name;
 use crate::{
     caller::Caller,
-    coalescer::{Coalescer, Lookup, LookupKey},
+    coalescer::{Coalescer, Found, Lookup, LookupKey},
     credentials::{Auth, Credentials, Owner},
     deadline::Deadline,
     error::{Error, FailedLookup},
     pb::GetTaskDetailResponse,
+    quota_store::QuotaStore,
     telemetry::{Progress, ServerSpan},
     upstream::{self, LookupContext},
 };
@@ -23,6 +27,8 @@ pub struct Lookups {
     pub coalescer: Arc<Coalescer>,
     /// The client of RDS.
     pub upstream: upstream::Client,
+    /// What replicas share, if there is a quota store.
+    pub store: Option<Arc<QuotaStore>>,
 }
 
 /// On whose behalf a lookup is made.
@@ -60,6 +66,11 @@ impl Lookups {
                 // still wait when the leader's call has ended.
                 let (upstream, key) = (self.upstream.clone(), Arc::clone(key));
                 let (mut auth, span) = (auth.clone(), span.clone());
+                let session = self.store.as_ref().map(|store| {
+                    let identity = self.credentials.shared_identity(&auth);
+                    store.session(&identity)
+                });
+                let shared_age = max_age.or(self.coalescer.ttl());
                 async move {
                     let lookup = LookupContext {
                         query: &key.query,
@@ -67,8 +78,15 @@ impl Lookups {
                         deadline: &deadline,
                         progress: &progress,
                         span: span.as_ref(),
+                        store: session.as_ref(),
                     };
-                    upstream.show_task_detail(&mut auth, lookup).await
+                    let ask = upstream.show_task_detail(&mut auth, lookup);
+                    match (&session, shared_age) {
+                        (Some(session), Some(max_age)) => {
+                            shared::look_up(session, lookup, max_age, ask).await
+                        }
+                        _ => Found::from(ask.await),
+                    }
                 }
             })
             .await

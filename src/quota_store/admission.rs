@@ -1,0 +1,261 @@
+//! Admission of attempts and polls: throttle windows, the rest of a key, and the rate, in one round trip.
+
+use std::{sync::LazyLock, time::Duration};
+
+use redis::{Script, ScriptInvocation};
+use tokio::time::{Instant, sleep};
+
+use super::{MAX_WAIT, Session, TaskName, micros, millis, random_id, results::POLL_LEASE};
+use crate::{
+    credentials::{
+        AccessKey,
+        key_guard::{KEY_LOCK, REJECTIONS_BEFORE_REST},
+    },
+    deadline::Deadline,
+    telemetry::metrics::StoreOperation,
+};
+
+static ADMIT: LazyLock<Script> = LazyLock::new(|| {
+    let slots = include_str!("scripts/slots.lua");
+    Script::new(&[slots, include_str!("scripts/admit.lua")].concat())
+});
+static POLL: LazyLock<Script> = LazyLock::new(|| {
+    let slots = include_str!("scripts/slots.lua");
+    Script::new(&[slots, include_str!("scripts/poll.lua")].concat())
+});
+static THROTTLE: LazyLock<Script> =
+    LazyLock::new(|| Script::new(include_str!("scripts/throttle.lua")));
+static REJECTED: LazyLock<Script> =
+    LazyLock::new(|| Script::new(include_str!("scripts/rejected.lua")));
+static ACCEPTED: LazyLock<Script> =
+    LazyLock::new(|| Script::new(include_str!("scripts/accepted.lua")));
+
+/// How long a key counts as proven after the last report.
+const PROOF_LIFETIME: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// The pauses between two looks while another replica tries a key out or asks RDS.
+pub(super) const FIRST_PAUSE: Duration = Duration::from_millis(20);
+pub(super) const LONGEST_PAUSE: Duration = Duration::from_millis(200);
+
+/// A start that a rate limiter asks for.
+#[derive(Debug, Clone, Copy)]
+pub struct Slot {
+    /// Starts in a window; 0 for no rate.
+    pub calls: u32,
+    /// How long a start counts.
+    pub window: Duration,
+    /// The time between two starts of which the second has waited.
+    pub spacing: Duration,
+    /// The limit on attempts and first polls in a window; `None` for a repeated poll.
+    pub limit_of_first: Option<u32>,
+    /// The start has waited already.
+    pub has_waited: bool,
+    /// The longest acceptable wait.
+    pub longest: Duration,
+}
+
+impl Slot {
+    /// No rate: only the other checks.
+    pub const UNLIMITED: Self = Self {
+        calls: 0,
+        window: Duration::ZERO,
+        spacing: Duration::ZERO,
+        limit_of_first: None,
+        has_waited: false,
+        longest: Duration::ZERO,
+    };
+}
+
+/// What the store replies to an attempt or a poll.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Answer {
+    /// It may start after this wait.
+    Start(Duration),
+    /// It could start only after this wait, which is longer than acceptable. No start is used.
+    Late(Duration),
+    /// A throttle window, and the word for its subject.
+    Throttled(Duration, String),
+    /// The key rests.
+    Rests(Duration),
+    /// Another replica has a young result of the task.
+    Fresh,
+    /// Another replica polls the task.
+    Busy,
+    /// No usable reply: local rules apply.
+    Unavailable,
+}
+
+/// What an attempt is for and with.
+#[derive(Debug, Clone, Copy)]
+pub struct AttemptContext<'a> {
+    /// The instance, if throttle windows and evidence about keys are kept for each.
+    pub instance: Option<&'a str>,
+    /// The key that signs it, if a key does.
+    pub key: Option<&'a AccessKey>,
+    /// This replica has not proven the key.
+    pub needs_probe: bool,
+    /// When the attempt must start.
+    pub deadline: Deadline,
+}
+
+/// What a start is for.
+#[derive(Debug, Clone, Copy)]
+pub enum Request<'a> {
+    /// An attempt.
+    Attempt(AttemptContext<'a>),
+    /// A poll of a task, for which a result younger than `max_age` is as good.
+    Poll {
+        /// The task.
+        task: &'a TaskName,
+        /// See above.
+        max_age: Duration,
+    },
+}
+
+impl Session {
+    /// Admits an attempt or a poll.
+    pub async fn admit(&self, request: Request<'_>, slot: Slot) -> Answer {
+        match request {
+            Request::Attempt(attempt) => self.admit_attempt(attempt, slot).await,
+            Request::Poll { task, max_age } => self.admit_poll(task, max_age, slot).await,
+        }
+    }
+
+    /// Admits an attempt. While another replica tries an unproven key out, waits for the outcome.
+    async fn admit_attempt(&self, attempt: AttemptContext<'_>, slot: Slot) -> Answer {
+        let begun = Instant::now();
+        let mut pause = FIRST_PAUSE;
+        loop {
+            let left = Slot {
+                longest: slot.longest.saturating_sub(begun.elapsed()),
+                ..slot
+            };
+            let mut script = self.slot_script(&ADMIT, "rate", left);
+            script
+                .key(self.throttle_name(attempt.instance, false))
+                .key(self.throttle_name(attempt.instance, true));
+            if let Some(key) = attempt.key {
+                for name in self.key_names(attempt.instance, key).into_iter().take(4) {
+                    script.key(name);
+                }
+            }
+            script.arg(u8::from(attempt.needs_probe));
+            let reply = match pause == FIRST_PAUSE {
+                true => self.call(StoreOperation::Admit, &script).await,
+                false => self.call_meanwhile(StoreOperation::Admit, &script).await,
+            };
+            match self.answer(reply, left) {
+                Some(answer) => return answer,
+                None if attempt.deadline.remaining() <= pause => return Answer::Unavailable,
+                None => sleep(pause.mul_f64(0.75 + fastrand::f64() / 2.0)).await,
+            }
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    async fn admit_poll(&self, task: &TaskName, max_age: Duration, slot: Slot) -> Answer {
+        let mut script = self.slot_script(&POLL, "poll-rate", slot);
+        script.key(&task.result).key(&task.poll);
+        script
+            .arg(millis(max_age))
+            .arg(millis(self.store.attempt_timeout.min(POLL_LEASE)))
+            .arg(&task.holder);
+        let reply = self.call(StoreOperation::Poll, &script).await;
+        self.answer(reply, slot).unwrap_or(Answer::Unavailable)
+    }
+
+    fn slot_script(
+        &self,
+        script: &'static Script,
+        kind: &str,
+        slot: Slot,
+    ) -> ScriptInvocation<'static> {
+        let mut script = script.key(self.name(kind, &[]));
+        script.key(self.name(kind, &[b"first"]));
+        script
+            .arg(slot.calls)
+            .arg(micros(slot.window))
+            .arg(micros(slot.spacing))
+            .arg(slot.limit_of_first.unwrap_or(0))
+            .arg(u8::from(slot.has_waited))
+            .arg(micros(slot.longest))
+            .arg(random_id());
+        script
+    }
+
+    /// Reads an untrusted reply; `None` if another replica tries the key out.
+    fn answer(&self, reply: Option<Reply>, slot: Slot) -> Option<Answer> {
+        let Some((kind, number, subject)) = reply else {
+            return Some(Answer::Unavailable);
+        };
+        let number = u64::try_from(number).unwrap_or(0);
+        let in_millis = Duration::from_millis(number).min(MAX_WAIT);
+        let in_micros = Duration::from_micros(number).min(MAX_WAIT);
+        Some(match kind.as_str() {
+            "start" if in_micros <= slot.longest => Answer::Start(in_micros),
+            "start" | "late" => Answer::Late(in_micros),
+            "throttled" => Answer::Throttled(in_millis, subject),
+            "rests" => Answer::Rests(in_millis),
+            "fresh" => Answer::Fresh,
+            "busy" => Answer::Busy,
+            "probed" => return None,
+            _ => Answer::Unavailable,
+        })
+    }
+
+    /// Stores a throttle window: of the credential, or of the whole API.
+    pub fn throttled(&self, instance: Option<&str>, wait: Duration, subject: &str, is_api: bool) {
+        let mut script = THROTTLE.key(self.throttle_name(instance, is_api));
+        script.arg(millis(wait.min(MAX_WAIT))).arg(subject);
+        self.store.write(StoreOperation::Throttle, script);
+    }
+
+    /// Stores that the gateway has rejected a signature, or has locked the key.
+    pub fn key_rejected(&self, attempt: AttemptContext<'_>, is_locked: bool) {
+        let Some(key) = attempt.key else { return };
+        let [key, ak, proof, probe, count] = self.key_names(attempt.instance, key);
+        let mut script = REJECTED.key(key);
+        script.key(ak).key(proof).key(probe).key(count);
+        script
+            .arg(millis(KEY_LOCK))
+            .arg(REJECTIONS_BEFORE_REST)
+            .arg(u8::from(is_locked));
+        self.store.write(StoreOperation::Key, script);
+    }
+
+    /// Stores that the gateway has accepted the key.
+    pub fn key_accepted(&self, attempt: AttemptContext<'_>) {
+        let Some(key) = attempt.key else { return };
+        let [_, _, proof, probe, count] = self.key_names(attempt.instance, key);
+        let mut script = ACCEPTED.key(proof);
+        script.key(probe).key(count).arg(millis(PROOF_LIFETIME));
+        self.store.write(StoreOperation::Key, script);
+    }
+
+    fn throttle_name(&self, instance: Option<&str>, is_api: bool) -> String {
+        let instance = instance.unwrap_or_default().as_bytes();
+        match is_api {
+            true => self.store.name("api-window", &[instance]),
+            false => self.name("window", &[instance]),
+        }
+    }
+
+    /// The rest of the key, the rest of its AK, the mark of a proven key, its probe, and the count of rejections of the AK. The gateway
+    /// counts bad signatures by AK, with any secret.
+    fn key_names(&self, instance: Option<&str>, key: &AccessKey) -> [String; 5] {
+        let instance = instance.unwrap_or_default().as_bytes();
+        let (ak, tag) = (key.access_key_id.as_bytes(), key.secret_tag());
+        let by_secret = |kind| self.store.name(kind, &[instance, ak, &tag]);
+        let by_ak = |kind| self.store.name(kind, &[instance, ak]);
+        [
+            by_secret("key-rest"),
+            by_ak("ak-rest"),
+            by_secret("key-proof"),
+            by_secret("key-probe"),
+            by_ak("ak-count"),
+        ]
+    }
+}
+
+/// The reply of a script: its kind, a number, a text.
+type Reply = (String, i64, String);

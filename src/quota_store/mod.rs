@@ -1,0 +1,344 @@
+//! The quota store: a Valkey or Redis server in which the replicas of a fleet share what protects the vendor's quota. Without one, no
+//! code here runs.
+//!
+//! - [`Session`]: what one lookup asks the store, within the time that it may wait
+//! - `connection`: connects, measures failures; `seal`: names and sealed entries
+//! - `admission`: throttle windows, rates and rests; `results`: results and leases; `scripts/`: the scripts that the server runs
+//!
+//! Every decision is made by a script with the server's clock. What the store returns is untrusted: waits are capped, results are
+//! authenticated and their age is checked twice.
+
+mod admission;
+mod connection;
+mod options;
+mod results;
+mod seal;
+
+use std::{
+    fmt,
+    mem::discriminant,
+    sync::{
+        Arc, LazyLock,
+        atomic::{AtomicU32, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use redis::{Script, ScriptInvocation};
+use reqwest::Url;
+use tokio::{runtime::Handle, sync::Semaphore, time::sleep};
+
+pub use self::{
+    admission::{Answer, AttemptContext, Request, Slot},
+    connection::Problem,
+    options::{Options, StoreUrl},
+    results::{Claim, Lease, SharedResult, TaskName},
+};
+use self::{
+    connection::{CONNECT_TIMEOUT, Connection, HEARTBEAT, Link, PATIENCE, Target},
+    seal::Keys,
+};
+use crate::{
+    credentials::SharedIdentity,
+    http_client::{self, BuildError, SystemRoots},
+    supervise::Task,
+    telemetry::metrics::{Metrics, StoreOperation},
+};
+
+/// A replica counts for this long after its last heartbeat.
+const REPLICA_LIFETIME: Duration = Duration::from_secs(15);
+
+/// The most replicas that a reply of the store is believed.
+const MAX_REPLICAS: u32 = 1000;
+
+/// Limit on writes in progress. They are not waited for, and further ones are dropped.
+const MAX_WRITES: usize = 256;
+
+/// No wait that the store asks for is longer.
+const MAX_WAIT: Duration = Duration::from_secs(5 * 60);
+
+static HEARTBEAT_SCRIPT: LazyLock<Script> =
+    LazyLock::new(|| Script::new(include_str!("scripts/heartbeat.lua")));
+static LEAVE: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/leave.lua")));
+
+/// The quota store cannot be used as configured.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// It has answered at start, and cannot be used.
+    #[error("--quota-store: {0}")]
+    Unfit(Problem),
+    /// TLS cannot be set up.
+    #[error("--quota-store: {0}")]
+    Tls(#[from] BuildError),
+    /// The file with roots cannot be read.
+    #[error("--quota-store-ca: {0}")]
+    Roots(std::io::Error),
+}
+
+/// The quota store of this process.
+pub struct QuotaStore {
+    keys: Arc<Keys>,
+    /// The base URL of RDS, a part of every name.
+    upstream: String,
+    target: Target,
+    link: Link,
+    /// The name of this replica.
+    instance: String,
+    /// The replicas last seen; 0 before the store was seen.
+    replicas: AtomicU32,
+    attempt_timeout: Duration,
+    /// How long a result is stored.
+    result_lifetime: Duration,
+    runtime: Handle,
+    writes: Arc<Semaphore>,
+}
+
+impl fmt::Debug for QuotaStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("QuotaStore").finish_non_exhaustive()
+    }
+}
+
+impl QuotaStore {
+    /// Connects to the configured store, if any, and starts the task that keeps the connection. Waits for at most a second.
+    ///
+    /// # Errors
+    /// [`Error`]: the store is a cluster, or TLS cannot be set up. A store that does not reply is no error.
+    pub async fn start(
+        options: &Options,
+        upstream: &Url,
+        attempt_timeout: Duration,
+        result_lifetime: Duration,
+        metrics: &Arc<Metrics>,
+    ) -> Result<Option<Arc<Self>>, Error> {
+        let (Some(url), Some(keys)) = (&options.quota_store, &options.keys) else {
+            return Ok(None);
+        };
+        let roots = options.quota_store_ca.as_ref().map(std::fs::read);
+        let roots = roots.transpose().map_err(Error::Roots)?;
+        let system = match url.origin.scheme() {
+            "https" => SystemRoots::Trusted,
+            _ => SystemRoots::Ignored,
+        };
+        let mut tls = http_client::tls_config(system, roots.as_deref())?;
+        // The protocol of Redis has no name for ALPN.
+        tls.alpn_protocols.clear();
+        let http = http_client::Config {
+            tls,
+            https_only: false,
+            proxy: None,
+            connect_timeout: CONNECT_TIMEOUT,
+        };
+        let store = Arc::new(Self {
+            keys: Arc::clone(keys),
+            upstream: upstream.as_str().to_owned(),
+            target: Target {
+                url: url.clone(),
+                http,
+            },
+            link: Link::new(Arc::clone(metrics)),
+            instance: random_id(),
+            replicas: AtomicU32::new(0),
+            attempt_timeout,
+            result_lifetime,
+            runtime: Handle::current(),
+            writes: Arc::new(Semaphore::new(MAX_WRITES)),
+        });
+        let mut first = Some(store.connect().await);
+        match &first {
+            Some(Err(Problem::Cluster)) => return Err(Error::Unfit(Problem::Cluster)),
+            Some(Err(problem)) => tracing::warn!(
+                store = %url,
+                "the quota store cannot be used: {problem}; until it can, this replica counts as the only one and uses the whole rates"
+            ),
+            _ => {}
+        }
+        let running = Arc::clone(&store);
+        tokio::spawn(async move {
+            let background = &running.link.metrics.background;
+            let run = || Arc::clone(&running).run(first.take());
+            background.supervise(Task::QuotaStore, run).await
+        });
+        Ok(Some(store))
+    }
+
+    /// Connects. The connection is usable if the store replies fast enough.
+    async fn connect(&self) -> Result<Connection, Problem> {
+        let connection = self.target.connect().await?;
+        // The first heartbeat may have to load the script.
+        self.heartbeat(&connection, CONNECT_TIMEOUT).await?;
+        self.heartbeat(&connection, PATIENCE).await?;
+        Ok(connection)
+    }
+
+    async fn heartbeat(&self, connection: &Connection, patience: Duration) -> Result<(), Problem> {
+        let mut script = HEARTBEAT_SCRIPT.key(self.name("replicas", &[]));
+        script.arg(&self.instance).arg(millis(REPLICA_LIFETIME));
+        let operation = StoreOperation::Heartbeat;
+        let replicas = self.link.run(operation, connection, &script, patience);
+        let replicas: u32 = replicas.await?;
+        let replicas = replicas.clamp(1, MAX_REPLICAS);
+        self.replicas.store(replicas, Ordering::Relaxed);
+        self.link.metrics.store_replicas.set(replicas.into());
+        Ok(())
+    }
+
+    /// Keeps a connection, for ever. `connected` is the result of the first attempt to connect.
+    async fn run(self: Arc<Self>, mut connected: Option<Result<Connection, Problem>>) {
+        let mut known = None;
+        loop {
+            let connection = match connected.take() {
+                Some(first) => first,
+                None => self.connect().await,
+            };
+            let problem = match connection {
+                Ok(connection) => {
+                    tracing::info!(
+                        store = %self.target.url,
+                        replicas = self.replicas(),
+                        "the quota store is in use"
+                    );
+                    known = None;
+                    let connection = Arc::new(connection);
+                    let problem = self.link.serve(&connection, &self).await;
+                    self.warn(&problem);
+                    problem
+                }
+                Err(problem) => {
+                    if known.is_some_and(|known| known != discriminant(&problem)) {
+                        self.warn(&problem);
+                    }
+                    problem
+                }
+            };
+            // After the end of a connection, perhaps by a restart, the first attempt to connect is made soon.
+            let pause = match (&known, &problem) {
+                (None, Problem::Connection(_)) => HEARTBEAT / 10,
+                _ => HEARTBEAT,
+            };
+            known = Some(discriminant(&problem));
+            sleep(pause).await;
+        }
+    }
+
+    fn warn(&self, problem: &Problem) {
+        tracing::warn!(
+            store = %self.target.url,
+            replicas = self.replicas(),
+            "the quota store cannot be used: {problem}; until it can, this replica uses its share of the rates"
+        );
+    }
+
+    /// The replicas last seen, at least this one.
+    pub fn replicas(&self) -> u32 {
+        self.replicas.load(Ordering::Relaxed).max(1)
+    }
+
+    /// Removes this replica from the count of replicas. Waits for the store as long as a call does.
+    pub async fn leave(&self) {
+        let mut script = LEAVE.key(self.name("replicas", &[]));
+        script.arg(&self.instance);
+        let operation = StoreOperation::Heartbeat;
+        let _: Option<u32> = self.link.call(operation, &script, PATIENCE).await;
+    }
+
+    /// The session of one lookup with this credential.
+    pub fn session(self: &Arc<Self>, identity: &SharedIdentity) -> Session {
+        Session {
+            credential: self.name("credential", &[identity.as_bytes()]),
+            store: Arc::clone(self),
+            left: AtomicU64::new(PATIENCE.as_micros() as u64),
+        }
+    }
+
+    fn name(&self, kind: &str, parts: &[&[u8]]) -> String {
+        let parts = [&[self.upstream.as_bytes()], parts].concat();
+        self.keys.name(kind, &parts)
+    }
+
+    /// Runs a script that writes, without waiting for it.
+    fn write(self: &Arc<Self>, operation: StoreOperation, script: ScriptInvocation<'static>) {
+        let Ok(permit) = Arc::clone(&self.writes).try_acquire_owned() else {
+            self.link.metrics.store_skipped(operation);
+            return;
+        };
+        let store = Arc::clone(self);
+        self.runtime.spawn(async move {
+            store
+                .link
+                .call::<redis::Value>(operation, &script, PATIENCE)
+                .await;
+            drop(permit);
+        });
+    }
+}
+
+/// What one lookup asks the quota store. All its questions together wait for at most [`PATIENCE`].
+#[derive(Debug)]
+pub struct Session {
+    store: Arc<QuotaStore>,
+    /// Stands for the credential in names.
+    credential: String,
+    /// The rest of the time that the lookup may wait, in microseconds.
+    left: AtomicU64,
+}
+
+impl Session {
+    /// The replicas last seen, at least this one.
+    pub fn replicas(&self) -> u32 {
+        self.store.replicas()
+    }
+
+    /// Runs a script in the time that is left.
+    async fn call<T: redis::FromRedisValue>(
+        &self,
+        operation: StoreOperation,
+        script: &ScriptInvocation<'_>,
+    ) -> Option<T> {
+        let begun = tokio::time::Instant::now();
+        let left = Duration::from_micros(self.left.load(Ordering::Relaxed));
+        let reply = self.store.link.call(operation, script, left).await;
+        self.spend(begun.elapsed());
+        reply
+    }
+
+    /// As [`Self::call`] while the lookup waits for another replica anyway: only a failure uses up time.
+    async fn call_meanwhile<T: redis::FromRedisValue>(
+        &self,
+        operation: StoreOperation,
+        script: &ScriptInvocation<'_>,
+    ) -> Option<T> {
+        let left = self.left.load(Ordering::Relaxed);
+        let reply = self.call(operation, script).await;
+        if reply.is_some() {
+            self.left.store(left, Ordering::Relaxed);
+        }
+        reply
+    }
+
+    fn spend(&self, time: Duration) {
+        let left = self.left.load(Ordering::Relaxed);
+        let left = left.saturating_sub(time.as_micros() as u64);
+        self.left.store(left, Ordering::Relaxed);
+    }
+
+    fn name(&self, kind: &str, parts: &[&[u8]]) -> String {
+        let parts = [&[self.credential.as_bytes()], parts].concat();
+        self.store.name(kind, &parts)
+    }
+}
+
+/// A random name, for a replica, a start or the holder of a lease.
+fn random_id() -> String {
+    let mut bytes = [0; 16];
+    aws_lc_rs::rand::fill(&mut bytes).expect("the system has random bytes");
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn millis(duration: Duration) -> u64 {
+    duration.as_millis().try_into().unwrap_or(u64::MAX)
+}
+
+fn micros(duration: Duration) -> u64 {
+    duration.as_micros().try_into().unwrap_or(u64::MAX)
+}

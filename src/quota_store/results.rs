@@ -1,0 +1,272 @@
+//! Results that replicas share, and the leases that let one replica ask RDS while the others wait for its result.
+
+use std::{
+    sync::{Arc, LazyLock},
+    time::{Duration, SystemTime},
+};
+
+use prost::Message as _;
+use redis::Script;
+use tokio::time::{Instant, sleep};
+
+use super::{
+    QuotaStore, Session,
+    admission::{FIRST_PAUSE, LONGEST_PAUSE},
+    millis, random_id,
+};
+use crate::{deadline::Deadline, pb::GetTaskDetailResponse, telemetry::metrics::StoreOperation};
+
+static SHARE: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/share.lua")));
+static PUBLISH: LazyLock<Script> =
+    LazyLock::new(|| Script::new(include_str!("scripts/publish.lua")));
+static RENEW: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/renew.lua")));
+
+/// The longest stored result. Also bounds what is decoded.
+const MAX_BYTES: usize = 64 << 10;
+
+/// The digits of the time before a result, in milliseconds.
+const STAMP: usize = 13;
+
+/// The version of [`SharedResult`].
+const VERSION: u32 = 1;
+
+/// The lease of a replica that asks RDS ends this long after the replica has died.
+const LEASE: Duration = Duration::from_secs(2);
+
+/// The same for a replica that polls a watched task.
+pub(super) const POLL_LEASE: Duration = Duration::from_secs(3);
+
+/// How far the clocks of two replicas may differ.
+const CLOCK_TOLERANCE: Duration = Duration::from_secs(5);
+
+/// The results of this age that a call rejects before it asks RDS alone.
+const MAX_REJECTED: u32 = 2;
+
+/// A result as the replicas store it, sealed: a task, or RDS's reply that there is no such task.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct SharedResult {
+    #[prost(uint32, tag = "1")]
+    version: u32,
+    /// When RDS replied, by the clock of the store, in milliseconds since 1970.
+    #[prost(uint64, tag = "2")]
+    store_time: u64,
+    /// The same by the clock of the replica: the store cannot make an old result young.
+    #[prost(uint64, tag = "3")]
+    replica_time: u64,
+    /// The status of RDS's reply.
+    #[prost(uint32, tag = "4")]
+    pub http_status: u32,
+    /// The vendor's request id.
+    #[prost(string, optional, tag = "5")]
+    pub request_id: Option<String>,
+    /// The task; `None` if RDS does not know it.
+    #[prost(message, optional, tag = "6")]
+    pub task: Option<GetTaskDetailResponse>,
+    /// The vendor's error code.
+    #[prost(string, optional, tag = "7")]
+    pub error_code: Option<String>,
+    /// The vendor's text.
+    #[prost(string, tag = "8")]
+    pub error_message: String,
+}
+
+/// The names of a task's entries for one credential.
+#[derive(Debug, Clone)]
+pub struct TaskName {
+    pub(super) result: String,
+    lease: String,
+    pub(super) poll: String,
+    /// The holder of the leases that are claimed with this value.
+    pub(super) holder: String,
+}
+
+/// What a lookup may do.
+#[derive(Debug)]
+pub enum Claim {
+    /// Use the result, of this age.
+    Result(Box<SharedResult>, Duration),
+    /// Ask RDS, and publish the result.
+    Ask(Lease),
+    /// Ask RDS: the store is not available.
+    Alone,
+}
+
+/// The right to publish a result. While it is held, other replicas wait for the result. Dropping it releases it.
+#[derive(Debug)]
+pub struct Lease {
+    store: Arc<QuotaStore>,
+    task: TaskName,
+    /// Whether other replicas wait. Not after this replica has waited too long for another one.
+    is_held: bool,
+    /// The time of the store, in milliseconds, at a moment of this process.
+    clock: (u64, Instant),
+}
+
+impl Session {
+    /// The names of a task with these parts.
+    pub fn task(&self, parts: &[&[u8]]) -> TaskName {
+        TaskName {
+            result: self.name("result", parts),
+            lease: self.name("lease", parts),
+            poll: self.name("poll", parts),
+            holder: random_id(),
+        }
+    }
+
+    /// Looks for a result younger than `max_age`, or for the right to ask RDS. Waits while another replica asks RDS, for at most an
+    /// attempt and half of the time until the deadline.
+    pub async fn claim(&self, task: &TaskName, max_age: Duration, deadline: Deadline) -> Claim {
+        let lease = LEASE.min(self.store.attempt_timeout);
+        let until = Instant::now() + self.store.attempt_timeout.min(deadline.remaining() / 2);
+        let mut pause = FIRST_PAUSE;
+        let mut rejected = 0;
+        let mut rejected_at: Option<Instant> = None;
+        loop {
+            // A result that was rejected is not looked at again.
+            let max_age = rejected_at.map_or(max_age, |at| max_age.min(at.elapsed()));
+            let mut script = SHARE.key(&task.result);
+            script
+                .key(&task.lease)
+                .arg(millis(max_age))
+                .arg(millis(lease))
+                .arg(&task.holder)
+                .arg(MAX_BYTES);
+            let reply: Option<(String, u64, Vec<u8>)> = match pause == FIRST_PAUSE {
+                true => self.call(StoreOperation::Share, &script).await,
+                false => self.call_meanwhile(StoreOperation::Share, &script).await,
+            };
+            let Some((kind, now, entry)) = reply else {
+                return Claim::Alone;
+            };
+            let lease = |is_held| Lease {
+                store: Arc::clone(&self.store),
+                task: task.clone(),
+                is_held,
+                clock: (now, Instant::now()),
+            };
+            match kind.as_str() {
+                "result" | "long" => {
+                    let used = SharedResult::open(&self.store, task, &entry, now, max_age);
+                    if let Some((result, age)) = used {
+                        return Claim::Result(Box::new(result), age);
+                    }
+                    let metrics = &self.store.link.metrics;
+                    metrics.store_rejected(StoreOperation::Share);
+                    rejected += 1;
+                    if rejected > MAX_REJECTED {
+                        return Claim::Alone;
+                    }
+                    rejected_at = Some(Instant::now());
+                }
+                "lease" => return Claim::Ask(lease(true)),
+                "busy" if Instant::now() + pause < until => {
+                    sleep(pause.mul_f64(0.75 + fastrand::f64() / 2.0)).await;
+                    pause = (pause * 2).min(LONGEST_PAUSE);
+                }
+                "busy" => return Claim::Ask(lease(false)),
+                _ => return Claim::Alone,
+            }
+        }
+    }
+
+    /// Ends the lease of a poll.
+    pub fn release_poll(&self, task: &TaskName) {
+        let mut script = PUBLISH.key(&task.result);
+        script.key(&task.poll).arg("").arg(0).arg(&task.holder);
+        self.store.write(StoreOperation::Publish, script);
+    }
+}
+
+impl Lease {
+    /// Does the work of the lease and renews it meanwhile, for at most an attempt.
+    pub async fn hold<F: Future>(&self, work: F) -> F::Output {
+        let length = LEASE.min(self.store.attempt_timeout);
+        let until = Instant::now() + self.store.attempt_timeout;
+        let renewals = async {
+            while self.is_held && Instant::now() + length < until {
+                sleep(length / 3).await;
+                let mut script = RENEW.key(&self.task.lease);
+                script.arg(&self.task.holder).arg(millis(length));
+                self.store.write(StoreOperation::Publish, script);
+            }
+            std::future::pending::<std::convert::Infallible>().await
+        };
+        tokio::select! {
+            biased;
+            done = work => done,
+            never = renewals => match never {},
+        }
+    }
+
+    /// Stores the result that RDS has returned now, and releases the lease.
+    pub fn publish(mut self, mut result: SharedResult) {
+        let (then, at) = self.clock;
+        result.version = VERSION;
+        result.store_time = then.saturating_add(millis(at.elapsed()));
+        result.replica_time = wall_clock();
+        let sealed = self
+            .store
+            .keys
+            .seal(&self.task.result, &result.encode_to_vec());
+        let entry = [format!("{:013}", result.store_time).as_bytes(), &sealed].concat();
+        if entry.len() <= MAX_BYTES {
+            self.is_held = false;
+            self.write(&entry);
+        }
+    }
+
+    /// Stores an entry, if not empty, and releases the lease.
+    fn write(&self, entry: &[u8]) {
+        let mut script = PUBLISH.key(&self.task.result);
+        script
+            .key(&self.task.lease)
+            .arg(entry)
+            .arg(millis(self.store.result_lifetime).max(1))
+            .arg(&self.task.holder);
+        self.store.write(StoreOperation::Publish, script);
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        if self.is_held {
+            self.write(&[]);
+        }
+    }
+}
+
+impl SharedResult {
+    /// Opens an untrusted entry, and returns its age. `None` if it is not authentic, or if it is not younger than `max_age` by the clock
+    /// of the store, which says `now`, and by the clocks of the replicas.
+    fn open(
+        store: &QuotaStore,
+        task: &TaskName,
+        entry: &[u8],
+        now: u64,
+        max_age: Duration,
+    ) -> Option<(Self, Duration)> {
+        if entry.len() > MAX_BYTES {
+            return None;
+        }
+        let content = store.keys.open(&task.result, entry.get(STAMP..)?)?;
+        let result = Self::decode(content.as_slice()).ok()?;
+        let tolerance = i128::from(millis(CLOCK_TOLERANCE));
+        let by_store = i128::from(now) - i128::from(result.store_time);
+        let by_replica = i128::from(wall_clock()) - i128::from(result.replica_time);
+        let max_age = i128::from(millis(max_age));
+        let is_young = (-tolerance..max_age).contains(&by_store)
+            && (-tolerance..max_age + tolerance).contains(&by_replica);
+        let age = by_store.max(by_replica - tolerance).max(0);
+        let age = Duration::from_millis(u64::try_from(age).ok()?);
+        (result.version == VERSION && is_young).then_some((result, age))
+    }
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "replicas compare the ages of results, which they exchange"
+)]
+fn wall_clock() -> u64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    since.map_or(0, millis)
+}

@@ -1,0 +1,52 @@
+-- The start of every script that takes a start from a rate. The time is the server's, in microseconds, never a client's.
+--
+-- KEYS[1]: all starts by time, future ones included; KEYS[2]: of these, attempts and first polls.
+-- ARGV: 1 starts in a window, 0 for no rate; 2 the window; 3 the spacing; 4 the limit of starts in KEYS[2], 0 for a repeated poll;
+--       5 '1' if the start has waited; 6 the longest wait; 7 a random id of the start
+local time = redis.call('TIME')
+local now = time[1] * 1000000 + time[2]
+local calls, window, spacing = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
+local limit, longest = tonumber(ARGV[4]), tonumber(ARGV[6])
+
+-- The time of the start with this rank, counted from the latest.
+local function latest(key, rank)
+    local entry = redis.call('ZREVRANGE', key, rank - 1, rank - 1, 'WITHSCORES')
+    return entry[2] and tonumber(entry[2])
+end
+
+local function earliest()
+    if calls == 0 then
+        return now
+    end
+    for i = 1, 2 do
+        redis.call('ZREMRANGEBYSCORE', KEYS[i], '-inf', now - window)
+        -- Later than any reserved start: from a server whose clock was ahead.
+        redis.call('ZREMRANGEBYSCORE', KEYS[i], now + 600000000, '+inf')
+    end
+    local at = now
+    local oldest = latest(KEYS[1], calls)
+    if oldest then
+        at = math.max(at, oldest + window)
+    end
+    oldest = limit > 0 and latest(KEYS[2], limit)
+    if oldest then
+        at = math.max(at, oldest + window)
+    end
+    local newest = latest(KEYS[1], 1)
+    if newest and spacing > 0 and (ARGV[5] == '1' or at > now or newest > now) then
+        at = math.max(at, newest + spacing)
+    end
+    return at
+end
+
+local function take(at)
+    if calls == 0 then
+        return
+    end
+    local expiry = math.ceil((at - now + window) / 1000)
+    for i = 1, limit > 0 and 2 or 1 do
+        redis.call('ZADD', KEYS[i], at, ARGV[7])
+        redis.call('PEXPIRE', KEYS[i], expiry)
+    end
+end
+
