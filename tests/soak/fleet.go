@@ -32,14 +32,14 @@ const (
 type fleetCase struct {
 	name string
 	run  func(*fleetBench) error
-	// Measures time or needs the whole machine.
+	// Needs the whole machine, because it measures time.
 	alone bool
 }
 
 func fleetCases() []fleetCase {
 	cases := []fleetCase{
 		{name: "cost", run: (*fleetBench).cost, alone: true},
-		{name: "cache", run: (*fleetBench).cache, alone: true},
+		{name: "cache", run: (*fleetBench).cache},
 		{name: "watches", run: (*fleetBench).watches},
 		{name: "rate", run: (*fleetBench).rate},
 		{name: "throttle window", run: (*fleetBench).throttleWindow},
@@ -54,7 +54,7 @@ func fleetCases() []fleetCase {
 }
 
 // fleetLanes is the number of cases that run at the same time, each with its own store and replicas.
-const fleetLanes = 3
+const fleetLanes = 4
 
 // fleet measures what three replicas with one store cost together, and what faults of the store do. A run below a minute is for CI:
 // its rates have shorter periods, and bounds on time leave room for a busy machine.
@@ -570,7 +570,7 @@ func (r *recorder) setScript(script func(upstreamRequest) http.HandlerFunc) {
 func (b *fleetBench) cost() error {
 	rounds, callsEach := 10, 1000
 	if b.short {
-		rounds, callsEach = 4, 250
+		rounds, callsEach = 3, 200
 	}
 	with, err := b.start("--upstream-rate", "100000/1s")
 	if err != nil {
