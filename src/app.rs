@@ -135,14 +135,14 @@ async fn run(options: Serve, metrics: Arc<Metrics>, access: Access) -> Result<()
     let (base_url, source, sandbox) = resolve_upstream(&options).await?;
     let system_roots = system_roots(&base_url, &source);
     let http = options.upstream.http_config(system_roots)?;
-    let store = QuotaStore::start(
+    let store = QuotaStore::open(
         &options.quota_store,
         &base_url,
         options.upstream.attempt_timeout,
         options.result_lifetime(),
         &metrics,
     );
-    let store = store.await?;
+    let (store, opened) = store.await?.unzip();
     let credentials = Credentials::start(source, &http, Arc::clone(&metrics))?;
     let mut server_options = options.server.clone();
     let (connections, calls) = (server_options.max_connections, server_options.max_in_flight);
@@ -195,6 +195,10 @@ async fn run(options: Serve, metrics: Arc<Metrics>, access: Access) -> Result<()
         config = options.summary(),
         "serving"
     );
+    // After the line above, which is the first one of the log.
+    if let (Some(store), Some(opened)) = (&store, opened) {
+        store.start(opened);
+    }
     if sandbox {
         tracing::warn!(
             "the upstream is the embedded sandbox: replies are not real; \

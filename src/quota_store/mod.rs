@@ -93,6 +93,10 @@ pub struct QuotaStore {
     writes: Arc<Semaphore>,
 }
 
+/// The result of the first attempt to connect.
+#[derive(Debug)]
+pub struct Opened(Result<Connection, Problem>);
+
 impl fmt::Debug for QuotaStore {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("QuotaStore").finish_non_exhaustive()
@@ -100,17 +104,17 @@ impl fmt::Debug for QuotaStore {
 }
 
 impl QuotaStore {
-    /// Connects to the configured store, if any, and starts the task that keeps the connection. Waits for at most a second.
+    /// Connects to the configured store, if any, for at most a second. [`Self::start`] takes the store and the result.
     ///
     /// # Errors
     /// [`Error`]: the store is a cluster, or TLS cannot be set up. A store that does not reply is no error.
-    pub async fn start(
+    pub async fn open(
         options: &Options,
         upstream: &Url,
         attempt_timeout: Duration,
         result_lifetime: Duration,
         metrics: &Arc<Metrics>,
-    ) -> Result<Option<Arc<Self>>, Error> {
+    ) -> Result<Option<(Arc<Self>, Opened)>, Error> {
         let (Some(url), Some(keys)) = (&options.quota_store, &options.keys) else {
             return Ok(None);
         };
@@ -143,22 +147,26 @@ impl QuotaStore {
             runtime: Handle::current(),
             writes: Arc::new(Semaphore::new(MAX_WRITES)),
         });
-        let mut first = Some(store.connect().await);
-        match &first {
-            Some(Err(Problem::Cluster)) => return Err(Error::Unfit(Problem::Cluster)),
-            Some(Err(problem)) => tracing::warn!(
-                store = %url,
-                "the quota store cannot be used: {problem}; until it can, this replica counts as the only one and uses the whole rates"
-            ),
-            _ => {}
+        match store.connect().await {
+            Err(Problem::Cluster) => Err(Error::Unfit(Problem::Cluster)),
+            opened => Ok(Some((store, Opened(opened)))),
         }
-        let running = Arc::clone(&store);
+    }
+
+    /// Starts the task that keeps the connection, and logs if there is none.
+    pub fn start(self: &Arc<Self>, Opened(opened): Opened) {
+        if let Err(problem) = &opened {
+            tracing::warn!(
+                store = %self.target.url,
+                "the quota store cannot be used: {problem}; until it can, this replica counts as the only one and uses the whole rates"
+            );
+        }
+        let (running, mut first) = (Arc::clone(self), Some(opened));
         tokio::spawn(async move {
             let background = &running.link.metrics.background;
             let run = || Arc::clone(&running).run(first.take());
             background.supervise(Task::QuotaStore, run).await
         });
-        Ok(Some(store))
     }
 
     /// Connects. The connection is usable if the store replies fast enough.

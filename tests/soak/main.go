@@ -6,8 +6,9 @@
 //	soak attacks  [-calls 100000] PROGRAM      hostile peers next to an honest caller; one line of figures each
 //	soak crowd    [-duration 3s] PROGRAM       one fault at a time next to a crowd of honest callers; a table
 //	soak watches  [-duration 2m] PROGRAM       what watches cost, and what their callers see
+//	soak fleet    [-duration 2m] PROGRAM       three replicas with one quota store: their upstream calls, and faults of the store
 //
-// The upstream is the program's own `sandbox` in a separate process; for crowd and watches, a scripted one in this process. CI runs each
+// The upstream is the program's own `sandbox` in a separate process; for crowd, watches and fleet, a scripted one in this process. CI runs each
 // subcommand for some seconds. The source of each states its requirements.
 package main
 
@@ -22,11 +23,11 @@ import (
 
 func main() {
 	flags := flag.NewFlagSet("soak", flag.ExitOnError)
-	duration := flags.Duration("duration", 0, "faults: length of the run (default 30m); crowd: length of each fault (default 3s); watches: length of an observation (default 2m)")
+	duration := flags.Duration("duration", 0, "faults: length of the run (default 30m); crowd: length of each fault (default 3s); watches, fleet: length of an observation (default 2m)")
 	window := flags.Duration("window", time.Minute, "overload: length of each load level")
 	count := flags.Int("count", 200, "restarts: number of restarts")
 	calls := flags.Int("calls", 100_000, "attacks: number of calls with new names")
-	only := flags.String("only", "", "attacks, watches: name of the only one to run")
+	only := flags.String("only", "", "attacks, watches, fleet: name of the only one to run")
 	crowdList := flags.String("faults", "", "crowd: comma-separated names of the faults to run (default all)")
 	seed := flags.Uint64("seed", uint64(time.Now().UnixNano()), "seed of all random choices")
 	if len(os.Args) < 3 {
@@ -63,6 +64,8 @@ func main() {
 		err = crowd(results, program, cmp.Or(*duration, 3*time.Second), *crowdList)
 	case "watches":
 		watches(results, program, cmp.Or(*duration, 2*time.Minute), *only)
+	case "fleet":
+		fleetRun(results, program, cmp.Or(*duration, 2*time.Minute), *only)
 	default:
 		usage()
 	}
@@ -84,7 +87,7 @@ func raiseDescriptors() (uint64, error) {
 }
 
 func usage() {
-	fmt.Fprintln(os.Stderr, "usage: soak faults|overload|restarts|attacks|crowd|watches "+
+	fmt.Fprintln(os.Stderr, "usage: soak faults|overload|restarts|attacks|crowd|watches|fleet "+
 		"[-duration D] [-window D] [-count N] [-calls N] [-only NAME] [-faults NAME,...] [-seed N] PROGRAM")
 	os.Exit(2)
 }

@@ -109,15 +109,20 @@ func (u *taskUpstream) requests() int {
 	return len(u.arrivals)
 }
 
-// busiest returns the largest number of requests that arrived within the period. Requests that start a period apart may
-// arrive closer together, so the period is shortened by a twentieth.
+// busiest is that of busiestOf.
 func (u *taskUpstream) busiest(period time.Duration) int {
 	u.lock.Lock()
 	defer u.lock.Unlock()
+	return busiestOf(u.arrivals, period)
+}
+
+// busiestOf returns the largest number of requests that arrived within the period. Requests that start a period apart may
+// arrive closer together, so the period is shortened by a twentieth.
+func busiestOf(arrivals []time.Time, period time.Duration) int {
 	period -= period / 20
 	most, first := 0, 0
-	for last := range u.arrivals {
-		for u.arrivals[last].Sub(u.arrivals[first]) >= period {
+	for last := range arrivals {
+		for arrivals[last].Sub(arrivals[first]) >= period {
 			first++
 		}
 		most = max(most, last-first+1)

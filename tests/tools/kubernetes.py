@@ -380,11 +380,16 @@ def check_watch_route(that, resources, name):
 
 
 def check_settings(that, settings):
-    """Runs the program with the settings, except those that name files, which do not exist here."""
+    """Runs the program with the settings, except those that name files, which do not exist here. The quota store needs its key."""
     environment = {name: value for name, value in settings.items() if not value.startswith("/")}
-    result = subprocess.run(
-        [PROGRAM, "serve", "--print-config"], capture_output=True, text=True, timeout=30, env=environment
-    )
+    with tempfile.NamedTemporaryFile() as key:
+        key.write(os.urandom(32))
+        key.flush()
+        if "RDS_TASK_FACADE_QUOTA_STORE" in settings:
+            environment["RDS_TASK_FACADE_QUOTA_STORE_KEY_FILE"] = key.name
+        result = subprocess.run(
+            [PROGRAM, "serve", "--print-config"], capture_output=True, text=True, timeout=30, env=environment
+        )
     that("the program accepts the settings", result.returncode == 0, result.stderr)
 
 

@@ -13,8 +13,8 @@ DRAIN_DELAY_SECONDS = 1
 class Pod:
     """The ports of both stay the same after a restart. `options` are those of `server_side`."""
 
-    def __init__(self, name, folder, identities, upstream, *arguments, **options):
-        self.name = name
+    def __init__(self, name, folder, identities, upstream, *arguments, credentials="token", **options):
+        self.name, self._credentials = name, credentials
         self.port, self.instance_port = free_port(), free_port()
         self._folder, self._upstream, self._arguments = folder, upstream, arguments
         self._resources = server_side(self.port, self.instance_port, identities.path(SERVER), CALLER, **options)
@@ -30,7 +30,7 @@ class Pod:
         begun = time.monotonic()
         self.instance = Facade(
             f"--endpoint={self._upstream}",
-            "--credentials=token",
+            f"--credentials={self._credentials}",
             f"--drain-delay={DRAIN_DELAY_SECONDS}s",
             *self._arguments,
             environment={"RDS_TASK_FACADE_TOKEN": SANDBOX_TOKEN},

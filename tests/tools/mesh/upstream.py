@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from facade import INSTANCE_ID
@@ -40,7 +41,8 @@ class Tasks:
 
 
 class Upstream:
-    """A server for one pod, as a context manager. `calls` counts the requests since it was last set to zero."""
+    """A server for one pod, as a context manager. `calls` counts the requests since it was last set to zero, `lookups` all requests
+    by token and workflow id."""
 
     def __init__(self, tasks):
         outer = self
@@ -51,9 +53,9 @@ class Upstream:
             wbufsize = -1
 
             def do_POST(self):
-                outer.count()
-                body = self.rfile.read(int(self.headers["content-length"]))
-                reply = json.dumps(tasks.reply(json.loads(body)["workflow_id"])).encode()
+                workflow_id = json.loads(self.rfile.read(int(self.headers["content-length"])))["workflow_id"]
+                outer.count(self.headers["x-auth-token"], workflow_id)
+                reply = json.dumps(tasks.reply(workflow_id)).encode()
                 self.send_response(200)
                 self.send_header("content-type", "application/json")
                 self.send_header("content-length", str(len(reply)))
@@ -63,16 +65,17 @@ class Upstream:
             def log_message(self, *_):
                 pass
 
-        self.calls = 0
+        self.calls, self.lookups = 0, Counter()
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
-    def count(self):
+    def count(self, token, workflow_id):
         with self._lock:
             self.calls += 1
+            self.lookups[token, workflow_id] += 1
 
     def __enter__(self):
         self._thread.start()
