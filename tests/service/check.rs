@@ -120,8 +120,14 @@ async fn every_credential_source_passes_with_the_sandbox() {
         &password,
     ];
     let caller = [("RDS_TASK_FACADE_TOKEN", "sandbox-token")];
-    let cases: [(&str, &[&str], Variables<'_>); 7] = [
+    let token = file(&folder, "token", "sandbox-token\n");
+    let profile = "[basic]\nak = SANDBOXACCESSKEY\nsk = sandbox-secret-key\n";
+    let profile = file(&folder, "profile", profile);
+    let of_profile = [("HUAWEICLOUD_SDK_CREDENTIALS_FILE", profile.as_str())];
+    let cases: [(&str, &[&str], Variables<'_>); 9] = [
         ("token", &[], &[]),
+        ("token", &["--token-file", &token], &[]),
+        ("profile", &["--credentials", "profile"], &of_profile),
         ("caller", &["--credentials", "caller"], &caller),
         ("env", &["--credentials", "env"], &KEY),
         ("iam", &iam, &[]),
@@ -223,6 +229,43 @@ async fn wrong_credentials_fail_with_their_cure() {
 }
 
 #[tokio::test]
+async fn an_issuer_that_fails_is_named_with_its_status() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let sandbox = Sandbox::start();
+    let url = sandbox.url();
+    let password = file(&folder, "password", "canary-password");
+    let iam = [
+        "--iam-user=u",
+        "--iam-domain=d",
+        "--iam-project=p",
+        "--iam-endpoint",
+        &url,
+        "--iam-password-file",
+        &password,
+    ];
+    for (source, flags) in [
+        ("iam", &iam[..]),
+        ("metadata", &["--metadata-endpoint", &url]),
+    ] {
+        sandbox
+            .set(&format!("fail-{source}?status=503&times=9"))
+            .await;
+        let args = [&["--endpoint", &url, "--credentials", source], flags].concat();
+
+        let checked = Checked::run(&args, &[]).await;
+
+        checked.assert(source, "credential", "fail", "HTTP status 503");
+        checked.assert(
+            source,
+            "credential",
+            "fail",
+            &format!("check --{source}-endpoint"),
+        );
+        checked.assert(source, "call", "warn", "skipped");
+    }
+}
+
+#[tokio::test]
 async fn obstacles_on_the_way_to_rds_fail_once_with_their_cause() {
     let folder = tempfile::tempdir().expect("a folder");
     let authority = Authority::new();
@@ -235,6 +278,8 @@ async fn obstacles_on_the_way_to_rds_fail_once_with_their_cause() {
     let proxy = Upstream::always(reply(407, &[], "")).await;
     let proxy_url = format!("http://canary:canary@{}", proxy.address);
     let silent = Upstream::always(vec![Step::Hold]).await;
+    let reset = Upstream::always(vec![Step::Reset]).await;
+    let not_http = Upstream::always(vec![Step::Send(b"+OK ready\r\n".to_vec()), Step::Close]).await;
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
     let closed = format!("http://{}", listener.local_addr().expect("an address"));
     drop(listener);
@@ -274,6 +319,18 @@ async fn obstacles_on_the_way_to_rds_fail_once_with_their_cause() {
             through(&plain.url()),
             "connection",
             "407",
+        ),
+        (
+            "reset",
+            direct(&reset.url()),
+            "connection",
+            "closed before a reply",
+        ),
+        (
+            "not HTTP",
+            direct(&not_http.url()),
+            "connection",
+            "violates HTTP",
         ),
         (
             "silence",

@@ -251,6 +251,11 @@ async fn connections_beyond_the_limit_are_refused_and_the_others_keep_working() 
 async fn http1_on_the_grpc_port_gets_505_and_does_not_flood_the_log() {
     use tokio::io::AsyncWriteExt as _;
     let program = Program::sandboxed(&[]);
+    let first = [("x-request-id", "first")];
+    let called = program.call_with(example_request(), &first).await;
+    assert!(called.is_ok(), "{called:?}");
+    // All lines of the start come before this one.
+    program.access_line("first");
     let lines = program.logs().len();
 
     for _ in 0..50 {
