@@ -238,10 +238,14 @@ def check_rules(that, resources, components):
         that("the mesh neither limits nor retries watches", (watch["timeout"], watch["retries"]) == ("0s", {"attempts": 0}), watch)
         policy = one(resources, "PeerAuthentication")["spec"]
         that("mutual TLS is strict on the gRPC port", policy["mtls"]["mode"] == "STRICT" and str(ports["grpc"]) not in policy["portLevelMtls"])
-        outliers = one(resources, "DestinationRule")["spec"]["trafficPolicy"].get("outlierDetection")
+        # With consistent hashing, there is no outlier detection at all.
+        traffic = one(resources, "DestinationRule")["spec"]["trafficPolicy"]
+        outliers, hashed = traffic.get("outlierDetection"), "consistentHash" in traffic["loadBalancer"]
         that(
             "an outage of RDS ejects no pod",
-            outliers is None or outliers["splitExternalLocalOriginErrors"] is True and not any(outliers[name] for name in EJECTING),
+            not outliers
+            if hashed
+            else outliers["splitExternalLocalOriginErrors"] is True and not any(outliers[name] for name in EJECTING),
             outliers,
         )
         entries = [r["spec"] for r in resources if r["kind"] == "ServiceEntry"]
@@ -380,11 +384,16 @@ def check_watch_route(that, resources, name):
 
 
 def check_settings(that, settings):
-    """Runs the program with the settings, except those that name files, which do not exist here."""
+    """Runs the program with the settings, except those that name files, which do not exist here. The quota store needs its key."""
     environment = {name: value for name, value in settings.items() if not value.startswith("/")}
-    result = subprocess.run(
-        [PROGRAM, "serve", "--print-config"], capture_output=True, text=True, timeout=30, env=environment
-    )
+    with tempfile.NamedTemporaryFile() as key:
+        key.write(os.urandom(32))
+        key.flush()
+        if "RDS_TASK_FACADE_QUOTA_STORE" in settings:
+            environment["RDS_TASK_FACADE_QUOTA_STORE_KEY_FILE"] = key.name
+        result = subprocess.run(
+            [PROGRAM, "serve", "--print-config"], capture_output=True, text=True, timeout=30, env=environment
+        )
     that("the program accepts the settings", result.returncode == 0, result.stderr)
 
 
