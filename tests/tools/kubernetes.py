@@ -238,10 +238,14 @@ def check_rules(that, resources, components):
         that("the mesh neither limits nor retries watches", (watch["timeout"], watch["retries"]) == ("0s", {"attempts": 0}), watch)
         policy = one(resources, "PeerAuthentication")["spec"]
         that("mutual TLS is strict on the gRPC port", policy["mtls"]["mode"] == "STRICT" and str(ports["grpc"]) not in policy["portLevelMtls"])
-        outliers = one(resources, "DestinationRule")["spec"]["trafficPolicy"].get("outlierDetection")
+        # With consistent hashing, there is no outlier detection at all.
+        traffic = one(resources, "DestinationRule")["spec"]["trafficPolicy"]
+        outliers, hashed = traffic.get("outlierDetection"), "consistentHash" in traffic["loadBalancer"]
         that(
             "an outage of RDS ejects no pod",
-            outliers is None or outliers["splitExternalLocalOriginErrors"] is True and not any(outliers[name] for name in EJECTING),
+            not outliers
+            if hashed
+            else outliers["splitExternalLocalOriginErrors"] is True and not any(outliers[name] for name in EJECTING),
             outliers,
         )
         entries = [r["spec"] for r in resources if r["kind"] == "ServiceEntry"]

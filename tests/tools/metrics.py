@@ -19,12 +19,12 @@ METHODS = {
     ("bidi_stream", "grpc.reflection.v1.ServerReflection", "ServerReflectionInfo"),
     ("other", "other", "other"),
 }
+REASONS = re.findall(r'=> "([A-Z_]+)"', (ROOT / "src/reason.rs").read_text())
 RPC = ("grpc_type", "grpc_service", "grpc_method")
 OUTCOMES = "answer transport_error timeout cancelled".split()
 CLASSES = "1xx 2xx 3xx 4xx 5xx none".split()
 RETRIES = """UPSTREAM_DNS UPSTREAM_CONNECT UPSTREAM_RESET UPSTREAM_TRUNCATED UPSTREAM_PROTOCOL UPSTREAM_TIMEOUT
 UPSTREAM_UNAVAILABLE UPSTREAM_INTERNAL CREDENTIAL_REJECTED CLOCK_SKEW""".split()
-REASONS = re.findall(r'=> "([A-Z_]+)"', (ROOT / "src/reason.rs").read_text())
 TASKS = "admin accept certificates credential health lateness quota_store spans".split()
 POLLS = "changed unchanged failed throttled".split()
 WATCH_ENDS = "over deadline cancelled expired drain error stale unread".split()
