@@ -24,7 +24,7 @@ use crate::{
     descriptors,
     http_client::{self, SystemRoots},
     lookup::Lookups,
-    options::url::without_slash,
+    options::{defaults, url::without_slash},
     rpc::Facade,
     sandbox::Sandbox,
     server::{self, Server},
@@ -65,7 +65,7 @@ pub async fn serve(options: Serve) -> ExitCode {
 /// Runs only the sandbox until a signal.
 pub async fn sandbox(listen: SocketAddr) -> ExitCode {
     descriptors::raise_limit();
-    let _telemetry = telemetry::start(&telemetry::Options::default(), &Metrics::new());
+    let _telemetry = telemetry::start(&defaults(), &Metrics::new());
     finish(run_sandbox(listen).await)
 }
 
