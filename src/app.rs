@@ -25,7 +25,7 @@ use crate::{
     http_client::{self, SystemRoots},
     lookup::Lookups,
     method::Method,
-    options::url::without_slash,
+    options::{defaults, url::without_slash},
     quota_store::{self, QuotaStore},
     rpc::Facade,
     sandbox::Sandbox,
@@ -88,7 +88,7 @@ pub async fn serve(options: Serve) -> ExitCode {
 /// Runs only the sandbox until a signal.
 pub async fn sandbox(listen: SocketAddr) -> ExitCode {
     descriptors::raise_limit();
-    let _telemetry = telemetry::start(&telemetry::Options::default(), &Metrics::new());
+    let _telemetry = telemetry::start(&defaults(), &Metrics::new());
     finish(run_sandbox(listen).await)
 }
 

@@ -231,7 +231,7 @@ impl Serve {
         shown.push(Setting {
             name: "RUST_LOG".to_owned(),
             value: Shown::Value(filter.clone()),
-            is_notable: *filter != telemetry::Options::default().filter,
+            is_notable: *filter != "info",
         });
         if let Some(tracing) = &self.telemetry.tracing {
             let endpoint = Shown::Value(tracing.endpoint.clone());

@@ -1,6 +1,6 @@
 //! One bounded HTTP request to an issuer of credentials. Response bodies hold secrets, so no error quotes them.
 
-use std::{fmt, time::Duration};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::{HeaderMap, Request};
@@ -17,7 +17,8 @@ use crate::{
 const MAX_BODY_BYTES: usize = 64 * 1024;
 
 /// A failed refresh. Holds no secret and no part of a body.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{cause}")]
 pub(super) struct FetchError {
     /// The issuer that rejected the facade's user or agency, and the HTTP status: 401 or 403.
     pub(super) rejected_by: Option<(Issuer, u16)>,
@@ -71,12 +72,6 @@ impl From<http_client::Error> for FetchError {
             _ => "the reply is broken",
         };
         Self::unavailable(format!("{what}: {}", error.cause))
-    }
-}
-
-impl fmt::Display for FetchError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.cause)
     }
 }
 

@@ -216,17 +216,6 @@ fn contains_any(text: &str, secrets: &[&str]) -> bool {
     })
 }
 
-#[derive(Default, Deserialize)]
-struct TokenBody {
-    token: Description,
-}
-
-#[derive(Default, Deserialize)]
-struct Description {
-    expires_at: Option<String>,
-    issued_at: Option<String>,
-}
-
 /// The token is in a header. The body holds only its times, so a body that cannot be parsed counts as one without times.
 fn token(response: &Response) -> Result<Fetched<HeaderValue>, FetchError> {
     let value = response
@@ -238,13 +227,12 @@ fn token(response: &Response) -> Result<Fetched<HeaderValue>, FetchError> {
         .ok()
         .and_then(|text| secret::parse_token(text).ok())
         .ok_or_else(|| FetchError::unavailable("the X-Subject-Token in the reply is malformed"))?;
-    let TokenBody { token } = serde_json::from_slice(&response.body).unwrap_or_default();
-    let time = |text: Option<String>| server_time::parse(&text?);
-    let (expires_at, issued_at) = (time(token.expires_at), time(token.issued_at));
+    let body: Value = serde_json::from_slice(&response.body).unwrap_or_default();
+    let time = |pointer| server_time::parse(body.pointer(pointer)?.as_str()?);
     let now = wait::date(&response.headers)
-        .or(issued_at)
+        .or_else(|| time("/token/issued_at"))
         .unwrap_or_else(server_time::our_clock);
-    let lifetime = server_time::lifetime(expires_at, now)
+    let lifetime = server_time::lifetime(time("/token/expires_at"), now)
         .ok_or_else(|| FetchError::unavailable("the token in the reply has already expired"))?;
     Ok(Fetched {
         value,

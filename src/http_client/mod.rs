@@ -29,7 +29,7 @@ use hyper_util::rt::TokioIo;
 use rustls::{ClientConfig, DEFAULT_VERSIONS, RootCertStore, crypto::aws_lc_rs::default_provider};
 use serde::de::IgnoredAny;
 use tokio::io::{AsyncRead, AsyncWrite};
-use url::Url;
+use url::{Position, Url};
 
 pub use self::error::{Error, Obstacle};
 use self::{
@@ -224,8 +224,9 @@ pub struct Client(Arc<Origin>);
 
 #[derive(Debug)]
 struct Origin {
-    /// Host, and port unless it is the scheme's default.
-    authority: String,
+    /// Scheme, host, and port unless it is the scheme's default.
+    origin: String,
+    /// Host and port.
     host: HeaderValue,
     connector: Connector,
     pool: Arc<Pool>,
@@ -249,11 +250,10 @@ impl Client {
     ) -> Result<Self, BuildError> {
         let origin = url.origin().ascii_serialization();
         let uri: Uri = origin.parse().map_err(|_| BuildError::Url)?;
-        let authority = uri.authority().ok_or(BuildError::Url)?.to_string();
-        let host = HeaderValue::from_str(&authority).map_err(|_| BuildError::Url)?;
+        let host = &url[Position::BeforeHost..Position::AfterPort];
         Ok(Self(Arc::new(Origin {
-            authority,
-            host,
+            host: HeaderValue::from_str(host).map_err(|_| BuildError::Url)?,
+            origin,
             connector: Connector::new(config, uri)?,
             pool: Pool::new(max_idle),
             max_age,
@@ -277,7 +277,7 @@ impl Client {
             if let Some(credential) = proxy.basic_auth() {
                 headers.insert(PROXY_AUTHORIZATION, credential.clone());
             }
-            let target = format!("http://{}{}", self.0.authority, request.uri());
+            let target = format!("{}{}", self.0.origin, request.uri());
             *request.uri_mut() = target.parse().expect("an origin and a path");
         }
         loop {

@@ -3,21 +3,19 @@
 
 use std::{convert::Infallible, net::SocketAddr, sync::Arc};
 
-use tokio::{net::TcpListener, sync::Semaphore};
+use tokio::net::TcpListener;
 
-use super::worker::Worker;
+use super::{edge::Shared, worker::Worker};
 use crate::{
     accept::{Accept, is_connection_error, without_mapping},
     rpc::Service,
-    telemetry::metrics::{Metrics, Refusal},
+    telemetry::metrics::Refusal,
 };
 
 /// Accepts connections within the connection limit and distributes them over the workers.
 pub(super) struct Acceptor<S> {
     pub(super) workers: Vec<Worker<S>>,
-    /// One permit per connection.
-    pub(super) connections: Arc<Semaphore>,
-    pub(super) metrics: Arc<Metrics>,
+    pub(super) shared: Arc<Shared>,
 }
 
 impl<S: Service> Acceptor<S> {
@@ -51,7 +49,7 @@ impl<S: Service> Acceptor<S> {
 
     /// Hands a connection to the worker with the fewest, or closes it if the limit is reached.
     fn dispatch(&self, socket: std::net::TcpStream, peer: SocketAddr) {
-        let permit = Arc::clone(&self.connections).try_acquire_owned();
+        let permit = Arc::clone(&self.shared.connections).try_acquire_owned();
         let worker = self
             .workers
             .iter()
@@ -60,12 +58,13 @@ impl<S: Service> Acceptor<S> {
         let prepared = socket
             .set_nonblocking(true)
             .and_then(|()| socket.set_nodelay(true));
+        let metrics = &self.shared.sinks.metrics;
         match (permit, worker, prepared) {
             (Ok(permit), Some(worker), Ok(())) => {
                 worker.serve(socket, peer, permit);
             }
-            (_, _, Err(_)) => self.metrics.connection_refused(Refusal::Closed),
-            _ => self.metrics.connection_refused(Refusal::Limit),
+            (_, _, Err(_)) => metrics.connection_refused(Refusal::Closed),
+            _ => metrics.connection_refused(Refusal::Limit),
         }
     }
 }

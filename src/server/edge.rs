@@ -79,6 +79,8 @@ pub(super) struct Shared {
     pub(super) tls: Option<Tls>,
     /// Health and, if it is on, reflection.
     pub(super) routes: Routes,
+    /// One permit per connection.
+    pub(super) connections: Arc<Semaphore>,
     /// Permits for unary calls of the task service.
     pub(super) in_flight: Arc<FairLimit>,
     /// Permits for watches.

@@ -78,7 +78,6 @@ pub struct Server<S> {
     listener: TcpListener,
     acceptor: Acceptor<S>,
     health: HealthState,
-    shared: Arc<Shared>,
     cut_off: CancellationToken,
 }
 
@@ -111,6 +110,7 @@ impl<S: Service> Server<S> {
         let shared = Arc::new(Shared {
             tls,
             routes: health.routes(options.reflection),
+            connections: Arc::new(Semaphore::new(options.max_connections)),
             in_flight: FairLimit::new(options.max_in_flight),
             watches: FairLimit::new(options.max_watches),
             watch_drain: WatchDrain::new(watch_drain),
@@ -133,15 +133,13 @@ impl<S: Service> Server<S> {
             services.into_iter().enumerate().map(start_worker).collect();
         let acceptor = Acceptor {
             workers: workers.map_err(Error::Worker)?,
-            connections: Arc::new(Semaphore::new(shared.options.max_connections)),
-            metrics: Arc::clone(&shared.sinks.metrics),
+            shared,
         };
         listener.set_nonblocking(true).map_err(Error::Listener)?;
         Ok(Self {
             listener: TcpListener::from_std(listener).map_err(Error::Listener)?,
             acceptor,
             health,
-            shared,
             cut_off,
         })
     }
@@ -153,13 +151,13 @@ impl<S: Service> Server<S> {
             listener,
             acceptor,
             health,
-            shared,
             cut_off,
         } = self;
+        let shared = Arc::clone(&acceptor.shared);
         let options = &shared.options;
         let is_ready = *ready.borrow_and_update();
         health.set(is_ready).await;
-        let background = &acceptor.metrics.background;
+        let background = &shared.sinks.metrics.background;
         let accept = || acceptor.accept_from(&listener);
         let follow_ready = || health.follow(ready.clone());
         let follow_files = || tls::follow(shared.tls.as_ref());
@@ -177,11 +175,7 @@ impl<S: Service> Server<S> {
             () = sleep(options.drain_delay) => {}
         }
         acceptor.close(listener);
-        let Acceptor {
-            workers,
-            connections,
-            ..
-        } = acceptor;
+        let workers = acceptor.workers;
         shared.go_away.cancel();
         shared.discarded.cancel();
         let end = Instant::now() + options.shutdown_grace;
@@ -191,7 +185,7 @@ impl<S: Service> Server<S> {
         let drained = || join_all(workers.iter().map(Worker::drained));
         if timeout_at(end - cut_off_time, drained()).await.is_err() {
             tracing::warn!(
-                connections = options.max_connections - connections.available_permits(),
+                connections = options.max_connections - shared.connections.available_permits(),
                 calls = shared.in_flight.held(),
                 "cut off at the end of the shutdown grace"
             );

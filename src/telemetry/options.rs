@@ -35,12 +35,6 @@ pub struct Options {
     pub unusable: Vec<String>,
 }
 
-impl Default for Options {
-    fn default() -> Self {
-        options::defaults()
-    }
-}
-
 impl Options {
     /// Reads `RUST_LOG` and the `OTEL_*` variables.
     pub fn read_variables(&mut self, validation: &mut Validation<'_>) {

@@ -78,12 +78,6 @@ pub struct Options {
     pub retry_budget: u32,
 }
 
-impl Default for Options {
-    fn default() -> Self {
-        options::defaults()
-    }
-}
-
 impl Options {
     /// Checks the rules that span several options, and reads the password of the proxy.
     pub fn validate(&mut self, validation: &mut Validation<'_>) {

@@ -9,7 +9,7 @@ use http::{
 };
 use http_body_util::Full;
 use serde::Serialize;
-use url::Url;
+use url::{Position, Url};
 
 use super::TaskQuery;
 use crate::{
@@ -76,14 +76,6 @@ impl<'a> TaskRequest<'a> {
         &self.url
     }
 
-    /// The `Host` header as the HTTP client sends it: with the port unless it is the scheme's default.
-    fn host(&self) -> String {
-        let host = self.url.host_str().expect("an endpoint has a host");
-        self.url
-            .port()
-            .map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"))
-    }
-
     /// The request of one attempt with its credential: the token, or a signature of `signed_at`. Includes the trace context of `record` if
     /// propagation to upstream is on.
     pub(super) fn with(
@@ -102,6 +94,8 @@ impl<'a> TaskRequest<'a> {
                 headers.insert("x-auth-token", token.value.clone());
             }
             Auth::Key(key) => {
+                // As the HTTP client sends it: with the port unless it is the scheme's default.
+                let host = &self.url[Position::BeforeHost..Position::AfterPort];
                 // Signs no header that the HTTP client or a proxy may change.
                 let unsigned = SigningRequest {
                     method: "POST",
@@ -109,7 +103,7 @@ impl<'a> TaskRequest<'a> {
                     query: &[],
                     headers: &[
                         ("content-type", APPLICATION_JSON),
-                        ("host", &self.host()),
+                        ("host", host),
                         ("x-project-id", self.project_id),
                     ],
                     body: &self.body,
