@@ -1,11 +1,11 @@
 //! Admission of attempts and polls: throttle windows, the rest of a key, and the rate, in one round trip.
 
-use std::{sync::LazyLock, time::Duration};
+use std::time::Duration;
 
 use redis::{Script, ScriptInvocation};
 use tokio::time::{Instant, sleep};
 
-use super::{MAX_WAIT, Session, TaskName, micros, millis, random_id, results::POLL_LEASE};
+use super::{MAX_WAIT, SCRIPTS, Session, TaskName, micros, millis, random_id, results::POLL_LEASE};
 use crate::{
     credentials::{
         AccessKey,
@@ -14,21 +14,6 @@ use crate::{
     deadline::Deadline,
     telemetry::metrics::StoreOperation,
 };
-
-static ADMIT: LazyLock<Script> = LazyLock::new(|| {
-    let slots = include_str!("scripts/slots.lua");
-    Script::new(&[slots, include_str!("scripts/admit.lua")].concat())
-});
-static POLL: LazyLock<Script> = LazyLock::new(|| {
-    let slots = include_str!("scripts/slots.lua");
-    Script::new(&[slots, include_str!("scripts/poll.lua")].concat())
-});
-static THROTTLE: LazyLock<Script> =
-    LazyLock::new(|| Script::new(include_str!("scripts/throttle.lua")));
-static REJECTED: LazyLock<Script> =
-    LazyLock::new(|| Script::new(include_str!("scripts/rejected.lua")));
-static ACCEPTED: LazyLock<Script> =
-    LazyLock::new(|| Script::new(include_str!("scripts/accepted.lua")));
 
 /// How long a key counts as proven after the last report.
 const PROOF_LIFETIME: Duration = Duration::from_secs(24 * 60 * 60);
@@ -46,7 +31,7 @@ pub struct Slot {
     pub window: Duration,
     /// The time between two starts of which the second has waited.
     pub spacing: Duration,
-    /// The limit on attempts and first polls in a window; `None` for a repeated poll.
+    /// The limit on first polls in a window, for a first poll.
     pub limit_of_first: Option<u32>,
     /// The start has waited already.
     pub has_waited: bool,
@@ -130,7 +115,7 @@ impl Session {
                 longest: slot.longest.saturating_sub(begun.elapsed()),
                 ..slot
             };
-            let mut script = self.slot_script(&ADMIT, "rate", left);
+            let mut script = self.slot_script(&SCRIPTS.admit, "rate", left);
             script
                 .key(self.throttle_name(attempt.instance, false))
                 .key(self.throttle_name(attempt.instance, true));
@@ -154,7 +139,7 @@ impl Session {
     }
 
     async fn admit_poll(&self, task: &TaskName, max_age: Duration, slot: Slot) -> Answer {
-        let mut script = self.slot_script(&POLL, "poll-rate", slot);
+        let mut script = self.slot_script(&SCRIPTS.poll, "poll-rate", slot);
         script.key(&task.result).key(&task.poll);
         script
             .arg(millis(max_age))
@@ -205,7 +190,7 @@ impl Session {
 
     /// Stores a throttle window: of the credential, or of the whole API.
     pub fn throttled(&self, instance: Option<&str>, wait: Duration, subject: &str, is_api: bool) {
-        let mut script = THROTTLE.key(self.throttle_name(instance, is_api));
+        let mut script = SCRIPTS.throttle.key(self.throttle_name(instance, is_api));
         script.arg(millis(wait.min(MAX_WAIT))).arg(subject);
         self.store.write(StoreOperation::Throttle, script);
     }
@@ -214,7 +199,7 @@ impl Session {
     pub fn key_rejected(&self, attempt: AttemptContext<'_>, is_locked: bool) {
         let Some(key) = attempt.key else { return };
         let [key, ak, proof, probe, count] = self.key_names(attempt.instance, key);
-        let mut script = REJECTED.key(key);
+        let mut script = SCRIPTS.rejected.key(key);
         script.key(ak).key(proof).key(probe).key(count);
         script
             .arg(millis(KEY_LOCK))
@@ -227,7 +212,7 @@ impl Session {
     pub fn key_accepted(&self, attempt: AttemptContext<'_>) {
         let Some(key) = attempt.key else { return };
         let [_, _, proof, probe, count] = self.key_names(attempt.instance, key);
-        let mut script = ACCEPTED.key(proof);
+        let mut script = SCRIPTS.accepted.key(proof);
         script.key(probe).key(count).arg(millis(PROOF_LIFETIME));
         self.store.write(StoreOperation::Key, script);
     }

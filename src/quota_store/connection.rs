@@ -9,7 +9,7 @@ use std::{
     fmt, io,
     pin::Pin,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll, ready},
@@ -28,7 +28,7 @@ use tokio::{
 };
 use tokio_util::task::AbortOnDropHandle;
 
-use super::{QuotaStore, options::StoreUrl};
+use super::{QuotaStore, options::StoreUrl, scripts::SCRIPTS};
 use crate::{
     http_client,
     lateness::is_late,
@@ -105,7 +105,8 @@ impl From<RedisError> for Problem {
                 Self::Error(code.to_owned())
             }
             _ if error.kind() == redis::ErrorKind::AuthenticationFailed => Self::Credential,
-            _ if error.is_io_error() => Self::Connection(error.category().to_owned()),
+            // The text of the system or of the TLS library.
+            _ if error.is_io_error() => Self::Connection(error.to_string()),
             _ => Self::Error(error.category().to_owned()),
         }
     }
@@ -163,6 +164,7 @@ impl Target {
         if hello.is_ok_and(|hello| is_cluster(&hello)) {
             return Err(Problem::Cluster);
         }
+        SCRIPTS.load(&handle).await?;
         Ok(Connection { handle, _driver })
     }
 }
@@ -189,6 +191,8 @@ pub(super) struct Link {
     is_suspect: AtomicBool,
     /// Notified when a call has failed.
     failed: Notify,
+    /// When the store came back after this replica has been without it.
+    back_since: Mutex<Option<Instant>>,
     pub(super) metrics: Arc<Metrics>,
 }
 
@@ -198,6 +202,7 @@ impl Link {
             connection: ArcSwapOption::empty(),
             is_suspect: AtomicBool::new(false),
             failed: Notify::new(),
+            back_since: Mutex::default(),
             metrics,
         }
     }
@@ -236,6 +241,23 @@ impl Link {
         problem
     }
 
+    /// Records that this replica has been without the store until now.
+    pub(super) fn is_back(&self) {
+        let mut since = self
+            .back_since
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        *since = Some(Instant::now());
+    }
+
+    /// When the store came back after this replica has been without it, if ever.
+    pub(super) fn back_since(&self) -> Option<Instant> {
+        *self
+            .back_since
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Runs a script, for at most `patience`; `None` if the store is down, does not reply in time, or replies with something else.
     pub(super) async fn call<T: FromRedisValue>(
         &self,
@@ -249,8 +271,15 @@ impl Link {
             self.metrics.store_skipped(operation);
             return None;
         };
+        let due = Instant::now() + patience;
         let called = self.run(operation, &connection, script, patience).await;
-        if called.is_err() {
+        let is_evidence = match &called {
+            Ok(_) => false,
+            // With most of its time used up, a call may give up too soon, and a thread without CPU time does not see a reply.
+            Err(Problem::Timeout(patience)) => *patience >= PATIENCE / 2 && !is_late(due),
+            Err(_) => true,
+        };
+        if is_evidence {
             self.is_suspect.store(true, Ordering::Relaxed);
             self.failed.notify_one();
         }

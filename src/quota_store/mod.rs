@@ -12,21 +12,26 @@ mod admission;
 mod connection;
 mod options;
 mod results;
+mod scripts;
 mod seal;
 
 use std::{
     fmt,
     mem::discriminant,
     sync::{
-        Arc, LazyLock,
+        Arc,
         atomic::{AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
 };
 
-use redis::{Script, ScriptInvocation};
+use redis::ScriptInvocation;
 use reqwest::Url;
-use tokio::{runtime::Handle, sync::Semaphore, time::sleep};
+use tokio::{
+    runtime::Handle,
+    sync::Semaphore,
+    time::{Instant, sleep},
+};
 
 pub use self::{
     admission::{Answer, AttemptContext, Request, Slot},
@@ -36,6 +41,7 @@ pub use self::{
 };
 use self::{
     connection::{CONNECT_TIMEOUT, Connection, HEARTBEAT, Link, PATIENCE, Target},
+    scripts::SCRIPTS,
     seal::Keys,
 };
 use crate::{
@@ -54,12 +60,12 @@ const MAX_REPLICAS: u32 = 1000;
 /// Limit on writes in progress. They are not waited for, and further ones are dropped.
 const MAX_WRITES: usize = 256;
 
+/// The longest that a write may take, and the pause before the second attempt: a heartbeat may show meanwhile that the store is up.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(1);
+const WRITE_PAUSE: Duration = Duration::from_millis(200);
+
 /// No wait that the store asks for is longer.
 const MAX_WAIT: Duration = Duration::from_secs(5 * 60);
-
-static HEARTBEAT_SCRIPT: LazyLock<Script> =
-    LazyLock::new(|| Script::new(include_str!("scripts/heartbeat.lua")));
-static LEAVE: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/leave.lua")));
 
 /// The quota store cannot be used as configured.
 #[derive(Debug, thiserror::Error)]
@@ -173,14 +179,12 @@ impl QuotaStore {
     /// Connects. The connection is usable if the store replies fast enough.
     async fn connect(&self) -> Result<Connection, Problem> {
         let connection = self.target.connect().await?;
-        // The first heartbeat may have to load the script.
-        self.heartbeat(&connection, CONNECT_TIMEOUT).await?;
         self.heartbeat(&connection, PATIENCE).await?;
         Ok(connection)
     }
 
     async fn heartbeat(&self, connection: &Connection, patience: Duration) -> Result<(), Problem> {
-        let mut script = HEARTBEAT_SCRIPT.key(self.name("replicas", &[]));
+        let mut script = SCRIPTS.heartbeat.key(self.name("replicas", &[]));
         script.arg(&self.instance).arg(millis(REPLICA_LIFETIME));
         let operation = StoreOperation::Heartbeat;
         let replicas = self.link.run(operation, connection, &script, patience);
@@ -197,7 +201,11 @@ impl QuotaStore {
         loop {
             let connection = match connected.take() {
                 Some(first) => first,
-                None => self.connect().await,
+                None => {
+                    let connected = self.connect().await;
+                    self.link.is_back();
+                    connected
+                }
             };
             let problem = match connection {
                 Ok(connection) => {
@@ -244,7 +252,7 @@ impl QuotaStore {
 
     /// Removes this replica from the count of replicas. Waits for the store as long as a call does.
     pub async fn leave(&self) {
-        let mut script = LEAVE.key(self.name("replicas", &[]));
+        let mut script = SCRIPTS.leave.key(self.name("replicas", &[]));
         script.arg(&self.instance);
         let operation = StoreOperation::Heartbeat;
         let _: Option<u32> = self.link.call(operation, &script, PATIENCE).await;
@@ -272,10 +280,14 @@ impl QuotaStore {
         };
         let store = Arc::clone(self);
         self.runtime.spawn(async move {
-            store
-                .link
-                .call::<redis::Value>(operation, &script, PATIENCE)
-                .await;
+            for pause in [WRITE_PAUSE, Duration::ZERO] {
+                let written = store.link.call(operation, &script, WRITE_TIMEOUT).await;
+                let written: Option<redis::Value> = written;
+                if written.is_some() {
+                    break;
+                }
+                sleep(pause).await;
+            }
             drop(permit);
         });
     }
@@ -297,13 +309,18 @@ impl Session {
         self.store.replicas()
     }
 
+    /// When the store came back after this replica has been without it, if ever.
+    pub fn back_since(&self) -> Option<Instant> {
+        self.store.link.back_since()
+    }
+
     /// Runs a script in the time that is left.
     async fn call<T: redis::FromRedisValue>(
         &self,
         operation: StoreOperation,
         script: &ScriptInvocation<'_>,
     ) -> Option<T> {
-        let begun = tokio::time::Instant::now();
+        let begun = Instant::now();
         let left = Duration::from_micros(self.left.load(Ordering::Relaxed));
         let reply = self.store.link.call(operation, script, left).await;
         self.spend(begun.elapsed());

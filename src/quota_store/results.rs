@@ -1,25 +1,19 @@
 //! Results that replicas share, and the leases that let one replica ask RDS while the others wait for its result.
 
 use std::{
-    sync::{Arc, LazyLock},
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
 use prost::Message as _;
-use redis::Script;
 use tokio::time::{Instant, sleep};
 
 use super::{
-    QuotaStore, Session,
+    QuotaStore, SCRIPTS, Session,
     admission::{FIRST_PAUSE, LONGEST_PAUSE},
     millis, random_id,
 };
 use crate::{deadline::Deadline, pb::GetTaskDetailResponse, telemetry::metrics::StoreOperation};
-
-static SHARE: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/share.lua")));
-static PUBLISH: LazyLock<Script> =
-    LazyLock::new(|| Script::new(include_str!("scripts/publish.lua")));
-static RENEW: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/renew.lua")));
 
 /// The longest stored result. Also bounds what is decoded.
 const MAX_BYTES: usize = 64 << 10;
@@ -124,7 +118,7 @@ impl Session {
         loop {
             // A result that was rejected is not looked at again.
             let max_age = rejected_at.map_or(max_age, |at| max_age.min(at.elapsed()));
-            let mut script = SHARE.key(&task.result);
+            let mut script = SCRIPTS.share.key(&task.result);
             script
                 .key(&task.lease)
                 .arg(millis(max_age))
@@ -171,7 +165,7 @@ impl Session {
 
     /// Ends the lease of a poll.
     pub fn release_poll(&self, task: &TaskName) {
-        let mut script = PUBLISH.key(&task.result);
+        let mut script = SCRIPTS.publish.key(&task.result);
         script.key(&task.poll).arg("").arg(0).arg(&task.holder);
         self.store.write(StoreOperation::Publish, script);
     }
@@ -185,7 +179,7 @@ impl Lease {
         let renewals = async {
             while self.is_held && Instant::now() + length < until {
                 sleep(length / 3).await;
-                let mut script = RENEW.key(&self.task.lease);
+                let mut script = SCRIPTS.renew.key(&self.task.lease);
                 script.arg(&self.task.holder).arg(millis(length));
                 self.store.write(StoreOperation::Publish, script);
             }
@@ -217,7 +211,7 @@ impl Lease {
 
     /// Stores an entry, if not empty, and releases the lease.
     fn write(&self, entry: &[u8]) {
-        let mut script = PUBLISH.key(&self.task.result);
+        let mut script = SCRIPTS.publish.key(&self.task.result);
         script
             .key(&self.task.lease)
             .arg(entry)

@@ -9,7 +9,7 @@
 //!
 //! With a quota store, the queues keep their order, and the head of a queue takes its start from the store, which applies the rate to all
 //! replicas ([`Pacing::wait_in_fleet`]). While the store is not available, the rate divided by the number of replicas applies here, and
-//! afterwards until the last start that the store has not seen has left the window.
+//! afterwards, too, until the starts that the store has not seen have left the window.
 //!
 //! Hand-written, because the limiters in crates (governor, leaky-bucket) allow 2N starts in a window: a full bucket and its refill.
 
@@ -250,7 +250,7 @@ struct Fleet {
     is_up: bool,
     /// While it has not, the rate is divided by this number.
     replicas: u32,
-    /// When the latest start without it leaves the window.
+    /// When all starts without it, of any replica, have left the window.
     alone_until: Instant,
     /// The latest start of an attempt or first poll that the rate has delayed; `None` once their queue is empty.
     next_at: Option<Instant>,
@@ -592,7 +592,7 @@ impl Queued {
             {
                 let mut state = self.lane.state();
                 let now = Instant::now();
-                state.answered(&answer, session.replicas(), now);
+                state.answered(&answer, session, now);
                 let starts_alone = answer == Answer::Unavailable && state.due_at(kind, now) <= now;
                 if starts_alone && let Some(caller) = state.start_head(kind, now) {
                     let leaves_at = now + state.window();
@@ -649,7 +649,10 @@ impl State {
             calls,
             window: period + JITTER.min(period / 20),
             spacing: self.spacings[kind],
-            limit_of_first: (kind == FIRST).then(|| self.half_while_polls_repeat(calls)),
+            // First polls have no spacing, and attempts have no other kind.
+            limit_of_first: self.spacings[kind]
+                .is_zero()
+                .then(|| self.half_while_polls_repeat(calls)),
             has_waited: kind == REPEATED
                 || self
                     .fleet
@@ -683,7 +686,10 @@ impl State {
     }
 
     /// Takes over what a reply shows about the quota store.
-    fn answered(&mut self, answer: &Answer, replicas: u32, now: Instant) {
+    fn answered(&mut self, answer: &Answer, session: &Session, now: Instant) {
+        let replicas = session.replicas();
+        // Other replicas may have made starts that the store has not seen.
+        let alone_until = session.back_since().map(|since| since + self.window());
         let fleet = self.fleet.get_or_insert(Fleet {
             is_up: true,
             replicas,
@@ -692,6 +698,7 @@ impl State {
         });
         fleet.is_up = *answer != Answer::Unavailable;
         fleet.replicas = replicas;
+        fleet.alone_until = alone_until.map_or(fleet.alone_until, |at| at.max(fleet.alone_until));
         if let Answer::Start(wait) = answer
             && !wait.is_zero()
         {

@@ -102,6 +102,11 @@ fn flags_and_defaults_match_the_contract() {
         ("max-connections", "1000"),
         ("cache-ttl", "0s"),
         ("cache-entries", "10000"),
+        ("quota-store", ""),
+        ("quota-store-password-file", ""),
+        ("quota-store-key-file", ""),
+        ("quota-store-ca", ""),
+        ("allow-insecure-quota-store", "false"),
         ("drain-delay", "0s"),
         ("shutdown-grace", "20s"),
         ("max-connection-age", "30m"),
@@ -182,6 +187,7 @@ fn every_flag_of_serve_has_a_variable() {
         ("endpoint", "https://rds.example.com"),
         ("upstream-ca", path),
         ("upstream-proxy", "http://proxy:3128"),
+        ("quota-store", "redis://127.0.0.1:6379"),
         ("token-file", path),
         ("iam-endpoint", "https://iam.example.com"),
         ("iam-user", "ann"),
@@ -541,6 +547,83 @@ fn the_password_of_the_proxy_comes_from_a_file() {
             problems[0].starts_with("--upstream-proxy-password-file: "),
             "{problems:?}"
         );
+        assert!(!problems[0].contains("canary"), "{problems:?}");
+    }
+}
+
+#[test]
+fn the_quota_store_needs_a_key_and_tls_beyond_loopback_and_shows_no_credential() {
+    let key = file_with(&"k".repeat(32));
+    let short = file_with("canary");
+    let password = file_with("canary");
+    let path = |file: &tempfile::NamedTempFile| file.path().to_str().unwrap().to_owned();
+    let with = |store: &str, flags: &[&str]| {
+        let args = [&["--sandbox"][..], flags].concat();
+        serve(&args, &[("RDS_TASK_FACADE_QUOTA_STORE", store)])
+    };
+    let (key, short, password) = (path(&key), path(&short), path(&password));
+    let key_file = ["--quota-store-key-file", &key];
+
+    for (store, shown) in [
+        (
+            "redis://ann:canary@127.0.0.1:6379/3",
+            "redis://127.0.0.1:6379/3",
+        ),
+        ("rediss://:canary@store:6380", "rediss://store:6380/0"),
+    ] {
+        let options = with(store, &key_file).unwrap();
+        let printed = options.printed();
+        assert!(
+            printed.contains(&format!("quota-store = {shown}\n")),
+            "{printed}"
+        );
+        for text in [printed, options.summary(), format!("{options:?}")] {
+            assert!(!text.contains("ann") && !text.contains("canary"), "{text}");
+        }
+    }
+    let allowed = [&key_file[..], &["--allow-insecure-quota-store"]].concat();
+    with("redis://store:6379", &allowed).unwrap();
+    let from_file = [&key_file[..], &["--quota-store-password-file", &password]].concat();
+    with("redis://ann@127.0.0.1:6379", &from_file).unwrap();
+
+    let short_key = ["--quota-store-key-file", &short];
+    let no_key = ["--quota-store-key-file", "/nonexistent/canary"];
+    let cases: [(&str, &[&str], &str); 6] = [
+        (
+            "redis://canary@127.0.0.1:1",
+            &[],
+            "RDS_TASK_FACADE_QUOTA_STORE: requires --quota-store-key-file",
+        ),
+        (
+            "redis://canary@store:1",
+            &key_file,
+            "RDS_TASK_FACADE_QUOTA_STORE: redis:// is allowed for loopback",
+        ),
+        (
+            "http://canary@store:1",
+            &key_file,
+            "RDS_TASK_FACADE_QUOTA_STORE: must be redis://",
+        ),
+        (
+            "redis://127.0.0.1:1",
+            &short_key,
+            "--quota-store-key-file: the file holds 6 bytes",
+        ),
+        (
+            "redis://127.0.0.1:1",
+            &no_key,
+            "--quota-store-key-file: the file cannot be read",
+        ),
+        (
+            "redis://:canary@127.0.0.1:1",
+            &from_file,
+            "--quota-store-password-file: requires",
+        ),
+    ];
+    for (store, flags, expected) in cases {
+        let problems = with(store, flags).unwrap_err().problems;
+        assert_eq!(problems.len(), 1, "{problems:?}");
+        assert!(problems[0].starts_with(expected), "{problems:?}");
         assert!(!problems[0].contains("canary"), "{problems:?}");
     }
 }

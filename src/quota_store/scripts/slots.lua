@@ -1,7 +1,7 @@
 -- The start of every script that takes a start from a rate. The time is the server's, in microseconds, never a client's.
 --
--- KEYS[1]: all starts by time, future ones included; KEYS[2]: of these, attempts and first polls.
--- ARGV: 1 starts in a window, 0 for no rate; 2 the window; 3 the spacing; 4 the limit of starts in KEYS[2], 0 for a repeated poll;
+-- KEYS[1]: all starts by time, future ones included; KEYS[2]: of these, first polls of watches.
+-- ARGV: 1 starts in a window, 0 for no rate; 2 the window; 3 the spacing; 4 the limit of first polls, 0 unless this is one;
 --       5 '1' if the start has waited; 6 the longest wait; 7 a random id of the start
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]

@@ -1,2 +1,4 @@
+mod keys;
 mod outages;
 mod shared;
+mod watches;

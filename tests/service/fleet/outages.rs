@@ -1,9 +1,17 @@
 use std::time::{Duration, Instant};
 
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _, copy},
+    net::{TcpListener, TcpStream},
+};
+
 use super::shared::all_seen;
 use crate::support::{
-    Program, Store, Upstream, eventually, example, numbered,
+    Program, Store, Upstream,
+    certificates::{Authority, Pair},
+    eventually, example, numbered,
     program::{self, TOKEN},
+    reply,
 };
 
 /// Calls one by one, and returns how long the slowest took.
@@ -119,6 +127,123 @@ async fn a_store_that_cannot_be_used_is_named_once_and_fails_no_call() {
     }
 }
 
+/// Forwards connections to the store, each reply with a delay.
+async fn slow_proxy(store: &Store, delay: Duration) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let port = listener.local_addr().expect("it is bound").port();
+    let target = store.url().replace("redis://", "");
+    tokio::spawn(async move {
+        while let Ok((client, _)) = listener.accept().await {
+            let server = TcpStream::connect(&target).await.expect("the store");
+            let (mut from_client, mut to_client) = client.into_split();
+            let (mut from_server, mut to_server) = server.into_split();
+            tokio::spawn(async move { copy(&mut from_client, &mut to_server).await });
+            tokio::spawn(async move {
+                let mut buffer = [0; 4096];
+                while let Ok(read @ 1..) = from_server.read(&mut buffer).await {
+                    tokio::time::sleep(delay).await;
+                    if to_client.write_all(&buffer[..read]).await.is_err() {
+                        break;
+                    }
+                }
+            });
+        }
+    });
+    format!("redis://127.0.0.1:{port}")
+}
+
+#[tokio::test]
+async fn a_slow_store_is_not_used() {
+    let Some(store) = Store::start().await else {
+        return;
+    };
+    let url = slow_proxy(&store, Duration::from_millis(200)).await;
+    let upstream = Upstream::always(example()).await;
+    let key = store.key_file();
+    let flags = ["--quota-store", &url, "--quota-store-key-file", &key];
+    let replica = Program::over(&upstream.url(), &flags);
+
+    let slowest = slowest(&replica, 0, 30).await;
+
+    assert!(slowest < Duration::from_secs(5), "{slowest:?}");
+    let warning = replica
+        .logs()
+        .into_iter()
+        .find(|line| line.contains("cannot be used"));
+    let warning = warning.expect("a warning");
+    assert!(warning.contains("does not reply within"), "{warning}");
+}
+
+#[tokio::test]
+async fn a_start_without_a_store_works_and_the_store_is_used_once_it_runs() {
+    let Some(mut store) = Store::start().await else {
+        return;
+    };
+    store.kill();
+    let upstream = Upstream::always(example()).await;
+    let replica = store.replica(&upstream, &["--upstream-rate", "100/1s"]);
+    replica.call(numbered(0)).await.expect("a reply");
+    assert_eq!(replica.admin("/readyz").await.0, 200);
+
+    store.restart().await;
+
+    is_up(&replica, true).await;
+    replica.call(numbered(1)).await.expect("a reply");
+}
+
+#[tokio::test]
+async fn a_store_with_tls_needs_a_trusted_certificate() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (trusted, other) = (Authority::new(), Authority::new());
+    let pair = Pair::for_server(&trusted, "localhost");
+    let write = |name: &str, text: &str| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, text).expect("a file");
+        path.to_str().expect("ASCII").to_owned()
+    };
+    let (cert, key) = (write("cert", &pair.cert), write("key", &pair.key));
+    let free = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let port = free.local_addr().expect("it is bound").port();
+    drop(free);
+    let number = port.to_string();
+    let tls = [
+        "--tls-port",
+        &number,
+        "--tls-cert-file",
+        &cert,
+        "--tls-key-file",
+        &key,
+        "--tls-auth-clients",
+        "no",
+    ];
+    let Some(store) = Store::start_with(&tls).await else {
+        return;
+    };
+    let upstream = Upstream::always(example()).await;
+    let url = format!("rediss://localhost:{port}");
+    let key_file = store.key_file();
+
+    for (authority, up) in [(&trusted, true), (&other, false)] {
+        let ca = authority.write(folder.path(), "ca");
+        let flags = [
+            "--quota-store",
+            &url,
+            "--quota-store-key-file",
+            &key_file,
+            "--quota-store-ca",
+            &ca,
+        ];
+        let replica = Program::over(&upstream.url(), &flags);
+        replica.call(numbered(0)).await.expect("a reply");
+        is_up(&replica, up).await;
+        let warned = replica
+            .logs()
+            .iter()
+            .any(|line| line.contains("cannot be used"));
+        assert_eq!(warned, !up, "{:#?}", replica.logs());
+    }
+}
+
 #[tokio::test]
 async fn a_cluster_ends_the_start() {
     let Some(store) = Store::start_with(&["--cluster-enabled", "yes"]).await else {
@@ -163,6 +288,53 @@ async fn a_password_from_a_file_opens_the_store_and_is_shown_nowhere() {
     for text in [metrics, replica.logs().join("\n")] {
         assert!(!text.contains(password) && !text.contains(TOKEN), "{text}");
     }
+}
+
+#[tokio::test]
+async fn the_documented_access_rules_are_sufficient() {
+    let Some(store) = Store::start().await else {
+        return;
+    };
+    let rules = include_str!("../../../docs/fleet.md");
+    let (_, rules) = rules.split_once("ACL SETUSER facade").expect("the rules");
+    let (rules, _) = rules.split_once("```").expect("the end of the rules");
+    let rules = rules.replace(">PASSWORD", ">secret");
+    let command = ["ACL", "SETUSER", "facade"];
+    let command = [&command[..], &rules.split_whitespace().collect::<Vec<_>>()].concat();
+    assert_eq!(store.command(&command), ["OK"]);
+    let upstream = Upstream::start(|request| match request.number {
+        0 => example(),
+        _ => reply(429, &[("retry-after", "120")], ""),
+    })
+    .await;
+    let url = store.url().replace("//", "//facade:secret@") + "/1";
+    let key = store.key_file();
+    let flags = [
+        "--quota-store",
+        &url,
+        "--quota-store-key-file",
+        &key,
+        "--cache-ttl",
+        "10s",
+        "--upstream-rate",
+        "60/1m",
+    ];
+    let replica = Program::over(&upstream.url(), &flags);
+    replica.call(numbered(0)).await.expect("a reply");
+    replica.failure(numbered(1)).await;
+
+    eventually("all is written", async || {
+        let names = store.command(&["-n", "1", "KEYS", "*"]).join(" ");
+        names.contains(":result:") && names.contains(":window:")
+    })
+    .await;
+
+    let errors = replica.metrics().await;
+    let errors = errors
+        .keys()
+        .filter(|series| series.contains("outcome=\"error\""));
+    assert_eq!(errors.count(), 0);
+    assert_eq!(replica.metric("quota_store_up").await, 1.0);
 }
 
 #[tokio::test]

@@ -1,0 +1,114 @@
+use tokio::task::JoinSet;
+use tonic::Code;
+
+use crate::support::{
+    Failure, Program, Sandbox, Step, Store, Upstream, eventually, example, numbered, reply,
+};
+
+const AK: &str = "SANDBOXACCESSKEY";
+
+fn rejection() -> Vec<Step> {
+    let text = "Incorrect IAM authentication information: verify aksk signature fail";
+    let body = format!(r#"{{"error_msg":"{text}","error_code":"APIGW.0301"}}"#);
+    reply(401, &[], body)
+}
+
+/// A replica that signs with this secret key.
+fn replica(store: &Store, upstream: &str, secret: &str) -> Program {
+    let flags = store.flags();
+    let mut args = vec!["--credentials", "env", "--endpoint", upstream];
+    args.extend(flags.iter().map(String::as_str));
+    let env = [("HUAWEICLOUD_SDK_AK", AK), ("HUAWEICLOUD_SDK_SK", secret)];
+    Program::start(&args, &env)
+}
+
+async fn is_stored(store: &Store, kind: &str) {
+    eventually(&format!("a {kind} is stored"), async || {
+        !store.names(kind).is_empty()
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_unproven_key_rests_on_all_replicas_after_its_first_rejection() {
+    let Some(store) = Store::start().await else {
+        return;
+    };
+    let upstream = Upstream::always(rejection()).await;
+    let replicas = [(); 2].map(|()| replica(&store, &upstream.url(), "a-wrong-key"));
+    let first = replicas[0].failure(numbered(0)).await;
+    is_stored(&store, "key-rest").await;
+
+    let second = replicas[1].failure(numbered(1)).await;
+
+    let codes = [first, second].map(|failure| (failure.code, failure.reason));
+    let expected = ["CREDENTIAL_REJECTED", "CREDENTIAL_LOCKED"];
+    let expected = expected.map(|reason| (Code::Unauthenticated, reason.to_owned()));
+    assert_eq!(codes, expected);
+    assert_eq!(upstream.requests().len(), 1);
+    eventually("the second replica is not ready", async || {
+        replicas[1].admin("/readyz").await.0 == 503
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_rollout_with_a_wrong_secret_stops_early_and_leaves_the_right_one_alone() {
+    let Some(store) = Store::start().await else {
+        return;
+    };
+    let sandbox = Sandbox::start();
+    let healthy = replica(&store, &sandbox.url(), "sandbox-secret-key");
+    healthy
+        .call(numbered(0))
+        .await
+        .map_err(|status| Failure::from_status(&status))
+        .expect_err("unknown");
+    is_stored(&store, "key-proof").await;
+    let before = sandbox.count("task_requests").await;
+    let rollout = [(); 4].map(|()| replica(&store, &sandbox.url(), "a-wrong-key"));
+    let mut calls = JoinSet::new();
+    for replica in &rollout {
+        let mut client = replica.client().await;
+        calls.spawn(async move { client.get_task_detail(numbered(1)).await });
+    }
+
+    let results = calls.join_all().await;
+
+    assert!(results.iter().all(Result::is_err), "{results:?}");
+    let sent = sandbox.count("task_requests").await - before;
+    assert!(sent <= 2, "{sent} bad signatures");
+    let failure = healthy.failure(numbered(2)).await;
+    assert_eq!(failure.code, Code::NotFound);
+}
+
+#[tokio::test]
+async fn three_rejections_on_any_replicas_rest_a_proven_key() {
+    let Some(store) = Store::start().await else {
+        return;
+    };
+    let upstream = Upstream::start(|request| match request.number {
+        0..3 => example(),
+        _ => rejection(),
+    })
+    .await;
+    let replicas = [(); 3].map(|()| replica(&store, &upstream.url(), "a-key"));
+    for (number, replica) in replicas.iter().enumerate() {
+        replica.call(numbered(number)).await.expect("a reply");
+    }
+    is_stored(&store, "key-proof").await;
+    for (number, replica) in replicas.iter().enumerate() {
+        let failure = replica.failure(numbered(10 + number)).await;
+        assert_eq!(failure.reason, "CREDENTIAL_REJECTED");
+    }
+    is_stored(&store, "ak-rest").await;
+
+    for replica in &replicas {
+        assert_eq!(
+            replica.failure(numbered(20)).await.reason,
+            "CREDENTIAL_LOCKED"
+        );
+    }
+
+    assert_eq!(upstream.requests().len(), 6);
+}
