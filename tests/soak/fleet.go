@@ -304,7 +304,12 @@ func (b *fleetBench) cache() error {
 	}
 	defer replicas.close()
 	outcomes := &phase{}
-	end := time.Now().Add(time.Duration(seconds)*time.Second - 100*time.Millisecond)
+	// Before the entries expire once more.
+	early := 100 * time.Millisecond
+	if b.short {
+		early = time.Duration(life) * time.Second / 4
+	}
+	end := time.Now().Add(time.Duration(seconds)*time.Second - early)
 	var running sync.WaitGroup
 	for caller := range callers {
 		running.Go(func() {
@@ -320,8 +325,10 @@ func (b *fleetBench) cache() error {
 	single := tasks * seconds / life
 	made, limit := replicas.upstream.requests(""), int(cacheAllowance*float64(single))
 	b.check(made <= limit && outcomes.failed == 0,
-		"cache: %d callers of %d tasks, %d s with --cache-ttl %ds: %d calls, %d failed %s, %d upstream calls (at most %d; one replica needs %d)",
-		callers, tasks, seconds, life, outcomes.calls(), outcomes.failed, outcomes.first, made, limit, single)
+		"cache: %d callers of %d tasks, %d s with --cache-ttl %ds: %d calls, %d failed %s, %d upstream calls (at most %d; one replica needs %d); "+
+			"%.0f requests to the store timed out",
+		callers, tasks, seconds, life, outcomes.calls(), outcomes.failed, outcomes.first, made, limit, single,
+		replicas.sum("quota_store_requests_total", `outcome="timeout"`))
 	return nil
 }
 

@@ -65,12 +65,13 @@ var storeFaults = []storeFault{
 }
 
 // Loads next to a fault: polite callers have several tokens and use a fifth of the rate of each, so that they also stay below the share of
-// each replica that paces itself alone. The greedy caller has one token.
+// each replica that paces itself alone. The greedy caller has one token. The period is longer than the time in which all replicas find
+// the store again.
 const (
-	faultRate     = 40
-	faultPeriod   = 2 * time.Second
+	faultRate     = 60
+	faultPeriod   = 6 * time.Second
 	politeTokens  = 6
-	politeEvery   = 40 * time.Millisecond
+	politeEvery   = 80 * time.Millisecond
 	politePrefix  = "polite-"
 	greedyToken   = "greedy"
 	greedyEvery   = 20 * time.Millisecond
@@ -143,9 +144,9 @@ func (b *fleetBench) storeFault(fault storeFault) error {
 		}
 	})
 
-	calm, lasts := 2*faultPeriod, 3*faultPeriod
+	calm, lasts, after := 4*time.Second, faultPeriod, 2*time.Second
 	if !b.short {
-		calm, lasts = 5*faultPeriod, 15*faultPeriod
+		calm, lasts, after = 2*faultPeriod, 5*faultPeriod, 2*faultPeriod
 	}
 	begun := time.Now()
 	time.Sleep(calm)
@@ -163,7 +164,7 @@ func (b *fleetBench) storeFault(fault storeFault) error {
 	healed := time.Now()
 	recovery := eventually(func() bool { return replicas.up() == replicaCount })
 	recovered := time.Since(healed)
-	time.Sleep(faultPeriod)
+	time.Sleep(after)
 	cancel()
 	running.Wait()
 
@@ -214,6 +215,9 @@ func (r *relay) reset() {
 	}
 	r.sockets = nil
 }
+
+// shortestResult is the size of a result in the store; leases are shorter.
+const shortestResult = 64
 
 // forgery rewrites the entries of the store, whose names and values it gets.
 type forgery struct {
@@ -289,9 +293,11 @@ func (b *fleetBench) forgedEntries() error {
 			if err != nil {
 				return false
 			}
-			fresh = maps.Clone(all)
-			for name := range known {
-				delete(fresh, name)
+			fresh = map[string]string{}
+			for name, value := range all {
+				if _, old := known[name]; !old && len(value) > shortestResult {
+					fresh[name] = value
+				}
 			}
 			return len(fresh) == tasks
 		})
@@ -353,7 +359,7 @@ func (b *fleetBench) replayed(earlier *replicas) error {
 	if err := eventually(func() bool {
 		all, err := replicas.store.strings()
 		for found := range all {
-			if _, known := old[found]; !known {
+			if _, known := old[found]; !known && len(all[found]) > shortestResult {
 				name, value = found, all[found]
 			}
 		}
