@@ -17,19 +17,11 @@ pub struct Call {
     pub caller: Caller,
     /// What metrics, log and trace report at its end.
     pub record: Record,
-    /// Released when the call ends: its reply has been read, or the client has disconnected.
-    pub permit: Option<Permit>,
-}
-
-/// A permit of one of the concurrency limits.
-#[derive(Debug)]
-pub enum Permit {
-    /// A unary call of the task service.
-    InFlight(FairPermit),
-    /// A watch: of all watches, and of those of its connection.
-    Watch(FairPermit, OwnedSemaphorePermit),
-    /// An auxiliary stream: health, reflection.
-    Auxiliary(OwnedSemaphorePermit),
+    /// Of the limit on calls in flight, or on watches. Like the other permit released when the call ends: its reply has been read, or the
+    /// client has disconnected.
+    pub fair_permit: Option<FairPermit>,
+    /// Of the limit on the watches of a connection, or on auxiliary streams.
+    pub permit: Option<OwnedSemaphorePermit>,
 }
 
 impl Call {

@@ -27,7 +27,7 @@ use super::{
     watch_body::{OpenWatch, WatchDrain},
 };
 use crate::{
-    call::{Call, Permit},
+    call::Call,
     caller::Caller,
     deadline::{Deadline, parse_grpc_timeout},
     error::Error,
@@ -147,6 +147,7 @@ impl<S: Service> Edge<S> {
             caller_deadline,
             caller,
             record,
+            fair_permit: None,
             permit: None,
         });
 
@@ -190,7 +191,7 @@ impl<S: Service> Edge<S> {
         let Some(permit) = self.shared.in_flight.try_acquire(call.caller) else {
             return reply::failure(call, &Error::Overloaded);
         };
-        call.permit = Some(Permit::InFlight(permit));
+        call.fair_permit = Some(permit);
         let result = self.get_task_detail(&mut call, request).await;
         match result.and_then(|message| message::encode(&message)) {
             Ok(message) => reply::unary(call, message),
@@ -240,7 +241,7 @@ impl<S: Service> Edge<S> {
         let (Ok(own), Some(permit)) = (own, self.shared.watches.try_acquire(call.caller)) else {
             return reply::failure(call, &Error::Overloaded);
         };
-        call.permit = Some(Permit::Watch(permit, own));
+        (call.fair_permit, call.permit) = (Some(permit), Some(own));
         let metrics = Arc::clone(&self.shared.sinks.metrics);
         let mut open = OpenWatch::new(metrics);
         let mut ending = self.watch_ending(&call, connection);
@@ -315,7 +316,7 @@ impl<S: Service> Edge<S> {
         let Some(permit) = self.auxiliary_permit(connection) else {
             return reply::failure(call, &Error::Overloaded);
         };
-        call.permit = Some(Permit::Auxiliary(permit));
+        call.permit = Some(permit);
         let response = AssertUnwindSafe(self.shared.routes.clone().call(*request)).catch_unwind();
         // Boxed, because it is larger than all that a call of the task service needs.
         match Box::pin(call.deadline.bound(response)).await {
