@@ -175,7 +175,7 @@ fn start_facade(sandbox: SocketAddr) -> SocketAddr {
                 connect_timeout: Duration::from_secs(3),
             };
             let source = Source::Token(HeaderValue::from_static("sandbox-token"));
-            let credentials = Credentials::start(source, &http, Arc::clone(&metrics));
+            let credentials = Credentials::start(source, None, &http, Arc::clone(&metrics));
             let credentials = credentials.expect("a token needs nothing");
             let coalescer = Coalescer::new(&defaults(), Arc::clone(&metrics));
             let url: url::Url = format!("http://{sandbox}").parse().expect("a URL");

@@ -143,7 +143,12 @@ async fn run(options: Serve, metrics: Arc<Metrics>, access: Access) -> Result<()
         &metrics,
     );
     let (store, opened) = store.await?.unzip();
-    let credentials = Credentials::start(source, &http, Arc::clone(&metrics))?;
+    let credentials = Credentials::start(
+        source,
+        options.quota_store.caller_key(),
+        &http,
+        Arc::clone(&metrics),
+    )?;
     let mut server_options = options.server.clone();
     let (connections, calls) = (server_options.max_connections, server_options.max_in_flight);
     let fitted = descriptors::fit(descriptors, connections, calls);

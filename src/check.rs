@@ -31,6 +31,7 @@ use crate::{
     error::{Error, FailedLookup},
     http_client::{self, Obstacle, Reuse},
     options::url::{Proxy, without_slash},
+    quota_store::QuotaStore,
     reason::Reason,
     server::tls,
     status::Failure,
@@ -126,6 +127,7 @@ pub async fn check(options: Check) -> ExitCode {
     upstream(&options, &base_url, source, &mut report).await;
     listeners(serve, &mut report);
     descriptor_limit(descriptors, serve, &mut report);
+    quota_store(serve, &base_url, &mut report).await;
     match report.has_failed {
         true => ExitCode::FAILURE,
         false => ExitCode::SUCCESS,
@@ -185,7 +187,7 @@ async fn upstream(options: &Check, base_url: &Url, source: Source, report: &mut 
         && connection(&client, base_url, &settings, report).await;
 
     let metrics = Metrics::new();
-    let credentials = match Credentials::start(source.clone(), &http, Arc::clone(&metrics)) {
+    let credentials = match Credentials::start(source.clone(), None, &http, Arc::clone(&metrics)) {
         Ok(credentials) => credentials,
         Err(error) => return report.add("credential", Fail, &error.to_string()),
     };
@@ -596,6 +598,32 @@ fn descriptor_limit(limit: usize, serve: &Serve, report: &mut Report) {
         ),
     };
     report.add("descriptors", outcome, &message);
+}
+
+/// Whether the quota store, if any is configured, can be used. `serve` works without it, so only a store that ends the start is a failure.
+async fn quota_store(serve: &Serve, base_url: &Url, report: &mut Report) {
+    let metrics = Metrics::new();
+    let opened = QuotaStore::open(
+        &serve.quota_store,
+        base_url,
+        serve.upstream.attempt_timeout,
+        serve.result_lifetime(),
+        &metrics,
+    );
+    let (outcome, message) = match opened.await {
+        Ok(None) => return,
+        Ok(Some((_, opened))) => match opened.problem() {
+            None => (Fine, "this replica can use it".to_owned()),
+            Some(problem) => (
+                Warn,
+                format!(
+                    "{problem}; without it, each replica paces itself and shares no results: see docs/fleet.md"
+                ),
+            ),
+        },
+        Err(error) => (Fail, error.to_string()),
+    };
+    report.add("quota-store", outcome, &message);
 }
 
 #[expect(

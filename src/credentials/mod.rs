@@ -93,7 +93,7 @@ pub struct Credentials {
 
 /// A source at work.
 enum Running {
-    /// See [`caller_key`].
+    /// The key of the hashes that distinguish callers, also in the access line.
     Caller(Box<hmac::Key>),
     Token(Token),
     Key(Arc<AccessKey>),
@@ -103,12 +103,13 @@ enum Running {
 
 impl Credentials {
     /// Starts the source, with a task on the current runtime if it fetches or reads files. `http` is for the identity service; the
-    /// metadata service is always reached directly.
+    /// metadata service is always reached directly. `caller_key` is the key of the hashes that distinguish callers, by default a random one.
     ///
     /// # Errors
     /// [`BuildError`] when the identity service's proxy or certificates cannot be used.
     pub fn start(
         source: Source,
+        caller_key: Option<hmac::Key>,
         http: &http_client::Config,
         metrics: Arc<Metrics>,
     ) -> Result<Self, BuildError> {
@@ -116,7 +117,10 @@ impl Credentials {
         let (keys, latest_key) = watch::channel(None);
         let mut fixed_identity = None;
         let source = match source {
-            Source::Caller => Running::Caller(Box::new(caller_key(None))),
+            Source::Caller => Running::Caller(Box::new(caller_key.unwrap_or_else(|| {
+                hmac::Key::generate(hmac::HMAC_SHA256, &SystemRandom::new())
+                    .expect("the system has random bytes")
+            }))),
             Source::Token(value) => Running::Token(Token::for_server(value, None)),
             Source::Key(key) => Running::Key(key),
             Source::TokenFile(path) => {
@@ -282,15 +286,6 @@ impl Credentials {
             _ => None,
         };
         Ok(newer.map(|newer| Auth::Token(server_token(newer))))
-    }
-}
-
-/// The key of the hashes that distinguish callers, also in the access line: made of these bytes, or else random.
-pub fn caller_key(shared: Option<&[u8]>) -> hmac::Key {
-    match shared {
-        Some(bytes) => hmac::Key::new(hmac::HMAC_SHA256, bytes),
-        None => hmac::Key::generate(hmac::HMAC_SHA256, &SystemRandom::new())
-            .expect("the system has random bytes"),
     }
 }
 

@@ -26,7 +26,7 @@ fn start_with(source: Source, proxy: Option<Proxy>) -> Credentials {
     };
     // A log or a panic may print the configuration.
     tracing::trace!(?source, ?http);
-    Credentials::start(source, &http, Metrics::new()).unwrap()
+    Credentials::start(source, None, &http, Metrics::new()).unwrap()
 }
 
 /// Resolves a credential as the server does.

@@ -103,6 +103,13 @@ pub struct QuotaStore {
 #[derive(Debug)]
 pub struct Opened(Result<Connection, Problem>);
 
+impl Opened {
+    /// Why the store cannot be used now, if it cannot.
+    pub fn problem(&self) -> Option<&Problem> {
+        self.0.as_ref().err()
+    }
+}
+
 impl fmt::Debug for QuotaStore {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("QuotaStore").finish_non_exhaustive()

@@ -7,6 +7,7 @@ use std::{
     sync::Arc,
 };
 
+use aws_lc_rs::hmac;
 use clap::ArgAction;
 use percent_encoding::percent_decode_str;
 use rustls::pki_types::ServerName;
@@ -64,6 +65,10 @@ pub struct Options {
 impl Options {
     /// Checks the rules that span several options, and reads the password and the key.
     pub fn validate(&mut self, validation: &mut Validation<'_>) {
+        if let Some(path) = &self.quota_store_key_file {
+            let name = validation.name_of("quota-store-key-file");
+            self.keys = validation.accept(&name, read_key(path)).map(Arc::new);
+        }
         if validation.is_rejected(&["quota-store"]) {
             return;
         }
@@ -82,20 +87,19 @@ impl Options {
                 "redis:// is allowed for loopback only; use rediss://, or set --allow-insecure-quota-store",
             );
         }
-        match &self.quota_store_key_file {
-            Some(path) => {
-                let name = validation.name_of("quota-store-key-file");
-                self.keys = validation.accept(&name, read_key(path)).map(Arc::new);
-            }
-            None if validation.is_rejected(&["quota-store-key-file"]) => {}
-            None => {
-                let name = validation.name_of("quota-store");
-                validation.problem(
-                    &name,
-                    "requires --quota-store-key-file, a file of 32 random bytes that all replicas share",
-                );
-            }
+        if self.quota_store_key_file.is_none() && !validation.is_rejected(&["quota-store-key-file"])
+        {
+            let name = validation.name_of("quota-store");
+            validation.problem(
+                &name,
+                "requires --quota-store-key-file, a file of 32 random bytes that all replicas share",
+            );
         }
+    }
+
+    /// The key of the hashes that distinguish callers, if replicas share it: then the log of each shows the same hash for a caller.
+    pub fn caller_key(&self) -> Option<hmac::Key> {
+        Some(self.keys.as_ref()?.callers.clone())
     }
 }
 

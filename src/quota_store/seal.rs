@@ -16,6 +16,7 @@ const VERSION: u8 = 1;
 /// The keys that all replicas derive from the key file.
 pub(super) struct Keys {
     names: hmac::Key,
+    pub(super) callers: hmac::Key,
     sealing: RandomizedNonceKey,
 }
 
@@ -40,6 +41,7 @@ impl Keys {
         };
         Self {
             names: hmac::Key::new(hmac::HMAC_SHA256, &*derive(b"names")),
+            callers: hmac::Key::new(hmac::HMAC_SHA256, &*derive(b"callers")),
             sealing: RandomizedNonceKey::new(&AES_256_GCM, &*derive(b"sealing"))
                 .expect("the key has 32 bytes"),
         }

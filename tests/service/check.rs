@@ -3,7 +3,7 @@ use std::{fs, net::TcpListener, process::Command};
 use serde_json::Value;
 
 use crate::support::{
-    Sandbox, Step, Upstream,
+    Sandbox, Step, Store, Upstream,
     canary::assert_no_canary,
     certificates::{Authority, Pair},
     example,
@@ -665,4 +665,35 @@ async fn invalid_settings_exit_with_code_2_as_with_serve() {
             .is_some_and(|text| text.contains("--region")),
         "{err}"
     );
+}
+
+#[tokio::test]
+async fn a_quota_store_that_cannot_be_used_is_a_warning_and_a_cluster_a_failure() {
+    let cases = [
+        (&[][..], "ok", "can use it"),
+        (&["--requirepass", "other"], "warn", "user or password"),
+        (&["--replicaof", "127.0.0.1", "1"], "warn", "read-only"),
+        (&["--cluster-enabled", "yes"], "fail", "cluster"),
+    ];
+
+    for (settings, outcome, part) in cases {
+        let Some(mut store) = Store::start_with(settings).await else {
+            return;
+        };
+        let flags = store.flags();
+        let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+        let args = [&["--sandbox"], &flags[..]].concat();
+
+        let checked = Checked::run(&args, &[]).await;
+
+        checked.assert("a store that runs", "quota-store", outcome, part);
+        store.kill();
+        let checked = Checked::run(&args, &[]).await;
+        checked.assert(
+            "a store that is gone",
+            "quota-store",
+            "warn",
+            "no connection",
+        );
+    }
 }
