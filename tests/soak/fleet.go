@@ -348,7 +348,7 @@ func (b *fleetBench) watches() error {
 	flags := []string{"--credentials", "token"}
 	if b.short {
 		limit, period, duration = 15, 5*time.Second, 15*time.Second
-		flags = append(flags, "--watch-rate", "15/5s", "--watch-interval", "200ms")
+		flags = append(flags, "--watch-rate", rateFlag(limit, period), "--watch-interval", "200ms")
 	}
 	upstream, err := startTaskUpstream()
 	if err != nil {
@@ -385,8 +385,8 @@ func (b *fleetBench) watches() error {
 	// Ten tasks share the rate, which makes the time between two polls of a task longer than --watch-interval.
 	interval := period * tasks / time.Duration(limit)
 	busiest, p99 := upstream.busiest(period), delays.percentile(99)
-	b.check(busiest <= limit+1 && upstream.requests() > limit, "watches: %d watchers of %d tasks at %d replicas, --watch-rate %d/%v: %d upstream calls, %d in the busiest %v (at most %d)",
-		watchers, tasks, replicaCount, limit, period, upstream.requests(), busiest, period, limit+1)
+	b.check(busiest <= limit+1 && upstream.requests() > limit, "watches: %d watchers of %d tasks at %d replicas, --watch-rate %s: %d upstream calls, %d in the busiest %v (at most %d)",
+		watchers, tasks, replicaCount, rateFlag(limit, period), upstream.requests(), busiest, period, limit+1)
 	b.check(p99 <= 2*interval && delays.count() > watchers && ended == 0, "watches: %d states reach watchers after p50 %v, p99 %v (limit %v, two intervals); %d watches ended",
 		delays.count(), delays.percentile(50), p99, 2*interval, ended)
 	return nil
@@ -398,7 +398,7 @@ func (b *fleetBench) rate() error {
 	if b.short {
 		limit, period, duration = 30, 3*time.Second, 12*time.Second
 	}
-	replicas, err := b.start("--credentials", "token", "--upstream-rate", fmt.Sprintf("%d/%v", limit, period))
+	replicas, err := b.start("--credentials", "token", "--upstream-rate", rateFlag(limit, period))
 	if err != nil {
 		return err
 	}
@@ -408,9 +408,14 @@ func (b *fleetBench) rate() error {
 	calls := replicas.greedy(ctx, "", period/time.Duration(10*limit))
 	made, busiest := replicas.upstream.requests(""), replicas.upstream.busiest("", period)
 	least := limit * int(duration/period) * 9 / 10
-	b.check(busiest <= limit+1 && made >= least, "rate: --upstream-rate %d/%v, %d calls in %v: %d upstream calls (at least %d), %d in the busiest %v (at most %d)",
-		limit, period, calls, duration, made, least, busiest, period, limit+1)
+	b.check(busiest <= limit+1 && made >= least, "rate: --upstream-rate %s, %d calls in %v: %d upstream calls (at least %d), %d in the busiest %v (at most %d)",
+		rateFlag(limit, period), calls, duration, made, least, busiest, period, limit+1)
 	return nil
+}
+
+// rateFlag is the value of --upstream-rate and --watch-rate.
+func rateFlag(calls int, period time.Duration) string {
+	return fmt.Sprintf("%d/%.0fs", calls, period.Seconds())
 }
 
 // greedy calls all replicas in turn about distinct tasks, each call with a deadline of a second, until the context ends. Returns the
