@@ -45,6 +45,7 @@ func fleetCases() []fleetCase {
 		{name: "throttle window", run: (*fleetBench).throttleWindow},
 		{name: "key guard", run: (*fleetBench).keyGuard},
 		{name: "lease", run: (*fleetBench).lease},
+		{name: "lease of a call", run: (*fleetBench).leaseOfCall},
 		{name: "forged entries", run: (*fleetBench).forgedEntries},
 	}
 	for _, fault := range storeFaults {
@@ -569,6 +570,40 @@ func (b *fleetBench) lease() error {
 	b.check(err == nil && took <= limit && honest.failed == 0 && honest.calls() > 0,
 		"lease: a replica is killed while it polls with --watch-interval %v: another one polls after %v (at most %v); %d honest calls, %d failed %s",
 		interval, took.Round(10*time.Millisecond), limit, honest.calls(), honest.failed, honest.first)
+	return nil
+}
+
+// leaseOfCall kills the replica that asks RDS while another one waits for its result.
+func (b *fleetBench) leaseOfCall() error {
+	replicas, err := b.start("--credentials", "token", "--cache-ttl", "10s")
+	if err != nil {
+		return err
+	}
+	defer replicas.close()
+	const task, deadline = "shared", 8 * time.Second
+	var hangs sync.Once
+	replicas.upstream.setScript(func(upstreamRequest) http.HandlerFunc {
+		var handler http.HandlerFunc
+		hangs.Do(func() { handler = neverRespond })
+		return handler
+	})
+	var calling sync.WaitGroup
+	defer calling.Wait()
+	calling.Go(func() { _, _ = replicas.ask(0, "", task, deadline) })
+	if err := eventually(func() bool { return replicas.upstream.requests("") == 1 }); err != nil {
+		return fmt.Errorf("the first upstream call: %w", err)
+	}
+	waited := make(chan callResult, 1)
+	calling.Go(func() {
+		result, _ := replicas.ask(1, "", task, deadline)
+		waited <- result
+	})
+	time.Sleep(500 * time.Millisecond)
+	alone := replicas.upstream.requests("")
+	replicas.facades[0].kill()
+	result := <-waited
+	b.check(alone == 1 && result.code == codes.OK, "lease of a call: another replica waits for the result, with %d upstream call; after the death of the first one its call ends after %v with %v",
+		alone, result.took.Round(10*time.Millisecond), result.code)
 	return nil
 }
 
