@@ -45,6 +45,7 @@ func fleetCases() []fleetCase {
 		{name: "throttle window", run: (*fleetBench).throttleWindow},
 		{name: "key guard", run: (*fleetBench).keyGuard},
 		{name: "lease", run: (*fleetBench).lease},
+		{name: "lease of a call", run: (*fleetBench).leaseOfCall},
 		{name: "forged entries", run: (*fleetBench).forgedEntries},
 	}
 	for _, fault := range storeFaults {
@@ -348,7 +349,7 @@ func (b *fleetBench) watches() error {
 	flags := []string{"--credentials", "token"}
 	if b.short {
 		limit, period, duration = 15, 5*time.Second, 15*time.Second
-		flags = append(flags, "--watch-rate", "15/5s", "--watch-interval", "200ms")
+		flags = append(flags, "--watch-rate", rateFlag(limit, period), "--watch-interval", "200ms")
 	}
 	upstream, err := startTaskUpstream()
 	if err != nil {
@@ -385,8 +386,8 @@ func (b *fleetBench) watches() error {
 	// Ten tasks share the rate, which makes the time between two polls of a task longer than --watch-interval.
 	interval := period * tasks / time.Duration(limit)
 	busiest, p99 := upstream.busiest(period), delays.percentile(99)
-	b.check(busiest <= limit+1 && upstream.requests() > limit, "watches: %d watchers of %d tasks at %d replicas, --watch-rate %d/%v: %d upstream calls, %d in the busiest %v (at most %d)",
-		watchers, tasks, replicaCount, limit, period, upstream.requests(), busiest, period, limit+1)
+	b.check(busiest <= limit+1 && upstream.requests() > limit, "watches: %d watchers of %d tasks at %d replicas, --watch-rate %s: %d upstream calls, %d in the busiest %v (at most %d)",
+		watchers, tasks, replicaCount, rateFlag(limit, period), upstream.requests(), busiest, period, limit+1)
 	b.check(p99 <= 2*interval && delays.count() > watchers && ended == 0, "watches: %d states reach watchers after p50 %v, p99 %v (limit %v, two intervals); %d watches ended",
 		delays.count(), delays.percentile(50), p99, 2*interval, ended)
 	return nil
@@ -398,7 +399,7 @@ func (b *fleetBench) rate() error {
 	if b.short {
 		limit, period, duration = 30, 3*time.Second, 12*time.Second
 	}
-	replicas, err := b.start("--credentials", "token", "--upstream-rate", fmt.Sprintf("%d/%v", limit, period))
+	replicas, err := b.start("--credentials", "token", "--upstream-rate", rateFlag(limit, period))
 	if err != nil {
 		return err
 	}
@@ -408,9 +409,14 @@ func (b *fleetBench) rate() error {
 	calls := replicas.greedy(ctx, "", period/time.Duration(10*limit))
 	made, busiest := replicas.upstream.requests(""), replicas.upstream.busiest("", period)
 	least := limit * int(duration/period) * 9 / 10
-	b.check(busiest <= limit+1 && made >= least, "rate: --upstream-rate %d/%v, %d calls in %v: %d upstream calls (at least %d), %d in the busiest %v (at most %d)",
-		limit, period, calls, duration, made, least, busiest, period, limit+1)
+	b.check(busiest <= limit+1 && made >= least, "rate: --upstream-rate %s, %d calls in %v: %d upstream calls (at least %d), %d in the busiest %v (at most %d)",
+		rateFlag(limit, period), calls, duration, made, least, busiest, period, limit+1)
 	return nil
+}
+
+// rateFlag is the value of --upstream-rate and --watch-rate.
+func rateFlag(calls int, period time.Duration) string {
+	return fmt.Sprintf("%d/%.0fs", calls, period.Seconds())
 }
 
 // greedy calls all replicas in turn about distinct tasks, each call with a deadline of a second, until the context ends. Returns the
@@ -564,6 +570,40 @@ func (b *fleetBench) lease() error {
 	b.check(err == nil && took <= limit && honest.failed == 0 && honest.calls() > 0,
 		"lease: a replica is killed while it polls with --watch-interval %v: another one polls after %v (at most %v); %d honest calls, %d failed %s",
 		interval, took.Round(10*time.Millisecond), limit, honest.calls(), honest.failed, honest.first)
+	return nil
+}
+
+// leaseOfCall kills the replica that asks RDS while another one waits for its result.
+func (b *fleetBench) leaseOfCall() error {
+	replicas, err := b.start("--credentials", "token", "--cache-ttl", "10s")
+	if err != nil {
+		return err
+	}
+	defer replicas.close()
+	const task, deadline = "shared", 8 * time.Second
+	var hangs sync.Once
+	replicas.upstream.setScript(func(upstreamRequest) http.HandlerFunc {
+		var handler http.HandlerFunc
+		hangs.Do(func() { handler = neverRespond })
+		return handler
+	})
+	var calling sync.WaitGroup
+	defer calling.Wait()
+	calling.Go(func() { _, _ = replicas.ask(0, "", task, deadline) })
+	if err := eventually(func() bool { return replicas.upstream.requests("") == 1 }); err != nil {
+		return fmt.Errorf("the first upstream call: %w", err)
+	}
+	waited := make(chan callResult, 1)
+	calling.Go(func() {
+		result, _ := replicas.ask(1, "", task, deadline)
+		waited <- result
+	})
+	time.Sleep(500 * time.Millisecond)
+	alone := replicas.upstream.requests("")
+	replicas.facades[0].kill()
+	result := <-waited
+	b.check(alone == 1 && result.code == codes.OK, "lease of a call: another replica waits for the result, with %d upstream call; after the death of the first one its call ends after %v with %v",
+		alone, result.took.Round(10*time.Millisecond), result.code)
 	return nil
 }
 
