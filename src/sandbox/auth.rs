@@ -58,10 +58,9 @@ fn check_token(headers: &HeaderMap, state: &State) -> Result<(), ErrorReply> {
 fn check_signature(request: &Request<Bytes>, state: &mut State) -> Result<(), ErrorReply> {
     let headers = request.headers();
     let now = state.now();
-    let authorization = single(headers, "authorization").and_then(Authorization::parse);
-    let authorization =
+    let authorization = single(headers, "authorization").and_then(parse_authorization);
+    let (access, signed_headers, given) =
         authorization.ok_or_else(|| unauthorized("authorization is not properly formatted"))?;
-    let access = authorization.access;
     let key = state.keys.iter_mut().find(|key| key.access == access);
     let key = key.ok_or_else(|| {
         unauthorized(&format!(
@@ -87,22 +86,18 @@ fn check_signature(request: &Request<Bytes>, state: &mut State) -> Result<(), Er
         )));
     }
     for name in ["host", "x-sdk-date"] {
-        if !authorization
-            .signed_headers
-            .split(';')
-            .any(|signed| signed == name)
-        {
+        if !signed_headers.split(';').any(|signed| signed == name) {
             return Err(unauthorized(&format!(
                 "{name} is not among the signed headers"
             )));
         }
     }
 
-    let canonical = signature::canonical_request(request, authorization.signed_headers);
+    let canonical = signature::canonical_request(request, signed_headers);
     let expected = canonical
         .as_ref()
         .map(|canonical| signature::signature(canonical, date, &key.secret));
-    if expected.as_deref() == Some(authorization.signature) {
+    if expected.as_deref() == Some(given) {
         key.bad_signatures_in_a_row = 0;
         return Ok(());
     }
@@ -127,25 +122,13 @@ fn is_security_token_valid(headers: &HeaderMap, key: &SigningKey) -> bool {
     }
 }
 
-/// The parts of an `Authorization` header.
-struct Authorization<'a> {
-    access: &'a str,
-    signed_headers: &'a str,
-    signature: &'a str,
-}
-
-impl<'a> Authorization<'a> {
-    fn parse(value: &'a str) -> Option<Self> {
-        let rest = value.strip_prefix(signature::ALGORITHM)?;
-        let rest = rest.strip_prefix(" Access=")?;
-        let (access, rest) = rest.split_once(", SignedHeaders=")?;
-        let (signed_headers, signature) = rest.split_once(", Signature=")?;
-        Some(Self {
-            access,
-            signed_headers,
-            signature,
-        })
-    }
+/// Access key id, names of the signed headers, and signature in the value of `Authorization`.
+fn parse_authorization(value: &str) -> Option<(&str, &str, &str)> {
+    let rest = value.strip_prefix(signature::ALGORITHM)?;
+    let rest = rest.strip_prefix(" Access=")?;
+    let (access, rest) = rest.split_once(", SignedHeaders=")?;
+    let (signed_headers, signature) = rest.split_once(", Signature=")?;
+    Some((access, signed_headers, signature))
 }
 
 /// `YYYYMMDDTHHMMSSZ`, UTC.
