@@ -19,8 +19,8 @@ use std::{
     fmt,
     mem::discriminant,
     sync::{
-        Arc,
-        atomic::{AtomicU32, AtomicU64, Ordering},
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -90,8 +90,9 @@ pub struct QuotaStore {
     link: Link,
     /// The name of this replica.
     instance: String,
-    /// The replicas last seen; 0 before the store was seen.
-    replicas: AtomicU32,
+    /// The replicas last seen, 0 before the store was seen, and when. A smaller number counts only after the lifetime of a replica: a store
+    /// without its data has to see all of them again.
+    replicas: Mutex<(u32, Instant)>,
     attempt_timeout: Duration,
     /// How long a result is stored.
     result_lifetime: Duration,
@@ -154,7 +155,7 @@ impl QuotaStore {
             },
             link: Link::new(Arc::clone(metrics)),
             instance: random_id(),
-            replicas: AtomicU32::new(0),
+            replicas: Mutex::new((0, Instant::now())),
             attempt_timeout,
             result_lifetime,
             runtime: Handle::current(),
@@ -185,6 +186,7 @@ impl QuotaStore {
     /// Connects. The connection is usable if the store replies fast enough.
     async fn connect(&self) -> Result<Connection, Problem> {
         let connection = self.target.connect().await?;
+        self.last_seen().1 = Instant::now();
         self.heartbeat(&connection, PATIENCE).await?;
         Ok(connection)
     }
@@ -196,8 +198,11 @@ impl QuotaStore {
         let replicas = self.link.run(operation, connection, &script, patience);
         let replicas: u32 = replicas.await?;
         let replicas = replicas.clamp(1, MAX_REPLICAS);
-        self.replicas.store(replicas, Ordering::Relaxed);
-        self.link.metrics.store_replicas.set(replicas.into());
+        let mut seen = self.last_seen();
+        if replicas >= seen.0 || seen.1.elapsed() > REPLICA_LIFETIME {
+            *seen = (replicas, Instant::now());
+        }
+        self.link.metrics.store_replicas.set(seen.0.into());
         Ok(())
     }
 
@@ -253,7 +258,11 @@ impl QuotaStore {
 
     /// The replicas last seen, at least this one.
     pub fn replicas(&self) -> u32 {
-        self.replicas.load(Ordering::Relaxed).max(1)
+        self.last_seen().0.max(1)
+    }
+
+    fn last_seen(&self) -> MutexGuard<'_, (u32, Instant)> {
+        self.replicas.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Removes this replica from the count of replicas. Waits for the store as long as a call does.

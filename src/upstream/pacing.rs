@@ -42,6 +42,9 @@ const MAX_STARTS: u32 = 1024;
 /// An attempt that still waits is rejected this long before its deadline, so that its caller gets an error with `RetryInfo`.
 const SLACK: Duration = Duration::from_millis(5);
 
+/// The same for attempts whose starts the quota store assigns: their waits cannot be foreseen exactly, so more of them wait until then.
+const FLEET_SLACK: Duration = Duration::from_millis(50);
+
 /// How much longer than the period a start counts: requests sent a period apart may arrive closer together, for example if the earlier
 /// one had to open its connection. At most a twentieth of the period.
 const JITTER: Duration = Duration::from_millis(50);
@@ -139,7 +142,7 @@ impl Pacing {
             let lane = Arc::clone(&lane);
             Queued { lane, waiter }
         };
-        let latest = deadline.at() - SLACK.min(deadline.remaining());
+        let latest = deadline.at() - FLEET_SLACK.min(deadline.remaining());
         let start = queued.start_in_fleet(FIRST, Some(latest), session, request);
         let started = tokio::time::timeout_at(latest, start).await;
         // Keeps a lane with a queue from being evicted, even if no attempt joins it.
@@ -254,6 +257,8 @@ struct Fleet {
     alone_until: Instant,
     /// The latest start of an attempt or first poll that the rate has delayed; `None` once their queue is empty.
     next_at: Option<Instant>,
+    /// The time between the two latest of these starts, with those of other replicas in between.
+    gap: Duration,
 }
 
 /// The waiters by caller. The first waiter of the first caller starts next.
@@ -494,10 +499,16 @@ impl State {
     /// When an attempt with `before` others ahead of it would start.
     fn start_after(&mut self, before: usize, now: Instant) -> Instant {
         if self.follows_store(now) {
-            // Other replicas may take the starts between these.
-            let next_at = self.fleet.as_ref().and_then(|fleet| fleet.next_at);
-            let spacing = self.spacings[FIRST] * u32::try_from(before).unwrap_or(u32::MAX);
-            return next_at.map_or(now, |next_at| next_at.max(now) + spacing);
+            let Some(Fleet {
+                next_at: Some(at),
+                gap,
+                ..
+            }) = self.fleet
+            else {
+                return now;
+            };
+            let before = u32::try_from(before).unwrap_or(u32::MAX);
+            return at.max(now) + gap.saturating_mul(before);
         }
         let mut at = self.next_at(FIRST, now);
         let (calls, window) = (self.calls(), self.window());
@@ -695,6 +706,7 @@ impl State {
             replicas,
             alone_until: now,
             next_at: None,
+            gap: self.spacings[FIRST],
         });
         fleet.is_up = *answer != Answer::Unavailable;
         fleet.replicas = replicas;
@@ -702,7 +714,12 @@ impl State {
         if let Answer::Start(wait) = answer
             && !wait.is_zero()
         {
-            fleet.next_at = Some(now + *wait);
+            let at = now + *wait;
+            let gap = fleet
+                .next_at
+                .map(|previous| at.saturating_duration_since(previous));
+            fleet.gap = gap.unwrap_or_default().max(self.spacings[FIRST]);
+            fleet.next_at = Some(at);
         }
     }
 }
