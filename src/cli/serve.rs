@@ -196,13 +196,13 @@ impl Serve {
             resolved.push(("upstream-proxy", Shown::SECRET));
         }
         if let Some(store) = &self.quota_store.quota_store {
-            resolved.push((
-                "quota-store",
-                match store.has_credential() {
-                    true => Shown::SECRET,
-                    false => Shown::Value(store.to_string()),
-                },
-            ));
+            // Without user and password, it would not be the same setting.
+            let shown = store.to_string();
+            let shown = match store.has_credential() {
+                true => Shown::Note(shown.into()),
+                false => Shown::Value(shown),
+            };
+            resolved.push(("quota-store", shown));
         }
         let mut shown = Vec::new();
         for arg in serve.get_arguments() {
@@ -212,7 +212,7 @@ impl Serve {
                 if let Some(at) = resolved.iter().position(|(name, _)| *name == flag) {
                     (resolved.remove(at).1, true)
                 } else if arg.get_help_heading() == Some(credentials::HEADING) {
-                    (Shown::Note("not in use"), false)
+                    (Shown::Note("not in use".into()), false)
                 } else {
                     let values = matches.get_raw(id).into_iter().flatten();
                     let values: Vec<_> = values.map(OsStr::to_string_lossy).collect();

@@ -306,7 +306,7 @@ impl Source {
 
 fn shown_url(url: &Url) -> Shown {
     match url.port() {
-        Some(0) => Shown::Note("of the sandbox"),
+        Some(0) => Shown::Note("of the sandbox".into()),
         _ => Shown::Value(url::without_slash(url).to_owned()),
     }
 }

@@ -6,7 +6,7 @@
 pub mod url;
 mod validation;
 
-use std::{fs, net::SocketAddr, path::PathBuf, time::Duration};
+use std::{borrow::Cow, fs, net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{Args, Command, ValueEnum, builder::PossibleValue};
 
@@ -22,12 +22,12 @@ pub enum Shown {
     /// The text of the value; empty if there is none.
     Value(String),
     /// In the place of a value, for example because it is a secret.
-    Note(&'static str),
+    Note(Cow<'static, str>),
 }
 
 impl Shown {
     /// For a secret that is set.
-    pub const SECRET: Self = Self::Note("set");
+    pub const SECRET: Self = Self::Note(Cow::Borrowed("set"));
 }
 
 /// The declared defaults of a module's options.

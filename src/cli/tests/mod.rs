@@ -574,7 +574,7 @@ fn the_quota_store_needs_a_key_and_tls_beyond_loopback_and_shows_no_credential()
         let options = with(store, &key_file).unwrap();
         let printed = options.printed();
         assert!(
-            printed.contains(&format!("quota-store = {shown}\n")),
+            printed.contains(&format!("# RDS_TASK_FACADE_QUOTA_STORE: {shown}\n")),
             "{printed}"
         );
         for text in [printed, options.summary(), format!("{options:?}")] {
