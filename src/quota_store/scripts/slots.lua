@@ -18,6 +18,8 @@ local function earliest()
     if calls == 0 then
         return now
     end
+    -- Changes nothing, but fails without memory. A script that has written, even to delete, would be let through.
+    redis.call('ZADD', KEYS[1], 'XX', 0, '')
     for i = 1, 2 do
         redis.call('ZREMRANGEBYSCORE', KEYS[i], '-inf', now - window)
         -- Later than any reserved start: from a server whose clock was ahead.

@@ -69,6 +69,26 @@ async fn no_call_fails_while_the_store_is_gone_and_replicas_return_to_it() {
 }
 
 #[tokio::test]
+async fn an_attempt_notices_at_once_that_the_store_is_out_of_memory() {
+    let Some(store) = Store::start().await else {
+        return;
+    };
+    let upstream = Upstream::always(example()).await;
+    let replica = store.replica(&upstream, &["--upstream-rate", "1000/1s"]);
+    slowest(&replica, 0, 3).await;
+    is_up(&replica, true).await;
+
+    store.command(&["CONFIG", "SET", "maxmemory", "1"]);
+    slowest(&replica, 3, 1).await;
+
+    let errors = "quota_store_requests_total{operation=\"admit\",outcome=\"error\"}";
+    assert_eq!(replica.metric(errors).await, 1.0, "{:#?}", replica.logs());
+    is_up(&replica, false).await;
+    store.command(&["CONFIG", "SET", "maxmemory", "0"]);
+    is_up(&replica, true).await;
+}
+
+#[tokio::test]
 async fn without_the_store_each_replica_uses_its_share_of_the_rate() {
     let Some(mut store) = Store::start().await else {
         return;
