@@ -432,6 +432,22 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn evidence_of_another_replica_makes_the_key_rest() {
+        let guard = KeyGuard::default();
+        let reported = guard.unproven_rest();
+
+        guard.rest_for(Duration::from_secs(60));
+
+        assert_eq!(remaining_rest(&guard).await, Duration::from_secs(60));
+        assert_eq!(
+            *reported.borrow(),
+            Some(Instant::now() + Duration::from_secs(60))
+        );
+        tokio::time::advance(Duration::from_secs(60)).await;
+        admit(&guard).await.accepted();
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn only_the_rest_of_a_key_that_was_never_accepted_is_reported() {
         let (unproven, proven) = (KeyGuard::default(), proven().await);
         let reports = [unproven.unproven_rest(), proven.unproven_rest()];

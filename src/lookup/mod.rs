@@ -3,7 +3,7 @@
 
 mod shared;
 
-use std::{sync::Arc, time::Duration};
+use std::{pin::pin, sync::Arc, time::Duration};
 
 pub use self::shared::task_name;
 use crate::{
@@ -80,10 +80,11 @@ impl Lookups {
                         span: span.as_ref(),
                         store: session.as_ref(),
                     };
-                    let ask = upstream.show_task_detail(&mut auth, lookup);
+                    let ask = pin!(upstream.show_task_detail(&mut auth, lookup));
                     match (&session, shared_age) {
+                        // Boxed, so that calls without a store do not pay for its size.
                         (Some(session), Some(max_age)) => {
-                            shared::look_up(session, lookup, max_age, ask).await
+                            Box::pin(shared::look_up(session, lookup, max_age, ask)).await
                         }
                         _ => Found::from(ask.await),
                     }

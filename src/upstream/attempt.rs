@@ -183,7 +183,8 @@ impl Client {
         if let Some(session) = lookup.store {
             breaker.check(attempt).map_err(circuit_open)?;
             let admitted = self.admit_in_fleet(session, in_fleet, identity, lookup.caller);
-            admitted.await?;
+            // Boxed, so that calls without a store do not pay for its size.
+            Box::pin(admitted).await?;
         } else if let Some(pacing) = &endpoint.pacing {
             // An attempt that the breaker would reject must not use up the rate.
             breaker.check(attempt).map_err(circuit_open)?;

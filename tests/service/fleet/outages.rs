@@ -175,6 +175,46 @@ async fn a_slow_store_is_not_used() {
 }
 
 #[tokio::test]
+async fn a_hostile_store_costs_neither_calls_nor_memory() {
+    let endless = [b"$2000000000\r\n".to_vec(), vec![b'x'; 1 << 16]].concat();
+    let nested = b"*1000000000\r\n".repeat(1 << 12);
+    let unasked = b"+OK\r\n".repeat(1 << 12);
+    for bytes in [endless, nested, unasked, b"HTTP/1.1 400 X\r\n\r\n".to_vec()] {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let port = listener.local_addr().expect("it is bound").port();
+        let begins = String::from_utf8_lossy(&bytes[..8]).into_owned();
+        tokio::spawn(async move {
+            while let Ok((mut client, _)) = listener.accept().await {
+                let bytes = bytes.clone();
+                tokio::spawn(async move {
+                    let _ = client.read(&mut [0; 4096]).await;
+                    // At most 512 MiB.
+                    for _ in 0..1 << 13 {
+                        if client.write_all(&bytes).await.is_err() {
+                            break;
+                        }
+                    }
+                });
+            }
+        });
+        let folder = tempfile::tempdir().expect("a folder");
+        let key = folder.path().join("key");
+        std::fs::write(&key, [7; 32]).expect("a file");
+        let url = format!("redis://127.0.0.1:{port}");
+        let key = key.to_str().expect("ASCII");
+        let upstream = Upstream::always(example()).await;
+        let flags = ["--quota-store", &url, "--quota-store-key-file", key];
+        let replica = Program::over(&upstream.url(), &flags);
+
+        slowest(&replica, 0, 5).await;
+
+        is_up(&replica, false).await;
+        let memory = replica.metric("process_resident_memory_bytes").await;
+        assert!(memory < 200e6, "{begins:?}: {memory}");
+    }
+}
+
+#[tokio::test]
 async fn a_start_without_a_store_works_and_the_store_is_used_once_it_runs() {
     let Some(mut store) = Store::start().await else {
         return;
