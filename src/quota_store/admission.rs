@@ -218,8 +218,18 @@ impl Session {
         self.store.write(StoreOperation::Throttle, script);
     }
 
-    /// Stores that the gateway has rejected a signature, or has locked the key.
-    pub fn key_rejected(&self, attempt: AttemptContext<'_>, is_locked: bool) {
+    /// Stores that the gateway has rejected a signature of a key that it may have accepted from this replica before.
+    pub fn key_rejected(&self, attempt: AttemptContext<'_>, is_proven: bool) {
+        let evidence = if is_proven { "proven" } else { "unproven" };
+        self.report_rejection(attempt, evidence);
+    }
+
+    /// Stores that the gateway has locked the key.
+    pub fn key_locked(&self, attempt: AttemptContext<'_>) {
+        self.report_rejection(attempt, "locked");
+    }
+
+    fn report_rejection(&self, attempt: AttemptContext<'_>, evidence: &str) {
         let Some(key) = attempt.key else { return };
         let [key, ak, proof, probe, count] = self.key_names(attempt.instance, key);
         let mut script = SCRIPTS.rejected.key(key);
@@ -227,7 +237,7 @@ impl Session {
         script
             .arg(millis(KEY_LOCK))
             .arg(REJECTIONS_BEFORE_REST)
-            .arg(u8::from(is_locked));
+            .arg(evidence);
         self.store.write(StoreOperation::Key, script);
     }
 

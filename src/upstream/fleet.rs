@@ -61,14 +61,16 @@ impl InFleet<'_> {
         if let Some(session) = store
             && rejected != Rejected::Uncounted
         {
-            session.key_rejected(self.context, false);
+            // Otherwise even the first rejection makes it rest.
+            let is_proven = rejected == Rejected::Counted;
+            session.key_rejected(self.context, is_proven);
         }
     }
 
     /// The gateway has locked the key.
     pub(super) fn locked(self, store: Option<&Session>) {
         if let Some(session) = store {
-            session.key_rejected(self.context, true);
+            session.key_locked(self.context);
         }
     }
 }

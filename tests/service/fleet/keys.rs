@@ -83,6 +83,32 @@ async fn a_rollout_with_a_wrong_secret_stops_early_and_leaves_the_right_one_alon
 }
 
 #[tokio::test]
+async fn a_store_without_its_data_does_not_make_a_proven_key_rest_after_one_rejection() {
+    let Some(store) = Store::start().await else {
+        return;
+    };
+    let upstream = Upstream::start(|request| match request.number {
+        2 => rejection(),
+        _ => example(),
+    })
+    .await;
+    let replicas = [(); 2].map(|()| replica(&store, &upstream.url(), "a-key"));
+    for replica in &replicas {
+        replica.call(numbered(0)).await.expect("a reply");
+    }
+    is_stored(&store, "key-proof").await;
+    store.command(&["FLUSHALL"]);
+
+    let failure = replicas[0].failure(numbered(1)).await;
+    assert_eq!(failure.reason, "CREDENTIAL_REJECTED");
+    is_stored(&store, "ak-count").await;
+
+    for replica in &replicas {
+        replica.call(numbered(2)).await.expect("a reply");
+    }
+}
+
+#[tokio::test]
 async fn three_rejections_on_any_replicas_rest_a_proven_key() {
     let Some(store) = Store::start().await else {
         return;
