@@ -191,6 +191,8 @@ pub(super) struct Link {
     is_suspect: AtomicBool,
     /// Notified when a call has failed.
     failed: Notify,
+    /// The store rejects requests of calls on this connection, perhaps all while heartbeats succeed, and that has been logged.
+    is_logged: AtomicBool,
     /// When the store came back after this replica has been without it.
     back_since: Mutex<Option<Instant>>,
     pub(super) metrics: Arc<Metrics>,
@@ -202,6 +204,7 @@ impl Link {
             connection: ArcSwapOption::empty(),
             is_suspect: AtomicBool::new(false),
             failed: Notify::new(),
+            is_logged: AtomicBool::new(false),
             back_since: Mutex::default(),
             metrics,
         }
@@ -210,6 +213,7 @@ impl Link {
     /// Lets calls use the connection as long as heartbeats on it succeed, and returns why they no longer do.
     pub(super) async fn serve(&self, connection: &Arc<Connection>, store: &QuotaStore) -> Problem {
         self.is_suspect.store(false, Ordering::Relaxed);
+        self.is_logged.store(false, Ordering::Relaxed);
         self.connection.store(Some(Arc::clone(connection)));
         self.metrics.store_up.set(1);
         let mut failures = 0;
@@ -273,6 +277,11 @@ impl Link {
         };
         let due = Instant::now() + patience;
         let called = self.run(operation, &connection, script, patience).await;
+        if let Err(problem @ (Problem::Forbidden | Problem::Error(_))) = &called
+            && !self.is_logged.swap(true, Ordering::Relaxed)
+        {
+            tracing::warn!("the quota store rejects requests of calls: {problem}");
+        }
         let is_evidence = match &called {
             Ok(_) => false,
             // With most of its time used up, a call may give up too soon, and a thread without CPU time does not see a reply.

@@ -148,6 +148,30 @@ async fn a_store_that_cannot_be_used_is_named_once_and_fails_no_call() {
     }
 }
 
+#[tokio::test]
+async fn access_rules_that_forbid_only_the_commands_of_calls_are_logged_once() {
+    let args = [
+        "--user",
+        "default",
+        "on",
+        "nopass",
+        "~*",
+        "+@all",
+        "-getrange",
+    ];
+    let Some(store) = Store::start_with(&args).await else {
+        return;
+    };
+    let upstream = Upstream::always(example()).await;
+    let replica = store.replica(&upstream, &["--cache-ttl", "10s"]);
+
+    slowest(&replica, 0, 5).await;
+
+    let logs = replica.logs();
+    let warnings = logs.iter().filter(|line| line.contains("(ACL)"));
+    assert_eq!(warnings.count(), 1, "{logs:#?}");
+}
+
 /// Forwards connections to the store, each reply with a delay.
 async fn slow_proxy(store: &Store, delay: Duration) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
