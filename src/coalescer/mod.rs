@@ -172,8 +172,15 @@ impl Coalescer {
                 self.metrics.coalesced.inc();
             }
             follow(&progress);
+            if !is_follower {
+                break lookup.await;
+            }
+            let joined_at = Instant::now();
             let lookup = lookup.await;
-            if !(is_follower && ended_by_shorter_deadline(&lookup, deadline)) {
+            // A result of another replica may be older than this call may use.
+            let age = joined_at.saturating_duration_since(lookup.finished_at);
+            let is_too_old = !age.is_zero() && age >= max_age.unwrap_or(self.ttl);
+            if !is_too_old && !ended_by_shorter_deadline(&lookup, deadline) {
                 break lookup;
             }
         };

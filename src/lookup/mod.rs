@@ -68,7 +68,7 @@ impl Lookups {
                 let (mut auth, span) = (auth.clone(), span.clone());
                 let session = self.store.as_ref().map(|store| {
                     let identity = self.credentials.shared_identity(&auth);
-                    store.session(&identity)
+                    store.session(&identity, deadline.deadline())
                 });
                 let shared_age = max_age.or(self.coalescer.ttl());
                 async move {

@@ -97,6 +97,19 @@ pub enum Request<'a> {
     },
 }
 
+impl Request<'_> {
+    /// The request for a start that the store has assigned before, with a probe if one is needed.
+    pub fn again(self) -> Self {
+        match self {
+            Self::Attempt(attempt) => Self::Attempt(AttemptContext {
+                needs_probe: false,
+                ..attempt
+            }),
+            poll @ Self::Poll { .. } => poll,
+        }
+    }
+}
+
 impl Session {
     /// Admits an attempt or a poll.
     pub async fn admit(&self, request: Request<'_>, slot: Slot) -> Answer {
@@ -143,9 +156,10 @@ impl Session {
         script.key(&task.result).key(&task.poll);
         script
             .arg(millis(max_age))
-            .arg(millis(self.store.attempt_timeout.min(POLL_LEASE)))
+            .arg(millis(self.store.attempt_timeout.min(POLL_LEASE)).max(1))
             .arg(&task.holder);
-        let reply = self.call(StoreOperation::Poll, &script).await;
+        // No call waits for this, but a poll may ask many times.
+        let reply = self.call_meanwhile(StoreOperation::Poll, &script).await;
         self.answer(reply, slot).unwrap_or(Answer::Unavailable)
     }
 
@@ -163,7 +177,7 @@ impl Session {
             .arg(micros(slot.spacing))
             .arg(slot.limit_of_first.unwrap_or(0))
             .arg(u8::from(slot.has_waited))
-            .arg(micros(slot.longest))
+            .arg(micros(slot.longest.min(MAX_WAIT)))
             .arg(random_id());
         script
     }

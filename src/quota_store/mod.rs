@@ -46,6 +46,7 @@ use self::{
 };
 use crate::{
     credentials::SharedIdentity,
+    deadline::Deadline,
     http_client::{self, BuildError, SystemRoots},
     supervise::Task,
     telemetry::metrics::{Metrics, StoreOperation},
@@ -273,12 +274,13 @@ impl QuotaStore {
         let _: Option<u32> = self.link.call(operation, &script, PATIENCE).await;
     }
 
-    /// The session of one lookup with this credential.
-    pub fn session(self: &Arc<Self>, identity: &SharedIdentity) -> Session {
+    /// The session of one lookup with this credential. A lookup with little time waits for the store for at most half of it.
+    pub fn session(self: &Arc<Self>, identity: &SharedIdentity, deadline: Deadline) -> Session {
+        let patience = PATIENCE.min(deadline.remaining() / 2);
         Session {
             credential: self.name("credential", &[identity.as_bytes()]),
             store: Arc::clone(self),
-            left: AtomicU64::new(PATIENCE.as_micros() as u64),
+            left: AtomicU64::new(micros(patience)),
         }
     }
 

@@ -122,7 +122,7 @@ impl Session {
             script
                 .key(&task.lease)
                 .arg(millis(max_age))
-                .arg(millis(lease))
+                .arg(millis(lease).max(1))
                 .arg(&task.holder)
                 .arg(MAX_BYTES);
             let reply: Option<(String, u64, Vec<u8>)> = match pause == FIRST_PAUSE {

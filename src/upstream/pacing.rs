@@ -42,7 +42,8 @@ const MAX_STARTS: u32 = 1024;
 /// An attempt that still waits is rejected this long before its deadline, so that its caller gets an error with `RetryInfo`.
 const SLACK: Duration = Duration::from_millis(5);
 
-/// The same for attempts whose starts the quota store assigns: their waits cannot be foreseen exactly, so more of them wait until then.
+/// The same for attempts whose starts the quota store assigns: their waits cannot be foreseen exactly, so more of them wait until then. At
+/// most a quarter of the time until the deadline.
 const FLEET_SLACK: Duration = Duration::from_millis(50);
 
 /// How much longer than the period a start counts: requests sent a period apart may arrive closer together, for example if the earlier
@@ -142,7 +143,7 @@ impl Pacing {
             let lane = Arc::clone(&lane);
             Queued { lane, waiter }
         };
-        let latest = deadline.at() - FLEET_SLACK.min(deadline.remaining());
+        let latest = deadline.at() - FLEET_SLACK.min(deadline.remaining() / 4);
         let start = queued.start_in_fleet(FIRST, Some(latest), session, request);
         let started = tokio::time::timeout_at(latest, start).await;
         // Keeps a lane with a queue from being evicted, even if no attempt joins it.
@@ -259,6 +260,8 @@ struct Fleet {
     next_at: Option<Instant>,
     /// The time between the two latest of these starts, with those of other replicas in between.
     gap: Duration,
+    /// The starts that the store has assigned to the heads of the queues. If a head leaves, the next one uses its start.
+    assigned: [Option<Instant>; 2],
 }
 
 /// The waiters by caller. The first waiter of the first caller starts next.
@@ -431,6 +434,9 @@ impl State {
     /// Starts the head of a queue and moves its caller, which is returned, to the end of the queue.
     fn start_head(&mut self, kind: usize, now: Instant) -> Option<Caller> {
         self.start(kind, now);
+        if let Some(fleet) = &mut self.fleet {
+            fleet.assigned[kind] = None;
+        }
         let (caller, waiters) = self.queues[kind].front_mut()?;
         let (caller, started) = (*caller, waiters.pop_front()?);
         self.queues[kind].rotate_left(1);
@@ -598,26 +604,41 @@ impl Queued {
     ) -> Result<Caller, Answer> {
         loop {
             self.due(kind).await;
-            let slot = self.lane.state().slot(kind, latest);
-            let answer = session.admit(request, slot).await;
-            {
-                let mut state = self.lane.state();
-                let now = Instant::now();
-                state.answered(&answer, session, now);
-                let starts_alone = answer == Answer::Unavailable && state.due_at(kind, now) <= now;
-                if starts_alone && let Some(caller) = state.start_head(kind, now) {
-                    let leaves_at = now + state.window();
-                    if let Some(fleet) = &mut state.fleet {
-                        fleet.alone_until = leaves_at;
+            let assigned = self.lane.state().assigned(kind, Instant::now());
+            let at = match assigned {
+                Some(at) => at,
+                None => {
+                    let slot = self.lane.state().slot(kind, latest);
+                    let answer = session.admit(request, slot).await;
+                    let mut state = self.lane.state();
+                    let now = Instant::now();
+                    state.answered(kind, &answer, session, now);
+                    match answer {
+                        Answer::Start(wait) => now + wait,
+                        // The local rule applies now.
+                        Answer::Unavailable if state.due_at(kind, now) > now => continue,
+                        Answer::Unavailable => {
+                            let leaves_at = now + state.window();
+                            if let Some(fleet) = &mut state.fleet {
+                                fleet.alone_until = leaves_at;
+                            }
+                            now
+                        }
+                        _ => return Err(answer),
                     }
-                    return Ok(caller);
                 }
+            };
+            let wait = at.saturating_duration_since(Instant::now());
+            if latest.is_some_and(|latest| at > latest) && !wait.is_zero() {
+                return Err(Answer::Late(wait));
             }
-            match answer {
-                // The local rule applies now.
-                Answer::Unavailable => continue,
-                Answer::Start(wait) => tokio::time::sleep(wait).await,
-                _ => return Err(answer),
+            if assigned.is_some() || !wait.is_zero() {
+                sleep_until(at).await;
+                // There may be a throttle window, a rest or a result since the store has assigned the start.
+                let answer = session.admit(request.again(), Slot::UNLIMITED).await;
+                if !matches!(answer, Answer::Start(_) | Answer::Unavailable) {
+                    return Err(answer);
+                }
             }
             if let Some(caller) = self.lane.state().start_head(kind, Instant::now()) {
                 return Ok(caller);
@@ -675,6 +696,14 @@ impl State {
         }
     }
 
+    /// The start that the store has assigned to a head which has left, unless it is over: the store counts it at its time.
+    fn assigned(&mut self, kind: usize, now: Instant) -> Option<Instant> {
+        let jitter = self.window - self.config.period;
+        let assigned = &mut self.fleet.as_mut()?.assigned[kind];
+        *assigned = assigned.filter(|at| now <= *at + jitter);
+        *assigned
+    }
+
     /// Whether starts of this kind wait for the rate, and not only for the replies of the store.
     fn has_waited(&self, kind: usize) -> bool {
         let fleet = self.fleet.as_ref();
@@ -697,7 +726,7 @@ impl State {
     }
 
     /// Takes over what a reply shows about the quota store.
-    fn answered(&mut self, answer: &Answer, session: &Session, now: Instant) {
+    fn answered(&mut self, kind: usize, answer: &Answer, session: &Session, now: Instant) {
         let replicas = session.replicas();
         // Other replicas may have made starts that the store has not seen.
         let alone_until = session.back_since().map(|since| since + self.window());
@@ -707,6 +736,7 @@ impl State {
             alone_until: now,
             next_at: None,
             gap: self.spacings[FIRST],
+            assigned: [None; 2],
         });
         fleet.is_up = *answer != Answer::Unavailable;
         fleet.replicas = replicas;
@@ -715,6 +745,10 @@ impl State {
             && !wait.is_zero()
         {
             let at = now + *wait;
+            fleet.assigned[kind] = Some(at);
+            if kind == REPEATED {
+                return;
+            }
             let gap = fleet
                 .next_at
                 .map(|previous| at.saturating_duration_since(previous));

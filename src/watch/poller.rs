@@ -181,14 +181,13 @@ impl Poller {
         let store = self.lookups.store.as_ref()?;
         let caller = *self.task.callers().first()?;
         let auth = self.task.watchers().auth.clone();
+        let deadline = Deadline::after(self.hub.poll_timeout);
         let auth = match auth {
             Some(auth) => auth,
-            None => {
-                let deadline = Deadline::after(self.hub.poll_timeout);
-                self.own_credential(caller, deadline).await.ok()?
-            }
+            None => self.own_credential(caller, deadline).await.ok()?,
         };
-        let session = store.session(&self.lookups.credentials.shared_identity(&auth));
+        let identity = self.lookups.credentials.shared_identity(&auth);
+        let session = store.session(&identity, deadline);
         let task = task_name(&session, &self.task.key.query);
         Some(InFleet { session, task })
     }

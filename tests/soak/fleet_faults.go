@@ -19,8 +19,6 @@ type storeFault struct {
 	begin, end func(*store, *relay) error
 	// The fault loses the store's data, but is over at once.
 	losesData bool
-	// Only heartbeats notice it, at another time in each replica: meanwhile some replicas use the store and others their share.
-	noticedLate bool
 	// The store gets a clock that can be moved.
 	clock bool
 }
@@ -55,8 +53,7 @@ var storeFaults = []storeFault{
 	{name: "store read-only",
 		begin: func(s *store, _ *relay) error { return s.do("REPLICAOF", "127.0.0.1", "1") },
 		end:   func(s *store, _ *relay) error { return s.do("REPLICAOF", "NO", "ONE") }},
-	// Scripts that delete before they write are still allowed to write.
-	{name: "store out of memory", noticedLate: true,
+	{name: "store out of memory",
 		begin: func(s *store, _ *relay) error { return s.do("CONFIG", "SET", "maxmemory", "1") },
 		end:   func(s *store, _ *relay) error { return s.do("CONFIG", "SET", "maxmemory", "0") }},
 	// All entries expire.
@@ -184,11 +181,8 @@ func (b *fleetBench) storeFault(fault storeFault) error {
 	b.check(failures.failed == 0, "%s: %d polite calls, %d failed %s", fault.name, failures.calls(), failures.failed, failures.first)
 	// A tenth more, because the replicas have not used the last window equally.
 	limit := faultRate*11/10 + replicaCount
-	switch {
-	case fault.losesData:
+	if fault.losesData {
 		limit = 2 * faultRate
-	case fault.noticedLate:
-		limit = faultRate + faultRate*(replicaCount-1)/replicaCount
 	}
 	busiest := upstream.busiest(greedyToken, faultPeriod)
 	b.check(busiest <= limit, "%s: at most %d upstream calls of the greedy caller in %v (at most %d)", fault.name, busiest, faultPeriod, limit)

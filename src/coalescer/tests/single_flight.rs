@@ -183,6 +183,41 @@ async fn the_deadline_of_the_work_is_the_latest_of_its_calls() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_follower_rejects_a_result_of_another_replica_that_is_older_than_it_may_use() {
+    let coalescer = without_cache();
+    let key = coalescer.key(ANN, query("task"));
+    let started = AtomicUsize::new(0);
+    let age = Duration::from_secs(7);
+    let call = |max_age: u64| {
+        let max_age = Some(Duration::from_secs(max_age));
+        coalescer.look_up(
+            &key,
+            in_seconds(9),
+            max_age,
+            |_| {},
+            |_, _| {
+                let is_first = started.fetch_add(1, Ordering::Relaxed) == 0;
+                async move {
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                    let age = if is_first { age } else { Duration::ZERO };
+                    Found {
+                        age,
+                        ..Found::from(Ok(task("job")))
+                    }
+                }
+            },
+        )
+    };
+
+    let found = tokio::join!(call(8), call(8), call(6), call(0));
+
+    assert_eq!(started.load(Ordering::Relaxed), 2);
+    let ages =
+        [found.0, found.1, found.2, found.3].map(|lookup| lookup.finished_at.elapsed() >= age);
+    assert_eq!(ages, [true, true, false, false]);
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_error_is_shared_unless_it_is_lack_of_time_and_the_follower_has_time_left() {
     let retry_after = Duration::from_secs(5);
     let cases: [(&str, Error, u64, bool); 6] = [

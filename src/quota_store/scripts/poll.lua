@@ -7,7 +7,8 @@ local stamp = tonumber(redis.call('GETRANGE', KEYS[3], 0, 12))
 if stamp and now / 1000 - stamp < tonumber(ARGV[8]) then
     return {'fresh', 0, ''}
 end
-if redis.call('EXISTS', KEYS[4]) == 1 then
+local holder = redis.call('GET', KEYS[4])
+if holder and holder ~= ARGV[10] then
     return {'busy', 0, ''}
 end
 local at = earliest()

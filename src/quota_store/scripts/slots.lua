@@ -48,7 +48,10 @@ local function take(at)
     local expiry = math.ceil((at - now + window) / 1000)
     for i = 1, limit > 0 and 2 or 1 do
         redis.call('ZADD', KEYS[i], at, ARGV[7])
-        redis.call('PEXPIRE', KEYS[i], expiry)
+        -- A later start may be reserved already.
+        if redis.call('PTTL', KEYS[i]) < expiry then
+            redis.call('PEXPIRE', KEYS[i], expiry)
+        end
     end
 end
 

@@ -7,8 +7,8 @@ use tokio::task::JoinSet;
 use tonic::{Code, Request};
 
 use crate::support::{
-    Failure, Gate, Program, Store, Upstream, eventually, example, example_request, gated_example,
-    numbered, reply,
+    Failure, Gate, Program, Step, Store, Upstream, eventually, example, example_request,
+    gated_example, numbered, reply,
 };
 
 /// An upstream that records when requests arrive.
@@ -116,6 +116,115 @@ async fn a_throttle_window_of_one_replica_applies_to_the_others() {
         assert_eq!(failure.quota_subjects.len(), 1);
     }
     assert_eq!(upstream.requests().len(), 1);
+}
+
+#[tokio::test]
+async fn a_call_that_waits_for_its_start_notices_a_throttle_window_of_another_replica() {
+    let Some(store) = Store::start().await else {
+        return;
+    };
+    let gate = Gate::default();
+    let throttling = reply(429, &[("retry-after", "120")], "");
+    let held = [vec![Step::WaitFor(gate.clone())], throttling].concat();
+    let upstream = Upstream::always(held).await;
+    let replicas = [(); 2].map(|()| store.replica(&upstream, &["--upstream-rate", "1/5s"]));
+    let mut client = replicas[0].client().await;
+    let throttled = tokio::spawn(async move { client.get_task_detail(numbered(0)).await });
+    upstream.wait_for_requests(1).await;
+    let mut client = replicas[1].client().await;
+    let waiting = tokio::spawn(async move { client.get_task_detail(numbered(1)).await });
+    eventually("a start is reserved", async || {
+        let names = store.names("rate");
+        names
+            .first()
+            .is_some_and(|name| store.command(&["ZCARD", name]) == ["2"])
+    })
+    .await;
+
+    gate.open();
+
+    throttled.await.expect("no panic").expect_err("throttled");
+    let status = waiting.await.expect("no panic").expect_err("throttled");
+    assert_eq!(Failure::from_status(&status).reason, "THROTTLED");
+    assert_eq!(upstream.requests().len(), 1);
+}
+
+#[tokio::test]
+async fn a_canceled_call_leaves_its_start_to_the_next() {
+    let Some(store) = Store::start().await else {
+        return;
+    };
+    let upstream = Upstream::always(example()).await;
+    let replica = store.replica(&upstream, &["--upstream-rate", "4/4s"]);
+    for number in 0..4 {
+        replica.call(numbered(number)).await.expect("a reply");
+    }
+    for number in 4..16 {
+        let mut client = replica.client().await;
+        let call = tokio::spawn(async move { client.get_task_detail(numbered(number)).await });
+        // Long enough to get a start; with less, the call proves nothing.
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        call.abort();
+    }
+
+    let begun = Instant::now();
+    replica.call(numbered(16)).await.expect("a reply");
+
+    let took = begun.elapsed();
+    assert!(took < Duration::from_secs(9), "{took:?}");
+}
+
+#[tokio::test]
+async fn a_call_with_little_time_is_not_rejected_because_of_the_store() {
+    let Some(store) = Store::start().await else {
+        return;
+    };
+    let upstream = Upstream::always(example()).await;
+    let replica = store.replica(&upstream, &["--upstream-rate", "1000/1s"]);
+    let mut client = replica.client().await;
+    replica.call(numbered(0)).await.expect("a reply");
+    for (state, timeout) in [("running", 45), ("stopped", 90)] {
+        if state == "stopped" {
+            store.signal("STOP");
+        }
+        for number in 1..20 {
+            let mut request = Request::new(numbered(number));
+            request.set_timeout(Duration::from_millis(timeout));
+            if let Err(status) = client.get_task_detail(request).await {
+                assert_ne!(
+                    status.code(),
+                    Code::ResourceExhausted,
+                    "{state}: {status:?}"
+                );
+            }
+        }
+    }
+    store.signal("CONT");
+}
+
+#[tokio::test]
+async fn an_early_start_does_not_end_the_count_of_a_later_one() {
+    let Some(store) = Store::start().await else {
+        return;
+    };
+    let script = concat!(
+        include_str!("../../../src/quota_store/scripts/slots.lua"),
+        include_str!("../../../src/quota_store/scripts/admit.lua"),
+    );
+    let start = |spacing, has_waited, id| {
+        let names = ["EVAL", script, "4", "a", "b", "c", "d"];
+        let slot = [
+            "3", "10000000", spacing, "2", has_waited, "60000000", id, "0",
+        ];
+        store.command(&[&names[..], &slot].concat())
+    };
+    start("0", "0", "first");
+
+    start("30000000", "1", "later");
+    start("0", "0", "at once");
+
+    let left: u64 = store.command(&["PTTL", "a"])[0].parse().expect("a number");
+    assert!(left > 30_000, "{left}");
 }
 
 #[tokio::test]
