@@ -226,9 +226,6 @@ async fn run(options: Serve, metrics: Arc<Metrics>, access: Access) -> Result<()
         );
     }
     server.run(credentials.ready(), shutdown).await;
-    if let Some(store) = store {
-        store.leave().await;
-    }
     if let Some(tracer) = tracer {
         let spent = stopping.get().map(Instant::elapsed).unwrap_or_default();
         let left = shutdown_time.saturating_sub(spent);
@@ -236,6 +233,10 @@ async fn run(options: Serve, metrics: Arc<Metrics>, access: Access) -> Result<()
         if !tracer.finish(left.min(MAX_LAST_EXPORT)).await {
             tracing::warn!("the last spans did not reach the collector in time");
         }
+    }
+    // Last, because another heartbeat would count this replica again.
+    if let Some(store) = store {
+        store.leave().await;
     }
     tracing::info!("stopped");
     Ok(())

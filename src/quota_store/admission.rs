@@ -1,6 +1,6 @@
 //! Admission of attempts and polls: throttle windows, the rest of a key, and the rate, in one round trip.
 
-use std::time::Duration;
+use std::{sync::atomic::Ordering, time::Duration};
 
 use redis::{Script, ScriptInvocation};
 use tokio::time::{Instant, sleep};
@@ -122,6 +122,7 @@ impl Session {
     /// Admits an attempt. While another replica tries an unproven key out, waits for the outcome.
     async fn admit_attempt(&self, attempt: AttemptContext<'_>, slot: Slot) -> Answer {
         let begun = Instant::now();
+        let patience = self.left.load(Ordering::Relaxed);
         let mut pause = FIRST_PAUSE;
         loop {
             let left = Slot {
@@ -143,7 +144,15 @@ impl Session {
                 false => self.call_meanwhile(StoreOperation::Admit, &script).await,
             };
             match self.answer(reply, left) {
-                Some(answer) => return answer,
+                Some(answer) => {
+                    // It waits for the rate anyway.
+                    if matches!(answer, Answer::Late(_))
+                        || matches!(answer, Answer::Start(wait) if !wait.is_zero())
+                    {
+                        self.left.store(patience, Ordering::Relaxed);
+                    }
+                    return answer;
+                }
                 None if attempt.deadline.remaining() <= pause => return Answer::Unavailable,
                 None => sleep(pause.mul_f64(0.75 + fastrand::f64() / 2.0)).await,
             }

@@ -7,9 +7,9 @@
 //! The first poll of a watched task starts like an attempt, but without a distance from others. Repeated polls have a queue of their own and
 //! start at least T/N apart. While any of them is queued, first polls may use only half of the window.
 //!
-//! With a quota store, the queues keep their order, and the head of a queue takes its start from the store, which applies the rate to all
-//! replicas ([`Pacing::wait_in_fleet`]). While the store is not available, the rate divided by the number of replicas applies here, and
-//! afterwards, too, until the starts that the store has not seen have left the window.
+//! With a quota store, attempts take their starts from the store, which applies the rate to all replicas. While it delays
+//! some of them, only the head of the queue asks ([`Pacing::wait_in_fleet`]). While the store is not available, the rate divided by the number of
+//! replicas applies here, and afterwards, too, until the starts that the store has not seen have left the window.
 //!
 //! Hand-written, because the limiters in crates (governor, leaky-bucket) allow 2N starts in a window: a full bucket and its refill.
 
@@ -49,6 +49,9 @@ const FLEET_SLACK: Duration = Duration::from_millis(50);
 /// How much longer than the period a start counts: requests sent a period apart may arrive closer together, for example if the earlier
 /// one had to open its connection. At most a twentieth of the period.
 const JITTER: Duration = Duration::from_millis(50);
+
+/// Limit on waiters that are woken at once to ask the quota store.
+const MAX_ASKING: usize = 64;
 
 /// The longest wait of a repeated poll for a start from the quota store. One with a longer wait asks again later.
 const LONGEST_POLL_WAIT: Duration = Duration::from_secs(60);
@@ -129,6 +132,7 @@ impl Pacing {
         request: Request<'_>,
     ) -> Answer {
         let lane = self.lane(identity);
+        let latest = deadline.at() - FLEET_SLACK.min(deadline.remaining() / 4);
         let queued = {
             let mut state = lane.state();
             let now = Instant::now();
@@ -143,7 +147,6 @@ impl Pacing {
             let lane = Arc::clone(&lane);
             Queued { lane, waiter }
         };
-        let latest = deadline.at() - FLEET_SLACK.min(deadline.remaining() / 4);
         let start = queued.start_in_fleet(FIRST, Some(latest), session, request);
         let started = tokio::time::timeout_at(latest, start).await;
         // Keeps a lane with a queue from being evicted, even if no attempt joins it.
@@ -445,6 +448,17 @@ impl State {
         Some(caller)
     }
 
+    /// Starts a waiter that is not the head of its queue, and returns its caller.
+    fn start_waiter(&mut self, kind: usize, waiter: &Arc<Notify>, now: Instant) -> Option<Caller> {
+        let is_own = |own: &Arc<Notify>| Arc::ptr_eq(own, waiter);
+        let mut queue = self.queues[kind].iter();
+        let (caller, _) = queue.find(|(_, waiters)| waiters.iter().any(is_own))?;
+        let caller = *caller;
+        self.start(kind, now);
+        self.leave(waiter);
+        Some(caller)
+    }
+
     fn leave(&mut self, waiter: &Arc<Notify>) {
         for queue in &mut self.queues {
             queue.retain_mut(|(_, waiters)| {
@@ -467,6 +481,10 @@ impl State {
                 .into_iter()
                 .flatten()
                 .for_each(|head| head.notify_one());
+            if self.is_free(Instant::now()) {
+                let waiters = self.queues[FIRST].iter().flat_map(|(_, waiters)| waiters);
+                waiters.take(MAX_ASKING).for_each(|it| it.notify_one());
+            }
             return;
         }
         if let Some((kind, _)) = self.next(Instant::now())
@@ -603,18 +621,25 @@ impl Queued {
         request: Request<'_>,
     ) -> Result<Caller, Answer> {
         loop {
-            self.due(kind).await;
-            let assigned = self.lane.state().assigned(kind, Instant::now());
+            let is_head = self.due(kind).await;
+            let assigned = match is_head {
+                true => self.lane.state().assigned(kind, Instant::now()),
+                false => None,
+            };
             let at = match assigned {
                 Some(at) => at,
                 None => {
-                    let slot = self.lane.state().slot(kind, latest);
+                    let mut slot = self.lane.state().slot(kind, latest);
+                    if !is_head {
+                        slot.longest = Duration::ZERO;
+                    }
                     let answer = session.admit(request, slot).await;
                     let mut state = self.lane.state();
                     let now = Instant::now();
                     state.answered(kind, &answer, session, now);
                     match answer {
                         Answer::Start(wait) => now + wait,
+                        Answer::Unavailable | Answer::Late(_) if !is_head => continue,
                         // The local rule applies now.
                         Answer::Unavailable if state.due_at(kind, now) > now => continue,
                         Answer::Unavailable => {
@@ -640,14 +665,20 @@ impl Queued {
                     return Err(answer);
                 }
             }
-            if let Some(caller) = self.lane.state().start_head(kind, Instant::now()) {
+            let (mut state, now) = (self.lane.state(), Instant::now());
+            let started = match is_head {
+                true => state.start_head(kind, now),
+                false => state.start_waiter(kind, &self.waiter, now),
+            };
+            if let Some(caller) = started {
                 return Ok(caller);
             }
         }
     }
 
-    /// Waits until this waiter is the head of its queue, and until the local rule permits a start if it applies.
-    async fn due(&self, kind: usize) {
+    /// Waits until this waiter is the head of its queue, and until the local rule permits a start if it applies; or, with the result false,
+    /// until it may ask the store for a start at once although it is not the head.
+    async fn due(&self, kind: usize) -> bool {
         loop {
             let wait_until = {
                 let mut state = self.lane.state();
@@ -655,10 +686,13 @@ impl Queued {
                 let is_head = state
                     .head(kind)
                     .is_some_and(|head| Arc::ptr_eq(head, &self.waiter));
+                if !is_head && kind == FIRST && state.is_free(now) {
+                    return false;
+                }
                 is_head.then(|| state.due_at(kind, now))
             };
             match wait_until {
-                Some(at) if at <= Instant::now() => return,
+                Some(at) if at <= Instant::now() => return true,
                 Some(at) => tokio::select! {
                     () = sleep_until(at) => {}
                     () = self.waiter.notified() => {}
@@ -704,6 +738,14 @@ impl State {
         *assigned
     }
 
+    /// Whether no attempt or first poll waits for the rate. Then they need not wait for each other's replies of the store.
+    fn is_free(&self, now: Instant) -> bool {
+        self.fleet.as_ref().is_none_or(|fleet| {
+            let is_delayed = fleet.next_at.is_some() || fleet.assigned[FIRST].is_some();
+            fleet.is_up && fleet.alone_until <= now && !is_delayed
+        })
+    }
+
     /// Whether starts of this kind wait for the rate, and not only for the replies of the store.
     fn has_waited(&self, kind: usize) -> bool {
         let fleet = self.fleet.as_ref();
@@ -741,6 +783,17 @@ impl State {
         fleet.is_up = *answer != Answer::Unavailable;
         fleet.replicas = replicas;
         fleet.alone_until = alone_until.map_or(fleet.alone_until, |at| at.max(fleet.alone_until));
+        if kind == FIRST {
+            match answer {
+                // The rate delays starts from now on.
+                Answer::Late(wait) => _ = fleet.next_at.get_or_insert(now + *wait),
+                // The delays between starts are too short for them to wait for each other.
+                Answer::Start(Duration::ZERO) if self.spacings[FIRST] < JITTER => {
+                    fleet.next_at = None;
+                }
+                _ => {}
+            }
+        }
         if let Answer::Start(wait) = answer
             && !wait.is_zero()
         {

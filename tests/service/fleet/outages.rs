@@ -3,6 +3,7 @@ use std::time::{Duration, Instant};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _, copy},
     net::{TcpListener, TcpStream},
+    task::JoinSet,
 };
 
 use super::shared::all_seen;
@@ -192,6 +193,34 @@ async fn a_slow_store_is_not_used() {
         .find(|line| line.contains("cannot be used"));
     let warning = warning.expect("a warning");
     assert!(warning.contains("does not reply within"), "{warning}");
+}
+
+#[tokio::test]
+async fn calls_do_not_wait_for_each_others_replies_of_the_store() {
+    let Some(store) = Store::start().await else {
+        return;
+    };
+    let url = slow_proxy(&store, Duration::from_millis(20)).await;
+    let upstream = Upstream::always(example()).await;
+    let key = store.key_file();
+    let rate = ["--upstream-rate", "1000/1s"];
+    let flags = ["--quota-store", &url, "--quota-store-key-file", &key];
+    let replica = Program::over(&upstream.url(), &[&flags[..], &rate].concat());
+    let mut client = replica.client().await;
+    client.get_task_detail(numbered(0)).await.expect("a reply");
+    let mut calls = JoinSet::new();
+    let begun = Instant::now();
+
+    for number in 1..200 {
+        let mut client = client.clone();
+        calls.spawn(async move { client.get_task_detail(numbered(number)).await });
+    }
+    let results = calls.join_all().await;
+
+    // One after the other, they would take four seconds.
+    let took = begun.elapsed();
+    assert!(took < Duration::from_secs(3), "{took:?}");
+    assert!(results.iter().all(Result::is_ok), "{results:?}");
 }
 
 #[tokio::test]
