@@ -54,7 +54,7 @@
 //!
 //! Tools:
 //!
-//! - [`client`]: the subcommands `call` and `health`
+//! - [`client`]: the subcommands `call`, `watch` and `health`
 //! - [`sandbox`]: an embedded fake of RDS, IAM and the metadata service
 
 pub mod accept;

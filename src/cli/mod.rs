@@ -43,7 +43,7 @@ pub enum Command {
     /// Run the gRPC server
     #[command(after_help = serve::NOTES)]
     Serve(Box<Serve>),
-    /// Check whether serve can work with the same flags and variables, up to one call; exit code 1 if not
+    /// Check whether serve can work with the same flags and variables, from files to one call of RDS; exit code 1 if not
     #[command(after_help = serve::NOTES)]
     Check(Box<Check>),
     /// Call a server once and print the reply as JSON

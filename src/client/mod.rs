@@ -131,7 +131,7 @@ pub struct Token {
 #[derive(Debug, Clone, PartialEq, Eq, clap::Args)]
 #[group(id = "task")]
 pub struct Task {
-    /// Project of the instance; without id flags a task that the sandbox knows is used
+    /// Project of the instance; without id flags, an example task of the sandbox is used
     #[arg(long, value_name = "ID")]
     pub project_id: String,
     /// Database instance of the task

@@ -68,7 +68,7 @@ impl Auth {
 pub enum Identity {
     /// The facade itself.
     Server,
-    /// The caller with the token of this hash. The hash key is random for each process, so the hash is useless elsewhere.
+    /// The caller with the token of this hash. The hash key is secret, so the hash is useless without it.
     Caller([u8; 16]),
 }
 

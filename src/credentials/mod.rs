@@ -198,7 +198,7 @@ impl Credentials {
     }
 
     /// The keyed hash of the caller's token, if callers bring tokens and this token is well-formed. Equal tokens have equal hashes
-    /// as long as the process runs.
+    /// as long as the process runs, and on all replicas with the same `--quota-store-key-file`.
     pub fn token_hash(&self, metadata: &HeaderMap) -> Option<[u8; 16]> {
         let Running::Caller(key) = &*self.source else {
             return None;

@@ -22,8 +22,8 @@ const JITTER: f64 = 0.1;
 /// Shorter than the keep-alive of common gateways (60 s and more), so that the client closes idle connections before they do.
 const MAX_IDLE: Duration = Duration::from_secs(20);
 
-/// When all responses for this long had a status of 500 or above or did not arrive in time, idle connections are closed: the peer behind them may have been replaced.
-/// While other responses arrive, only the connections of those responses are closed.
+/// When all responses for this long had a status of 500 or above or did not arrive in time, idle connections are closed: the peer behind them
+/// may have been replaced. While other responses arrive, only the connections of those responses are closed.
 const FAILING: Duration = Duration::from_secs(1);
 
 /// Idle connections are also closed when a new connection delivers the first other response after such a status, but not more often than

@@ -15,19 +15,19 @@ pub struct Options {
     /// Address of the gRPC listener
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:50051", value_parser = address)]
     pub listen: SocketAddr,
-    /// Upper bound of one call, also when the caller sets no deadline or a longer one
+    /// Upper bound of one unary call and of one poll, also if the caller sets no deadline or a longer one
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = duration)]
     pub timeout: Duration,
-    /// Calls in flight; further calls fail at once with RESOURCE_EXHAUSTED
+    /// Limit of concurrent unary calls; further calls fail at once with RESOURCE_EXHAUSTED
     #[arg(long, value_name = "NUMBER", default_value = "2048", value_parser = limit)]
     pub max_in_flight: usize,
-    /// Watches at once; further ones fail at once with RESOURCE_EXHAUSTED
+    /// Limit of concurrent watches; further watches fail at once with RESOURCE_EXHAUSTED
     #[arg(long, value_name = "NUMBER", default_value = "1000", value_parser = limit)]
     pub max_watches: usize,
-    /// Longest duration of one watch, less up to 20 per cent at random
+    /// Upper bound of one watch, less up to 20 % at random
     #[arg(long, value_name = "DURATION", default_value = "1h", value_parser = duration)]
     pub max_watch_duration: Duration,
-    /// Open gRPC connections; further ones are closed at once
+    /// Limit of concurrent gRPC connections; further connections are closed at once
     #[arg(long, value_name = "NUMBER", default_value = "1000", value_parser = limit)]
     pub max_connections: usize,
     /// Time between NOT_SERVING and GOAWAY on shutdown
@@ -74,7 +74,7 @@ pub struct Timings {
     /// The time for the acknowledgement of a PING.
     #[arg(skip = Duration::from_secs(10))]
     pub keepalive_timeout: Duration,
-    /// Age at which a connection gets GOAWAY, plus or minus 10 per cent; 0s for no limit
+    /// Age at which a connection gets GOAWAY, plus or minus 10 %; 0s for no limit
     #[arg(long, value_name = "DURATION", default_value = "30m", value_parser = duration_or_zero)]
     pub max_connection_age: Duration,
     /// The time for calls in flight after that GOAWAY.

@@ -73,7 +73,7 @@ pub struct Options {
     /// Upstream attempts of one call, 1 to 10; 1 means no retry
     #[arg(long, value_name = "NUMBER", default_value = "3", value_parser = number::<1, 10>)]
     pub max_attempts: u32,
-    /// Retries as per cent of the calls of the last 10 s, on top of 10 in 10 s
+    /// Retries as a percentage of the calls in the last 10 s, in addition to 10 retries per 10 s
     #[arg(long, value_name = "PERCENT", default_value = "20", value_parser = number::<0, 100>)]
     pub retry_budget: u32,
 }

@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"google.golang.org/grpc"
@@ -276,6 +277,9 @@ func (f *crowdFault) limited(program, folder string, names *nameServer) (string,
 		}
 		text = fmt.Sprintf(isolation, program, folder, id)
 	}
+	// A child that another goroutine forks while the file is open would keep it open, and a file that is open for writing cannot be run.
+	syscall.ForkLock.RLock()
+	defer syscall.ForkLock.RUnlock()
 	return script, os.WriteFile(script, []byte(text), 0o700)
 }
 

@@ -1,8 +1,8 @@
 """Checks the CPU instructions of the facade per call. callgrind counts them under two loads of different length, and the
 difference excludes startup and shutdown. Unlike times, they hardly depend on the machine, so each kind of call has a bound.
 
-When a count exceeds its bound, find the cause, or raise the bound and give the reason. docs/performance.md breaks the count
-down. Instructions in the kernel, half of the time of a call on its own, are not counted.
+When a count exceeds its bound, find the cause, or raise the bound and give the reason. docs/performance.md has the counts and
+the bounds. Instructions in the kernel, half of the time of a call on its own, are not counted.
 """
 
 import json
