@@ -1,0 +1,241 @@
+//! The start of a queued attempt or poll with a quota store, which applies the rate to all replicas.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::time::{Instant, sleep_until};
+
+use super::{
+    JITTER, LONGEST_POLL_WAIT, MAX_STARTS,
+    lane::{FIRST, REPEATED, State},
+    queued::Queued,
+};
+use crate::{
+    caller::Caller,
+    quota_store::{Answer, Request, Session, Slot},
+};
+
+/// What is known from the quota store.
+#[derive(Debug)]
+pub(super) struct Fleet {
+    /// It has replied to the latest request.
+    pub(super) is_up: bool,
+    /// While it has not, the rate is divided by this number.
+    pub(super) replicas: u32,
+    /// When all starts without it, of any replica, have left the window.
+    pub(super) alone_until: Instant,
+    /// The latest start of an attempt or first poll that the rate has delayed; `None` once their queue is empty.
+    pub(super) next_at: Option<Instant>,
+    /// The time between the two latest of these starts, with those of other replicas in between.
+    pub(super) gap: Duration,
+    /// The starts that the store has assigned to the heads of the queues. If a head leaves, the next one uses its start.
+    pub(super) assigned: [Option<Instant>; 2],
+}
+
+impl Queued {
+    /// Waits until this waiter is the head of its queue and has a start from the quota store. With `latest`, the start must not be later.
+    ///
+    /// # Errors
+    /// Any reply of the store but [`Answer::Start`] and [`Answer::Unavailable`].
+    pub(super) async fn start_in_fleet(
+        &self,
+        kind: usize,
+        latest: Option<Instant>,
+        session: &Session,
+        request: Request<'_>,
+    ) -> Result<Caller, Answer> {
+        loop {
+            let is_head = self.due(kind).await;
+            let assigned = match is_head {
+                true => self.lane.state().assigned(kind, Instant::now()),
+                false => None,
+            };
+            let at = match assigned {
+                Some(at) => at,
+                None => {
+                    let mut slot = self.lane.state().slot(kind, latest);
+                    if !is_head {
+                        slot.longest = Duration::ZERO;
+                    }
+                    let answer = session.admit(request, slot).await;
+                    let mut state = self.lane.state();
+                    let now = Instant::now();
+                    state.answered(kind, &answer, session, now);
+                    match answer {
+                        Answer::Start(wait) => now + wait,
+                        Answer::Unavailable | Answer::Late(_) if !is_head => continue,
+                        // The local rule applies now.
+                        Answer::Unavailable if state.due_at(kind, now) > now => continue,
+                        Answer::Unavailable => {
+                            let leaves_at = now + state.window();
+                            if let Some(fleet) = &mut state.fleet {
+                                fleet.alone_until = leaves_at;
+                            }
+                            now
+                        }
+                        _ => return Err(answer),
+                    }
+                }
+            };
+            let wait = at.saturating_duration_since(Instant::now());
+            if latest.is_some_and(|latest| at > latest) && !wait.is_zero() {
+                return Err(Answer::Late(wait));
+            }
+            if assigned.is_some() || !wait.is_zero() {
+                sleep_until(at).await;
+                // There may be a throttle window, a rest or a result since the store has assigned the start.
+                let answer = session.admit(request.again(), Slot::UNLIMITED).await;
+                if !matches!(answer, Answer::Start(_) | Answer::Unavailable) {
+                    return Err(answer);
+                }
+            }
+            let (mut state, now) = (self.lane.state(), Instant::now());
+            let started = match is_head {
+                true => state.start_head(kind, now),
+                false => state.start_waiter(kind, &self.waiter, now),
+            };
+            if let Some(caller) = started {
+                return Ok(caller);
+            }
+        }
+    }
+
+    /// Waits until this waiter is the head of its queue, and until the local rule permits a start if it applies; or, with the result false,
+    /// until it may ask the store for a start at once although it is not the head.
+    pub(super) async fn due(&self, kind: usize) -> bool {
+        loop {
+            let wait_until = {
+                let mut state = self.lane.state();
+                let now = Instant::now();
+                let is_head = state
+                    .head(kind)
+                    .is_some_and(|head| Arc::ptr_eq(head, &self.waiter));
+                if !is_head && kind == FIRST && state.is_free(now) {
+                    return false;
+                }
+                is_head.then(|| state.due_at(kind, now))
+            };
+            match wait_until {
+                Some(at) if at <= Instant::now() => return true,
+                Some(at) => tokio::select! {
+                    () = sleep_until(at) => {}
+                    () = self.waiter.notified() => {}
+                },
+                None => self.waiter.notified().await,
+            }
+        }
+    }
+}
+
+impl State {
+    /// The start that the head of a queue asks the quota store for.
+    pub(super) fn slot(&mut self, kind: usize, latest: Option<Instant>) -> Slot {
+        let calls = self.config.calls.get();
+        // The store keeps every start, so a large number in a window becomes a smaller one in a part of it.
+        let parts = calls.div_ceil(MAX_STARTS);
+        let calls = calls / parts;
+        let period = self.config.period / parts;
+        Slot {
+            calls,
+            window: period + JITTER.min(period / 20),
+            spacing: self.spacings[kind],
+            // First polls have no spacing, and attempts have no other kind.
+            limit_of_first: self.spacings[kind]
+                .is_zero()
+                .then(|| self.half_while_polls_repeat(calls)),
+            has_waited: kind == REPEATED
+                || self
+                    .fleet
+                    .as_ref()
+                    .is_some_and(|fleet| fleet.next_at.is_some()),
+            longest: latest.map_or(LONGEST_POLL_WAIT, |latest| {
+                latest.saturating_duration_since(Instant::now())
+            }),
+        }
+    }
+
+    /// The start that the store has assigned to a head which has left, unless it is over: the store counts it at its time.
+    pub(super) fn assigned(&mut self, kind: usize, now: Instant) -> Option<Instant> {
+        let jitter = self.window - self.config.period;
+        let assigned = &mut self.fleet.as_mut()?.assigned[kind];
+        *assigned = assigned.filter(|at| now <= *at + jitter);
+        *assigned
+    }
+
+    /// Whether no attempt or first poll waits for the rate. Then they need not wait for each other's replies of the store.
+    pub(super) fn is_free(&self, now: Instant) -> bool {
+        self.fleet.as_ref().is_none_or(|fleet| {
+            let is_delayed = fleet.next_at.is_some() || fleet.assigned[FIRST].is_some();
+            fleet.is_up && fleet.alone_until <= now && !is_delayed
+        })
+    }
+
+    /// Whether starts of this kind wait for the rate, and not only for the replies of the store.
+    pub(super) fn has_waited(&self, kind: usize) -> bool {
+        let fleet = self.fleet.as_ref();
+        kind == REPEATED || fleet.is_some_and(|fleet| fleet.next_at.is_some())
+    }
+
+    /// When the local rule permits the start of the head of this queue.
+    pub(super) fn due_at(&mut self, kind: usize, now: Instant) -> Instant {
+        let at = match self.has_waited(kind) {
+            true => self.next_at(kind, now),
+            false => self.room_at(kind, now),
+        };
+        if at > now
+            && kind == FIRST
+            && let Some(fleet) = &mut self.fleet
+        {
+            fleet.next_at = Some(at);
+        }
+        at
+    }
+
+    /// Takes over what a reply shows about the quota store.
+    pub(super) fn answered(
+        &mut self,
+        kind: usize,
+        answer: &Answer,
+        session: &Session,
+        now: Instant,
+    ) {
+        let replicas = session.replicas();
+        // Other replicas may have made starts that the store has not seen.
+        let alone_until = session.back_since().map(|since| since + self.window());
+        let fleet = self.fleet.get_or_insert(Fleet {
+            is_up: true,
+            replicas,
+            alone_until: now,
+            next_at: None,
+            gap: self.spacings[FIRST],
+            assigned: [None; 2],
+        });
+        fleet.is_up = *answer != Answer::Unavailable;
+        fleet.replicas = replicas;
+        fleet.alone_until = alone_until.map_or(fleet.alone_until, |at| at.max(fleet.alone_until));
+        if kind == FIRST {
+            match answer {
+                // The rate delays starts from now on.
+                Answer::Late(wait) => _ = fleet.next_at.get_or_insert(now + *wait),
+                // The delays between starts are too short for them to wait for each other.
+                Answer::Start(Duration::ZERO) if self.spacings[FIRST] < JITTER => {
+                    fleet.next_at = None;
+                }
+                _ => {}
+            }
+        }
+        if let Answer::Start(wait) = answer
+            && !wait.is_zero()
+        {
+            let at = now + *wait;
+            fleet.assigned[kind] = Some(at);
+            if kind == REPEATED {
+                return;
+            }
+            let gap = fleet
+                .next_at
+                .map(|previous| at.saturating_duration_since(previous));
+            fleet.gap = gap.unwrap_or_default().max(self.spacings[FIRST]);
+            fleet.next_at = Some(at);
+        }
+    }
+}

@@ -1,0 +1,387 @@
+use std::collections::VecDeque;
+
+use futures_util::poll;
+use proptest::prelude::*;
+use tokio::task::{JoinSet, yield_now};
+
+use super::*;
+
+const RDS: Identity = Identity::Server;
+const ANN: Caller = Caller::Connection(1);
+const BOB: Caller = Caller::Connection(2);
+
+fn pacing(calls: u32, period: Duration) -> Arc<Pacing> {
+    Arc::new(Pacing::new(Config {
+        calls: NonZeroU32::new(calls).unwrap(),
+        period,
+    }))
+}
+
+fn in_seconds(seconds: u64) -> Deadline {
+    Deadline::after(Duration::from_secs(seconds))
+}
+
+/// Queues an attempt for each caller, in this order. Each returns its index and its start in seconds from now.
+async fn start(
+    pacing: &Arc<Pacing>,
+    callers: &[Caller],
+) -> JoinSet<(usize, Result<u64, Duration>)> {
+    let begun = Instant::now();
+    let mut starts = JoinSet::new();
+    for (index, caller) in callers.iter().copied().enumerate() {
+        let pacing = Arc::clone(pacing);
+        starts.spawn(async move {
+            let start = pacing.wait(RDS, caller, in_seconds(600)).await;
+            (index, start.map(|()| begun.elapsed().as_secs()))
+        });
+        yield_now().await;
+    }
+    starts
+}
+
+async fn times(mut starts: JoinSet<(usize, Result<u64, Duration>)>) -> Vec<u64> {
+    let mut times = Vec::new();
+    while let Some(start) = starts.join_next().await {
+        let (index, at) = start.unwrap();
+        times.push((index, at.expect("a start before the deadline")));
+    }
+    times.sort_unstable();
+    times.into_iter().map(|(_, at)| at).collect()
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_empty_window_is_free_at_once_and_the_rest_wait_for_room_a_spacing_apart() {
+    let pacing = pacing(3, Duration::from_secs(30));
+
+    let starts = start(&pacing, &[ANN; 7]).await;
+
+    assert_eq!(times(starts).await, [0, 0, 0, 30, 40, 50, 60]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn callers_start_round_robin_even_if_one_has_many_attempts() {
+    let pacing = pacing(1, Duration::from_secs(1));
+    start(&pacing, &[ANN]).await.join_all().await;
+
+    let starts = start(
+        &pacing,
+        &[ANN, ANN, ANN, ANN, BOB, BOB, Caller::Connection(3)],
+    )
+    .await;
+
+    assert_eq!(times(starts).await, [1, 4, 6, 7, 2, 5, 3]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_attempt_that_cannot_start_before_its_deadline_is_rejected_at_once() {
+    let pacing = pacing(1, Duration::from_secs(10));
+    let _waiting = start(&pacing, &[ANN; 4]).await;
+
+    let before = Instant::now();
+    let last = pacing.wait(RDS, ANN, in_seconds(39)).await.unwrap_err();
+    let fair = pacing.wait(RDS, BOB, in_seconds(19)).await.unwrap_err();
+
+    assert_eq!(Instant::now(), before);
+    assert_eq!((last.as_secs(), fair.as_secs()), (40, 20));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_attempt_delayed_by_others_is_rejected_shortly_before_its_deadline() {
+    let pacing = pacing(1, Duration::from_secs(10));
+    let _waiting = start(&pacing, &[ANN; 3]).await;
+    let begun = Instant::now();
+    let mut late = Box::pin(pacing.wait(RDS, ANN, in_seconds(35)));
+    assert!(poll!(&mut late).is_pending());
+
+    let _others = start(&pacing, &[BOB; 3]).await;
+
+    let wait = late.await.expect_err("BOB's starts came in between");
+    assert_eq!((begun + Duration::from_secs(35)) - Instant::now(), SLACK);
+    assert!(wait > Duration::ZERO);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_cancelled_attempt_leaves_the_queue_at_any_position() {
+    for cancelled in 0..3 {
+        let pacing = pacing(1, Duration::from_secs(1));
+        start(&pacing, &[ANN]).await.join_all().await;
+        let mut waiting = Vec::new();
+        for caller in [ANN, BOB, ANN] {
+            waiting.push(start(&pacing, &[caller]).await);
+        }
+
+        drop(waiting.remove(cancelled));
+        yield_now().await;
+        waiting.push(start(&pacing, &[BOB]).await);
+
+        let mut came = Vec::new();
+        for starts in waiting {
+            came.extend(times(starts).await);
+        }
+        came.sort_unstable();
+        assert_eq!(came, [1, 2, 3], "{cancelled}");
+        let lane = pacing.lanes.get(&RDS).expect("a lane");
+        assert!(
+            lane.state().queues.iter().all(VecDeque::is_empty),
+            "{cancelled}"
+        );
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_attempt_overtakes_a_queue_that_has_not_woken_yet() {
+    let pacing = pacing(1, Duration::from_secs(1));
+    start(&pacing, &[ANN]).await.join_all().await;
+    let mut first = Box::pin(pacing.wait(RDS, ANN, in_seconds(9)));
+    assert!(poll!(&mut first).is_pending());
+    tokio::time::advance(Duration::from_secs(2)).await;
+
+    let mut second = Box::pin(pacing.wait(RDS, BOB, in_seconds(9)));
+
+    assert!(poll!(&mut second).is_pending());
+    assert!(poll!(&mut first).is_ready());
+    assert!(poll!(&mut second).is_pending());
+}
+
+#[tokio::test(start_paused = true)]
+async fn each_credential_has_a_window_of_its_own() {
+    let pacing = pacing(1, Duration::from_secs(60));
+    let other = Identity::Caller([1; 16]);
+
+    assert!(pacing.wait(RDS, ANN, in_seconds(0)).await.is_ok());
+    assert!(pacing.wait(other, ANN, in_seconds(0)).await.is_ok());
+    assert!(pacing.wait(RDS, ANN, in_seconds(0)).await.is_err());
+}
+
+#[tokio::test(start_paused = true)]
+async fn ever_new_credentials_are_not_all_remembered() {
+    let pacing = pacing(60, Duration::from_secs(60));
+
+    for number in 0..3 * u128::from(MAX_IDENTITIES) {
+        let identity = Identity::Caller(number.to_be_bytes());
+        let start = pacing.wait(identity, ANN, in_seconds(0)).await;
+        start.expect("an empty window");
+    }
+
+    pacing.lanes.run_pending_tasks();
+    assert!(pacing.lanes.entry_count() <= MAX_IDENTITIES);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_steady_load_below_the_rate_starts_at_once() {
+    let pacing = pacing(60_000, Duration::from_secs(60));
+
+    for _ in 0..3 * 60 * 800 {
+        tokio::time::advance(Duration::from_micros(1250)).await;
+        let start = pacing.wait(RDS, ANN, in_seconds(0)).await;
+        start.expect("800 a second of 1000");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_wait_of_the_first_queued_attempt_includes_the_spacing() {
+    let pacing = pacing(2, Duration::from_secs(10));
+    start(&pacing, &[ANN]).await.join_all().await;
+    tokio::time::advance(Duration::from_millis(9900)).await;
+    start(&pacing, &[ANN]).await.join_all().await;
+
+    let before = Instant::now();
+    let wait = pacing.wait(RDS, ANN, in_seconds(2)).await.unwrap_err();
+
+    assert_eq!((Instant::now(), wait.as_secs()), (before, 5));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_window_of_many_starts_is_small_and_still_holds() {
+    let calls = 100_000;
+    let pacing = pacing(calls, Duration::from_secs(60));
+    for _ in 0..calls {
+        tokio::time::advance(Duration::from_micros(100)).await;
+        pacing
+            .wait(RDS, ANN, in_seconds(0))
+            .await
+            .expect("there is room");
+    }
+
+    assert!(pacing.wait(RDS, ANN, in_seconds(0)).await.is_err());
+    let lane = pacing.lanes.get(&RDS).expect("a lane");
+    assert!(lane.state().starts.len() <= MAX_STARTS as usize + 1);
+}
+
+fn polls(calls: u32, period: Duration) -> Arc<Pacing> {
+    Arc::new(Pacing::for_polls(Config {
+        calls: NonZeroU32::new(calls).unwrap(),
+        period,
+    }))
+}
+
+/// Queues a repeated poll for each list of callers. Each returns its start in seconds from now, and the caller that it used.
+async fn repeat(pacing: &Arc<Pacing>, callers: &[&[Caller]]) -> JoinSet<(u64, Caller)> {
+    let begun = Instant::now();
+    let mut polls = JoinSet::new();
+    for callers in callers {
+        let poll = pacing.queue_repeated(RDS, callers);
+        polls.spawn(async move {
+            let caller = poll.start().await;
+            (begun.elapsed().as_secs(), caller)
+        });
+        yield_now().await;
+    }
+    polls
+}
+
+#[tokio::test(start_paused = true)]
+async fn repeated_polls_start_a_spacing_apart_and_round_robin_among_callers() {
+    let pacing = polls(3, Duration::from_secs(30));
+
+    let polls = repeat(&pacing, &[&[ANN], &[ANN], &[ANN], &[BOB], &[ANN, BOB]]).await;
+
+    let mut starts = polls.join_all().await;
+    starts.sort_unstable_by_key(|(at, _)| *at);
+    assert_eq!(
+        starts,
+        [(0, ANN), (10, ANN), (20, BOB), (30, ANN), (40, BOB)]
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_poll_keeps_its_place_when_callers_join() {
+    let pacing = polls(1, Duration::from_secs(10));
+    let mut first = repeat(&pacing, &[&[ANN]]).await;
+    first.join_next().await;
+    let shared = pacing.queue_repeated(RDS, &[ANN]);
+    let mut others = repeat(&pacing, &[&[ANN], &[ANN]]).await;
+    let begun = Instant::now();
+
+    for number in 10..20 {
+        shared.add(&[ANN, Caller::Connection(number)]);
+    }
+
+    assert_eq!(shared.start().await, ANN);
+    assert_eq!(begun.elapsed().as_secs(), 10);
+    assert_eq!(others.join_next().await.unwrap().unwrap().0, 20);
+    assert_eq!(others.join_next().await.unwrap().unwrap().0, 30);
+    let lane = pacing.lanes.get(&RDS).expect("a lane");
+    assert!(lane.state().queues.iter().all(VecDeque::is_empty));
+}
+
+#[tokio::test(start_paused = true)]
+async fn first_polls_start_at_once_before_repeated_ones() {
+    let pacing = polls(6, Duration::from_secs(60));
+    let mut repeated = repeat(&pacing, &[&[ANN], &[ANN]]).await;
+    repeated.join_next().await;
+    tokio::time::advance(Duration::from_secs(1)).await;
+
+    for caller in [BOB, BOB, BOB] {
+        let first = pacing.wait(RDS, caller, in_seconds(0)).await;
+        first.expect("half of the window");
+    }
+    let fourth = pacing.wait(RDS, BOB, in_seconds(10)).await;
+
+    let wait = fourth.expect_err("the other half is for repeated polls");
+    assert_eq!(wait.as_secs(), 60);
+    let (at, _) = repeated.join_next().await.unwrap().unwrap();
+    assert_eq!(at, 11);
+}
+
+#[tokio::test(start_paused = true)]
+async fn ever_new_first_polls_of_a_caller_leave_repeated_polls_their_half() {
+    let pacing = polls(30, Duration::from_secs(60));
+    let greedy = Arc::clone(&pacing);
+    let _greedy = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(async move {
+        loop {
+            let _ = greedy.wait(RDS, BOB, in_seconds(10)).await;
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }));
+    tokio::time::sleep(Duration::from_secs(90)).await;
+    let begun = Instant::now();
+
+    for _ in 0..60 {
+        pacing.queue_repeated(RDS, &[ANN]).start().await;
+    }
+
+    // Fifteen a minute, after at most a minute in which the window is still full of first polls.
+    assert!(
+        begun.elapsed() <= Duration::from_secs(5 * 60),
+        "{:?}",
+        begun.elapsed()
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_waiter_that_became_second_wakes_the_first() {
+    let pacing = polls(2, Duration::from_secs(10));
+    repeat(&pacing, &[&[ANN]]).await.join_all().await;
+    tokio::time::advance(Duration::from_secs(5)).await;
+    start(&pacing, &[ANN]).await.join_all().await;
+    let mut repeated = repeat(&pacing, &[&[ANN]]).await;
+    let mut first = start(&pacing, &[BOB]).await;
+
+    // Both could have started by now.
+    tokio::time::advance(Duration::from_secs(20)).await;
+
+    let begun = Instant::now();
+    first
+        .join_next()
+        .await
+        .expect("a poll")
+        .expect("no panic")
+        .1
+        .expect("a start");
+    assert_eq!(Instant::now(), begun);
+    repeated
+        .join_next()
+        .await
+        .expect("a poll")
+        .expect("no panic");
+}
+
+#[tokio::test(start_paused = true)]
+async fn queued_first_polls_start_when_the_window_has_room_without_a_spacing() {
+    let pacing = polls(3, Duration::from_secs(9));
+    start(&pacing, &[ANN; 3]).await.join_all().await;
+
+    let starts = start(&pacing, &[ANN; 3]).await;
+
+    assert_eq!(times(starts).await, [9, 9, 9]);
+}
+
+proptest! {
+    /// With any arrivals and cancellations, at most N attempts start in any window.
+    #[test]
+    fn never_more_than_n_in_any_window(
+        calls in 1..6u32,
+        attempts in prop::collection::vec((0..4u64, 0..4000u64, 0..9000u64), 1..60),
+    ) {
+        let period = Duration::from_secs(3);
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .start_paused(true)
+            .build()
+            .unwrap();
+        let mut starts = runtime.block_on(async {
+            let pacing = pacing(calls, period);
+            let mut runs = JoinSet::new();
+            for (caller, comes, patience) in attempts {
+                let pacing = Arc::clone(&pacing);
+                runs.spawn(async move {
+                    tokio::time::sleep(Duration::from_millis(comes)).await;
+                    let deadline = Deadline::after(Duration::from_secs(20));
+                    let start = pacing.wait(RDS, Caller::Connection(caller), deadline);
+                    let patience = Duration::from_millis(patience);
+                    let start = tokio::time::timeout(patience, start).await;
+                    matches!(start, Ok(Ok(()))).then(Instant::now)
+                });
+            }
+            let starts = runs.join_all().await;
+            let lane = pacing.lanes.get(&RDS).expect("a lane");
+            assert!(lane.state().queues.iter().all(VecDeque::is_empty));
+            starts.into_iter().flatten().collect::<Vec<_>>()
+        });
+        starts.sort_unstable();
+        for window in starts.windows(calls as usize + 1) {
+            prop_assert!(*window.last().unwrap() - window[0] > period);
+        }
+    }
+}
