@@ -1,7 +1,7 @@
 //! The subcommand `check`: whether `serve` can work with a configuration, before anyone depends on it.
 //!
-//! Each check prints one line as soon as it has ended. All of them together take less than a minute, whatever hangs, and make at most three
-//! requests to RDS: one without a credential, and a call for a task that does not exist, with its one repetition. The checks use the
+//! Each check prints one line as soon as it has ended. All of them together take less than a minute, even if every peer hangs, and send RDS at
+//! most three requests: one without a credential, and a call for a task that does not exist, with its one repetition. The checks use the
 //! clients, credentials and messages of `serve`.
 
 use std::{
@@ -330,7 +330,7 @@ fn clocks(date: Option<SystemTime>, report: &mut Report) {
 /// The credential for the call.
 enum Credential {
     Usable(Auth, Caller),
-    /// Each caller brings one, and there is none for this check.
+    /// Callers send their own tokens, and `check` has not been given a token.
     OfCallers,
     Failed,
 }
@@ -417,7 +417,7 @@ async fn call(
     let error = match found {
         Ok(Ok(_)) => {
             let message = format!(
-                "for {project}: the reply is a task, but there is none with these ids: check --endpoint"
+                "for {project}: the reply is a task, although no task has these ids: check --endpoint"
             );
             return report.add("call", Warn, &message);
         }
@@ -612,15 +612,19 @@ async fn quota_store(serve: &Serve, base_url: &Url, report: &mut Report) {
     );
     let (outcome, message) = match opened.await {
         Ok(None) => return,
-        Ok(Some((_, opened))) => match opened.problem() {
-            None => (Fine, "this replica can use it".to_owned()),
-            Some(problem) => (
-                Warn,
-                format!(
-                    "{problem}; without it, each replica paces itself and shares no results: see docs/fleet.md"
+        Ok(Some((store, opened))) => {
+            let result = match opened.problem() {
+                None => (Fine, "this replica can use it".to_owned()),
+                Some(problem) => (
+                    Warn,
+                    format!(
+                        "{problem}; without it, each replica paces itself and shares no results: see docs/fleet.md"
+                    ),
                 ),
-            ),
-        },
+            };
+            opened.close(&store).await;
+            result
+        }
         Err(error) => (Fail, error.to_string()),
     };
     report.add("quota-store", outcome, &message);

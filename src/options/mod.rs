@@ -19,7 +19,7 @@ pub type Parsed<T> = Result<T, String>;
 /// The effective value of an option, as `--print-config` and the log show it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Shown {
-    /// The text of the value; empty if there is none.
+    /// The text of the value; empty if the option is not set.
     Value(String),
     /// In the place of a value, for example because it is a secret.
     Note(Cow<'static, str>),

@@ -110,6 +110,18 @@ impl Opened {
     pub fn problem(&self) -> Option<&Problem> {
         self.0.as_ref().err()
     }
+
+    /// Closes the connection, if any, of a program that is no replica, and removes the program from the count of replicas.
+    pub async fn close(self, store: &QuotaStore) {
+        if let Ok(connection) = self.0 {
+            let (operation, script) = (StoreOperation::Heartbeat, store.leave_script());
+            let leaving = store
+                .link
+                .run::<u32>(operation, &connection, &script, PATIENCE);
+            // The count forgets the program soon in any case.
+            let _ = leaving.await;
+        }
+    }
 }
 
 impl fmt::Debug for QuotaStore {
@@ -168,7 +180,7 @@ impl QuotaStore {
         }
     }
 
-    /// Starts the task that keeps the connection, and logs if there is none.
+    /// Starts the task that keeps the connection open, and logs a failed first attempt to connect.
     pub fn start(self: &Arc<Self>, Opened(opened): Opened) {
         if let Err(problem) = &opened {
             tracing::warn!(
@@ -268,10 +280,14 @@ impl QuotaStore {
 
     /// Removes this replica from the count of replicas. Waits for the store as long as a call does.
     pub async fn leave(&self) {
+        let (operation, script) = (StoreOperation::Heartbeat, self.leave_script());
+        let _: Option<u32> = self.link.call(operation, &script, PATIENCE).await;
+    }
+
+    fn leave_script(&self) -> ScriptInvocation<'static> {
         let mut script = SCRIPTS.leave.key(self.name("replicas", &[]));
         script.arg(&self.instance);
-        let operation = StoreOperation::Heartbeat;
-        let _: Option<u32> = self.link.call(operation, &script, PATIENCE).await;
+        script
     }
 
     /// The session of one lookup with this credential. A lookup with little time waits for the store for at most half of it.

@@ -12,6 +12,7 @@ use super::{
     QuotaStore, SCRIPTS, Session,
     admission::{FIRST_PAUSE, LONGEST_PAUSE},
     millis, random_id,
+    seal::Keys,
 };
 use crate::{deadline::Deadline, telemetry::metrics::StoreOperation};
 
@@ -140,7 +141,8 @@ impl Session {
             };
             match kind.as_str() {
                 "result" | "long" => {
-                    let used = SharedResult::open(&self.store, task, &entry, now, max_age);
+                    let used =
+                        SharedResult::open(&self.store.keys, &task.result, &entry, now, max_age);
                     if let Some((result, age)) = used {
                         return Claim::Result(Box::new(result), age);
                     }
@@ -198,11 +200,7 @@ impl Lease {
         result.version = VERSION;
         result.store_time = then.saturating_add(millis(at.elapsed()));
         result.replica_time = wall_clock();
-        let sealed = self
-            .store
-            .keys
-            .seal(&self.task.result, &result.encode_to_vec());
-        let entry = [format!("{:013}", result.store_time).as_bytes(), &sealed].concat();
+        let entry = result.seal(&self.store.keys, &self.task.result);
         if entry.len() <= MAX_BYTES {
             self.is_held = false;
             self.write(&entry);
@@ -230,11 +228,17 @@ impl Drop for Lease {
 }
 
 impl SharedResult {
+    /// The entry with this name: the time, for the scripts, and the sealed result.
+    fn seal(&self, keys: &Keys, name: &str) -> Vec<u8> {
+        let sealed = keys.seal(name, &self.encode_to_vec());
+        [format!("{:013}", self.store_time).as_bytes(), &sealed].concat()
+    }
+
     /// Opens an untrusted entry, and returns its age. `None` if it is not authentic, or if it is not younger than `max_age` by the clock
     /// of the store, which says `now`, and by the clocks of the replicas.
     fn open(
-        store: &QuotaStore,
-        task: &TaskName,
+        keys: &Keys,
+        name: &str,
         entry: &[u8],
         now: u64,
         max_age: Duration,
@@ -242,7 +246,7 @@ impl SharedResult {
         if entry.len() > MAX_BYTES {
             return None;
         }
-        let content = store.keys.open(&task.result, entry.get(STAMP..)?)?;
+        let content = keys.open(name, entry.get(STAMP..)?)?;
         let result = Self::decode(content.as_slice()).ok()?;
         let tolerance = i128::from(millis(CLOCK_TOLERANCE));
         let by_store = i128::from(now) - i128::from(result.store_time);
@@ -263,4 +267,65 @@ impl SharedResult {
 fn wall_clock() -> u64 {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     since.map_or(0, millis)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NAME: &str = "rtf1:result:1";
+    const MAX_AGE: Duration = Duration::from_secs(10);
+
+    #[test]
+    fn a_result_is_used_only_if_it_is_authentic_and_young_by_both_clocks() {
+        let keys = Keys::derive(&[1; 32]);
+        let now = wall_clock();
+        let result = |version, store_age: i64, replica_age: i64| SharedResult {
+            version,
+            store_time: now.saturating_add_signed(-store_age),
+            replica_time: now.saturating_add_signed(-replica_age),
+            ..SharedResult::default()
+        };
+        let entry =
+            |store_age, replica_age| result(VERSION, store_age, replica_age).seal(&keys, NAME);
+        let cases = [
+            ("young", entry(1000, 1000), true),
+            (
+                "a clock of a replica that is 4 s behind",
+                entry(9000, 13_000),
+                true,
+            ),
+            ("too old by the store", entry(10_001, 1000), false),
+            (
+                "an old result that the store calls young",
+                entry(0, 16_000),
+                false,
+            ),
+            ("from the future, by the store", entry(-6000, 0), false),
+            ("from the future, by the replica", entry(0, -60_000), false),
+            (
+                "another version",
+                result(VERSION + 1, 0, 0).seal(&keys, NAME),
+                false,
+            ),
+            (
+                "another name",
+                result(VERSION, 0, 0).seal(&keys, "rtf1:result:2"),
+                false,
+            ),
+            (
+                "another key",
+                result(VERSION, 0, 0).seal(&Keys::derive(&[2; 32]), NAME),
+                false,
+            ),
+            ("too long", vec![0; MAX_BYTES + 1], false),
+            ("empty", Vec::new(), false),
+        ];
+
+        for (case, entry, is_used) in cases {
+            let opened = SharedResult::open(&keys, NAME, &entry, now, MAX_AGE);
+
+            assert_eq!(opened.is_some(), is_used, "{case}");
+        }
+    }
 }

@@ -687,6 +687,9 @@ async fn a_quota_store_that_cannot_be_used_is_a_warning_and_a_cluster_a_failure(
         let checked = Checked::run(&args, &[]).await;
 
         checked.assert("a store that runs", "quota-store", outcome, part);
+        if outcome == "ok" {
+            assert!(store.names("replicas").is_empty(), "`check` is no replica");
+        }
         store.kill();
         let checked = Checked::run(&args, &[]).await;
         checked.assert(

@@ -14,7 +14,7 @@ import (
 // upstreamName is the name of the upstream for programs whose resolver is a nameServer.
 const upstreamName = "upstream.crowd.test"
 
-// nameServer replies to every query for IPv4 addresses with 127.0.0.1, until it is told to be silent.
+// nameServer replies to every query for IPv4 addresses with 127.0.0.1, until it is silenced.
 type nameServer struct {
 	socket net.PacketConn
 	silent atomic.Bool
