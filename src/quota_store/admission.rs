@@ -5,7 +5,10 @@ use std::{sync::atomic::Ordering, time::Duration};
 use redis::{Script, ScriptInvocation};
 use tokio::time::{Instant, sleep};
 
-use super::{MAX_WAIT, SCRIPTS, Session, TaskName, micros, millis, random_id, results::POLL_LEASE};
+use super::{
+    MAX_WAIT, SCRIPTS, Session, TaskName, micros, millis, random_id,
+    results::{MIN_POLL_LEASE, POLL_LEASE},
+};
 use crate::{
     credentials::{
         AccessKey,
@@ -163,9 +166,10 @@ impl Session {
     async fn admit_poll(&self, task: &TaskName, max_age: Duration, slot: Slot) -> Answer {
         let mut script = self.slot_script(&SCRIPTS.poll, "poll-rate", slot);
         script.key(&task.result).key(&task.poll);
+        let lease = POLL_LEASE.min(max_age.max(MIN_POLL_LEASE));
         script
             .arg(millis(max_age))
-            .arg(millis(self.store.attempt_timeout.min(POLL_LEASE)).max(1))
+            .arg(millis(lease.min(self.store.attempt_timeout)).max(1))
             .arg(&task.holder);
         // No call waits for this, but a poll may ask many times.
         let reply = self.call_meanwhile(StoreOperation::Poll, &script).await;

@@ -28,8 +28,11 @@ const VERSION: u32 = 1;
 /// The lease of a replica that asks RDS ends this long after the replica has died.
 const LEASE: Duration = Duration::from_secs(2);
 
-/// The same for a replica that polls a watched task.
+/// The same for a replica that polls a watched task, unless the task is polled more often.
 pub(super) const POLL_LEASE: Duration = Duration::from_secs(3);
+
+/// The shortest lease of a poll, which RDS usually answers sooner.
+pub(super) const MIN_POLL_LEASE: Duration = Duration::from_secs(1);
 
 /// How far the clocks of two replicas may differ.
 const CLOCK_TOLERANCE: Duration = Duration::from_secs(5);

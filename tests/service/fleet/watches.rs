@@ -100,6 +100,10 @@ async fn another_replica_takes_over_the_polls_of_one_that_dies_during_a_poll() {
     let mut lost = watch(&dies).await;
     assert_eq!(next_status(&mut lost).await.as_deref(), Some("Running"));
     upstream.wait_for_requests(2).await;
+    let leases = store.names("poll");
+    let left = store.command(&["PTTL", &leases.concat()]).concat();
+    let left: i64 = left.parse().expect("milliseconds");
+    assert!(left <= 1600, "{left} ms, more than two intervals");
     let survives = store.replica(&upstream, &FLAGS);
     let mut stream = watch(&survives).await;
     drop(dies);
