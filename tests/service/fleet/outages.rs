@@ -165,11 +165,17 @@ async fn access_rules_that_forbid_only_the_commands_of_calls_are_logged_once() {
     let upstream = Upstream::always(example()).await;
     let replica = store.replica(&upstream, &["--cache-ttl", "10s"]);
 
+    is_up(&replica, true).await;
+
     slowest(&replica, 0, 5).await;
 
-    let logs = replica.logs();
-    let warnings = logs.iter().filter(|line| line.contains("(ACL)"));
-    assert_eq!(warnings.count(), 1, "{logs:#?}");
+    let warnings = || {
+        let logs = replica.logs();
+        logs.iter().filter(|line| line.contains("(ACL)")).count()
+    };
+    eventually("a warning", async || warnings() > 0).await;
+    slowest(&replica, 5, 5).await;
+    assert_eq!(warnings(), 1, "{:#?}", replica.logs());
 }
 
 /// Forwards connections to the store, each reply with a delay.
