@@ -104,52 +104,13 @@ impl<S: Service> Edge<S> {
     ) -> Response<ReplyBody> {
         let options = &self.shared.options;
         let headers = request.headers();
-        let caller = match self.service.token_hash(headers) {
-            Some(hash) => Caller::Token(hash),
-            None => connection.caller,
-        };
         let not_grpc = not_grpc(&request);
         let method = match not_grpc {
             Some(_) => Method::Other,
             None => Method::from_path(request.uri().path()),
         };
         let caller_timeout = caller_timeout(headers);
-        let limit = match method {
-            // Less up to a fifth at random, so that watches that began together do not end together.
-            Method::WatchTaskDetail => {
-                let part = 1.0 - 0.2 * fastrand::f64();
-                options.max_watch_duration.mul_f64(part)
-            }
-            _ => options.timeout,
-        };
-        let timeout = match caller_timeout {
-            Ok(Some(timeout)) => timeout.min(limit),
-            _ => limit,
-        };
-        let mut record = Record::start(
-            &self.shared.sinks,
-            method,
-            request_id(headers),
-            timeout,
-            Arc::clone(&connection.peer),
-            headers,
-        );
-        if caller_timeout.is_ok_and(|caller_timeout| caller_timeout == Some(timeout)) {
-            record.set_callers_deadline();
-        }
-        if let Caller::Token(hash) = &caller {
-            record.set_token_hash(hash);
-        }
-        let caller_deadline = caller_timeout.ok().flatten().map(Deadline::after);
-        let limit = Deadline::after(limit);
-        let call = Box::new(Call {
-            deadline: caller_deadline.map_or(limit, |callers| callers.min(limit)),
-            caller_deadline,
-            caller,
-            record,
-            fair_permit: None,
-            permit: None,
-        });
+        let call = self.begin(connection, method, caller_timeout.ok().flatten(), headers);
 
         if let Some((status, text)) = not_grpc {
             return reply::not_grpc(call, status, text);
@@ -180,6 +141,55 @@ impl<S: Service> Edge<S> {
             }
         };
         self.auxiliary(call, connection, until, request).await
+    }
+
+    /// Starts a call with its deadlines and its record. Not part of `handle`, whose future would hold the record twice, also during a
+    /// watch of hours.
+    fn begin(
+        &self,
+        connection: &Connection,
+        method: Method,
+        caller_timeout: Option<Duration>,
+        headers: &HeaderMap,
+    ) -> Box<Call> {
+        let options = &self.shared.options;
+        let caller = match self.service.token_hash(headers) {
+            Some(hash) => Caller::Token(hash),
+            None => connection.caller,
+        };
+        let limit = match method {
+            // Less up to a fifth at random, so that watches that began together do not end together.
+            Method::WatchTaskDetail => {
+                let part = 1.0 - 0.2 * fastrand::f64();
+                options.max_watch_duration.mul_f64(part)
+            }
+            _ => options.timeout,
+        };
+        let timeout = caller_timeout.map_or(limit, |timeout| timeout.min(limit));
+        let mut record = Record::start(
+            &self.shared.sinks,
+            method,
+            request_id(headers),
+            timeout,
+            Arc::clone(&connection.peer),
+            headers,
+        );
+        if caller_timeout == Some(timeout) {
+            record.set_callers_deadline();
+        }
+        if let Caller::Token(hash) = &caller {
+            record.set_token_hash(hash);
+        }
+        let caller_deadline = caller_timeout.map(Deadline::after);
+        let limit = Deadline::after(limit);
+        Box::new(Call {
+            deadline: caller_deadline.map_or(limit, |callers| callers.min(limit)),
+            caller_deadline,
+            caller,
+            record,
+            fair_permit: None,
+            permit: None,
+        })
     }
 
     /// A unary call of the task service.
