@@ -393,6 +393,7 @@ impl<R: Refresh> Refresher<R> {
         let mut failures = 0;
         let mut logged: Option<(FetchError, Instant)> = None;
         loop {
+            let began = Instant::now();
             let rejections = self.state.borrow().rejections;
             let outcome = timeout(FETCH_TIMEOUT, self.source.refresh())
                 .await
@@ -404,7 +405,7 @@ impl<R: Refresh> Refresher<R> {
                     failures = 0;
                     logged = None;
                     let lifetime = fetched.lifetime;
-                    if !self.publish(fetched, rejections) {
+                    if !self.publish(fetched, began, rejections) {
                         continue;
                     }
                     (lifetime.map_or(THIRTY_YEARS, refresh_delay), true)
@@ -437,18 +438,20 @@ impl<R: Refresh> Refresher<R> {
         }
     }
 
-    /// Makes a value the current one. Returns false for another fetch if the current value was rejected during this one: the fetched
-    /// value may have been revoked with it.
-    fn publish(&self, fetched: Fetched<R::Value>, rejections: u64) -> bool {
+    /// Makes a value the current one. Returns false for another fetch if the current value itself was rejected during this one: the
+    /// fetched value may have been revoked with it.
+    fn publish(&self, fetched: Fetched<R::Value>, began: Instant, rejections: u64) -> bool {
         let Fetched { value, lifetime } = fetched;
         let usable = lifetime.map(|lifetime| lifetime - LAST_USE_BEFORE_END.min(lifetime / 10));
         let mut new = None;
         let mut generation = 0;
         let published = self.state.send_if_modified(|state| {
-            let is_suspect = |lease: &Lease<R::Value>| state.is_suspect(lease);
+            let is_revoked = |lease: &Lease<R::Value>| {
+                lease.rejected_at.is_some_and(|at| began <= at) && state.is_suspect(lease)
+            };
             if state.rejections != rejections
                 && matches!(self.on_rejection, OnRejection::Fetch { .. })
-                && state.lease.as_ref().is_some_and(is_suspect)
+                && state.lease.as_ref().is_some_and(is_revoked)
             {
                 return false;
             }

@@ -198,6 +198,27 @@ async fn a_fetch_that_began_before_a_rejection_is_discarded_and_repeated() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_fetch_that_began_after_a_rejection_is_used_even_if_an_unclear_one_follows_during_it() {
+    let issuer = Issuer {
+        delay: 8 * SECOND,
+        ..issuer(|nth| if nth < 4 { good(nth) } else { rejected() })
+    };
+    let cache = issuer.start();
+    cache.current(soon()).await.unwrap();
+    let newer = cache.refresh(1, UNCLEAR, soon()).await;
+    assert_eq!(newer, Ok(Some((2, 2))));
+    let too_soon = cache.refresh(2, REJECTED, soon()).await;
+    assert_eq!(too_soon, Ok(None), "the spacing is ten seconds");
+    issuer.replaced.notify_one();
+    sleep(3 * SECOND).await;
+
+    let newer = cache.refresh(2, UNCLEAR, soon()).await;
+
+    assert_eq!(newer, Ok(Some((3, 3))));
+    assert_eq!(issuer.fetches(), 3);
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_upstream_that_rejects_every_value_does_not_cause_a_fetch_for_each_call() {
     let issuer = issuer(good);
     let cache = issuer.start();
