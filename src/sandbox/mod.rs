@@ -49,7 +49,6 @@ use tokio::{
 
 pub use options::Options;
 use response::{Response, gateway_error, no_such_api};
-pub use scenarios::{SCENARIOS, Scenario};
 use state::State;
 use transport::Script;
 
