@@ -21,10 +21,10 @@ use crate::{
     accept, app,
     cli::{Check, Serve},
     descriptors,
-    options::url::without_slash,
+    options::{OutputFormat, url::without_slash},
     quota_store::QuotaStore,
     server::tls,
-    telemetry::{LogFormat, escape_utf16, is_invisible, metrics::Metrics},
+    telemetry::{escape_utf16, is_invisible, metrics::Metrics},
 };
 
 /// A certificate that expires sooner is a warning.
@@ -43,7 +43,7 @@ use Outcome::{Fail, Ok as Fine, Warn};
 
 /// Prints the results.
 struct Report {
-    format: LogFormat,
+    format: OutputFormat,
     has_failed: bool,
 }
 
@@ -65,8 +65,8 @@ impl Report {
             }
         }
         let line = match self.format {
-            LogFormat::Text => format!("{outcome:<4} {check}: {safe}\n"),
-            LogFormat::Json => {
+            OutputFormat::Text => format!("{outcome:<4} {check}: {safe}\n"),
+            OutputFormat::Json => {
                 let object = json!({ "check": check, "outcome": outcome, "message": safe });
                 format!("{object}\n")
             }

@@ -30,9 +30,8 @@ pub use self::serve::{Check, Serve};
 use crate::{
     client,
     credentials::secret::visible,
-    options::{Environment, PREFIX, Validation, nearest, variable_name},
+    options::{Environment, OutputFormat, PREFIX, Validation, nearest, variable_name},
     sandbox,
-    telemetry::LogFormat,
 };
 
 /// The subcommand to run, with its options.
@@ -65,7 +64,7 @@ pub struct Invalid {
     /// One sentence per problem, starting with the flag or variable. No secrets.
     pub problems: Vec<String>,
     /// The format in which to print them.
-    pub log_format: LogFormat,
+    pub log_format: OutputFormat,
 }
 
 /// Parses the arguments and the environment of this process.
@@ -175,7 +174,7 @@ fn assignment(flag: &str, value: &OsStr) -> OsString {
 }
 
 /// The format of problems, read before validation: the one of the log, or of the results of `check`.
-fn log_format(args: &[OsString]) -> LogFormat {
+fn log_format(args: &[OsString]) -> OutputFormat {
     let json = args.windows(2).any(|pair| {
         let name = pair[0].to_str();
         matches!(
@@ -184,8 +183,8 @@ fn log_format(args: &[OsString]) -> LogFormat {
         ) || (matches!(name, Some("--log-format" | "--output")) && pair[1] == "json")
     });
     match has_variables(args) && json {
-        true => LogFormat::Json,
-        false => LogFormat::Text,
+        true => OutputFormat::Json,
+        false => OutputFormat::Text,
     }
 }
 

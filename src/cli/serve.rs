@@ -8,15 +8,14 @@ use http::HeaderValue;
 use crate::{
     admin, coalescer,
     credentials::{self, Source, UpstreamContext, secret::parse_token},
-    options::{PREFIX, Shown, Validation, boolean, variable_name, word},
+    options::{OutputFormat, PREFIX, Shown, Validation, boolean, variable_name, word},
     quota_store,
     rpc::{
         self,
         request::{MAX_ID, id_problem},
     },
     server::{self, tls},
-    telemetry::{self, LogFormat},
-    upstream, watch,
+    telemetry, upstream, watch,
 };
 
 /// The text below the flags in `serve --help`.
@@ -47,10 +46,10 @@ pub struct Check {
         long,
         value_name = "FORMAT",
         default_value = "text",
-        value_parser = word::<LogFormat>,
+        value_parser = word::<OutputFormat>,
         help_heading = "Results"
     )]
-    pub output: LogFormat,
+    pub output: OutputFormat,
     /// The token of a caller, if callers bring their own.
     #[arg(skip)]
     pub caller_token: Option<HeaderValue>,

@@ -30,6 +30,15 @@ impl Shown {
     pub const SECRET: Self = Self::Note(Cow::Borrowed("set"));
 }
 
+/// The format of the log, or of results on standard output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum OutputFormat {
+    /// For people.
+    Text,
+    /// One JSON object per line.
+    Json,
+}
+
 /// The declared defaults of a module's options.
 ///
 /// # Panics

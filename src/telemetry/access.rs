@@ -8,13 +8,13 @@ use tracing::Level;
 
 use super::{
     context::Context,
-    line::{Line, Style},
+    line::Line,
     metrics::CallerFault,
     record::{Facts, Record},
     trace::ServerSpan,
     writer::Writer,
 };
-use crate::{code, method::Method, reason::Reason};
+use crate::{code, method::Method, options::OutputFormat, reason::Reason};
 
 /// The target of access lines in `RUST_LOG`: `access=off` hides all of them, `access=error` those at level INFO.
 pub(super) const TARGET: &str = "access";
@@ -28,19 +28,19 @@ const MAX_PEER_TEXT: usize = 128;
 /// Writes access lines. Clones write to the same log.
 #[derive(Debug, Clone)]
 pub struct Access {
-    style: Style,
+    format: OutputFormat,
     writer: Writer,
 }
 
 impl Access {
     /// An access log that drops every line, for tests and benchmarks.
     pub fn off() -> Self {
-        Self::new(Style::Text, Writer::closed())
+        Self::new(OutputFormat::Text, Writer::closed())
     }
 
     /// An access log in this style.
-    pub(super) fn new(style: Style, writer: Writer) -> Self {
-        Self { style, writer }
+    pub(super) fn new(format: OutputFormat, writer: Writer) -> Self {
+        Self { format, writer }
     }
 
     /// Writes one line unless the filter hides it. Never blocks.
@@ -63,7 +63,7 @@ impl Access {
         if shown {
             let now = Timestamp::now();
             self.writer
-                .write(&render(self.style, now, level, record, code, took, facts));
+                .write(&render(self.format, now, level, record, code, took, facts));
         }
     }
 }
@@ -104,7 +104,7 @@ fn level(
 }
 
 fn render(
-    style: Style,
+    format: OutputFormat,
     now: Timestamp,
     level: Level,
     record: &Record,
@@ -112,7 +112,7 @@ fn render(
     took: Duration,
     facts: &Facts,
 ) -> String {
-    let mut line = Line::new(style, now, level, target(record.method), "rpc");
+    let mut line = Line::new(format, now, level, target(record.method), "rpc");
     line.text("request_id", &limited(record.request_id.as_bytes()));
     // The call's own span if traces are exported, else the caller's span.
     let caller = match (&record.span, &record.traceparent) {
@@ -251,7 +251,7 @@ mod tests {
         };
 
         let text = render(
-            Style::Json,
+            OutputFormat::Json,
             now(),
             Level::INFO,
             &record,
@@ -282,7 +282,7 @@ mod tests {
 
         assert_eq!(
             render(
-                Style::Text,
+                OutputFormat::Text,
                 now(),
                 Level::INFO,
                 &record,
@@ -303,7 +303,7 @@ mod tests {
         let record = record(&Access::off(), &[("user-agent", &agent)]);
 
         let line = render(
-            Style::Json,
+            OutputFormat::Json,
             now(),
             Level::INFO,
             &record,
@@ -400,8 +400,9 @@ mod tests {
             let (writer, flush) = Writer::new(recorder.clone(), Counter::default());
             let repeats = Repeats::new(Counter::default());
             let filter_set = log::filter(filter).unwrap();
-            let subscriber = log::subscriber(Style::Text, filter_set, writer.clone(), repeats);
-            let access = Access::new(Style::Text, writer);
+            let subscriber =
+                log::subscriber(OutputFormat::Text, filter_set, writer.clone(), repeats);
+            let access = Access::new(OutputFormat::Text, writer);
             with_default(subscriber, || {
                 record(&access, &[]).finish(Code::NotFound);
                 record(&access, &[]).finish(Code::Internal);
