@@ -135,10 +135,10 @@ impl<S: Service> Edge<S> {
             headers,
         );
         if caller_timeout.is_ok_and(|caller_timeout| caller_timeout == Some(timeout)) {
-            record.set_callers_deadline();
+            record.is_callers_deadline = true;
         }
         if let Caller::Token(hash) = &caller {
-            record.set_token_hash(hash);
+            record.token_hash = hash.first_chunk().copied();
         }
         let caller_deadline = caller_timeout.ok().flatten().map(Deadline::after);
         let limit = Deadline::after(limit);
@@ -210,7 +210,7 @@ impl<S: Service> Edge<S> {
             .bound(message::read(request.body_mut()))
             .await
             .map_err(|_| {
-                call.record.set_callers_deadline();
+                call.record.is_callers_deadline = true;
                 Error::DeadlineExceeded
             })??;
         if deadline.remaining().is_zero() {
@@ -271,7 +271,7 @@ impl<S: Service> Edge<S> {
             .bound(message::read(request.body_mut()))
             .await
             .map_err(|_| {
-                call.record.set_callers_deadline();
+                call.record.is_callers_deadline = true;
                 Error::DeadlineExceeded
             })??;
         let metadata = request.headers();

@@ -239,9 +239,9 @@ mod tests {
             ("user-agent", b"grpc-go/1.80"),
         ];
         let mut record = record(&Access::off(), &headers);
-        record.set_token_hash(&[0x0a; 16]);
-        record.set_project("project-1");
-        record.fail(Reason::TaskNotFound);
+        record.token_hash = Some([0x0a; 6]);
+        record.project_id = Some("project-1".to_owned());
+        record.reason = Some(Reason::TaskNotFound);
         let facts = Facts {
             attempts: 2,
             http_status: Some(404),
@@ -278,7 +278,7 @@ mod tests {
     #[test]
     fn text_line_omits_unknown_fields() {
         let mut record = record(&Access::off(), &[]);
-        record.sent(87);
+        record.bytes += 87 as u64;
 
         assert_eq!(
             render(
@@ -404,10 +404,10 @@ mod tests {
                 log::subscriber(OutputFormat::Text, filter_set, writer.clone(), repeats);
             let access = Access::new(OutputFormat::Text, writer);
             with_default(subscriber, || {
-                record(&access, &[]).finish(Code::NotFound);
-                record(&access, &[]).finish(Code::Internal);
-                record_of(Method::HealthCheck, &access, &[]).finish(Code::Ok);
-                record_of(Method::HealthWatch, &access, &[]).finish(Code::Internal);
+                record(&access, &[]).code = Some(Code::NotFound);
+                record(&access, &[]).code = Some(Code::Internal);
+                record_of(Method::HealthCheck, &access, &[]).code = Some(Code::Ok);
+                record_of(Method::HealthWatch, &access, &[]).code = Some(Code::Internal);
             });
             drop(flush);
             let text = recorder.text();
