@@ -3,7 +3,6 @@
 mod access;
 mod attempt;
 pub mod context;
-mod conventions;
 mod export;
 mod line;
 pub(crate) mod log;

@@ -89,7 +89,7 @@ impl Record {
             span: sinks
                 .tracer
                 .as_ref()
-                .map(|tracer| tracer.server_span(headers)),
+                .map(|tracer| tracer.start(headers, None)),
             traceparent: headers.get("traceparent").cloned(),
             peer,
             user_agent: headers.get(header::USER_AGENT).cloned(),
