@@ -24,7 +24,7 @@ use crate::{
     options::{OutputFormat, url::without_slash},
     quota_store::QuotaStore,
     server::tls,
-    telemetry::{escape_utf16, is_invisible, metrics::Metrics},
+    telemetry::{Escaped, metrics::Metrics},
 };
 
 /// A certificate that expires sooner is a warning.
@@ -57,13 +57,7 @@ impl Report {
             Fail => "fail",
         };
         // Parts of it can come from a peer.
-        let mut safe = String::with_capacity(message.len());
-        for c in message.chars() {
-            match is_invisible(c) {
-                true => escape_utf16(c, &mut safe),
-                false => safe.push(c),
-            }
-        }
+        let safe = Escaped(message).to_string();
         let line = match self.format {
             OutputFormat::Text => format!("{outcome:<4} {check}: {safe}\n"),
             OutputFormat::Json => {

@@ -30,11 +30,8 @@ use tonic_health::pb::{
 };
 use tower::util::MapResponse;
 
+use self::own::{AnyCertificate, OwnServer};
 pub use self::watch::{WatchOptions, watch};
-use self::{
-    own::{AnyCertificate, OwnServer},
-    status::Escaped,
-};
 use crate::{
     credentials::secret,
     deadline::{Deadline, Passed},
@@ -46,7 +43,7 @@ use crate::{
     pb,
     pem::{roots, roots_file, without_mark},
     sandbox,
-    telemetry::{escape_utf16, is_invisible},
+    telemetry::Escaped,
 };
 
 /// The metadata of the details of a status.
@@ -433,15 +430,11 @@ async fn token(
 
 /// JSON that is safe on a terminal. The serializer escapes only the characters below U+0020.
 fn escape_json(json: &str) -> String {
-    let mut escaped = String::with_capacity(json.len());
-    for c in json.chars() {
-        if c != '\n' && is_invisible(c) {
-            escape_utf16(c, &mut escaped);
-        } else {
-            escaped.push(c);
-        }
-    }
-    escaped
+    let lines: Vec<_> = json
+        .split('\n')
+        .map(|line| Escaped(line).to_string())
+        .collect();
+    lines.join("\n")
 }
 
 /// Prints one line.

@@ -10,8 +10,11 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use jiff::{Timestamp, Unit};
 use tokio::time::Instant;
 
-use super::{Error, status::Escaped};
-use crate::pb::{GetTaskDetailResponse, SubTask, TaskState};
+use super::Error;
+use crate::{
+    pb::{GetTaskDetailResponse, SubTask, TaskState},
+    telemetry::Escaped,
+};
 
 /// The silence after which the line is written again, so that a log is never silent for a minute: systems for continuous integration end jobs that write nothing.
 const MAX_SILENCE: Duration = Duration::from_secs(55);

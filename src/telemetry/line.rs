@@ -104,14 +104,10 @@ impl Line {
             return;
         }
         for c in text.chars() {
-            match c {
-                '"' | '\\' if escape_quotes => self.buffer.extend(['\\', c]),
-                '\n' => self.buffer.push_str("\\n"),
-                '\r' => self.buffer.push_str("\\r"),
-                '\t' => self.buffer.push_str("\\t"),
-                c if is_invisible(c) => escape_utf16(c, &mut self.buffer),
-                c => self.buffer.push(c),
+            if escape_quotes && matches!(c, '"' | '\\') {
+                self.buffer.push('\\');
             }
+            escape(c, &mut self.buffer).expect("writing to a String does not fail");
         }
     }
 }
@@ -131,10 +127,26 @@ pub(crate) fn is_invisible(c: char) -> bool {
         )
 }
 
-/// Appends a character as in JSON: `\u` and four hexadecimal digits for each unit of UTF-16.
-pub(crate) fn escape_utf16(c: char, text: &mut String) {
-    for unit in c.encode_utf16(&mut [0; 2]) {
-        write!(text, "\\u{unit:04x}").expect("writing to a String does not fail");
+/// Text with each control character and invisible mark escaped as in JSON: it stays one line and is safe on a terminal.
+pub(crate) struct Escaped<'a>(pub(crate) &'a str);
+
+impl fmt::Display for Escaped<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.chars().try_for_each(|c| escape(c, f))
+    }
+}
+
+fn escape(c: char, text: &mut impl fmt::Write) -> fmt::Result {
+    match c {
+        '\n' => text.write_str("\\n"),
+        '\r' => text.write_str("\\r"),
+        '\t' => text.write_str("\\t"),
+        c if is_invisible(c) => {
+            let mut units = [0; 2];
+            let mut units = c.encode_utf16(&mut units).iter();
+            units.try_for_each(|unit| write!(text, "\\u{unit:04x}"))
+        }
+        c => text.write_char(c),
     }
 }
 

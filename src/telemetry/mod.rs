@@ -26,7 +26,7 @@ use std::{
 use jiff::Timestamp;
 use tracing::Level;
 
-pub(crate) use self::line::{escape_utf16, is_invisible};
+pub(crate) use self::line::{Escaped, is_invisible};
 pub use self::{
     access::Access,
     attempt::AttemptRecord,
