@@ -30,7 +30,7 @@ pub use self::serve::{Check, Serve};
 use crate::{
     client,
     credentials::secret::visible,
-    options::{Environment, OutputFormat, PREFIX, Validation, nearest, variable_name},
+    options::{BOOL, Environment, OutputFormat, PREFIX, Validation, nearest, variable_name},
     sandbox,
 };
 
@@ -200,7 +200,14 @@ fn parse_merged(
     args: &[OsString],
     validation: &mut Validation<'_>,
 ) -> Result<Command, clap::Error> {
-    let as_text = command_line(|arg| arg.value_parser(value_parser!(OsString)));
+    let as_text = command_line(|arg| {
+        let is_boolean = arg.get_value_names().is_some_and(|names| names == [BOOL]);
+        let arg = arg.value_parser(value_parser!(OsString));
+        match is_boolean {
+            true => arg.num_args(0..=1).default_missing_value("true"),
+            false => arg,
+        }
+    });
     let split = as_text.try_get_matches_from(args)?;
     let (name, matches) = split.subcommand().expect("clap requires a subcommand");
     let declared = Command::command();

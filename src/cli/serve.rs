@@ -8,7 +8,7 @@ use http::HeaderValue;
 use crate::{
     admin, coalescer,
     credentials::{self, Source, UpstreamContext, secret::parse_token},
-    options::{OutputFormat, PREFIX, Shown, Validation, boolean, variable_name, word},
+    options::{BOOL, OutputFormat, PREFIX, Shown, Validation, boolean, variable_name, word},
     quota_store,
     rpc::{
         self,
@@ -111,16 +111,7 @@ pub struct Serve {
     #[command(flatten)]
     pub telemetry: telemetry::Options,
     /// Print the effective configuration as variables without secrets, and exit
-    #[arg(
-        long,
-        value_name = "BOOL",
-        default_value = "false",
-        value_parser = boolean,
-        num_args = 0..=1,
-        default_missing_value = "true",
-        action = clap::ArgAction::Set,
-        help_heading = "Configuration"
-    )]
+    #[arg(long, value_name = BOOL, default_value = "false", value_parser = boolean, action = clap::ArgAction::Set, help_heading = "Configuration")]
     pub print_config: bool,
     /// The credential source that `--credentials` and its flags describe.
     #[arg(skip)]

@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     deadline::{Deadline, Passed},
-    options::{self, OutputFormat, boolean, word},
+    options::{self, BOOL, OutputFormat, boolean, word},
     pb::{
         GetTaskDetailResponse, TaskState, WatchTaskDetailRequest, WatchTaskDetailResponse,
         task_service_client::TaskServiceClient,
@@ -61,15 +61,7 @@ pub struct WatchOptions {
     #[arg(long, value_name = "FORMAT", default_value = "text", value_parser = word::<OutputFormat>)]
     pub output: OutputFormat,
     /// Wait for a task that RDS does not know yet
-    #[arg(
-        long,
-        value_name = "BOOL",
-        default_value = "false",
-        value_parser = boolean,
-        num_args = 0..=1,
-        default_missing_value = "true",
-        action = clap::ArgAction::Set
-    )]
+    #[arg(long, value_name = BOOL, default_value = "false", value_parser = boolean, action = clap::ArgAction::Set)]
     pub allow_missing: bool,
     /// The token.
     #[command(flatten)]

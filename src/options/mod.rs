@@ -88,6 +88,9 @@ pub fn duration_or_zero(text: &str) -> Parsed<Duration> {
     Ok(Duration::from_millis(unit_ms.saturating_mul(count)).min(THIRTY_YEARS))
 }
 
+/// The value name of boolean flags. Such a flag without a value is true.
+pub const BOOL: &str = "BOOL";
+
 /// Parses `true`, `false`, `1` or `0`.
 ///
 /// # Errors

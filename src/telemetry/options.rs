@@ -3,7 +3,7 @@
 use clap::ArgAction;
 
 use super::{Tracing, log, otel};
-use crate::options::{self, OutputFormat, Parsed, Validation, boolean};
+use crate::options::{self, BOOL, OutputFormat, Parsed, Validation, boolean};
 
 /// The options of the log and of traces.
 #[derive(Debug, Clone, clap::Args)]
@@ -14,15 +14,7 @@ pub struct Options {
     #[arg(long, value_name = "FORMAT", default_value = "text", value_parser = options::word::<OutputFormat>)]
     pub log_format: OutputFormat,
     /// Send traceparent and tracestate of each attempt's span to RDS; needs trace export
-    #[arg(
-        long,
-        value_name = "BOOL",
-        default_value = "false",
-        value_parser = boolean,
-        num_args = 0..=1,
-        default_missing_value = "true",
-        action = ArgAction::Set
-    )]
+    #[arg(long, value_name = BOOL, default_value = "false", value_parser = boolean, action = ArgAction::Set)]
     pub propagate_trace_upstream: bool,
     /// The value of `RUST_LOG`.
     #[arg(skip = "info")]
