@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use jiff::Timestamp;
+use prometheus_client::metrics::counter::Counter;
 use tonic::Code;
 use tracing::Level;
 
@@ -35,7 +36,9 @@ pub struct Access {
 impl Access {
     /// An access log that drops every line, for tests and benchmarks.
     pub fn off() -> Self {
-        Self::new(OutputFormat::Text, Writer::closed())
+        // Closed at once by its guard.
+        let (writer, _) = Writer::new(std::io::sink(), Counter::default());
+        Self::new(OutputFormat::Text, writer)
     }
 
     /// An access log in this style.

@@ -82,16 +82,6 @@ impl Writer {
         (Self { buffer, dropped }, flush)
     }
 
-    /// A writer that drops every line.
-    pub(super) fn closed() -> Self {
-        let buffer = Arc::<Buffer>::default();
-        buffer.lock().closed = true;
-        Self {
-            buffer,
-            dropped: Counter::default(),
-        }
-    }
-
     /// Queues one line. Never waits for the sink.
     pub(super) fn write(&self, line: &str) {
         let mut queued = self.buffer.lock();
