@@ -12,6 +12,7 @@ use prometheus_client::{
     metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram, info::Info},
     registry::{Metric, Registry},
 };
+use strum::VariantArray as _;
 use tonic::Code;
 
 use crate::{
@@ -245,7 +246,7 @@ pub struct Metrics {
     /// Calls of `GetTaskDetail` that were slow only because they waited for the rate limiter.
     pub paced: Counter,
     /// Indexed by [`Reason`].
-    failed: [Counter; Reason::ALL.len()],
+    failed: [Counter; Reason::VARIANTS.len()],
     /// Replies about another instance than requested.
     pub mismatched_replies: Counter,
     credential_expiry: Gauge<f64, AtomicU64>,
@@ -353,7 +354,7 @@ impl Metrics {
                 r,
                 "rds_failed_calls",
                 "Calls and watches that failed, by reason",
-                Reason::ALL.map(|reason| [("reason", reason.as_str())]),
+                array::from_fn(|index| [("reason", Reason::VARIANTS[index].as_str())]),
             ),
             mismatched_replies: register(
                 r,

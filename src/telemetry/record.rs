@@ -1,13 +1,9 @@
 //! Metrics, access line and span of one call: collected while the call runs, written exactly once at its end.
 
-use std::{
-    fmt,
-    net::SocketAddr,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{fmt, net::SocketAddr, sync::Arc, time::Duration};
 
 use http::{HeaderMap, HeaderValue, header};
+use parking_lot::Mutex;
 use tokio::time::Instant;
 use tonic::Code;
 
@@ -215,15 +211,12 @@ impl Progress {
 
     /// The facts so far.
     pub fn facts(&self) -> Facts {
-        self.0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.0.lock().clone()
     }
 
     /// Changes the facts.
     pub fn update(&self, change: impl FnOnce(&mut Facts)) {
-        change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner));
+        change(&mut self.0.lock());
     }
 }
 
