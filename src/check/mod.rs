@@ -32,14 +32,14 @@ const NEAR_EXPIRY: Duration = Duration::from_secs(14 * 24 * 60 * 60);
 
 /// The result of one check.
 enum Outcome {
-    Ok,
+    Fine,
     /// `serve` can work, but the operator should look at it.
     Warn,
     /// `serve` cannot work.
     Fail,
 }
 
-use Outcome::{Fail, Ok as Fine, Warn};
+use Outcome::{Fail, Fine, Warn};
 
 /// Prints the results.
 struct Report {
@@ -123,6 +123,7 @@ fn certificate(serve: &Serve, report: &mut Report) {
     };
     report.add("certificate", outcome, &message);
 }
+
 /// Whether the addresses of the listeners can be used.
 fn listeners(serve: &Serve, report: &mut Report) {
     let addresses = [

@@ -247,7 +247,7 @@ fn parse_merged(
         }
         Command::Health(mut health) => {
             if matches.value_source("target") != Some(ValueSource::CommandLine) {
-                health.use_own_server(validation);
+                health.use_local_server(validation);
             }
             health.server.validate(validation);
             Ok(Command::Health(health))

@@ -1,6 +1,6 @@
 //! The subcommands `call`, `watch` and `health`: clients of a running server.
 
-mod own;
+mod local;
 mod progress;
 mod status;
 #[cfg(test)]
@@ -30,7 +30,7 @@ use tonic_health::pb::{
 };
 use tower::util::MapResponse;
 
-use self::own::{AnyCertificate, OwnServer};
+use self::local::{AnyCertificate, LocalServer};
 pub use self::watch::{WatchOptions, watch};
 use crate::{
     credentials::secret,
@@ -67,9 +67,9 @@ pub struct Server {
     /// The client certificate, if any.
     #[command(flatten)]
     pub pair: Option<Pair>,
-    /// Set if this is the server that the variables describe.
+    /// Set if the target is the local server.
     #[arg(skip)]
-    pub own: Option<OwnServer>,
+    pub local: Option<LocalServer>,
 }
 
 /// A client certificate. Both files must be set.
@@ -335,7 +335,7 @@ async fn connect(
                 let roots = roots.map_err(|error| Error::File("--ca", error.to_string()))?;
                 ClientTlsConfig::new().trust_anchors(roots.roots)
             }
-            None if server.own.is_some() => ClientTlsConfig::new(),
+            None if server.local.is_some() => ClientTlsConfig::new(),
             None => ClientTlsConfig::new().with_native_roots(),
         };
         if let Some(Pair { cert, key }) = &server.pair {
@@ -343,7 +343,7 @@ async fn connect(
             let key = pem("--key", key, deadline).await?;
             tls = tls.identity(Identity::from_pem(cert, key));
         }
-        let secured = match (&server.own, &server.ca) {
+        let secured = match (&server.local, &server.ca) {
             (Some(_), None) => endpoint.tls_config_with_verifier(tls, AnyCertificate::new()),
             _ => endpoint.tls_config(tls),
         };

@@ -237,11 +237,12 @@ impl<S: Service> Edge<S> {
         connection: &Connection,
         request: Box<Request<RequestBody>>,
     ) -> Response<ReplyBody> {
-        let own = Arc::clone(&connection.watches).try_acquire_owned();
-        let (Ok(own), Some(permit)) = (own, self.shared.watches.try_acquire(call.caller)) else {
+        let permit = Arc::clone(&connection.watches).try_acquire_owned();
+        let fair_permit = self.shared.watches.try_acquire(call.caller);
+        let (Ok(permit), Some(fair_permit)) = (permit, fair_permit) else {
             return reply::failure(call, &Error::Overloaded);
         };
-        (call.fair_permit, call.permit) = (Some(permit), Some(own));
+        (call.fair_permit, call.permit) = (Some(fair_permit), Some(permit));
         let metrics = Arc::clone(&self.shared.sinks.metrics);
         let mut open = OpenWatch::new(metrics);
         let mut ending = self.watch_ending(&call, connection);

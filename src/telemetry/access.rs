@@ -48,12 +48,8 @@ impl Access {
 
     /// Writes one line unless the filter hides it. Never blocks.
     pub(super) fn write(&self, record: &Record, code: Code, took: Duration, facts: &Facts) {
-        let level = level(
-            record.method,
-            code,
-            record.reason,
-            record.caller_fault(code, facts),
-        );
+        let caller_fault = record.caller_fault(code, facts);
+        let level = level(record.method, code, record.reason, caller_fault);
         // Separate call sites, because each caches the filter's decision for its own target and level.
         let shown = match (target(record.method), level) {
             (HEALTH_TARGET, Level::ERROR) => {
