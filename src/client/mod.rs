@@ -8,7 +8,7 @@ mod tests;
 mod watch;
 
 use std::{
-    fmt, fs,
+    fs,
     io::{self, Write as _},
     path::{Path, PathBuf},
     process::ExitCode,
@@ -175,19 +175,32 @@ pub struct HealthOptions {
 }
 
 /// Why a call or check failed.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
 enum Error {
     /// A file of this flag is unusable.
+    #[error("{0}: {1}")]
     File(&'static str, String),
-    /// The connection failed.
-    Connect(Url, tonic::transport::Error),
-    /// The connection was not established in time.
-    ConnectTimeout(Url, Duration),
+    /// The connection failed, with this root cause.
+    #[error(
+        "cannot connect to {}: {}; check --target, and that `rds-task-facade serve` runs there",
+        without_slash(.0),
+        Escaped(.1)
+    )]
+    Connect(Url, String),
     /// The connection ended without a reply, with this root cause. A server that rejects a client certificate reports it after the
     /// handshake, so the client may only see the connection close.
+    #[error("no reply from {}: {}{}", without_slash(.0), Escaped(.1), certificate_hint(.0))]
     NoReply(Url, String),
     /// The server replied with this status.
+    #[error(fmt = status::describe)]
     Status(Box<Status>),
+}
+
+fn certificate_hint(target: &Url) -> &'static str {
+    match target.scheme() {
+        "https" => "; if the server requires a client certificate, check --cert and --key",
+        _ => "",
+    }
 }
 
 impl Error {
@@ -207,39 +220,6 @@ impl Error {
     fn timeout(timeout: Duration) -> Self {
         let message = format!("no reply within {timeout:?}");
         Self::Status(Box::new(Status::new(Code::DeadlineExceeded, message)))
-    }
-}
-
-impl fmt::Display for Error {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let advice = "check --target, and that `rds-task-facade serve` runs there";
-        match self {
-            Self::File(flag, problem) => write!(f, "{flag}: {problem}"),
-            Self::Connect(target, error) => {
-                let target = without_slash(target);
-                let cause = error_chain::root_cause(error).to_string();
-                write!(
-                    f,
-                    "cannot connect to {target}: {}; {advice}",
-                    Escaped(&cause)
-                )
-            }
-            Self::ConnectTimeout(target, timeout) => {
-                let target = without_slash(target);
-                write!(f, "cannot connect to {target} within {timeout:?}; {advice}")
-            }
-            Self::NoReply(target, cause) => {
-                let target_url = without_slash(target);
-                write!(f, "no reply from {target_url}: {}", Escaped(cause))?;
-                match target.scheme() {
-                    "https" => f.write_str(
-                        "; if the server requires a client certificate, check --cert and --key",
-                    ),
-                    _ => Ok(()),
-                }
-            }
-            Self::Status(status) => status::describe(f, status),
-        }
     }
 }
 
@@ -323,7 +303,8 @@ async fn connect(
     timeout: Duration,
     deadline: Deadline,
 ) -> Result<Connection, Error> {
-    let connect_error = |error| Error::Connect(server.target.clone(), error);
+    let failed = |cause: String| Error::Connect(server.target.clone(), cause);
+    let connect_error = |error| failed(error_chain::root_cause(&error).to_string());
     let mut endpoint = Channel::from_shared(server.target.as_str().to_owned())
         .expect("url::base accepts only URLs that are URIs")
         .user_agent(concat!("rds-task-facade/", env!("CARGO_PKG_VERSION")))
@@ -351,7 +332,7 @@ async fn connect(
     }
     let channel = deadline.bound(endpoint.connect()).await;
     let channel = channel
-        .map_err(|_| Error::ConnectTimeout(server.target.clone(), timeout))?
+        .map_err(|Passed| failed(format!("no connection within {timeout:?}")))?
         .map_err(connect_error)?;
     Ok(MapResponse::new(channel, check_details))
 }

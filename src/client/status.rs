@@ -8,7 +8,7 @@ use tonic_types::{ErrorDetail, StatusExt as _};
 use crate::{code, telemetry::Escaped};
 
 /// Writes code and message on the first line, then one indented line per detail.
-pub(super) fn describe(f: &mut fmt::Formatter<'_>, status: &Status) -> fmt::Result {
+pub(super) fn describe(status: &Status, f: &mut fmt::Formatter<'_>) -> fmt::Result {
     let code = code::name(status.code());
     write!(f, "{code}: {}", Escaped(status.message()))?;
     let Ok(details) = status.check_error_details_vec() else {
@@ -71,7 +71,7 @@ mod tests {
 
     impl fmt::Display for Described {
         fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            describe(f, &self.0)
+            describe(&self.0, f)
         }
     }
 

@@ -298,7 +298,7 @@ fn is_over(task: &GetTaskDetailResponse) -> bool {
 fn is_transient(error: &Error, has_begun: bool) -> bool {
     match error {
         Error::File(..) => false,
-        Error::Connect(..) | Error::ConnectTimeout(..) | Error::NoReply(..) => has_begun,
+        Error::Connect(..) | Error::NoReply(..) => has_begun,
         Error::Status(status) => match status.code() {
             Code::Unavailable | Code::Aborted | Code::DeadlineExceeded | Code::Cancelled => true,
             Code::ResourceExhausted => {
@@ -354,7 +354,7 @@ mod tests {
             (bare(Code::Internal), false, true),
             (bare(Code::Unknown), false, true),
             (Error::NoReply(target(), String::new()), false, true),
-            (Error::ConnectTimeout(target(), Duration::ZERO), false, true),
+            (Error::Connect(target(), String::new()), false, true),
             (Error::File("--ca", String::new()), false, false),
         ];
 

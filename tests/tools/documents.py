@@ -27,7 +27,7 @@ QUOTATIONS_ONLY = ("docs/clients.md", "docs/proxies.md")
 # They need a cluster, a registry or a cloud account.
 NEEDS_MORE = re.compile(r"\b(kubectl|docker|helm|istioctl|linkerd|kustomize|cosign)\b")
 LINK = re.compile(r"\[[^]]*\]\(([^)\s]+)\)")
-# Code blocks, code spans, and the table of docs/sandbox.md that the sandbox defines.
+# Code blocks, code spans, and the table of docs/sandbox.md, which quotes the replies of the vendor.
 CODE = re.compile(r"<!-- scenarios -->.*?<!-- /scenarios -->|^```.*?^```$|`[^`]*`", re.M | re.S)
 REASON = re.compile(r"`([A-Z][A-Z_]+)`")
 LONGEST_README = 150
