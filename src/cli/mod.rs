@@ -113,9 +113,7 @@ fn has_variables(args: &[OsString]) -> bool {
 /// as unset.
 fn merge_variables(args: &mut Vec<OsString>, validation: &mut Validation<'_>) {
     let command = Command::command();
-    let serve = command
-        .find_subcommand("serve")
-        .expect("the subcommand is declared");
+    let serve = find(&command, "serve");
     let mut known = vec![format!("{PREFIX}TOKEN")];
     for flag in serve.get_arguments().filter_map(Arg::get_long) {
         known.push(variable_name(flag));
@@ -188,6 +186,12 @@ fn log_format(args: &[OsString]) -> OutputFormat {
     }
 }
 
+/// The declaration of a subcommand.
+fn find<'a>(command: &'a clap::Command, name: &str) -> &'a clap::Command {
+    let subcommand = command.find_subcommand(name);
+    subcommand.expect("the subcommand is declared")
+}
+
 /// The declared command line without required flags. For an `Option` of a struct, clap's derive always requires the flags; here
 /// [`accepted_arguments`] requires them only together.
 fn command_line(change: impl Fn(Arg) -> Arg) -> clap::Command {
@@ -211,9 +215,7 @@ fn parse_merged(
     let split = as_text.try_get_matches_from(args)?;
     let (name, matches) = split.subcommand().expect("clap requires a subcommand");
     let declared = Command::command();
-    let subcommand = declared
-        .find_subcommand(name)
-        .expect("the subcommand is declared");
+    let subcommand = find(&declared, name);
     let accepted = accepted_arguments(subcommand, matches, validation);
     let start = [env!("CARGO_PKG_NAME"), name].map(OsString::from);
     let typed = command_line(|arg| arg).try_get_matches_from(start.into_iter().chain(accepted))?;
@@ -226,8 +228,7 @@ fn parse_merged(
             })
         }
         Command::Check(mut check) => {
-            let serve = declared.find_subcommand("serve");
-            let serve = serve.expect("the subcommand is declared");
+            let serve = find(&declared, "serve");
             check.serve.validate(serve, matches, validation);
             check.read_variables(validation);
             Ok(match check.serve.print_config {

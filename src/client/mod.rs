@@ -238,13 +238,12 @@ pub async fn call(options: CallOptions) -> ExitCode {
 /// Checks the health and prints it on standard output. The exit code is zero only for `SERVING`.
 pub async fn health(options: HealthOptions) -> ExitCode {
     match check_health(options).await {
-        Ok(ServingStatus::Serving) => {
-            let _ = print("SERVING");
-            ExitCode::SUCCESS
-        }
         Ok(status) => {
             let _ = print(status.as_str_name());
-            ExitCode::FAILURE
+            match status {
+                ServingStatus::Serving => ExitCode::SUCCESS,
+                _ => ExitCode::FAILURE,
+            }
         }
         Err(error) => report(&error),
     }
