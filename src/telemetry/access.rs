@@ -277,7 +277,7 @@ mod tests {
     #[test]
     fn text_line_omits_unknown_fields() {
         let mut record = record(&Access::off(), &[]);
-        record.bytes += 87 as u64;
+        record.bytes += 87;
 
         assert_eq!(
             render(
