@@ -39,8 +39,8 @@ use crate::{
 /// Longest time for exporting the last spans.
 const MAX_LAST_EXPORT: Duration = Duration::from_secs(5);
 
-/// The exit code for a configuration that cannot be used.
-const INVALID_CONFIGURATION: u8 = 2;
+/// The exit code for flags, variables and files that cannot be used.
+pub const INVALID_CONFIGURATION: u8 = 2;
 
 /// Time for the log thread to write its queued lines when a second signal ends the process.
 const LAST_LINES_DELAY: Duration = Duration::from_millis(30);

@@ -1,11 +1,8 @@
 //! A concurrency limit that callers share fairly. It never waits: a permit is granted or denied at once.
 
-use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
+use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use crate::caller::Caller;
@@ -74,7 +71,7 @@ impl FairLimit {
     /// A permit for `caller`, unless the limit or fairness denies it.
     pub fn try_acquire(self: &Arc<Self>, caller: Caller) -> Option<FairPermit> {
         let now = Instant::now();
-        let mut guard = self.state();
+        let mut guard = self.state.lock();
         let state = &mut *guard;
         // Not at each request: it visits every caller.
         if now.saturating_duration_since(state.cleaned_at) >= ACTIVE / 4 {
@@ -118,11 +115,11 @@ impl FairLimit {
 
     /// The number of permits held now.
     pub fn held(&self) -> usize {
-        self.state().held
+        self.state.lock().held
     }
 
     fn release(&self, caller: Caller) {
-        let mut guard = self.state();
+        let mut guard = self.state.lock();
         let state = &mut *guard;
         state.held -= 1;
         let Some(holder) = state.callers.get_mut(&caller) else {
@@ -137,10 +134,6 @@ impl FairLimit {
                 state.reserved -= self.reserve;
             }
         }
-    }
-
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -259,10 +252,10 @@ mod tests {
             assert!(limit.try_acquire(Caller::Connection(number)).is_none());
         }
 
-        assert!(limit.state().callers.len() <= MAX_CALLERS + 10);
+        assert!(limit.state.lock().callers.len() <= MAX_CALLERS + 10);
         tokio::time::advance(ACTIVE).await;
         assert!(limit.try_acquire(Caller::Connection(99)).is_none());
-        let state = limit.state();
+        let state = limit.state.lock();
         assert_eq!((state.callers.len(), state.reserved), (11, 1));
     }
 
@@ -289,7 +282,7 @@ mod tests {
                 }
                 held.entry(caller).or_default().extend(permit);
                 prop_assert_eq!(limit.held(), held.values().map(Vec::len).sum::<usize>());
-                let state = limit.state();
+                let state = limit.state.lock();
                 let holders = state.callers.values().filter(|holder| holder.held > 0);
                 prop_assert_eq!(state.holders, holders.count());
                 let unused = |holder: &Holder| limit.reserve.saturating_sub(holder.held);

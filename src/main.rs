@@ -16,9 +16,6 @@ use rustix::process::{Resource, Rlimit, setrlimit};
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
-/// The exit code for invalid flags, variables and files.
-const EXIT_USAGE: u8 = 2;
-
 fn main() -> ExitCode {
     let none = Rlimit {
         current: Some(0),
@@ -33,7 +30,7 @@ fn main() -> ExitCode {
         Ok(command) => run(command),
         Err(invalid) => {
             telemetry::print_problems(&invalid.problems, invalid.log_format);
-            ExitCode::from(EXIT_USAGE)
+            ExitCode::from(app::INVALID_CONFIGURATION)
         }
     }
 }

@@ -5,13 +5,15 @@ use std::{panic::AssertUnwindSafe, time::Duration};
 
 use futures_util::FutureExt as _;
 use prometheus_client::metrics::counter::Counter;
+use strum::VariantNames;
 use tokio::time::sleep;
 
 /// The pause before a restart, so that a task that panics at once takes little CPU time.
 pub const PAUSE: Duration = Duration::from_secs(1);
 
 /// A background task, as the label `task`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, VariantNames)]
+#[strum(serialize_all = "snake_case")]
 pub enum Task {
     /// Serves metrics and probes.
     Admin,
@@ -31,23 +33,9 @@ pub enum Task {
     Spans,
 }
 
-impl Task {
-    /// The values of the label, in the order of the variants.
-    pub const NAMES: [&'static str; 8] = [
-        "admin",
-        "accept",
-        "certificates",
-        "credential",
-        "health",
-        "lateness",
-        "quota_store",
-        "spans",
-    ];
-}
-
 /// Counts restarts, indexed by [`Task`].
 #[derive(Debug)]
-pub struct Restarts(pub [Counter; Task::NAMES.len()]);
+pub struct Restarts(pub [Counter; Task::VARIANTS.len()]);
 
 impl Restarts {
     /// Runs a task to its end, again after each panic.
@@ -76,7 +64,7 @@ impl Restarts {
     /// Counts and logs a panic after which the task restarts.
     pub fn count(&self, task: Task) {
         self.0[task as usize].inc();
-        let name = Task::NAMES[task as usize];
+        let name = Task::VARIANTS[task as usize];
         tracing::error!(task = name, "background task panicked; restarting it");
     }
 }

@@ -1,5 +1,7 @@
 //! A task as the message of the proto: the text of RDS unchanged, and typed fields next to it.
 
+use std::time::SystemTime;
+
 use bytes::BufMut;
 use jiff::Timestamp;
 use prost::{DecodeError, Message as _, encoding};
@@ -100,8 +102,6 @@ impl Task {
     }
 }
 
-const NANOS_PER_SECOND: i128 = 1_000_000_000;
-
 /// The states that RDS documents for related calls; it documents none for this call.
 const STATES: [(&str, TaskState); 8] = [
     ("initing", TaskState::Pending),
@@ -145,11 +145,7 @@ fn time(text: Option<&str>) -> Option<prost_types::Timestamp> {
         return None;
     }
     let time: Timestamp = text.parse().ok()?;
-    let nanos = time.as_nanosecond();
-    Some(prost_types::Timestamp {
-        seconds: nanos.div_euclid(NANOS_PER_SECOND) as i64,
-        nanos: nanos.rem_euclid(NANOS_PER_SECOND) as i32,
-    })
+    Some(SystemTime::try_from(time).ok()?.into())
 }
 
 #[cfg(test)]

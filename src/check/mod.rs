@@ -21,10 +21,10 @@ use crate::{
     accept, app,
     cli::{Check, Serve},
     descriptors,
-    options::url::without_slash,
+    options::{OutputFormat, url::without_slash},
     quota_store::QuotaStore,
     server::tls,
-    telemetry::{LogFormat, escape_utf16, is_invisible, metrics::Metrics},
+    telemetry::{Escaped, metrics::Metrics},
 };
 
 /// A certificate that expires sooner is a warning.
@@ -32,18 +32,18 @@ const NEAR_EXPIRY: Duration = Duration::from_secs(14 * 24 * 60 * 60);
 
 /// The result of one check.
 enum Outcome {
-    Ok,
+    Fine,
     /// `serve` can work, but the operator should look at it.
     Warn,
     /// `serve` cannot work.
     Fail,
 }
 
-use Outcome::{Fail, Ok as Fine, Warn};
+use Outcome::{Fail, Fine, Warn};
 
 /// Prints the results.
 struct Report {
-    format: LogFormat,
+    format: OutputFormat,
     has_failed: bool,
 }
 
@@ -57,16 +57,10 @@ impl Report {
             Fail => "fail",
         };
         // Parts of it can come from a peer.
-        let mut safe = String::with_capacity(message.len());
-        for c in message.chars() {
-            match is_invisible(c) {
-                true => escape_utf16(c, &mut safe),
-                false => safe.push(c),
-            }
-        }
+        let safe = Escaped(message).to_string();
         let line = match self.format {
-            LogFormat::Text => format!("{outcome:<4} {check}: {safe}\n"),
-            LogFormat::Json => {
+            OutputFormat::Text => format!("{outcome:<4} {check}: {safe}\n"),
+            OutputFormat::Json => {
                 let object = json!({ "check": check, "outcome": outcome, "message": safe });
                 format!("{object}\n")
             }
@@ -129,6 +123,7 @@ fn certificate(serve: &Serve, report: &mut Report) {
     };
     report.add("certificate", outcome, &message);
 }
+
 /// Whether the addresses of the listeners can be used.
 fn listeners(serve: &Serve, report: &mut Report) {
     let addresses = [

@@ -30,9 +30,8 @@ pub use self::serve::{Check, Serve};
 use crate::{
     client,
     credentials::secret::visible,
-    options::{Environment, PREFIX, Validation, nearest, variable_name},
+    options::{BOOL, Environment, OutputFormat, PREFIX, Validation, nearest, variable_name},
     sandbox,
-    telemetry::LogFormat,
 };
 
 /// The subcommand to run, with its options.
@@ -65,7 +64,7 @@ pub struct Invalid {
     /// One sentence per problem, starting with the flag or variable. No secrets.
     pub problems: Vec<String>,
     /// The format in which to print them.
-    pub log_format: LogFormat,
+    pub log_format: OutputFormat,
 }
 
 /// Parses the arguments and the environment of this process.
@@ -114,9 +113,7 @@ fn has_variables(args: &[OsString]) -> bool {
 /// as unset.
 fn merge_variables(args: &mut Vec<OsString>, validation: &mut Validation<'_>) {
     let command = Command::command();
-    let serve = command
-        .find_subcommand("serve")
-        .expect("the subcommand is declared");
+    let serve = find(&command, "serve");
     let mut known = vec![format!("{PREFIX}TOKEN")];
     for flag in serve.get_arguments().filter_map(Arg::get_long) {
         known.push(variable_name(flag));
@@ -175,7 +172,7 @@ fn assignment(flag: &str, value: &OsStr) -> OsString {
 }
 
 /// The format of problems, read before validation: the one of the log, or of the results of `check`.
-fn log_format(args: &[OsString]) -> LogFormat {
+fn log_format(args: &[OsString]) -> OutputFormat {
     let json = args.windows(2).any(|pair| {
         let name = pair[0].to_str();
         matches!(
@@ -184,9 +181,15 @@ fn log_format(args: &[OsString]) -> LogFormat {
         ) || (matches!(name, Some("--log-format" | "--output")) && pair[1] == "json")
     });
     match has_variables(args) && json {
-        true => LogFormat::Json,
-        false => LogFormat::Text,
+        true => OutputFormat::Json,
+        false => OutputFormat::Text,
     }
+}
+
+/// The declaration of a subcommand.
+fn find<'a>(command: &'a clap::Command, name: &str) -> &'a clap::Command {
+    let subcommand = command.find_subcommand(name);
+    subcommand.expect("the subcommand is declared")
 }
 
 /// The declared command line without required flags. For an `Option` of a struct, clap's derive always requires the flags; here
@@ -201,13 +204,18 @@ fn parse_merged(
     args: &[OsString],
     validation: &mut Validation<'_>,
 ) -> Result<Command, clap::Error> {
-    let as_text = command_line(|arg| arg.value_parser(value_parser!(OsString)));
+    let as_text = command_line(|arg| {
+        let is_boolean = arg.get_value_names().is_some_and(|names| names == [BOOL]);
+        let arg = arg.value_parser(value_parser!(OsString));
+        match is_boolean {
+            true => arg.num_args(0..=1).default_missing_value("true"),
+            false => arg,
+        }
+    });
     let split = as_text.try_get_matches_from(args)?;
     let (name, matches) = split.subcommand().expect("clap requires a subcommand");
     let declared = Command::command();
-    let subcommand = declared
-        .find_subcommand(name)
-        .expect("the subcommand is declared");
+    let subcommand = find(&declared, name);
     let accepted = accepted_arguments(subcommand, matches, validation);
     let start = [env!("CARGO_PKG_NAME"), name].map(OsString::from);
     let typed = command_line(|arg| arg).try_get_matches_from(start.into_iter().chain(accepted))?;
@@ -220,8 +228,7 @@ fn parse_merged(
             })
         }
         Command::Check(mut check) => {
-            let serve = declared.find_subcommand("serve");
-            let serve = serve.expect("the subcommand is declared");
+            let serve = find(&declared, "serve");
             check.serve.validate(serve, matches, validation);
             check.read_variables(validation);
             Ok(match check.serve.print_config {
@@ -241,7 +248,7 @@ fn parse_merged(
         }
         Command::Health(mut health) => {
             if matches.value_source("target") != Some(ValueSource::CommandLine) {
-                health.use_own_server(validation);
+                health.use_local_server(validation);
             }
             health.server.validate(validation);
             Ok(Command::Health(health))

@@ -8,15 +8,14 @@ use http::HeaderValue;
 use crate::{
     admin, coalescer,
     credentials::{self, Source, UpstreamContext, secret::parse_token},
-    options::{PREFIX, Shown, Validation, boolean, variable_name, word},
+    options::{BOOL, OutputFormat, PREFIX, Shown, Validation, boolean, variable_name, word},
     quota_store,
     rpc::{
         self,
         request::{MAX_ID, id_problem},
     },
     server::{self, tls},
-    telemetry::{self, LogFormat},
-    upstream, watch,
+    telemetry, upstream, watch,
 };
 
 /// The text below the flags in `serve --help`.
@@ -47,10 +46,10 @@ pub struct Check {
         long,
         value_name = "FORMAT",
         default_value = "text",
-        value_parser = word::<LogFormat>,
+        value_parser = word::<OutputFormat>,
         help_heading = "Results"
     )]
-    pub output: LogFormat,
+    pub output: OutputFormat,
     /// The token of a caller, if callers bring their own.
     #[arg(skip)]
     pub caller_token: Option<HeaderValue>,
@@ -112,16 +111,7 @@ pub struct Serve {
     #[command(flatten)]
     pub telemetry: telemetry::Options,
     /// Print the effective configuration as variables without secrets, and exit
-    #[arg(
-        long,
-        value_name = "BOOL",
-        default_value = "false",
-        value_parser = boolean,
-        num_args = 0..=1,
-        default_missing_value = "true",
-        action = clap::ArgAction::Set,
-        help_heading = "Configuration"
-    )]
+    #[arg(long, value_name = BOOL, default_value = "false", value_parser = boolean, action = clap::ArgAction::Set, help_heading = "Configuration")]
     pub print_config: bool,
     /// The credential source that `--credentials` and its flags describe.
     #[arg(skip)]

@@ -1,6 +1,6 @@
 //! The subcommands `call`, `watch` and `health`: clients of a running server.
 
-mod own;
+mod local;
 mod progress;
 mod status;
 #[cfg(test)]
@@ -8,7 +8,7 @@ mod tests;
 mod watch;
 
 use std::{
-    fmt, fs,
+    fs,
     io::{self, Write as _},
     path::{Path, PathBuf},
     process::ExitCode,
@@ -30,11 +30,8 @@ use tonic_health::pb::{
 };
 use tower::util::MapResponse;
 
+use self::local::{AnyCertificate, LocalServer};
 pub use self::watch::{WatchOptions, watch};
-use self::{
-    own::{AnyCertificate, OwnServer},
-    status::Escaped,
-};
 use crate::{
     credentials::secret,
     deadline::{Deadline, Passed},
@@ -46,7 +43,7 @@ use crate::{
     pb,
     pem::{roots, roots_file, without_mark},
     sandbox,
-    telemetry::{escape_utf16, is_invisible},
+    telemetry::Escaped,
 };
 
 /// The metadata of the details of a status.
@@ -70,9 +67,9 @@ pub struct Server {
     /// The client certificate, if any.
     #[command(flatten)]
     pub pair: Option<Pair>,
-    /// Set if this is the server that the variables describe.
+    /// Set if the target is the local server.
     #[arg(skip)]
-    pub own: Option<OwnServer>,
+    pub local: Option<LocalServer>,
 }
 
 /// A client certificate. Both files must be set.
@@ -178,19 +175,32 @@ pub struct HealthOptions {
 }
 
 /// Why a call or check failed.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
 enum Error {
     /// A file of this flag is unusable.
+    #[error("{0}: {1}")]
     File(&'static str, String),
-    /// The connection failed.
-    Connect(Url, tonic::transport::Error),
-    /// The connection was not established in time.
-    ConnectTimeout(Url, Duration),
+    /// The connection failed, with this root cause.
+    #[error(
+        "cannot connect to {}: {}; check --target, and that `rds-task-facade serve` runs there",
+        without_slash(.0),
+        Escaped(.1)
+    )]
+    Connect(Url, String),
     /// The connection ended without a reply, with this root cause. A server that rejects a client certificate reports it after the
     /// handshake, so the client may only see the connection close.
+    #[error("no reply from {}: {}{}", without_slash(.0), Escaped(.1), certificate_hint(.0))]
     NoReply(Url, String),
     /// The server replied with this status.
+    #[error(fmt = status::describe)]
     Status(Box<Status>),
+}
+
+fn certificate_hint(target: &Url) -> &'static str {
+    match target.scheme() {
+        "https" => "; if the server requires a client certificate, check --cert and --key",
+        _ => "",
+    }
 }
 
 impl Error {
@@ -213,39 +223,6 @@ impl Error {
     }
 }
 
-impl fmt::Display for Error {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let advice = "check --target, and that `rds-task-facade serve` runs there";
-        match self {
-            Self::File(flag, problem) => write!(f, "{flag}: {problem}"),
-            Self::Connect(target, error) => {
-                let target = without_slash(target);
-                let cause = error_chain::root_cause(error).to_string();
-                write!(
-                    f,
-                    "cannot connect to {target}: {}; {advice}",
-                    Escaped(&cause)
-                )
-            }
-            Self::ConnectTimeout(target, timeout) => {
-                let target = without_slash(target);
-                write!(f, "cannot connect to {target} within {timeout:?}; {advice}")
-            }
-            Self::NoReply(target, cause) => {
-                let target_url = without_slash(target);
-                write!(f, "no reply from {target_url}: {}", Escaped(cause))?;
-                match target.scheme() {
-                    "https" => f.write_str(
-                        "; if the server requires a client certificate, check --cert and --key",
-                    ),
-                    _ => Ok(()),
-                }
-            }
-            Self::Status(status) => status::describe(f, status),
-        }
-    }
-}
-
 /// Makes the call and prints the reply as JSON on standard output, or the error on standard error.
 pub async fn call(options: CallOptions) -> ExitCode {
     match get_task_detail(options).await {
@@ -261,13 +238,12 @@ pub async fn call(options: CallOptions) -> ExitCode {
 /// Checks the health and prints it on standard output. The exit code is zero only for `SERVING`.
 pub async fn health(options: HealthOptions) -> ExitCode {
     match check_health(options).await {
-        Ok(ServingStatus::Serving) => {
-            let _ = print("SERVING");
-            ExitCode::SUCCESS
-        }
         Ok(status) => {
             let _ = print(status.as_str_name());
-            ExitCode::FAILURE
+            match status {
+                ServingStatus::Serving => ExitCode::SUCCESS,
+                _ => ExitCode::FAILURE,
+            }
         }
         Err(error) => report(&error),
     }
@@ -326,7 +302,8 @@ async fn connect(
     timeout: Duration,
     deadline: Deadline,
 ) -> Result<Connection, Error> {
-    let connect_error = |error| Error::Connect(server.target.clone(), error);
+    let failed = |cause: String| Error::Connect(server.target.clone(), cause);
+    let connect_error = |error| failed(error_chain::root_cause(&error).to_string());
     let mut endpoint = Channel::from_shared(server.target.as_str().to_owned())
         .expect("url::base accepts only URLs that are URIs")
         .user_agent(concat!("rds-task-facade/", env!("CARGO_PKG_VERSION")))
@@ -338,7 +315,7 @@ async fn connect(
                 let roots = roots.map_err(|error| Error::File("--ca", error.to_string()))?;
                 ClientTlsConfig::new().trust_anchors(roots.roots)
             }
-            None if server.own.is_some() => ClientTlsConfig::new(),
+            None if server.local.is_some() => ClientTlsConfig::new(),
             None => ClientTlsConfig::new().with_native_roots(),
         };
         if let Some(Pair { cert, key }) = &server.pair {
@@ -346,7 +323,7 @@ async fn connect(
             let key = pem("--key", key, deadline).await?;
             tls = tls.identity(Identity::from_pem(cert, key));
         }
-        let secured = match (&server.own, &server.ca) {
+        let secured = match (&server.local, &server.ca) {
             (Some(_), None) => endpoint.tls_config_with_verifier(tls, AnyCertificate::new()),
             _ => endpoint.tls_config(tls),
         };
@@ -354,7 +331,7 @@ async fn connect(
     }
     let channel = deadline.bound(endpoint.connect()).await;
     let channel = channel
-        .map_err(|_| Error::ConnectTimeout(server.target.clone(), timeout))?
+        .map_err(|Passed| failed(format!("no connection within {timeout:?}")))?
         .map_err(connect_error)?;
     Ok(MapResponse::new(channel, check_details))
 }
@@ -433,15 +410,11 @@ async fn token(
 
 /// JSON that is safe on a terminal. The serializer escapes only the characters below U+0020.
 fn escape_json(json: &str) -> String {
-    let mut escaped = String::with_capacity(json.len());
-    for c in json.chars() {
-        if c != '\n' && is_invisible(c) {
-            escape_utf16(c, &mut escaped);
-        } else {
-            escaped.push(c);
-        }
-    }
-    escaped
+    let lines: Vec<_> = json
+        .split('\n')
+        .map(|line| Escaped(line).to_string())
+        .collect();
+    lines.join("\n")
 }
 
 /// Prints one line.

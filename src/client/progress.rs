@@ -10,8 +10,11 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use jiff::{Timestamp, Unit};
 use tokio::time::Instant;
 
-use super::{Error, status::Escaped};
-use crate::pb::{GetTaskDetailResponse, SubTask, TaskState};
+use super::Error;
+use crate::{
+    pb::{GetTaskDetailResponse, SubTask, TaskState},
+    telemetry::Escaped,
+};
 
 /// The silence after which the line is written again, so that a log is never silent for a minute: systems for continuous integration end jobs that write nothing.
 const MAX_SILENCE: Duration = Duration::from_secs(55);
@@ -49,33 +52,28 @@ impl Progress {
         task: Option<&GetTaskDetailResponse>,
         check_time: Option<prost_types::Timestamp>,
     ) {
-        let (significant, state) = match task {
-            Some(task) => (
-                format!("{}{}", state_and_percent(task), part_name(task)),
-                format!("{}{}", state_and_percent(task), time_left(task)),
+        let (state, left, part) = match task {
+            Some(task) => (state_and_percent(task), time_left(task), part_name(task)),
+            None => (
+                "RDS does not know the task yet".to_owned(),
+                String::new(),
+                String::new(),
             ),
-            None => {
-                let unknown = "RDS does not know the task yet".to_owned();
-                (unknown.clone(), unknown)
-            }
         };
-        let part_name = task.map(part_name).unwrap_or_default();
+        let significant = format!("{state}{part}");
         let line = match task {
-            Some(task) => format!("{}: {state}{part_name}", name(task)),
+            Some(task) => format!("{}: {state}{left}{part}", name(task)),
             None => state.clone(),
         };
         match &self.bar {
             Some(bar) => {
-                bar.set_position(
-                    task.and_then(|task| task.progress_percent)
-                        .unwrap_or(0)
-                        .into(),
-                );
+                let percent = task.and_then(|task| task.progress_percent);
+                bar.set_position(percent.unwrap_or(0).into());
                 bar.set_prefix(task.map_or_else(String::new, name));
                 let checked = check_time.map(|time| format!(", as of {}", clock(time)));
                 let checked = checked.unwrap_or_default();
                 // The name comes last, because a narrow terminal cuts the line.
-                bar.set_message(format!("{state}{checked}{part_name}"));
+                bar.set_message(format!("{state}{left}{checked}{part}"));
                 bar.tick();
             }
             None if significant != self.significant => {
@@ -153,7 +151,7 @@ fn name(task: &GetTaskDetailResponse) -> String {
 
 /// State, percentage, and the number of the part that is running.
 fn state_and_percent(task: &GetTaskDetailResponse) -> String {
-    let mut line = state(task.state(), task.status.as_deref());
+    let mut line = state(task);
     if let Some(percent) = task.progress_percent {
         line += &format!(" {percent} %");
     }
@@ -188,17 +186,14 @@ fn running_part(task: &GetTaskDetailResponse) -> Option<(usize, &SubTask)> {
     parts.find(|(_, part)| part.state() == TaskState::Running)
 }
 
-fn state(state: TaskState, status: Option<&str>) -> String {
-    match state {
-        TaskState::Unspecified => match status {
-            Some(word) if !word.is_empty() => Escaped(word).to_string(),
-            _ => "no state".to_owned(),
-        },
-        TaskState::Pending => "pending".to_owned(),
-        TaskState::Running => "running".to_owned(),
-        TaskState::Succeeded => "succeeded".to_owned(),
-        TaskState::Failed => "failed".to_owned(),
-        TaskState::Canceled => "canceled".to_owned(),
+fn state(task: &GetTaskDetailResponse) -> String {
+    match (task.state(), task.status.as_deref()) {
+        (TaskState::Unspecified, None | Some("")) => "no state".to_owned(),
+        (TaskState::Unspecified, Some(word)) => Escaped(word).to_string(),
+        (state, _) => {
+            let name = state.as_str_name().trim_start_matches("TASK_STATE_");
+            name.to_ascii_lowercase()
+        }
     }
 }
 

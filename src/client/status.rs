@@ -5,10 +5,10 @@ use std::fmt;
 use tonic::Status;
 use tonic_types::{ErrorDetail, StatusExt as _};
 
-use crate::{code, telemetry::is_invisible};
+use crate::{code, telemetry::Escaped};
 
 /// Writes code and message on the first line, then one indented line per detail.
-pub(super) fn describe(f: &mut fmt::Formatter<'_>, status: &Status) -> fmt::Result {
+pub(super) fn describe(status: &Status, f: &mut fmt::Formatter<'_>) -> fmt::Result {
     let code = code::name(status.code());
     write!(f, "{code}: {}", Escaped(status.message()))?;
     let Ok(details) = status.check_error_details_vec() else {
@@ -58,19 +58,6 @@ fn describe_detail(f: &mut fmt::Formatter<'_>, detail: &ErrorDetail) -> fmt::Res
     }
 }
 
-/// Text from the server with control characters and invisible marks escaped, so that it is safe on a terminal.
-pub(super) struct Escaped<'a>(pub(super) &'a str);
-
-impl fmt::Display for Escaped<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        use fmt::Write as _;
-        self.0.chars().try_for_each(|c| match is_invisible(c) {
-            true => write!(f, "{}", c.escape_default()),
-            false => f.write_char(c),
-        })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::{collections::HashMap, time::Duration};
@@ -84,7 +71,7 @@ mod tests {
 
     impl fmt::Display for Described {
         fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            describe(f, &self.0)
+            describe(&self.0, f)
         }
     }
 
@@ -132,7 +119,7 @@ mod tests {
 
         let text = Described(status).to_string();
 
-        let expected = "INTERNAL: a\\u{1b}[2Jb\\nc\\u{9b}d\\u{7f}e\\u{202e}f\\u{200b}";
+        let expected = "INTERNAL: a\\u001b[2Jb\\nc\\u009bd\\u007fe\\u202ef\\u200b";
         assert_eq!(text, expected);
     }
 

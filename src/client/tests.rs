@@ -71,7 +71,7 @@ fn server(address: SocketAddr) -> Server {
         target: format!("http://{address}").parse().unwrap(),
         ca: None,
         pair: None,
-        own: None,
+        local: None,
     }
 }
 

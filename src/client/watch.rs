@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     deadline::{Deadline, Passed},
-    options::{self, boolean, word},
+    options::{self, BOOL, OutputFormat, boolean, word},
     pb::{
         GetTaskDetailResponse, TaskState, WatchTaskDetailRequest, WatchTaskDetailResponse,
         task_service_client::TaskServiceClient,
@@ -58,31 +58,14 @@ pub struct WatchOptions {
     #[arg(long, value_name = "DURATION", default_value = "1h", value_parser = options::duration)]
     pub timeout: Duration,
     /// Print the final task (text), or each state of the task as one line of JSON (json)
-    #[arg(long, value_name = "FORMAT", default_value = "text", value_parser = word::<Output>)]
-    pub output: Output,
+    #[arg(long, value_name = "FORMAT", default_value = "text", value_parser = word::<OutputFormat>)]
+    pub output: OutputFormat,
     /// Wait for a task that RDS does not know yet
-    #[arg(
-        long,
-        value_name = "BOOL",
-        default_value = "false",
-        value_parser = boolean,
-        num_args = 0..=1,
-        default_missing_value = "true",
-        action = clap::ArgAction::Set
-    )]
+    #[arg(long, value_name = BOOL, default_value = "false", value_parser = boolean, action = clap::ArgAction::Set)]
     pub allow_missing: bool,
     /// The token.
     #[command(flatten)]
     pub token: Token,
-}
-
-/// What standard output shows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum Output {
-    /// The final task.
-    Text,
-    /// Each state, one line each.
-    Json,
 }
 
 /// Watches the task. Prints results on standard output and the progress on standard error.
@@ -103,7 +86,7 @@ pub async fn watch(options: WatchOptions) -> ExitCode {
     progress.finish();
     match ended {
         End::Over(task) => {
-            if options.output == Output::Text {
+            if options.output == OutputFormat::Text {
                 let json = serde_json::to_string_pretty(&task).expect("the task serializes");
                 let _ = print(&escape_json(&json));
             }
@@ -271,7 +254,7 @@ impl<'a> Watch<'a> {
         let is_new = message.etag != self.etag;
         self.etag = message.etag;
         if let Some(task) = message.task {
-            if is_new && self.options.output == Output::Json {
+            if is_new && self.options.output == OutputFormat::Json {
                 let json = serde_json::to_string(&task).expect("the task serializes");
                 let printed = progress.suspended(|| print(&escape_json(&json)));
                 printed.map_err(|error| Error::File("--output", error.to_string()))?;
@@ -315,7 +298,7 @@ fn is_over(task: &GetTaskDetailResponse) -> bool {
 fn is_transient(error: &Error, has_begun: bool) -> bool {
     match error {
         Error::File(..) => false,
-        Error::Connect(..) | Error::ConnectTimeout(..) | Error::NoReply(..) => has_begun,
+        Error::Connect(..) | Error::NoReply(..) => has_begun,
         Error::Status(status) => match status.code() {
             Code::Unavailable | Code::Aborted | Code::DeadlineExceeded | Code::Cancelled => true,
             Code::ResourceExhausted => {
@@ -371,7 +354,7 @@ mod tests {
             (bare(Code::Internal), false, true),
             (bare(Code::Unknown), false, true),
             (Error::NoReply(target(), String::new()), false, true),
-            (Error::ConnectTimeout(target(), Duration::ZERO), false, true),
+            (Error::Connect(target(), String::new()), false, true),
             (Error::File("--ca", String::new()), false, false),
         ];
 

@@ -6,13 +6,15 @@
 use std::{
     collections::{HashMap, hash_map::Entry},
     future::Future,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
 };
 
 use futures_util::{
     FutureExt,
     future::{BoxFuture, Shared, WeakShared},
 };
+
+use parking_lot::{Mutex, MutexGuard};
 
 use super::{Lookup, LookupKey};
 use crate::{
@@ -104,14 +106,12 @@ impl SingleFlight {
 
     #[cfg(test)]
     pub(super) fn count(&self) -> usize {
-        let lock = |shard: &Mutex<Shard>| shard.lock().expect("no panic under the lock").len();
+        let lock = |shard: &Mutex<Shard>| shard.lock().len();
         self.shards.iter().map(lock).sum()
     }
 
     fn shard(&self, key: &LookupKey) -> MutexGuard<'_, Shard> {
-        self.shards[key.hash as usize % SHARDS]
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        self.shards[key.hash as usize % SHARDS].lock()
     }
 }
 

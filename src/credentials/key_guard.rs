@@ -12,12 +12,13 @@
 use std::{
     collections::HashMap,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
 
+use parking_lot::{Mutex, MutexGuard};
 use tokio::{
     sync::{Notify, watch},
     time::{Instant, timeout},
@@ -78,7 +79,7 @@ struct Evidence {
 impl KeyGuard {
     /// The guard of a key with the same AK and another secret. The gateway may still count the old secret's bad signatures.
     pub(super) fn for_another_secret(&self) -> Self {
-        let old = self.evidence();
+        let old = self.evidence.lock();
         let evidence = Evidence {
             wary: old.wary || !old.rejections.is_empty(),
             ..Evidence::default()
@@ -94,10 +95,7 @@ impl KeyGuard {
         let Some(instance) = instance else {
             return Arc::clone(self);
         };
-        let mut guards = self
-            .instances
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut guards = self.instances.lock();
         if guards.len() >= MAX_INSTANCES && !guards.contains_key(instance) {
             guards.clear();
         }
@@ -149,7 +147,7 @@ impl KeyGuard {
         caller: Caller,
     ) -> Option<Result<SigningPermit<'a>, Error>> {
         let now = Instant::now();
-        let mut evidence = self.evidence();
+        let mut evidence = self.evidence.lock();
         if let Some(until) = evidence.rests_until {
             let retry_after = until.saturating_duration_since(now);
             if !retry_after.is_zero() {
@@ -184,7 +182,7 @@ impl KeyGuard {
 
     /// Another replica has evidence for which the key rests.
     pub fn rest_for(&self, time: Duration) {
-        self.rest(self.evidence(), time);
+        self.rest(self.evidence.lock(), time);
     }
 
     /// Whether the latest evidence is an accepted signature.
@@ -194,7 +192,7 @@ impl KeyGuard {
 
     /// Whether the other replicas have got no report of an accepted signature within `interval`. If so, one is made now.
     pub fn is_report_due(&self, interval: Duration) -> bool {
-        let mut reported = self.reported.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut reported = self.reported.lock();
         let is_due = reported.is_none_or(|at| at.elapsed() >= interval);
         if is_due {
             *reported = Some(Instant::now());
@@ -213,10 +211,6 @@ impl KeyGuard {
         self.proven.store(false, Ordering::Release);
         drop(evidence);
         self.changed.notify_waiters();
-    }
-
-    fn evidence(&self) -> MutexGuard<'_, Evidence> {
-        self.evidence.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -256,7 +250,7 @@ impl SigningPermit<'_> {
     pub fn accepted(self) {
         let guard = self.guard;
         let is_proven = guard.proven.load(Ordering::Acquire);
-        let mut evidence = guard.evidence();
+        let mut evidence = guard.evidence.lock();
         if !evidence
             .accepted
             .iter()
@@ -281,7 +275,7 @@ impl SigningPermit<'_> {
     /// The gateway rejected the signature or the key. Returns whether that counts, and whether the key rests.
     pub fn rejected(self) -> Rejected {
         let guard = self.guard;
-        let mut evidence = guard.evidence();
+        let mut evidence = guard.evidence.lock();
         if !evidence.counts(self.project_id) {
             return Rejected::Uncounted;
         }
@@ -303,14 +297,14 @@ impl SigningPermit<'_> {
 
     /// The gateway has locked the key.
     pub fn locked(self) {
-        self.guard.rest(self.guard.evidence(), KEY_LOCK);
+        self.guard.rest(self.guard.evidence.lock(), KEY_LOCK);
     }
 }
 
 impl Drop for SigningPermit<'_> {
     fn drop(&mut self) {
         if let Some(caller) = self.probe {
-            self.guard.evidence().probes.remove(&caller);
+            self.guard.evidence.lock().probes.remove(&caller);
             self.guard.changed.notify_waiters();
         }
     }
@@ -599,7 +593,7 @@ mod tests {
             key.scoped(Some(&number.to_string()));
         }
 
-        assert!(key.instances.lock().unwrap().len() <= MAX_INSTANCES);
+        assert!(key.instances.lock().len() <= MAX_INSTANCES);
     }
 
     proptest! {

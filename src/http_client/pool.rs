@@ -5,13 +5,14 @@
 //! the name has moved to. Ages are jittered, so that connections opened together are not replaced together.
 
 use std::{
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{Arc, Weak},
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper::client::conn::http1::SendRequest;
+use parking_lot::Mutex;
 
 /// The mean maximum age of a connection.
 pub(super) const MAX_AGE: Duration = Duration::from_secs(60);
@@ -84,7 +85,7 @@ impl Pool {
     /// A connection that is open, neither too old nor idle for too long.
     pub(super) async fn take(&self) -> Option<Connection> {
         loop {
-            let (mut connection, since) = self.lock().pop()?;
+            let (mut connection, since) = self.state.lock().pop()?;
             let is_fresh = Instant::now() < connection.expires && since.elapsed() < MAX_IDLE;
             // Fails if the peer has closed the connection.
             if is_fresh && connection.sender.ready().await.is_ok() {
@@ -96,7 +97,7 @@ impl Pool {
     /// Keeps a connection for the next request.
     pub(super) fn keep(self: &Arc<Self>, mut connection: Connection) {
         connection.is_used = true;
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         let failing_since = state.failing_since.take();
         if failing_since.is_some_and(|since| since < connection.opened)
             && state
@@ -117,17 +118,16 @@ impl Pool {
 
     /// Closes all idle connections.
     pub(super) fn clear(&self) {
-        self.lock().idle.clear();
+        self.state.lock().idle.clear();
     }
 
     /// Records a response with a status of 500 or above or one that did not arrive in time, or a connection that broke although it was used
     /// before.
     pub(super) fn failed(&self) {
-        self.lock().failing_since.get_or_insert_with(Instant::now);
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state
+            .lock()
+            .failing_since
+            .get_or_insert_with(Instant::now);
     }
 }
 
@@ -150,7 +150,7 @@ async fn close_idle(pool: Weak<Pool>) {
         let Some(pool) = pool.upgrade() else {
             return;
         };
-        let mut state = pool.lock();
+        let mut state = pool.state.lock();
         state.idle.retain(|(connection, since)| {
             !connection.sender.is_closed() && since.elapsed() < MAX_IDLE
         });

@@ -9,7 +9,7 @@ use std::{
     net::{SocketAddr, ToSocketAddrs as _},
     pin::Pin,
     sync::{
-        Arc, LazyLock, Mutex, PoisonError,
+        Arc, LazyLock,
         mpsc::{Receiver, SyncSender, sync_channel},
     },
     task::{Context, Poll},
@@ -18,6 +18,7 @@ use std::{
 };
 
 use hyper_util::client::legacy::connect::dns;
+use parking_lot::Mutex;
 use tokio::{
     sync::watch,
     time::{Instant, timeout_at},
@@ -129,7 +130,7 @@ impl Resolver {
     /// The lookup of `name` that is in progress or has just succeeded, else a new one; the addresses known before; and when the lookup
     /// started.
     fn join(&self, name: &str) -> Result<(Pending, Option<Addresses>, Instant), LookupError> {
-        let mut names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut names = self.names.lock();
         let mut previous = None;
         if let Some(latest) = names.get(name) {
             previous.clone_from(&latest.previous);
@@ -166,7 +167,7 @@ impl Resolver {
 /// One thread.
 fn run(queue: &Mutex<Receiver<Job>>, lookup: &dyn Fn(&str) -> io::Result<Vec<SocketAddr>>) {
     loop {
-        let next = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
+        let next = queue.lock().recv();
         let Ok(job) = next else {
             return;
         };
@@ -196,12 +197,10 @@ impl Service<dns::Name> for Resolver {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::{
-        Condvar,
-        atomic::{AtomicUsize, Ordering},
-    };
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
     use futures_util::future::join_all;
+    use parking_lot::Condvar;
 
     use super::*;
     use crate::test_support::wait::within;
@@ -222,7 +221,7 @@ mod tests {
 
     impl Fake {
         fn open(&self) {
-            *self.0.open.lock().unwrap() = true;
+            *self.0.open.lock() = true;
             self.0.opened.notify_all();
         }
 
@@ -230,10 +229,11 @@ mod tests {
             let state = Arc::clone(&self.0);
             let lookup = move |name: &str| {
                 state.lookups.fetch_add(1, Ordering::Relaxed);
-                let open = state.open.lock().unwrap();
+                let mut open = state.open.lock();
                 let waits = |open: &mut bool| !*open || name.starts_with("hung");
-                drop(state.opened.wait_while(open, waits).unwrap());
-                if *state.broken.lock().unwrap() {
+                state.opened.wait_while(&mut open, waits);
+                drop(open);
+                if *state.broken.lock() {
                     return Err(io::Error::other("no name server"));
                 }
                 Ok(vec![ADDRESS.parse().unwrap()])
@@ -325,13 +325,13 @@ mod tests {
         let resolver = fake.start();
         resolver.clone().addresses("name".to_owned()).await.unwrap();
 
-        *fake.0.broken.lock().unwrap() = true;
+        *fake.0.broken.lock() = true;
         for _ in 0..3 {
             tokio::time::advance(FRESH).await;
             let failed = resolver.clone().addresses("name".to_owned()).await;
             assert_eq!(failed.unwrap(), expected());
         }
-        *fake.0.open.lock().unwrap() = false;
+        *fake.0.open.lock() = false;
         for _ in 0..3 {
             tokio::time::advance(FRESH).await;
             let late = resolver.clone().addresses("name".to_owned()).await;
@@ -347,7 +347,7 @@ mod tests {
         let resolver = fake.start();
         resolver.clone().addresses("name".to_owned()).await.unwrap();
         tokio::time::advance(FRESH).await;
-        *fake.0.open.lock().unwrap() = false;
+        *fake.0.open.lock() = false;
 
         let begun = Instant::now();
         for _ in 0..3 {
@@ -362,12 +362,12 @@ mod tests {
     #[tokio::test]
     async fn without_an_earlier_lookup_a_failure_is_an_error() {
         let fake = Fake::default();
-        *fake.0.broken.lock().unwrap() = true;
+        *fake.0.broken.lock() = true;
         fake.open();
         let resolver = fake.start();
 
         let found = look_up(&resolver, "name").await;
-        *fake.0.broken.lock().unwrap() = false;
+        *fake.0.broken.lock() = false;
         let later = look_up(&resolver, "name").await;
 
         assert!(found.unwrap_err().to_string().contains("no name server"));

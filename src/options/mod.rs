@@ -30,6 +30,15 @@ impl Shown {
     pub const SECRET: Self = Self::Note(Cow::Borrowed("set"));
 }
 
+/// The format of the log, or of results on standard output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum OutputFormat {
+    /// For people.
+    Text,
+    /// One JSON object per line.
+    Json,
+}
+
 /// The declared defaults of a module's options.
 ///
 /// # Panics
@@ -78,6 +87,9 @@ pub fn duration_or_zero(text: &str) -> Parsed<Duration> {
     let count = digits.parse().unwrap_or(u64::MAX);
     Ok(Duration::from_millis(unit_ms.saturating_mul(count)).min(THIRTY_YEARS))
 }
+
+/// The value name of boolean flags. Such a flag without a value is true.
+pub const BOOL: &str = "BOOL";
 
 /// Parses `true`, `false`, `1` or `0`.
 ///

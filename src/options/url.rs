@@ -1,10 +1,10 @@
 //! URLs in options: scheme, host and port only. Errors never echo a URL with a user, which can include a password.
 
-use std::{fmt, net::IpAddr};
+use std::fmt;
 
 use percent_encoding::{NON_ALPHANUMERIC, percent_encode};
 use rustls::pki_types::ServerName;
-use url::Url;
+use url::{Host, Url};
 
 use super::{Parsed, not};
 
@@ -119,12 +119,12 @@ pub fn parse(text: &str) -> Option<Url> {
 }
 
 fn is_loopback(url: &Url) -> bool {
-    let host = url.host_str().unwrap_or_default();
-    let address = host.trim_start_matches('[').trim_end_matches(']');
-    host == "localhost"
-        || address
-            .parse::<IpAddr>()
-            .is_ok_and(|address| address.is_loopback())
+    match url.host() {
+        Some(Host::Domain(name)) => name == "localhost",
+        Some(Host::Ipv4(address)) => address.is_loopback(),
+        Some(Host::Ipv6(address)) => address.is_loopback(),
+        None => false,
+    }
 }
 
 #[cfg(test)]

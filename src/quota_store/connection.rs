@@ -9,7 +9,7 @@ use std::{
     fmt, io,
     pin::Pin,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll, ready},
@@ -17,6 +17,7 @@ use std::{
 };
 
 use arc_swap::ArcSwapOption;
+use parking_lot::Mutex;
 use redis::{
     AsyncConnectionConfig, FromRedisValue, RedisConnectionInfo, RedisError, ScriptInvocation,
     Value, aio::MultiplexedConnection,
@@ -247,19 +248,12 @@ impl Link {
 
     /// Records that this replica has been without the store until now.
     pub(super) fn is_back(&self) {
-        let mut since = self
-            .back_since
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        *since = Some(Instant::now());
+        *self.back_since.lock() = Some(Instant::now());
     }
 
     /// When the store came back after this replica has been without it, if ever.
     pub(super) fn back_since(&self) -> Option<Instant> {
-        *self
-            .back_since
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        *self.back_since.lock()
     }
 
     /// Runs a script, for at most `patience`; `None` if the store is down, does not reply in time, or replies with something else.

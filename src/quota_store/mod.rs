@@ -19,12 +19,13 @@ use std::{
     fmt,
     mem::discriminant,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
 
+use parking_lot::Mutex;
 use redis::ScriptInvocation;
 use tokio::{
     runtime::Handle,
@@ -199,7 +200,7 @@ impl QuotaStore {
     /// Connects. The connection is usable if the store replies fast enough.
     async fn connect(&self) -> Result<Connection, Problem> {
         let connection = self.target.connect().await?;
-        self.last_seen().1 = Instant::now();
+        self.replicas.lock().1 = Instant::now();
         self.heartbeat(&connection, PATIENCE).await?;
         Ok(connection)
     }
@@ -211,7 +212,7 @@ impl QuotaStore {
         let replicas = self.link.run(operation, connection, &script, patience);
         let replicas: u32 = replicas.await?;
         let replicas = replicas.clamp(1, MAX_REPLICAS);
-        let mut seen = self.last_seen();
+        let mut seen = self.replicas.lock();
         if replicas >= seen.0 || seen.1.elapsed() > REPLICA_LIFETIME {
             *seen = (replicas, Instant::now());
         }
@@ -271,11 +272,7 @@ impl QuotaStore {
 
     /// The replicas last seen, at least this one.
     pub fn replicas(&self) -> u32 {
-        self.last_seen().0.max(1)
-    }
-
-    fn last_seen(&self) -> MutexGuard<'_, (u32, Instant)> {
-        self.replicas.lock().unwrap_or_else(PoisonError::into_inner)
+        self.replicas.lock().0.max(1)
     }
 
     /// Removes this replica from the count of replicas. Waits for the store as long as a call does.

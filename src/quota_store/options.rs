@@ -17,7 +17,7 @@ use zeroize::Zeroizing;
 use super::seal::Keys;
 use crate::{
     credentials::file,
-    options::{self, Parsed, Validation, boolean},
+    options::{self, BOOL, Parsed, Validation, boolean},
     pem,
     telemetry::is_invisible,
 };
@@ -47,15 +47,7 @@ pub struct Options {
     #[arg(long, value_name = "FILE", value_parser = pem::roots_file)]
     pub quota_store_ca: Option<PathBuf>,
     /// Allow redis:// beyond loopback, without TLS
-    #[arg(
-        long,
-        value_name = "BOOL",
-        default_value = "false",
-        value_parser = boolean,
-        num_args = 0..=1,
-        default_missing_value = "true",
-        action = ArgAction::Set
-    )]
+    #[arg(long, value_name = BOOL, default_value = "false", value_parser = boolean, action = ArgAction::Set)]
     pub allow_insecure_quota_store: bool,
     /// The keys that the key file holds.
     #[arg(skip)]

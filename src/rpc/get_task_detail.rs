@@ -21,7 +21,7 @@ pub(super) async fn handle(
     request: GetTaskDetailRequest,
 ) -> Result<Arc<Task>, Error> {
     let query = validate(request)?;
-    call.record.set_project(&query.project_id);
+    call.record.project_id = Some(query.project_id.clone());
     facade.check_allowed(&query.project_id)?;
     let lookups = &facade.lookups;
     let auth = lookups
@@ -30,14 +30,14 @@ pub(super) async fn handle(
         .await
         .map_err(Error::Credentials)?;
     let key = lookups.coalescer.key(auth.identity(), query);
-    let span = call.record.span().cloned();
+    let span = call.record.span.clone();
     let origin = Origin {
         caller: call.caller,
         deadline: call.deadline,
         span: span.as_ref(),
         max_age: None,
     };
-    let follow = |progress: &Arc<_>| call.record.follow(Arc::clone(progress));
+    let follow = |progress: &Arc<_>| call.record.progress = Some(Arc::clone(progress));
     let lookup = lookups.look_up(&key, &auth, origin, follow).await;
     lookup::into_task(lookup, &key, auth.owner())
 }

@@ -36,7 +36,7 @@ pub(super) async fn handle(
         workflow_name,
     };
     let query = validate_with(task, etag_violation(&etag))?;
-    call.record.set_project(&query.project_id);
+    call.record.project_id = Some(query.project_id.clone());
     facade.check_allowed(&query.project_id)?;
     let lookups = &facade.lookups;
     let auth = lookups
@@ -48,7 +48,7 @@ pub(super) async fn handle(
     let watcher = Watcher {
         caller: call.caller,
         auth,
-        span: call.record.span().cloned(),
+        span: call.record.span.clone(),
         resumes: !etag.is_empty(),
     };
     let watch = facade

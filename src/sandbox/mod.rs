@@ -28,19 +28,13 @@ mod transport;
 #[cfg(test)]
 mod tests;
 
-use std::{
-    future::Future,
-    io,
-    net::SocketAddr,
-    pin::pin,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
+use std::{future::Future, io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderValue, Method, Request, StatusCode, header};
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::Incoming;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::{
     net::TcpListener,
     task::JoinSet,
@@ -49,7 +43,6 @@ use tokio::{
 
 pub use options::Options;
 use response::{Response, gateway_error, no_such_api};
-pub use scenarios::{SCENARIOS, Scenario};
 use state::State;
 use transport::Script;
 
@@ -100,8 +93,7 @@ struct SharedState(Mutex<State>);
 impl SharedState {
     /// Locks the state. Never held across an await.
     fn state(&self) -> MutexGuard<'_, State> {
-        // The state stays usable after a panic in a request.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 }
 

@@ -59,7 +59,7 @@ pub(super) async fn show_task(
     let _in_flight = TaskInFlight::begin(shared, request);
     let scenario = Act::find(instance_id);
     let workflow_id = parse_workflow_id(request);
-    if let Some((Act::Broken(kind), _)) = scenario {
+    if let Some(Act::Broken(kind)) = scenario {
         let workflow_id = workflow_id.as_deref().unwrap_or_default();
         return Err(kind.script(&fill(NORMAL, instance_id, workflow_id)));
     }
@@ -72,12 +72,11 @@ pub(super) async fn show_task(
                 let example = || Act::find_example(instance_id, &workflow_id);
                 match scenario.or_else(example) {
                     None => unknown_task(),
-                    Some((act, message)) => {
+                    Some(act) => {
                         let task = ScenarioRequest {
                             project_id,
                             instance_id,
                             workflow_id: &workflow_id,
-                            message,
                             request_id,
                         };
                         task.respond(act, state)
@@ -87,7 +86,7 @@ pub(super) async fn show_task(
         }
     };
     // Delayed after authentication, which happens when the request arrives.
-    if let Some((Act::Slow(milliseconds), _)) = scenario {
+    if let Some(Act::Slow(milliseconds)) = scenario {
         sleep(Duration::from_millis(milliseconds.into())).await;
     }
     Ok(response)
@@ -140,8 +139,6 @@ struct ScenarioRequest<'a> {
     project_id: &'a str,
     instance_id: &'a str,
     workflow_id: &'a str,
-    /// The scenario's error message.
-    message: &'a str,
     request_id: &'a str,
 }
 
@@ -149,20 +146,24 @@ impl ScenarioRequest<'_> {
     fn respond(&self, act: Act, state: &mut State) -> Response {
         let status = |number| StatusCode::from_u16(number).expect("scenarios have valid statuses");
         let json = |number, body| response::json(status(number), self.fill(body));
-        let gateway =
-            |number, code| gateway_error(status(number), code, self.message, self.request_id);
+        let gateway = |number, code, message: &str| {
+            gateway_error(status(number), code, message, self.request_id)
+        };
         match act {
             Act::Status(number) => self.plain(status(number)),
             Act::Empty(number) => response::json(status(number), ""),
             Act::Page(number) => page(status(number)),
-            Act::Rds(number, code) => rds_error(status(number), code, self.message),
-            Act::Gateway(number, code) => gateway(number, code),
-            Act::Throttled("") => gateway(429, "APIGW.0308"),
-            Act::Throttled(retry_after) => with_header(
-                gateway(429, "APIGW.0308"),
-                header::RETRY_AFTER,
-                HeaderValue::from_static(retry_after),
-            ),
+            Act::Rds(number, code, message) => rds_error(status(number), code, message),
+            Act::Gateway(number, code, message) => gateway(number, code, message),
+            Act::Throttled(policy, retry_after) => {
+                let message = format!("The throttling threshold has been reached: {policy}");
+                let mut reply = gateway(429, "APIGW.0308", &message);
+                if !retry_after.is_empty() {
+                    let retry_after = HeaderValue::from_static(retry_after);
+                    reply.headers_mut().insert(header::RETRY_AFTER, retry_after);
+                }
+                reply
+            }
             Act::Json(number, body) => json(number, body),
             Act::Typed(content_type) => {
                 response::response(StatusCode::OK, content_type, self.fill(NORMAL))

@@ -175,10 +175,10 @@ impl<S: Service> Edge<S> {
             headers,
         );
         if caller_timeout == Some(timeout) {
-            record.set_callers_deadline();
+            record.is_callers_deadline = true;
         }
         if let Caller::Token(hash) = &caller {
-            record.set_token_hash(hash);
+            record.token_hash = hash.first_chunk().copied();
         }
         let caller_deadline = caller_timeout.map(Deadline::after);
         let limit = Deadline::after(limit);
@@ -220,7 +220,7 @@ impl<S: Service> Edge<S> {
             .bound(message::read(request.body_mut()))
             .await
             .map_err(|_| {
-                call.record.set_callers_deadline();
+                call.record.is_callers_deadline = true;
                 Error::DeadlineExceeded
             })??;
         if deadline.remaining().is_zero() {
@@ -247,11 +247,12 @@ impl<S: Service> Edge<S> {
         connection: &Connection,
         request: Box<Request<RequestBody>>,
     ) -> Response<ReplyBody> {
-        let own = Arc::clone(&connection.watches).try_acquire_owned();
-        let (Ok(own), Some(permit)) = (own, self.shared.watches.try_acquire(call.caller)) else {
+        let permit = Arc::clone(&connection.watches).try_acquire_owned();
+        let fair_permit = self.shared.watches.try_acquire(call.caller);
+        let (Ok(permit), Some(fair_permit)) = (permit, fair_permit) else {
             return reply::failure(call, &Error::Overloaded);
         };
-        (call.fair_permit, call.permit) = (Some(permit), Some(own));
+        (call.fair_permit, call.permit) = (Some(fair_permit), Some(permit));
         let metrics = Arc::clone(&self.shared.sinks.metrics);
         let mut open = OpenWatch::new(metrics);
         let mut ending = self.watch_ending(&call, connection);
@@ -281,7 +282,7 @@ impl<S: Service> Edge<S> {
             .bound(message::read(request.body_mut()))
             .await
             .map_err(|_| {
-                call.record.set_callers_deadline();
+                call.record.is_callers_deadline = true;
                 Error::DeadlineExceeded
             })??;
         let metadata = request.headers();

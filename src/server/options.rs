@@ -5,7 +5,7 @@ use std::{net::SocketAddr, time::Duration};
 use clap::ArgAction;
 
 use super::tls;
-use crate::options::{address, boolean, duration, duration_or_zero, limit};
+use crate::options::{BOOL, address, boolean, duration, duration_or_zero, limit};
 
 /// The options of the gRPC listener.
 #[derive(Debug, Clone, clap::Args)]
@@ -37,15 +37,7 @@ pub struct Options {
     #[arg(long, value_name = "DURATION", default_value = "20s", value_parser = duration_or_zero)]
     pub shutdown_grace: Duration,
     /// Serve gRPC reflection
-    #[arg(
-        long,
-        value_name = "BOOL",
-        default_value = "true",
-        value_parser = boolean,
-        num_args = 0..=1,
-        default_missing_value = "true",
-        action = ArgAction::Set
-    )]
+    #[arg(long, value_name = BOOL, default_value = "true", value_parser = boolean, action = ArgAction::Set)]
     pub reflection: bool,
     /// The time limits of one connection.
     #[command(flatten)]

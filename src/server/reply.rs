@@ -77,8 +77,8 @@ pub(super) fn not_grpc(
     status: StatusCode,
     text: &'static str,
 ) -> Response<ReplyBody> {
-    call.record.fail(Reason::InvalidRequest);
-    call.record.finish(Code::Unknown);
+    call.record.reason = Some(Reason::InvalidRequest);
+    call.record.code = Some(Code::Unknown);
     stream::set_read_deadline(call.deadline.at() + READ_SLACK);
     let mut response = Response::new(ReplyBody::Text(text));
     *response.status_mut() = status;
@@ -123,7 +123,7 @@ pub(super) fn watch(
     ending: BoxFuture<'static, Error>,
     open: OpenWatch,
 ) -> Response<ReplyBody> {
-    call.record.follow(Arc::clone(watch.progress()));
+    call.record.progress = Some(Arc::clone(watch.progress()));
     let headers = success_headers(&call);
     let body = WatchBody::new(call, watch, ending, open);
     let mut response = Response::new(ReplyBody::Watch(Box::new(body)));
@@ -163,14 +163,14 @@ pub(super) fn auxiliary(
 
 /// Finishes a call with the status in `headers`, which the library has encoded, and adds details to a failure.
 fn complete(headers: &mut HeaderMap, call: &mut Call) {
-    let Some(status) = Status::from_header_map(headers) else {
-        return call.record.finish(Code::Unknown);
-    };
-    if status.code() == Code::Ok {
-        return call.record.finish(Code::Ok);
+    match Status::from_header_map(headers) {
+        Some(status) if status.code() != Code::Ok => {
+            let failure = Failure::from_library(status.code(), status.message());
+            write_trailers(&failure, headers, call);
+        }
+        Some(_) => call.record.code = Some(Code::Ok),
+        None => call.record.code = Some(Code::Unknown),
     }
-    let failure = Failure::from_library(status.code(), status.message());
-    write_trailers(&failure, headers, call);
 }
 
 /// Finishes a call with this failure, and returns its status.
@@ -178,9 +178,9 @@ fn finish(failure: &Failure<'_>, call: &mut Call) -> Status {
     if let Some(owner) = failure.rejected_owner() {
         call.record.credential_rejected(owner == Owner::Server);
     }
-    call.record.fail(failure.reason);
-    call.record.finish(failure.code);
-    failure.to_status(call.record.request_id(), call.caller_remaining())
+    call.record.reason = Some(failure.reason);
+    call.record.code = Some(failure.code);
+    failure.to_status(&call.record.request_id, call.caller_remaining())
 }
 
 /// Finishes a call with this failure, whose status it writes to `headers`.
@@ -192,14 +192,14 @@ pub(super) fn write_trailers(failure: &Failure<'_>, headers: &mut HeaderMap, cal
 
 /// Finishes a call with OK.
 pub(super) fn ok_trailers(call: &mut Call) -> HeaderMap {
-    call.record.finish(Code::Ok);
+    call.record.code = Some(Code::Ok);
     let mut trailers = HeaderMap::with_capacity(1);
     trailers.insert(GRPC_STATUS, HeaderValue::from_static("0"));
     trailers
 }
 
 fn id_value(call: &Call) -> HeaderValue {
-    let mut id = HeaderValue::from_str(call.record.request_id())
+    let mut id = HeaderValue::from_str(&call.record.request_id)
         .expect("request ids hold letters, digits, . _ -");
     // Marked sensitive only to keep it out of the HPACK tables: each id is new and would evict headers that repeat (RFC 7541,
     // section 6.2.3).
@@ -220,7 +220,7 @@ impl http_body::Body for ReplyBody {
             Self::Text(text) => Frame::data(Bytes::from_static(text.as_bytes())),
             Self::Message { data, call } if !data.is_empty() => {
                 let frame = data.split_to(data.len().min(MAX_FRAME_BYTES));
-                call.record.sent(frame.len());
+                call.record.bytes += frame.len() as u64;
                 return Poll::Ready(Some(Ok(Frame::data(frame))));
             }
             Self::Message { call, .. } => Frame::trailers(ok_trailers(call)),
@@ -243,7 +243,7 @@ impl http_body::Body for ReplyBody {
                     match std::task::ready!(Pin::new(body).poll_frame(context)) {
                         Some(Ok(frame)) => match frame.into_data() {
                             Ok(data) => {
-                                call.record.sent(data.len());
+                                call.record.bytes += data.len() as u64;
                                 return Poll::Ready(Some(Ok(Frame::data(data))));
                             }
                             Err(frame) => {

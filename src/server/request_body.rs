@@ -8,7 +8,7 @@
 use std::{
     collections::VecDeque,
     pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     task::{Context, Poll},
     time::Duration,
 };
@@ -18,6 +18,7 @@ use futures_util::FutureExt as _;
 use http_body::{Body, Frame, SizeHint};
 use http_body_util::{BodyExt as _, Limited};
 use hyper::body::Incoming;
+use parking_lot::Mutex;
 use tokio::{task::AbortHandle, time::timeout};
 
 /// Bytes of one request that are discarded; the stream of a longer request is reset. Most clients stop when they have the reply.
@@ -100,11 +101,7 @@ impl Discarded {
 
     /// Resets the streams of all incomplete requests, now and from now on, so that a drain does not wait for them.
     pub(super) fn cancel(&self) {
-        let tasks = self
-            .tasks
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
+        let tasks = self.tasks.lock().take();
         tasks.iter().flatten().for_each(AbortHandle::abort);
     }
 
@@ -115,7 +112,7 @@ impl Discarded {
         if rest.as_mut().now_or_never().is_some() {
             return;
         }
-        let mut guard = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut guard = self.tasks.lock();
         let Some(tasks) = guard.as_mut() else {
             return;
         };

@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 
 /// How long a message of a watch may wait for room.
 const MAX_UNREAD: Duration = Duration::from_secs(60);
-/// The same during a drain.
+/// How long it may wait during a drain.
 const MAX_UNREAD_IN_DRAIN: Duration = Duration::from_secs(1);
 
 thread_local! {
@@ -33,7 +33,7 @@ thread_local! {
     static UNREAD: Cell<bool> = const { Cell::new(false) };
 }
 
-/// What a reply said while its stream was polled.
+/// What a reply set while its stream was polled.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 enum Read {
     /// It was not asked for data.

@@ -76,8 +76,8 @@ impl WatchBody {
             self.has_begun = false;
             let parts = self.stream.message(context);
             let progress = Arc::clone(self.stream.progress());
-            self.call.record.follow(progress);
-            self.call.record.message();
+            self.call.record.progress = Some(progress);
+            self.call.record.messages += 1;
             self.data = message::join_parts(&parts).split_off(UNCOMPRESSED.len());
         }
         if self.data.is_empty() {
@@ -94,7 +94,7 @@ impl WatchBody {
                     self.has_begun = true;
                     // Until the next poll it is unknown whether there is room.
                     stream::set_watch(false);
-                    self.call.record.sent(UNCOMPRESSED.len());
+                    self.call.record.bytes += UNCOMPRESSED.len() as u64;
                     return Poll::Ready(Frame::data(Bytes::from_static(UNCOMPRESSED)));
                 }
                 (Poll::Ready(Item::End(Ok(()))), _) => {
@@ -111,7 +111,7 @@ impl WatchBody {
             }
         }
         let frame = self.data.split_to(self.data.len().min(MAX_FRAME_BYTES));
-        self.call.record.sent(frame.len());
+        self.call.record.bytes += frame.len() as u64;
         Poll::Ready(Frame::data(frame))
     }
 
@@ -144,7 +144,7 @@ impl OpenWatch {
     pub(super) fn end(&mut self, error: &Error, is_stale: bool, call: &mut Call) {
         if let Error::Upstream(lookup) = error {
             let progress = Progress::finished(lookup.facts.clone());
-            call.record.follow(progress);
+            call.record.progress = Some(progress);
         }
         self.end_with(match error {
             Error::DeadlineExceeded => WatchEnd::Deadline,

@@ -3,18 +3,19 @@
 use std::time::Duration;
 
 use jiff::Timestamp;
+use prometheus_client::metrics::counter::Counter;
 use tonic::Code;
 use tracing::Level;
 
 use super::{
     context::Context,
-    line::{Line, Style},
+    line::Line,
     metrics::CallerFault,
     record::{Facts, Record},
     trace::ServerSpan,
     writer::Writer,
 };
-use crate::{code, method::Method, reason::Reason};
+use crate::{code, method::Method, options::OutputFormat, reason::Reason};
 
 /// The target of access lines in `RUST_LOG`: `access=off` hides all of them, `access=error` those at level INFO.
 pub(super) const TARGET: &str = "access";
@@ -28,29 +29,27 @@ const MAX_PEER_TEXT: usize = 128;
 /// Writes access lines. Clones write to the same log.
 #[derive(Debug, Clone)]
 pub struct Access {
-    style: Style,
+    format: OutputFormat,
     writer: Writer,
 }
 
 impl Access {
     /// An access log that drops every line, for tests and benchmarks.
     pub fn off() -> Self {
-        Self::new(Style::Text, Writer::closed())
+        // Closed at once by its guard.
+        let (writer, _) = Writer::new(std::io::sink(), Counter::default());
+        Self::new(OutputFormat::Text, writer)
     }
 
     /// An access log in this style.
-    pub(super) fn new(style: Style, writer: Writer) -> Self {
-        Self { style, writer }
+    pub(super) fn new(format: OutputFormat, writer: Writer) -> Self {
+        Self { format, writer }
     }
 
     /// Writes one line unless the filter hides it. Never blocks.
     pub(super) fn write(&self, record: &Record, code: Code, took: Duration, facts: &Facts) {
-        let level = level(
-            record.method,
-            code,
-            record.reason,
-            record.caller_fault(code, facts),
-        );
+        let caller_fault = record.caller_fault(code, facts);
+        let level = level(record.method, code, record.reason, caller_fault);
         // Separate call sites, because each caches the filter's decision for its own target and level.
         let shown = match (target(record.method), level) {
             (HEALTH_TARGET, Level::ERROR) => {
@@ -63,7 +62,7 @@ impl Access {
         if shown {
             let now = Timestamp::now();
             self.writer
-                .write(&render(self.style, now, level, record, code, took, facts));
+                .write(&render(self.format, now, level, record, code, took, facts));
         }
     }
 }
@@ -104,7 +103,7 @@ fn level(
 }
 
 fn render(
-    style: Style,
+    format: OutputFormat,
     now: Timestamp,
     level: Level,
     record: &Record,
@@ -112,7 +111,7 @@ fn render(
     took: Duration,
     facts: &Facts,
 ) -> String {
-    let mut line = Line::new(style, now, level, target(record.method), "rpc");
+    let mut line = Line::new(format, now, level, target(record.method), "rpc");
     line.text("request_id", &limited(record.request_id.as_bytes()));
     // The call's own span if traces are exported, else the caller's span.
     let caller = match (&record.span, &record.traceparent) {
@@ -239,9 +238,9 @@ mod tests {
             ("user-agent", b"grpc-go/1.80"),
         ];
         let mut record = record(&Access::off(), &headers);
-        record.set_token_hash(&[0x0a; 16]);
-        record.set_project("project-1");
-        record.fail(Reason::TaskNotFound);
+        record.token_hash = Some([0x0a; 6]);
+        record.project_id = Some("project-1".to_owned());
+        record.reason = Some(Reason::TaskNotFound);
         let facts = Facts {
             attempts: 2,
             http_status: Some(404),
@@ -251,7 +250,7 @@ mod tests {
         };
 
         let text = render(
-            Style::Json,
+            OutputFormat::Json,
             now(),
             Level::INFO,
             &record,
@@ -278,11 +277,11 @@ mod tests {
     #[test]
     fn text_line_omits_unknown_fields() {
         let mut record = record(&Access::off(), &[]);
-        record.sent(87);
+        record.bytes += 87;
 
         assert_eq!(
             render(
-                Style::Text,
+                OutputFormat::Text,
                 now(),
                 Level::INFO,
                 &record,
@@ -303,7 +302,7 @@ mod tests {
         let record = record(&Access::off(), &[("user-agent", &agent)]);
 
         let line = render(
-            Style::Json,
+            OutputFormat::Json,
             now(),
             Level::INFO,
             &record,
@@ -400,13 +399,14 @@ mod tests {
             let (writer, flush) = Writer::new(recorder.clone(), Counter::default());
             let repeats = Repeats::new(Counter::default());
             let filter_set = log::filter(filter).unwrap();
-            let subscriber = log::subscriber(Style::Text, filter_set, writer.clone(), repeats);
-            let access = Access::new(Style::Text, writer);
+            let subscriber =
+                log::subscriber(OutputFormat::Text, filter_set, writer.clone(), repeats);
+            let access = Access::new(OutputFormat::Text, writer);
             with_default(subscriber, || {
-                record(&access, &[]).finish(Code::NotFound);
-                record(&access, &[]).finish(Code::Internal);
-                record_of(Method::HealthCheck, &access, &[]).finish(Code::Ok);
-                record_of(Method::HealthWatch, &access, &[]).finish(Code::Internal);
+                record(&access, &[]).code = Some(Code::NotFound);
+                record(&access, &[]).code = Some(Code::Internal);
+                record_of(Method::HealthCheck, &access, &[]).code = Some(Code::Ok);
+                record_of(Method::HealthWatch, &access, &[]).code = Some(Code::Internal);
             });
             drop(flush);
             let text = recorder.text();

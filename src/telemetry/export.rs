@@ -18,12 +18,13 @@ use tokio_util::sync::CancellationToken;
 use url::Url;
 
 use super::{
-    Tracing, conventions as names,
+    Tracing,
     metrics::Metrics,
     otlp::{
         ExportTraceServiceRequest, ExportTraceServiceResponse, InstrumentationScope, KeyValue,
         Resource, ResourceSpans, ScopeSpans, Span,
     },
+    trace::SCHEMA_URL,
 };
 use crate::{
     http_client::{self, BuildError, Client, Reuse, SystemRoots, tls_config},
@@ -238,8 +239,8 @@ impl Exporter {
         let resource = self.config.resource.iter();
         let resource = resource.map(|(key, value)| (key.as_str(), value.as_str()));
         let service = [
-            (names::SERVICE_NAME, self.config.service_name.as_str()),
-            (names::SERVICE_VERSION, version),
+            ("service.name", self.config.service_name.as_str()),
+            ("service.version", version),
         ];
         let attributes = resource.chain(service);
         let attributes = attributes.map(|(key, value)| KeyValue::text(key, value));
@@ -256,9 +257,9 @@ impl Exporter {
                         ..InstrumentationScope::default()
                     }),
                     spans,
-                    schema_url: names::SCHEMA_URL.to_owned(),
+                    schema_url: SCHEMA_URL.to_owned(),
                 }],
-                schema_url: names::SCHEMA_URL.to_owned(),
+                schema_url: SCHEMA_URL.to_owned(),
             }],
         }
     }

@@ -12,51 +12,40 @@ use std::fmt::{self, Write as _};
 use jiff::Timestamp;
 use tracing::Level;
 
+use crate::options::OutputFormat;
+
 /// Longer values are truncated, which bounds the memory of queued lines. The configuration in the first log line is shorter.
 const MAX_FIELD_BYTES: usize = 8192;
 
-/// The format of lines.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Style {
-    Json,
-    Text,
-    /// Text with a coloured level, for a terminal.
-    ColouredText,
-}
-
 /// A line under construction.
 pub(super) struct Line {
-    style: Style,
+    format: OutputFormat,
     buffer: String,
 }
 
 impl Line {
     pub(super) fn new(
-        style: Style,
+        format: OutputFormat,
         now: Timestamp,
         level: Level,
         target: &str,
         message: &str,
     ) -> Self {
         let mut line = Self {
-            style,
+            format,
             buffer: String::with_capacity(512),
         };
-        let colour = ansi_colour(level);
-        match style {
-            Style::Json => {
+        match format {
+            OutputFormat::Json => {
                 line.write(format_args!(r#"{{"ts":"{now:.3}","level":"{level}""#));
                 line.text("target", target);
                 line.text("msg", message);
-                return line;
             }
-            Style::Text => line.write(format_args!("{now:.3} {level}")),
-            Style::ColouredText => {
-                line.write(format_args!("{now:.3} \u{1b}[{colour}m{level}\u{1b}[0m"))
+            OutputFormat::Text => {
+                line.write(format_args!("{now:.3} {level} {target}: "));
+                line.escape(truncate(message), false);
             }
         }
-        line.write(format_args!(" {target}: "));
-        line.escape(truncate(message), false);
         line
     }
 
@@ -64,7 +53,7 @@ impl Line {
     pub(super) fn text(&mut self, name: &'static str, value: &str) {
         self.name(name);
         let value = truncate(value);
-        let bare = self.style != Style::Json
+        let bare = self.format != OutputFormat::Json
             && !value.is_empty()
             && value
                 .bytes()
@@ -86,17 +75,17 @@ impl Line {
 
     /// The finished line, with its line feed.
     pub(super) fn finish(mut self) -> String {
-        self.buffer.push_str(match self.style {
-            Style::Json => "}\n",
-            _ => "\n",
+        self.buffer.push_str(match self.format {
+            OutputFormat::Json => "}\n",
+            OutputFormat::Text => "\n",
         });
         self.buffer
     }
 
     fn name(&mut self, name: &'static str) {
-        let (before, after) = match self.style {
-            Style::Json => (",\"", "\":"),
-            _ => (" ", "="),
+        let (before, after) = match self.format {
+            OutputFormat::Json => (",\"", "\":"),
+            OutputFormat::Text => (" ", "="),
         };
         for part in [before, name, after] {
             self.buffer.push_str(part);
@@ -115,25 +104,11 @@ impl Line {
             return;
         }
         for c in text.chars() {
-            match c {
-                '"' | '\\' if escape_quotes => self.buffer.extend(['\\', c]),
-                '\n' => self.buffer.push_str("\\n"),
-                '\r' => self.buffer.push_str("\\r"),
-                '\t' => self.buffer.push_str("\\t"),
-                c if is_invisible(c) => escape_utf16(c, &mut self.buffer),
-                c => self.buffer.push(c),
+            if escape_quotes && matches!(c, '"' | '\\') {
+                self.buffer.push('\\');
             }
+            escape(c, &mut self.buffer).expect("writing to a String does not fail");
         }
-    }
-}
-
-fn ansi_colour(level: Level) -> u8 {
-    match level {
-        Level::ERROR => 31,
-        Level::WARN => 33,
-        Level::INFO => 32,
-        Level::DEBUG => 34,
-        Level::TRACE => 35,
     }
 }
 
@@ -152,10 +127,26 @@ pub(crate) fn is_invisible(c: char) -> bool {
         )
 }
 
-/// Appends a character as in JSON: `\u` and four hexadecimal digits for each unit of UTF-16.
-pub(crate) fn escape_utf16(c: char, text: &mut String) {
-    for unit in c.encode_utf16(&mut [0; 2]) {
-        write!(text, "\\u{unit:04x}").expect("writing to a String does not fail");
+/// Text with each control character and invisible mark escaped as in JSON: it stays one line and is safe on a terminal.
+pub(crate) struct Escaped<'a>(pub(crate) &'a str);
+
+impl fmt::Display for Escaped<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.chars().try_for_each(|c| escape(c, f))
+    }
+}
+
+fn escape(c: char, text: &mut impl fmt::Write) -> fmt::Result {
+    match c {
+        '\n' => text.write_str("\\n"),
+        '\r' => text.write_str("\\r"),
+        '\t' => text.write_str("\\t"),
+        c if is_invisible(c) => {
+            let mut units = [0; 2];
+            let mut units = c.encode_utf16(&mut units).iter();
+            units.try_for_each(|unit| write!(text, "\\u{unit:04x}"))
+        }
+        c => text.write_char(c),
     }
 }
 
@@ -169,8 +160,8 @@ mod tests {
         "2026-02-03T03:04:05.678Z".parse().unwrap()
     }
 
-    fn line(style: Style, message: &str, value: &str) -> String {
-        let mut line = Line::new(style, now(), Level::INFO, "access", message);
+    fn line(format: OutputFormat, message: &str, value: &str) -> String {
+        let mut line = Line::new(format, now(), Level::INFO, "access", message);
         line.text("user_agent", value);
         line.plain("bytes", 12);
         line.finish()
@@ -194,7 +185,7 @@ mod tests {
 
         for (value, expected) in cases {
             assert_eq!(
-                line(Style::Text, "rpc \"x\"", value),
+                line(OutputFormat::Text, "rpc \"x\"", value),
                 format!("2026-02-03T03:04:05.678Z INFO access: rpc \"x\" {expected} bytes=12\n"),
                 "{value:?}"
             );
@@ -204,23 +195,15 @@ mod tests {
     #[test]
     fn json_line_is_one_object_with_fixed_fields_first() {
         assert_eq!(
-            line(Style::Json, "rpc", "a\"},{\n"),
+            line(OutputFormat::Json, "rpc", "a\"},{\n"),
             "{\"ts\":\"2026-02-03T03:04:05.678Z\",\"level\":\"INFO\",\"target\":\"access\",\"msg\":\"rpc\",\
              \"user_agent\":\"a\\\"},{\\n\",\"bytes\":12}\n"
         );
     }
 
     #[test]
-    fn only_the_level_is_coloured() {
-        assert_eq!(
-            line(Style::ColouredText, "rpc", "x"),
-            "2026-02-03T03:04:05.678Z \u{1b}[32mINFO\u{1b}[0m access: rpc user_agent=x bytes=12\n"
-        );
-    }
-
-    #[test]
     fn long_field_is_truncated_at_a_character_boundary() {
-        let text = line(Style::Text, "rpc", &"\u{20ac}".repeat(5000));
+        let text = line(OutputFormat::Text, "rpc", &"\u{20ac}".repeat(5000));
 
         assert!(text.len() < MAX_FIELD_BYTES + 100);
         assert!(text.ends_with("\u{20ac}\" bytes=12\n"));
@@ -229,8 +212,8 @@ mod tests {
     proptest! {
         #[test]
         fn any_text_stays_one_line_and_one_json_object(message: String, value: String) {
-            let json = line(Style::Json, &message, &value);
-            let text = line(Style::Text, &message, &value);
+            let json = line(OutputFormat::Json, &message, &value);
+            let text = line(OutputFormat::Text, &message, &value);
 
             let object: serde_json::Value = serde_json::from_str(&json).unwrap();
             prop_assert_eq!(object["msg"].as_str().unwrap(), truncate(&message));

@@ -20,12 +20,8 @@ use tracing_subscriber::{
     layer::{Context, SubscriberExt as _},
 };
 
-use super::{
-    access,
-    line::{Line, Style},
-    repeats::Repeats,
-    writer::Writer,
-};
+use super::{access, line::Line, repeats::Repeats, writer::Writer};
+use crate::options::OutputFormat;
 
 /// The prefix of this crate's targets.
 const OWN_TARGET: &str = "rds_task_facade";
@@ -37,14 +33,14 @@ pub(crate) fn filter(text: &str) -> Option<EnvFilter> {
 
 /// The subscriber of the process: applies the filter and the limit for other crates, and writes lines to `writer`.
 pub(super) fn subscriber(
-    style: Style,
+    format: OutputFormat,
     filter: EnvFilter,
     writer: Writer,
     repeats: Repeats,
 ) -> impl Subscriber + Send + Sync {
     tracing_subscriber::registry()
         .with(Lines {
-            style,
+            format,
             writer,
             repeats,
         })
@@ -71,7 +67,7 @@ pub(super) fn set_panic_hook() {
 
 /// Writes each event as one line.
 struct Lines {
-    style: Style,
+    format: OutputFormat,
     writer: Writer,
     repeats: Repeats,
 }
@@ -83,7 +79,7 @@ impl<S: Subscriber> Layer<S> for Lines {
         event.record(&mut main);
         let now = Timestamp::now();
         let mut line = Line::new(
-            self.style,
+            self.format,
             now,
             *metadata.level(),
             metadata.target(),
@@ -177,11 +173,11 @@ mod tests {
     use super::*;
     use crate::telemetry::writer::tests::Recorder;
 
-    fn logged(style: Style, filter_text: &str, log: impl FnOnce()) -> String {
+    fn logged(format: OutputFormat, filter_text: &str, log: impl FnOnce()) -> String {
         let recorder = Recorder::default();
         let (writer, flush) = Writer::new(recorder.clone(), Counter::default());
         let repeats = Repeats::new(Counter::default());
-        let subscriber = subscriber(style, filter(filter_text).unwrap(), writer, repeats);
+        let subscriber = subscriber(format, filter(filter_text).unwrap(), writer, repeats);
         with_default(subscriber, log);
         drop(flush);
         recorder.text()
@@ -189,7 +185,7 @@ mod tests {
 
     #[test]
     fn event_is_one_json_object_with_its_fields() {
-        let text = logged(Style::Json, "info", || {
+        let text = logged(OutputFormat::Json, "info", || {
             tracing::info!(
                 count = 3,
                 ok = true,
@@ -211,7 +207,7 @@ mod tests {
 
     #[test]
     fn other_crates_log_nothing_below_warn_with_any_filter() {
-        let text = logged(Style::Json, "trace", || {
+        let text = logged(OutputFormat::Json, "trace", || {
             tracing::trace!(target: "hyper::proto", "header-canary");
             tracing::debug!(target: "h2::codec", "header-canary");
             tracing::info!(target: "reqwest::connect", "header-canary");
@@ -236,7 +232,7 @@ mod tests {
         ];
 
         for (filter_text, info, debug) in cases {
-            let text = logged(Style::Json, filter_text, || {
+            let text = logged(OutputFormat::Json, filter_text, || {
                 tracing::info!("informed");
                 tracing::debug!("debugged");
             });
@@ -248,7 +244,7 @@ mod tests {
     #[test]
     fn only_repeated_warnings_are_suppressed() {
         let warn = |reason: &str, cause: &str| tracing::warn!(reason, cause, "flood");
-        let text = logged(Style::Json, "info", || {
+        let text = logged(OutputFormat::Json, "info", || {
             for number in 0..50 {
                 warn("SAME", "cause");
                 warn("DIFFERENT", &format!("cause {number}"));

@@ -1,5 +1,5 @@
 //! Every metric by name, in one list. Label sets are closed and all series exist from the start, so a rate is never absent
-//! and no caller can add a series.
+//! and no caller can add a series. The values of a label are the variants of an enum in `snake_case`.
 
 use std::{
     array,
@@ -12,6 +12,7 @@ use prometheus_client::{
     metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram, info::Info},
     registry::{Metric, Registry},
 };
+use strum::{VariantArray as _, VariantNames};
 use tonic::Code;
 
 use crate::{
@@ -22,9 +23,11 @@ use crate::{
 };
 
 /// How one upstream attempt ended, as the label `outcome`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, VariantNames)]
+#[strum(serialize_all = "snake_case")]
 pub enum AttemptOutcome {
     /// A complete reply, with any status.
+    #[strum(serialize = "answer")]
     Reply,
     /// No complete reply: name lookup, connection, TLS, reset, truncation or protocol error.
     TransportError,
@@ -35,7 +38,8 @@ pub enum AttemptOutcome {
 }
 
 /// Why a call failed that the caller alone is responsible for, as the label `cause`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, VariantNames)]
+#[strum(serialize_all = "snake_case")]
 pub enum CallerFault {
     /// The caller's deadline left no time for a reply.
     Deadline,
@@ -43,14 +47,9 @@ pub enum CallerFault {
     Http,
 }
 
-/// In the order of [`CallerFault`].
-const CALLER_FAULTS: [&str; 2] = ["deadline", "http"];
-
-/// In the order of [`AttemptOutcome`].
-const OUTCOMES: [&str; 4] = ["answer", "transport_error", "timeout", "cancelled"];
-
 /// How a poll of a watched task ended, as the label `outcome`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, VariantNames)]
+#[strum(serialize_all = "snake_case")]
 pub enum PollOutcome {
     /// The task's text differs from the previous poll.
     Changed,
@@ -62,11 +61,9 @@ pub enum PollOutcome {
     Throttled,
 }
 
-/// In the order of [`PollOutcome`].
-const POLL_OUTCOMES: [&str; 4] = ["changed", "unchanged", "failed", "throttled"];
-
 /// A message of a watch, as the label `kind`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, VariantNames)]
+#[strum(serialize_all = "snake_case")]
 pub enum WatchMessage {
     /// With the task.
     State,
@@ -74,11 +71,9 @@ pub enum WatchMessage {
     Heartbeat,
 }
 
-/// In the order of [`WatchMessage`].
-const WATCH_MESSAGES: [&str; 2] = ["state", "heartbeat"];
-
 /// Why a watch ended, as the label `cause`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, VariantNames)]
+#[strum(serialize_all = "snake_case")]
 pub enum WatchEnd {
     /// The task is over.
     Over,
@@ -98,20 +93,9 @@ pub enum WatchEnd {
     Unread,
 }
 
-/// In the order of [`WatchEnd`].
-const WATCH_ENDS: [&str; 8] = [
-    "over",
-    "deadline",
-    "cancelled",
-    "expired",
-    "drain",
-    "error",
-    "stale",
-    "unread",
-];
-
 /// What a request to the quota store is for, as the label `operation`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, VariantNames)]
+#[strum(serialize_all = "snake_case")]
 pub enum StoreOperation {
     /// Admits an attempt: throttle windows, the rest of the key, the rate.
     Admit,
@@ -129,19 +113,9 @@ pub enum StoreOperation {
     Heartbeat,
 }
 
-/// In the order of [`StoreOperation`].
-const STORE_OPERATIONS: [&str; 7] = [
-    "admit",
-    "poll",
-    "share",
-    "publish",
-    "throttle",
-    "key",
-    "heartbeat",
-];
-
 /// How a request to the quota store ended, as the label `outcome`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, VariantNames)]
+#[strum(serialize_all = "snake_case")]
 pub enum StoreOutcome {
     /// With a reply that was used.
     Ok,
@@ -154,9 +128,6 @@ pub enum StoreOutcome {
     /// The entry in the reply was not used: not authentic, too long, too old, or from another version.
     Rejected,
 }
-
-/// In the order of [`StoreOutcome`].
-const STORE_OUTCOMES: [&str; 5] = ["ok", "timeout", "error", "skipped", "rejected"];
 
 const STATUS_CLASSES: [&str; 6] = ["1xx", "2xx", "3xx", "4xx", "5xx", "none"];
 
@@ -175,7 +146,8 @@ const RETRY_REASONS: [Reason; 10] = [
 ];
 
 /// Why the server closed a connection before HTTP/2, as the label `reason`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, VariantNames)]
+#[strum(serialize_all = "snake_case")]
 pub enum Refusal {
     /// As many connections are open as `--max-connections` and the descriptors of the process allow.
     Limit,
@@ -190,9 +162,6 @@ pub enum Refusal {
     /// The client does not speak HTTP/2.
     Protocol,
 }
-
-/// In the order of [`Refusal`].
-const REFUSALS: [&str; 6] = ["limit", "closed", "timeout", "tls", "alpn", "protocol"];
 
 /// The label names and values of one series.
 type Labels<const N: usize> = [(&'static str, &'static str); N];
@@ -230,7 +199,7 @@ pub struct Metrics {
     /// Indexed by [`Method`].
     calls: Vec<MethodSeries>,
     /// Indexed by [`AttemptOutcome`], then as [`STATUS_CLASSES`].
-    attempts: [[Counter; STATUS_CLASSES.len()]; OUTCOMES.len()],
+    attempts: [[Counter; STATUS_CLASSES.len()]; AttemptOutcome::VARIANTS.len()],
     attempt_seconds: Histogram,
     /// Indexed as [`RETRY_REASONS`].
     retries: [Counter; RETRY_REASONS.len()],
@@ -245,7 +214,7 @@ pub struct Metrics {
     /// Calls of `GetTaskDetail` that were slow only because they waited for the rate limiter.
     pub paced: Counter,
     /// Indexed by [`Reason`].
-    failed: [Counter; Reason::ALL.len()],
+    failed: [Counter; Reason::VARIANTS.len()],
     /// Replies about another instance than requested.
     pub mismatched_replies: Counter,
     credential_expiry: Gauge<f64, AtomicU64>,
@@ -253,7 +222,7 @@ pub struct Metrics {
     /// The caller's credential, the facade's own.
     credential_rejected: [Counter; 2],
     /// Indexed by [`CallerFault`].
-    caller_faults: [Counter; CALLER_FAULTS.len()],
+    caller_faults: [Counter; CallerFault::VARIANTS.len()],
     tls_certificate_expiry: Gauge<f64, AtomicU64>,
     /// Open watches.
     pub watches: Gauge,
@@ -262,17 +231,17 @@ pub struct Metrics {
     /// Tasks with a poller.
     pub watched_tasks: Gauge,
     /// Indexed by [`PollOutcome`].
-    watch_polls: [Counter; POLL_OUTCOMES.len()],
+    watch_polls: [Counter; PollOutcome::VARIANTS.len()],
     /// Indexed by [`WatchMessage`].
-    watch_messages: [Counter; WATCH_MESSAGES.len()],
+    watch_messages: [Counter; WatchMessage::VARIANTS.len()],
     /// States that a newer one replaced before a watch had room for it.
     pub watch_states_skipped: Counter,
     /// Indexed by [`WatchEnd`].
-    watch_ends: [Counter; WATCH_ENDS.len()],
+    watch_ends: [Counter; WatchEnd::VARIANTS.len()],
     /// Open gRPC connections.
     pub connections: Gauge,
     /// Indexed by [`Refusal`].
-    connections_refused: [Counter; REFUSALS.len()],
+    connections_refused: [Counter; Refusal::VARIANTS.len()],
     /// Caught panics.
     pub panics: Counter,
     /// Background tasks restarted after a panic.
@@ -290,7 +259,7 @@ pub struct Metrics {
     /// Replicas last seen in the quota store; 0 before that.
     pub store_replicas: Gauge,
     /// Indexed by [`StoreOperation`], then by [`StoreOutcome`].
-    store_requests: [[Counter; STORE_OUTCOMES.len()]; STORE_OPERATIONS.len()],
+    store_requests: [[Counter; StoreOutcome::VARIANTS.len()]; StoreOperation::VARIANTS.len()],
     store_seconds: Histogram,
     /// Spans the collector accepted.
     pub spans_exported: Counter,
@@ -318,6 +287,11 @@ impl Metrics {
             "Duration of a request to the quota store",
             store_seconds.clone(),
         );
+        let reasons: Vec<_> = Reason::VARIANTS
+            .iter()
+            .copied()
+            .map(Reason::as_str)
+            .collect();
         let metrics = Self {
             calls: call_series(r),
             attempts: attempt_series(r),
@@ -326,7 +300,8 @@ impl Metrics {
                 r,
                 "rds_upstream_retries",
                 "Upstream attempts after the first",
-                RETRY_REASONS.map(|reason| [("reason", reason.as_str())]),
+                "reason",
+                &RETRY_REASONS.map(Reason::as_str),
             ),
             upstream_in_flight: register(
                 r,
@@ -353,7 +328,8 @@ impl Metrics {
                 r,
                 "rds_failed_calls",
                 "Calls and watches that failed, by reason",
-                Reason::ALL.map(|reason| [("reason", reason.as_str())]),
+                "reason",
+                &reasons,
             ),
             mismatched_replies: register(
                 r,
@@ -369,19 +345,22 @@ impl Metrics {
                 r,
                 "rds_credential_refresh",
                 "Fetches of a credential",
-                ["success", "failure"].map(|outcome| [("outcome", outcome)]),
+                "outcome",
+                &["success", "failure"],
             ),
             credential_rejected: counters(
                 r,
                 "rds_credential_rejected",
                 "Calls that failed because the credential was rejected or is locked",
-                ["caller", "server"].map(|owner| [("owner", owner)]),
+                "owner",
+                &["caller", "server"],
             ),
             caller_faults: counters(
                 r,
                 "rds_caller_faults",
                 "Calls with an error code that the caller alone is responsible for",
-                CALLER_FAULTS.map(|cause| [("cause", cause)]),
+                "cause",
+                CallerFault::VARIANTS,
             ),
             tls_certificate_expiry: register(
                 r,
@@ -395,13 +374,15 @@ impl Metrics {
                 r,
                 "rds_watch_polls",
                 "Polls of watched tasks",
-                POLL_OUTCOMES.map(|outcome| [("outcome", outcome)]),
+                "outcome",
+                PollOutcome::VARIANTS,
             ),
             watch_messages: counters(
                 r,
                 "rds_watch_messages",
                 "Messages of watches",
-                WATCH_MESSAGES.map(|kind| [("kind", kind)]),
+                "kind",
+                WatchMessage::VARIANTS,
             ),
             watch_states_skipped: register(
                 r,
@@ -412,21 +393,24 @@ impl Metrics {
                 r,
                 "rds_watch_ended",
                 "Watches that ended",
-                WATCH_ENDS.map(|cause| [("cause", cause)]),
+                "cause",
+                WatchEnd::VARIANTS,
             ),
             connections: register(r, "grpc_server_connections", "Open gRPC connections"),
             connections_refused: counters(
                 r,
                 "grpc_server_connections_refused",
                 "Connections closed before HTTP/2",
-                REFUSALS.map(|reason| [("reason", reason)]),
+                "reason",
+                Refusal::VARIANTS,
             ),
             panics: register(r, "panics", "Panics caught"),
             background: Restarts(counters(
                 r,
                 "background_task_restarts",
                 "Background tasks restarted after a panic",
-                Task::NAMES.map(|task| [("task", task)]),
+                "task",
+                Task::VARIANTS,
             )),
             log_lines_dropped: register(
                 r,
@@ -461,7 +445,8 @@ impl Metrics {
                 r,
                 "trace_spans_dropped",
                 "Spans that did not reach the collector",
-                ["queue_full", "export_failed"].map(|reason| [("reason", reason)]),
+                "reason",
+                &["queue_full", "export_failed"],
             ),
             registry,
         };
@@ -618,22 +603,27 @@ fn call_series(r: &mut Registry) -> Vec<MethodSeries> {
     Method::all().into_iter().map(series).collect()
 }
 
-fn attempt_series(r: &mut Registry) -> [[Counter; STATUS_CLASSES.len()]; OUTCOMES.len()] {
+fn attempt_series(
+    r: &mut Registry,
+) -> [[Counter; STATUS_CLASSES.len()]; AttemptOutcome::VARIANTS.len()] {
     let family: Family<Labels<2>, Counter> =
         register(r, "rds_upstream_requests", "Upstream attempts");
-    OUTCOMES.map(|outcome| {
-        STATUS_CLASSES.map(|class| {
-            family.get_or_create_owned(&[("outcome", outcome), ("status_class", class)])
-        })
+    array::from_fn(|outcome| {
+        let outcome = ("outcome", AttemptOutcome::VARIANTS[outcome]);
+        STATUS_CLASSES.map(|class| family.get_or_create_owned(&[outcome, ("status_class", class)]))
     })
 }
 
-fn store_series(r: &mut Registry) -> [[Counter; STORE_OUTCOMES.len()]; STORE_OPERATIONS.len()] {
+fn store_series(
+    r: &mut Registry,
+) -> [[Counter; StoreOutcome::VARIANTS.len()]; StoreOperation::VARIANTS.len()] {
     let family: Family<Labels<2>, Counter> =
         register(r, "quota_store_requests", "Requests to the quota store");
-    STORE_OPERATIONS.map(|operation| {
-        STORE_OUTCOMES.map(|outcome| {
-            family.get_or_create_owned(&[("operation", operation), ("outcome", outcome)])
+    array::from_fn(|operation| {
+        let operation = ("operation", StoreOperation::VARIANTS[operation]);
+        array::from_fn(|outcome| {
+            let outcome = ("outcome", StoreOutcome::VARIANTS[outcome]);
+            family.get_or_create_owned(&[operation, outcome])
         })
     })
 }
@@ -645,13 +635,14 @@ fn register<M: Metric + Clone + Default>(r: &mut Registry, name: &str, help: &st
     metric
 }
 
-/// Registers a counter with labels and creates its series.
-fn counters<const N: usize, const SERIES: usize>(
+/// Registers a counter with a label and creates the series of its values.
+fn counters<const SERIES: usize>(
     r: &mut Registry,
     name: &str,
     help: &str,
-    labels: [Labels<N>; SERIES],
+    label: &'static str,
+    values: &[&'static str],
 ) -> [Counter; SERIES] {
-    let family: Family<Labels<N>, Counter> = register(r, name, help);
-    labels.map(|labels| family.get_or_create_owned(&labels))
+    let family: Family<Labels<1>, Counter> = register(r, name, help);
+    array::from_fn(|index| family.get_or_create_owned(&[(label, values[index])]))
 }

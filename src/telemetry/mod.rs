@@ -3,7 +3,6 @@
 mod access;
 mod attempt;
 pub mod context;
-mod conventions;
 mod export;
 mod line;
 pub(crate) mod log;
@@ -19,7 +18,7 @@ mod writer;
 
 use std::{
     fs::File,
-    io::{self, IsTerminal as _, Write as _},
+    io::{self, Write as _},
     os::fd::AsFd as _,
     sync::Arc,
 };
@@ -27,21 +26,22 @@ use std::{
 use jiff::Timestamp;
 use tracing::Level;
 
-pub(crate) use self::line::{escape_utf16, is_invisible};
+pub(crate) use self::line::{Escaped, is_invisible};
 pub use self::{
     access::Access,
     attempt::AttemptRecord,
-    options::{LogFormat, Options},
+    options::Options,
     otel::{Propagators, Sampler, Tracing},
     record::{Facts, Peer, Progress, Record, Sinks},
     trace::{ServerSpan, Tracer},
 };
 use self::{
-    line::{Line, Style},
+    line::Line,
     metrics::Metrics,
     repeats::Repeats,
     writer::{Flush, Writer},
 };
+use crate::options::OutputFormat;
 
 /// The log of the process. Dropping it writes the queued lines, so it must live until the process ends.
 #[derive(Debug)]
@@ -56,20 +56,16 @@ pub struct Telemetry {
 /// # Panics
 /// When the log was started before, or no thread can be started.
 pub fn start(options: &Options, metrics: &Metrics) -> Telemetry {
-    let style = match options.log_format {
-        LogFormat::Json => Style::Json,
-        LogFormat::Text if io::stdout().is_terminal() => Style::ColouredText,
-        LogFormat::Text => Style::Text,
-    };
+    let format = options.log_format;
     let (writer, flush) = Writer::new(standard_output(), metrics.log_lines_dropped.clone());
     let filter =
         log::filter(&options.filter).expect("validated options hold only filters that parse");
     let repeats = Repeats::new(metrics.log_lines_suppressed.clone());
-    let subscriber = log::subscriber(style, filter, writer.clone(), repeats);
+    let subscriber = log::subscriber(format, filter, writer.clone(), repeats);
     tracing::subscriber::set_global_default(subscriber).expect("the log is started once");
     log::set_panic_hook();
     Telemetry {
-        access: Access::new(style, writer),
+        access: Access::new(format, writer),
         _flush: flush,
     }
 }
@@ -98,11 +94,11 @@ pub fn start_tracing(options: &Options, metrics: Arc<Metrics>) -> Option<Arc<Tra
 }
 
 /// Prints configuration problems on standard error, one line each; JSON objects if the log is JSON.
-pub fn print_problems(problems: &[String], format: LogFormat) {
+pub fn print_problems(problems: &[String], format: OutputFormat) {
     let line = |problem: &String| match format {
-        LogFormat::Text => format!("{}: {problem}\n", env!("CARGO_PKG_NAME")),
-        LogFormat::Json => Line::new(
-            Style::Json,
+        OutputFormat::Text => format!("{}: {problem}\n", env!("CARGO_PKG_NAME")),
+        OutputFormat::Json => Line::new(
+            OutputFormat::Json,
             Timestamp::now(),
             Level::ERROR,
             "rds_task_facade::cli",

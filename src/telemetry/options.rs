@@ -3,7 +3,7 @@
 use clap::ArgAction;
 
 use super::{Tracing, log, otel};
-use crate::options::{self, Parsed, Validation, boolean};
+use crate::options::{self, BOOL, OutputFormat, Parsed, Validation, boolean};
 
 /// The options of the log and of traces.
 #[derive(Debug, Clone, clap::Args)]
@@ -11,18 +11,10 @@ use crate::options::{self, Parsed, Validation, boolean};
 #[command(next_help_heading = "Log and traces")]
 pub struct Options {
     /// Log format, text or json; RUST_LOG sets the filter
-    #[arg(long, value_name = "FORMAT", default_value = "text", value_parser = options::word::<LogFormat>)]
-    pub log_format: LogFormat,
+    #[arg(long, value_name = "FORMAT", default_value = "text", value_parser = options::word::<OutputFormat>)]
+    pub log_format: OutputFormat,
     /// Send traceparent and tracestate of each attempt's span to RDS; needs trace export
-    #[arg(
-        long,
-        value_name = "BOOL",
-        default_value = "false",
-        value_parser = boolean,
-        num_args = 0..=1,
-        default_missing_value = "true",
-        action = ArgAction::Set
-    )]
+    #[arg(long, value_name = BOOL, default_value = "false", value_parser = boolean, action = ArgAction::Set)]
     pub propagate_trace_upstream: bool,
     /// The value of `RUST_LOG`.
     #[arg(skip = "info")]
@@ -43,15 +35,6 @@ impl Options {
         }
         (self.tracing, self.unusable) = otel::read(validation.environment());
     }
-}
-
-/// The format of log lines.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum LogFormat {
-    /// For people.
-    Text,
-    /// One JSON object per line.
-    Json,
 }
 
 fn filter(text: &str) -> Parsed<String> {

@@ -1,13 +1,9 @@
 //! Metrics, access line and span of one call: collected while the call runs, written exactly once at its end.
 
-use std::{
-    fmt,
-    net::SocketAddr,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{fmt, net::SocketAddr, sync::Arc, time::Duration};
 
 use http::{HeaderMap, HeaderValue, header};
+use parking_lot::Mutex;
 use tokio::time::Instant;
 use tonic::Code;
 
@@ -37,35 +33,39 @@ impl fmt::Debug for Sinks {
     }
 }
 
-/// Metrics, access line and span of one call. Written on drop; the code is CANCELLED unless [`Record::finish`] was called.
+/// Metrics, access line and span of one call. Written on drop; the code is CANCELLED unless [`Record::code`] was set.
 #[derive(Debug)]
 pub struct Record {
     sinks: Arc<Sinks>,
     pub(super) method: Method,
-    pub(super) request_id: String,
-    pub(super) span: Option<Arc<ServerSpan>>,
+    /// The call's `x-request-id`: 1 to 128 of `[A-Za-z0-9._-]`.
+    pub request_id: String,
+    /// The call's span, if traces are exported.
+    pub span: Option<Arc<ServerSpan>>,
     /// The caller's `traceparent` as sent.
     pub(super) traceparent: Option<HeaderValue>,
     pub(super) peer: Arc<Peer>,
     /// The caller's `user-agent` as sent: any bytes that a header may hold.
     pub(super) user_agent: Option<HeaderValue>,
     /// The start of the keyed hash of the caller's token, if it sent one.
-    pub(super) token_hash: Option<[u8; 6]>,
-    /// The project of the request, once it is known to have the form of an id.
-    pub(super) project_id: Option<String>,
+    pub token_hash: Option<[u8; 6]>,
+    /// The project of the request, once its id has been validated.
+    pub project_id: Option<String>,
     started: Instant,
     /// The caller's timeout or `--timeout`, whichever is shorter.
     pub(super) timeout: Duration,
     /// Whether the caller chose the deadline, or used it up before its request was complete.
-    is_callers_deadline: bool,
+    pub is_callers_deadline: bool,
     /// The lookup that the call waits for, or that produced its reply.
-    progress: Option<Arc<Progress>>,
-    pub(super) reason: Option<Reason>,
-    code: Option<Code>,
+    pub progress: Option<Arc<Progress>>,
+    /// Why the call failed.
+    pub reason: Option<Reason>,
+    /// The code that was passed to HTTP/2. Later connection errors do not change it.
+    pub code: Option<Code>,
     /// Messages of a watch that were passed to HTTP/2.
-    pub(super) messages: u64,
+    pub messages: u64,
     /// Bytes of reply messages, with their prefixes, that were passed to HTTP/2.
-    pub(super) bytes: u64,
+    pub bytes: u64,
 }
 
 impl Record {
@@ -85,7 +85,7 @@ impl Record {
             span: sinks
                 .tracer
                 .as_ref()
-                .map(|tracer| tracer.server_span(headers)),
+                .map(|tracer| tracer.start(headers, None)),
             traceparent: headers.get("traceparent").cloned(),
             peer,
             user_agent: headers.get(header::USER_AGENT).cloned(),
@@ -103,52 +103,12 @@ impl Record {
         }
     }
 
-    /// The call's `x-request-id`: 1 to 128 of `[A-Za-z0-9._-]`.
-    pub fn request_id(&self) -> &str {
-        &self.request_id
-    }
-
-    /// The call's span, if traces are exported.
-    pub fn span(&self) -> Option<&Arc<ServerSpan>> {
-        self.span.as_ref()
-    }
-
-    /// Sets the keyed hash of the caller's token, of which the access line shows the first 12 digits.
-    pub fn set_token_hash(&mut self, hash: &[u8; 16]) {
-        self.token_hash = hash.first_chunk().copied();
-    }
-
-    /// Sets the project, whose id has been validated.
-    pub fn set_project(&mut self, id: &str) {
-        self.project_id = Some(id.to_owned());
-    }
-
-    /// Sets the lookup that the call waits for, or that produced its reply.
-    pub fn follow(&mut self, progress: Arc<Progress>) {
-        self.progress = Some(progress);
-    }
-
     /// The facts of the lookup so far.
     pub fn facts(&self) -> Facts {
         self.progress
             .as_ref()
             .map(|progress| progress.facts())
             .unwrap_or_default()
-    }
-
-    /// Counts bytes of the reply that were passed to HTTP/2.
-    pub fn sent(&mut self, bytes: usize) {
-        self.bytes += bytes as u64;
-    }
-
-    /// Counts a message of a watch.
-    pub fn message(&mut self) {
-        self.messages += 1;
-    }
-
-    /// Marks the deadline as the caller's: the caller chose it, or used it up before its request was complete.
-    pub fn set_callers_deadline(&mut self) {
-        self.is_callers_deadline = true;
     }
 
     /// Counts that the credential of the call, the facade's own or the caller's, was rejected or is locked.
@@ -173,16 +133,6 @@ impl Record {
             }
             _ => None,
         }
-    }
-
-    /// Sets the reason of a failed call.
-    pub fn fail(&mut self, reason: Reason) {
-        self.reason = Some(reason);
-    }
-
-    /// Sets the code, which was passed to HTTP/2. Later connection errors do not change it.
-    pub fn finish(&mut self, code: Code) {
-        self.code = Some(code);
     }
 }
 
@@ -261,15 +211,12 @@ impl Progress {
 
     /// The facts so far.
     pub fn facts(&self) -> Facts {
-        self.0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.0.lock().clone()
     }
 
     /// Changes the facts.
     pub fn update(&self, change: impl FnOnce(&mut Facts)) {
-        change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner));
+        change(&mut self.0.lock());
     }
 }
 
@@ -307,7 +254,7 @@ mod tests {
             let mut record = Record::start(&sinks, method, id, timeout, peer.clone(), &headers);
             record.reason = reason;
             if is_callers {
-                record.set_callers_deadline();
+                record.is_callers_deadline = true;
             }
             let facts = Facts {
                 attempts,

@@ -6,10 +6,10 @@
 
 use std::{
     collections::HashMap,
-    sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
+use parking_lot::Mutex;
 use prometheus_client::metrics::counter::Counter;
 use tracing::{Level, Metadata, callsite::Identifier};
 
@@ -60,7 +60,7 @@ impl Repeats {
             written: Vec::new(),
             suppressed: 0,
         };
-        let mut kinds = self.kinds.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut kinds = self.kinds.lock();
         let kind = (metadata.callsite(), reason.to_owned());
         let period = kinds.entry(kind).or_insert_with(new);
         if now.saturating_duration_since(period.began) >= PERIOD {

@@ -1,4 +1,7 @@
 //! Spans: one per call, with one child per upstream attempt. Without trace export there is no [`Tracer`].
+//!
+//! The names of their attributes are from the OpenTelemetry semantic conventions 1.44, but those that begin with `rds_task_facade`. The RPC
+//! names are a release candidate and may change; the names for HTTP, network and service are stable.
 
 use std::{sync::Arc, time::Duration};
 
@@ -11,13 +14,15 @@ use super::{
     access::limited,
     attempt::AttemptRecord,
     context::Context,
-    conventions as names,
     export::SpanQueue,
     metrics::AttemptOutcome,
     otlp::{KeyValue, Link, Span, SpanKind, Status, StatusCode},
     record::{Facts, Record},
 };
 use crate::{code, method::Method, reason::Reason};
+
+/// Identifies the version of the attributes' names, so that backends can translate them.
+pub(super) const SCHEMA_URL: &str = "https://opentelemetry.io/schemas/1.44.0";
 
 /// Creates spans and queues them for export.
 #[derive(Debug)]
@@ -65,12 +70,12 @@ impl Tracer {
         self.queue.finish(limit).await
     }
 
-    /// Starts the span of a call with these headers.
-    pub fn server_span(self: &Arc<Self>, headers: &HeaderMap) -> Arc<ServerSpan> {
-        self.start(headers, None)
-    }
-
-    fn start(self: &Arc<Self>, headers: &HeaderMap, link: Option<Link>) -> Arc<ServerSpan> {
+    /// Starts the span of a call with these headers, or of a poll of the watch to which it is linked.
+    pub(super) fn start(
+        self: &Arc<Self>,
+        headers: &HeaderMap,
+        link: Option<Link>,
+    ) -> Arc<ServerSpan> {
         let parent = Context::from_headers(headers, self.accepted);
         let decision = match &parent {
             Some(parent) => Some(parent.sampled),
@@ -117,7 +122,7 @@ impl ServerSpan {
             return;
         }
         let reason = reason.map(Reason::as_str);
-        let attributes = [(names::REASON, reason), (names::ERROR_TYPE, reason)];
+        let attributes = [("rds_task_facade.reason", reason), ("error.type", reason)];
         let attribute = |(name, value): (_, Option<_>)| Some(KeyValue::text(name, value?));
         self.tracer.queue.put(Span {
             name: "poll".to_owned(),
@@ -135,35 +140,36 @@ impl ServerSpan {
             return;
         }
         let method = match record.method {
-            Method::Other => names::OTHER,
+            // Callers cannot add values.
+            Method::Other => "_OTHER",
             known => known.full_name(),
         };
         let failed = is_server_error(code) && record.caller_fault(code, facts).is_none();
         let code = code::name(code);
         let mut attributes = vec![
-            KeyValue::text(names::RPC_SYSTEM_NAME, "grpc"),
-            KeyValue::text(names::RPC_METHOD, method),
-            KeyValue::text(names::RPC_RESPONSE_STATUS_CODE, code),
-            KeyValue::text(names::REQUEST_ID, record.request_id.as_str()),
-            KeyValue::number(names::ATTEMPTS, facts.attempts),
-            KeyValue::text(
-                names::NETWORK_PEER_ADDRESS,
-                record.peer.address.ip().to_string(),
-            ),
-            KeyValue::number(names::NETWORK_PEER_PORT, record.peer.address.port()),
+            KeyValue::text("rpc.system.name", "grpc"),
+            KeyValue::text("rpc.method", method),
+            KeyValue::text("rpc.response.status_code", code),
+            KeyValue::text("rds_task_facade.request_id", record.request_id.as_str()),
+            KeyValue::number("rds_task_facade.attempts", facts.attempts),
+            KeyValue::text("network.peer.address", record.peer.address.ip().to_string()),
+            KeyValue::number("network.peer.port", record.peer.address.port()),
         ];
         let agent = record.user_agent.as_ref().map(|agent| agent.as_bytes());
         let upstream_code = facts.upstream_code.as_ref().map(String::as_bytes);
         let upstream_id = facts.upstream_request_id.as_ref().map(String::as_bytes);
         let optional = [
-            (names::USER_AGENT_ORIGINAL, agent.map(limited)),
+            ("user_agent.original", agent.map(limited)),
             (
-                names::REASON,
+                "rds_task_facade.reason",
                 record.reason.map(|reason| reason.as_str().into()),
             ),
-            (names::UPSTREAM_CODE, upstream_code.map(limited)),
-            (names::UPSTREAM_REQUEST_ID, upstream_id.map(limited)),
-            (names::ERROR_TYPE, failed.then(|| code.into())),
+            ("rds_task_facade.upstream_code", upstream_code.map(limited)),
+            (
+                "rds_task_facade.upstream_request_id",
+                upstream_id.map(limited),
+            ),
+            ("error.type", failed.then(|| code.into())),
         ];
         for (name, value) in optional {
             attributes.extend(value.map(|value| KeyValue::text(name, value)));
@@ -224,27 +230,27 @@ impl AttemptSpan {
         }
         let template = "/v3/{project_id}/instances/{instance_id}/task-center-detail";
         let mut attributes = vec![
-            KeyValue::text(names::HTTP_REQUEST_METHOD, "POST"),
-            KeyValue::text(
-                names::SERVER_ADDRESS,
-                attempt.url.host_str().unwrap_or_default(),
-            ),
+            KeyValue::text("http.request.method", "POST"),
+            KeyValue::text("server.address", attempt.url.host_str().unwrap_or_default()),
             KeyValue::number(
-                names::SERVER_PORT,
+                "server.port",
                 attempt.url.port_or_known_default().unwrap_or_default(),
             ),
-            KeyValue::text(names::URL_FULL, attempt.url.as_str()),
-            KeyValue::text(names::URL_TEMPLATE, template),
+            KeyValue::text("url.full", attempt.url.as_str()),
+            KeyValue::text("url.template", template),
         ];
         if self.resend_count > 0 {
-            let count = KeyValue::number(names::HTTP_REQUEST_RESEND_COUNT, self.resend_count);
+            let count = KeyValue::number("http.request.resend_count", self.resend_count);
             attributes.push(count);
         }
         if let Some(status) = attempt.http_status {
-            attributes.push(KeyValue::number(names::HTTP_RESPONSE_STATUS_CODE, status));
+            attributes.push(KeyValue::number("http.response.status_code", status));
         }
         if let Some(id) = &attempt.upstream_request_id {
-            attributes.push(KeyValue::text(names::UPSTREAM_REQUEST_ID, id.as_str()));
+            attributes.push(KeyValue::text(
+                "rds_task_facade.upstream_request_id",
+                id.as_str(),
+            ));
         }
         let error = match (attempt.outcome, attempt.http_status, attempt.reason) {
             (AttemptOutcome::Reply, Some(status), _) if status >= 400 => Some(status.to_string()),
@@ -256,7 +262,7 @@ impl AttemptSpan {
             }
         };
         let failed = error.is_some();
-        attributes.extend(error.map(|error| KeyValue::text(names::ERROR_TYPE, error)));
+        attributes.extend(error.map(|error| KeyValue::text("error.type", error)));
         self.parent.tracer.queue.put(Span {
             parent_span_id: self.parent.context.span_id.to_be_bytes().to_vec(),
             name: format!("POST {template}"),

@@ -9,13 +9,14 @@ use std::{
     io::Write,
     mem,
     sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        Arc,
         mpsc::{Receiver, Sender, channel},
     },
     thread,
     time::Duration,
 };
 
+use parking_lot::{Condvar, Mutex};
 use prometheus_client::metrics::counter::Counter;
 
 /// Maximum number of queued bytes: a very busy server logs as much in a few tenths of a second.
@@ -42,12 +43,6 @@ struct Queued {
     lines: u64,
     /// Whether further lines are dropped.
     closed: bool,
-}
-
-impl Buffer {
-    fn lock(&self) -> MutexGuard<'_, Queued> {
-        self.queued.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 /// Queues lines. Clones write to the same sink.
@@ -82,19 +77,9 @@ impl Writer {
         (Self { buffer, dropped }, flush)
     }
 
-    /// A writer that drops every line.
-    pub(super) fn closed() -> Self {
-        let buffer = Arc::<Buffer>::default();
-        buffer.lock().closed = true;
-        Self {
-            buffer,
-            dropped: Counter::default(),
-        }
-    }
-
     /// Queues one line. Never waits for the sink.
     pub(super) fn write(&self, line: &str) {
-        let mut queued = self.buffer.lock();
+        let mut queued = self.buffer.queued.lock();
         if queued.closed || queued.text.len() + line.len() > MAX_QUEUED_BYTES {
             self.dropped.inc();
             return;
@@ -111,7 +96,7 @@ impl Writer {
 
 impl Drop for Flush {
     fn drop(&mut self) {
-        self.buffer.lock().closed = true;
+        self.buffer.queued.lock().closed = true;
         self.buffer.changed.notify_one();
         // The thread sends nothing; the channel closes when it ends.
         let _ = self.ended.recv_timeout(FLUSH_TIMEOUT);
@@ -124,12 +109,12 @@ fn write_lines(buffer: &Buffer, mut sink: impl Write, dropped: &Counter, _end: S
     let mut closed = false;
     while !closed {
         let idle = |queued: &mut Queued| queued.text.is_empty() && !queued.closed;
-        let queued = buffer.changed.wait_while(buffer.lock(), idle);
-        let mut queued = queued.unwrap_or_else(PoisonError::into_inner);
+        let mut queued = buffer.queued.lock();
+        buffer.changed.wait_while(&mut queued, idle);
         if !queued.closed {
             drop(queued);
             thread::sleep(BATCH_DELAY);
-            queued = buffer.lock();
+            queued = buffer.queued.lock();
         }
         batch.clear();
         batch.shrink_to(IDLE_CAPACITY);
@@ -210,7 +195,7 @@ pub(super) mod tests {
         let line = "x".repeat(MAX_QUEUED_BYTES / 64);
         let handed_over = Instant::now();
         writer.write(&line);
-        while !writer.buffer.lock().text.is_empty() {
+        while !writer.buffer.queued.lock().text.is_empty() {
             assert!(handed_over.elapsed() < Duration::from_secs(5));
             thread::yield_now();
         }

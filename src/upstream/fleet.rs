@@ -101,7 +101,7 @@ impl Client {
                 subject: None,
             })),
             Answer::Throttled(retry_after, subject) => {
-                let subject = Subject::parse(&subject);
+                let subject = subject.parse().ok();
                 let throttle = &endpoint.throttle;
                 throttle.open(identity, context.instance, retry_after, subject);
                 Err(throttled(Throttled {

@@ -8,6 +8,7 @@ pub mod envelope;
 mod fleet;
 pub mod key_evidence;
 pub mod known_codes;
+mod list_items;
 mod options;
 mod overrides;
 mod pacing;

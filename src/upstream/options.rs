@@ -10,7 +10,7 @@ use crate::{
     credentials::file,
     http_client::{self, BuildError, SystemRoots},
     options::{
-        self, Parsed, Validation, boolean, duration, not, number,
+        self, BOOL, Parsed, Validation, boolean, duration, not, number,
         url::{self, Proxy},
     },
     pem,
@@ -29,26 +29,10 @@ pub struct Options {
     #[arg(long, value_name = "URL", value_parser = url::base)]
     pub endpoint: Option<Url>,
     /// Call an embedded sandbox of RDS, IAM and the metadata service; needs no cloud account
-    #[arg(
-        long,
-        value_name = "BOOL",
-        default_value = "false",
-        value_parser = boolean,
-        num_args = 0..=1,
-        default_missing_value = "true",
-        action = ArgAction::Set
-    )]
+    #[arg(long, value_name = BOOL, default_value = "false", value_parser = boolean, action = ArgAction::Set)]
     pub sandbox: bool,
     /// Allow plain http beyond loopback for --endpoint and --iam-endpoint
-    #[arg(
-        long,
-        value_name = "BOOL",
-        default_value = "false",
-        value_parser = boolean,
-        num_args = 0..=1,
-        default_missing_value = "true",
-        action = ArgAction::Set
-    )]
+    #[arg(long, value_name = BOOL, default_value = "false", value_parser = boolean, action = ArgAction::Set)]
     pub allow_insecure_upstream: bool,
     /// PEM file of certificates that are trusted on top of the system's
     #[arg(long, value_name = "FILE", value_parser = pem::roots_file)]

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use strum::{EnumString, IntoStaticStr, VariantArray};
+
 use crate::wait::MAX_RETRY_AFTER;
 
 /// The contents of a throttling message.
@@ -14,8 +16,9 @@ pub struct Throttling {
     pub subject: Option<Subject>,
 }
 
-/// Whose requests a throttling policy counts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Whose requests a throttling policy counts, named by the word of the vendor's text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, VariantArray, IntoStaticStr, EnumString)]
+#[strum(serialize_all = "lowercase")]
 pub enum Subject {
     /// The requests of one user, that is of one credential.
     User,
@@ -26,22 +29,9 @@ pub enum Subject {
 }
 
 impl Subject {
-    const ALL: [Self; 3] = [Self::User, Self::Ip, Self::Api];
-
     /// The word of the vendor's text.
     pub fn as_str(self) -> &'static str {
-        match self {
-            Self::User => "user",
-            Self::Ip => "ip",
-            Self::Api => "api",
-        }
-    }
-
-    /// The subject with this word, if any.
-    pub fn parse(word: &str) -> Option<Self> {
-        Self::ALL
-            .into_iter()
-            .find(|subject| subject.as_str() == word)
+        self.into()
     }
 
     /// Whether the window applies to every credential, not only to the one that was throttled.
@@ -56,8 +46,9 @@ pub fn read(message: &str) -> Throttling {
     let window = after(&text, "time:").and_then(window);
     Throttling {
         window: window.or_else(|| text.split(" per ").skip(1).find_map(self::window)),
-        subject: Subject::ALL
-            .into_iter()
+        subject: Subject::VARIANTS
+            .iter()
+            .copied()
             .find(|subject| text.contains(&format!("policy {} over", subject.as_str()))),
     }
 }

@@ -16,10 +16,11 @@ mod stream;
 use std::{
     collections::{HashMap, VecDeque, hash_map::Entry},
     fmt,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
+use parking_lot::Mutex;
 use tokio::{
     sync::{Notify, watch},
     time::Instant,
@@ -147,7 +148,7 @@ impl Hub {
         key: &Arc<LookupKey>,
         watcher: Watcher,
     ) -> Subscription {
-        let mut tasks = self.tasks();
+        let mut tasks = self.tasks.lock();
         match tasks.entry(Arc::clone(key)) {
             Entry::Occupied(entry) => WatchedTask::join(entry.get(), watcher),
             Entry::Vacant(entry) => {
@@ -163,7 +164,7 @@ impl Hub {
 
     /// Removes a task, so that the next watcher starts a new poller.
     fn remove(&self, task: &Arc<WatchedTask>) {
-        if let Entry::Occupied(entry) = self.tasks().entry(Arc::clone(&task.key))
+        if let Entry::Occupied(entry) = self.tasks.lock().entry(Arc::clone(&task.key))
             && Arc::ptr_eq(entry.get(), task)
         {
             entry.remove();
@@ -173,16 +174,12 @@ impl Hub {
     /// Removes a task that has no watchers. Returns whether it did.
     fn remove_unwatched(&self, task: &Arc<WatchedTask>) -> bool {
         // Watchers join while the map is locked, so none can join in between.
-        let mut tasks = self.tasks();
-        let is_unwatched = task.watchers().callers.is_empty();
+        let mut tasks = self.tasks.lock();
+        let is_unwatched = task.watchers.lock().callers.is_empty();
         if is_unwatched {
             tasks.remove(&task.key);
         }
         is_unwatched
-    }
-
-    fn tasks(&self) -> MutexGuard<'_, HashMap<Arc<LookupKey>, Arc<WatchedTask>>> {
-        self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -198,7 +195,7 @@ impl WatchedTask {
     }
 
     fn join(task: &Arc<Self>, watcher: Watcher) -> Subscription {
-        let mut watchers = task.watchers();
+        let mut watchers = task.watchers.lock();
         *watchers.callers.entry(watcher.caller).or_default() += 1;
         watchers.auth = Some(watcher.auth).filter(|auth| auth.owner() == Owner::Caller);
         watchers.span = watcher.span;
@@ -214,7 +211,7 @@ impl WatchedTask {
 
     /// The callers that watch the task.
     fn callers(&self) -> Vec<Caller> {
-        self.watchers().callers.keys().copied().collect()
+        self.watchers.lock().callers.keys().copied().collect()
     }
 
     /// Publishes the end, once.
@@ -227,21 +224,11 @@ impl WatchedTask {
             is_first
         });
     }
-
-    fn former_etags(&self) -> MutexGuard<'_, VecDeque<String>> {
-        self.former_etags
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn watchers(&self) -> MutexGuard<'_, Watchers> {
-        self.watchers.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 impl Drop for Subscription {
     fn drop(&mut self) {
-        let mut watchers = self.task.watchers();
+        let mut watchers = self.task.watchers.lock();
         if let Entry::Occupied(mut count) = watchers.callers.entry(self.caller) {
             *count.get_mut() -= 1;
             if *count.get() == 0 {

@@ -165,7 +165,7 @@ impl Poller {
     async fn spread_resumed(&self) {
         let spread = sleep(RESUME_SPREAD.mul_f64(fastrand::f64()));
         let urgent = async {
-            while !self.task.watchers().is_urgent {
+            while !self.task.watchers.lock().is_urgent {
                 self.task.joined.notified().await;
             }
         };
@@ -180,7 +180,7 @@ impl Poller {
     async fn in_fleet(&self) -> Option<InFleet> {
         let store = self.lookups.store.as_ref()?;
         let caller = *self.task.callers().first()?;
-        let auth = self.task.watchers().auth.clone();
+        let auth = self.task.watchers.lock().auth.clone();
         let deadline = Deadline::after(self.hub.poll_timeout);
         let auth = match auth {
             Some(auth) => auth,
@@ -294,7 +294,7 @@ impl Poller {
     /// a caller's token. Another poll continues, because the next watcher can use its result.
     async fn poll(&mut self, caller: Caller) -> Next {
         let (auth, span) = {
-            let watchers = self.task.watchers();
+            let watchers = self.task.watchers.lock();
             if watchers.callers.is_empty() {
                 return Next::Pause(Duration::ZERO);
             }
@@ -398,14 +398,14 @@ impl Poller {
             false => PollOutcome::Unchanged,
         });
         let is_over = snapshot.is_over;
-        let is_awaited = mem::take(&mut self.task.watchers().awaits_poll);
+        let is_awaited = mem::take(&mut self.task.watchers.lock().awaits_poll);
         self.task.observations.send_if_modified(|observation| {
             observation.missing = None;
             observation.checked_at = Some(arrival.at);
             observation.progress = arrival.progress;
             if is_new {
                 if let Some(former) = &observation.snapshot {
-                    let mut etags = self.task.former_etags();
+                    let mut etags = self.task.former_etags.lock();
                     etags.truncate(MAX_FORMER_ETAGS - 1);
                     etags.push_front(former.etag.clone());
                 }
@@ -456,7 +456,7 @@ impl Poller {
             .failing
             .as_ref()
             .map_or_else(Instant::now, |(since, _)| *since);
-        if mem::take(&mut self.task.watchers().awaits_poll) {
+        if mem::take(&mut self.task.watchers.lock().awaits_poll) {
             let failure = Some((asked_at, Arc::new(error.clone())));
             self.task
                 .observations
@@ -485,7 +485,7 @@ impl Poller {
     async fn pause(&self, pause: Duration) {
         let has_snapshot = self.task.observations.borrow().snapshot.is_some();
         let awaited = async {
-            while !self.task.watchers().awaits_poll {
+            while !self.task.watchers.lock().awaits_poll {
                 self.task.joined.notified().await;
             }
             if let Some(asked_at) = self.asked_at

@@ -90,7 +90,7 @@ impl Hub {
                     || etag == snapshot.etag
                     || snapshot.is_over
                     || newest.asked_at >= Some(begun_at)
-                    || subscription.task.former_etags().contains(&etag)
+                    || subscription.task.former_etags.lock().contains(&etag)
             };
             if let Some((asked_at, error)) = &newest.failure
                 && *asked_at >= begun_at
@@ -103,7 +103,7 @@ impl Hub {
                 (None, Some(_), _) if allow_missing => break newest,
                 (None, Some(error), _) => return Err(Arc::clone(error)),
                 (Some(_), ..) => {
-                    subscription.task.watchers().awaits_poll = true;
+                    subscription.task.watchers.lock().awaits_poll = true;
                     subscription.task.joined.notify_one();
                 }
                 _ => {}
@@ -326,7 +326,10 @@ mod tests {
         assert_eq!(next(&mut stream).await, "-");
         assert_eq!(begun.elapsed().as_secs(), 24);
         drop(stream);
-        assert!(task.0.watchers().auth.is_none(), "no credential is kept");
+        assert!(
+            task.0.watchers.lock().auth.is_none(),
+            "no credential is kept"
+        );
     }
 
     #[tokio::test(start_paused = true)]

@@ -6,6 +6,7 @@ looked up in the folders of the variable CI_TOOLS, separated by colons, and then
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -18,6 +19,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = os.environ.get("FACADE", str(ROOT / "target/dist/rds-task-facade"))
 SERVICE = "huaweicloud.rds.task.v1.TaskService"
+
+# The reasons of failed calls.
+REASONS = [re.sub("(?<=[a-z])(?=[A-Z])", "_", name).upper() for name in re.findall(r"^    (\w+),$", (ROOT / "src/reason.rs").read_text(), re.M)]
 
 # Fields of the first log line of `serve`: the addresses that it listens on.
 LISTEN_FIELD, METRICS_FIELD = "listen", "metrics_listen"

@@ -1,11 +1,10 @@
 """Checks the names, types and labels of /metrics with the parsers of the Prometheus client library, in both text formats."""
 
 import concurrent.futures
-import re
 import urllib.request
 
 import grpc
-from facade import ROOT, SERVICE, Checks, Facade
+from facade import REASONS, SERVICE, Checks, Facade
 from prometheus_client import parser
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
@@ -19,7 +18,6 @@ METHODS = {
     ("bidi_stream", "grpc.reflection.v1.ServerReflection", "ServerReflectionInfo"),
     ("other", "other", "other"),
 }
-REASONS = re.findall(r'=> "([A-Z_]+)"', (ROOT / "src/reason.rs").read_text())
 RPC = ("grpc_type", "grpc_service", "grpc_method")
 OUTCOMES = "answer transport_error timeout cancelled".split()
 CLASSES = "1xx 2xx 3xx 4xx 5xx none".split()

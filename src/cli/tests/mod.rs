@@ -425,14 +425,17 @@ fn problems_are_json_if_json_is_requested_even_with_an_invalid_command_line() {
     let format = |args: &[&str], env| command(args, env).unwrap_err().log_format;
 
     let twice = ["serve", "--log-format", "json", "--log-format", "json"];
-    assert_eq!(format(&twice, &[]), LogFormat::Json);
+    assert_eq!(format(&twice, &[]), OutputFormat::Json);
     assert_eq!(
         format(&["serve", "--log-format=json", "--odd"], &[]),
-        LogFormat::Json
+        OutputFormat::Json
     );
-    assert_eq!(format(&["serve", "--odd"], &by_variable), LogFormat::Json);
-    assert_eq!(format(&["serve", "--odd"], &[]), LogFormat::Text);
-    assert_eq!(format(&["call", "--odd"], &by_variable), LogFormat::Text);
+    assert_eq!(
+        format(&["serve", "--odd"], &by_variable),
+        OutputFormat::Json
+    );
+    assert_eq!(format(&["serve", "--odd"], &[]), OutputFormat::Text);
+    assert_eq!(format(&["call", "--odd"], &by_variable), OutputFormat::Text);
 }
 
 #[test]

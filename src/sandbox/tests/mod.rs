@@ -13,7 +13,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use super::*;
 
-/// A sandbox sandbox, and a client for it.
+/// A sandbox, and a client for it.
 struct TestSandbox {
     base: String,
     client: reqwest::Client,

@@ -2,37 +2,32 @@
 
 use std::{collections::HashSet, time::Instant};
 
+use super::super::scenarios::{Act, SCENARIOS};
 use super::*;
+use crate::test_support::scenarios::{Scenario, documented};
 
 #[test]
-fn documentation_lists_exactly_the_scenarios() {
-    let documentation = include_str!("../../../docs/sandbox.md");
-    let (_, table) = documentation.split_once("<!-- scenarios -->").unwrap();
-    let (table, _) = table.split_once("<!-- /scenarios -->").unwrap();
-    let rows: Vec<_> = table
-        .lines()
-        .filter(|line| line.starts_with("| `"))
-        .collect();
+fn every_magic_instance_id_is_documented_and_every_documented_id_is_magic() {
+    let documented: HashSet<_> = documented().iter().map(|row| row.instance_id).collect();
 
-    let expected: Vec<_> = SCENARIOS
-        .iter()
-        .map(|row| {
-            format!(
-                "| `{}` | {} | {} |",
-                row.instance_id, row.description, row.grpc
-            )
-        })
-        .collect();
-
-    assert_eq!(rows, expected);
+    for (id, _) in SCENARIOS {
+        assert!(documented.contains(id), "{id} is not documented");
+    }
+    for id in documented {
+        assert!(Act::find(id).is_some(), "{id} is not magic");
+    }
 }
 
 #[test]
 fn instance_ids_are_valid_and_unique() {
     let mut seen = HashSet::new();
 
-    for row in SCENARIOS {
-        let id = row.instance_id;
+    for Scenario {
+        instance_id: id,
+        outcome,
+        ..
+    } in documented()
+    {
         assert!(seen.insert(id), "{id} is listed twice");
         assert!((1..=64).contains(&id.len()), "{id}");
         assert!(
@@ -40,15 +35,16 @@ fn instance_ids_are_valid_and_unique() {
                 .all(|byte| byte.is_ascii_alphanumeric() || b"_-".contains(&byte)),
             "{id}"
         );
-        let words: Vec<_> = row.grpc.split(" / ").collect();
-        assert!(row.grpc == "OK" || words.len() == 2, "{id}: {}", row.grpc);
+        let words: Vec<_> = outcome.split(" / ").collect();
+        assert!(outcome == "OK" || words.len() == 2, "{id}: {outcome}");
     }
+    assert!(seen.len() > 110, "{}", seen.len());
 }
 
 #[tokio::test]
 async fn status_scenarios_reply_with_their_status() {
     let sandbox = start().await;
-    let numbered = SCENARIOS.iter().filter_map(|row| {
+    let numbered = documented().into_iter().filter_map(|row| {
         let number = row.instance_id.strip_prefix("status-")?.get(..3)?;
         Some((row.instance_id, number.parse::<u16>().unwrap()))
     });
@@ -73,8 +69,8 @@ async fn error_code_scenarios_reply_with_status_code_and_message() {
     let sandbox = start().await;
     let mut count = 0;
 
-    for row in SCENARIOS {
-        let Some((head, text)) = row.description.split_once(": ") else {
+    for row in documented() {
+        let Some((head, text)) = row.behaviour.split_once(": ") else {
             continue;
         };
         let status: u16 = head["HTTP ".len()..][..3].parse().unwrap();
@@ -104,8 +100,8 @@ async fn error_code_scenarios_reply_with_status_code_and_message() {
 async fn successful_replies_are_about_the_requested_task() {
     let sandbox = start().await;
 
-    for row in SCENARIOS.iter().filter(|row| row.grpc == "OK") {
-        if row.instance_id.starts_with("flaky") {
+    for row in documented() {
+        if row.outcome != "OK" || row.instance_id.starts_with("flaky") {
             continue;
         }
         let (status, body) = send(sandbox.task_request(row.instance_id)).await;

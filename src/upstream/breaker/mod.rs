@@ -18,13 +18,11 @@ mod tests;
 use std::{
     collections::{HashMap, HashSet, VecDeque},
     hash::{BuildHasher as _, RandomState},
-    sync::{
-        Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::atomic::{AtomicBool, Ordering},
     time::Duration,
 };
 
+use parking_lot::Mutex;
 use prometheus_client::metrics::gauge::Gauge;
 use tokio::time::Instant;
 
@@ -153,7 +151,7 @@ impl Breaker {
         };
         if self.suspect.load(Ordering::Acquire) {
             let now = Instant::now();
-            let mut state = self.lock();
+            let mut state = self.state.lock();
             state.remove_old(now);
             // Checks both levels before it changes either: a rejected call must not use up the other level's probe.
             let probes_endpoint = state.endpoint.check(attempt.caller, now)?;
@@ -180,10 +178,7 @@ impl Breaker {
     }
 
     fn several_identities(&self, used: Identity, now: Instant) -> bool {
-        let mut identities = self
-            .identities
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut identities = self.identities.lock();
         match identities.last {
             Some((last, _)) if last != used => identities.before = identities.last,
             _ => {}
@@ -192,10 +187,6 @@ impl Breaker {
         identities
             .before
             .is_some_and(|(_, at)| now.saturating_duration_since(at) < MEMORY)
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -332,7 +323,7 @@ impl Admission<'_> {
         if !self.breaker.suspect.load(Ordering::Acquire) {
             return;
         }
-        let mut state = self.breaker.lock();
+        let mut state = self.breaker.state.lock();
         state.remove_old(now);
         state.instances.remove(&self.instance);
         state.endpoint = Endpoint::default();
@@ -347,7 +338,7 @@ impl Admission<'_> {
     pub(super) fn failed(self) {
         let now = Instant::now();
         let several = self.breaker.several_identities(self.identity, now);
-        let mut state = self.breaker.lock();
+        let mut state = self.breaker.state.lock();
         state.instance_failed(&self, now);
         let was_open = state.endpoint.open;
         state.endpoint.failed(&self, several, now);
@@ -369,7 +360,7 @@ impl Drop for Admission<'_> {
         if !self.probes_instance && !self.probes_endpoint {
             return;
         }
-        let mut state = self.breaker.lock();
+        let mut state = self.breaker.state.lock();
         if self.probes_instance
             && let Some(instance) = state.instances.get_mut(&self.instance)
         {

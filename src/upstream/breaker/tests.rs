@@ -277,7 +277,7 @@ async fn failing_instances_and_callers_are_tracked_up_to_a_limit() {
         }
     }
 
-    let state = breaker.lock();
+    let state = breaker.state.lock();
     assert!(state.instances.len() <= MAX_INSTANCES + 1);
     assert!(state.order.len() <= 4 * MAX_INSTANCES + 1);
     assert!(state.endpoint.probers.callers.len() <= MAX_PROBERS);

@@ -11,11 +11,11 @@ use std::{collections::VecDeque, fmt};
 
 use serde::{
     Deserialize, Deserializer,
-    de::{IgnoredAny, MapAccess, SeqAccess, Visitor},
+    de::{MapAccess, Visitor},
 };
 use serde_json::value::RawValue;
 
-use super::known_codes;
+use super::{known_codes, list_items::ListItems};
 
 /// Names of the error code, the most specific first.
 const CODE_KEYS: [&str; 4] = ["error_code", "errorCode", "errCode", "code"];
@@ -183,21 +183,19 @@ impl<'a> Members<'a> {
     fn nested(&self) -> Vec<&'a str> {
         let mut found = Vec::new();
         for (key, value) in &self.0 {
-            if is_object(value) {
+            if is_object(value.get()) {
                 found.push(value.get());
             } else if key == DETAILS_KEY {
-                let items: Option<Items<'_, MAX_DETAILS>> = serde_json::from_str(value.get()).ok();
-                let objects = items.into_iter().flat_map(|items| items.0);
-                let objects = objects.filter(|item| is_object(item));
-                found.extend(objects.map(RawValue::get).take(MAX_OBJECTS));
+                let items = ListItems::new(value.get()).take(MAX_DETAILS);
+                found.extend(items.filter(|item| is_object(item)).take(MAX_OBJECTS));
             }
         }
         found
     }
 }
 
-fn is_object(value: &RawValue) -> bool {
-    value.get().starts_with('{')
+fn is_object(json: &str) -> bool {
+    json.starts_with('{')
 }
 
 fn is_named(key: &str) -> bool {
@@ -228,7 +226,7 @@ impl<'de> Deserialize<'de> for Members<'de> {
                         if named.iter().all(|(name, _)| *name != key) {
                             named.push((key, value));
                         }
-                    } else if is_object(value) && objects.len() < MAX_OBJECTS {
+                    } else if is_object(value.get()) && objects.len() < MAX_OBJECTS {
                         objects.push((key, value));
                     }
                 }
@@ -238,36 +236,5 @@ impl<'de> Deserialize<'de> for Members<'de> {
         }
 
         deserializer.deserialize_map(Keep)
-    }
-}
-
-/// The first items of a JSON array; the others are checked and skipped.
-struct Items<'a, const LIMIT: usize>(Vec<&'a RawValue>);
-
-impl<'de, const LIMIT: usize> Deserialize<'de> for Items<'de, LIMIT> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Keep<const LIMIT: usize>;
-
-        impl<'de, const LIMIT: usize> Visitor<'de> for Keep<LIMIT> {
-            type Value = Items<'de, LIMIT>;
-
-            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-                formatter.write_str("an array")
-            }
-
-            fn visit_seq<A: SeqAccess<'de>>(self, mut array: A) -> Result<Self::Value, A::Error> {
-                let mut items = Vec::new();
-                while items.len() < LIMIT {
-                    match array.next_element()? {
-                        Some(item) => items.push(item),
-                        None => return Ok(Items(items)),
-                    }
-                }
-                while array.next_element::<IgnoredAny>()?.is_some() {}
-                Ok(Items(items))
-            }
-        }
-
-        deserializer.deserialize_seq(Keep)
     }
 }

@@ -5,10 +5,10 @@ mod tests;
 
 use std::{
     collections::{HashMap, VecDeque},
-    sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
+use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use super::verdict::Repeat;
@@ -66,12 +66,12 @@ impl Budget {
 
     /// Counts a call, which increases the budget.
     pub(super) fn call(&self) {
-        self.lock().current().calls += 1;
+        self.counts.lock().current().calls += 1;
     }
 
     /// Withdraws one retry of `caller` if the budget allows it.
     fn withdraw(&self, caller: Caller) -> bool {
-        let mut counts = self.lock();
+        let mut counts = self.counts.lock();
         counts.current();
         let calls: u64 = counts.slots.iter().map(|slot| slot.calls).sum();
         let mut by_caller = HashMap::new();
@@ -86,10 +86,6 @@ impl Budget {
             *counts.current().retries.entry(caller).or_default() += 1;
         }
         is_allowed
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Counts> {
-        self.counts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

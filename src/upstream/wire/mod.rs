@@ -9,9 +9,12 @@
 mod tests;
 
 use serde::Deserialize;
-use serde_json::{Deserializer, value::RawValue};
+use serde_json::value::RawValue;
 
-use super::envelope::{self, Envelope, scalar};
+use super::{
+    envelope::{self, Envelope, scalar},
+    list_items::ListItems,
+};
 use crate::{
     pb::{GetTaskDetailResponse, SubTask},
     task::Task,
@@ -65,8 +68,8 @@ pub(super) async fn parse_with_pauses(
 /// Parses a task in steps.
 struct Parser<'a> {
     task: Task,
-    /// The JSON of the parts that are not parsed yet, each followed by a comma or the end of the list.
-    list: &'a str,
+    /// The parts that are not parsed yet.
+    list: ListItems<'a>,
     /// The items of the list so far.
     items: usize,
     is_secret: &'a (dyn Fn(&str) -> bool + Sync),
@@ -117,7 +120,7 @@ impl<'a> Parser<'a> {
 
         Ok(Self {
             task,
-            list: list.strip_prefix('[').unwrap_or(list),
+            list: ListItems::new(list),
             items: 0,
             is_secret,
         })
@@ -127,7 +130,7 @@ impl<'a> Parser<'a> {
     fn step(&mut self) -> Result<bool, NotATask> {
         let mut parsed = 0;
         while parsed < BYTES_PER_STEP {
-            let Some(item) = self.next_item() else {
+            let Some(item) = self.list.next() else {
                 self.task.shrink();
                 return Ok(true);
             };
@@ -142,62 +145,37 @@ impl<'a> Parser<'a> {
         }
         Ok(false)
     }
-
-    /// Takes the next item from the list, which is valid JSON.
-    fn next_item(&mut self) -> Option<&'a str> {
-        let mut items = Deserializer::from_str(self.list).into_iter::<&RawValue>();
-        let item = items.next()?.ok()?.get();
-        let rest = self.list[items.byte_offset()..].trim_ascii_start();
-        self.list = rest.strip_prefix(',').unwrap_or_default();
-        Some(item)
-    }
 }
 
 #[derive(Deserialize)]
+#[serde(bound(deserialize = "'de: 'a"))]
 struct TaskFields<'a> {
-    #[serde(borrow)]
     instance_id: Option<&'a RawValue>,
-    #[serde(borrow)]
     instance_name: Option<&'a RawValue>,
-    #[serde(borrow)]
     job_id: Option<&'a RawValue>,
-    #[serde(borrow)]
     job_name: Option<&'a RawValue>,
-    #[serde(borrow)]
     created_at: Option<&'a RawValue>,
-    #[serde(borrow)]
     update_at: Option<&'a RawValue>,
-    #[serde(borrow)]
     process: Option<&'a RawValue>,
-    #[serde(borrow)]
     status: Option<&'a RawValue>,
-    #[serde(borrow)]
     sub_task_list: Option<&'a RawValue>,
-    #[serde(borrow)]
     error_code: Option<&'a RawValue>,
-    #[serde(borrow, rename = "errorCode")]
+    #[serde(rename = "errorCode")]
     error_code_camel: Option<&'a RawValue>,
-    #[serde(borrow, rename = "errCode")]
+    #[serde(rename = "errCode")]
     err_code: Option<&'a RawValue>,
-    #[serde(borrow)]
     code: Option<&'a RawValue>,
-    #[serde(borrow)]
     message: Option<&'a RawValue>,
 }
 
 #[derive(Deserialize)]
+#[serde(bound(deserialize = "'de: 'a"))]
 struct SubTaskFields<'a> {
-    #[serde(borrow)]
     sub_task_name: Option<&'a RawValue>,
-    #[serde(borrow)]
     percent: Option<&'a RawValue>,
-    #[serde(borrow)]
     executed_time: Option<&'a RawValue>,
-    #[serde(borrow)]
     status: Option<&'a RawValue>,
-    #[serde(borrow)]
     remaining_time: Option<&'a RawValue>,
-    #[serde(borrow)]
     show_detail: Option<&'a RawValue>,
 }
 

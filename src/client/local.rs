@@ -1,4 +1,4 @@
-//! The server that `serve` would start with the variables of this process. In a container, `health` asks that server.
+//! The local server: the one that `serve` starts with the variables of this process. In a container, `health` asks it.
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
@@ -30,16 +30,16 @@ use crate::{
 /// Longer than the head of a response of `/readyz`.
 const MAX_HEAD_BYTES: u64 = 1024;
 
-/// How to ask the own server.
+/// How to ask the local server.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct OwnServer {
+pub struct LocalServer {
     /// The listener of `/readyz`, if the gRPC listener requires a client certificate, which `health` may not have.
     readyz: Option<SocketAddr>,
 }
 
 impl HealthOptions {
-    /// Replaces the default target by the own server.
-    pub fn use_own_server(&mut self, validation: &mut Validation<'_>) {
+    /// Replaces the default target with the local server.
+    pub fn use_local_server(&mut self, validation: &mut Validation<'_>) {
         let file = |flag, validation: &mut Validation<'_>| -> Option<PathBuf> {
             validation.parsed_variable(&variable_name(flag), options::file)
         };
@@ -57,19 +57,19 @@ impl HealthOptions {
         let scheme = if cert.is_some() { "https" } else { "http" };
         let url = format!("{scheme}://{}", reachable(listen));
         self.server.target = Url::parse(&url).expect("an address makes a URL");
-        let mut own = OwnServer::default();
+        let mut local = LocalServer::default();
         if client_ca.is_some() {
-            own.readyz = metrics_listen.map(reachable);
+            local.readyz = metrics_listen.map(reachable);
             // The server's certificate is often valid for clients too.
             let pair = cert.zip(key).map(|(cert, key)| Pair { cert, key });
             self.server.pair = self.server.pair.take().or(pair);
         }
-        self.server.own = Some(own);
+        self.server.local = Some(local);
     }
 
-    /// The status that `/readyz` has, if the own server is better asked there, and answers there.
+    /// The status at `/readyz`, if the gRPC listener requires a client certificate and `/readyz` replies.
     pub(super) async fn ready(&self) -> Option<ServingStatus> {
-        let address = self.server.own?.readyz?;
+        let address = self.server.local?.readyz?;
         if !["", SERVICE_NAME].contains(&self.service.as_str()) {
             return None;
         }
@@ -96,8 +96,8 @@ fn reachable(listen: SocketAddr) -> SocketAddr {
     SocketAddr::new(ip, listen.port())
 }
 
-/// Accepts any certificate: the own server's is for the name by which clients reach it, and not for loopback, and `health` sends no
-/// secret.
+/// Accepts any certificate: that of the local server is valid for the name by which clients reach it and not for loopback, and `health`
+/// sends no secret.
 #[derive(Debug)]
 pub(super) struct AnyCertificate(CryptoProvider);
 
