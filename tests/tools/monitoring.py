@@ -102,7 +102,7 @@ def check_alerts(checks):
     for alert in (rule for group in groups for rule in group["rules"] if "alert" in rule):
         name, notes = alert["alert"], alert["annotations"]
         checks.that(f"{name}: severity", alert["labels"]["severity"] in ("page", "ticket"))
-        checks.that(f"{name}: runbook", notes["runbook_url"].endswith(f"/docs/operations.md#{name.lower()}"), notes)
+        checks.that(f"{name}: runbook", notes["runbook_url"].endswith(f"/docs/runbook.md#{name.lower()}"), notes)
         checks.that(f"{name}: dashboard", notes["dashboard_url"].endswith("/d/rds-task-facade"), notes)
         checks.that(f"{name}: a test in which it fires", any(name in run for run in runs))
         # The test of values just below the thresholds has a series for each alert.

@@ -70,7 +70,6 @@ func main() {
 		os.Exit(2)
 	}
 
-	// [connection]
 	transport := insecure.NewCredentials()
 	if *ca != "" {
 		roots, err := os.ReadFile(*ca)
@@ -99,9 +98,7 @@ func main() {
 		log.Fatal(err)
 	}
 	defer conn.Close()
-	// [/connection]
 
-	// [call]
 	ctx, cancel := context.WithTimeout(context.Background(), time.Duration(*timeout*float64(time.Second)))
 	defer cancel()
 	if *token != "" {
@@ -120,15 +117,12 @@ func main() {
 		InstanceId: *instanceID,
 		WorkflowId: *workflowID,
 	})
-	// [/call]
 	if err != nil {
 		printError(err)
 		os.Exit(1)
 	}
 	fmt.Println(protojson.MarshalOptions{Multiline: true, UseProtoNames: true}.Format(reply))
 }
-
-// [watch]
 
 // watch returns the exit code: 0 succeeded, 3 failed or canceled, 4 the time is over, 1 the call failed.
 func watch(ctx context.Context, client taskv1.TaskServiceClient, request *taskv1.WatchTaskDetailRequest) int {
@@ -192,9 +186,6 @@ func printState(task *taskv1.GetTaskDetailResponse) {
 	}
 }
 
-// [/watch]
-
-// [error]
 func printError(err error) {
 	fmt.Fprintf(os.Stderr, "%v: %s\n", status.Code(err), status.Convert(err).Message())
 	if info := detail[*errdetails.ErrorInfo](err); info != nil {
@@ -221,5 +212,3 @@ func detail[T any](err error) (found T) {
 	}
 	return found
 }
-
-// [/error]
