@@ -18,7 +18,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-from facade import EXAMPLE_TASK, PROJECT_ID, ROOT, SANDBOX_TOKEN, Checks, Facade, Program, Sandbox, free_port
+from facade import EXAMPLE_TASK, PROJECT_ID, ROOT, SANDBOX_TOKEN, Checks, Facade, Program, Sandbox, free_port, make_certificate
 from metrics import scrape
 
 FOLDER = ROOT / "examples/clients"
@@ -275,27 +275,8 @@ def prints(result, fields):
 
 
 def unavailable_replies(facade):
-    with urllib.request.urlopen(f"http://{facade.metrics}/metrics", timeout=10) as answer:
-        lines = answer.read().decode().splitlines()
-    return sum(
-        float(line.split()[-1])
-        for line in lines
-        if line.startswith("grpc_server_handled_total{") and 'grpc_code="Unavailable"' in line
-    )
-
-
-def make_certificate(folder, name, names="IP:127.0.0.1,DNS:localhost"):
-    """Creates a self-signed certificate for these names. Returns its path and the path of its key."""
-    certificate, key = folder / f"{name}.pem", folder / f"{name}-key.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
-        + ["-subj", f"/CN={name}", "-addext", f"subjectAltName={names}"]
-        + ["-addext", "basicConstraints=critical,CA:FALSE"]
-        + ["-keyout", str(key), "-out", str(certificate)],
-        check=True,
-        capture_output=True,
-    )
-    return str(certificate), str(key)
+    samples = scrape(facade.metrics)["grpc_server_handled"].samples
+    return sum(sample.value for sample in samples if sample.name.endswith("_total") and sample.labels["grpc_code"] == "Unavailable")
 
 
 if __name__ == "__main__":

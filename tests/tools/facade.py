@@ -215,6 +215,20 @@ def call(target, *arguments, environment=None):
     return result.returncode, reply, result.stderr
 
 
+def make_certificate(folder, name, names="IP:127.0.0.1,DNS:localhost"):
+    """Creates a self-signed certificate for these names. Returns its path and the path of its key."""
+    certificate, key = folder / f"{name}.pem", folder / f"{name}-key.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
+        + ["-subj", f"/CN={name}", "-addext", f"subjectAltName={names}"]
+        + ["-addext", "basicConstraints=critical,CA:FALSE"]
+        + ["-keyout", str(key), "-out", str(certificate)],
+        check=True,
+        capture_output=True,
+    )
+    return str(certificate), str(key)
+
+
 def free_port():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

@@ -81,6 +81,14 @@ class Fleet:
         self._stack.callback(channel.close)
         return proxy, channel
 
+    def hashing_callers(self, header):
+        """Two callers' proxies that hash this header: the proxies and the channels."""
+
+        def ring(port, pods, identities):
+            return hashing(port, pods, identities, header)
+
+        return zip(*(self.caller(f"caller-{number}", ring, self.pods) for number in range(2)))
+
     def load(self, name, channels, tokens=TOKENS):
         """Makes all calls, a few at a time. Returns the upstream requests of each replica by token, and the codes."""
         before = [Counter(upstream.lookups) for upstream in self.upstreams]
@@ -113,6 +121,11 @@ def total(requests):
     return sum(made.total() for made in requests)
 
 
+def wait_for_pods(proxies, count):
+    for proxy in proxies:
+        wait_for_health(proxy, count)
+
+
 def round_robin(port, pods, identities):
     return client_side(port, [pod.port for pod in pods], identities.path(CALLER), SERVER)
 
@@ -120,12 +133,7 @@ def round_robin(port, pods, identities):
 def by_token(fleet):
     header = hashed_header("istio-hash")
     checks, pods = fleet.checks, fleet.pods
-
-    def ring(port, pods, identities):
-        return hashing(port, pods, identities, header)
-
-    callers = [fleet.caller(f"caller-{number}", ring, pods) for number in range(2)]
-    channels = [channel for _, channel in callers]
+    proxies, channels = fleet.hashing_callers(header)
     _, alone = fleet.caller("alone", round_robin, pods[:1])
     _, spread = fleet.caller("spread", round_robin, pods)
     expected = {"OK": CALLS * len(TOKENS) * TASKS + 1}
@@ -149,8 +157,7 @@ def by_token(fleet):
     (gone,) = homes[TOKENS[0]]
     moved = {token for token, home in homes.items() if home == {gone}}
     pods[gone].kill()
-    for proxy, _ in callers:
-        wait_for_health(proxy, len(pods) - 1)
+    wait_for_pods(proxies, len(pods) - 1)
     changed, codes = fleet.load("changed", channels)
     checks.equal(f"the replica of {len(moved)} of {len(TOKENS)} tokens is lost: codes", codes, expected)
     after = replicas_of(changed)
@@ -161,8 +168,7 @@ def by_token(fleet):
     checks.that("each token is used by one replica again", all(len(home) == 1 and gone not in home for home in after.values()), after)
     checks.equal("upstream requests of two replicas", total(changed), total(hashed))
     pods[gone].start()
-    for proxy, _ in callers:
-        wait_for_health(proxy, len(pods))
+    wait_for_pods(proxies, len(pods))
     back = replicas_of(fleet.load("back", channels)[0])
     checks.equal("all return when the replica is back at its address", back, homes)
 
@@ -185,12 +191,7 @@ def watched_by_one_replica(fleet, channels):
 def by_authority(fleet):
     header = hashed_header("istio-hash-own")
     checks, pods = fleet.checks, fleet.pods
-
-    def ring(port, pods, identities):
-        return hashing(port, pods, identities, header)
-
-    callers = [fleet.caller(f"caller-{number}", ring, pods) for number in range(2)]
-    channels = [channel for _, channel in callers]
+    proxies, channels = fleet.hashing_callers(header)
     expected = {"OK": CALLS * TASKS + 1}
     requests, codes = fleet.load("own", channels, [None])
     checks.equal("ring hash on the authority: codes", codes, expected)
@@ -198,8 +199,7 @@ def by_authority(fleet):
     checks.that(f"one replica serves all calls, with {total(requests)} upstream requests", len(homes) == 1 and total(requests) == TASKS, homes)
     (gone,) = homes
     pods[gone].kill()
-    for proxy, _ in callers:
-        wait_for_health(proxy, len(pods) - 1)
+    wait_for_pods(proxies, len(pods) - 1)
     requests, codes = fleet.load("changed", channels, [None])
     checks.equal("the replica is lost: codes", codes, expected)
     homes = replicas_of(requests)[SANDBOX_TOKEN]

@@ -1,7 +1,7 @@
 """Checks JSON and gRPC-Web through Envoy: examples/json/envoy.yaml, with the descriptor set of examples/json/descriptors, and the client
 of examples/clients/web.
 
-With a descriptor set that lacks the types of the error details, Envoy replies to a failed call with an empty body, as docs/clients.md
+With a descriptor set that lacks the types of the error details, Envoy replies to a failed call with an empty body, as docs/web.md
 says.
 """
 

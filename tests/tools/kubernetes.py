@@ -403,10 +403,10 @@ def default_timeout():
 
 
 def check_runbook(checks):
-    """Each alert of deploy/monitoring has a section of its own in docs/operations.md, and no section lacks its alert."""
+    """Each alert of deploy/monitoring has a section of its own in docs/runbook.md, and no section lacks its alert."""
     rules = ROOT / "deploy/monitoring/rules.yaml"
     alerts = set(re.findall(r"- alert: (\w+)", rules.read_text()))
-    headings = re.findall(r"^### (RdsTaskFacade.*)$", (ROOT / "docs/operations.md").read_text(), re.MULTILINE)
+    headings = re.findall(r"^## (RdsTaskFacade.*)$", (ROOT / "docs/runbook.md").read_text(), re.MULTILINE)
     checks.equal("alerts in the runbook", sorted(headings), sorted(alerts))
 
 

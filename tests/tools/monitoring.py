@@ -1,4 +1,5 @@
-"""Checks the rules and the dashboard of deploy/monitoring: with promtool, and each name in them against a live /metrics.
+"""Checks the rules and the dashboard of deploy/monitoring and the queries of docs/runbook.md: with promtool, and each name in them against
+a live /metrics.
 
 With --write, only writes the copies in deploy/kubernetes/components/monitoring, because kustomize reads no file outside of a component.
 """
@@ -18,11 +19,17 @@ FOLDER = ROOT / "deploy/monitoring"
 COMPONENT = ROOT / "deploy/kubernetes/components/monitoring"
 # Labels that Prometheus and its operator add to every series.
 SCRAPE_LABELS = {"job", "instance", "namespace"}
-FUNCTIONS = {"sum", "min", "max", "count", "bottomk", "absent", "rate", "increase", "changes", "histogram_quantile", "time"}
+FUNCTIONS = {"sum", "min", "max", "count", "topk", "bottomk", "absent", "rate", "increase", "changes", "histogram_quantile", "time"}
 WORDS = {"by", "without", "on", "group_left", "and", "or", "unless"}
 INSTANCE = {"namespace": "rds-task-facade", "job": "rds-task-facade", "instance": "a"}
-# Of Prometheus and kube-state-metrics.
-FOREIGN = {"up": {}, "kube_deployment_status_replicas_ready": {"deployment": {"rds-task-facade"}}}
+# Of Prometheus, kube-state-metrics, the kubelet, Istio and Linkerd.
+FOREIGN = {
+    "up": {},
+    "kube_deployment_status_replicas_ready": {"deployment": {"rds-task-facade"}},
+    "container_cpu_cfs_throttled_periods_total": {"container": {"facade"}, "pod": set()},
+    "istio_requests_total": {"destination_workload": {"rds-task-facade"}, "source_workload": set(), "source_workload_namespace": set()},
+    "request_total": {"direction": {"inbound"}, "target_port": {"50051"}, "client_id": set()},
+}
 # Of the quota store, for a program without the flag --quota-store.
 STORE_OUTCOMES = {"outcome": {"ok", "timeout", "error", "skipped", "rejected"}, "operation": set()}
 STORE = {
@@ -51,6 +58,9 @@ def queries():
     for group in yaml.safe_load((FOLDER / "rules.yaml").read_text())["groups"]:
         for rule in group["rules"]:
             yield rule.get("alert") or rule["record"], rule["expr"]
+    for block in re.findall(r"^```promql\n(.*?)^```$", (ROOT / "docs/runbook.md").read_text(), re.M | re.S):
+        for query in block.splitlines():
+            yield f"runbook: {query}", query
 
 
 def recorded():
@@ -102,7 +112,7 @@ def check_alerts(checks):
     for alert in (rule for group in groups for rule in group["rules"] if "alert" in rule):
         name, notes = alert["alert"], alert["annotations"]
         checks.that(f"{name}: severity", alert["labels"]["severity"] in ("page", "ticket"))
-        checks.that(f"{name}: runbook", notes["runbook_url"].endswith(f"/docs/operations.md#{name.lower()}"), notes)
+        checks.that(f"{name}: runbook", notes["runbook_url"].endswith(f"/docs/runbook.md#{name.lower()}"), notes)
         checks.that(f"{name}: dashboard", notes["dashboard_url"].endswith("/d/rds-task-facade"), notes)
         checks.that(f"{name}: a test in which it fires", any(name in run for run in runs))
         # The test of values just below the thresholds has a series for each alert.
@@ -155,7 +165,7 @@ def main():
         path = Path(folder) / "dashboard.yaml"
         path.write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": rules}]}))
         done = run("check", "rules", str(path))
-        checks.that("promtool accepts each query of the dashboard", done.returncode == 0, done.stdout + done.stderr)
+        checks.that("promtool accepts each query of the dashboard and the runbook", done.returncode == 0, done.stdout + done.stderr)
 
     with Facade("--sandbox") as facade:
         families = scrape(facade.metrics)
@@ -175,7 +185,8 @@ def main():
     used = set()
     for title, query in queries():
         names, matchers, labels = names_and_matchers(query)
-        used |= names
+        if not title.startswith("runbook: "):
+            used |= names
         unknown = names - set(live) - own
         checks.that(f"{title}: names", names and not unknown, unknown)
         known = {}

@@ -15,8 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 import grpc
-from clients import make_certificate
-from facade import ROOT, SANDBOX_TOKEN, Checks, Facade, Program, free_port
+from facade import ROOT, SANDBOX_TOKEN, Checks, Facade, Program, free_port, make_certificate
 from rpc import call, request, watch
 
 NAME = "rds-task-facade"

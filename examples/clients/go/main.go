@@ -70,7 +70,6 @@ func main() {
 		os.Exit(2)
 	}
 
-	// [connection]
 	transport := insecure.NewCredentials()
 	if *ca != "" {
 		roots, err := os.ReadFile(*ca)
@@ -99,9 +98,7 @@ func main() {
 		log.Fatal(err)
 	}
 	defer conn.Close()
-	// [/connection]
 
-	// [call]
 	ctx, cancel := context.WithTimeout(context.Background(), time.Duration(*timeout*float64(time.Second)))
 	defer cancel()
 	if *token != "" {
@@ -120,7 +117,6 @@ func main() {
 		InstanceId: *instanceID,
 		WorkflowId: *workflowID,
 	})
-	// [/call]
 	if err != nil {
 		printError(err)
 		os.Exit(1)
@@ -128,31 +124,13 @@ func main() {
 	fmt.Println(protojson.MarshalOptions{Multiline: true, UseProtoNames: true}.Format(reply))
 }
 
-// [watch]
-
 // watch returns the exit code: 0 succeeded, 3 failed or canceled, 4 the time is over, 1 the call failed.
 func watch(ctx context.Context, client taskv1.TaskServiceClient, request *taskv1.WatchTaskDetailRequest) int {
 	deadline, _ := ctx.Deadline()
-	var state taskv1.TaskState
 	pause := time.Second
 	for {
-		stream, err := client.WatchTaskDetail(ctx, request)
-		for err == nil {
-			var message *taskv1.WatchTaskDetailResponse
-			if message, err = stream.Recv(); err != nil {
-				break
-			}
-			pause = time.Second
-			if message.Task != nil {
-				// The final state comes again if the connection was lost after it.
-				if message.Etag != request.Etag {
-					printState(message.Task)
-				}
-				state = message.Task.State
-			}
-			request.Etag = message.Etag
-		}
-		if err == io.EOF {
+		state, messages, err := follow(ctx, client, request)
+		if err == nil {
 			if state == taskv1.TaskState_TASK_STATE_SUCCEEDED {
 				return 0
 			}
@@ -162,6 +140,9 @@ func watch(ctx context.Context, client taskv1.TaskServiceClient, request *taskv1
 		if !isTransient(err) {
 			return 1
 		}
+		if messages > 0 {
+			pause = time.Second
+		}
 		jitter := 0.8 + 0.4*rand.Float64()
 		delay := max(time.Duration(jitter*float64(pause)), retryDelay(err))
 		pause = min(pause*8/5, 30*time.Second)
@@ -169,6 +150,32 @@ func watch(ctx context.Context, client taskv1.TaskServiceClient, request *taskv1
 			return 4
 		}
 		time.Sleep(delay)
+	}
+}
+
+// follow reads one stream to its end and keeps the last etag in the request. Returns the last state and the number of messages.
+func follow(ctx context.Context, client taskv1.TaskServiceClient, request *taskv1.WatchTaskDetailRequest) (state taskv1.TaskState, messages int, err error) {
+	stream, err := client.WatchTaskDetail(ctx, request)
+	if err != nil {
+		return state, messages, err
+	}
+	for {
+		message, err := stream.Recv()
+		if err == io.EOF {
+			return state, messages, nil
+		}
+		if err != nil {
+			return state, messages, err
+		}
+		messages++
+		if message.Task != nil {
+			// The final state comes again if the connection was lost after it.
+			if message.Etag != request.Etag {
+				printState(message.Task)
+			}
+			state = message.Task.State
+		}
+		request.Etag = message.Etag
 	}
 }
 
@@ -192,9 +199,6 @@ func printState(task *taskv1.GetTaskDetailResponse) {
 	}
 }
 
-// [/watch]
-
-// [error]
 func printError(err error) {
 	fmt.Fprintf(os.Stderr, "%v: %s\n", status.Code(err), status.Convert(err).Message())
 	if info := detail[*errdetails.ErrorInfo](err); info != nil {
@@ -221,5 +225,3 @@ func detail[T any](err error) (found T) {
 	}
 	return found
 }
-
-// [/error]

@@ -28,7 +28,6 @@ const { TaskService } = /** @type {import('./types/task_service').ProtoGrpcType}
 /** @typedef {import('./types/huaweicloud/rds/task/v1/WatchTaskDetailResponse').WatchTaskDetailResponse__Output} Message */
 
 // The facade already retries RDS. One retry here covers an instance of the facade that stops during the call.
-// [retry]
 const SERVICE_CONFIG = {
   methodConfig: [
     {
@@ -44,7 +43,6 @@ const SERVICE_CONFIG = {
     },
   ],
 };
-// [/retry]
 
 const USAGE = `usage: node client.js [watch] [--NAME VALUE]...
 Looks up one task, or watches it until it is over.
@@ -113,7 +111,6 @@ async function main() {
   }
 }
 
-// [connection]
 /** @param {Options} options */
 function openClient({ target, ca, cert, key }) {
   const credentials = ca
@@ -126,9 +123,7 @@ function openClient({ target, ca, cert, key }) {
     'grpc.keepalive_timeout_ms': 20_000,
   });
 }
-// [/connection]
 
-// [call]
 /**
  * @param {Client} client
  * @param {Options} options
@@ -154,9 +149,7 @@ function metadata(options) {
   }
   return metadata;
 }
-// [/call]
 
-// [watch]
 const TRANSIENT = ['UNAVAILABLE', 'RESOURCE_EXHAUSTED', 'ABORTED', 'DEADLINE_EXCEEDED', 'CANCELLED'];
 
 /**
@@ -226,9 +219,7 @@ function printState(task) {
   const percent = task.progress_percent === undefined ? '' : ` ${task.progress_percent}%`;
   console.log(`${task.state ?? 'TASK_STATE_UNSPECIFIED'}${percent}`);
 }
-// [/watch]
 
-// [error]
 /** @param {grpc.ServiceError} error */
 function printError(error) {
   const details = errorDetails(error);
@@ -273,6 +264,5 @@ function errorDetails(error) {
   }
   return found;
 }
-// [/error]
 
 await main();

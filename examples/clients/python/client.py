@@ -17,7 +17,6 @@ from huaweicloud.rds.task.v1 import task_service_pb2, task_service_pb2_grpc
 from huaweicloud.rds.task.v1.task_service_pb2 import TaskState
 
 # The facade already retries RDS. One retry here covers an instance of the facade that stops during the call.
-# [retry]
 SERVICE_CONFIG = {
     "methodConfig": [
         {
@@ -33,7 +32,6 @@ SERVICE_CONFIG = {
         }
     ]
 }
-# [/retry]
 
 
 def main():

@@ -42,6 +42,7 @@ async function get() {
   console.log(JSON.stringify(toJson(GetTaskDetailResponseSchema, reply, { useProtoFieldName: true }), null, 2));
   return 0;
 }
+// [/web]
 
 /** Returns the exit code: 0 succeeded, 3 failed or canceled, 4 the time is over, 1 the call failed. */
 async function watch() {
@@ -107,7 +108,6 @@ function retryDelay(error) {
   const [info] = error.findDetails(RetryInfoSchema);
   return info ? Number(info.retryDelay.seconds) * 1000 + info.retryDelay.nanos / 1e6 : 0;
 }
-// [/web]
 
 try {
   process.exitCode = await (watches ? watch() : get());

@@ -34,10 +34,12 @@ import (
 const (
 	method = "/huaweicloud.rds.task.v1.TaskService/GetTaskDetail"
 	// No retry policy: gRPC transparently retries only calls that no server has received.
+	// [balancing]
 	serviceConfig = `{
 		"loadBalancingConfig": [{"round_robin": {}}],
 		"healthCheckConfig": {"serviceName": "huaweicloud.rds.task.v1.TaskService"}
 	}`
+	// [/balancing]
 	workers      = 12
 	pause        = 5 * time.Millisecond
 	callDeadline = 5 * time.Second

@@ -113,7 +113,6 @@ fn to_json(reply: &GetTaskDetailResponse) -> Result<String, Box<dyn Error>> {
     Ok(String::from_utf8(json.into_inner())?)
 }
 
-// [connection]
 fn open_channel(options: &Options) -> Result<Channel, Box<dyn Error>> {
     let endpoint = match &options.ca {
         None => Endpoint::from_shared(format!("http://{}", options.target))?,
@@ -132,9 +131,7 @@ fn open_channel(options: &Options) -> Result<Channel, Box<dyn Error>> {
         .keep_alive_timeout(Duration::from_secs(20));
     Ok(endpoint.connect_lazy())
 }
-// [/connection]
 
-// [retry]
 /// Makes the call and retries it once on UNAVAILABLE, in code because tonic does not support service configs. The facade already
 /// retries RDS; the retry here covers an instance of the facade that stops during the call.
 async fn get_task_detail(
@@ -150,9 +147,7 @@ async fn get_task_detail(
         result => result,
     }
 }
-// [/retry]
 
-// [call]
 async fn call(
     channel: Channel,
     options: &Options,
@@ -181,9 +176,7 @@ fn request<T>(message: T, options: &Options, deadline: Duration) -> Result<Reque
     }
     Ok(request)
 }
-// [/call]
 
-// [watch]
 /// Returns the exit code: 0 succeeded, 3 failed or canceled, 4 the time is over, 1 the call failed.
 async fn watch(channel: Channel, options: &Options, timeout: Duration) -> ExitCode {
     let mut client = TaskServiceClient::new(channel);
@@ -258,9 +251,7 @@ fn print_state(task: &GetTaskDetailResponse) {
         percent.unwrap_or_default()
     );
 }
-// [/watch]
 
-// [error]
 fn print_error(status: &Status) {
     eprintln!("{:?}: {}", status.code(), status.message());
     if let Some(info) = status.get_details_error_info() {
@@ -279,4 +270,3 @@ fn retry_delay(status: &Status) -> Duration {
     let info = status.get_details_retry_info();
     info.and_then(|info| info.retry_delay).unwrap_or_default()
 }
-// [/error]

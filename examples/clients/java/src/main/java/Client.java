@@ -40,7 +40,6 @@ import java.util.concurrent.TimeUnit;
  */
 public final class Client {
     // The facade already retries RDS. One retry here covers an instance of the facade that stops during the call.
-    // [retry]
     private static final Map<String, ?> SERVICE_CONFIG = Map.of(
             "methodConfig", List.of(Map.of(
                     "name", List.of(Map.of("service", "huaweicloud.rds.task.v1.TaskService", "method", "GetTaskDetail")),
@@ -51,7 +50,6 @@ public final class Client {
                             "maxBackoff", "2s",
                             "backoffMultiplier", 2.0,
                             "retryableStatusCodes", List.of("UNAVAILABLE")))));
-    // [/retry]
 
     private static final Metadata.Key<String> TOKEN =
             Metadata.Key.of("x-auth-token", Metadata.ASCII_STRING_MARSHALLER);
@@ -116,7 +114,6 @@ public final class Client {
         return options;
     }
 
-    // [connection]
     private static ManagedChannel openChannel(Map<String, String> options) throws IOException {
         ChannelCredentials credentials = InsecureChannelCredentials.create();
         if (!options.get("--ca").isEmpty()) {
@@ -134,9 +131,7 @@ public final class Client {
                 .keepAliveTimeout(20, TimeUnit.SECONDS)
                 .build();
     }
-    // [/connection]
 
-    // [call]
     private static GetTaskDetailResponse getTaskDetail(ManagedChannel channel, Map<String, String> options) {
         return newStub(channel, options)
                 .withDeadline(deadline(options))
@@ -159,9 +154,7 @@ public final class Client {
     private static Deadline deadline(Map<String, String> options) {
         return Deadline.after((long) (Double.parseDouble(options.get("--timeout")) * 1000), TimeUnit.MILLISECONDS);
     }
-    // [/call]
 
-    // [watch]
     private static final Set<Status.Code> TRANSIENT = EnumSet.of(
             Status.Code.UNAVAILABLE,
             Status.Code.RESOURCE_EXHAUSTED,
@@ -227,9 +220,7 @@ public final class Client {
     private static void printState(GetTaskDetailResponse task) {
         System.out.println(task.getState() + (task.hasProgressPercent() ? " " + task.getProgressPercent() + "%" : ""));
     }
-    // [/watch]
 
-    // [error]
     private static void printError(StatusRuntimeException exception) throws InvalidProtocolBufferException {
         System.err.println(exception.getStatus().getCode() + ": " + exception.getStatus().getDescription());
         String reason = detail(exception, ErrorInfo.getDefaultInstance()).getReason();
@@ -260,5 +251,4 @@ public final class Client {
         }
         return empty;
     }
-    // [/error]
 }
