@@ -102,6 +102,9 @@ impl Task {
 
 const NANOS_PER_SECOND: i128 = 1_000_000_000;
 
+/// 0001-01-01T00:00:00Z, the first time of `google.protobuf.Timestamp`; many clients fail on an earlier one.
+const FIRST_SECOND: i64 = -62_135_596_800;
+
 /// The states that RDS documents for related calls; it documents none for this call.
 const STATES: [(&str, TaskState); 8] = [
     ("initing", TaskState::Pending),
@@ -146,8 +149,9 @@ fn time(text: Option<&str>) -> Option<prost_types::Timestamp> {
     }
     let time: Timestamp = text.parse().ok()?;
     let nanos = time.as_nanosecond();
-    Some(prost_types::Timestamp {
-        seconds: nanos.div_euclid(NANOS_PER_SECOND) as i64,
+    let seconds = nanos.div_euclid(NANOS_PER_SECOND) as i64;
+    (seconds >= FIRST_SECOND).then_some(prost_types::Timestamp {
+        seconds,
         nanos: nanos.rem_euclid(NANOS_PER_SECOND) as i32,
     })
 }
@@ -278,6 +282,9 @@ mod tests {
             ),
             ("2025-12-08T19:09:10-05:00", Some((1_765_238_950, 0))),
             ("1969-12-31T23:59:59.5Z", Some((-1, 500_000_000))),
+            ("0001-01-01T00:00:00Z", Some((-62_135_596_800, 0))),
+            // The year 0 in UTC.
+            ("0001-01-01T00:00:00+0800", None),
             ("2025-12-09T08:09:10", None),
             ("2025-12-09T08:09+0800", None),
             ("20251209T080910Z", None),
