@@ -154,7 +154,7 @@ struct ErrorBody {
 }
 
 /// Code, trace id and message of an error response, as far as they contain no secret: the rest of the cause.
-fn explanation(response: &Response, secrets: &[&str]) -> String {
+pub fn explanation(response: &Response, secrets: &[&str]) -> String {
     let body: ErrorBody = serde_json::from_slice(&response.body).unwrap_or_default();
     let body = body.error.as_deref().unwrap_or(&body);
     let id = |text: &str| {
@@ -219,7 +219,10 @@ fn contains_any(text: &str, secrets: &[&str]) -> bool {
 }
 
 /// The token is in a header. The body holds only its times, so a body that cannot be parsed counts as one without times.
-fn token(response: &Response) -> Result<Fetched<HeaderValue>, FetchError> {
+///
+/// # Errors
+/// [`FetchError`]: no usable token.
+pub fn token(response: &Response) -> Result<Fetched<HeaderValue>, FetchError> {
     let value = response
         .headers
         .get("x-subject-token")

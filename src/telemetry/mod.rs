@@ -4,7 +4,7 @@ mod access;
 mod attempt;
 pub mod context;
 mod conventions;
-mod export;
+pub mod export;
 mod line;
 pub(crate) mod log;
 pub mod metrics;
