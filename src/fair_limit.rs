@@ -217,6 +217,7 @@ mod tests {
         let limit = FairLimit::new(640);
         let brief = [2, 3, 4].map(|number| take(&limit, Caller::Connection(number), 1));
         drop(brief);
+        tokio::time::advance(ACTIVE / 2).await;
 
         let hog = take(&limit, ANN, 1000);
 
@@ -225,6 +226,14 @@ mod tests {
         assert_eq!(bobs.len(), 10);
         tokio::time::advance(ACTIVE).await;
         assert_eq!(take(&limit, Caller::Connection(9), 1000).len(), 20);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn reserves_take_at_most_half_of_a_limit_that_is_odd() {
+        let limit = FairLimit::new(3);
+        drop([2, 3].map(|number| take(&limit, Caller::Connection(number), 1)));
+
+        assert_eq!(take(&limit, ANN, 3).len(), 2);
     }
 
     #[tokio::test(start_paused = true)]
@@ -243,8 +252,11 @@ mod tests {
     async fn the_number_of_tracked_callers_is_bounded_even_within_an_instant() {
         let limit = FairLimit::new(10);
         for number in 0..3 * MAX_CALLERS as u64 {
-            drop(limit.try_acquire(Caller::Connection(number)));
+            let pair = [2 * number, 2 * number + 1].map(Caller::Connection);
+            let pair = pair.map(|caller| limit.try_acquire(caller));
+            assert!(pair.iter().all(Option::is_some), "free permits are granted");
         }
+        assert_eq!(limit.state().callers.len(), MAX_CALLERS);
         let callers = (0..10).map(Caller::Connection);
         let all: Vec<_> = callers.flat_map(|caller| take(&limit, caller, 1)).collect();
         assert_eq!(all.len(), 10);

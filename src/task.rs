@@ -102,6 +102,9 @@ impl Task {
     }
 }
 
+/// 0001-01-01T00:00:00Z, the first time of `google.protobuf.Timestamp`; many clients fail on an earlier one.
+const FIRST_SECOND: i64 = -62_135_596_800;
+
 /// The states that RDS documents for related calls; it documents none for this call.
 const STATES: [(&str, TaskState); 8] = [
     ("initing", TaskState::Pending),
@@ -145,7 +148,8 @@ fn time(text: Option<&str>) -> Option<prost_types::Timestamp> {
         return None;
     }
     let time: Timestamp = text.parse().ok()?;
-    Some(SystemTime::try_from(time).ok()?.into())
+    let time = prost_types::Timestamp::from(SystemTime::try_from(time).ok()?);
+    (time.seconds >= FIRST_SECOND).then_some(time)
 }
 
 #[cfg(test)]
@@ -274,6 +278,9 @@ mod tests {
             ),
             ("2025-12-08T19:09:10-05:00", Some((1_765_238_950, 0))),
             ("1969-12-31T23:59:59.5Z", Some((-1, 500_000_000))),
+            ("0001-01-01T00:00:00Z", Some((-62_135_596_800, 0))),
+            // The year 0 in UTC.
+            ("0001-01-01T00:00:00+0800", None),
             ("2025-12-09T08:09:10", None),
             ("2025-12-09T08:09+0800", None),
             ("20251209T080910Z", None),

@@ -139,8 +139,23 @@ fn error_envelope_becomes_a_complete_status_without_secrets() {
 }
 
 #[test]
+fn etag_is_equal_for_equal_texts_only() {
+    short_run("etag");
+}
+
+#[test]
 fn grpc_timeout_is_parsed_by_the_grammar_of_grpc() {
     short_run("grpc_timeout");
+}
+
+#[test]
+fn issuer_reply_is_a_credential_or_an_error_without_secrets() {
+    short_run("issuer_reply");
+}
+
+#[test]
+fn otlp_reply_counts_rejected_spans_as_a_slow_parser_does() {
+    short_run("otlp_reply");
 }
 
 #[test]
@@ -161,6 +176,21 @@ fn request_validation_accepts_a_request_or_names_every_broken_field() {
 #[test]
 fn retry_after_asks_for_five_minutes_at_most() {
     short_run("retry_after");
+}
+
+#[test]
+fn store_entry_is_used_only_if_authentic_and_young() {
+    short_run("store_entry");
+}
+
+#[test]
+fn store_reply_is_a_bounded_decision_or_a_problem_without_its_text() {
+    short_run("store_reply");
+}
+
+#[test]
+fn task_texts_give_the_typed_fields_or_none() {
+    short_run("task_texts");
 }
 
 #[test]

@@ -6,26 +6,38 @@
 
 mod canonical_request;
 pub(crate) mod error_envelope;
+mod etag;
 mod grpc_timeout;
+mod issuer_reply;
+mod otlp_reply;
 mod profile_file;
 mod reply_json;
 mod request_validation;
 mod retry_after;
 mod status_contract;
+mod store_entry;
+mod store_reply;
+mod task_texts;
 mod trace_context;
 
 /// Panics if the input breaks the invariant.
 pub(crate) type Check = fn(&[u8]);
 
 /// The targets: name, which is also the directory in `tests/corpora`, and check.
-pub(crate) const TARGETS: [(&str, Check); 8] = [
+pub(crate) const TARGETS: [(&str, Check); 14] = [
     ("canonical_request", canonical_request::check),
     ("error_envelope", error_envelope::check),
+    ("etag", etag::check),
     ("grpc_timeout", grpc_timeout::check),
+    ("issuer_reply", issuer_reply::check),
+    ("otlp_reply", otlp_reply::check),
     ("profile_file", profile_file::check),
     ("reply_json", reply_json::check),
     ("request_validation", request_validation::check),
     ("retry_after", retry_after::check),
+    ("store_entry", store_entry::check),
+    ("store_reply", store_reply::check),
+    ("task_texts", task_texts::check),
     ("trace_context", trace_context::check),
 ];
 

@@ -40,7 +40,7 @@ pub(crate) fn check(input: &[u8]) {
 }
 
 /// The invalid fields, by the rules of the contract.
-fn invalid_fields(request: &GetTaskDetailRequest) -> Vec<&'static str> {
+pub(crate) fn invalid_fields(request: &GetTaskDetailRequest) -> Vec<&'static str> {
     const ID: &str = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz_-";
     let is_id = |text: &str, max| {
         let length = text.chars().count();

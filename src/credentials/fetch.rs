@@ -19,13 +19,13 @@ const MAX_BODY_BYTES: usize = 64 * 1024;
 /// A failed refresh. Holds no secret and no part of a body.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{cause}")]
-pub(super) struct FetchError {
+pub struct FetchError {
     /// The issuer that rejected the facade's user or agency, and the HTTP status: 401 or 403.
-    pub(super) rejected_by: Option<(Issuer, u16)>,
+    pub rejected_by: Option<(Issuer, u16)>,
     /// The shortest wait before the next attempt.
-    pub(super) wait: Duration,
+    pub wait: Duration,
     /// For the log.
-    pub(super) cause: String,
+    pub cause: String,
 }
 
 impl FetchError {
@@ -76,10 +76,14 @@ impl From<http_client::Error> for FetchError {
 }
 
 /// A complete response.
-pub(super) struct Response {
-    pub(super) status: u16,
-    pub(super) headers: HeaderMap,
-    pub(super) body: Bytes,
+#[derive(Debug)]
+pub struct Response {
+    /// The HTTP status.
+    pub status: u16,
+    /// The headers.
+    pub headers: HeaderMap,
+    /// The body, which may hold a secret.
+    pub body: Bytes,
 }
 
 /// Sends a request and reads the response, up to 64 KiB.

@@ -154,7 +154,7 @@ struct ErrorBody {
 }
 
 /// Code, trace id and message of an error response, as far as they contain no secret: the rest of the cause.
-fn explanation(response: &Response, secrets: &[&str]) -> String {
+pub fn explanation(response: &Response, secrets: &[&str]) -> String {
     let body: ErrorBody = serde_json::from_slice(&response.body).unwrap_or_default();
     let body = body.error.as_deref().unwrap_or(&body);
     let id = |text: &str| {
@@ -207,17 +207,22 @@ fn scrub(message: &str, secrets: &[&str]) -> String {
 
 /// Whether the text contains a word of a secret, in any case. A short word must be the whole text.
 fn contains_any(text: &str, secrets: &[&str]) -> bool {
-    let text = text.to_lowercase();
+    // Each letter by itself: `str::to_lowercase` writes a sigma by its place in the word.
+    let lower = |text: &str| -> String { text.chars().flat_map(char::to_lowercase).collect() };
+    let text = lower(text);
     let bare = text.trim_matches(|c: char| c.is_ascii_punctuation());
     let mut words = secrets.iter().flat_map(|secret| secret.split_whitespace());
     words.any(|word| {
-        let word = word.to_lowercase();
+        let word = lower(word);
         text == word || bare == word || (word.len() > 5 && text.contains(&word))
     })
 }
 
 /// The token is in a header. The body holds only its times, so a body that cannot be parsed counts as one without times.
-fn token(response: &Response) -> Result<Fetched<HeaderValue>, FetchError> {
+///
+/// # Errors
+/// [`FetchError`]: no usable token.
+pub fn token(response: &Response) -> Result<Fetched<HeaderValue>, FetchError> {
     let value = response
         .headers
         .get("x-subject-token")
@@ -471,6 +476,16 @@ mod tests {
             let expected = format!("HTTP status {status}{expected}");
             assert_eq!(error.to_string(), expected, "{body}");
         }
+    }
+
+    #[test]
+    fn a_word_with_a_secret_in_it_is_scrubbed_in_any_case() {
+        let secrets = ["ΟΔΥΣΣΕΥΣ"];
+
+        assert_eq!(
+            scrub("ΟΔΥΣΣΕΥΣΑ οδυσσευσα Οδύσσεια", &secrets),
+            "*** *** Οδύσσεια"
+        );
     }
 
     #[tokio::test]

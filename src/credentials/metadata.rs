@@ -184,7 +184,11 @@ struct TemporaryKey {
     expires_at: Option<String>,
 }
 
-fn temporary_key(
+/// Reads the temporary key in a response of the metadata service.
+///
+/// # Errors
+/// [`FetchError`]: no usable key.
+pub fn temporary_key(
     response: &Response,
     previous: Option<&AccessKey>,
 ) -> Result<Fetched<Arc<AccessKey>>, FetchError> {

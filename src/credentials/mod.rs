@@ -11,12 +11,12 @@ mod cache;
 pub mod chain;
 #[cfg(test)]
 mod fake_issuer;
-mod fetch;
+pub mod fetch;
 pub mod file;
 pub mod fragments;
 pub mod iam;
 pub mod key_guard;
-mod metadata;
+pub mod metadata;
 mod options;
 pub mod profile;
 mod readiness;

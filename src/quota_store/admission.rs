@@ -73,6 +73,28 @@ pub enum Answer {
     Unavailable,
 }
 
+impl Answer {
+    /// Reads an untrusted reply; `None` if another replica tries the key out.
+    pub fn from_reply(reply: Option<Reply>, slot: Slot) -> Option<Self> {
+        let Some((kind, number, subject)) = reply else {
+            return Some(Self::Unavailable);
+        };
+        let number = u64::try_from(number).unwrap_or(0);
+        let in_millis = Duration::from_millis(number).min(MAX_WAIT);
+        let in_micros = Duration::from_micros(number).min(MAX_WAIT);
+        Some(match kind.as_str() {
+            "start" if in_micros <= slot.longest => Self::Start(in_micros),
+            "start" | "late" => Self::Late(in_micros),
+            "throttled" => Self::Throttled(in_millis, subject),
+            "rests" => Self::Rests(in_millis),
+            "fresh" => Self::Fresh,
+            "busy" => Self::Busy,
+            "probed" => return None,
+            _ => Self::Unavailable,
+        })
+    }
+}
+
 /// What an attempt is for and with.
 #[derive(Debug, Clone, Copy)]
 pub struct AttemptContext<'a> {
@@ -146,7 +168,7 @@ impl Session {
                 true => self.call(StoreOperation::Admit, &script).await,
                 false => self.call_meanwhile(StoreOperation::Admit, &script).await,
             };
-            match self.answer(reply, left) {
+            match Answer::from_reply(reply, left) {
                 Some(answer) => {
                     // It waits for the rate anyway.
                     if matches!(answer, Answer::Late(_))
@@ -173,7 +195,7 @@ impl Session {
             .arg(&task.holder);
         // No call waits for this, but a poll may ask many times.
         let reply = self.call_meanwhile(StoreOperation::Poll, &script).await;
-        self.answer(reply, slot).unwrap_or(Answer::Unavailable)
+        Answer::from_reply(reply, slot).unwrap_or(Answer::Unavailable)
     }
 
     fn slot_script(
@@ -193,26 +215,6 @@ impl Session {
             .arg(micros(slot.longest.min(MAX_WAIT)))
             .arg(random_id());
         script
-    }
-
-    /// Reads an untrusted reply; `None` if another replica tries the key out.
-    fn answer(&self, reply: Option<Reply>, slot: Slot) -> Option<Answer> {
-        let Some((kind, number, subject)) = reply else {
-            return Some(Answer::Unavailable);
-        };
-        let number = u64::try_from(number).unwrap_or(0);
-        let in_millis = Duration::from_millis(number).min(MAX_WAIT);
-        let in_micros = Duration::from_micros(number).min(MAX_WAIT);
-        Some(match kind.as_str() {
-            "start" if in_micros <= slot.longest => Answer::Start(in_micros),
-            "start" | "late" => Answer::Late(in_micros),
-            "throttled" => Answer::Throttled(in_millis, subject),
-            "rests" => Answer::Rests(in_millis),
-            "fresh" => Answer::Fresh,
-            "busy" => Answer::Busy,
-            "probed" => return None,
-            _ => Answer::Unavailable,
-        })
     }
 
     /// Stores a throttle window: of the credential, or of the whole API.
@@ -280,4 +282,4 @@ impl Session {
 }
 
 /// The reply of a script: its kind, a number, a text.
-type Reply = (String, i64, String);
+pub type Reply = (String, i64, String);

@@ -171,7 +171,7 @@ impl Target {
 }
 
 /// Whether the reply to `HELLO`, a list of names and values, has the mode `cluster`.
-fn is_cluster(hello: &Value) -> bool {
+pub fn is_cluster(hello: &Value) -> bool {
     let Value::Array(fields) = hello else {
         return false;
     };

@@ -8,12 +8,12 @@
 //! Every decision is made by a script with the server's clock. What the store returns is untrusted: waits are capped, results are
 //! authenticated and their age is checked twice.
 
-mod admission;
-mod connection;
+pub mod admission;
+pub mod connection;
 mod options;
 mod results;
 mod scripts;
-mod seal;
+pub mod seal;
 
 use std::{
     fmt,

@@ -232,14 +232,14 @@ impl Drop for Lease {
 
 impl SharedResult {
     /// The entry with this name: the time, for the scripts, and the sealed result.
-    fn seal(&self, keys: &Keys, name: &str) -> Vec<u8> {
+    pub fn seal(&self, keys: &Keys, name: &str) -> Vec<u8> {
         let sealed = keys.seal(name, &self.encode_to_vec());
         [format!("{:013}", self.store_time).as_bytes(), &sealed].concat()
     }
 
     /// Opens an untrusted entry, and returns its age. `None` if it is not authentic, or if it is not younger than `max_age` by the clock
     /// of the store, which says `now`, and by the clocks of the replicas.
-    fn open(
+    pub fn open(
         keys: &Keys,
         name: &str,
         entry: &[u8],

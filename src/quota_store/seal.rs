@@ -14,7 +14,7 @@ pub(super) const PREFIX: &str = "rtf1:";
 const VERSION: u8 = 1;
 
 /// The keys that all replicas derive from the key file.
-pub(super) struct Keys {
+pub struct Keys {
     names: hmac::Key,
     pub(super) callers: hmac::Key,
     sealing: RandomizedNonceKey,
@@ -28,7 +28,7 @@ impl std::fmt::Debug for Keys {
 
 impl Keys {
     /// Derives the keys with HKDF.
-    pub(super) fn derive(file: &[u8]) -> Self {
+    pub fn derive(file: &[u8]) -> Self {
         let secret = Salt::new(HKDF_SHA256, b"rds-task-facade quota store").extract(file);
         let derive = |purpose: &[u8]| {
             let mut key = zeroize::Zeroizing::new([0; 32]);
@@ -48,7 +48,7 @@ impl Keys {
     }
 
     /// The name of an entry of this kind. Different parts make different names, however they are divided.
-    pub(super) fn name(&self, kind: &str, parts: &[&[u8]]) -> String {
+    pub fn name(&self, kind: &str, parts: &[&[u8]]) -> String {
         let mut context = hmac::Context::with_key(&self.names);
         for part in [&[kind.as_bytes()], parts].concat() {
             context.update(&(part.len() as u64).to_be_bytes());
@@ -61,7 +61,7 @@ impl Keys {
     }
 
     /// Seals the content of the entry with this name.
-    pub(super) fn seal(&self, name: &str, content: &[u8]) -> Vec<u8> {
+    pub fn seal(&self, name: &str, content: &[u8]) -> Vec<u8> {
         let mut sealed = content.to_vec();
         let aad = Aad::from(name.as_bytes());
         let nonce = self.sealing.seal_in_place_append_tag(aad, &mut sealed);
@@ -70,7 +70,7 @@ impl Keys {
     }
 
     /// The content of a sealed entry; `None` if it was not sealed by a replica under this name.
-    pub(super) fn open(&self, name: &str, entry: &[u8]) -> Option<Vec<u8>> {
+    pub fn open(&self, name: &str, entry: &[u8]) -> Option<Vec<u8>> {
         let (version, rest) = entry.split_first()?;
         let (nonce, sealed) = rest.split_first_chunk::<NONCE_LEN>()?;
         if *version != VERSION {

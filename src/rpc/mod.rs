@@ -3,7 +3,7 @@
 mod get_task_detail;
 mod options;
 pub mod request;
-mod watch_task_detail;
+pub mod watch_task_detail;
 
 use std::{collections::HashSet, sync::Arc};
 

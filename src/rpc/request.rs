@@ -20,7 +20,10 @@ pub fn validate(request: GetTaskDetailRequest) -> Result<TaskQuery, Error> {
 }
 
 /// As [`validate`], with the violation of a further field, if any.
-pub(super) fn validate_with(
+///
+/// # Errors
+/// [`Error::InvalidRequest`].
+pub fn validate_with(
     request: GetTaskDetailRequest,
     further: Option<Violation>,
 ) -> Result<TaskQuery, Error> {

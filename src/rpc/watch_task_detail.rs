@@ -57,7 +57,8 @@ pub(super) async fn handle(
     watch.await.map_err(Arc::unwrap_or_clone)
 }
 
-fn etag_violation(etag: &str) -> Option<Violation> {
+/// Why the etag of a request is invalid, if so.
+pub fn etag_violation(etag: &str) -> Option<Violation> {
     let is_hex = |byte: u8| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
     let is_valid = etag.len() <= MAX_ETAG && etag.bytes().all(is_hex);
     (!is_valid).then(|| Violation {

@@ -266,7 +266,7 @@ impl Exporter {
 }
 
 /// The number of rejected spans in a successful response.
-fn rejected(body: &[u8]) -> u64 {
+pub fn rejected(body: &[u8]) -> u64 {
     let response = ExportTraceServiceResponse::decode(body).unwrap_or_default();
     let rejected = response
         .partial_success

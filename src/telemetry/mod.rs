@@ -3,7 +3,7 @@
 mod access;
 mod attempt;
 pub mod context;
-mod export;
+pub mod export;
 mod line;
 pub(crate) mod log;
 pub mod metrics;

@@ -10,7 +10,7 @@
 
 mod options;
 mod poller;
-mod snapshot;
+pub mod snapshot;
 mod stream;
 
 use std::{

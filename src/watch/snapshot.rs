@@ -78,7 +78,8 @@ impl Snapshot {
     }
 }
 
-fn etag(task: &Task) -> String {
+/// The etag of a task.
+pub fn etag(task: &Task) -> String {
     let mut hash = digest::Context::new(&digest::SHA256);
     let mut text = GetTaskDetailResponse {
         state: TaskState::Unspecified.into(),

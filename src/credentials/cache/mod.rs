@@ -73,10 +73,11 @@ pub(super) trait Refresh: Send + 'static {
 
 /// A value that was just fetched.
 #[derive(Debug)]
-pub(super) struct Fetched<V> {
-    pub(super) value: V,
+pub struct Fetched<V> {
+    /// The value.
+    pub value: V,
     /// How long it lives from now; `None` if it has no end.
-    pub(super) lifetime: Option<Duration>,
+    pub lifetime: Option<Duration>,
 }
 
 /// What the cache does when upstream rejects the current value.

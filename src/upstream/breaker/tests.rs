@@ -139,6 +139,7 @@ async fn a_caller_without_failures_gets_through_an_open_endpoint_and_closes_it()
     assert_eq!(admit(&breaker, ANN, 9, "t").unwrap_err(), PROBE_INTERVAL);
     let probe = admit(&breaker, BOB, 9, "t").expect("it has not failed");
     assert!(admit(&breaker, BOB, 8, "t").is_err(), "one probe a caller");
+    assert!(admit(&breaker, ANN, 8, "t").is_err(), "it has just failed");
     probe.succeeded();
 
     assert_eq!(breaker.endpoint_open.get(), 0);
@@ -204,6 +205,88 @@ async fn attempts_that_end_late_do_not_delay_probes() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn attempts_that_end_late_do_not_delay_the_probe_of_an_instance() {
+    let breaker = breaker();
+    let late: Vec<_> = (0..5)
+        .map(|_| admit(&breaker, ANN, 1, "t").expect("up"))
+        .collect();
+    fail(&breaker, ANN, 1, INSTANCE_FAILURES);
+    tokio::time::advance(PROBE_INTERVAL / 2).await;
+
+    late.into_iter().for_each(Admission::failed);
+
+    assert_eq!(
+        admit(&breaker, ANN, 1, "t").unwrap_err(),
+        PROBE_INTERVAL / 2
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_check_has_the_result_of_an_admission_and_uses_up_no_probe() {
+    let breaker = breaker();
+    let query = query(1, "t");
+    let attempt = Attempt {
+        query: &query,
+        identity: Identity::Server,
+        caller: ANN,
+    };
+    assert_eq!(breaker.check(attempt), Ok(()));
+    fail(&breaker, ANN, 1, INSTANCE_FAILURES);
+
+    assert_eq!(breaker.check(attempt), Err(PROBE_INTERVAL));
+    tokio::time::advance(PROBE_INTERVAL).await;
+    assert_eq!(breaker.check(attempt), Ok(()));
+    assert!(breaker.admit(attempt).is_ok());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_credential_that_is_no_longer_in_use_does_not_keep_the_endpoint_closed() {
+    let breaker = breaker();
+    let query = query(9, "t");
+    let other = Attempt {
+        query: &query,
+        identity: Identity::Caller([1; 16]),
+        caller: BOB,
+    };
+    breaker.admit(other).expect("up").succeeded();
+    tokio::time::advance(MEMORY).await;
+
+    bring_down(&breaker, ANN);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_probe_in_flight_keeps_old_failures() {
+    for is_endpoint in [false, true] {
+        let breaker = breaker();
+        if is_endpoint {
+            bring_down(&breaker, ANN);
+        } else {
+            fail(&breaker, ANN, 9, INSTANCE_FAILURES);
+        }
+        tokio::time::advance(PROBE_INTERVAL).await;
+        let probe = admit(&breaker, ANN, 9, "t").expect("a probe");
+        tokio::time::advance(MEMORY).await;
+
+        assert!(admit(&breaker, ANN, 9, "t").is_err(), "{is_endpoint}");
+        drop(probe);
+        assert!(admit(&breaker, ANN, 9, "t").is_ok(), "{is_endpoint}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn many_failures_of_one_instance_do_not_evict_another() {
+    let breaker = breaker();
+    let late: Vec<_> = (0..2 * MAX_INSTANCES)
+        .map(|_| admit(&breaker, BOB, 2, "t").expect("up"))
+        .collect();
+    fail(&breaker, ANN, 1, INSTANCE_FAILURES);
+
+    late.into_iter().for_each(Admission::failed);
+
+    assert!(admit(&breaker, ANN, 1, "t").is_err());
+}
+
+#[tokio::test(start_paused = true)]
 async fn old_failures_do_not_count() {
     let breaker = breaker();
     fail(&breaker, ANN, 1, INSTANCE_FAILURES - 1);
@@ -244,10 +327,13 @@ async fn new_callers_probe_although_many_others_have_failed_or_hang() {
     tokio::time::advance(PROBE_INTERVAL).await;
     assert!(admit(&breaker, BOB, 9, "t").is_ok());
 
-    let hanging: Vec<_> = (200..300)
+    let mut hanging: Vec<_> = (200..300)
         .filter_map(|number| admit(&breaker, Caller::Connection(number), number as usize, "t").ok())
         .collect();
     assert_eq!(hanging.len(), MAX_PROBERS + 1);
+    assert!(admit(&breaker, BOB, 9, "t").is_err(), "too many probes");
+    drop(hanging.remove(0));
+    drop(admit(&breaker, BOB, 9, "t").expect("a cancelled probe makes room"));
     tokio::time::advance(PROBE_INTERVAL).await;
     admit(&breaker, BOB, 9, "t").expect("one more").succeeded();
 
