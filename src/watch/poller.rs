@@ -26,7 +26,7 @@ use crate::{
         Facts, Progress,
         metrics::{Counted, PollOutcome},
     },
-    upstream::{self, QueuedPoll},
+    upstream::{self, Queued},
 };
 
 /// The longest wait of a first poll for the rate; one that would wait longer fails at once.
@@ -251,7 +251,7 @@ impl Poller {
     }
 
     /// Waits for the start of a queued poll, and queues it under the callers that join meanwhile.
-    async fn start_repeated<T>(&self, poll: &QueuedPoll, start: impl Future<Output = T>) -> T {
+    async fn start_repeated<T>(&self, poll: &Queued, start: impl Future<Output = T>) -> T {
         let mut start = std::pin::pin!(start);
         loop {
             tokio::select! {
