@@ -9,7 +9,8 @@
 //!
 //! With a quota store, attempts take their starts from the store, which applies the rate to all replicas. While it delays
 //! some of them, only the head of the queue asks ([`Pacing::wait_in_fleet`]). While the store is not available, the rate divided by the number of
-//! replicas applies here, and afterwards, too, until the starts that the store has not seen have left the window.
+//! replicas applies here, and afterwards, too, until the starts that the store has not seen have left the window. Each attempt that this rule
+//! has started then asks the store on its own.
 //!
 //! Hand-written, because the limiters in crates (governor, leaky-bucket) allow 2N starts in a window: a full bucket and its refill.
 
