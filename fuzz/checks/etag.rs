@@ -8,7 +8,7 @@ use std::time::Duration;
 use prost::Message as _;
 use rds_task_facade::{
     pb::{GetTaskDetailRequest, GetTaskDetailResponse, SubTask, WatchTaskDetailRequest},
-    rpc::{request::validate_with, watch_task_detail::etag_violation},
+    rpc::{request::validate, watch_task_detail::etag_violation},
     status::Failure,
     task::Task,
     upstream::wire::parse_task_detail,
@@ -67,7 +67,7 @@ fn check_request(request: WatchTaskDetailRequest) {
         invalid.push("etag");
     }
 
-    match validate_with(task.clone(), etag_violation(&request.etag)) {
+    match validate(task.clone(), etag_violation(&request.etag)) {
         Ok(query) => {
             assert_eq!(invalid, [""; 0]);
             assert_eq!(query.workflow_id, task.workflow_id);

@@ -20,7 +20,7 @@ pub(crate) fn check(input: &[u8]) {
     };
     let invalid = invalid_fields(&request);
 
-    match validate(request.clone()) {
+    match validate(request.clone(), None) {
         Ok(query) => {
             assert_eq!(invalid, [""; 0]);
             assert_eq!(query.project_id, request.project_id);

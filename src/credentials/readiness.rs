@@ -1,7 +1,7 @@
 //! Whether the facade has a credential that calls can use.
 //!
-//! A key that RDS has never accepted rests after its first rejection. The facade is not ready for so long, so that a rollout with a
-//! wrong key stops at its first replica, before several replicas together get the key locked.
+//! A key that RDS has never accepted rests after its first rejection. The facade is not ready until the rest is over, so that a rollout
+//! with a wrong key stops at its first replica, before several replicas together get the key locked.
 
 use std::{convert::Infallible, sync::Arc};
 

@@ -6,7 +6,7 @@
 //! a call may wait. So no call probes a store that does not reply.
 
 use std::{
-    fmt, io,
+    io,
     pin::Pin,
     sync::{
         Arc,
@@ -114,21 +114,17 @@ impl From<RedisError> for Problem {
 }
 
 /// How the store is reached.
+#[derive(Debug)]
 pub(super) struct Target {
     pub(super) url: StoreUrl,
     pub(super) http: http_client::Config,
 }
 
 /// An open connection, closed when dropped.
+#[derive(Debug)]
 pub(super) struct Connection {
     handle: MultiplexedConnection,
     _driver: AbortOnDropHandle<()>,
-}
-
-impl fmt::Debug for Connection {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Connection").finish_non_exhaustive()
-    }
 }
 
 impl Target {
@@ -247,7 +243,7 @@ impl Link {
     }
 
     /// Records that this replica has been without the store until now.
-    pub(super) fn is_back(&self) {
+    pub(super) fn came_back(&self) {
         *self.back_since.lock() = Some(Instant::now());
     }
 

@@ -16,7 +16,6 @@ mod scripts;
 pub mod seal;
 
 use std::{
-    fmt,
     mem::discriminant,
     sync::{
         Arc,
@@ -84,6 +83,7 @@ pub enum Error {
 }
 
 /// The quota store of this process.
+#[derive(Debug)]
 pub struct QuotaStore {
     keys: Arc<Keys>,
     /// The base URL of RDS, a part of every name.
@@ -119,15 +119,9 @@ impl Opened {
             let leaving = store
                 .link
                 .run::<u32>(operation, &connection, &script, PATIENCE);
-            // The count forgets the program soon in any case.
+            // Without it, the heartbeat expires.
             let _ = leaving.await;
         }
-    }
-}
-
-impl fmt::Debug for QuotaStore {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("QuotaStore").finish_non_exhaustive()
     }
 }
 
@@ -228,7 +222,7 @@ impl QuotaStore {
                 Some(first) => first,
                 None => {
                     let connected = self.connect().await;
-                    self.link.is_back();
+                    self.link.came_back();
                     connected
                 }
             };
@@ -351,9 +345,11 @@ impl Session {
         script: &ScriptInvocation<'_>,
     ) -> Option<T> {
         let begun = Instant::now();
-        let left = Duration::from_micros(self.left.load(Ordering::Relaxed));
-        let reply = self.store.link.call(operation, script, left).await;
-        self.spend(begun.elapsed());
+        let left = self.left.load(Ordering::Relaxed);
+        let patience = Duration::from_micros(left);
+        let reply = self.store.link.call(operation, script, patience).await;
+        let left = left.saturating_sub(micros(begun.elapsed()));
+        self.left.store(left, Ordering::Relaxed);
         reply
     }
 
@@ -371,12 +367,6 @@ impl Session {
         reply
     }
 
-    fn spend(&self, time: Duration) {
-        let left = self.left.load(Ordering::Relaxed);
-        let left = left.saturating_sub(time.as_micros() as u64);
-        self.left.store(left, Ordering::Relaxed);
-    }
-
     fn name(&self, kind: &str, parts: &[&[u8]]) -> String {
         let parts = [&[self.credential.as_bytes()], parts].concat();
         self.store.name(kind, &parts)
@@ -387,7 +377,7 @@ impl Session {
 fn random_id() -> String {
     let mut bytes = [0; 16];
     aws_lc_rs::rand::fill(&mut bytes).expect("the system has random bytes");
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    format!("{:032x}", u128::from_be_bytes(bytes))
 }
 
 fn millis(duration: Duration) -> u64 {

@@ -37,7 +37,7 @@ pub(super) const MIN_POLL_LEASE: Duration = Duration::from_secs(1);
 /// How far the clocks of two replicas may differ.
 const CLOCK_TOLERANCE: Duration = Duration::from_secs(5);
 
-/// The results of this age that a call rejects before it asks RDS alone.
+/// After this many results that cannot be used, a call asks RDS alone.
 const MAX_REJECTED: u32 = 2;
 
 /// A result as the replicas store it, sealed: a task, or RDS's reply that there is no such task.
@@ -238,7 +238,7 @@ impl SharedResult {
     }
 
     /// Opens an untrusted entry, and returns its age. `None` if it is not authentic, or if it is not younger than `max_age` by the clock
-    /// of the store, which says `now`, and by the clocks of the replicas.
+    /// of the store, whose time is `now`, and by the clocks of the replicas.
     pub fn open(
         keys: &Keys,
         name: &str,

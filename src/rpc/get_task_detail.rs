@@ -20,7 +20,7 @@ pub(super) async fn handle(
     metadata: &HeaderMap,
     request: GetTaskDetailRequest,
 ) -> Result<Arc<Task>, Error> {
-    let query = validate(request)?;
+    let query = validate(request, None)?;
     call.record.project_id = Some(query.project_id.clone());
     facade.check_allowed(&query.project_id)?;
     let lookups = &facade.lookups;

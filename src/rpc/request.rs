@@ -11,19 +11,11 @@ pub const MAX_ID: usize = 64;
 const MAX_WORKFLOW_ID: usize = 128;
 const MAX_WORKFLOW_NAME: usize = 256;
 
-/// Checks every rule of the proto, so that one reply lists all violations.
+/// Checks every rule of the proto, so that one reply lists all violations, with that of a further field, if any.
 ///
 /// # Errors
 /// [`Error::InvalidRequest`].
-pub fn validate(request: GetTaskDetailRequest) -> Result<TaskQuery, Error> {
-    validate_with(request, None)
-}
-
-/// As [`validate`], with the violation of a further field, if any.
-///
-/// # Errors
-/// [`Error::InvalidRequest`].
-pub fn validate_with(
+pub fn validate(
     request: GetTaskDetailRequest,
     further: Option<Violation>,
 ) -> Result<TaskQuery, Error> {
@@ -99,7 +91,7 @@ mod tests {
     }
 
     fn violations(request: GetTaskDetailRequest) -> Vec<(&'static str, String)> {
-        match validate(request) {
+        match validate(request, None) {
             Err(Error::InvalidRequest(violations)) => violations
                 .into_iter()
                 .map(|v| (v.field, v.description))
@@ -166,7 +158,7 @@ mod tests {
                 ..request()
             };
 
-            let query = validate(named).expect("a valid request");
+            let query = validate(named, None).expect("a valid request");
 
             assert_eq!(query.workflow_name.as_deref(), name);
         }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use http::HeaderMap;
 
-use super::{Facade, request::validate_with};
+use super::{Facade, request::validate};
 use crate::{
     call::Call,
     error::{Error, Violation},
@@ -35,7 +35,7 @@ pub(super) async fn handle(
         workflow_id,
         workflow_name,
     };
-    let query = validate_with(task, etag_violation(&etag))?;
+    let query = validate(task, etag_violation(&etag))?;
     call.record.project_id = Some(query.project_id.clone());
     facade.check_allowed(&query.project_id)?;
     let lookups = &facade.lookups;

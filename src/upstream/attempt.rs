@@ -14,7 +14,8 @@ use super::{
     Client, Error, Rejection,
     breaker::{self, Breaker},
     client::LookupContext,
-    clock, fleet,
+    clock,
+    fleet::{self, InFleet},
     key_evidence::{self, KeyEvidence},
     redaction::{Secrets, is_secret, redact_facts, redact_rejection},
     rejection::{self, KEY_LOCK},
@@ -84,7 +85,7 @@ struct Signed<'a> {
     /// Whether an earlier attempt of this lookup has corrected the clock.
     clock_corrected: bool,
     /// The attempt as the quota store sees it.
-    in_fleet: fleet::InFleet<'a>,
+    in_fleet: InFleet<'a>,
 }
 
 impl FailedAttempt {
@@ -175,12 +176,12 @@ impl Client {
         check_throttle()?;
         let guard;
         let (used, in_fleet) = match auth {
-            Auth::Token(token) => (Used::Token(token), fleet::attempt(None, instance, deadline)),
+            Auth::Token(token) => (Used::Token(token), InFleet::new(None, instance, deadline)),
             Auth::Key(key) => {
                 guard = key.guard.scoped(instance);
                 let admission = guard.admit(&lookup.query.project_id, lookup.caller, deadline);
                 let permit = admission.await.map_err(key_unavailable)?;
-                let in_fleet = fleet::attempt(Some((key, &guard)), instance, deadline);
+                let in_fleet = InFleet::new(Some((key, &guard)), instance, deadline);
                 (Used::Key(permit), in_fleet)
             }
         };
@@ -326,13 +327,15 @@ impl Client {
                 }
                 return Ok(task);
             }
-            Content::Task(Err(NotATask::Malformed)) => return Err(malformed(admission)),
+            Content::Task(Err(NotATask::Malformed)) => {
+                admission.succeeded();
+                let (error, reason) = (Error::Malformed, Reason::UpstreamMalformedResponse);
+                return Err(FailedAttempt::permanent(error, reason));
+            }
             Content::Task(Err(NotATask::TooManyParts)) => {
                 admission.succeeded();
-                return Err(FailedAttempt::permanent(
-                    Error::TooLarge,
-                    Reason::UpstreamResponseTooLarge,
-                ));
+                let (error, reason) = (Error::TooLarge, Reason::UpstreamResponseTooLarge);
+                return Err(FailedAttempt::permanent(error, reason));
             }
             Content::Task(Err(NotATask::ErrorObject(envelope))) => {
                 rejection::from_envelope(200, headers, envelope, now)
@@ -362,13 +365,15 @@ impl Client {
             fleet::record(session, instance, &rejection);
         }
         Err(match used {
-            Used::Key(key) => self.with_key(rejection, &facts, headers, signed, key, lookup.store),
-            Used::Token(token) => self.with_token(rejection, &facts, signed, token),
+            Used::Key(key) => {
+                self.rejected_with_key(rejection, &facts, headers, signed, key, lookup.store)
+            }
+            Used::Token(token) => self.rejected_with_token(rejection, &facts, signed, token),
         })
     }
 
     /// A rejected token may have a successor.
-    fn with_token(
+    fn rejected_with_token(
         &self,
         rejection: Rejection,
         facts: &Facts,
@@ -393,7 +398,7 @@ impl Client {
     }
 
     /// A rejected signature is never retried, because rejections lock the key. The exception is a wrong clock, which gets one more attempt.
-    fn with_key(
+    fn rejected_with_key(
         &self,
         rejection: Rejection,
         facts: &Facts,
@@ -489,11 +494,6 @@ pub(super) fn throttled(throttled: Throttled) -> FailedAttempt {
 
 fn circuit_open(retry_after: Duration) -> FailedAttempt {
     FailedAttempt::permanent(Error::CircuitOpen { retry_after }, Reason::CircuitOpen)
-}
-
-fn malformed(admission: breaker::Admission<'_>) -> FailedAttempt {
-    admission.succeeded();
-    FailedAttempt::permanent(Error::Malformed, Reason::UpstreamMalformedResponse)
 }
 
 pub(super) fn key_unavailable(error: credentials::Error) -> FailedAttempt {

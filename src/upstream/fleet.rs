@@ -1,6 +1,6 @@
 //! Attempts in a fleet: admission by the quota store, and what an attempt shows to the other replicas.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use super::{
     Client, Rejection,
@@ -29,24 +29,24 @@ pub(super) struct InFleet<'a> {
     guard: Option<&'a KeyGuard>,
 }
 
-/// An attempt for which a key, if any, has been admitted by its guard.
-pub(super) fn attempt<'a>(
-    key: Option<(&'a Arc<AccessKey>, &'a Arc<KeyGuard>)>,
-    instance: Option<&'a str>,
-    deadline: Deadline,
-) -> InFleet<'a> {
-    InFleet {
-        context: AttemptContext {
-            instance,
-            key: key.map(|(key, _)| &**key),
-            needs_probe: key.is_some_and(|(_, guard)| !guard.is_proven()),
-            deadline,
-        },
-        guard: key.map(|(_, guard)| &**guard),
+impl<'a> InFleet<'a> {
+    /// An attempt for which a key, if any, has been admitted by its guard.
+    pub(super) fn new(
+        key: Option<(&'a AccessKey, &'a KeyGuard)>,
+        instance: Option<&'a str>,
+        deadline: Deadline,
+    ) -> Self {
+        Self {
+            context: AttemptContext {
+                instance,
+                key: key.map(|(key, _)| key),
+                needs_probe: key.is_some_and(|(_, guard)| !guard.is_proven()),
+                deadline,
+            },
+            guard: key.map(|(_, guard)| guard),
+        }
     }
-}
 
-impl InFleet<'_> {
     /// The gateway has accepted the key. Reported when that is news, and from time to time.
     pub(super) fn accepted(self, store: Option<&Session>) {
         if let (Some(session), Some(guard)) = (store, self.guard)

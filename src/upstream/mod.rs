@@ -26,7 +26,7 @@ use std::time::Duration;
 pub use self::{
     client::{Client, Endpoint, LookupContext, Scope},
     options::{Options, rate},
-    pacing::{Config as RateConfig, Pacing, QueuedPoll},
+    pacing::{Config as RateConfig, Pacing, Queued},
 };
 use self::{key_evidence::KeyEvidence, throttling_text::Subject};
 use crate::{credentials, http_client::Obstacle, reason::Reason};

@@ -15,7 +15,6 @@ mod stream;
 
 use std::{
     collections::{HashMap, VecDeque, hash_map::Entry},
-    fmt,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -45,6 +44,7 @@ use crate::{
 const MAX_FORMER_ETAGS: usize = 32;
 
 /// All watched tasks. One per process: all workers share it.
+#[derive(Debug)]
 pub struct Hub {
     interval: Duration,
     rate: Option<Pacing>,
@@ -52,12 +52,6 @@ pub struct Hub {
     poll_timeout: Duration,
     tasks: Mutex<HashMap<Arc<LookupKey>, Arc<WatchedTask>>>,
     metrics: Arc<Metrics>,
-}
-
-impl fmt::Debug for Hub {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Hub").finish_non_exhaustive()
-    }
 }
 
 /// Who watches a task, and how.
@@ -74,6 +68,7 @@ pub struct Watcher {
 }
 
 /// A task and its watchers.
+#[derive(Debug)]
 struct WatchedTask {
     key: Arc<LookupKey>,
     observations: watch::Sender<Observation>,
@@ -84,7 +79,7 @@ struct WatchedTask {
     joined: Notify,
 }
 
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Watchers {
     /// Callers with the number of their watches.
     callers: HashMap<Caller, usize>,
@@ -100,7 +95,7 @@ struct Watchers {
 }
 
 /// The results of the polls so far.
-#[derive(Clone, Default)]
+#[derive(Debug, Clone, Default)]
 struct Observation {
     /// The newest state; `None` before RDS has reported one.
     snapshot: Option<Arc<Snapshot>>,
@@ -123,6 +118,7 @@ struct Observation {
 }
 
 /// One watcher's view of a task. Dropping it ends the watch.
+#[derive(Debug)]
 struct Subscription {
     task: Arc<WatchedTask>,
     caller: Caller,

@@ -26,7 +26,7 @@ use crate::{
         Facts, Progress,
         metrics::{Counted, PollOutcome},
     },
-    upstream::{self, QueuedPoll},
+    upstream::{self, Queued},
 };
 
 /// The longest wait of a first poll for the rate; one that would wait longer fails at once.
@@ -61,9 +61,10 @@ pub(super) struct Poller {
     growth: f64,
     /// When the latest poll began.
     asked_at: Option<Instant>,
-    /// The latest pause, and when RDS returned the latest result: with a quota store, a result of another replica within that pause
-    /// counts as the next poll.
-    latest: (Duration, Option<Instant>),
+    /// The latest pause. With a quota store, a result of another replica within that pause counts as the next poll.
+    latest_pause: Duration,
+    /// When RDS returned the latest result.
+    result_at: Option<Instant>,
     /// RDS has replied about the task, also with an error that means an unknown task.
     has_reply: bool,
     /// Replies in a row that the task is unknown.
@@ -110,7 +111,8 @@ impl Poller {
             lookups,
             growth: 1.0,
             asked_at: None,
-            latest: (Duration::ZERO, None),
+            latest_pause: Duration::ZERO,
+            result_at: None,
             has_reply: false,
             unknown: 0,
             is_withheld: false,
@@ -148,7 +150,7 @@ impl Poller {
     /// Pauses and polls. The pause is zero if the task has lost its watchers meanwhile.
     async fn pause_and_poll(&mut self, pause: Duration) -> Next {
         self.pause(pause).await;
-        self.latest.0 = pause;
+        self.latest_pause = pause;
         let in_fleet = self.in_fleet().await;
         let turn = match &in_fleet {
             Some(in_fleet) => self.wait_in_fleet(in_fleet).await,
@@ -194,11 +196,10 @@ impl Poller {
 
     /// The greatest age of a result that counts as this poll. Never one that the poller has used already.
     fn max_age(&self) -> Duration {
-        let (pause, latest) = self.latest;
-        let max_age = self.hub.interval.max(pause);
+        let max_age = self.hub.interval.max(self.latest_pause);
         // The same result looks a little younger if the store replies more slowly.
         let margin = SAME_RESULT.min(self.hub.interval / 2);
-        latest.map_or(max_age, |at| {
+        self.result_at.map_or(max_age, |at| {
             max_age.min(at.elapsed().saturating_sub(margin))
         })
     }
@@ -251,7 +252,7 @@ impl Poller {
     }
 
     /// Waits for the start of a queued poll, and queues it under the callers that join meanwhile.
-    async fn start_repeated<T>(&self, poll: &QueuedPoll, start: impl Future<Output = T>) -> T {
+    async fn start_repeated<T>(&self, poll: &Queued, start: impl Future<Output = T>) -> T {
         let mut start = std::pin::pin!(start);
         loop {
             tokio::select! {
@@ -339,7 +340,7 @@ impl Poller {
         let mut arrival = Arrival::now(started);
         let result = result.and_then(|(lookup, owner)| {
             arrival = Arrival::of(&lookup, started);
-            self.latest.1 = Some(lookup.finished_at);
+            self.result_at = Some(lookup.finished_at);
             let task = into_task(lookup, &self.task.key, owner)?;
             let too_large = || self.failed(upstream::Error::TooLarge, owner);
             Snapshot::new(&task).ok_or_else(too_large)
@@ -356,7 +357,7 @@ impl Poller {
             }
             Err(error) => self.observe_error(error, reason == Some(Reason::Throttled), started),
         };
-        match (next, &self.lookups.store, self.latest.1) {
+        match (next, &self.lookups.store, self.result_at) {
             // Replicas that use the same result poll at about the same time again, and one of them for all.
             (Next::Pause(pause), Some(_), Some(at))
                 if matches!(reason, None | Some(Reason::TaskNotFound)) =>

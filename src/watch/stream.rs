@@ -2,7 +2,6 @@
 //! newest state is chosen at that moment.
 
 use std::{
-    fmt,
     future::Future as _,
     pin::Pin,
     sync::Arc,
@@ -44,6 +43,7 @@ pub enum Item {
 }
 
 /// The messages of one watch, after the first answer of RDS.
+#[derive(Debug)]
 pub struct WatchStream {
     subscription: Subscription,
     /// Resolves when there is a new observation.
@@ -57,12 +57,6 @@ pub struct WatchStream {
     /// A message with the final state was sent.
     has_sent_end: bool,
     metrics: Arc<Metrics>,
-}
-
-impl fmt::Debug for WatchStream {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("WatchStream").finish_non_exhaustive()
-    }
 }
 
 impl Hub {

@@ -14,14 +14,14 @@ use crate::{
     quota_store::{Answer, Request, Session, Slot},
 };
 
-/// What is known from the quota store.
+/// What the replies of the quota store have shown.
 #[derive(Debug)]
 pub(super) struct Fleet {
-    /// It has replied to the latest request.
+    /// The store has replied to the latest request.
     pub(super) is_up: bool,
-    /// While it has not, the rate is divided by this number.
+    /// The local rule divides the rate by this number.
     pub(super) replicas: u32,
-    /// When all starts without it, of any replica, have left the window.
+    /// Until then the local rule applies, even if the store is up: the window holds starts, of any replica, that the store has not seen.
     pub(super) alone_until: Instant,
     /// The latest start of an attempt or first poll that the rate has delayed; `None` once their queue is empty.
     pub(super) next_at: Option<Instant>,
@@ -31,48 +31,63 @@ pub(super) struct Fleet {
     pub(super) assigned: [Option<Instant>; 2],
 }
 
+/// How a waiter may start.
+enum Due {
+    /// The local rule applies and has started it, under this caller and at this time.
+    Started(Caller, Instant),
+    /// As the head of its queue, when the store says.
+    Head,
+    /// At once if the store says so, although it is not the head.
+    AtOnce,
+}
+
 impl Queued {
-    /// Waits until this waiter is the head of its queue and has a start from the quota store. With `latest`, the start must not be later.
+    /// As [`Self::start`], with the start taken from the quota store.
+    ///
+    /// While this replica keeps to its share, the local rule decides when the waiter leaves the queue, and the store only counts the start or
+    /// delays it further. So waiters within the share do not wait for each other's replies of the store.
     ///
     /// # Errors
     /// Any reply of the store but [`Answer::Start`] and [`Answer::Unavailable`].
-    pub(super) async fn start_in_fleet(
+    pub async fn start_in_fleet(
         &self,
-        kind: usize,
-        latest: Option<Instant>,
         session: &Session,
         request: Request<'_>,
     ) -> Result<Caller, Answer> {
+        let (kind, latest) = (self.kind, self.latest);
         loop {
-            let is_head = self.due(kind).await;
-            let assigned = match is_head {
-                true => self.lane.state().assigned(kind, Instant::now()),
-                false => None,
+            let due = self.due().await;
+            let assigned = match due {
+                Due::Head => self.lane.state().assigned(kind, Instant::now()),
+                _ => None,
             };
             let at = match assigned {
                 Some(at) => at,
                 None => {
                     let mut slot = self.lane.state().slot(kind, latest);
-                    if !is_head {
+                    if let Due::AtOnce = due {
                         slot.longest = Duration::ZERO;
                     }
                     let answer = session.admit(request, slot).await;
                     let mut state = self.lane.state();
                     let now = Instant::now();
                     state.answered(kind, &answer, session, now);
-                    match answer {
-                        Answer::Start(wait) => now + wait,
-                        Answer::Unavailable | Answer::Late(_) if !is_head => continue,
-                        // The local rule applies now.
-                        Answer::Unavailable if state.due_at(kind, now) > now => continue,
-                        Answer::Unavailable => {
-                            let leaves_at = now + state.window();
-                            if let Some(fleet) = &mut state.fleet {
-                                fleet.alone_until = leaves_at;
-                            }
+                    match (&due, answer) {
+                        (Due::Head, Answer::Start(wait)) => state.assign(kind, now + wait),
+                        (_, Answer::Start(wait)) => now + wait,
+                        (Due::Started(..), Answer::Unavailable) => {
+                            state.keep_to_share(now);
                             now
                         }
-                        _ => return Err(answer),
+                        // The local rule applies now.
+                        (_, Answer::Unavailable) => continue,
+                        (Due::AtOnce, Answer::Late(_)) => continue,
+                        (due, answer) => {
+                            if let Due::Started(_, at) = due {
+                                state.withdraw(kind, *at);
+                            }
+                            return Err(answer);
+                        }
                     }
                 }
             };
@@ -89,9 +104,14 @@ impl Queued {
                 }
             }
             let (mut state, now) = (self.lane.state(), Instant::now());
-            let started = match is_head {
-                true => state.start_head(kind, now),
-                false => state.start_waiter(kind, &self.waiter, now),
+            let started = match due {
+                Due::Started(caller, at) => {
+                    state.withdraw(kind, at);
+                    state.start(kind, now);
+                    Some(caller)
+                }
+                Due::Head => state.start_head(kind, now),
+                Due::AtOnce => state.start_waiter(kind, &self.waiter, now),
             };
             if let Some(caller) = started {
                 return Ok(caller);
@@ -99,9 +119,9 @@ impl Queued {
         }
     }
 
-    /// Waits until this waiter is the head of its queue, and until the local rule permits a start if it applies; or, with the result false,
-    /// until it may ask the store for a start at once although it is not the head.
-    pub(super) async fn due(&self, kind: usize) -> bool {
+    /// Waits until this waiter may start, or may ask the store for a start.
+    async fn due(&self) -> Due {
+        let kind = self.kind;
         loop {
             let wait_until = {
                 let mut state = self.lane.state();
@@ -110,12 +130,20 @@ impl Queued {
                     .head(kind)
                     .is_some_and(|head| Arc::ptr_eq(head, &self.waiter));
                 if !is_head && kind == FIRST && state.is_free(now) {
-                    return false;
+                    return Due::AtOnce;
                 }
-                is_head.then(|| state.due_at(kind, now))
+                let at = is_head.then(|| state.due_at(kind, now));
+                if at.is_some_and(|at| at <= now) {
+                    if state.fleet.is_none() || state.follows_store(now) {
+                        return Due::Head;
+                    }
+                    if let Some(caller) = state.start_head(kind, now) {
+                        return Due::Started(caller, now);
+                    }
+                }
+                at
             };
             match wait_until {
-                Some(at) if at <= Instant::now() => return true,
                 Some(at) => tokio::select! {
                     () = sleep_until(at) => {}
                     () = self.waiter.notified() => {}
@@ -142,14 +170,26 @@ impl State {
             limit_of_first: self.spacings[kind]
                 .is_zero()
                 .then(|| self.half_while_polls_repeat(calls)),
-            has_waited: kind == REPEATED
-                || self
-                    .fleet
-                    .as_ref()
-                    .is_some_and(|fleet| fleet.next_at.is_some()),
+            has_waited: self.has_waited(kind),
             longest: latest.map_or(LONGEST_POLL_WAIT, |latest| {
                 latest.saturating_duration_since(Instant::now())
             }),
+        }
+    }
+
+    /// Records the start that the store has assigned to the head of a queue.
+    fn assign(&mut self, kind: usize, at: Instant) -> Instant {
+        if let Some(fleet) = &mut self.fleet {
+            fleet.assigned[kind] = Some(at);
+        }
+        at
+    }
+
+    /// Another replica may take the room of a start that the store has not seen, so the local rule applies until it has left the window.
+    fn keep_to_share(&mut self, now: Instant) {
+        let leaves_at = now + self.window();
+        if let Some(fleet) = &mut self.fleet {
+            fleet.alone_until = leaves_at;
         }
     }
 
@@ -165,7 +205,7 @@ impl State {
     pub(super) fn is_free(&self, now: Instant) -> bool {
         self.fleet.as_ref().is_none_or(|fleet| {
             let is_delayed = fleet.next_at.is_some() || fleet.assigned[FIRST].is_some();
-            fleet.is_up && fleet.alone_until <= now && !is_delayed
+            self.follows_store(now) && !is_delayed
         })
     }
 
@@ -225,12 +265,9 @@ impl State {
         }
         if let Answer::Start(wait) = answer
             && !wait.is_zero()
+            && kind == FIRST
         {
             let at = now + *wait;
-            fleet.assigned[kind] = Some(at);
-            if kind == REPEATED {
-                return;
-            }
             let gap = fleet
                 .next_at
                 .map(|previous| at.saturating_duration_since(previous));

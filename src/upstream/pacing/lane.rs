@@ -84,8 +84,12 @@ impl Lane {
         }
         let waiter = Arc::new(Notify::new());
         state.queue(FIRST, caller, &waiter);
-        let lane = Arc::clone(self);
-        Ok(Some(Queued { lane, waiter }))
+        Ok(Some(Queued {
+            lane: Arc::clone(self),
+            waiter,
+            kind: FIRST,
+            latest: None,
+        }))
     }
 
     pub(super) fn state(&self) -> MutexGuard<'_, State> {
@@ -184,6 +188,20 @@ impl State {
                     latest: now,
                     counts,
                 });
+            }
+        }
+    }
+
+    /// Removes the start of this time, which has not led to an attempt or poll.
+    pub(super) fn withdraw(&mut self, kind: usize, at: Instant) {
+        let is_same = |starts: &Starts| {
+            starts.counts[kind] > 0 && (starts.first..=starts.latest).contains(&at)
+        };
+        if let Some(index) = self.starts.iter().rposition(is_same) {
+            self.started[kind] -= 1;
+            self.starts[index].counts[kind] -= 1;
+            if self.starts[index].counts == [0; 2] {
+                self.starts.remove(index);
             }
         }
     }

@@ -9,7 +9,8 @@
 //!
 //! With a quota store, attempts take their starts from the store, which applies the rate to all replicas. While it delays
 //! some of them, only the head of the queue asks ([`Pacing::wait_in_fleet`]). While the store is not available, the rate divided by the number of
-//! replicas applies here, and afterwards, too, until the starts that the store has not seen have left the window.
+//! replicas applies here, and afterwards, too, until the starts that the store has not seen have left the window. Each attempt that this rule
+//! has started then asks the store on its own.
 //!
 //! Hand-written, because the limiters in crates (governor, leaky-bucket) allow 2N starts in a window: a full bucket and its refill.
 
@@ -24,10 +25,8 @@ use std::{num::NonZeroU32, sync::Arc, time::Duration};
 use moka::{policy::EvictionPolicy, sync::Cache};
 use tokio::{sync::Notify, time::Instant};
 
-use self::{
-    lane::{FIRST, Lane, REPEATED},
-    queued::Queued,
-};
+use self::lane::{FIRST, Lane, REPEATED};
+pub use self::queued::Queued;
 use crate::{
     caller::Caller,
     credentials::Identity,
@@ -146,10 +145,14 @@ impl Pacing {
             }
             let waiter = Arc::new(Notify::new());
             state.queue(FIRST, caller, &waiter);
-            let lane = Arc::clone(&lane);
-            Queued { lane, waiter }
+            Queued {
+                lane: Arc::clone(&lane),
+                waiter,
+                kind: FIRST,
+                latest: Some(latest),
+            }
         };
-        let start = queued.start_in_fleet(FIRST, Some(latest), session, request);
+        let start = queued.start_in_fleet(session, request);
         let started = tokio::time::timeout_at(latest, start).await;
         // Keeps a lane with a queue from being evicted, even if no attempt joins it.
         self.lanes.get(&identity);
@@ -161,13 +164,12 @@ impl Pacing {
     }
 
     /// Queues a repeated poll under each of these callers. It starts when the first of them is next.
-    pub fn queue_repeated(&self, identity: Identity, callers: &[Caller]) -> QueuedPoll {
-        let lane = self.lane(identity);
-        let poll = QueuedPoll {
-            queued: Queued {
-                waiter: Arc::new(Notify::new()),
-                lane,
-            },
+    pub fn queue_repeated(&self, identity: Identity, callers: &[Caller]) -> Queued {
+        let poll = Queued {
+            lane: self.lane(identity),
+            waiter: Arc::new(Notify::new()),
+            kind: REPEATED,
+            latest: None,
         };
         poll.add(callers);
         poll
@@ -176,40 +178,5 @@ impl Pacing {
     fn lane(&self, identity: Identity) -> Arc<Lane> {
         let new = || Arc::new(Lane::new(self.config, self.spacings));
         self.lanes.get_with(identity, new)
-    }
-}
-
-/// A repeated poll that waits for its start. Dropping it leaves the queue.
-#[derive(Debug)]
-pub struct QueuedPoll {
-    queued: Queued,
-}
-
-impl QueuedPoll {
-    /// Queues the poll under further callers as well. It stays queued under its other callers.
-    pub fn add(&self, callers: &[Caller]) {
-        let mut state = self.queued.lane.state();
-        for caller in callers {
-            state.queue(REPEATED, *caller, &self.queued.waiter);
-        }
-        state.wake_next();
-    }
-
-    /// Waits until the poll may start, and returns the caller under whom it does. Dropping the future does not leave the queue.
-    pub async fn start(&self) -> Caller {
-        self.queued.start().await
-    }
-
-    /// As [`Self::start`], with the start taken from the quota store. See [`Pacing::wait_in_fleet`].
-    ///
-    /// # Errors
-    /// Why the poll may not start. It has to be queued again.
-    pub async fn start_in_fleet(
-        &self,
-        session: &Session,
-        request: Request<'_>,
-    ) -> Result<Caller, Answer> {
-        let start = self.queued.start_in_fleet(REPEATED, None, session, request);
-        start.await
     }
 }

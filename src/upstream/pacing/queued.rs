@@ -12,14 +12,26 @@ use crate::caller::Caller;
 
 /// A queued attempt or poll, which leaves the queue when dropped.
 #[derive(Debug)]
-pub(super) struct Queued {
+pub struct Queued {
     pub(super) lane: Arc<Lane>,
     pub(super) waiter: Arc<Notify>,
+    pub(super) kind: usize,
+    /// The latest start that the quota store may assign, if there is a limit.
+    pub(super) latest: Option<Instant>,
 }
 
 impl Queued {
-    /// Waits until this waiter is next and may start. Returns the caller under whom it was queued.
-    pub(super) async fn start(&self) -> Caller {
+    /// Queues a poll under further callers as well. It stays queued under its other callers.
+    pub fn add(&self, callers: &[Caller]) {
+        let mut state = self.lane.state();
+        for caller in callers {
+            state.queue(self.kind, *caller, &self.waiter);
+        }
+        state.wake_next();
+    }
+
+    /// Waits until this waiter is next and may start. Returns the caller under whom it does. Dropping the future does not leave the queue.
+    pub async fn start(&self) -> Caller {
         loop {
             let wait_until = {
                 let mut state = self.lane.state();

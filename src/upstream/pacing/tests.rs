@@ -208,6 +208,27 @@ async fn a_window_of_many_starts_is_small_and_still_holds() {
     assert!(lane.state().starts.len() <= MAX_STARTS as usize + 1);
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_withdrawn_start_leaves_its_room_to_one_other() {
+    // With the larger number, the starts share an entry of the window.
+    for calls in [2, 10_000] {
+        let pacing = pacing(calls, Duration::from_secs(60));
+        for _ in 0..calls {
+            let started = pacing.wait(RDS, ANN, in_seconds(0)).await;
+            started.expect("there is room");
+        }
+        let lane = pacing.lanes.get(&RDS).expect("a lane");
+
+        lane.state().withdraw(REPEATED, Instant::now());
+        assert!(pacing.wait(RDS, ANN, in_seconds(0)).await.is_err());
+        lane.state().withdraw(FIRST, Instant::now());
+
+        let started = pacing.wait(RDS, ANN, in_seconds(0)).await;
+        assert_eq!(started, Ok(()), "{calls}");
+        assert!(pacing.wait(RDS, ANN, in_seconds(0)).await.is_err());
+    }
+}
+
 fn polls(calls: u32, period: Duration) -> Arc<Pacing> {
     Arc::new(Pacing::for_polls(Config {
         calls: NonZeroU32::new(calls).unwrap(),

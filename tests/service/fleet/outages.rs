@@ -28,6 +28,22 @@ async fn slowest(replica: &Program, first: usize, count: usize) -> Duration {
     slowest
 }
 
+/// Makes one call and then this many calls at once, all of which succeed, and returns how long the latter took.
+async fn at_once(replica: &Program, count: usize) -> Duration {
+    let mut client = replica.client().await;
+    client.get_task_detail(numbered(0)).await.expect("a reply");
+    let mut calls = JoinSet::new();
+    let begun = Instant::now();
+    for number in 1..=count {
+        let mut client = client.clone();
+        calls.spawn(async move { client.get_task_detail(numbered(number)).await });
+    }
+    for called in calls.join_all().await {
+        called.expect("a reply");
+    }
+    begun.elapsed()
+}
+
 async fn is_up(replica: &Program, up: bool) {
     eventually(&format!("the store is up: {up}"), async || {
         (replica.metric("quota_store_up").await == 1.0) == up
@@ -236,21 +252,34 @@ async fn calls_do_not_wait_for_each_others_replies_of_the_store() {
     let rate = ["--upstream-rate", "1000/1s"];
     let flags = ["--quota-store", &url, "--quota-store-key-file", &key];
     let replica = Program::over(&upstream.url(), &[&flags[..], &rate].concat());
-    let mut client = replica.client().await;
-    client.get_task_detail(numbered(0)).await.expect("a reply");
-    let mut calls = JoinSet::new();
-    let begun = Instant::now();
 
-    for number in 1..200 {
-        let mut client = client.clone();
-        calls.spawn(async move { client.get_task_detail(numbered(number)).await });
-    }
-    let results = calls.join_all().await;
+    let took = at_once(&replica, 200).await;
 
     // One after the other, they would take four seconds.
-    let took = begun.elapsed();
     assert!(took < Duration::from_secs(3), "{took:?}");
-    assert!(results.iter().all(Result::is_ok), "{results:?}");
+}
+
+#[tokio::test]
+async fn calls_in_the_share_of_a_replica_do_not_wait_for_each_others_replies_of_the_store() {
+    let Some(store) = Store::start().await else {
+        return;
+    };
+    let url = slow_proxy(&store, Duration::from_millis(20)).await;
+    let upstream = Upstream::always(example()).await;
+    let key = store.key_file();
+    let rate = ["--upstream-rate", "6000/1m"];
+    let flags = ["--quota-store", &url, "--quota-store-key-file", &key];
+    let replica = Program::over(&upstream.url(), &[&flags[..], &rate].concat());
+    is_up(&replica, true).await;
+    // A replica that has been without the store keeps to its share for a minute.
+    store.command(&["CLIENT", "KILL", "TYPE", "normal"]);
+    is_up(&replica, false).await;
+    is_up(&replica, true).await;
+
+    let took = at_once(&replica, 400).await;
+
+    // One after the other, they would take eight seconds.
+    assert!(took < Duration::from_secs(4), "{took:?}");
 }
 
 #[tokio::test]
