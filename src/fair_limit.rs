@@ -256,7 +256,7 @@ mod tests {
             let pair = pair.map(|caller| limit.try_acquire(caller));
             assert!(pair.iter().all(Option::is_some), "free permits are granted");
         }
-        assert_eq!(limit.state().callers.len(), MAX_CALLERS);
+        assert_eq!(limit.state.lock().callers.len(), MAX_CALLERS);
         let callers = (0..10).map(Caller::Connection);
         let all: Vec<_> = callers.flat_map(|caller| take(&limit, caller, 1)).collect();
         assert_eq!(all.len(), 10);
