@@ -146,6 +146,8 @@ var crowdFaults = []crowdFault{
 		script: lockedKeyOfStore, inject: startWrongReplicaWithStore},
 	{name: "100 different requests of one caller at two replicas under --upstream-rate", owner: "quota store", store: true, credentials: "token",
 		flags: []string{"--upstream-rate", "15/500ms"}, interval: 500 * time.Millisecond, delays: time.Second, inject: callManyRequests},
+	{name: "500 tasks of one caller are watched at two replicas", owner: "quota store", store: true, credentials: "token", watches: true,
+		flags: []string{"--watch-rate", "80/1s", "--watch-interval", "200ms"}, delays: time.Second, inject: watchManyTasks},
 	{name: "results in the store are forged", owner: "quota store", store: true, credentials: "token", repeats: true,
 		flags: []string{"--cache-ttl", "300ms"}, inject: forgeResults},
 	{name: "the store is slow by 200 ms", owner: "quota store", store: true, flags: storeFlags, inject: damageStore("store slow by 200 ms")},
