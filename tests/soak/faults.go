@@ -37,11 +37,11 @@ func faults(results *results, program string, duration time.Duration, seed uint6
 		return err
 	}
 	defer soak.close()
-	warmUp := max(duration/5, 3*time.Second)
+	warmUp := max(duration/5, 2*time.Second)
 	if _, err := soak.load(warmUp); err != nil {
 		return err
 	}
-	before, _, err := soak.idle()
+	before, err := soak.idle()
 	if err != nil {
 		return fmt.Errorf("after the warm-up: %w", err)
 	}
@@ -49,9 +49,13 @@ func faults(results *results, program string, duration time.Duration, seed uint6
 	if err != nil {
 		return err
 	}
-	after, metrics, err := soak.idle()
+	after, err := soak.idle()
 	if err != nil {
 		return fmt.Errorf("after the load: %w", err)
+	}
+	metrics, err := soak.finalMetrics()
+	if err != nil {
+		return err
 	}
 	// Their logs are complete when they have ended.
 	for _, replica := range soak.replicas {
@@ -84,7 +88,7 @@ type faultySoak struct {
 	watchers []*follower
 	lock     sync.Mutex
 	deaths   []replicaDeath
-	// When faults of the store began and ended, and when replicas were started.
+	// When faults of the store began and ended, when a replica had no reply of it, and when replicas were started.
 	disturbed, started []time.Time
 	happened           map[string]int
 	problems           []string
@@ -167,10 +171,12 @@ type replica struct {
 	last          series
 	scraped, died time.Time
 	drained       bool
+	// Requests to the store without a reply so far.
+	unanswered float64
 }
 
 func (s *faultySoak) startReplica(index int, address string) error {
-	replica := &replica{name: fmt.Sprintf("replica %d at %s", index, time.Now().Format(time.TimeOnly)), lines: map[methodCode]int{}}
+	replica := &replica{scraped: time.Now(), name: fmt.Sprintf("replica %d at %s", index, time.Now().Format(time.TimeOnly)), lines: map[methodCode]int{}}
 	flags := append([]string{"--listen", address, "--quota-store", "redis://" + s.relay.address, "--quota-store-key-file", s.key}, faultsFlags...)
 	var err error
 	replica.facade, err = startFacade(s.program, "http://"+s.upstream.address, func(line []byte) { s.ledger.log(replica, line) }, flags...)
@@ -180,7 +186,7 @@ func (s *faultySoak) startReplica(index int, address string) error {
 	s.replicas[index] = replica
 	go func() {
 		for {
-			replica.scrapeNow()
+			s.scrape(replica)
 			select {
 			case <-replica.exited:
 				return
@@ -207,15 +213,28 @@ func (r *replica) lastMetrics() (series, time.Time) {
 	return r.last, r.scraped
 }
 
-// scrapeNow keeps the metrics, which end with the process.
-func (r *replica) scrapeNow() {
+// scrape keeps the metrics of a replica, which end with the process. A replica without a reply of the store, which a busy machine may delay, too,
+// uses its own share of the rate.
+func (s *faultySoak) scrape(r *replica) {
 	begun := time.Now()
 	metrics, err := r.scrape()
 	r.lock.Lock()
 	defer r.lock.Unlock()
-	if err == nil && len(metrics) > 0 && begun.After(r.scraped) {
-		r.last, r.scraped = metrics, begun
+	if err != nil || len(metrics) == 0 || begun.Before(r.scraped) {
+		return
 	}
+	unanswered := 0.0
+	for _, outcome := range []string{"timeout", "error", "skipped"} {
+		unanswered += metrics.sum("quota_store_requests_total", fmt.Sprintf("outcome=%q", outcome))
+	}
+	if unanswered > r.unanswered {
+		s.lock.Lock()
+		if count := len(s.disturbed); count == 0 || begun.Sub(s.disturbed[count-1]) > time.Second {
+			s.disturbed = append(s.disturbed, r.scraped)
+		}
+		s.lock.Unlock()
+	}
+	r.last, r.scraped, r.unanswered = metrics, begun, unanswered
 }
 
 // load runs callers and watchers under random faults for the duration, then ends the faults and waits for the watchers. Returns samples of
@@ -335,7 +354,7 @@ func (s *faultySoak) endReplica(random *rand.Rand) error {
 		}
 	} else {
 		s.note("replicas killed")
-		replica.scrapeNow()
+		s.scrape(replica)
 		begun = time.Now()
 		replica.kill()
 	}
@@ -354,28 +373,35 @@ func (s *faultySoak) endReplica(random *rand.Rand) error {
 	return err
 }
 
-// idle waits until the replicas are idle and use the store, and returns the resources of replica 0 and the metrics of all.
-func (s *faultySoak) idle() (resources, []series, error) {
-	var all []series
+// idle waits until replica 0 is idle and returns its resources.
+func (s *faultySoak) idle() (resources, error) {
 	// Kept connections to the upstream are not a leak, but their number changes.
 	if err := s.upstream.disappear(0); err != nil {
-		return resources{}, nil, err
+		return resources{}, err
 	}
+	if _, err := s.replicas[0].settled(); err != nil {
+		return resources{}, err
+	}
+	return s.replicas[0].resources()
+}
+
+// finalMetrics waits until all replicas are idle and use the store, and returns their metrics.
+func (s *faultySoak) finalMetrics() ([]series, error) {
+	var all []series
 	for _, replica := range s.replicas {
 		if err := eventually(func() bool {
 			metrics, err := replica.scrape()
 			return err == nil && metrics.sum("quota_store_up") == 1
 		}); err != nil {
-			return resources{}, nil, fmt.Errorf("%s uses the store again: %w", replica.name, err)
+			return nil, fmt.Errorf("%s uses the store again: %w", replica.name, err)
 		}
 		metrics, err := replica.settled()
 		if err != nil {
-			return resources{}, nil, fmt.Errorf("%s: %w", replica.name, err)
+			return nil, fmt.Errorf("%s: %w", replica.name, err)
 		}
 		all = append(all, metrics)
 	}
-	used, err := s.replicas[0].resources()
-	return used, all, err
+	return all, nil
 }
 
 // Allowed growth without load, from the end of the warm-up to the end of the run.

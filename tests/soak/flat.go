@@ -13,10 +13,10 @@ const (
 	growthThreads     = 1
 )
 
-// watch takes up to 400 samples of a program's resources, at least 250 ms apart.
+// watch takes up to 400 samples of a program's resources, at least 200 ms apart.
 func watch(ctx context.Context, facade *facade, duration time.Duration) []resources {
 	var samples []resources
-	every := time.NewTicker(max(duration/400, 250*time.Millisecond))
+	every := time.NewTicker(max(duration/400, 200*time.Millisecond))
 	defer every.Stop()
 	for {
 		select {
@@ -35,8 +35,8 @@ func watch(ctx context.Context, facade *facade, duration time.Duration) []resour
 // flat checks that the means of the last quarter of the samples exceed those of the second by the allowed growth at most. The
 // first quarter is the warm-up.
 func flat(results *results, samples []resources) {
-	if len(samples) < 40 {
-		results.check(false, "%d samples; at least 40 are needed", len(samples))
+	if len(samples) < 20 {
+		results.check(false, "%d samples; at least 20 are needed", len(samples))
 		return
 	}
 	quarter := len(samples) / 4
