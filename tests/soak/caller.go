@@ -5,10 +5,12 @@ import (
 	"fmt"
 	"time"
 
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
+	grpcpeer "google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protowire"
 )
@@ -48,8 +50,12 @@ type callResult struct {
 	message string
 	// The server sent the code; the client library did not produce it.
 	fromServer bool
-	took       time.Duration
-	reply      []byte
+	// The reasons of all ErrorInfo details of this project's domain; an error of the server has exactly one.
+	reasons []string
+	// Address of the server that got the call, if any.
+	peer  string
+	took  time.Duration
+	reply []byte
 }
 
 func (r callResult) String() string { return fmt.Sprintf("%s: %s", r.code, r.message) }
@@ -68,16 +74,37 @@ func call(ctx context.Context, connection *grpc.ClientConn, path string, message
 	ctx = metadata.AppendToOutgoingContext(ctx, pairs...)
 	var reply []byte
 	var trailer metadata.MD
-	options = append(options, grpc.ForceCodec(rawCodec{}), grpc.Trailer(&trailer))
+	var server grpcpeer.Peer
+	options = append(options, grpc.ForceCodec(rawCodec{}), grpc.Trailer(&trailer), grpc.Peer(&server))
 	begun := time.Now()
 	err := connection.Invoke(ctx, path, &message, &reply, options...)
 	return callResult{
 		code:       status.Code(err),
 		message:    status.Convert(err).Message(),
 		fromServer: err == nil || len(trailer.Get("x-request-id")) > 0,
+		reasons:    reasons(err),
+		peer:       addressOf(server),
 		took:       time.Since(begun),
 		reply:      reply,
 	}
+}
+
+// reasons returns the reasons of the ErrorInfo details of this project.
+func reasons(err error) []string {
+	var all []string
+	for _, detail := range status.Convert(err).Details() {
+		if info, ok := detail.(*errdetails.ErrorInfo); ok && info.GetDomain() == "rds-task-facade" {
+			all = append(all, info.GetReason())
+		}
+	}
+	return all
+}
+
+func addressOf(server grpcpeer.Peer) string {
+	if server.Addr == nil {
+		return ""
+	}
+	return server.Addr.String()
 }
 
 // rawCodec passes encoded messages through, so that no generated code is needed.

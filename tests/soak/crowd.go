@@ -76,6 +76,8 @@ type crowdFault struct {
 	isolated bool
 	// Allowed delay of a call by the fault itself.
 	delays time.Duration
+	// Two replicas share a quota store. Honest and rogue callers use both.
+	store bool
 	// Loads the machine: runs alone.
 	alone bool
 	// Chooses the upstream's replies; nil if the upstream behaves well.
@@ -89,10 +91,17 @@ type injection func(context.Context, *stage) error
 // stage is the program and its upstream under one fault.
 type stage struct {
 	fault *crowdFault
+	// The first replica.
 	*facade
+	replicas []*facade
 	upstream *scriptedUpstream
 	names    *nameServer
 	program  string
+	// Both nil without a store.
+	store *store
+	relay *relay
+	// How the replicas were started.
+	environment, flags []string
 }
 
 // crowdRow is one row of the table.
@@ -197,12 +206,12 @@ func (f *crowdFault) run(program string, duration time.Duration) (crowdRow, erro
 	if err != nil {
 		return row, err
 	}
-	facade, err := startFacadeIn(environment, limited, url, nil, flags...)
-	if err != nil {
+	stage := &stage{fault: f, upstream: upstream, names: names, program: program, environment: environment, flags: flags}
+	defer stage.close()
+	if err := stage.start(limited, url, folder); err != nil {
 		return row, err
 	}
-	defer facade.kill()
-	fleet, err := startFleet(f, facade.address)
+	fleet, err := startFleet(f, stage.replicas)
 	if err != nil {
 		return row, err
 	}
@@ -216,7 +225,7 @@ func (f *crowdFault) run(program string, duration time.Duration) (crowdRow, erro
 	ctx, stop := context.WithCancel(context.Background())
 	defer stop()
 	injected := make(chan error, 1)
-	go func() { injected <- f.inject(ctx, &stage{f, facade, upstream, names, program}) }()
+	go func() { injected <- f.inject(ctx, stage) }()
 	row.honest = fleet.measure(duration)
 	stop()
 	row.calmP99 = calm.succeeded.percentile(99)
@@ -233,6 +242,61 @@ func (f *crowdFault) run(program string, duration time.Duration) (crowdRow, erro
 		return row, fmt.Errorf("honest p99 above %v", limit)
 	}
 	return row, nil
+}
+
+// start starts the program, or two replicas with a store.
+func (s *stage) start(program, upstream, folder string) error {
+	replicas := 1
+	if s.fault.store {
+		replicas = 2
+		var err error
+		if s.store, err = startStore(); err != nil {
+			return err
+		}
+		if s.relay, err = startRelay(s.store.address); err != nil {
+			return err
+		}
+		key := filepath.Join(folder, "key")
+		if err := os.WriteFile(key, []byte(strings.Repeat("a key of tests. ", 2)), 0o600); err != nil {
+			return err
+		}
+		s.flags = append(s.flags, "--quota-store", "redis://"+s.relay.address, "--quota-store-key-file", key)
+	}
+	for range replicas {
+		replica, err := startFacadeIn(s.environment, program, upstream, nil, s.flags...)
+		if err != nil {
+			return err
+		}
+		s.replicas = append(s.replicas, replica)
+	}
+	s.facade = s.replicas[0]
+	if !s.fault.store {
+		return nil
+	}
+	return eventually(func() bool { return s.sum("quota_store_replicas") == float64(replicas*replicas) })
+}
+
+func (s *stage) close() {
+	for _, replica := range s.replicas {
+		replica.kill()
+	}
+	if s.relay != nil {
+		s.relay.close()
+	}
+	if s.store != nil {
+		s.store.close()
+	}
+}
+
+// sum adds up a metric of all replicas.
+func (s *stage) sum(name string, labels ...string) float64 {
+	total := 0.0
+	for _, replica := range s.replicas {
+		if metrics, err := replica.scrape(); err == nil {
+			total += metrics.sum(name, labels...)
+		}
+	}
+	return total
 }
 
 // configuration returns the environment and the flags of the program. Files go to the folder.
@@ -370,11 +434,11 @@ type fleet struct {
 	numbers [honestCallers]int
 }
 
-// startFleet connects the honest callers and makes one call of each.
-func startFleet(fault *crowdFault, address string) (*fleet, error) {
+// startFleet connects the honest callers, in turn to the replicas, and makes one call of each.
+func startFleet(fault *crowdFault, replicas []*facade) (*fleet, error) {
 	fleet := &fleet{interval: cmp.Or(fault.interval, honestInterval), repeats: fault.repeats || fault.watches, watches: fault.watches}
 	for caller := range honestCallers {
-		connection, err := dial(address)
+		connection, err := dial(replicas[caller%len(replicas)].address)
 		if err != nil {
 			fleet.close()
 			return nil, err

@@ -5,10 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -131,6 +133,28 @@ var crowdFaults = []crowdFault{
 	{name: "unary calls next to watches that are opened and reset", owner: "workers", alone: true,
 		flags: []string{"--watch-rate", "off", "--watch-interval", "200ms"}, inject: cancelSharedWatches},
 
+	// The quota store, which two replicas share: what one caller leaves there, and faults of the store itself.
+	{name: "429 for one token at two replicas with a store", owner: "quota store", store: true,
+		script: throttledRogue(tooManyRequests("300")), inject: callGoodInstance},
+	{name: "429 for ever-new tokens at two replicas with a full store", owner: "quota store", store: true, alone: true,
+		script: rogueTokens(tooManyRequests("300")), inject: fillStore(callWithNewTokens)},
+	{name: "ever-new tokens and results fill the store", owner: "quota store", store: true, alone: true,
+		flags: []string{"--cache-ttl", "1h", "--upstream-rate", "1000/1s"}, inject: fillStore(callWithNewTokens)},
+	{name: "one project's calls at two replicas get 401 for their signature", owner: "quota store", store: true, credentials: "env",
+		script: foreignProject(rejectedSignature), inject: callForeignProject},
+	{name: "another replica with a wrong secret key and the same store", owner: "quota store", store: true, credentials: "env",
+		script: lockedKeyOfStore, inject: startWrongReplicaWithStore},
+	{name: "100 different requests of one caller at two replicas under --upstream-rate", owner: "quota store", store: true, credentials: "token",
+		flags: []string{"--upstream-rate", "15/500ms"}, interval: 500 * time.Millisecond, delays: time.Second, inject: callManyRequests},
+	{name: "500 tasks of one caller are watched at two replicas", owner: "quota store", store: true, credentials: "token", watches: true,
+		flags: []string{"--watch-rate", "80/1s", "--watch-interval", "200ms"}, delays: time.Second, inject: watchManyTasks},
+	{name: "results in the store are forged", owner: "quota store", store: true, credentials: "token", repeats: true,
+		flags: []string{"--cache-ttl", "300ms"}, inject: forgeResults},
+	{name: "the store is slow by 200 ms", owner: "quota store", store: true, flags: storeFlags, inject: damageStore("store slow by 200 ms")},
+	{name: "the store is killed", owner: "quota store", store: true, flags: storeFlags, inject: damageStore("store killed")},
+	{name: "the store is stopped by SIGSTOP", owner: "quota store", store: true, flags: storeFlags, inject: damageStore("store stopped by SIGSTOP")},
+	{name: "packets to the store are lost", owner: "quota store", store: true, flags: storeFlags, inject: damageStore("store cut off")},
+
 	// Workers and upstream connections.
 	{name: "malformed requests", owner: "workers", alone: true, inject: sendMalformedRequests},
 	{name: "1000 calls at once", owner: "workers", alone: true, inject: burst},
@@ -209,20 +233,25 @@ func (s *stage) callAsRogue(ctx context.Context, request func(number int) taskRe
 	})
 }
 
-// repeatAsRogue repeats a call on one connection until the context ends, with a pause after each.
+// repeatAsRogue repeats a call on one connection, or on one to each replica in turn, until the context ends, with a pause after each.
 func (s *stage) repeatAsRogue(ctx context.Context, workers int, once func(ctx context.Context, connection *grpc.ClientConn, number int)) error {
-	connection, err := dial(s.address)
-	if err != nil {
-		return err
+	var connections []*grpc.ClientConn
+	for _, replica := range s.replicas {
+		connection, err := dial(replica.address)
+		if err != nil {
+			return err
+		}
+		defer connection.Close()
+		connections = append(connections, connection)
 	}
-	defer connection.Close()
 	var numbers atomic.Int64
 	var running sync.WaitGroup
 	for range workers {
 		running.Go(func() {
 			for ctx.Err() == nil {
 				callCtx, cancel := context.WithTimeout(ctx, rogueDeadline)
-				once(callCtx, connection, int(numbers.Add(1)))
+				number := int(numbers.Add(1))
+				once(callCtx, connections[number%len(connections)], number)
 				cancel()
 				pause(ctx, roguePause)
 			}
@@ -420,12 +449,11 @@ func fillCache(ctx context.Context, s *stage) error {
 }
 
 // requireCount fails if a counter is zero: then the calls did not reach the state under attack.
-func (s *stage) requireCount(name string) error {
-	metrics, err := s.scrape()
-	if err == nil && metrics.sum(name) == 0 {
-		err = fmt.Errorf("%s is 0", name)
+func (s *stage) requireCount(name string, labels ...string) error {
+	if s.sum(name, labels...) == 0 {
+		return fmt.Errorf("%s%v is 0", name, labels)
 	}
-	return err
+	return nil
 }
 
 // holdWatches keeps watches open on one connection, and opens more whenever some are rejected.
@@ -690,10 +718,85 @@ func startWrongReplicas(reject http.HandlerFunc) injection {
 					return
 				}
 				defer replica.kill()
-				failures[index] = callBadInstance(ctx, &stage{s.fault, replica, s.upstream, s.names, s.program})
+				failures[index] = callBadInstance(ctx, &stage{fault: s.fault, facade: replica, replicas: []*facade{replica}})
 			})
 		}
 		running.Wait()
 		return errors.Join(failures...)
 	}
+}
+
+// ---- Faults of the store and of what it holds ----
+
+// storeFlags have every call ask the store.
+var storeFlags = []string{"--cache-ttl", "1s", "--upstream-rate", "1000/1s"}
+
+// fillStore leaves the store room for about a hundred entries. It fails if the store rejects none.
+func fillStore(inject injection) injection {
+	const room = 64 << 10
+	return func(ctx context.Context, s *stage) error {
+		used, err := s.store.usedMemory()
+		if err != nil {
+			return err
+		}
+		if err := s.store.do("CONFIG", "SET", "maxmemory", used+room); err != nil {
+			return err
+		}
+		return errors.Join(inject(ctx, s), s.requireCount("quota_store_requests_total", `outcome="error"`))
+	}
+}
+
+// damageStore lets one of storeFaults last until the context ends. The rogue calls meanwhile. It fails if a replica does not notice.
+func damageStore(name string) injection {
+	return func(ctx context.Context, s *stage) error {
+		for _, fault := range storeFaults {
+			if fault.name != name {
+				continue
+			}
+			if err := fault.begin(s.store, s.relay); err != nil {
+				return err
+			}
+			err := callGoodInstance(ctx, s)
+			if up := s.sum("quota_store_up"); up > 0 {
+				err = errors.Join(err, fmt.Errorf("%.0f replicas still use the store", up))
+			}
+			return errors.Join(err, fault.end(s.store, s.relay))
+		}
+		return fmt.Errorf("%q is not a fault of the store", name)
+	}
+}
+
+// forgeResults rewrites all results in the store again and again, in every way. It fails if the replicas reject none.
+func forgeResults(ctx context.Context, s *stage) error {
+	for number := 0; ctx.Err() == nil; number++ {
+		entries, err := s.store.strings()
+		if err != nil {
+			return err
+		}
+		maps.DeleteFunc(entries, func(_, value string) bool { return len(value) <= shortestResult })
+		// Some of them have expired meanwhile, and cannot be renamed or replaced.
+		_ = forgeries[number%len(forgeries)].forge(s.store, entries)
+		pause(ctx, roguePause)
+	}
+	return s.requireCount("quota_store_requests_total", `outcome="rejected"`)
+}
+
+// lockedKeyOfStore rejects the signatures of rogue calls, which only the replica with the wrong key gets, and all others as lockedKey does.
+func lockedKeyOfStore(upstream *scriptedUpstream, request upstreamRequest) http.HandlerFunc {
+	if strings.HasPrefix(request.instance, rogueInstance) {
+		upstream.badSignatures.Add(1)
+		return rejectedSignature
+	}
+	return lockedKey(upstream, request)
+}
+
+// startWrongReplicaWithStore starts another program whose secret key is wrong, with the upstream and the store of the others.
+func startWrongReplicaWithStore(ctx context.Context, s *stage) error {
+	environment := append(slices.Clone(s.environment), "HUAWEICLOUD_SDK_SK=wrong-secret-key")
+	replica, err := startFacadeIn(environment, s.program, s.upstream.url, nil, s.flags...)
+	if err != nil {
+		return err
+	}
+	defer replica.kill()
+	return callBadInstance(ctx, &stage{fault: s.fault, facade: replica, replicas: []*facade{replica}})
 }

@@ -1,6 +1,6 @@
 // Command soak runs the finished program over loopback for a long time under faults, overload, restarts and attacks.
 //
-//	soak faults   [-duration 30m] PROGRAM      half load, faults on both sides: nothing grows, every call is accounted for
+//	soak faults   [-duration 30m] PROGRAM      three replicas, calls and watches under random faults on all sides: nothing grows, nothing is lost
 //	soak overload [-window 60s] PROGRAM        1, 2, 5 and 10 times the load that the limit allows
 //	soak restarts [-count 200] PROGRAM         random signals under load
 //	soak attacks  [-calls 100000] PROGRAM      hostile peers next to an honest caller; one line of figures each
@@ -8,7 +8,7 @@
 //	soak watches  [-duration 2m] PROGRAM       what watches cost, and what their callers see
 //	soak fleet    [-duration 2m] PROGRAM       three replicas with one quota store: their upstream calls, and faults of the store
 //
-// The upstream is the program's own `sandbox` in a separate process; for crowd, watches and fleet, a scripted one in this process. CI runs each
+// The upstream is the program's own `sandbox` in a separate process; for faults, crowd, watches and fleet, a scripted one in this process. CI runs each
 // subcommand for some seconds. The source of each states its requirements.
 package main
 

@@ -5,6 +5,7 @@ import (
 	_ "embed"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -50,14 +51,19 @@ func startStore() (*store, error) {
 	return store, store.start()
 }
 
-// freeAddress is an address of loopback that was free a moment ago.
+// freeAddress is an address of loopback that was free a moment ago. Its port is below those that the system gives to clients, so that no client
+// takes it while its server is restarted.
 func freeAddress() (string, error) {
-	listener, err := net.Listen("tcp", anyPort)
-	if err != nil {
-		return "", err
+	for {
+		listener, err := net.Listen("tcp", fmt.Sprint("127.0.0.1:", 15_000+rand.IntN(15_000)))
+		switch {
+		case err == nil:
+			defer listener.Close()
+			return listener.Addr().String(), nil
+		case !errors.Is(err, syscall.EADDRINUSE):
+			return "", err
+		}
 	}
-	defer listener.Close()
-	return listener.Addr().String(), nil
 }
 
 // start starts the server, again at the same address after kill.
@@ -217,4 +223,10 @@ func (s *store) strings() (map[string]string, error) {
 		}
 	}
 	return found, nil
+}
+
+// usedMemory is what maxmemory limits, in bytes.
+func (s *store) usedMemory() (int64, error) {
+	text, err := s.admin.Info(context.Background(), "memory").Result()
+	return number(statusField([]byte(text), "used_memory")), err
 }

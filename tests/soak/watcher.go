@@ -28,10 +28,12 @@ type watchMessage struct {
 	etag string
 	// Absent in a heartbeat.
 	hasTask bool
-	// The task's name and, if it is the number of a taskUpstream's state, that number.
+	// The task's name and, if it is the number of a state, that number.
 	name  string
 	state int
-	at    time.Time
+	// The task is Completed.
+	over bool
+	at   time.Time
 }
 
 func parseWatchMessage(encoded []byte) (watchMessage, error) {
@@ -41,8 +43,11 @@ func parseWatchMessage(encoded []byte) (watchMessage, error) {
 		case 1:
 			message.hasTask = true
 			for number, value := range fields(value) {
-				if number == 4 {
+				switch number {
+				case 4:
 					message.name = string(value)
+				case 8:
+					message.over = string(value) == "Completed"
 				}
 			}
 		case 2:

@@ -503,14 +503,18 @@ func (w *resumingWatcher) run(ctx context.Context, connection *grpc.ClientConn, 
 			return
 		}
 		w.reopened++
-		wait := 100 * time.Millisecond
-		for _, detail := range reply.Details() {
-			if retry, ok := detail.(*errdetails.RetryInfo); ok {
-				wait = retry.GetRetryDelay().AsDuration()
-			}
-		}
-		pause(ctx, wait)
+		pause(ctx, retryDelay(reply))
 	}
+}
+
+// retryDelay is the delay in RetryInfo, or 100 ms without it.
+func retryDelay(reply *status.Status) time.Duration {
+	for _, detail := range reply.Details() {
+		if retry, ok := detail.(*errdetails.RetryInfo); ok {
+			return retry.GetRetryDelay().AsDuration()
+		}
+	}
+	return 100 * time.Millisecond
 }
 
 func (w *resumingWatcher) watchOnce(ctx context.Context, connection *grpc.ClientConn, task taskRequest) error {
@@ -663,15 +667,15 @@ func (u *taskUpstream) another() (*taskUpstream, error) {
 }
 
 // dialAll connects to all addresses and distributes calls round robin.
-func dialAll(addresses []resolver.Address) (*grpc.ClientConn, error) {
+func dialAll(addresses []resolver.Address, options ...grpc.DialOption) (*grpc.ClientConn, error) {
 	static := manual.NewBuilderWithScheme("static")
 	static.InitialState(resolver.State{Addresses: addresses})
-	return dialTarget("static:///facade", grpc.WithResolvers(static),
+	return dialTarget("static:///facade", append(options, grpc.WithResolvers(static),
 		grpc.WithDefaultServiceConfig(`{"loadBalancingConfig": [{"round_robin": {}}]}`),
 		grpc.WithConnectParams(grpc.ConnectParams{
 			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second},
 			MinConnectTimeout: time.Second,
-		}))
+		}))...)
 }
 
 // drain sends SIGTERM to a program with a thousand watches.

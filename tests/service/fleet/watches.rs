@@ -1,4 +1,5 @@
 use std::{
+    collections::HashSet,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
@@ -7,6 +8,7 @@ use std::{
 };
 
 use rds_task_facade::pb::{WatchTaskDetailRequest, WatchTaskDetailResponse};
+use tokio::task::JoinSet;
 use tonic::Streaming;
 
 use crate::support::{Gate, Program, Step, Store, Upstream, example_request, reply, within};
@@ -152,4 +154,50 @@ async fn the_rate_of_polls_is_a_limit_of_all_replicas_together() {
         let length = window[4] - window[0];
         assert!(length >= Duration::from_secs(3), "five polls in {length:?}");
     }
+}
+
+#[tokio::test]
+async fn a_first_poll_that_waits_does_not_delay_repeated_polls() {
+    let Some(store) = Store::start().await else {
+        return;
+    };
+    let upstream = Upstream::start(|_| task("Running")).await;
+    let flags = ["--watch-interval", "10ms", "--watch-rate", "20/4s"];
+    let replica = store.replica(&upstream, &flags);
+    let client = replica.client().await;
+    let mut opened = JoinSet::new();
+    let mut open = |workflow_id: String| {
+        let mut client = client.clone();
+        let example = example_request();
+        let request = WatchTaskDetailRequest {
+            project_id: example.project_id,
+            instance_id: example.instance_id,
+            workflow_id,
+            ..WatchTaskDetailRequest::default()
+        };
+        opened.spawn(async move { client.watch_task_detail(request).await });
+    };
+    // Enough tasks for a repeated poll to be queued at any time.
+    (0..4).for_each(|number| open(format!("w-{number}")));
+    upstream.wait_for_requests(6).await;
+
+    // Half of the window is for first polls: after ten of them, the others wait until the earliest one leaves the window.
+    (0..12).for_each(|number| open(format!("new-{number}")));
+    upstream.wait_for_requests(26).await;
+
+    let mut known = HashSet::new();
+    let requests = upstream.requests().into_iter();
+    let is_first: Vec<bool> = requests.map(|request| known.insert(request.body)).collect();
+    let firsts = is_first
+        .iter()
+        .enumerate()
+        .filter(|(_, is_first)| **is_first);
+    let firsts: Vec<usize> = firsts.map(|(at, _)| at).collect();
+    let (tenth, last) = (firsts[9], firsts[firsts.len() - 1]);
+    let runs = is_first[tenth..=last].split(|is_first| *is_first);
+    let repeated = runs.map(<[bool]>::len).max();
+    assert!(
+        repeated >= Some(4),
+        "{repeated:?} repeated polls in a row: {is_first:?}"
+    );
 }
