@@ -209,8 +209,9 @@ async fn a_fetch_that_began_after_a_rejection_is_used_even_if_an_unclear_one_fol
     assert_eq!(newer, Ok(Some((2, 2))));
     let too_soon = cache.refresh(2, REJECTED, soon()).await;
     assert_eq!(too_soon, Ok(None), "the spacing is ten seconds");
+    sleep(SECOND).await;
     issuer.replaced.notify_one();
-    sleep(3 * SECOND).await;
+    sleep(2 * SECOND).await;
 
     let newer = cache.refresh(2, UNCLEAR, soon()).await;
 
