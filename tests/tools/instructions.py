@@ -34,7 +34,7 @@ DISTINCT = "task-{{.RequestNumber}}"
 # for other patch versions of the compiler and of libc.
 CASES = [
     ("token", ["--credentials=token"], TOKEN, "finished", DISTINCT, OK, 153_000),
-    ("signature", ["--credentials=env"], KEY, "finished", DISTINCT, OK, 193_000),
+    ("signature", ["--credentials=env"], KEY, "finished", DISTINCT, OK, 192_000),
     ("error", ["--credentials=token"], TOKEN, INSTANCE_ID, DISTINCT, NOT_FOUND, 160_000),
     ("cached reply", ["--credentials=token", "--cache-ttl=1h"], TOKEN, "finished", "one", OK, 61_000),
 ]
