@@ -227,7 +227,7 @@ impl<S: Service> Edge<S> {
             return Err(Error::DeadlineExceeded);
         }
         let metadata = request.headers();
-        let message = message::decode(metadata, &message)?;
+        let message = message::decode(metadata, message)?;
         let work = self.service.get_task_detail(call, metadata, message);
         // Pinned, because each function that takes a future stores it again.
         let work = pin!(AssertUnwindSafe(work).catch_unwind());
@@ -286,7 +286,7 @@ impl<S: Service> Edge<S> {
                 Error::DeadlineExceeded
             })??;
         let metadata = request.headers();
-        let message = message::decode(metadata, &message)?;
+        let message = message::decode(metadata, message)?;
         let work = self.service.watch_task_detail(call, metadata, message);
         let result = AssertUnwindSafe(work).catch_unwind().await;
         result.unwrap_or_else(|_| Err(self.panicked()))

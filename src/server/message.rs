@@ -81,7 +81,7 @@ where
 /// [`MAX_BYTES`], INTERNAL for one that is not protobuf.
 pub(super) fn decode<M: Message + Default>(
     headers: &HeaderMap,
-    message: &Bytes,
+    message: Bytes,
 ) -> Result<M, Error> {
     let is_gzip = match headers.get("grpc-encoding").map(|value| value.as_bytes()) {
         None | Some(b"identity") => false,
