@@ -2,7 +2,7 @@
 
 use serde_json::{Deserializer, value::RawValue};
 
-/// The JSON of the items of a list, or of a value that is no list.
+/// The JSON of the items of a list, or of a value that is not a list.
 pub(super) struct ListItems<'a>(&'a str);
 
 impl<'a> ListItems<'a> {

@@ -34,15 +34,17 @@ local function earliest()
     if oldest then
         at = math.max(at, oldest + window)
     end
-    -- First polls that wait for their start do not delay repeated polls, which may start earlier.
-    local rank = 1
-    local newest = latest(KEYS[1], rank)
-    while newest and newest > now and newest == latest(KEYS[2], rank) do
-        rank = rank + 1
-        newest = latest(KEYS[1], rank)
-    end
-    if newest and spacing > 0 and (ARGV[5] == '1' or at > now or newest > now) then
-        at = math.max(at, newest + spacing)
+    if spacing > 0 then
+        -- First polls that wait for their start do not delay repeated polls, which may start earlier.
+        local rank = 1
+        local newest = latest(KEYS[1], rank)
+        while newest and newest > now and newest == latest(KEYS[2], rank) do
+            rank = rank + 1
+            newest = latest(KEYS[1], rank)
+        end
+        if newest and (ARGV[5] == '1' or at > now or newest > now) then
+            at = math.max(at, newest + spacing)
+        end
     end
     return at
 end

@@ -32,20 +32,50 @@ pub(super) struct Fleet {
 }
 
 /// How a waiter may start.
-enum Due {
-    /// The local rule applies and has started it, under this caller and at this time.
-    Started(Caller, Instant),
-    /// As the head of its queue, when the store says.
+enum Due<'a> {
+    /// The local rule applies and has started it.
+    Started(LocalStart<'a>),
+    /// As the head of its queue, at the time that the store assigns.
     Head,
-    /// At once if the store says so, although it is not the head.
+    /// At once if the store permits it, although it is not the head.
     AtOnce,
 }
 
+/// A start that the local rule has counted. Dropping it withdraws it, unless it has led to an attempt or poll.
+pub(super) struct LocalStart<'a> {
+    pub(super) queued: &'a Queued,
+    pub(super) caller: Caller,
+    /// Whether it had to wait for the rate.
+    pub(super) has_waited: bool,
+    /// `None` once it has led to an attempt or poll.
+    pub(super) at: Option<Instant>,
+}
+
+impl LocalStart<'_> {
+    /// Counts the start at this time, and returns the caller under whom it is.
+    pub(super) fn begin(mut self, now: Instant) -> Caller {
+        if let Some(at) = self.at.take() {
+            let mut state = self.queued.lane.state();
+            state.withdraw(self.queued.kind, at);
+            state.start(self.queued.kind, now);
+        }
+        self.caller
+    }
+}
+
+impl Drop for LocalStart<'_> {
+    fn drop(&mut self) {
+        if let Some(at) = self.at {
+            self.queued.lane.state().withdraw(self.queued.kind, at);
+        }
+    }
+}
+
 impl Queued {
-    /// As [`Self::start`], with the start taken from the quota store.
+    /// As [`Self::start`], with the start taken from the quota store. Dropping the future may leave the queue.
     ///
-    /// While this replica keeps to its share, the local rule decides when the waiter leaves the queue, and the store only counts the start or
-    /// delays it further. So waiters within the share do not wait for each other's replies of the store.
+    /// While this replica keeps to its share, the local rule decides when the waiter leaves the queue, and the store counts the start, delays
+    /// it further, or rejects it. So waiters within the share do not wait for each other's replies of the store.
     ///
     /// # Errors
     /// Any reply of the store but [`Answer::Start`] and [`Answer::Unavailable`].
@@ -65,8 +95,10 @@ impl Queued {
                 Some(at) => at,
                 None => {
                     let mut slot = self.lane.state().slot(kind, latest);
-                    if let Due::AtOnce = due {
-                        slot.longest = Duration::ZERO;
+                    match &due {
+                        Due::Started(start) => slot.has_waited |= start.has_waited,
+                        Due::Head => {}
+                        Due::AtOnce => slot.longest = Duration::ZERO,
                     }
                     let answer = session.admit(request, slot).await;
                     let mut state = self.lane.state();
@@ -82,12 +114,7 @@ impl Queued {
                         // The local rule applies now.
                         (_, Answer::Unavailable) => continue,
                         (Due::AtOnce, Answer::Late(_)) => continue,
-                        (due, answer) => {
-                            if let Due::Started(_, at) = due {
-                                state.withdraw(kind, *at);
-                            }
-                            return Err(answer);
-                        }
+                        (_, answer) => return Err(answer),
                     }
                 }
             };
@@ -103,15 +130,11 @@ impl Queued {
                     return Err(answer);
                 }
             }
-            let (mut state, now) = (self.lane.state(), Instant::now());
+            let now = Instant::now();
             let started = match due {
-                Due::Started(caller, at) => {
-                    state.withdraw(kind, at);
-                    state.start(kind, now);
-                    Some(caller)
-                }
-                Due::Head => state.start_head(kind, now),
-                Due::AtOnce => state.start_waiter(kind, &self.waiter, now),
+                Due::Started(start) => Some(start.begin(now)),
+                Due::Head => self.lane.state().start_head(kind, now),
+                Due::AtOnce => self.lane.state().start_waiter(kind, &self.waiter, now),
             };
             if let Some(caller) = started {
                 return Ok(caller);
@@ -120,7 +143,7 @@ impl Queued {
     }
 
     /// Waits until this waiter may start, or may ask the store for a start.
-    async fn due(&self) -> Due {
+    async fn due(&self) -> Due<'_> {
         let kind = self.kind;
         loop {
             let wait_until = {
@@ -137,8 +160,14 @@ impl Queued {
                     if state.fleet.is_none() || state.follows_store(now) {
                         return Due::Head;
                     }
+                    let has_waited = state.has_waited(kind);
                     if let Some(caller) = state.start_head(kind, now) {
-                        return Due::Started(caller, now);
+                        return Due::Started(LocalStart {
+                            queued: self,
+                            caller,
+                            has_waited,
+                            at: Some(now),
+                        });
                     }
                 }
                 at

@@ -83,7 +83,7 @@ impl Lane {
             return Err(wait);
         }
         let waiter = Arc::new(Notify::new());
-        state.queue(FIRST, caller, &waiter);
+        state.queue(FIRST, &[caller], &waiter);
         Ok(Some(Queued {
             lane: Arc::clone(self),
             waiter,
@@ -206,14 +206,21 @@ impl State {
         }
     }
 
-    /// Appends a waiter to the queue of a caller, unless it is there already.
-    pub(super) fn queue(&mut self, kind: usize, caller: Caller, waiter: &Arc<Notify>) {
+    /// Appends a waiter to the queues of callers where it is not yet.
+    pub(super) fn queue(&mut self, kind: usize, callers: &[Caller], waiter: &Arc<Notify>) {
         let queue = &mut self.queues[kind];
-        match queue.iter_mut().find(|(known, _)| *known == caller) {
-            Some((_, waiters)) if waiters.iter().any(|known| Arc::ptr_eq(known, waiter)) => {}
-            Some((_, waiters)) => waiters.push_back(Arc::clone(waiter)),
-            None => queue.push_back((caller, VecDeque::from([Arc::clone(waiter)]))),
+        for caller in callers {
+            match queue.iter_mut().find(|(known, _)| known == caller) {
+                Some((_, waiters)) if waiters.iter().any(|known| Arc::ptr_eq(known, waiter)) => {}
+                Some((_, waiters)) => waiters.push_back(Arc::clone(waiter)),
+                None => queue.push_back((*caller, VecDeque::from([Arc::clone(waiter)]))),
+            }
         }
+    }
+
+    pub(super) fn is_queued(&self, kind: usize, waiter: &Arc<Notify>) -> bool {
+        let mut waiters = self.queues[kind].iter().flat_map(|(_, waiters)| waiters);
+        waiters.any(|known| Arc::ptr_eq(known, waiter))
     }
 
     /// The kind of the next queued start, and when it is possible. The first kind wins a tie.

@@ -7,10 +7,10 @@
 //! The first poll of a watched task starts like an attempt, but without a distance from others. Repeated polls have a queue of their own and
 //! start at least T/N apart. While any of them is queued, first polls may use only half of the window.
 //!
-//! With a quota store, attempts take their starts from the store, which applies the rate to all replicas. While it delays
-//! some of them, only the head of the queue asks ([`Pacing::wait_in_fleet`]). While the store is not available, the rate divided by the number of
-//! replicas applies here, and afterwards, too, until the starts that the store has not seen have left the window. Each attempt that this rule
-//! has started then asks the store on its own.
+//! With a quota store, attempts take their starts from the store, which applies the rate to all replicas. While it delays some of them,
+//! only the head of the queue asks ([`Pacing::wait_in_fleet`]). While the store is not available, the rate divided by the number of replicas
+//! applies here, and afterwards, too, until the starts that the store has not seen have left the window. Each attempt that this rule has
+//! started then asks the store on its own.
 //!
 //! Hand-written, because the limiters in crates (governor, leaky-bucket) allow 2N starts in a window: a full bucket and its refill.
 
@@ -144,7 +144,7 @@ impl Pacing {
                 }
             }
             let waiter = Arc::new(Notify::new());
-            state.queue(FIRST, caller, &waiter);
+            state.queue(FIRST, &[caller], &waiter);
             Queued {
                 lane: Arc::clone(&lane),
                 waiter,
@@ -165,14 +165,18 @@ impl Pacing {
 
     /// Queues a repeated poll under each of these callers. It starts when the first of them is next.
     pub fn queue_repeated(&self, identity: Identity, callers: &[Caller]) -> Queued {
-        let poll = Queued {
-            lane: self.lane(identity),
-            waiter: Arc::new(Notify::new()),
+        let (lane, waiter) = (self.lane(identity), Arc::new(Notify::new()));
+        {
+            let mut state = lane.state();
+            state.queue(REPEATED, callers, &waiter);
+            state.wake_next();
+        }
+        Queued {
+            lane,
+            waiter,
             kind: REPEATED,
             latest: None,
-        };
-        poll.add(callers);
-        poll
+        }
     }
 
     fn lane(&self, identity: Identity) -> Arc<Lane> {

@@ -21,13 +21,13 @@ pub struct Queued {
 }
 
 impl Queued {
-    /// Queues a poll under further callers as well. It stays queued under its other callers.
+    /// Queues a poll under further callers as well, unless it has left the queue already. It stays queued under its other callers.
     pub fn add(&self, callers: &[Caller]) {
         let mut state = self.lane.state();
-        for caller in callers {
-            state.queue(self.kind, *caller, &self.waiter);
+        if state.is_queued(self.kind, &self.waiter) {
+            state.queue(self.kind, callers, &self.waiter);
+            state.wake_next();
         }
-        state.wake_next();
     }
 
     /// Waits until this waiter is next and may start. Returns the caller under whom it does. Dropping the future does not leave the queue.

@@ -4,7 +4,7 @@ use futures_util::poll;
 use proptest::prelude::*;
 use tokio::task::{JoinSet, yield_now};
 
-use super::*;
+use super::{fleet::LocalStart, *};
 
 const RDS: Identity = Identity::Server;
 const ANN: Caller = Caller::Connection(1);
@@ -227,6 +227,43 @@ async fn a_withdrawn_start_leaves_its_room_to_one_other() {
         assert_eq!(started, Ok(()), "{calls}");
         assert!(pacing.wait(RDS, ANN, in_seconds(0)).await.is_err());
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_local_start_counts_only_if_it_leads_to_an_attempt() {
+    let pacing = pacing(1, Duration::from_secs(60));
+    let queued = pacing.queue_repeated(RDS, &[ANN]);
+    let at = Instant::now();
+    let start = || LocalStart {
+        queued: &queued,
+        caller: ANN,
+        has_waited: false,
+        at: Some(at),
+    };
+
+    for is_dropped in [true, false] {
+        queued.lane.state().start(REPEATED, at);
+        match is_dropped {
+            true => drop(start()),
+            false => assert_eq!(start().begin(at), ANN),
+        }
+
+        let started = queued.lane.state().started[REPEATED];
+        assert_eq!(started, u32::from(!is_dropped));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_poll_that_has_started_is_not_queued_under_further_callers() {
+    let pacing = polls(1, Duration::from_secs(60));
+    let poll = pacing.queue_repeated(RDS, &[ANN]);
+
+    poll.add(&[BOB]);
+    assert_eq!(poll.lane.state().queues[REPEATED].len(), 2);
+    poll.lane.state().start_head(REPEATED, Instant::now());
+    poll.add(&[BOB]);
+
+    assert!(poll.lane.state().queues[REPEATED].is_empty());
 }
 
 fn polls(calls: u32, period: Duration) -> Arc<Pacing> {
