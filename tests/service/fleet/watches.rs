@@ -162,7 +162,7 @@ async fn a_first_poll_that_waits_does_not_delay_repeated_polls() {
         return;
     };
     let upstream = Upstream::start(|_| task("Running")).await;
-    let flags = ["--watch-interval", "10ms", "--watch-rate", "20/4s"];
+    let flags = ["--watch-interval", "10ms", "--watch-rate", "40/8s"];
     let replica = store.replica(&upstream, &flags);
     let client = replica.client().await;
     let mut opened = JoinSet::new();
@@ -181,9 +181,9 @@ async fn a_first_poll_that_waits_does_not_delay_repeated_polls() {
     (0..4).for_each(|number| open(format!("w-{number}")));
     upstream.wait_for_requests(6).await;
 
-    // Half of the window is for first polls: after ten of them, the others wait until the earliest one leaves the window.
-    (0..12).for_each(|number| open(format!("new-{number}")));
-    upstream.wait_for_requests(26).await;
+    // Half of the window is for first polls: after twenty of them, the others wait until the earliest one leaves the window.
+    (0..22).for_each(|number| open(format!("new-{number}")));
+    upstream.wait_for_requests(46).await;
 
     let mut known = HashSet::new();
     let requests = upstream.requests().into_iter();
@@ -193,8 +193,9 @@ async fn a_first_poll_that_waits_does_not_delay_repeated_polls() {
         .enumerate()
         .filter(|(_, is_first)| **is_first);
     let firsts: Vec<usize> = firsts.map(|(at, _)| at).collect();
-    let (tenth, last) = (firsts[9], firsts[firsts.len() - 1]);
-    let runs = is_first[tenth..=last].split(|is_first| *is_first);
+    assert!(firsts.len() > 20, "first polls at {firsts:?}");
+    let (twentieth, last) = (firsts[19], firsts[firsts.len() - 1]);
+    let runs = is_first[twentieth..=last].split(|is_first| *is_first);
     let repeated = runs.map(<[bool]>::len).max();
     assert!(
         repeated >= Some(4),
