@@ -1,4 +1,4 @@
-//! The number of rejected spans is that of a slow parser of protobuf, and 0 for anything that is no reply of a collector.
+//! The number of rejected spans is that of a slow parser of protobuf, and 0 for anything that is not a reply of a collector.
 
 use rds_task_facade::telemetry::export::rejected;
 

@@ -65,7 +65,7 @@ pub(crate) fn check(input: &[u8]) {
     let replica_age = i64::from(i16::from_be_bytes([replica, more_replica]));
     let [keys, other_keys] = &*KEYS;
 
-    // Nobody without the key makes an entry.
+    // Only the key can seal an entry.
     assert_eq!(keys.open(NAME, content), None);
     let now = now();
     assert_eq!(SharedResult::open(keys, NAME, content, now, MAX_AGE), None);

@@ -1,4 +1,4 @@
-//! The typed fields of a task are what its texts say, or unset; a percentage is 0 to 100, a time within the range of protobuf.
+//! The typed fields of a task are parsed from its texts, or unset; a percentage is 0 to 100, a time within the range of protobuf.
 //!
 //! The input's lines: status, process, time of creation; the rest is the time of the last change.
 
@@ -167,7 +167,7 @@ fn rfc3339(text: &str) -> Option<Timestamp> {
     })
 }
 
-/// The date and time at the begin of the text, read as UTC.
+/// The date and time at the beginning of the text, read as UTC.
 fn local_seconds(text: &str) -> Option<i64> {
     let part = |from: usize, to: usize| number(text.get(from..to)?);
     let (year, month, day) = (part(0, 4)?, part(5, 7)?, part(8, 10)?);

@@ -277,8 +277,8 @@ async fn no_source_shows_a_secret_in_log_debug_or_error() {
         .with_writer(log.clone())
         .finish();
     let _capturing = tracing::subscriber::set_default(subscriber);
-    // While the process has a single subscriber, tracing asks that of the thread that reaches a log line first, and uses the result
-    // for all threads: a test on another thread, which has none, would disable the line here.
+    // With a single subscriber, tracing caches for all threads whether the first thread that reaches a log line has it enabled. A
+    // thread of another test has no subscriber and would disable the line here.
     let _second = tracing::Dispatch::new(tracing::subscriber::NoSubscriber::default());
     let folder = tempfile::tempdir().unwrap();
     let write = |name: &str, text: &str| {

@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 
 /// How long a message of a watch may wait for room.
 const MAX_UNREAD: Duration = Duration::from_secs(60);
-/// How long it may wait during a drain.
+/// How long a message may wait for room during a drain.
 const MAX_UNREAD_IN_DRAIN: Duration = Duration::from_secs(1);
 
 thread_local! {

@@ -41,7 +41,7 @@ impl Access {
         Self::new(OutputFormat::Text, writer)
     }
 
-    /// An access log in this style.
+    /// An access log in this format.
     pub(super) fn new(format: OutputFormat, writer: Writer) -> Self {
         Self { format, writer }
     }

@@ -127,7 +127,8 @@ pub(crate) fn is_invisible(c: char) -> bool {
         )
 }
 
-/// Text with each control character and invisible mark escaped as in JSON: it stays one line and is safe on a terminal.
+/// Text with each control character and invisible mark written as JSON's escape, so that it stays one line and is safe on a terminal.
+/// Backslashes are not doubled.
 pub(crate) struct Escaped<'a>(pub(crate) &'a str);
 
 impl fmt::Display for Escaped<'_> {

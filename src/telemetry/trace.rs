@@ -1,6 +1,6 @@
 //! Spans: one per call, with one child per upstream attempt. Without trace export there is no [`Tracer`].
 //!
-//! The names of their attributes are from the OpenTelemetry semantic conventions 1.44, but those that begin with `rds_task_facade`. The RPC
+//! The names of their attributes are from the OpenTelemetry semantic conventions 1.44, except those that begin with `rds_task_facade`. The RPC
 //! names are a release candidate and may change; the names for HTTP, network and service are stable.
 
 use std::{sync::Arc, time::Duration};
