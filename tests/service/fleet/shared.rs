@@ -345,6 +345,23 @@ async fn a_replica_that_dies_while_it_asks_is_replaced_soon() {
 }
 
 #[tokio::test]
+async fn a_lookup_without_a_result_releases_its_lease() {
+    let Some(store) = Store::start().await else {
+        return;
+    };
+    let upstream = Upstream::always(reply(400, &[], r#"{"error_code":"DBS.280001"}"#)).await;
+    let replica = store.replica(&upstream, &["--cache-ttl", "20s"]);
+
+    let failed = replica.call(example_request()).await;
+
+    failed.expect_err("RDS rejects the request");
+    eventually("the lease is released", async || {
+        store.released_leases() == 1
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn results_that_were_tampered_with_are_not_used() {
     let Some(store) = Store::start().await else {
         return;

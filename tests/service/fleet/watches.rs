@@ -9,7 +9,9 @@ use std::{
 use rds_task_facade::pb::{WatchTaskDetailRequest, WatchTaskDetailResponse};
 use tonic::Streaming;
 
-use crate::support::{Gate, Program, Step, Store, Upstream, example_request, reply, within};
+use crate::support::{
+    Gate, Program, Step, Store, Upstream, eventually, example_request, reply, within,
+};
 
 const INTERVAL: Duration = Duration::from_millis(800);
 const FLAGS: [&str; 4] = ["--watch-interval", "800ms", "--watch-rate", "1000/1s"];
@@ -81,6 +83,23 @@ async fn a_watched_task_is_polled_once_per_interval_for_all_replicas() {
         let gap = pair[1] - pair[0];
         assert!(gap > INTERVAL / 2, "{gap:?} between two polls");
     }
+}
+
+#[tokio::test]
+async fn a_poll_releases_its_leases() {
+    let Some(store) = Store::start().await else {
+        return;
+    };
+    let upstream = Upstream::always(task("Running")).await;
+    let replica = store.replica(&upstream, &["--watch-interval", "60s"]);
+
+    let mut stream = watch(&replica).await;
+
+    assert_eq!(next_status(&mut stream).await.as_deref(), Some("Running"));
+    eventually("the lease of the lookup and that of the poll", async || {
+        store.released_leases() == 2
+    })
+    .await;
 }
 
 #[tokio::test]
