@@ -357,7 +357,7 @@ mod tests {
         let first = admit(&guard).await;
 
         assert_eq!(
-            guard.admit("p", ANN, in_seconds(1)).await.unwrap_err(),
+            guard.admit("p", ANN, in_seconds(5)).await.unwrap_err(),
             Error::DeadlineExceeded
         );
 
@@ -538,6 +538,18 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn each_rejection_for_a_further_accepted_project_counts() {
+        let guard = proven().await;
+        admit_for(&guard, "further").await.accepted();
+
+        for _ in 0..REJECTIONS_BEFORE_REST {
+            admit_for(&guard, "further").await.rejected();
+        }
+
+        assert_eq!(remaining_rest(&guard).await, KEY_LOCK);
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn a_waiter_that_gives_up_does_not_take_the_turn_of_the_next() {
         let guard = KeyGuard::default();
         let probe = admit(&guard).await;
@@ -582,7 +594,31 @@ mod tests {
         for instance in [Some("j"), None] {
             admit(&key.scoped(instance)).await.accepted();
         }
+        assert_eq!(remaining_rest(&key.scoped(Some("i"))).await, KEY_LOCK);
         assert_eq!(*report.borrow(), Some(Instant::now() + KEY_LOCK));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_key_is_proven_from_an_accepted_signature_until_a_rejected_one() {
+        let guard = KeyGuard::default();
+        assert!(!guard.is_proven());
+
+        admit(&guard).await.accepted();
+        assert!(guard.is_proven());
+        admit(&guard).await.rejected();
+
+        assert!(!guard.is_proven());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_accepted_signature_is_reported_once_in_each_interval() {
+        let (guard, interval) = (KeyGuard::default(), Duration::from_secs(60));
+
+        for _ in 0..3 {
+            assert!(guard.is_report_due(interval));
+            assert!(!guard.is_report_due(interval));
+            tokio::time::advance(interval).await;
+        }
     }
 
     #[test]

@@ -291,6 +291,14 @@ mod tests {
         };
         let entry =
             |store_age, replica_age| result(VERSION, store_age, replica_age).seal(&keys, NAME);
+        let of_length = |length: usize| {
+            let mut long = result(VERSION, 0, 0);
+            // With four bytes for the number of the field and the length of the text.
+            long.error_message = "x".repeat(length - entry(0, 0).len() - 4);
+            let entry = long.seal(&keys, NAME);
+            assert_eq!(entry.len(), length);
+            entry
+        };
         let cases = [
             ("young", entry(1000, 1000), true),
             (
@@ -321,7 +329,8 @@ mod tests {
                 result(VERSION, 0, 0).seal(&Keys::derive(&[2; 32]), NAME),
                 false,
             ),
-            ("too long", vec![0; MAX_BYTES + 1], false),
+            ("of the greatest length", of_length(MAX_BYTES), true),
+            ("too long", of_length(MAX_BYTES + 1), false),
             ("empty", Vec::new(), false),
         ];
 

@@ -162,6 +162,26 @@ async fn a_hundred_rejections_of_one_value_cause_one_fetch_and_all_get_the_new_v
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_rejection_during_a_fetch_that_is_longer_than_the_spacing_causes_no_other() {
+    let issuer = Issuer {
+        delay: 8 * SECOND,
+        ..issuer(good)
+    };
+    let cache = issuer.start_with(OnRejection::Fetch {
+        spacing: 2 * SECOND,
+    });
+    let (_, used) = cache.current(soon()).await.unwrap();
+
+    let (first, second) = tokio::join!(cache.refresh(used, REJECTED, soon()), async {
+        sleep(3 * SECOND).await;
+        cache.refresh(used, REJECTED, soon()).await
+    });
+
+    assert_eq!((first, second), (Ok(Some((2, 2))), Ok(Some((2, 2)))));
+    assert_eq!(issuer.fetches(), 2);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_straggler_gets_the_newer_value_without_a_fetch() {
     let issuer = issuer(good);
     let cache = issuer.start();

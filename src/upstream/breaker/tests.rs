@@ -295,6 +295,11 @@ async fn old_failures_do_not_count() {
     fail(&breaker, ANN, 1, INSTANCE_FAILURES - 1);
 
     assert!(admit(&breaker, ANN, 1, "t").is_ok());
+    tokio::time::advance(MEMORY).await;
+    for instance in 0..ENDPOINT_FAILURES as usize - 1 {
+        fail(&breaker, ANN, instance, 1);
+    }
+    assert_eq!(breaker.endpoint_open.get(), 0);
 }
 
 #[tokio::test(start_paused = true)]

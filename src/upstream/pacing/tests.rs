@@ -4,7 +4,10 @@ use futures_util::poll;
 use proptest::prelude::*;
 use tokio::task::{JoinSet, yield_now};
 
-use super::{fleet::LocalStart, *};
+use super::{
+    fleet::{Fleet, LocalStart},
+    *,
+};
 
 const RDS: Identity = Identity::Server;
 const ANN: Caller = Caller::Connection(1);
@@ -442,4 +445,155 @@ proptest! {
             prop_assert!(*window.last().unwrap() - window[0] > period);
         }
     }
+}
+
+/// What a lane knows from a quota store that is up and has delayed no start.
+fn quiet_fleet() -> Fleet {
+    Fleet {
+        is_up: true,
+        replicas: 1,
+        alone_until: Instant::now(),
+        next_at: None,
+        gap: Duration::ZERO,
+        assigned: [None; 2],
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_slot_of_the_quota_store_has_the_rate_in_a_part_of_the_period_if_it_is_large() {
+    let second = Duration::from_secs(1);
+    let attempts = pacing(2500, 30 * second).lane(RDS);
+
+    let slot = attempts
+        .state()
+        .slot(FIRST, Some(Instant::now() + 5 * second));
+
+    assert_eq!((slot.calls, slot.window), (833, 10 * second + JITTER));
+    assert_eq!(slot.spacing, Duration::from_millis(12));
+    assert_eq!((slot.limit_of_first, slot.has_waited), (None, false));
+    assert_eq!(slot.longest, 5 * second);
+    let brief = pacing(5, second / 10).lane(RDS);
+    let slot = brief.state().slot(FIRST, None);
+    assert_eq!((slot.calls, slot.window), (5, second / 10 + second / 200));
+    assert_eq!(slot.longest, LONGEST_POLL_WAIT);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_slot_of_a_first_poll_has_half_of_the_rate_while_polls_repeat() {
+    let pacing = Pacing::for_polls(Config {
+        calls: NonZeroU32::new(5).unwrap(),
+        period: Duration::from_secs(1),
+    });
+    let lane = pacing.lane(RDS);
+    let slot = |kind| {
+        let slot = lane.state().slot(kind, None);
+        (slot.limit_of_first, slot.has_waited)
+    };
+
+    assert_eq!(slot(FIRST), (Some(5), false));
+    let _queued = pacing.queue_repeated(RDS, &[ANN]);
+    assert_eq!(slot(FIRST), (Some(3), false));
+    assert_eq!(slot(REPEATED), (None, true));
+    lane.state().fleet = Some(quiet_fleet());
+    assert_eq!(slot(FIRST), (Some(3), false));
+    lane.state().fleet.as_mut().unwrap().next_at = Some(Instant::now());
+    assert_eq!(slot(FIRST), (Some(3), true));
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_start_of_a_head_that_has_left_is_used_until_it_is_over() {
+    let lane = pacing(1, Duration::from_secs(1)).lane(RDS);
+    let mut state = lane.state();
+    let at = Instant::now() + Duration::from_secs(9);
+    assert_eq!(state.assigned(FIRST, at), None, "no store");
+    let assigned = [Some(at), None];
+    state.fleet = Some(Fleet {
+        assigned,
+        ..quiet_fleet()
+    });
+
+    assert_eq!(state.assigned(REPEATED, at), None);
+    assert_eq!(state.assigned(FIRST, at), Some(at));
+    assert_eq!(state.assigned(FIRST, at + JITTER), Some(at));
+    let later = at + JITTER + Duration::from_millis(1);
+    assert_eq!(state.assigned(FIRST, later), None);
+    assert_eq!(state.assigned(FIRST, at), None, "it is over");
+}
+
+#[tokio::test(start_paused = true)]
+async fn starts_are_free_unless_the_rate_delays_one_or_the_store_is_not_in_charge() {
+    let lane = pacing(1, Duration::from_secs(1)).lane(RDS);
+    let mut state = lane.state();
+    let now = Instant::now();
+    assert!(state.is_free(now), "no store");
+    let later = Some(now + Duration::from_secs(1));
+    let cases = [
+        (quiet_fleet(), true),
+        (
+            Fleet {
+                assigned: [None, later],
+                ..quiet_fleet()
+            },
+            true,
+        ),
+        (
+            Fleet {
+                assigned: [later, None],
+                ..quiet_fleet()
+            },
+            false,
+        ),
+        (
+            Fleet {
+                next_at: later,
+                ..quiet_fleet()
+            },
+            false,
+        ),
+        (
+            Fleet {
+                is_up: false,
+                ..quiet_fleet()
+            },
+            false,
+        ),
+        (
+            Fleet {
+                alone_until: now + Duration::from_millis(1),
+                ..quiet_fleet()
+            },
+            false,
+        ),
+    ];
+
+    for (fleet, is_free) in cases {
+        state.fleet = Some(fleet);
+        assert_eq!(state.is_free(now), is_free, "{:?}", state.fleet);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_the_store_a_delayed_start_delays_those_after_it() {
+    let second = Duration::from_secs(1);
+    let lane = pacing(2, 10 * second).lane(RDS);
+    let mut state = lane.state();
+    let now = Instant::now();
+    state.fleet = Some(Fleet {
+        is_up: false,
+        ..quiet_fleet()
+    });
+    let next_at = |state: &lane::State| state.fleet.as_ref().unwrap().next_at;
+
+    state.start(FIRST, now);
+    assert_eq!(state.due_at(FIRST, now), now, "without a spacing");
+    assert_eq!(next_at(&state), None);
+    assert_eq!(state.due_at(REPEATED, now), now + 5 * second);
+    assert_eq!(next_at(&state), None);
+    state.start(FIRST, now);
+    let room_at = now + 10 * second + JITTER;
+    assert_eq!(state.due_at(FIRST, now), room_at);
+    assert_eq!(next_at(&state), Some(room_at));
+    let later = room_at + second;
+    state.start(FIRST, later);
+    assert_eq!(state.due_at(FIRST, later), later + 5 * second, "a spacing");
 }

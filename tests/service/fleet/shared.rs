@@ -345,6 +345,71 @@ async fn a_replica_that_dies_while_it_asks_is_replaced_soon() {
 }
 
 #[tokio::test]
+async fn a_lookup_without_a_result_releases_its_lease() {
+    let Some(store) = Store::start().await else {
+        return;
+    };
+    let upstream = Upstream::always(reply(400, &[], r#"{"error_code":"DBS.280001"}"#)).await;
+    let replica = store.replica(&upstream, &["--cache-ttl", "20s"]);
+
+    eventually("a lease is released", async || {
+        let failed = replica.call(example_request()).await;
+        failed.expect_err("RDS rejects the request");
+        store.released_leases() > 0
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn the_lease_of_a_lookup_is_renewed_while_rds_does_not_reply() {
+    let Some(store) = Store::start().await else {
+        return;
+    };
+    let gate = Gate::default();
+    let upstream = Upstream::always(gated_example(&gate)).await;
+    let replica = store.replica(&upstream, &["--cache-ttl", "20s"]);
+    let mut client = replica.client().await;
+    let call = tokio::spawn(async move { client.get_task_detail(example_request()).await });
+    upstream.wait_for_requests(1).await;
+    let lease = store.names("lease").remove(0);
+
+    // It has no end until the replica sets another one.
+    assert_eq!(store.command(&["PERSIST", &lease]), ["1"]);
+
+    eventually("the lease has an end again", async || {
+        store.command(&["PTTL", &lease]) != ["-1"]
+    })
+    .await;
+    gate.open();
+    call.await.expect("no panic").expect("a reply");
+}
+
+#[tokio::test]
+async fn a_call_waits_for_another_replica_for_half_of_its_time_only() {
+    let Some(store) = Store::start().await else {
+        return;
+    };
+    let gate = Gate::default();
+    let upstream = Upstream::always(gated_example(&gate)).await;
+    let replicas = [(); 2].map(|()| store.replica(&upstream, &["--cache-ttl", "20s"]));
+    let mut calls = JoinSet::new();
+    for (index, replica) in replicas.iter().enumerate() {
+        let mut client = replica.client().await;
+        calls.spawn(async move {
+            let mut request = Request::new(example_request());
+            request.set_timeout(Duration::from_secs(9));
+            client.get_task_detail(request).await
+        });
+        upstream.wait_for_requests(index + 1).await;
+    }
+    gate.open();
+
+    let results = calls.join_all().await;
+
+    assert!(results.iter().all(Result::is_ok), "{results:?}");
+}
+
+#[tokio::test]
 async fn results_that_were_tampered_with_are_not_used() {
     let Some(store) = Store::start().await else {
         return;

@@ -11,7 +11,9 @@ use rds_task_facade::pb::{WatchTaskDetailRequest, WatchTaskDetailResponse};
 use tokio::task::JoinSet;
 use tonic::Streaming;
 
-use crate::support::{Gate, Program, Step, Store, Upstream, example_request, reply, within};
+use crate::support::{
+    Gate, Program, Step, Store, Upstream, eventually, example_request, reply, within,
+};
 
 const INTERVAL: Duration = Duration::from_millis(800);
 const FLAGS: [&str; 4] = ["--watch-interval", "800ms", "--watch-rate", "1000/1s"];
@@ -83,6 +85,23 @@ async fn a_watched_task_is_polled_once_per_interval_for_all_replicas() {
         let gap = pair[1] - pair[0];
         assert!(gap > INTERVAL / 2, "{gap:?} between two polls");
     }
+}
+
+#[tokio::test]
+async fn a_poll_releases_its_lease() {
+    let Some(store) = Store::start().await else {
+        return;
+    };
+    let upstream = Upstream::always(task("Running")).await;
+    let replica = store.replica(&upstream, &FLAGS);
+
+    let _stream = watch(&replica).await;
+
+    // The lookup of each poll releases one lease.
+    eventually("leases of polls are released, too", async || {
+        store.released_leases() > upstream.requests().len()
+    })
+    .await;
 }
 
 #[tokio::test]

@@ -154,6 +154,16 @@ impl Store {
         text.lines().map(str::to_owned).collect()
     }
 
+    /// The leases that scripts have released so far. Those that expire do not count.
+    pub(crate) fn released_leases(&self) -> usize {
+        let stats = self.command(&["INFO", "commandstats"]);
+        let deletions = stats.iter().find_map(|line| {
+            let calls = line.strip_prefix("cmdstat_del:calls=")?;
+            calls.split(',').next()?.parse().ok()
+        });
+        deletions.unwrap_or(0)
+    }
+
     /// The names in the server that begin so.
     pub(crate) fn names(&self, kind: &str) -> Vec<String> {
         let names = self.command(&["KEYS", &format!("rtf1:{kind}:*")]);
