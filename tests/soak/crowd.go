@@ -208,7 +208,7 @@ func (f *crowdFault) run(program string, duration time.Duration) (crowdRow, erro
 	}
 	stage := &stage{fault: f, upstream: upstream, names: names, program: program, environment: environment, flags: flags}
 	defer stage.close()
-	if err := stage.start(limited, url, folder); err != nil {
+	if err := stage.start(limited, url); err != nil {
 		return row, err
 	}
 	fleet, err := startFleet(f, stage.replicas)
@@ -245,7 +245,7 @@ func (f *crowdFault) run(program string, duration time.Duration) (crowdRow, erro
 }
 
 // start starts the program, or two replicas with a store.
-func (s *stage) start(program, upstream, folder string) error {
+func (s *stage) start(program, upstream string) error {
 	replicas := 1
 	if s.fault.store {
 		replicas = 2
@@ -256,11 +256,11 @@ func (s *stage) start(program, upstream, folder string) error {
 		if s.relay, err = startRelay(s.store.address); err != nil {
 			return err
 		}
-		key := filepath.Join(folder, "key")
-		if err := os.WriteFile(key, []byte(strings.Repeat("a key of tests. ", 2)), 0o600); err != nil {
+		flags, err := s.store.flags(s.relay.address)
+		if err != nil {
 			return err
 		}
-		s.flags = append(s.flags, "--quota-store", "redis://"+s.relay.address, "--quota-store-key-file", key)
+		s.flags = append(s.flags, flags...)
 	}
 	for range replicas {
 		replica, err := startFacadeIn(s.environment, program, upstream, nil, s.flags...)
@@ -273,7 +273,10 @@ func (s *stage) start(program, upstream, folder string) error {
 	if !s.fault.store {
 		return nil
 	}
-	return eventually(func() bool { return s.sum("quota_store_replicas") == float64(replicas*replicas) })
+	return eventually(func() bool {
+		seen, err := s.sum("quota_store_replicas")
+		return err == nil && seen == float64(replicas*replicas)
+	})
 }
 
 func (s *stage) close() {
@@ -289,14 +292,16 @@ func (s *stage) close() {
 }
 
 // sum adds up a metric of all replicas.
-func (s *stage) sum(name string, labels ...string) float64 {
+func (s *stage) sum(name string, labels ...string) (float64, error) {
 	total := 0.0
 	for _, replica := range s.replicas {
-		if metrics, err := replica.scrape(); err == nil {
-			total += metrics.sum(name, labels...)
+		metrics, err := replica.scrape()
+		if err != nil {
+			return 0, err
 		}
+		total += metrics.sum(name, labels...)
 	}
-	return total
+	return total, nil
 }
 
 // configuration returns the environment and the flags of the program. Files go to the folder.

@@ -450,10 +450,11 @@ func fillCache(ctx context.Context, s *stage) error {
 
 // requireCount fails if a counter is zero: then the calls did not reach the state under attack.
 func (s *stage) requireCount(name string, labels ...string) error {
-	if s.sum(name, labels...) == 0 {
-		return fmt.Errorf("%s%v is 0", name, labels)
+	count, err := s.sum(name, labels...)
+	if err == nil && count == 0 {
+		err = fmt.Errorf("%s%v is 0", name, labels)
 	}
-	return nil
+	return err
 }
 
 // holdWatches keeps watches open on one connection, and opens more whenever some are rejected.
@@ -757,10 +758,11 @@ func damageStore(name string) injection {
 				return err
 			}
 			err := callGoodInstance(ctx, s)
-			if up := s.sum("quota_store_up"); up > 0 {
+			up, scraped := s.sum("quota_store_up")
+			if up > 0 {
 				err = errors.Join(err, fmt.Errorf("%.0f replicas still use the store", up))
 			}
-			return errors.Join(err, fault.end(s.store, s.relay))
+			return errors.Join(err, scraped, fault.end(s.store, s.relay))
 		}
 		return fmt.Errorf("%q is not a fault of the store", name)
 	}

@@ -4,10 +4,7 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
-	"os"
-	"path/filepath"
 	"slices"
-	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -19,9 +16,11 @@ import (
 const (
 	faultsRate   = 120
 	faultsPeriod = 4 * time.Second
+	// An ordinary call waits for longer.
+	faultsTimeout = 3 * time.Second
 )
 
-var faultsFlags = []string{"--max-in-flight", "64", "--max-connection-age", "20s", "--timeout", "3s", "--attempt-timeout", "1s", "--connect-timeout", "500ms",
+var faultsFlags = []string{"--max-in-flight", "64", "--max-connection-age", "20s", "--timeout", faultsTimeout.String(), "--attempt-timeout", "1s", "--connect-timeout", "500ms",
 	"--shutdown-grace", "4s", "--cache-ttl", "1s", "--upstream-rate", rateFlag(faultsRate, faultsPeriod),
 	"--watch-rate", rateFlag(faultsRate/2, faultsPeriod), "--watch-interval", "200ms", "--max-watch-duration", "5s"}
 
@@ -66,7 +65,7 @@ func faults(results *results, program string, duration time.Duration, seed uint6
 	}
 	flat(results, samples)
 	unloaded(results, before, after)
-	soak.balance(metrics)
+	soak.balance(metrics, duration)
 	return nil
 }
 
@@ -80,7 +79,7 @@ type faultySoak struct {
 	upstream *faultyUpstream
 	store    *store
 	relay    *relay
-	key      string
+	flags    []string // Of the replicas.
 	// Running replicas, and those that have ended.
 	replicas [replicaCount]*replica
 	ended    []*replica
@@ -114,10 +113,12 @@ func startFaultySoak(results *results, program string, seed uint64, every time.D
 		soak.close()
 		return nil, err
 	}
-	soak.key = filepath.Join(soak.store.folder, "key")
-	if err := os.WriteFile(soak.key, []byte(strings.Repeat("a key of tests. ", 2)), 0o600); err != nil {
+	storeFlags, err := soak.store.flags(soak.relay.address)
+	if err != nil {
+		soak.close()
 		return nil, err
 	}
+	soak.flags = append(storeFlags, faultsFlags...)
 	for index := range replicaCount {
 		address, err := freeAddress()
 		if err == nil {
@@ -177,7 +178,7 @@ type replica struct {
 
 func (s *faultySoak) startReplica(index int, address string) error {
 	replica := &replica{scraped: time.Now(), name: fmt.Sprintf("replica %d at %s", index, time.Now().Format(time.TimeOnly)), lines: map[methodCode]int{}}
-	flags := append([]string{"--listen", address, "--quota-store", "redis://" + s.relay.address, "--quota-store-key-file", s.key}, faultsFlags...)
+	flags := append([]string{"--listen", address}, s.flags...)
 	var err error
 	replica.facade, err = startFacade(s.program, "http://"+s.upstream.address, func(line []byte) { s.ledger.log(replica, line) }, flags...)
 	if err != nil {
@@ -269,7 +270,7 @@ func (s *faultySoak) load(duration time.Duration) ([]resources, error) {
 	}
 	var samples []resources
 	faults.Go(func() { samples = watch(ctx, s.replicas[0].facade, duration) })
-	failures := make(chan error, 3)
+	failures := make(chan error, 4)
 	repeat := func(role int, every time.Duration, fault func(*rand.Rand) error) {
 		faults.Go(func() {
 			random := random(role)
@@ -290,6 +291,14 @@ func (s *faultySoak) load(duration time.Duration) ([]resources, error) {
 	repeat(0, 2*s.every, s.breakUpstream)
 	repeat(1, s.every*3/2, s.breakStore)
 	repeat(2, s.every, s.endReplica)
+	repeat(3, s.every, func(*rand.Rand) error {
+		for _, line := range lines {
+			if line.drop() {
+				s.note("connections dropped")
+			}
+		}
+		return nil
+	})
 	faults.Wait()
 	s.upstream.setCalm(true)
 	callers.Wait()
@@ -306,7 +315,7 @@ func (s *faultySoak) breakUpstream(random *rand.Rand) error {
 	return s.upstream.disappear(time.Duration(random.Int64N(int64(min(2*time.Second, s.every)))))
 }
 
-// breakStore damages the store for 1 to 5 s.
+// breakStore damages the store for 1 to 5 s, or with a fault that is over at once.
 func (s *faultySoak) breakStore(random *rand.Rand) error {
 	var all []storeFault
 	for _, fault := range storeFaults {
@@ -322,14 +331,14 @@ func (s *faultySoak) breakStore(random *rand.Rand) error {
 		s.lock.Unlock()
 	}
 	disturb()
-	defer disturb()
 	if err := fault.begin(s.store, s.relay); err != nil {
 		return fmt.Errorf("%s: %w", fault.name, err)
 	}
-	time.Sleep(time.Second + time.Duration(random.Int64N(int64(min(4*time.Second, s.every)))))
 	if fault.end == nil {
 		return nil
 	}
+	defer disturb()
+	time.Sleep(time.Second + time.Duration(random.Int64N(int64(min(4*time.Second, s.every)))))
 	if err := fault.end(s.store, s.relay); err != nil {
 		return fmt.Errorf("end of %s: %w", fault.name, err)
 	}
@@ -420,7 +429,7 @@ func unloaded(results *results, before, after resources) {
 }
 
 // balance compares what callers, replicas and the upstream have seen. The metrics are those of the running replicas.
-func (s *faultySoak) balance(metrics []series) {
+func (s *faultySoak) balance(metrics []series, duration time.Duration) {
 	for _, needed := range []string{"outages of the upstream", "replicas killed", "replicas drained", "connections dropped", "watches cancelled", "watches resumed", "readers paused"} {
 		if s.happened[needed] == 0 {
 			s.problem("the run had no %s", needed)
@@ -442,7 +451,7 @@ func (s *faultySoak) balance(metrics []series) {
 		requireNoAlarm(s.results, replica.name, last)
 	}
 	s.balanceWatchers()
-	s.balanceUpstream(metrics)
+	s.balanceUpstream(metrics, duration)
 }
 
 // balanceWatchers requires that each watcher saw the last state of its task.
@@ -456,13 +465,13 @@ func (s *faultySoak) balanceWatchers() {
 			incomplete = append(incomplete, fmt.Sprintf("%s: state %d of %d, over: %v", follower.task.workflow, follower.last.state, last, follower.over))
 		}
 	}
-	s.check(len(incomplete) == 0 && len(s.watchers) > faultsWatchers,
+	s.check(len(incomplete) == 0 && len(s.watchers) > 2*faultsWatchers,
 		"%d watchers, %d states, %d watches resumed: %d watchers did not see the end of their task%s",
 		len(s.watchers), states, reopened, len(incomplete), evidence(incomplete))
 }
 
 // balanceUpstream compares the requests at the upstream with the attempts of all replicas, and with the rate.
-func (s *faultySoak) balanceUpstream(metrics []series) {
+func (s *faultySoak) balanceUpstream(metrics []series, duration time.Duration) {
 	answered, attempts, unseen := 0, 0, 0
 	for _, running := range metrics {
 		answered += int(running.sum("rds_upstream_requests_total", `outcome="answer"`))
@@ -491,19 +500,21 @@ func (s *faultySoak) balanceUpstream(metrics []series) {
 				first++
 			}
 			count := last - first + 1
-			within := func(times []time.Time) int {
+			between := func(times []time.Time, from time.Time) int {
 				count := 0
 				for _, changed := range times {
-					if changed.After(arrivals[first].Add(-faultsRecovery)) && changed.Before(at) {
+					if changed.After(from) && changed.Before(at) {
 						count++
 					}
 				}
 				return count
 			}
-			// Each fault of the store may cost a burst, and no process exceeds the rate alone, even without the store.
-			limit, disturbances := faultsRate+1, within(s.disturbed)
+			// Each fault of the store and each start of a replica meanwhile may cost a burst, and no process exceeds the rate alone, even
+			// without the store.
+			recent := arrivals[first].Add(-faultsRecovery)
+			limit, disturbances := faultsRate+1, between(s.disturbed, recent)
 			if disturbances > 0 {
-				limit += (min(disturbances, replicaCount-1) + within(s.started)) * faultsRate
+				limit += min(disturbances+between(s.started, recent), replicaCount-1+between(s.started, arrivals[first])) * faultsRate
 			} else {
 				calm++
 				busiestCalm = max(busiestCalm, count)
@@ -515,7 +526,8 @@ func (s *faultySoak) balanceUpstream(metrics []series) {
 		}
 	}
 	slices.Sort(over)
-	s.check(len(over) == 0, "--upstream-rate %s: at most %d requests of one token in %v, %d without a disturbance in the last %v (%d windows): %d windows exceed the rate%s",
+	// A short run has a fault of the store at almost any time.
+	s.check(len(over) == 0 && (calm > 0 || duration < 5*time.Minute), "--upstream-rate %s: at most %d requests of one token in %v, %d without a disturbance in the last %v (%d windows): %d windows exceed the rate%s",
 		rateFlag(faultsRate, faultsPeriod), busiest, window, busiestCalm, faultsRecovery, calm, len(over), evidence(over))
 }
 

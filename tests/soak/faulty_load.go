@@ -28,12 +28,11 @@ const (
 	watchersOfTask = 4
 	cancelled      = 0.08
 	hurried        = 0.08
-	dropped        = 0.005
 	repeated       = 0.1
 	sharedTasks    = 4
 	pausedReads    = 0.15
-	// Above --upstream-rate.
-	faultsGreedyEvery = 20 * time.Millisecond
+	// Six times --upstream-rate, which is more than faults of the store allow.
+	faultsGreedyEvery = 5 * time.Millisecond
 	// After the end of the faults, a watcher sees the end of its task: the upstream's circuit closes, and the token's throttle window ends.
 	watchersFinish = time.Minute
 )
@@ -43,8 +42,12 @@ type line struct {
 	client  *grpc.ClientConn
 	lock    sync.Mutex
 	sockets map[string]*net.TCPConn
-	// When connections were dropped.
-	drops []time.Time
+	drops   []connectionDrop
+}
+
+type connectionDrop struct {
+	address string
+	at      time.Time
 }
 
 func dialLine(addresses []resolver.Address) (*line, error) {
@@ -62,19 +65,25 @@ func dialLine(addresses []resolver.Address) (*line, error) {
 	return line, err
 }
 
-// drop resets the connection to one replica.
-func (l *line) drop() {
+// drop resets an open connection to one replica, and reports whether there was one.
+func (l *line) drop() bool {
 	l.lock.Lock()
 	defer l.lock.Unlock()
-	for _, socket := range l.sockets {
-		l.drops = append(l.drops, time.Now())
-		_ = socket.SetLinger(0)
+	for address, socket := range l.sockets {
+		delete(l.sockets, address)
+		at := time.Now()
+		if socket.SetLinger(0) != nil {
+			// The client has closed it.
+			continue
+		}
 		_ = socket.Close()
-		return
+		l.drops = append(l.drops, connectionDrop{address, at})
+		return true
 	}
+	return false
 }
 
-// call makes unary calls until the context ends. Some are cancelled, have deadlines of milliseconds, or lose their connection.
+// call makes unary calls until the context ends. Some are cancelled or have deadlines of milliseconds.
 func (s *faultySoak) call(ctx context.Context, random *rand.Rand, line *line, token string) {
 	for ctx.Err() == nil {
 		timeout, cancelAfter := 10*time.Second, time.Duration(0)
@@ -83,9 +92,6 @@ func (s *faultySoak) call(ctx context.Context, random *rand.Rand, line *line, to
 			cancelAfter = time.Duration(random.IntN(50_000)) * time.Microsecond
 		case share < cancelled+hurried:
 			timeout = time.Duration(1+random.IntN(30_000)) * time.Microsecond
-		case share < cancelled+hurried+dropped:
-			s.note("connections dropped")
-			line.drop()
 		}
 		shared := -1
 		if random.Float64() < repeated {
@@ -98,7 +104,7 @@ func (s *faultySoak) call(ctx context.Context, random *rand.Rand, line *line, to
 
 // callOnce makes one call about a shared task, or about a new one if that is negative. The reply must be about that task.
 func (s *faultySoak) callOnce(line *line, token string, shared int, timeout, cancelAfter time.Duration) {
-	number := s.ledger.open(method, line)
+	number := s.ledger.open(method, line, cancelAfter > 0 || timeout < faultsTimeout)
 	task, name := number, fmt.Sprintf("number %d.", number)
 	if shared >= 0 {
 		task, name = shared, fmt.Sprintf("shared %d.", shared)
@@ -160,7 +166,8 @@ func (s *faultySoak) follow(ctx context.Context, random *rand.Rand, line *line, 
 				s.note("watches cancelled")
 				time.AfterFunc(time.Duration(random.IntN(3000))*time.Millisecond, cancel)
 			case share < cancelled+hurried:
-				watchCtx, cancel = context.WithTimeout(watchCtx, time.Duration(1+random.IntN(2000))*time.Millisecond)
+				cancel()
+				watchCtx, cancel = context.WithTimeout(finish, time.Duration(1+random.IntN(2000))*time.Millisecond)
 			case share < cancelled+hurried+pausedReads:
 				pausedFor = time.Duration(1+random.IntN(3000)) * time.Millisecond
 			}
@@ -178,7 +185,7 @@ func (s *faultySoak) follow(ctx context.Context, random *rand.Rand, line *line, 
 
 // watchOnce opens a watch, which resumes after the last state, and reads it to its end.
 func (s *faultySoak) watchOnce(ctx context.Context, line *line, token string, follower *follower, pausedFor time.Duration) error {
-	number := s.ledger.open(watchMethod, line)
+	number := s.ledger.open(watchMethod, line, false)
 	var server grpcpeer.Peer
 	resumed, first := follower.last, true
 	err := func() error {
@@ -211,7 +218,7 @@ func (s *faultySoak) watchOnce(ctx context.Context, line *line, token string, fo
 			follower.last, first = message, false
 		}
 	}()
-	s.ledger.closeWatch(number, err, addressOf(server))
+	s.ledger.closeWatch(ctx, number, err, addressOf(server))
 	if errors.Is(err, io.EOF) {
 		follower.over = true
 		if !follower.last.over || first {

@@ -2,13 +2,10 @@ package main
 
 import (
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
 	"net/http"
-	"os"
-	"path/filepath"
 	"strings"
 	"sync"
 	"time"
@@ -107,7 +104,6 @@ func (b *fleetBench) allowance(quiet time.Duration) time.Duration {
 type replicas struct {
 	store       *store
 	upstream    *recorder
-	key         string
 	facades     []*facade
 	connections []*grpc.ClientConn
 }
@@ -123,7 +119,7 @@ func (b *fleetBench) start(flags ...string) (*replicas, error) {
 		upstream.close()
 		return nil, err
 	}
-	replicas, err := b.startOver(store, upstream, upstream.url, "redis://"+store.address, flags...)
+	replicas, err := b.startOver(store, upstream, upstream.url, store.address, flags...)
 	if err != nil {
 		upstream.close()
 		store.close()
@@ -131,15 +127,14 @@ func (b *fleetBench) start(flags ...string) (*replicas, error) {
 	return replicas, err
 }
 
-// startOver starts the replicas with a store at this URL.
-func (b *fleetBench) startOver(store *store, upstream *recorder, upstreamURL, storeURL string, flags ...string) (*replicas, error) {
-	all := &replicas{store: store, upstream: upstream, key: filepath.Join(store.folder, "key")}
-	random := make([]byte, 32)
-	_, _ = rand.Read(random)
-	if err := os.WriteFile(all.key, random, 0o600); err != nil {
+// startOver starts the replicas with a new key and a store at this address.
+func (b *fleetBench) startOver(store *store, upstream *recorder, upstreamURL, storeAddress string, flags ...string) (*replicas, error) {
+	all := &replicas{store: store, upstream: upstream}
+	storeFlags, err := store.flags(storeAddress)
+	if err != nil {
 		return nil, err
 	}
-	flags = append([]string{"--quota-store", storeURL, "--quota-store-key-file", all.key}, flags...)
+	flags = append(storeFlags, flags...)
 	for range replicaCount {
 		if err := all.add(b.program, upstreamURL, flags...); err != nil {
 			all.stop()
@@ -361,7 +356,7 @@ func (b *fleetBench) watches() error {
 		return err
 	}
 	defer store.close()
-	replicas, err := b.startOver(store, nil, upstream.url, "redis://"+store.address, flags...)
+	replicas, err := b.startOver(store, nil, upstream.url, store.address, flags...)
 	if err != nil {
 		return err
 	}

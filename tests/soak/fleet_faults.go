@@ -108,7 +108,7 @@ func (b *fleetBench) storeFault(fault storeFault) error {
 		return err
 	}
 	defer upstream.close()
-	replicas, err := b.startOver(store, upstream, upstream.url, "redis://"+relay.address, "--upstream-rate", rateFlag(faultRate, faultPeriod))
+	replicas, err := b.startOver(store, upstream, upstream.url, relay.address, "--upstream-rate", rateFlag(faultRate, faultPeriod))
 	if err != nil {
 		return err
 	}
@@ -344,7 +344,7 @@ func (b *fleetBench) forgedEntries() error {
 
 // replayed puts an entry back that has expired.
 func (b *fleetBench) replayed(earlier *replicas) error {
-	replicas, err := b.startOver(earlier.store, earlier.upstream, earlier.upstream.url, "redis://"+earlier.store.address, "--credentials", "token", "--cache-ttl", "1s")
+	replicas, err := b.startOver(earlier.store, earlier.upstream, earlier.upstream.url, earlier.store.address, "--credentials", "token", "--cache-ttl", "1s")
 	if err != nil {
 		return err
 	}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -17,8 +18,10 @@ import (
 
 const (
 	idPrefix = "soak-"
-	// A caller notices the end of a connection within this time, and a process writes an access line.
+	// A caller notices the end of a connection within this time.
 	noticedWithin = time.Second
+	// A process writes an access line within this time, even on a busy machine.
+	loggedWithin = 3 * time.Second
 )
 
 // documented are the reasons of errors.md that the faults can cause, with their codes.
@@ -45,6 +48,8 @@ type entry struct {
 	line         *line
 	begun, ended time.Time
 	code         codes.Code
+	// The caller may have ended it before the server had to.
+	impatient bool
 	// The server sent the code.
 	fromServer bool
 	reasons    []string
@@ -62,10 +67,10 @@ type ledger struct {
 	odd []string
 }
 
-func (l *ledger) open(method string, line *line) int {
+func (l *ledger) open(method string, line *line, impatient bool) int {
 	l.lock.Lock()
 	defer l.lock.Unlock()
-	l.entries = append(l.entries, entry{method: method, line: line, begun: time.Now()})
+	l.entries = append(l.entries, entry{method: method, line: line, impatient: impatient, begun: time.Now()})
 	return len(l.entries) - 1
 }
 
@@ -76,8 +81,11 @@ func (l *ledger) close(number int, code codes.Code, fromServer bool, reasons []s
 	entry.ended, entry.code, entry.fromServer, entry.reasons, entry.peer = time.Now(), code, fromServer, reasons, peer
 }
 
-// closeWatch records the end of a watch; io.EOF is the status OK.
-func (l *ledger) closeWatch(number int, err error, peer string) {
+// closeWatch records the end of a watch; io.EOF is the status OK. It is impatient if its own context has ended.
+func (l *ledger) closeWatch(ctx context.Context, number int, err error, peer string) {
+	l.lock.Lock()
+	l.entries[number].impatient = ctx.Err() != nil
+	l.lock.Unlock()
 	if errors.Is(err, io.EOF) {
 		l.close(number, codes.OK, true, nil, peer)
 		return
@@ -131,12 +139,12 @@ func (l *ledger) balance(results *results, deaths []replicaDeath) {
 		switch {
 		case entry.fromServer && logged == code:
 		case entry.fromServer && logged == "" && slices.ContainsFunc(deaths, func(death replicaDeath) bool {
-			return death.address == entry.peer && entry.ended.After(death.from.Add(-noticedWithin)) && entry.begun.Before(death.until)
+			return death.address == entry.peer && entry.ended.After(death.from.Add(-loggedWithin)) && entry.begun.Before(death.until)
 		}):
 			died++
 		case entry.fromServer:
 			differ = append(differ, text)
-		case entry.code == codes.Canceled || entry.code == codes.DeadlineExceeded:
+		case entry.impatient && (entry.code == codes.Canceled || entry.code == codes.DeadlineExceeded):
 			abandoned++
 		case entry.cutOff(deaths):
 			cutOff++
@@ -174,8 +182,8 @@ func (e entry) cutOff(deaths []replicaDeath) bool {
 	if e.code != codes.Unavailable {
 		return false
 	}
-	return slices.ContainsFunc(e.line.drops, func(at time.Time) bool {
-		return at.Add(noticedWithin).After(e.begun) && at.Before(e.ended)
+	return slices.ContainsFunc(e.line.drops, func(drop connectionDrop) bool {
+		return (e.peer == "" || e.peer == drop.address) && drop.at.Add(noticedWithin).After(e.begun) && drop.at.Before(e.ended)
 	}) || slices.ContainsFunc(deaths, func(death replicaDeath) bool {
 		return (e.peer == "" || e.peer == death.address) && e.begun.Before(death.until) && e.ended.After(death.from)
 	})

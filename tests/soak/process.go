@@ -136,7 +136,7 @@ func startFacadeIn(environment []string, program, upstream string, onLine func(l
 	}
 	facade := &facade{process, string(listenField.FindSubmatch(process.first)[1]), string(metricsField.FindSubmatch(process.first)[1])}
 	for deadline := time.Now().Add(startLimit); ; time.Sleep(5 * time.Millisecond) {
-		if reply, err := http.Get("http://" + facade.metrics + "/readyz"); err == nil {
+		if reply, err := metricsClient.Get("http://" + facade.metrics + "/readyz"); err == nil {
 			reply.Body.Close()
 			if reply.StatusCode == http.StatusOK {
 				return facade, nil
@@ -208,8 +208,11 @@ func number(text string) int64 {
 // series maps the name of a metric with its labels, as written in /metrics, to its value.
 type series map[string]float64
 
+// metricsClient gives up when a program does not reply.
+var metricsClient = http.Client{Timeout: 5 * time.Second}
+
 func (f *facade) scrape() (series, error) {
-	reply, err := http.Get("http://" + f.metrics + "/metrics")
+	reply, err := metricsClient.Get("http://" + f.metrics + "/metrics")
 	if err != nil {
 		return nil, err
 	}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	crypto "crypto/rand"
 	_ "embed"
 	"errors"
 	"fmt"
@@ -115,6 +116,13 @@ func (s *store) kill() {
 }
 
 func (s *store) signal(signal syscall.Signal) error { return s.command.Process.Signal(signal) }
+
+// flags writes a new key, and returns the flags of a replica that uses the store at this address, which may be a relay's.
+func (s *store) flags(address string) ([]string, error) {
+	file, key := filepath.Join(s.folder, "key"), make([]byte, 32)
+	_, _ = crypto.Read(key)
+	return []string{"--quota-store", "redis://" + address, "--quota-store-key-file", file}, os.WriteFile(file, key, 0o600)
+}
 
 // do sends one command of the administrator.
 func (s *store) do(arguments ...any) error {
