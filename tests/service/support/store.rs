@@ -9,12 +9,19 @@ use std::{
 };
 
 use tempfile::TempDir;
-use tokio::net::TcpStream;
+use tokio::{
+    net::TcpStream,
+    sync::{Semaphore, SemaphorePermit},
+};
 
 use super::{Program, Upstream, within};
 
 /// Set where a missing server is an error and not a reason to skip a test.
 const REQUIRED: &str = "TESTS_REQUIRE_REDIS";
+
+/// Limits the tests that use a store at the same time. The facade waits at most 50 ms for the store, which several replicas and servers per
+/// processor would exceed.
+static RUNNING: Semaphore = Semaphore::const_new(2);
 
 /// A Redis server without persistence; killed when dropped.
 pub(crate) struct Store {
@@ -22,6 +29,7 @@ pub(crate) struct Store {
     port: u16,
     args: Vec<String>,
     server: Option<Child>,
+    _running: SemaphorePermit<'static>,
 }
 
 impl Store {
@@ -32,6 +40,7 @@ impl Store {
 
     /// As [`Self::start`], with further arguments.
     pub(crate) async fn start_with(args: &[&str]) -> Option<Self> {
+        let running = RUNNING.acquire().await.expect("it is never closed");
         let free = TcpListener::bind("127.0.0.1:0").expect("a free port");
         let port = free.local_addr().expect("it is bound").port();
         drop(free);
@@ -42,6 +51,7 @@ impl Store {
             port,
             args: args.iter().map(|&arg| arg.to_owned()).collect(),
             server: None,
+            _running: running,
         };
         match store.spawn() {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
