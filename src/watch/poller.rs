@@ -754,6 +754,24 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn watchers_wake_for_a_new_state_or_an_awaited_poll() {
+        let (mut poller, mut watch) = poller(false);
+        let mut wakes = |poller: &mut Poller, process| {
+            observe(poller, running(process, "a"));
+            let wakes = watch.observations.has_changed().unwrap();
+            watch.observations.mark_unchanged();
+            wakes
+        };
+
+        assert!(wakes(&mut poller, "1"));
+        assert!(!wakes(&mut poller, "1"));
+        assert!(wakes(&mut poller, "2"));
+        poller.task.watchers().awaits_poll = true;
+        assert!(wakes(&mut poller, "2"));
+        assert!(!wakes(&mut poller, "2"));
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn a_contradictory_end_is_published_when_it_is_confirmed() {
         let (mut poller, watch) = poller(false);
         let contradiction = || snapshot("Completed", "100", "a", Some("Running"));
