@@ -751,7 +751,7 @@ mod tests {
         etags.pop();
         etags.reverse();
         etags.truncate(MAX_FORMER_ETAGS);
-        assert_eq!(*poller.task.former_etags(), etags);
+        assert_eq!(*poller.task.former_etags.lock(), etags);
     }
 
     #[tokio::test(start_paused = true)]
@@ -767,7 +767,7 @@ mod tests {
         assert!(wakes(&mut poller, "1"));
         assert!(!wakes(&mut poller, "1"));
         assert!(wakes(&mut poller, "2"));
-        poller.task.watchers().awaits_poll = true;
+        poller.task.watchers.lock().awaits_poll = true;
         assert!(wakes(&mut poller, "2"));
         assert!(!wakes(&mut poller, "2"));
     }
@@ -821,7 +821,7 @@ mod tests {
         assert_pause(fail(&mut poller, transient()), 1.5);
         let begun = Instant::now();
         tokio::time::advance(INTERVAL).await;
-        poller.task.watchers().awaits_poll = true;
+        poller.task.watchers.lock().awaits_poll = true;
         assert_pause(fail(&mut poller, transient()), 2.25);
         assert_eq!(poller.failing.as_ref().unwrap().0, begun);
         let failed_at = watch.observations.borrow().failure.clone().unwrap().0;
@@ -844,10 +844,10 @@ mod tests {
     async fn a_result_of_another_replica_may_be_as_old_as_the_pause_but_not_used_before() {
         let (mut poller, _watch) = poller(false);
         assert_eq!(poller.max_age(), INTERVAL);
-        poller.latest = (2 * INTERVAL, None);
+        (poller.latest_pause, poller.result_at) = (2 * INTERVAL, None);
         assert_eq!(poller.max_age(), 2 * INTERVAL);
 
-        poller.latest = (INTERVAL, Some(Instant::now()));
+        (poller.latest_pause, poller.result_at) = (INTERVAL, Some(Instant::now()));
         assert_eq!(poller.max_age(), Duration::ZERO);
         tokio::time::advance(INTERVAL / 2).await;
         assert_eq!(poller.max_age(), INTERVAL / 2 - SAME_RESULT);
@@ -861,7 +861,7 @@ mod tests {
             let (mut poller, _watch) = poller(false);
             let begun = Instant::now();
             poller.asked_at = Some(begun);
-            poller.task.watchers().awaits_poll = true;
+            poller.task.watchers.lock().awaits_poll = true;
             if is_failing {
                 poller.failing = Some((begun, Error::Internal));
             }
