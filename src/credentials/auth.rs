@@ -178,17 +178,14 @@ impl AccessKey {
         })
     }
 
-    /// Takes over the evidence of the previous key's guard if both have the same AK: the gateway counts bad signatures by AK, with
-    /// any secret.
+    /// Takes over the guard of the previous key if it is the same key. With another secret, the key has not been accepted yet, so its
+    /// first rejection starts a rest.
     pub(super) fn following(mut self, previous: Option<&Self>) -> Self {
-        if let Some(previous) =
-            previous.filter(|previous| previous.access_key_id == self.access_key_id)
+        if let Some(previous) = previous
+            && previous.access_key_id == self.access_key_id
+            && self.same_secret(previous)
         {
-            self.guard = if self.same_secret(previous) {
-                previous.guard.clone()
-            } else {
-                Arc::new(previous.guard.for_another_secret())
-            };
+            self.guard = previous.guard.clone();
         }
         self
     }

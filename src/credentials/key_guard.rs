@@ -71,25 +71,12 @@ struct Evidence {
     rejections: Vec<String>,
     /// Projects for which the key has been accepted.
     accepted: Vec<String>,
-    /// The next rejection starts a rest: the key was locked, or its previous secret was rejected.
+    /// The next rejection starts a rest: the key has rested since its last accepted signature.
     wary: bool,
     rests_until: Option<Instant>,
 }
 
 impl KeyGuard {
-    /// The guard of a key with the same AK and another secret. The gateway may still count the old secret's bad signatures.
-    pub(super) fn for_another_secret(&self) -> Self {
-        let old = self.evidence.lock();
-        let evidence = Evidence {
-            wary: old.wary || !old.rejections.is_empty(),
-            ..Evidence::default()
-        };
-        Self {
-            evidence: Mutex::new(evidence),
-            ..Self::default()
-        }
-    }
-
     /// The guard of the key in requests for `instance`, if evidence is kept for each instance; else this guard.
     pub fn scoped(self: &Arc<Self>, instance: Option<&str>) -> Arc<Self> {
         let Some(instance) = instance else {
@@ -316,6 +303,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::credentials::auth::AccessKey;
 
     const ANN: Caller = Caller::Connection(1);
     const BOB: Caller = Caller::Connection(2);
@@ -573,14 +561,19 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn another_secret_for_a_rejected_key_may_fail_only_once() {
-        let guard = proven().await;
-        rejected_times(&guard, 1).await;
+    async fn only_another_secret_of_an_accepted_key_rests_after_its_first_rejection() {
+        let key = |secret| AccessKey::parse("AK", secret, None).unwrap();
+        let previous = key("accepted");
+        admit(&previous.guard).await.accepted();
 
-        let changed = guard.for_another_secret();
-        admit(&changed).await.rejected();
+        let same = key("accepted").following(Some(&previous));
+        admit(&same.guard).await.rejected();
+        admit(&same.guard).await.accepted();
+        let another = key("another").following(Some(&previous));
+        admit(&another.guard).await.rejected();
 
-        assert_eq!(remaining_rest(&changed).await, KEY_LOCK);
+        assert_eq!(remaining_rest(&another.guard).await, KEY_LOCK);
+        admit(&same.guard).await.accepted();
     }
 
     #[tokio::test(start_paused = true)]
