@@ -112,7 +112,7 @@ impl Opened {
         self.0.as_ref().err()
     }
 
-    /// Closes the connection, if any, of a program that is no replica, and removes the program from the count of replicas.
+    /// Closes the connection of a program that does not serve calls, and removes the program from the count of replicas.
     pub async fn close(self, store: &QuotaStore) {
         if let Ok(connection) = self.0 {
             let (operation, script) = (StoreOperation::Heartbeat, store.leave_script());

@@ -447,7 +447,7 @@ proptest! {
     }
 }
 
-/// What a lane knows from a quota store that is up and has delayed no start.
+/// The state of a lane with a quota store that is up and has delayed no start.
 fn quiet_fleet() -> Fleet {
     Fleet {
         is_up: true,
