@@ -21,6 +21,8 @@ const (
 	restartWorkers = 16
 	// The sandbox takes 150 ms for this instance id. Every other worker uses it, so that calls are in flight at each signal.
 	slowTask = "slow-150"
+	// A call for this id is in flight at both of two signals, so that the drain does not end before the second one.
+	heldTask = "slow-2000"
 	// From the start of the new process to its first reply.
 	readyWithin = 2 * time.Second
 	// A call that starts this soon after a death may still use the dead connection.
@@ -102,9 +104,13 @@ func restarts(results *results, program string, count int, seed uint64) error {
 	var ready, drained latencies
 	times := map[string]int{}
 	for restart := range count {
-		time.Sleep(200*time.Millisecond + time.Duration(random.IntN(300))*time.Millisecond)
 		ending := pick(random)
 		times[ending.name]++
+		held := make(chan callResult, 1)
+		if len(ending.signals) > 1 {
+			go func() { held <- load.call(taskRequest{projectID, heldTask, fmt.Sprint("w-", restart), ""}) }()
+		}
+		time.Sleep(200*time.Millisecond + time.Duration(random.IntN(300))*time.Millisecond)
 		select {
 		case <-draining:
 		default:
@@ -123,8 +129,11 @@ func restarts(results *results, program string, count int, seed uint64) error {
 		if err != nil {
 			return fmt.Errorf("restart %d: %s: %w", restart+1, ending.name, err)
 		}
-		// A drain may end before the second signal arrives.
-		hasDrained := state.ExitCode() == 0 && (ending.drains() || len(ending.signals) > 1)
+		hasDrained := ending.drains()
+		if len(ending.signals) > 1 {
+			// Without a reply, the call may have come too late to hold the drain.
+			hasDrained = (<-held).code != codes.OK && state.ExitCode() == 0
+		}
 		if state.ExitCode() != ending.exitCode && !hasDrained {
 			results.check(false, "restart %d: %s: exit code %d, expected %d", restart+1, ending.name, state.ExitCode(), ending.exitCode)
 		}
@@ -203,11 +212,8 @@ func (l *steadyLoad) run(ctx context.Context, worker int) {
 		if worker%2 == 0 {
 			request = taskRequest{projectID, slowTask, fmt.Sprint("w-", number), ""}
 		}
-		// A call that has started finishes even if the load stops.
-		callCtx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 		begun := time.Now()
-		result := call(callCtx, l.connection, method, request.encoded(), []string{"x-auth-token", token}, grpc.WaitForReady(true))
-		cancel()
+		result := l.call(request, grpc.WaitForReady(true))
 		if result.code == codes.OK {
 			l.succeeded.add(result.took)
 		} else {
@@ -217,6 +223,13 @@ func (l *steadyLoad) run(ctx context.Context, worker int) {
 		}
 		time.Sleep(5 * time.Millisecond)
 	}
+}
+
+// call makes a call that finishes even if the load stops.
+func (l *steadyLoad) call(request taskRequest, options ...grpc.CallOption) callResult {
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	return call(ctx, l.connection, method, request.encoded(), []string{"x-auth-token", token}, options...)
 }
 
 func (l *steadyLoad) awaitAnswer() error {
