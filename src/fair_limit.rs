@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use crate::caller::Caller;
 
-/// How long a caller without a permit counts as active after its last request.
+/// How long a caller without a permit counts as active after its last request or the release of its last permit.
 const ACTIVE: Duration = Duration::from_secs(1);
 
 /// A 64th of the limit, at least one permit, is reserved for each active caller.
@@ -17,7 +17,7 @@ const RESERVES: usize = 64;
 const MAX_CALLERS: usize = 4096;
 
 /// At most `max` permits, all of which a single caller may hold. While at least half of them are held, a caller is denied a free permit
-/// - if it holds its share: the limit divided by the number of callers that hold permits;
+/// - if it holds its share: the limit divided by the number of active callers;
 /// - if the free permits are reserved for other active callers.
 #[derive(Debug)]
 pub struct FairLimit {
@@ -30,10 +30,9 @@ pub struct FairLimit {
 #[derive(Debug)]
 struct State {
     held: usize,
-    /// The number of callers with permits.
-    holders: usize,
     /// The unused part of all reserves.
     reserved: usize,
+    /// The active callers.
     callers: HashMap<Caller, Holder>,
     /// The last removal of inactive callers.
     cleaned_at: Instant,
@@ -42,7 +41,7 @@ struct State {
 #[derive(Debug)]
 struct Holder {
     held: usize,
-    last_request: Instant,
+    active_at: Instant,
 }
 
 /// One permit, released on drop.
@@ -60,7 +59,6 @@ impl FairLimit {
             reserve: (max / RESERVES).max(1),
             state: Mutex::new(State {
                 held: 0,
-                holders: 0,
                 reserved: 0,
                 callers: HashMap::new(),
                 cleaned_at: Instant::now(),
@@ -89,14 +87,13 @@ impl FairLimit {
         }
         let holder = state.callers.entry(caller).or_insert(Holder {
             held: 0,
-            last_request: now,
+            active_at: now,
         });
-        holder.last_request = now;
+        holder.active_at = now;
         if !is_granted {
             return None;
         }
         state.held += 1;
-        state.holders += usize::from(own == 0);
         state.reserved -= usize::from(own < self.reserve);
         holder.held += 1;
         Some(FairPermit {
@@ -109,8 +106,7 @@ impl FairLimit {
     fn is_reserved_for_others(&self, state: &State, own: usize) -> bool {
         let free = self.max - state.held;
         own >= self.reserve
-            && (own >= self.max.div_ceil(state.holders.max(1))
-                || free <= state.reserved.min(self.max / 2))
+            && (own >= self.max.div_ceil(state.callers.len().max(1)) || free <= state.reserved)
     }
 
     /// The number of permits held now.
@@ -128,7 +124,7 @@ impl FairLimit {
         holder.held -= 1;
         state.reserved += usize::from(holder.held < self.reserve);
         if holder.held == 0 {
-            state.holders -= 1;
+            holder.active_at = Instant::now();
             if state.callers.len() > MAX_CALLERS {
                 state.callers.remove(&caller);
                 state.reserved -= self.reserve;
@@ -141,7 +137,7 @@ impl State {
     fn remove_inactive(&mut self, reserve: usize, now: Instant) {
         let before = self.callers.len();
         self.callers.retain(|_, holder| {
-            holder.held > 0 || now.saturating_duration_since(holder.last_request) < ACTIVE
+            holder.held > 0 || now.saturating_duration_since(holder.active_at) < ACTIVE
         });
         self.reserved -= reserve * (before - self.callers.len());
         self.cleaned_at = now;
@@ -213,27 +209,37 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_greedy_caller_leaves_permits_for_recently_active_callers() {
+    async fn a_greedy_caller_leaves_half_of_the_limit_to_recently_active_callers() {
         let limit = FairLimit::new(640);
-        let brief = [2, 3, 4].map(|number| take(&limit, Caller::Connection(number), 1));
-        drop(brief);
+        let held = [2, 3, 4].map(|number| take(&limit, Caller::Connection(number), 1));
+        tokio::time::advance(2 * ACTIVE).await;
+        drop(held);
         tokio::time::advance(ACTIVE / 2).await;
 
         let hog = take(&limit, ANN, 1000);
 
-        assert_eq!(hog.len(), 640 - 3 * 10);
-        let bobs = take(&limit, BOB, 1000);
-        assert_eq!(bobs.len(), 10);
-        tokio::time::advance(ACTIVE).await;
-        assert_eq!(take(&limit, Caller::Connection(9), 1000).len(), 20);
+        assert_eq!(
+            hog.len(),
+            320,
+            "its share of 160 and what is free below half"
+        );
+        assert_eq!(
+            take(&limit, BOB, 1000).len(),
+            160,
+            "its share, although none is held by others"
+        );
     }
 
     #[tokio::test(start_paused = true)]
-    async fn reserves_take_at_most_half_of_a_limit_that_is_odd() {
-        let limit = FairLimit::new(3);
-        drop([2, 3].map(|number| take(&limit, Caller::Connection(number), 1)));
+    async fn callers_with_their_share_leave_permits_for_recently_active_callers() {
+        let limit = FairLimit::new(640);
+        drop([5, 6, 7].map(|number| take(&limit, Caller::Connection(number), 1)));
 
-        assert_eq!(take(&limit, ANN, 3).len(), 2);
+        let holders = [1, 2, 3, 4].map(|number| take(&limit, Caller::Connection(number), 1000));
+        let late = take(&limit, Caller::Connection(5), 1000);
+
+        let held = holders.map(|permits| permits.len());
+        assert_eq!((held, late.len()), ([320, 128, 107, 55], 10));
     }
 
     #[tokio::test(start_paused = true)]
@@ -295,8 +301,6 @@ mod tests {
                 held.entry(caller).or_default().extend(permit);
                 prop_assert_eq!(limit.held(), held.values().map(Vec::len).sum::<usize>());
                 let state = limit.state.lock();
-                let holders = state.callers.values().filter(|holder| holder.held > 0);
-                prop_assert_eq!(state.holders, holders.count());
                 let unused = |holder: &Holder| limit.reserve.saturating_sub(holder.held);
                 prop_assert_eq!(state.reserved, state.callers.values().map(unused).sum::<usize>());
             }

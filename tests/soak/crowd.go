@@ -27,6 +27,8 @@ const (
 	honestInstances = 4
 	honestInterval  = 100 * time.Millisecond // Between the starts of one caller's calls.
 	honestDeadline  = 3 * time.Second
+	// Honest callers call again after the fault has begun. Less than the second for which the program counts them as active.
+	honestPause = 300 * time.Millisecond
 )
 
 // The rogue caller, whose calls cause the fault.
@@ -226,6 +228,7 @@ func (f *crowdFault) run(program string, duration time.Duration) (crowdRow, erro
 	defer stop()
 	injected := make(chan error, 1)
 	go func() { injected <- f.inject(ctx, stage) }()
+	time.Sleep(honestPause)
 	row.honest = fleet.measure(duration)
 	stop()
 	row.calmP99 = calm.succeeded.percentile(99)
