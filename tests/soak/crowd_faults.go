@@ -22,6 +22,16 @@ import (
 	"google.golang.org/grpc/codes"
 )
 
+// Limits that one caller exceeds alone. Honest calls need less than half of them even if the machine delays each by a second, and honest
+// watches more than what is reserved for each caller.
+const (
+	maxInFlight = "600"
+	maxWatches  = "300"
+	greedyCalls = 700
+	// Before the greedy caller repeats a call that has ended.
+	greedyPause = 250 * time.Millisecond
+)
+
 // crowdFaults has at least one fault for each owner of state that callers share. New shared state gets a row here.
 var crowdFaults = []crowdFault{
 	// The circuit breaker: an upstream that replies to some callers is up.
@@ -74,11 +84,11 @@ var crowdFaults = []crowdFault{
 		flags: []string{"--upstream-rate", "15/500ms"}, interval: 500 * time.Millisecond, delays: time.Second,
 		inject: callManyRequests},
 	{name: "all calls of one caller are retried", owner: "retry budget", script: transientErrors, inject: callBadInstance},
-	{name: "slow calls of one caller", owner: "permits", flags: []string{"--max-in-flight", "32"},
+	{name: "slow calls of one caller", owner: "permits", flags: []string{"--max-in-flight", maxInFlight},
 		script: rogueInstances(neverRespond), inject: holdPermits},
-	{name: "slow calls of one connection", owner: "permits", credentials: "token", flags: []string{"--max-in-flight", "32"},
+	{name: "slow calls of one connection", owner: "permits", credentials: "token", flags: []string{"--max-in-flight", maxInFlight},
 		script: rogueInstances(neverRespond), inject: holdPermits},
-	{name: "one caller does not read replies", owner: "permits", flags: []string{"--max-in-flight", "32"}, inject: readNoReplies},
+	{name: "one caller does not read replies", owner: "permits", flags: []string{"--max-in-flight", maxInFlight}, inject: readNoReplies},
 	{name: "more connections than allowed", owner: "connection limit", flags: []string{"--max-connections", "40"}, alone: true,
 		inject: floodConnections},
 	{name: "idle connections under a limit of 256 descriptors", owner: "descriptors", descriptors: 256, alone: true, inject: floodConnections},
@@ -115,11 +125,11 @@ var crowdFaults = []crowdFault{
 
 	// Watches: their permits, the pollers that watchers of a task share, and the rate of polls.
 	{name: "one caller opens watches without end", owner: "watch permits", watches: true,
-		flags: []string{"--max-watches", "200", "--watch-rate", "off", "--watch-interval", "200ms"}, inject: holdWatches},
+		flags: []string{"--max-watches", maxWatches, "--watch-rate", "off", "--watch-interval", "200ms"}, inject: holdWatches},
 	{name: "one connection opens watches without end", owner: "watch permits", credentials: "token", watches: true,
-		flags: []string{"--max-watches", "200", "--watch-rate", "off", "--watch-interval", "200ms"}, inject: holdWatches},
+		flags: []string{"--max-watches", maxWatches, "--watch-rate", "off", "--watch-interval", "200ms"}, inject: holdWatches},
 	{name: "one caller does not read its watches", owner: "watch permits", watches: true,
-		flags: []string{"--max-watches", "200", "--watch-rate", "off", "--watch-interval", "200ms"}, inject: readNoWatches},
+		flags: []string{"--max-watches", maxWatches, "--watch-rate", "off", "--watch-interval", "200ms"}, inject: readNoWatches},
 	{name: "watches of shared tasks are opened and cancelled", owner: "pollers", credentials: "token", watches: true,
 		flags: []string{"--watch-rate", "off", "--watch-interval", "200ms"}, inject: cancelSharedWatches},
 	{name: "ever-new tasks are watched", owner: "watch rate", credentials: "token", watches: true,
@@ -276,24 +286,23 @@ func callManyRequests(ctx context.Context, s *stage) error {
 	})
 }
 
-// holdPermits keeps a hundred calls in flight that the upstream does not reply to.
+// holdPermits keeps calls in flight that the upstream does not reply to.
 func holdPermits(ctx context.Context, s *stage) error {
-	const inFlight = 100
-	return s.repeatAsRogue(ctx, inFlight, func(ctx context.Context, connection *grpc.ClientConn, number int) {
+	return s.repeatAsRogue(ctx, greedyCalls, func(ctx context.Context, connection *grpc.ClientConn, number int) {
 		call(ctx, connection, method, rogueRequest(rogueInstance, number).encoded(), []string{"x-auth-token", rogueToken})
+		pause(ctx, greedyPause)
 	})
 }
 
-// readNoReplies makes a hundred calls on a connection that lets no byte of a reply through.
+// readNoReplies makes calls on a connection that lets no byte of a reply through.
 func readNoReplies(ctx context.Context, s *stage) error {
-	const calls = 100
 	peer, err := s.open(http2.Setting{ID: http2.SettingInitialWindowSize, Val: 0})
 	if err != nil {
 		return err
 	}
 	defer peer.close()
 	peer.read()
-	for number := range calls {
+	for number := range greedyCalls {
 		peer.call(streamID(number), pairs([2]string{"x-auth-token", rogueToken}), rogueRequest("instance-0", number))
 	}
 	if err := peer.writer.Flush(); err != nil {
@@ -459,26 +468,25 @@ func (s *stage) requireCount(name string, labels ...string) error {
 
 // holdWatches keeps watches open on one connection, and opens more whenever some are rejected.
 func holdWatches(ctx context.Context, s *stage) error {
-	const watches = 400
-	err := s.repeatAsRogue(ctx, watches, func(ctx context.Context, connection *grpc.ClientConn, number int) {
+	err := s.repeatAsRogue(ctx, greedyCalls, func(ctx context.Context, connection *grpc.ClientConn, number int) {
 		watch, err := openWatch(ctx, connection, rogueRequest("instance-0", number%4), "", []string{"x-auth-token", rogueToken})
 		for err == nil {
 			_, err = watch.next()
 		}
+		pause(ctx, greedyPause)
 	})
 	return errors.Join(err, s.requireCount("rds_watch_messages_total"))
 }
 
 // readNoWatches opens watches on a connection that lets no byte of them through.
 func readNoWatches(ctx context.Context, s *stage) error {
-	const watches = 400
 	peer, err := s.open(http2.Setting{ID: http2.SettingInitialWindowSize, Val: 0})
 	if err != nil {
 		return err
 	}
 	defer peer.close()
 	peer.read()
-	for number := range watches {
+	for number := range greedyCalls {
 		peer.startWatch(streamID(number), rogueToken, rogueRequest("instance-0", number%4), "")
 	}
 	if err := peer.writer.Flush(); err != nil {
