@@ -283,3 +283,189 @@ impl Session {
 
 /// The reply of a script: its kind, a number, a text.
 pub type Reply = (String, i64, String);
+
+/// Asserts that a task has asked the store with growing, slightly random pauses, with replies that took this long.
+#[cfg(test)]
+pub(super) fn assert_pauses(runs: &[super::scripted::Run], reply: Duration) {
+    let mut pause = FIRST_PAUSE;
+    for pair in runs.windows(2) {
+        let paused = pair[1].at - pair[0].at - reply;
+        // Timers count milliseconds.
+        let late = Duration::from_millis(1);
+        let expected = pause * 3 / 4..=pause * 5 / 4 + late;
+        assert!(expected.contains(&paused), "{paused:?} {expected:?}");
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::quota_store::scripted::{Scripted, reply};
+
+    const SECOND: Duration = Duration::from_secs(1);
+    const LATE: Duration = Duration::from_millis(10);
+    const SLOT: Slot = Slot {
+        longest: Duration::from_millis(100),
+        ..Slot::UNLIMITED
+    };
+
+    fn attempt(timeout: Duration) -> AttemptContext<'static> {
+        AttemptContext {
+            instance: None,
+            key: None,
+            needs_probe: true,
+            deadline: Deadline::after(timeout),
+        }
+    }
+
+    #[test]
+    fn replies_are_read_with_limits() {
+        let millis = Duration::from_millis;
+        let read = |kind: &str, number| {
+            Answer::from_reply(Some((kind.to_owned(), number, "api".to_owned())), SLOT)
+        };
+        let cases = [
+            ("start", 0, Answer::Start(Duration::ZERO)),
+            ("start", 100_000, Answer::Start(millis(100))),
+            (
+                "start",
+                100_001,
+                Answer::Late(Duration::from_micros(100_001)),
+            ),
+            ("start", -1, Answer::Start(Duration::ZERO)),
+            ("late", 50_000, Answer::Late(millis(50))),
+            ("late", i64::MAX, Answer::Late(MAX_WAIT)),
+            (
+                "throttled",
+                7,
+                Answer::Throttled(millis(7), "api".to_owned()),
+            ),
+            ("rests", 7, Answer::Rests(millis(7))),
+            ("rests", i64::MAX, Answer::Rests(MAX_WAIT)),
+            ("fresh", 0, Answer::Fresh),
+            ("busy", 0, Answer::Busy),
+            ("other", 0, Answer::Unavailable),
+        ];
+
+        for (kind, number, answer) in cases {
+            assert_eq!(read(kind, number), Some(answer), "{kind} {number}");
+        }
+        assert_eq!(read("probed", 0), None);
+        assert_eq!(Answer::from_reply(None, SLOT), Some(Answer::Unavailable));
+    }
+
+    #[test]
+    fn the_second_request_for_a_start_needs_no_probe() {
+        let Request::Attempt(again) = Request::Attempt(attempt(SECOND)).again() else {
+            panic!("a poll");
+        };
+
+        assert!(!again.needs_probe);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_time_of_a_reply_counts_unless_the_attempt_waits_for_the_rate_anyway() {
+        for (kind, wait, left) in [
+            ("start", 0, 40_000),
+            ("start", 1, 50_000),
+            ("late", 1, 50_000),
+            ("throttled", 1, 40_000),
+        ] {
+            let store = Scripted::start(SECOND, move |_| reply(kind, wait).after(LATE)).await;
+            let session = store.session();
+
+            session.admit(Request::Attempt(attempt(SECOND)), SLOT).await;
+
+            assert_eq!(session.left.load(Ordering::Relaxed), left, "{kind} {wait}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_attempt_waits_while_another_replica_tries_the_key_out() {
+        let store = Scripted::start(SECOND, |number| {
+            let kind = if number < 8 { "probed" } else { "start" };
+            reply(kind, 0).after(LATE)
+        })
+        .await;
+        let session = store.session();
+        let slot = Slot {
+            longest: 10 * SECOND,
+            ..SLOT
+        };
+        let begun = Instant::now();
+
+        let request = Request::Attempt(attempt(10 * SECOND));
+        let answer = session.admit(request, slot).await;
+
+        assert_eq!(answer, Answer::Start(Duration::ZERO));
+        let runs = store.runs("admit").await;
+        assert_pauses(&runs, LATE);
+        for run in &runs {
+            let longest = 10 * SECOND - (run.at - begun);
+            assert_eq!(run.arg(6), micros(longest).to_string());
+        }
+        // Only the first reply counts: the attempt waits meanwhile.
+        assert_eq!(session.left.load(Ordering::Relaxed), 40_000);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_attempt_stops_waiting_for_another_replica_before_its_deadline() {
+        let store = Scripted::start(SECOND, |number| match number {
+            0..50 => reply("probed", 0),
+            _ => reply("start", 0),
+        })
+        .await;
+        let begun = Instant::now();
+
+        let request = Request::Attempt(attempt(SECOND));
+        let answer = store.session().admit(request, SLOT).await;
+
+        assert_eq!(answer, Answer::Unavailable);
+        let waited = begun.elapsed();
+        // The pause that would end too late, at the latest by a quarter of it.
+        let expected = SECOND - LONGEST_PAUSE..SECOND + LONGEST_PAUSE / 4;
+        assert!(expected.contains(&waited), "{waited:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn evidence_about_keys_is_stored_with_its_kind() {
+        let store = Scripted::start(SECOND, |_| reply("start", 0)).await;
+        let session = store.session();
+        let key = AccessKey::parse("an-ak", "an-sk", None).unwrap();
+        let attempt = AttemptContext {
+            key: Some(&key),
+            ..attempt(SECOND)
+        };
+
+        session.key_rejected(attempt, false);
+        session.key_rejected(attempt, true);
+        session.key_locked(attempt);
+        session.key_accepted(attempt);
+
+        let rejected = store.runs("rejected").await;
+        let evidence: Vec<_> = rejected.iter().map(|run| run.arg(3)).collect();
+        assert_eq!(evidence, ["unproven", "proven", "locked"]);
+        assert_eq!(store.runs("accepted").await.len(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_lease_of_a_poll_depends_on_the_age_that_counts() {
+        for (max_age, lease) in [(0, "1000"), (2000, "2000"), (60_000, "3000")] {
+            let store = Scripted::start(10 * SECOND, |_| reply("busy", 0)).await;
+            let session = store.session();
+            let task = session.task(&[b"task"]);
+            let request = Request::Poll {
+                task: &task,
+                max_age: Duration::from_millis(max_age),
+            };
+
+            let answer = session.admit(request, SLOT).await;
+
+            assert_eq!(answer, Answer::Busy);
+            let runs = store.runs("poll").await;
+            let asked = [8, 9, 10].map(|number| runs[0].arg(number));
+            assert_eq!(asked, [&max_age.to_string(), lease, &task.holder]);
+        }
+    }
+}

@@ -127,6 +127,19 @@ pub(super) struct Connection {
     _driver: AbortOnDropHandle<()>,
 }
 
+#[cfg(test)]
+impl Connection {
+    /// A connection over this stream, without a password and scripts.
+    pub(super) async fn over(stream: tokio::io::DuplexStream) -> Result<Self, Problem> {
+        let info = RedisConnectionInfo::default().set_skip_set_lib_name();
+        let config = AsyncConnectionConfig::new().set_response_timeout(None);
+        let (handle, driver) =
+            MultiplexedConnection::new_with_config(&info, stream, config).await?;
+        let _driver = AbortOnDropHandle::new(tokio::spawn(driver));
+        Ok(Self { handle, _driver })
+    }
+}
+
 impl Target {
     /// Connects and authenticates.
     pub(super) async fn connect(&self) -> Result<Connection, Problem> {

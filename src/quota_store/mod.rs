@@ -12,6 +12,8 @@ pub mod admission;
 pub mod connection;
 mod options;
 mod results;
+#[cfg(test)]
+pub(crate) mod scripted;
 mod scripts;
 pub mod seal;
 

@@ -272,12 +272,51 @@ fn wall_clock() -> u64 {
     since.map_or(0, millis)
 }
 
+/// The time of the store, and a stored task that RDS returned so long before.
+#[cfg(test)]
+pub(super) fn stored(keys: &Keys, name: &str, age: Duration, task: Vec<u8>) -> (u64, Vec<u8>) {
+    let now = wall_clock();
+    let result = SharedResult {
+        version: VERSION,
+        store_time: now - millis(age),
+        replica_time: now - millis(age),
+        http_status: 200,
+        task: Some(task),
+        ..SharedResult::default()
+    };
+    (now, result.seal(keys, name))
+}
+
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::Ordering;
+
     use super::*;
+    use crate::quota_store::{
+        admission::assert_pauses,
+        scripted::{RESULT_LIFETIME, Scripted, reply},
+    };
 
     const NAME: &str = "rtf1:result:1";
     const MAX_AGE: Duration = Duration::from_secs(10);
+    const ATTEMPT: Duration = Duration::from_secs(10);
+    const MINUTE: Duration = Duration::from_secs(60);
+
+    async fn claim(session: &Session, timeout: Duration) -> Claim {
+        let task = session.task(&[b"task"]);
+        let deadline = Deadline::after(timeout);
+        let claimed = session.claim(&task, MAX_AGE, deadline);
+        let claimed = tokio::time::timeout(MINUTE, claimed).await;
+        claimed.expect("it waits for half of the time")
+    }
+
+    /// The lease of a lookup, if the store grants one or another replica holds it for too long.
+    async fn lease(store: &Scripted) -> Lease {
+        match claim(&store.session(), MINUTE).await {
+            Claim::Ask(lease) => lease,
+            other => panic!("{other:?}"),
+        }
+    }
 
     #[test]
     fn a_result_is_used_only_if_it_is_authentic_and_young_by_both_clocks() {
@@ -339,5 +378,131 @@ mod tests {
 
             assert_eq!(opened.is_some(), is_used, "{case}");
         }
+    }
+
+    #[test]
+    fn the_age_of_a_result_is_the_greater_one_by_the_two_clocks() {
+        let keys = Keys::derive(&[1; 32]);
+        let now = wall_clock();
+        for (by_store, by_replica, expected) in [(3000, 1000, 3000), (1000, 9000, 4000), (0, 0, 0)]
+        {
+            let result = SharedResult {
+                version: VERSION,
+                store_time: now - by_store,
+                replica_time: now - by_replica,
+                ..SharedResult::default()
+            };
+            let entry = result.seal(&keys, NAME);
+
+            let (_, age) = SharedResult::open(&keys, NAME, &entry, now, MAX_AGE).expect("young");
+
+            // The clock of the replica goes on.
+            let late = age.checked_sub(Duration::from_millis(expected));
+            assert!(late.is_some_and(|late| late < MAX_AGE / 2), "{age:?}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_lookup_waits_for_another_replica_for_half_of_its_time_with_growing_pauses() {
+        let late = Duration::from_millis(10);
+        let store = Scripted::start(ATTEMPT, move |_| reply("busy", 1).after(late)).await;
+        let session = store.session();
+        let begun = Instant::now();
+
+        let claimed = claim(&session, Duration::from_secs(8)).await;
+
+        let waited = begun.elapsed();
+        assert!(
+            matches!(&claimed, Claim::Ask(lease) if !lease.is_held),
+            "{claimed:?}"
+        );
+        // The next pause may end at most a quarter of it late.
+        let half = Duration::from_secs(4);
+        let expected = half - LONGEST_PAUSE..half + LONGEST_PAUSE / 2;
+        assert!(expected.contains(&waited), "{waited:?}");
+        assert_pauses(&store.runs("share").await, late);
+        // Only the first look counts: later ones take place while it waits anyway.
+        assert_eq!(session.left.load(Ordering::Relaxed), 40_000);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_lookup_asks_alone_after_three_results_that_it_rejects() {
+        let store = Scripted::start(ATTEMPT, |number| match number {
+            0..10 => reply("result", 1).with(b"0000000000001-forged"),
+            _ => reply("lease", 1),
+        })
+        .await;
+
+        let claimed = claim(&store.session(), MINUTE).await;
+
+        assert!(matches!(claimed, Claim::Alone), "{claimed:?}");
+        let ages = store.runs("share").await;
+        let ages: Vec<&str> = ages.iter().map(|run| run.arg(1)).collect();
+        assert_eq!(ages, ["10000", "0", "0"]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_held_lease_is_renewed_for_at_most_an_attempt() {
+        for (kind, renewals) in [("lease", 12), ("busy", 0)] {
+            let late = Duration::from_millis(10);
+            let store = Scripted::start(ATTEMPT, move |_| reply(kind, 1).after(late)).await;
+            let lease = lease(&store).await;
+
+            lease.hold(sleep(MINUTE)).await;
+
+            let renewed = store.runs("renew").await;
+            assert_eq!(renewed.len(), renewals, "{kind}");
+            assert!(renewed.iter().all(|run| run.arg(2) == "2000"));
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_published_result_has_the_time_of_the_store_and_releases_the_lease_once() {
+        let store = Scripted::start(ATTEMPT, |_| reply("lease", 1_000_000)).await;
+        let lease = lease(&store).await;
+        let holder = lease.task.holder.clone();
+        tokio::time::advance(Duration::from_millis(500)).await;
+
+        lease.publish(SharedResult::default());
+
+        let published = store.runs("publish").await;
+        assert_eq!(published.len(), 1);
+        let lifetime = millis(RESULT_LIFETIME).to_string();
+        assert!(published[0].args[0].starts_with(b"0000001000500"));
+        assert_eq!(
+            (published[0].arg(2), published[0].arg(3)),
+            (lifetime.as_str(), holder.as_str())
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_result_that_is_too_long_is_not_published_but_releases_the_lease() {
+        let store = Scripted::start(ATTEMPT, |_| reply("lease", 1)).await;
+        let result = SharedResult {
+            error_message: "x".repeat(MAX_BYTES),
+            ..SharedResult::default()
+        };
+
+        lease(&store).await.publish(result);
+
+        let published = store.runs("publish").await;
+        let entries: Vec<usize> = published.iter().map(|run| run.args[0].len()).collect();
+        assert_eq!(entries, [0]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_end_of_a_poll_releases_its_lease() {
+        let store = Scripted::start(ATTEMPT, |_| reply("lease", 1)).await;
+        let session = store.session();
+        let task = session.task(&[b"task"]);
+
+        session.release_poll(&task);
+
+        let released = store.runs("publish").await;
+        let released: Vec<_> = released
+            .iter()
+            .map(|run| (run.arg(1), run.arg(3)))
+            .collect();
+        assert_eq!(released, [("", task.holder.as_str())]);
     }
 }

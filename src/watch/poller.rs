@@ -605,6 +605,7 @@ mod tests {
     use std::time::UNIX_EPOCH;
 
     use http::HeaderValue;
+    use tokio_util::task::AbortOnDropHandle;
     use url::Url;
 
     use super::*;
@@ -614,23 +615,39 @@ mod tests {
         http_client::{self, SystemRoots},
         options::defaults,
         pb::{GetTaskDetailResponse, SubTask},
+        quota_store::scripted::{self, Scripted, reply},
         task::Task,
         telemetry::metrics::Metrics,
-        upstream::{Endpoint, TaskQuery, rejection},
+        test_support::{
+            upstream::{Gate, Step, Upstream, gated_example},
+            wait::eventually,
+        },
+        upstream::{Endpoint, Pacing, RateConfig, TaskQuery, rejection},
         watch::{Options, Subscription, Watcher},
     };
 
     const INTERVAL: Duration = Duration::from_secs(10);
 
-    /// A poller with a watcher, whose results the test passes in.
-    fn poller(resumes: bool) -> (Poller, Subscription) {
-        let metrics = Metrics::new();
-        let url = Url::parse("http://127.0.0.1:1").unwrap();
-        let http = http_client::Config {
+    const CALLER: Caller = Caller::Connection(1);
+
+    fn http() -> http_client::Config {
+        http_client::Config {
             tls: http_client::tls_config(SystemRoots::Ignored, None).unwrap(),
             proxy: None,
             connect_timeout: INTERVAL,
-        };
+        }
+    }
+
+    /// A poller with a watcher, whose results the test passes in.
+    fn poller(resumes: bool) -> (Poller, Subscription) {
+        poller_of("http://127.0.0.1:1", resumes)
+    }
+
+    /// The same, with RDS at this URL.
+    fn poller_of(url: &str, resumes: bool) -> (Poller, Subscription) {
+        let metrics = Metrics::new();
+        let url = Url::parse(url).unwrap();
+        let http = http();
         let token = HeaderValue::from_static("t");
         let source = Source::Token(token.clone());
         let credentials = Credentials::start(source, None, &http, Arc::clone(&metrics)).unwrap();
@@ -652,7 +669,7 @@ mod tests {
         let key = lookups.coalescer.key(Identity::Server, query());
         let task = Arc::new(WatchedTask::new(key));
         let watcher = Watcher {
-            caller: Caller::Connection(1),
+            caller: CALLER,
             auth: Auth::Token(Token {
                 value: token,
                 generation: 0,
@@ -892,6 +909,258 @@ mod tests {
             waits.iter().any(|wait| *wait > RESUME_SPREAD / 10),
             "{waits:?}"
         );
+    }
+
+    fn hub(poller: &mut Poller) -> &mut Hub {
+        Arc::get_mut(&mut poller.hub).expect("no other poller")
+    }
+
+    /// Limits the polls to this number in half a minute.
+    fn limit(poller: &mut Poller, calls: u32) {
+        hub(poller).rate = Some(Pacing::for_polls(RateConfig {
+            calls: calls.try_into().unwrap(),
+            period: Duration::from_secs(30),
+        }));
+    }
+
+    fn in_fleet(store: &Scripted) -> InFleet {
+        let session = store.session();
+        let task = session.task(&[b"task"]);
+        InFleet { session, task }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_margin_for_the_same_result_is_at_most_half_of_the_interval() {
+        let (mut poller, _watch) = poller(false);
+        let millis = Duration::from_millis;
+        hub(&mut poller).interval = millis(40);
+        poller.result_at = Some(Instant::now());
+
+        tokio::time::advance(millis(30)).await;
+
+        assert_eq!(poller.max_age(), millis(10));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_pauses_grow_while_another_replica_polls_the_task() {
+        let store = Scripted::start(INTERVAL, |number| match number {
+            0..8 => reply("busy", 0),
+            _ => reply("fresh", 0),
+        })
+        .await;
+        let (poller, _watch) = poller(false);
+
+        let start = poller.wait_in_fleet(&in_fleet(&store)).await;
+
+        assert_eq!(start, Some(Ok(CALLER)));
+        let runs = store.runs("poll").await;
+        assert_eq!(runs.len(), 9);
+        let mut pause = FIRST_LOOK;
+        for pair in runs.windows(2) {
+            let paused = pair[1].at - pair[0].at;
+            // Timers count milliseconds.
+            let most = pause.mul_f64(1.0 + JITTER) + Duration::from_millis(1);
+            assert!((pause..=most).contains(&paused), "{paused:?} {pause:?}");
+            pause = (pause * 2).min(LONGEST_LOOK);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn without_room_in_the_rate_of_all_replicas_only_a_first_poll_is_rejected() {
+        let wait = Duration::from_secs(20);
+        for (has_reply, start, limits) in [
+            (false, Err(wait), &["30"][..]),
+            (true, Ok(CALLER), &["0", "0"][..]),
+        ] {
+            let store = Scripted::start(INTERVAL, |number| match number {
+                0 => reply("late", 20_000_000),
+                _ => reply("start", 0),
+            })
+            .await;
+            let (mut poller, _watch) = poller(false);
+            limit(&mut poller, 30);
+            poller.has_reply = has_reply;
+
+            let started = poller.wait_in_fleet(&in_fleet(&store)).await;
+
+            assert_eq!(started, Some(start));
+            // The limit on first polls.
+            let runs = store.runs("poll").await;
+            let asked: Vec<_> = runs.iter().map(|run| run.arg(4)).collect();
+            assert_eq!(asked, limits);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn without_room_in_the_rate_only_a_first_poll_is_rejected() {
+        let (mut poller, watch) = poller(false);
+        limit(&mut poller, 1);
+        let begun = Instant::now();
+        assert_eq!(poller.wait_for_rate().await, Some(Ok(CALLER)));
+
+        let rejected = poller.wait_for_rate().await;
+
+        let window = Duration::from_millis(30_050);
+        assert_eq!(rejected, Some(Err(window)));
+        assert_eq!(begun.elapsed(), Duration::ZERO);
+        poller.has_reply = true;
+        assert_eq!(poller.wait_for_rate().await, Some(Ok(CALLER)));
+        assert_eq!(begun.elapsed(), window);
+        drop(watch);
+        assert_eq!(poller.wait_for_rate().await, None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn watches_end_if_polls_fail_or_wait_for_five_minutes() {
+        let (mut poller, watch) = poller(false);
+        limit(&mut poller, 1);
+        let queued = |poller: &Poller| {
+            let rate = poller.hub.rate.as_ref().expect("a rate");
+            rate.queue_repeated(poller.task.key.identity, &[CALLER])
+        };
+        // The rate has room for none of the polls.
+        let greedy = AbortOnDropHandle::new(tokio::spawn({
+            let polls: Vec<_> = (0..100).map(|_| queued(&poller)).collect();
+            async move {
+                for poll in polls {
+                    poll.start().await;
+                }
+            }
+        }));
+        poller.has_reply = true;
+        poller.failing = Some((Instant::now(), Error::Overloaded));
+        let begun = Instant::now();
+
+        poller.run().await;
+
+        assert_eq!(begun.elapsed(), MAX_STALE);
+        let last = watch.observations.borrow();
+        assert!(last.is_stale);
+        let end = last.end.as_ref().expect("the end").as_ref();
+        assert!(matches!(
+            end.map_err(|error| &**error),
+            Err(Error::Overloaded)
+        ));
+        drop(greedy);
+    }
+
+    #[tokio::test]
+    async fn the_end_of_the_watches_ends_a_first_poll_or_one_with_a_callers_token() {
+        for (has_reply, is_callers, continues) in [
+            (false, false, false),
+            (true, false, true),
+            (false, true, false),
+            (true, true, false),
+        ] {
+            let gate = Gate::default();
+            let upstream = Upstream::always(gated_example(&gate)).await;
+            let (mut poller, watch) = poller_of(&upstream.url(), false);
+            poller.has_reply = has_reply;
+            drop(watch);
+            {
+                // The poll begins just before the last watch ends.
+                let mut watchers = poller.task.watchers.lock();
+                watchers.callers.insert(CALLER, 1);
+                watchers.auth = is_callers.then(|| {
+                    Auth::Token(Token {
+                        value: HeaderValue::from_static("caller"),
+                        generation: 0,
+                        identity: Identity::Caller([1; 16]),
+                        fragments: None,
+                    })
+                });
+            }
+
+            let (next, ()) = tokio::join!(poller.poll(CALLER), async {
+                // A poll that continues needs a reply.
+                if continues {
+                    upstream.wait_for_requests(1).await;
+                }
+                gate.open();
+            });
+
+            let Next::Pause(pause) = next else {
+                panic!("the end instead of a pause");
+            };
+            assert_eq!(
+                pause > Duration::ZERO,
+                continues,
+                "{has_reply} {is_callers}"
+            );
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_pause_after_a_result_of_another_replica_counts_from_the_result() {
+        let age = Duration::from_secs(6);
+        let store = Scripted::start(INTERVAL, move |_| {
+            scripted::result(&GetTaskDetailResponse::default(), age)
+        })
+        .await;
+        let (mut poller, watch) = poller(false);
+        poller.lookups.store = Some(Arc::clone(&store.store));
+
+        let next = poller.poll(CALLER).await;
+
+        assert!(watch.observations.borrow().snapshot.is_some());
+        let Next::Pause(pause) = next else {
+            panic!("the end instead of a pause");
+        };
+        let most = INTERVAL.mul_f64(1.0 + JITTER) - age;
+        assert!(pause <= most, "{pause:?}");
+    }
+
+    #[tokio::test]
+    async fn the_pause_after_a_poll_without_a_reply_counts_from_its_end() {
+        let store = Scripted::start(INTERVAL, |_| reply("lease", 1)).await;
+        let metadata = Upstream::always(vec![Step::Hold]).await;
+        let (mut poller, _watch) = poller(false);
+        let source = Source::Metadata(Url::parse(&metadata.url()).unwrap());
+        let credentials = Credentials::start(source, None, &http(), Metrics::new());
+        poller.lookups.credentials = credentials.unwrap();
+        poller.lookups.store = Some(Arc::clone(&store.store));
+        hub(&mut poller).poll_timeout = Duration::from_millis(10);
+        poller.has_reply = true;
+        poller.result_at = Some(Instant::now() - INTERVAL / 2);
+
+        let next = poller.poll(CALLER).await;
+
+        assert!(poller.failing.is_some());
+        assert_pause(next, 1.0);
+    }
+
+    #[tokio::test]
+    async fn the_poller_of_a_known_task_outlives_its_watches_by_a_pause() {
+        let gate = Gate::default();
+        let upstream = Upstream::always(gated_example(&gate)).await;
+        let (mut poller, watch) = poller_of(&upstream.url(), false);
+        observe(&mut poller, running("1", "a"));
+        hub(&mut poller).interval = Duration::from_secs(3600);
+        let (hub, task) = (Arc::clone(&poller.hub), Arc::clone(&poller.task));
+        let known = Arc::clone(&task);
+        hub.tasks.lock().insert(Arc::clone(&task.key), known);
+        let run = AbortOnDropHandle::new(tokio::spawn(poller.run()));
+        upstream.wait_for_requests(1).await;
+
+        drop(watch);
+        gate.open();
+
+        eventually("the poll continues", async || {
+            task.observations.borrow().states == 2
+        })
+        .await;
+        assert!(hub.tasks.lock().contains_key(&task.key));
+        assert!(!run.is_finished());
+    }
+
+    #[tokio::test]
+    async fn a_poller_that_does_not_end_in_order_ends_its_watches() {
+        let (poller, watch) = poller(false);
+
+        drop(poller);
+
+        let end = watch.observations.borrow().end.clone().expect("the end");
+        assert!(matches!(*end.expect_err("a bug"), Error::Internal));
     }
 
     #[test]

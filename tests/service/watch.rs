@@ -497,6 +497,8 @@ async fn transient_errors_keep_the_stream_open() {
     steps.expect(&mut stream, &expected).await;
 
     assert_eq!(next(&mut stream).await.expect("the task is over"), None);
+    let failed = "rds_watch_polls_total{outcome=\"failed\"}";
+    assert_eq!(program.metric(failed).await, 5.0);
 }
 
 #[tokio::test]

@@ -8,6 +8,10 @@ use super::{
     fleet::{Fleet, LocalStart},
     *,
 };
+use crate::quota_store::{
+    AttemptContext,
+    scripted::{Reply, Run, Scripted, reply},
+};
 
 const RDS: Identity = Identity::Server;
 const ANN: Caller = Caller::Connection(1);
@@ -596,4 +600,291 @@ async fn without_the_store_a_delayed_start_delays_those_after_it() {
     let later = room_at + second;
     state.start(FIRST, later);
     assert_eq!(state.due_at(FIRST, later), later + 5 * second, "a spacing");
+}
+
+/// A store that replies so to each request for a start, counted from 0.
+async fn scripted(script: impl FnMut(usize) -> Reply + Send + 'static) -> Arc<Scripted> {
+    Arc::new(Scripted::start(Duration::from_secs(10), script).await)
+}
+
+/// Queues an attempt. Returns the answer, and when it came, in milliseconds from now.
+fn start_in_fleet(
+    pacing: &Arc<Pacing>,
+    store: &Arc<Scripted>,
+    deadline: Deadline,
+) -> impl Future<Output = (Answer, u128)> + Send + 'static {
+    let (pacing, session, begun) = (Arc::clone(pacing), store.session(), Instant::now());
+    async move {
+        let request = Request::Attempt(AttemptContext {
+            instance: None,
+            key: None,
+            needs_probe: false,
+            deadline,
+        });
+        let answer = pacing.wait_in_fleet(RDS, ANN, deadline, &session, request);
+        let answer = answer.await;
+        (answer, begun.elapsed().as_millis())
+    }
+}
+
+/// When attempts asked the store, in milliseconds, and for a start with which rate; 0 if they have one.
+async fn asked(store: &Scripted, since: Instant) -> Vec<(u128, String)> {
+    let asked = |run: &Run| ((run.at - since).as_millis(), run.arg(1).to_owned());
+    store.runs("admit").await.iter().map(asked).collect()
+}
+
+const AT_ONCE: Answer = Answer::Start(Duration::ZERO);
+
+#[tokio::test(start_paused = true)]
+async fn replies_of_the_quota_store_show_whether_it_delays_starts() {
+    let second = Duration::from_secs(1);
+    let store = scripted(|_| reply("start", 0)).await;
+    let session = store.session();
+    let now = Instant::now();
+    let (soon, later) = (now + second, now + 3 * second);
+    let zero = Duration::ZERO;
+    // Spacings of 100 ms, 50 ms and 10 ms. The last two columns: when the next start is, and the gap before it.
+    let cases = [
+        (10, FIRST, Some(soon), AT_ONCE, Some(soon), zero),
+        (20, FIRST, Some(soon), AT_ONCE, Some(soon), zero),
+        (100, FIRST, Some(soon), AT_ONCE, None, zero),
+        (100, REPEATED, Some(soon), AT_ONCE, Some(soon), zero),
+        (10, FIRST, None, AT_ONCE, None, zero),
+        (10, FIRST, None, Answer::Late(second), Some(soon), zero),
+        (
+            10,
+            FIRST,
+            Some(later),
+            Answer::Late(second),
+            Some(later),
+            zero,
+        ),
+        (10, REPEATED, None, Answer::Late(second), None, zero),
+        (
+            10,
+            FIRST,
+            None,
+            Answer::Start(second),
+            Some(soon),
+            second / 10,
+        ),
+        (
+            10,
+            FIRST,
+            Some(soon),
+            Answer::Start(3 * second),
+            Some(later),
+            2 * second,
+        ),
+        (10, REPEATED, None, Answer::Start(second), None, zero),
+        (10, FIRST, None, Answer::Unavailable, None, zero),
+    ];
+    for (number, case) in cases.into_iter().enumerate() {
+        let (calls, kind, next_at, answer, expected, gap) = case;
+        let lane = pacing(calls, second).lane(RDS);
+        let mut state = lane.state();
+        state.fleet = Some(Fleet {
+            next_at,
+            ..quiet_fleet()
+        });
+
+        state.answered(kind, &answer, &session, now);
+
+        let fleet = state.fleet.as_ref().unwrap();
+        assert_eq!((fleet.next_at, fleet.gap), (expected, gap), "{number}");
+        assert_eq!(fleet.is_up, answer != Answer::Unavailable, "{number}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_local_rule_applies_for_a_window_after_the_return_to_the_quota_store() {
+    let lane = pacing(1, Duration::from_secs(1)).lane(RDS);
+    let store = scripted(|_| reply("start", 0)).await;
+    let since = Instant::now();
+    store.came_back();
+    tokio::time::advance(Duration::from_millis(1)).await;
+
+    let mut state = lane.state();
+    state.answered(FIRST, &AT_ONCE, &store.session(), Instant::now());
+
+    let window = Duration::from_secs(1) + JITTER;
+    assert_eq!(state.fleet.as_ref().unwrap().alone_until, since + window);
+}
+
+#[tokio::test(start_paused = true)]
+async fn attempts_that_the_store_delays_start_in_turn_at_the_times_it_assigns() {
+    let store = scripted(|number| match number {
+        0 => reply("start", 300_000),
+        2 => reply("start", 100_000),
+        _ => reply("start", 0),
+    })
+    .await;
+    let pacing = pacing(10, Duration::from_secs(1));
+    let begun = Instant::now();
+
+    let mut starts = JoinSet::new();
+    starts.spawn(start_in_fleet(&pacing, &store, in_seconds(9)));
+    tokio::time::sleep(Duration::from_millis(1)).await;
+    starts.spawn(start_in_fleet(&pacing, &store, in_seconds(9)));
+
+    let mut starts = starts.join_all().await;
+    starts.sort_unstable_by_key(|(_, at)| *at);
+    assert_eq!(starts, [(AT_ONCE, 300), (AT_ONCE, 399)]);
+    // Each asks again at its start.
+    let expected = [(0, "10"), (300, "0"), (300, "10"), (400, "0")];
+    let expected = expected.map(|(at, calls)| (at, calls.to_owned()));
+    assert_eq!(asked(&store, begun).await, expected);
+    let runs = store.runs("admit").await;
+    let longest = Duration::from_secs(9) - FLEET_SLACK;
+    assert_eq!(runs[0].arg(6), longest.as_micros().to_string());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_throttle_window_ends_the_wait_for_an_assigned_start() {
+    let store = scripted(|number| match number {
+        0 => reply("start", 300_000),
+        _ => reply("throttled", 5000),
+    })
+    .await;
+    let pacing = pacing(10, Duration::from_secs(1));
+
+    let (answer, at) = start_in_fleet(&pacing, &store, in_seconds(9)).await;
+
+    assert!(matches!(answer, Answer::Throttled(..)), "{answer:?}");
+    assert_eq!(at, 300);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_start_of_a_canceled_attempt_is_for_the_next_unless_it_is_too_late() {
+    let store = scripted(|number| match number {
+        0 => reply("start", 5_000_000),
+        _ => reply("start", 0),
+    })
+    .await;
+    let pacing = pacing(1, Duration::from_secs(1));
+    let begun = Instant::now();
+    let canceled = tokio::spawn(start_in_fleet(&pacing, &store, in_seconds(9)));
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    canceled.abort();
+    yield_now().await;
+
+    let hurried = start_in_fleet(&pacing, &store, in_seconds(2)).await;
+    let patient = start_in_fleet(&pacing, &store, in_seconds(9)).await;
+
+    assert_eq!(hurried, (Answer::Late(Duration::from_secs(4)), 0));
+    assert_eq!(patient, (AT_ONCE, 4000));
+    let asked = asked(&store, begun).await;
+    assert_eq!(asked, [(0, "1".to_owned()), (5000, "0".to_owned())]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn attempts_that_the_rate_does_not_delay_ask_the_store_at_once() {
+    let late = Duration::from_millis(20);
+    let store = scripted(move |_| reply("start", 0).after(late)).await;
+    let pacing = pacing(1000, Duration::from_secs(1));
+    let begun = Instant::now();
+
+    let mut starts = JoinSet::new();
+    for _ in 0..5 {
+        starts.spawn(start_in_fleet(&pacing, &store, in_seconds(9)));
+    }
+
+    for start in starts.join_all().await {
+        assert_eq!(start, (AT_ONCE, 20));
+    }
+    assert_eq!(asked(&store, begun).await, vec![(0, "1000".to_owned()); 5]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn repeated_polls_ask_the_store_one_after_the_other() {
+    let late = Duration::from_millis(20);
+    let store = scripted(move |_| reply("start", 0).after(late)).await;
+    let pacing = polls(1000, Duration::from_secs(1));
+    let begun = Instant::now();
+
+    let mut starts = JoinSet::new();
+    for _ in 0..2 {
+        let poll = pacing.queue_repeated(RDS, &[ANN]);
+        let session = store.session();
+        starts.spawn(async move {
+            let task = session.task(&[b"task"]);
+            let max_age = Duration::ZERO;
+            let request = Request::Poll {
+                task: &task,
+                max_age,
+            };
+            poll.start_in_fleet(&session, request).await
+        });
+    }
+
+    for start in starts.join_all().await {
+        assert_eq!(start, Ok(ANN));
+    }
+    let runs = store.runs("poll").await;
+    let asked = runs.iter().map(|run| (run.at - begun).as_millis());
+    assert_eq!(asked.collect::<Vec<_>>(), [0, 20]);
+    let longest = LONGEST_POLL_WAIT.as_micros().to_string();
+    assert!(runs.iter().all(|run| run.arg(6) == longest), "{runs:?}");
+}
+
+/// A lane whose local rule applies for an hour, with a store that is up.
+fn keep_to_share(pacing: &Arc<Pacing>) {
+    pacing.lane(RDS).state().fleet = Some(Fleet {
+        alone_until: Instant::now() + Duration::from_secs(3600),
+        ..quiet_fleet()
+    });
+}
+
+#[tokio::test(start_paused = true)]
+async fn attempts_in_the_share_ask_the_store_for_a_start_that_has_waited_if_they_have() {
+    let store = scripted(|_| reply("start", 0)).await;
+    let pacing = pacing(1, Duration::from_secs(1));
+    keep_to_share(&pacing);
+
+    let mut starts = JoinSet::new();
+    for _ in 0..3 {
+        starts.spawn(start_in_fleet(&pacing, &store, in_seconds(9)));
+    }
+
+    let mut starts = starts.join_all().await;
+    starts.sort_unstable_by_key(|(_, at)| *at);
+    assert_eq!(starts, [(AT_ONCE, 0), (AT_ONCE, 1050), (AT_ONCE, 2100)]);
+    let runs = store.runs("admit").await;
+    let have_waited: Vec<_> = runs.iter().map(|run| run.arg(5)).collect();
+    assert_eq!(have_waited, ["0", "1", "1"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_store_may_delay_an_attempt_in_the_share_further() {
+    let store = scripted(|number| match number {
+        0 => reply("start", 300_000),
+        _ => reply("start", 0),
+    })
+    .await;
+    let pacing = pacing(1, Duration::from_secs(1));
+    keep_to_share(&pacing);
+    let begun = Instant::now();
+
+    let start = start_in_fleet(&pacing, &store, in_seconds(9)).await;
+
+    assert_eq!(start, (AT_ONCE, 300));
+    let asked = asked(&store, begun).await;
+    assert_eq!(asked, [(0, "1".to_owned()), (300, "0".to_owned())]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_start_that_the_store_has_not_seen_extends_the_local_rule() {
+    let store = scripted(|_| reply("unknown", 0)).await;
+    let pacing = pacing(1, Duration::from_secs(1));
+    pacing.lane(RDS).state().fleet = Some(Fleet {
+        is_up: false,
+        ..quiet_fleet()
+    });
+
+    let start = start_in_fleet(&pacing, &store, in_seconds(9)).await;
+
+    assert_eq!(start, (AT_ONCE, 0));
+    let lane = pacing.lane(RDS);
+    let until = lane.state().fleet.as_ref().unwrap().alone_until;
+    assert_eq!(until - Instant::now(), Duration::from_secs(1) + JITTER);
 }
