@@ -13,6 +13,7 @@ pub mod connection;
 mod options;
 mod results;
 #[cfg(test)]
+#[path = "../../tests/support/scripted_store.rs"]
 pub(crate) mod scripted;
 mod scripts;
 pub mod seal;
