@@ -7,13 +7,13 @@ use tokio::time::Instant;
 
 use crate::caller::Caller;
 
-/// How long a caller without a permit counts as active after its last request or the release of its last permit.
+/// A caller is active while it holds a permit, and for this long after its last request or release, or up to a quarter longer.
 const ACTIVE: Duration = Duration::from_secs(1);
 
 /// A 64th of the limit, at least one permit, is reserved for each active caller.
 const RESERVES: usize = 64;
 
-/// Limit on tracked callers without permits. Further ones have no reserve.
+/// Above this number, only callers that hold permits are tracked. The others have no reserve.
 const MAX_CALLERS: usize = 4096;
 
 /// At most `max` permits, all of which a single caller may hold. While at least half of them are held, a caller is denied a free permit
@@ -33,13 +33,13 @@ struct State {
     /// The unused part of all reserves.
     reserved: usize,
     /// The active callers.
-    callers: HashMap<Caller, Holder>,
+    callers: HashMap<Caller, Activity>,
     /// The last removal of inactive callers.
     cleaned_at: Instant,
 }
 
 #[derive(Debug)]
-struct Holder {
+struct Activity {
     held: usize,
     active_at: Instant,
 }
@@ -75,9 +75,12 @@ impl FairLimit {
         if now.saturating_duration_since(state.cleaned_at) >= ACTIVE / 4 {
             state.remove_inactive(self.reserve, now);
         }
-        let own = state.callers.get(&caller).map_or(0, |holder| holder.held);
+        let own = state
+            .callers
+            .get(&caller)
+            .map_or(0, |activity| activity.held);
         let is_granted = state.held < self.max
-            && (state.held < self.max / 2 || !self.is_reserved_for_others(state, own));
+            && (2 * state.held < self.max || !self.is_kept_for_others(state, own));
         let is_tracked = state.callers.contains_key(&caller);
         if !is_tracked && !is_granted && state.callers.len() >= MAX_CALLERS {
             return None;
@@ -85,28 +88,28 @@ impl FairLimit {
         if !is_tracked {
             state.reserved += self.reserve;
         }
-        let holder = state.callers.entry(caller).or_insert(Holder {
+        let activity = state.callers.entry(caller).or_insert(Activity {
             held: 0,
             active_at: now,
         });
-        holder.active_at = now;
+        activity.active_at = now;
         if !is_granted {
             return None;
         }
         state.held += 1;
         state.reserved -= usize::from(own < self.reserve);
-        holder.held += 1;
+        activity.held += 1;
         Some(FairPermit {
             limit: Arc::clone(self),
             caller,
         })
     }
 
-    /// Whether the free permits are reserved for callers other than one that holds `own` permits.
-    fn is_reserved_for_others(&self, state: &State, own: usize) -> bool {
+    /// Whether the free permits are for callers other than one that holds `own` permits: it holds its share, or they are reserved.
+    fn is_kept_for_others(&self, state: &State, own: usize) -> bool {
+        let share = self.max.div_ceil(state.callers.len());
         let free = self.max - state.held;
-        own >= self.reserve
-            && (own >= self.max.div_ceil(state.callers.len().max(1)) || free <= state.reserved)
+        own >= share || (own >= self.reserve && free <= state.reserved)
     }
 
     /// The number of permits held now.
@@ -118,13 +121,13 @@ impl FairLimit {
         let mut guard = self.state.lock();
         let state = &mut *guard;
         state.held -= 1;
-        let Some(holder) = state.callers.get_mut(&caller) else {
+        let Some(activity) = state.callers.get_mut(&caller) else {
             return;
         };
-        holder.held -= 1;
-        state.reserved += usize::from(holder.held < self.reserve);
-        if holder.held == 0 {
-            holder.active_at = Instant::now();
+        activity.held -= 1;
+        state.reserved += usize::from(activity.held < self.reserve);
+        if activity.held == 0 {
+            activity.active_at = Instant::now();
             if state.callers.len() > MAX_CALLERS {
                 state.callers.remove(&caller);
                 state.reserved -= self.reserve;
@@ -136,8 +139,8 @@ impl FairLimit {
 impl State {
     fn remove_inactive(&mut self, reserve: usize, now: Instant) {
         let before = self.callers.len();
-        self.callers.retain(|_, holder| {
-            holder.held > 0 || now.saturating_duration_since(holder.active_at) < ACTIVE
+        self.callers.retain(|_, activity| {
+            activity.held > 0 || now.saturating_duration_since(activity.active_at) < ACTIVE
         });
         self.reserved -= reserve * (before - self.callers.len());
         self.cleaned_at = now;
@@ -221,12 +224,12 @@ mod tests {
         assert_eq!(
             hog.len(),
             320,
-            "its share of 160 and what is free below half"
+            "up to half of the limit, although its share is 160"
         );
         assert_eq!(
             take(&limit, BOB, 1000).len(),
             160,
-            "its share, although none is held by others"
+            "its share, although two of the four active callers hold no permit"
         );
     }
 
@@ -240,6 +243,29 @@ mod tests {
 
         let held = holders.map(|permits| permits.len());
         assert_eq!((held, late.len()), ([320, 128, 107, 55], 10));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn of_an_odd_limit_a_greedy_caller_gets_the_greater_half() {
+        let limit = FairLimit::new(3);
+        drop([2, 3].map(|number| take(&limit, Caller::Connection(number), 1)));
+
+        assert_eq!(take(&limit, ANN, 3).len(), 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_share_of_many_callers_is_smaller_than_the_reserve() {
+        let limit = FairLimit::new(2048);
+        let callers = || (0..100).map(Caller::Connection);
+        for caller in callers() {
+            drop(limit.try_acquire(caller));
+        }
+
+        let held: Vec<_> = callers().map(|caller| take(&limit, caller, 2048)).collect();
+
+        let greedy = held[0].len();
+        assert_eq!(greedy, 1024, "up to half of the limit");
+        assert!(held[1..40].iter().all(|permits| permits.len() == 21));
     }
 
     #[tokio::test(start_paused = true)]
@@ -301,7 +327,7 @@ mod tests {
                 held.entry(caller).or_default().extend(permit);
                 prop_assert_eq!(limit.held(), held.values().map(Vec::len).sum::<usize>());
                 let state = limit.state.lock();
-                let unused = |holder: &Holder| limit.reserve.saturating_sub(holder.held);
+                let unused = |activity: &Activity| limit.reserve.saturating_sub(activity.held);
                 prop_assert_eq!(state.reserved, state.callers.values().map(unused).sum::<usize>());
             }
         }
