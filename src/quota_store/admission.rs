@@ -284,24 +284,10 @@ impl Session {
 /// The reply of a script: its kind, a number, a text.
 pub type Reply = (String, i64, String);
 
-/// Asserts that a task has asked the store with growing, slightly random pauses, with replies that took this long.
-#[cfg(test)]
-pub(super) fn assert_pauses(runs: &[super::scripted::Run], reply: Duration) {
-    let mut pause = FIRST_PAUSE;
-    for pair in runs.windows(2) {
-        let paused = pair[1].at - pair[0].at - reply;
-        // Timers count milliseconds.
-        let late = Duration::from_millis(1);
-        let expected = pause * 3 / 4..=pause * 5 / 4 + late;
-        assert!(expected.contains(&paused), "{paused:?} {expected:?}");
-        pause = (pause * 2).min(LONGEST_PAUSE);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::quota_store::scripted::{Scripted, reply};
+    use crate::quota_store::scripted::{self, Scripted, reply};
 
     const SECOND: Duration = Duration::from_secs(1);
     const LATE: Duration = Duration::from_millis(10);
@@ -400,7 +386,7 @@ mod tests {
 
         assert_eq!(answer, Answer::Start(Duration::ZERO));
         let runs = store.runs("admit").await;
-        assert_pauses(&runs, LATE);
+        scripted::assert_pauses(&runs, LATE, FIRST_PAUSE..=LONGEST_PAUSE, 0.75..=1.25);
         for run in &runs {
             let longest = 10 * SECOND - (run.at - begun);
             assert_eq!(run.arg(6), micros(longest).to_string());

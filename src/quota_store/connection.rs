@@ -129,7 +129,7 @@ pub(super) struct Connection {
 
 #[cfg(test)]
 impl Connection {
-    /// A connection over this stream, without a password and scripts.
+    /// A connection over this stream, without authentication and without loading the scripts.
     pub(super) async fn over(stream: tokio::io::DuplexStream) -> Result<Self, Problem> {
         let info = RedisConnectionInfo::default().set_skip_set_lib_name();
         let config = AsyncConnectionConfig::new().set_response_timeout(None);

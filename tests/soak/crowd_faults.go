@@ -22,14 +22,14 @@ import (
 	"google.golang.org/grpc/codes"
 )
 
-// Limits that one caller exceeds alone. Honest calls need less than half of them even if the machine delays each by a second, and honest
-// watches more than what is reserved for each caller.
+// Limits that the rogue exceeds alone. Honest calls need less than half of them even if the machine delays each by a second. Honest
+// watches need more than the reserve of each caller, so that they fail if only the reserves stay free.
 const (
 	maxInFlight = "600"
 	maxWatches  = "300"
-	greedyCalls = 700
-	// Before the greedy caller repeats a call that has ended.
-	greedyPause = 250 * time.Millisecond
+	rogueCalls  = 700
+	// The rogue's pause before it repeats a call that has ended.
+	rogueRetryPause = 250 * time.Millisecond
 )
 
 // crowdFaults has at least one fault for each owner of state that callers share. New shared state gets a row here.
@@ -288,9 +288,9 @@ func callManyRequests(ctx context.Context, s *stage) error {
 
 // holdPermits keeps calls in flight that the upstream does not reply to.
 func holdPermits(ctx context.Context, s *stage) error {
-	return s.repeatAsRogue(ctx, greedyCalls, func(ctx context.Context, connection *grpc.ClientConn, number int) {
+	return s.repeatAsRogue(ctx, rogueCalls, func(ctx context.Context, connection *grpc.ClientConn, number int) {
 		call(ctx, connection, method, rogueRequest(rogueInstance, number).encoded(), []string{"x-auth-token", rogueToken})
-		pause(ctx, greedyPause)
+		pause(ctx, rogueRetryPause)
 	})
 }
 
@@ -302,7 +302,7 @@ func readNoReplies(ctx context.Context, s *stage) error {
 	}
 	defer peer.close()
 	peer.read()
-	for number := range greedyCalls {
+	for number := range rogueCalls {
 		peer.call(streamID(number), pairs([2]string{"x-auth-token", rogueToken}), rogueRequest("instance-0", number))
 	}
 	if err := peer.writer.Flush(); err != nil {
@@ -468,12 +468,12 @@ func (s *stage) requireCount(name string, labels ...string) error {
 
 // holdWatches keeps watches open on one connection, and opens more whenever some are rejected.
 func holdWatches(ctx context.Context, s *stage) error {
-	err := s.repeatAsRogue(ctx, greedyCalls, func(ctx context.Context, connection *grpc.ClientConn, number int) {
+	err := s.repeatAsRogue(ctx, rogueCalls, func(ctx context.Context, connection *grpc.ClientConn, number int) {
 		watch, err := openWatch(ctx, connection, rogueRequest("instance-0", number%4), "", []string{"x-auth-token", rogueToken})
 		for err == nil {
 			_, err = watch.next()
 		}
-		pause(ctx, greedyPause)
+		pause(ctx, rogueRetryPause)
 	})
 	return errors.Join(err, s.requireCount("rds_watch_messages_total"))
 }
@@ -486,7 +486,7 @@ func readNoWatches(ctx context.Context, s *stage) error {
 	}
 	defer peer.close()
 	peer.read()
-	for number := range greedyCalls {
+	for number := range rogueCalls {
 		peer.startWatch(streamID(number), rogueToken, rogueRequest("instance-0", number%4), "")
 	}
 	if err := peer.writer.Flush(); err != nil {

@@ -1,6 +1,7 @@
-//! A scripted server in place of the quota store, over a pipe in memory, so that tests can use tokio's paused clock.
+//! A scripted server in place of the quota store, over a pipe in memory, so that tests can use tokio's paused clock. Compiled into the unit
+//! tests as `quota_store::scripted`, because it builds a [`QuotaStore`] from its parts.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{io, ops::RangeInclusive, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
 use redis::Script;
@@ -100,7 +101,7 @@ impl Reply {
     }
 }
 
-/// A quota store whose server replies as the test says.
+/// A quota store whose server is a script of the test.
 pub(crate) struct Scripted {
     pub(crate) store: Arc<QuotaStore>,
     runs: Arc<Mutex<Vec<Run>>>,
@@ -158,7 +159,7 @@ impl Scripted {
         }
     }
 
-    /// What the program has run so far of this script. Scripts that write run in the background, so other tasks run first.
+    /// The runs of this script so far. Scripts that write run in the background, so the clock moves by a millisecond first.
     pub(crate) async fn runs(&self, script: &str) -> Vec<Run> {
         sleep(Duration::from_millis(1)).await;
         let runs = self.runs.lock();
@@ -166,7 +167,7 @@ impl Scripted {
         runs.cloned().collect()
     }
 
-    /// Lets the replica return to the store now, after it has been without it.
+    /// Records that the replica uses the store again from now on.
     pub(crate) fn came_back(&self) {
         self.store.link.came_back();
     }
@@ -184,9 +185,9 @@ async fn serve(
         let mut number = 0;
         while let Ok(words) = command(&mut stream).await {
             let now = Instant::now();
-            let reply = match name(&words) {
-                None => (now, b"+OK\r\n".to_vec()),
-                Some(name) => {
+            let reply = match words[0].as_slice() {
+                b"EVALSHA" => {
+                    let name = name(&words[1]);
                     let keys: usize = text(&words[2]).parse().expect("a number");
                     let args = words[3 + keys..].to_vec();
                     runs.lock().push(Run {
@@ -203,6 +204,7 @@ async fn serve(
                         _ => (now, b":1\r\n".to_vec()),
                     }
                 }
+                _ => (now, b"+OK\r\n".to_vec()),
             };
             if send.send(reply).await.is_err() {
                 return;
@@ -240,9 +242,9 @@ async fn number(stream: &mut (impl AsyncBufRead + Unpin)) -> io::Result<usize> {
     number.map_err(|_| io::ErrorKind::InvalidData.into())
 }
 
-/// The name of the script that a command runs, if it runs any.
-fn name(words: &[Vec<u8>]) -> Option<&'static str> {
-    let scripts: [(_, &Script); 9] = [
+/// The name of the script with this hash.
+fn name(hash: &[u8]) -> &'static str {
+    let scripts: [(_, &Script); 10] = [
         ("admit", &SCRIPTS.admit),
         ("poll", &SCRIPTS.poll),
         ("share", &SCRIPTS.share),
@@ -252,11 +254,30 @@ fn name(words: &[Vec<u8>]) -> Option<&'static str> {
         ("rejected", &SCRIPTS.rejected),
         ("accepted", &SCRIPTS.accepted),
         ("heartbeat", &SCRIPTS.heartbeat),
+        ("leave", &SCRIPTS.leave),
     ];
-    let hash = words.get(1).filter(|_| words[0] == b"EVALSHA")?;
     let mut known = scripts.into_iter();
-    let (name, _) = known.find(|(_, script)| script.get_hash().as_bytes() == hash)?;
-    Some(name)
+    let known = known.find(|(_, script)| script.get_hash().as_bytes() == hash);
+    known.expect("a script of the quota store").0
+}
+
+/// Asserts that runs follow each other after growing pauses, each multiplied by a random factor, and replies that took `reply`.
+pub(crate) fn assert_pauses(
+    runs: &[Run],
+    reply: Duration,
+    pauses: RangeInclusive<Duration>,
+    factor: RangeInclusive<f64>,
+) {
+    assert!(runs.len() > 2, "{runs:?}");
+    // Timers count milliseconds.
+    let late = Duration::from_millis(1);
+    let mut pause = *pauses.start();
+    for pair in runs.windows(2) {
+        let paused = pair[1].at - pair[0].at - reply;
+        let expected = pause.mul_f64(*factor.start())..=pause.mul_f64(*factor.end()) + late;
+        assert!(expected.contains(&paused), "{paused:?} {expected:?}");
+        pause = (pause * 2).min(*pauses.end());
+    }
 }
 
 fn text(word: &[u8]) -> &str {

@@ -602,7 +602,7 @@ async fn without_the_store_a_delayed_start_delays_those_after_it() {
     assert_eq!(state.due_at(FIRST, later), later + 5 * second, "a spacing");
 }
 
-/// A store that replies so to each request for a start, counted from 0.
+/// A store whose reply to request number n for a start is `script(n)`, counted from 0.
 async fn scripted(script: impl FnMut(usize) -> Reply + Send + 'static) -> Arc<Scripted> {
     Arc::new(Scripted::start(Duration::from_secs(10), script).await)
 }
@@ -627,7 +627,7 @@ fn start_in_fleet(
     }
 }
 
-/// When attempts asked the store, in milliseconds, and for a start with which rate; 0 if they have one.
+/// The time of each request for a start, in milliseconds, and its rate. The rate is 0 if the store has assigned the start before.
 async fn asked(store: &Scripted, since: Instant) -> Vec<(u128, String)> {
     let asked = |run: &Run| ((run.at - since).as_millis(), run.arg(1).to_owned());
     store.runs("admit").await.iter().map(asked).collect()
@@ -827,7 +827,7 @@ async fn repeated_polls_ask_the_store_one_after_the_other() {
     assert!(runs.iter().all(|run| run.arg(6) == longest), "{runs:?}");
 }
 
-/// A lane whose local rule applies for an hour, with a store that is up.
+/// Makes the local rule apply for an hour, with a store that is up.
 fn keep_to_share(pacing: &Arc<Pacing>) {
     pacing.lane(RDS).state().fleet = Some(Fleet {
         alone_until: Instant::now() + Duration::from_secs(3600),
