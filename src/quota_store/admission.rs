@@ -287,7 +287,10 @@ pub type Reply = (String, i64, String);
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::quota_store::scripted::{self, Scripted, reply};
+    use crate::quota_store::{
+        connection::PATIENCE,
+        scripted::{self, Scripted, reply},
+    };
 
     const SECOND: Duration = Duration::from_secs(1);
     const LATE: Duration = Duration::from_millis(10);
@@ -353,17 +356,18 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn the_time_of_a_reply_counts_unless_the_attempt_waits_for_the_rate_anyway() {
         for (kind, wait, left) in [
-            ("start", 0, 40_000),
-            ("start", 1, 50_000),
-            ("late", 1, 50_000),
-            ("throttled", 1, 40_000),
+            ("start", 0, PATIENCE - LATE),
+            ("start", 1, PATIENCE),
+            ("late", 1, PATIENCE),
+            ("throttled", 1, PATIENCE - LATE),
         ] {
             let store = Scripted::start(SECOND, move |_| reply(kind, wait).after(LATE)).await;
             let session = store.session();
 
             session.admit(Request::Attempt(attempt(SECOND)), SLOT).await;
 
-            assert_eq!(session.left.load(Ordering::Relaxed), left, "{kind} {wait}");
+            let found = session.left.load(Ordering::Relaxed);
+            assert_eq!(found, micros(left), "{kind} {wait}");
         }
     }
 
@@ -392,7 +396,10 @@ mod tests {
             assert_eq!(run.arg(6), micros(longest).to_string());
         }
         // Only the first reply counts: the attempt waits meanwhile.
-        assert_eq!(session.left.load(Ordering::Relaxed), 40_000);
+        assert_eq!(
+            session.left.load(Ordering::Relaxed),
+            micros(PATIENCE - LATE)
+        );
     }
 
     #[tokio::test(start_paused = true)]

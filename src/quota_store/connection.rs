@@ -36,8 +36,10 @@ use crate::{
     telemetry::metrics::{Metrics, StoreOperation, StoreOutcome},
 };
 
-/// The longest wait of a call for the store, in all its round trips together.
-pub(super) const PATIENCE: Duration = Duration::from_millis(50);
+/// The longest wait of a call for the store, in all its round trips together. Ten times as long in a debug build: service tests run several
+/// of those per processor, and each may have to wait for CPU time.
+pub(super) const PATIENCE: Duration =
+    Duration::from_millis(if cfg!(debug_assertions) { 500 } else { 50 });
 
 /// Failures in a row after which the connection is given up.
 const MAX_FAILURES: u32 = 3;

@@ -1,4 +1,10 @@
-use std::time::{Duration, Instant};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
 
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _, copy},
@@ -194,20 +200,24 @@ async fn access_rules_that_forbid_only_the_commands_of_calls_are_logged_once() {
     assert_eq!(warnings(), 1, "{:#?}", replica.logs());
 }
 
-/// Forwards connections to the store, each reply with a delay.
-async fn slow_proxy(store: &Store, delay: Duration) -> String {
+/// Forwards connections to the store, and returns the URL and the delay of each reply in milliseconds, 20 at first.
+async fn slow_proxy(store: &Store) -> (String, Arc<AtomicU64>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
     let port = listener.local_addr().expect("it is bound").port();
     let target = store.url().replace("redis://", "");
+    let delay = Arc::new(AtomicU64::new(20));
+    let delays = Arc::clone(&delay);
     tokio::spawn(async move {
         while let Ok((client, _)) = listener.accept().await {
             let server = TcpStream::connect(&target).await.expect("the store");
             let (mut from_client, mut to_client) = client.into_split();
             let (mut from_server, mut to_server) = server.into_split();
+            let delay = Arc::clone(&delays);
             tokio::spawn(async move { copy(&mut from_client, &mut to_server).await });
             tokio::spawn(async move {
                 let mut buffer = [0; 4096];
                 while let Ok(read @ 1..) = from_server.read(&mut buffer).await {
+                    let delay = Duration::from_millis(delay.load(Ordering::Relaxed));
                     tokio::time::sleep(delay).await;
                     if to_client.write_all(&buffer[..read]).await.is_err() {
                         break;
@@ -216,7 +226,7 @@ async fn slow_proxy(store: &Store, delay: Duration) -> String {
             });
         }
     });
-    format!("redis://127.0.0.1:{port}")
+    (format!("redis://127.0.0.1:{port}"), delay)
 }
 
 #[tokio::test]
@@ -224,15 +234,18 @@ async fn a_slow_store_is_not_used() {
     let Some(store) = Store::start().await else {
         return;
     };
-    let url = slow_proxy(&store, Duration::from_millis(200)).await;
+    let (url, delay) = slow_proxy(&store).await;
     let upstream = Upstream::always(example()).await;
     let key = store.key_file();
     let flags = ["--quota-store", &url, "--quota-store-key-file", &key];
     let replica = Program::over(&upstream.url(), &flags);
+    is_up(&replica, true).await;
 
+    delay.store(2000, Ordering::Relaxed);
     let slowest = slowest(&replica, 0, 30).await;
 
     assert!(slowest < Duration::from_secs(5), "{slowest:?}");
+    is_up(&replica, false).await;
     let warning = replica
         .logs()
         .into_iter()
@@ -246,7 +259,7 @@ async fn calls_do_not_wait_for_each_others_replies_of_the_store() {
     let Some(store) = Store::start().await else {
         return;
     };
-    let url = slow_proxy(&store, Duration::from_millis(20)).await;
+    let (url, _) = slow_proxy(&store).await;
     let upstream = Upstream::always(example()).await;
     let key = store.key_file();
     let rate = ["--upstream-rate", "1000/1s"];
@@ -264,7 +277,7 @@ async fn calls_in_the_share_of_a_replica_do_not_wait_for_each_others_replies_of_
     let Some(store) = Store::start().await else {
         return;
     };
-    let url = slow_proxy(&store, Duration::from_millis(20)).await;
+    let (url, _) = slow_proxy(&store).await;
     let upstream = Upstream::always(example()).await;
     let key = store.key_file();
     let rate = ["--upstream-rate", "6000/1m"];

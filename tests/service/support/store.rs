@@ -19,8 +19,8 @@ use super::{Program, Upstream, within};
 /// Set where a missing server is an error and not a reason to skip a test.
 const REQUIRED: &str = "TESTS_REQUIRE_REDIS";
 
-/// Limits the tests that use a store at the same time. The facade waits at most 50 ms for the store, which several replicas and servers per
-/// processor would exceed.
+/// Limits the tests that use a store at the same time: each starts several processes, and a replica waits only a part of a second for the
+/// store.
 static RUNNING: Semaphore = Semaphore::const_new(2);
 
 /// A Redis server without persistence; killed when dropped.
