@@ -288,7 +288,7 @@ pub type Reply = (String, i64, String);
 mod tests {
     use super::*;
     use crate::quota_store::{
-        connection::PATIENCE,
+        connection::longest_wait,
         scripted::{self, Scripted, reply},
     };
 
@@ -356,10 +356,10 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn the_time_of_a_reply_counts_unless_the_attempt_waits_for_the_rate_anyway() {
         for (kind, wait, left) in [
-            ("start", 0, PATIENCE - LATE),
-            ("start", 1, PATIENCE),
-            ("late", 1, PATIENCE),
-            ("throttled", 1, PATIENCE - LATE),
+            ("start", 0, longest_wait() - LATE),
+            ("start", 1, longest_wait()),
+            ("late", 1, longest_wait()),
+            ("throttled", 1, longest_wait() - LATE),
         ] {
             let store = Scripted::start(SECOND, move |_| reply(kind, wait).after(LATE)).await;
             let session = store.session();
@@ -398,7 +398,7 @@ mod tests {
         // Only the first reply counts: the attempt waits meanwhile.
         assert_eq!(
             session.left.load(Ordering::Relaxed),
-            micros(PATIENCE - LATE)
+            micros(longest_wait() - LATE)
         );
     }
 

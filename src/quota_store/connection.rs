@@ -36,10 +36,12 @@ use crate::{
     telemetry::metrics::{Metrics, StoreOperation, StoreOutcome},
 };
 
-/// The longest wait of a call for the store, in all its round trips together. Ten times as long in a debug build: service tests run several
-/// of those per processor, and each may have to wait for CPU time.
-pub(super) const PATIENCE: Duration =
-    Duration::from_millis(if cfg!(debug_assertions) { 500 } else { 50 });
+/// The longest wait of a call for the store, in all its round trips together. Ten times as long in the service tests, which run several
+/// debug builds per processor, so that each may have to wait for CPU time.
+pub(super) fn longest_wait() -> Duration {
+    let is_tested = cfg!(debug_assertions) && std::env::var_os("TESTS_WAIT_FOR_STORE").is_some();
+    Duration::from_millis(if is_tested { 500 } else { 50 })
+}
 
 /// Failures in a row after which the connection is given up.
 const MAX_FAILURES: u32 = 3;
@@ -236,8 +238,8 @@ impl Link {
                     () = self.failed.notified() => failures = 1,
                 }
             }
-            let due = Instant::now() + PATIENCE;
-            match store.heartbeat(connection, PATIENCE).await {
+            let due = Instant::now() + longest_wait();
+            match store.heartbeat(connection, longest_wait()).await {
                 Ok(()) => {
                     failures = 0;
                     self.is_suspect.store(false, Ordering::Relaxed);
@@ -290,7 +292,7 @@ impl Link {
         let is_evidence = match &called {
             Ok(_) => false,
             // With most of its time used up, a call may give up too soon, and a thread without CPU time does not see a reply.
-            Err(Problem::Timeout(patience)) => *patience >= PATIENCE / 2 && !is_late(due),
+            Err(Problem::Timeout(waited)) => *waited >= longest_wait() / 2 && !is_late(due),
             Err(_) => true,
         };
         if is_evidence {

@@ -43,7 +43,7 @@ pub use self::{
     results::{Claim, Lease, SharedResult, TaskName},
 };
 use self::{
-    connection::{CONNECT_TIMEOUT, Connection, HEARTBEAT, Link, PATIENCE, Target},
+    connection::{CONNECT_TIMEOUT, Connection, HEARTBEAT, Link, Target, longest_wait},
     scripts::SCRIPTS,
     seal::Keys,
 };
@@ -121,7 +121,7 @@ impl Opened {
             let (operation, script) = (StoreOperation::Heartbeat, store.leave_script());
             let leaving = store
                 .link
-                .run::<u32>(operation, &connection, &script, PATIENCE);
+                .run::<u32>(operation, &connection, &script, longest_wait());
             // Without it, the heartbeat expires.
             let _ = leaving.await;
         }
@@ -198,7 +198,7 @@ impl QuotaStore {
     async fn connect(&self) -> Result<Connection, Problem> {
         let connection = self.target.connect().await?;
         self.replicas.lock().1 = Instant::now();
-        self.heartbeat(&connection, PATIENCE).await?;
+        self.heartbeat(&connection, longest_wait()).await?;
         Ok(connection)
     }
 
@@ -275,7 +275,7 @@ impl QuotaStore {
     /// Removes this replica from the count of replicas. Waits for the store as long as a call does.
     pub async fn leave(&self) {
         let (operation, script) = (StoreOperation::Heartbeat, self.leave_script());
-        let _: Option<u32> = self.link.call(operation, &script, PATIENCE).await;
+        let _: Option<u32> = self.link.call(operation, &script, longest_wait()).await;
     }
 
     fn leave_script(&self) -> ScriptInvocation<'static> {
@@ -286,7 +286,7 @@ impl QuotaStore {
 
     /// The session of one lookup with this credential. A lookup with little time waits for the store for at most half of it.
     pub fn session(self: &Arc<Self>, identity: &SharedIdentity, deadline: Deadline) -> Session {
-        let patience = PATIENCE.min(deadline.remaining() / 2);
+        let patience = longest_wait().min(deadline.remaining() / 2);
         Session {
             credential: self.name("credential", &[identity.as_bytes()]),
             store: Arc::clone(self),
@@ -320,7 +320,7 @@ impl QuotaStore {
     }
 }
 
-/// What one lookup asks the quota store. All its questions together wait for at most [`PATIENCE`].
+/// What one lookup asks the quota store. All its questions together wait for at most 50 ms.
 #[derive(Debug)]
 pub struct Session {
     store: Arc<QuotaStore>,

@@ -18,7 +18,7 @@ use tokio::{
 
 use super::{
     MAX_WRITES, QuotaStore, SCRIPTS, Session, StoreUrl,
-    connection::{CONNECT_TIMEOUT, Connection, Link, PATIENCE, Target},
+    connection::{CONNECT_TIMEOUT, Connection, Link, Target, longest_wait},
     micros, random_id, results,
     seal::Keys,
 };
@@ -155,7 +155,7 @@ impl Scripted {
         Session {
             store: Arc::clone(&self.store),
             credential: "c".to_owned(),
-            left: micros(PATIENCE).into(),
+            left: micros(longest_wait()).into(),
         }
     }
 

@@ -108,6 +108,7 @@ impl Program {
             ])
             .args(args)
             .env_clear()
+            .env("TESTS_WAIT_FOR_STORE", "1")
             .envs(env.iter().copied())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
