@@ -34,7 +34,7 @@ pub const KEY_LOCK: Duration = Duration::from_secs(5 * 60);
 pub const REJECTIONS_BEFORE_REST: usize = 3;
 
 /// How long the probe of one caller keeps the probes of others waiting. The gateway rejects a signature faster.
-const PROBE_PATIENCE: Duration = Duration::from_secs(1);
+pub const PROBE_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Limit on concurrent probes: all of them may be rejected.
 const MAX_PROBES: usize = 3;

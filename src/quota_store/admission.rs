@@ -12,7 +12,7 @@ use super::{
 use crate::{
     credentials::{
         AccessKey,
-        key_guard::{KEY_LOCK, REJECTIONS_BEFORE_REST},
+        key_guard::{KEY_LOCK, PROBE_PATIENCE, REJECTIONS_BEFORE_REST},
     },
     deadline::Deadline,
     telemetry::metrics::StoreOperation,
@@ -20,6 +20,9 @@ use crate::{
 
 /// How long a key counts as proven after the last report.
 const PROOF_LIFETIME: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// Limit on concurrent probes of a key in the fleet: fewer rejections than make its AK rest, which has the right secret in other replicas.
+const MAX_PROBES: usize = REJECTIONS_BEFORE_REST - 1;
 
 /// The pauses between two looks while another replica tries a key out or asks RDS.
 pub(super) const FIRST_PAUSE: Duration = Duration::from_millis(20);
@@ -69,6 +72,8 @@ pub enum Answer {
     Fresh,
     /// Another replica polls the task.
     Busy,
+    /// Other replicas try the key out, until shortly before the deadline.
+    Probed,
     /// No usable reply: local rules apply.
     Unavailable,
 }
@@ -102,8 +107,8 @@ pub struct AttemptContext<'a> {
     pub instance: Option<&'a str>,
     /// The key that signs it, if a key does.
     pub key: Option<&'a AccessKey>,
-    /// This replica has not proven the key.
-    pub needs_probe: bool,
+    /// The number of the attempt as a probe, if this replica has not proven the key.
+    pub probe: Option<u64>,
     /// When the attempt must start.
     pub deadline: Deadline,
 }
@@ -127,7 +132,7 @@ impl Request<'_> {
     pub fn again(self) -> Self {
         match self {
             Self::Attempt(attempt) => Self::Attempt(AttemptContext {
-                needs_probe: false,
+                probe: None,
                 ..attempt
             }),
             poll @ Self::Poll { .. } => poll,
@@ -144,7 +149,7 @@ impl Session {
         }
     }
 
-    /// Admits an attempt. While another replica tries an unproven key out, waits for the outcome.
+    /// Admits an attempt. While other replicas try an unproven key out, waits for the outcome.
     async fn admit_attempt(&self, attempt: AttemptContext<'_>, slot: Slot) -> Answer {
         let begun = Instant::now();
         let patience = self.left.load(Ordering::Relaxed);
@@ -163,7 +168,11 @@ impl Session {
                     script.key(name);
                 }
             }
-            script.arg(u8::from(attempt.needs_probe));
+            script
+                .arg(probe_name(attempt))
+                .arg(micros(PROBE_PATIENCE))
+                .arg(MAX_PROBES)
+                .arg(micros(self.store.attempt_timeout));
             let reply = match pause == FIRST_PAUSE {
                 true => self.call(StoreOperation::Admit, &script).await,
                 false => self.call_meanwhile(StoreOperation::Admit, &script).await,
@@ -178,7 +187,7 @@ impl Session {
                     }
                     return answer;
                 }
-                None if attempt.deadline.remaining() <= pause => return Answer::Unavailable,
+                None if attempt.deadline.remaining() <= pause => return Answer::Probed,
                 None => sleep(pause.mul_f64(0.75 + fastrand::f64() / 2.0)).await,
             }
             pause = (pause * 2).min(LONGEST_PAUSE);
@@ -247,6 +256,15 @@ impl Session {
         self.store.write(StoreOperation::Key, script);
     }
 
+    /// Removes the probe of an attempt, so that another replica may try the key out at once.
+    pub fn probe_ended(&self, attempt: AttemptContext<'_>) {
+        let Some(key) = attempt.key else { return };
+        let [_, _, _, probes, _] = self.key_names(attempt.instance, key);
+        let mut script = SCRIPTS.remove.key(probes);
+        script.arg(probe_name(attempt));
+        self.store.write(StoreOperation::Key, script);
+    }
+
     /// Stores that the gateway has accepted the key.
     pub fn key_accepted(&self, attempt: AttemptContext<'_>) {
         let Some(key) = attempt.key else { return };
@@ -264,7 +282,7 @@ impl Session {
         }
     }
 
-    /// The rest of the key, the rest of its AK, the mark of a proven key, its probe, and the count of rejections of the AK. The gateway
+    /// The rest of the key, the rest of its AK, the mark of a proven key, its probes, and the count of rejections of the AK. The gateway
     /// counts bad signatures by AK, with any secret.
     fn key_names(&self, instance: Option<&str>, key: &AccessKey) -> [String; 5] {
         let instance = instance.unwrap_or_default().as_bytes();
@@ -275,10 +293,17 @@ impl Session {
             by_secret("key-rest"),
             by_ak("ak-rest"),
             by_secret("key-proof"),
-            by_secret("key-probe"),
+            by_secret("key-probes"),
             by_ak("ak-count"),
         ]
     }
+}
+
+/// The probe of an attempt in the store; empty if it is none.
+fn probe_name(attempt: AttemptContext<'_>) -> String {
+    attempt
+        .probe
+        .map_or_else(String::new, |number| number.to_string())
 }
 
 /// The reply of a script: its kind, a number, a text.
@@ -303,7 +328,7 @@ mod tests {
         AttemptContext {
             instance: None,
             key: None,
-            needs_probe: true,
+            probe: Some(7),
             deadline: Deadline::after(timeout),
         }
     }
@@ -350,7 +375,7 @@ mod tests {
             panic!("a poll");
         };
 
-        assert!(!again.needs_probe);
+        assert_eq!(again.probe, None);
     }
 
     #[tokio::test(start_paused = true)]
@@ -414,7 +439,7 @@ mod tests {
         let request = Request::Attempt(attempt(SECOND));
         let answer = store.session().admit(request, SLOT).await;
 
-        assert_eq!(answer, Answer::Unavailable);
+        assert_eq!(answer, Answer::Probed);
         let waited = begun.elapsed();
         // The pause that would end too late, at the latest by a quarter of it.
         let expected = SECOND - LONGEST_PAUSE..SECOND + LONGEST_PAUSE / 4;

@@ -36,11 +36,15 @@ use crate::{
     telemetry::metrics::{Metrics, StoreOperation, StoreOutcome},
 };
 
-/// The longest wait of a call for the store, in all its round trips together. Ten times as long in the service tests, which run several
-/// debug builds per processor, so that each may have to wait for CPU time.
+/// The longest wait of a call for the store, in all its round trips together. Service tests, which run several debug builds per processor,
+/// set another number of milliseconds, so that no reply is too late because a process waits for CPU time.
 pub(super) fn longest_wait() -> Duration {
-    let is_tested = cfg!(debug_assertions) && std::env::var_os("TESTS_WAIT_FOR_STORE").is_some();
-    Duration::from_millis(if is_tested { 500 } else { 50 })
+    let millis = || {
+        let millis = std::env::var_os("TESTS_WAIT_FOR_STORE")?;
+        millis.to_str()?.parse().ok()
+    };
+    let tests = cfg!(debug_assertions).then(millis).flatten();
+    Duration::from_millis(tests.unwrap_or(50))
 }
 
 /// Failures in a row after which the connection is given up.
@@ -50,7 +54,9 @@ const MAX_FAILURES: u32 = 3;
 pub(super) const HEARTBEAT: Duration = Duration::from_secs(5);
 
 /// Time to connect and to authenticate.
-pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+pub(super) fn connect_timeout() -> Duration {
+    Duration::from_secs(1).max(longest_wait())
+}
 
 /// Commands that wait to be written to the connection.
 const BUFFERED_COMMANDS: usize = 1024;
@@ -147,9 +153,9 @@ impl Connection {
 impl Target {
     /// Connects and authenticates.
     pub(super) async fn connect(&self) -> Result<Connection, Problem> {
-        let connecting = timeout(CONNECT_TIMEOUT, self.open());
-        let opened = connecting.await;
-        opened.unwrap_or(Err(Problem::Timeout(CONNECT_TIMEOUT)))
+        let patience = connect_timeout();
+        let opened = timeout(patience, self.open()).await;
+        opened.unwrap_or(Err(Problem::Timeout(patience)))
     }
 
     async fn open(&self) -> Result<Connection, Problem> {
@@ -224,12 +230,16 @@ impl Link {
         }
     }
 
-    /// Lets calls use the connection as long as heartbeats on it succeed, and returns why they no longer do.
-    pub(super) async fn serve(&self, connection: &Arc<Connection>, store: &QuotaStore) -> Problem {
+    /// Lets calls use the connection.
+    pub(super) fn open(&self, connection: &Arc<Connection>) {
         self.is_suspect.store(false, Ordering::Relaxed);
         self.is_logged.store(false, Ordering::Relaxed);
         self.connection.store(Some(Arc::clone(connection)));
         self.metrics.store_up.set(1);
+    }
+
+    /// Lets calls use the open connection as long as heartbeats on it succeed, and returns why they no longer do.
+    pub(super) async fn serve(&self, connection: &Arc<Connection>, store: &QuotaStore) -> Problem {
         let mut failures = 0;
         let problem = loop {
             if failures == 0 {

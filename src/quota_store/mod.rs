@@ -43,7 +43,7 @@ pub use self::{
     results::{Claim, Lease, SharedResult, TaskName},
 };
 use self::{
-    connection::{CONNECT_TIMEOUT, Connection, HEARTBEAT, Link, Target, longest_wait},
+    connection::{Connection, HEARTBEAT, Link, Target, connect_timeout, longest_wait},
     scripts::SCRIPTS,
     seal::Keys,
 };
@@ -107,7 +107,7 @@ pub struct QuotaStore {
 
 /// The result of the first attempt to connect.
 #[derive(Debug)]
-pub struct Opened(Result<Connection, Problem>);
+pub struct Opened(Result<Arc<Connection>, Problem>);
 
 impl Opened {
     /// Why the store cannot be used now, if it cannot.
@@ -155,7 +155,7 @@ impl QuotaStore {
         let http = http_client::Config {
             tls,
             proxy: None,
-            connect_timeout: CONNECT_TIMEOUT,
+            connect_timeout: connect_timeout(),
         };
         let store = Arc::new(Self {
             keys: Arc::clone(keys),
@@ -178,13 +178,14 @@ impl QuotaStore {
         }
     }
 
-    /// Starts the task that keeps the connection open, and logs a failed first attempt to connect.
+    /// Lets calls use the connection, starts the task that keeps it open, and logs a failed first attempt to connect.
     pub fn start(self: &Arc<Self>, Opened(opened): Opened) {
-        if let Err(problem) = &opened {
-            tracing::warn!(
+        match &opened {
+            Ok(connection) => self.link.open(connection),
+            Err(problem) => tracing::warn!(
                 store = %self.target.url,
                 "the quota store cannot be used: {problem}; until it can, this replica counts as the only one and uses the whole rates"
-            );
+            ),
         }
         let (running, mut first) = (Arc::clone(self), Some(opened));
         tokio::spawn(async move {
@@ -195,11 +196,11 @@ impl QuotaStore {
     }
 
     /// Connects. The connection is usable if the store replies fast enough.
-    async fn connect(&self) -> Result<Connection, Problem> {
+    async fn connect(&self) -> Result<Arc<Connection>, Problem> {
         let connection = self.target.connect().await?;
         self.replicas.lock().1 = Instant::now();
         self.heartbeat(&connection, longest_wait()).await?;
-        Ok(connection)
+        Ok(Arc::new(connection))
     }
 
     async fn heartbeat(&self, connection: &Connection, patience: Duration) -> Result<(), Problem> {
@@ -218,7 +219,7 @@ impl QuotaStore {
     }
 
     /// Keeps a connection, for ever. `connected` is the result of the first attempt to connect.
-    async fn run(self: Arc<Self>, mut connected: Option<Result<Connection, Problem>>) {
+    async fn run(self: Arc<Self>, mut connected: Option<Result<Arc<Connection>, Problem>>) {
         let mut known = None;
         loop {
             let connection = match connected.take() {
@@ -226,6 +227,9 @@ impl QuotaStore {
                 None => {
                     let connected = self.connect().await;
                     self.link.came_back();
+                    if let Ok(connection) = &connected {
+                        self.link.open(connection);
+                    }
                     connected
                 }
             };
@@ -237,7 +241,6 @@ impl QuotaStore {
                         "the quota store is in use"
                     );
                     known = None;
-                    let connection = Arc::new(connection);
                     let problem = self.link.serve(&connection, &self).await;
                     self.warn(&problem);
                     problem
@@ -279,7 +282,7 @@ impl QuotaStore {
     }
 
     fn leave_script(&self) -> ScriptInvocation<'static> {
-        let mut script = SCRIPTS.leave.key(self.name("replicas", &[]));
+        let mut script = SCRIPTS.remove.key(self.name("replicas", &[]));
         script.arg(&self.instance);
         script
     }

@@ -18,7 +18,7 @@ pub(super) static SCRIPTS: LazyLock<Scripts> = LazyLock::new(|| {
         rejected: Script::new(include_str!("scripts/rejected.lua")),
         accepted: Script::new(include_str!("scripts/accepted.lua")),
         heartbeat: Script::new(include_str!("scripts/heartbeat.lua")),
-        leave: Script::new(include_str!("scripts/leave.lua")),
+        remove: Script::new(include_str!("scripts/remove.lua")),
     }
 });
 
@@ -32,7 +32,7 @@ pub(super) struct Scripts {
     pub(super) rejected: Script,
     pub(super) accepted: Script,
     pub(super) heartbeat: Script,
-    pub(super) leave: Script,
+    pub(super) remove: Script,
 }
 
 impl Scripts {
@@ -48,7 +48,7 @@ impl Scripts {
             &self.rejected,
             &self.accepted,
             &self.heartbeat,
-            &self.leave,
+            &self.remove,
         ];
         let load = async |script: &Script| script.load_async(&mut connection.clone()).await;
         try_join_all(scripts.map(load)).await.map(drop)

@@ -185,6 +185,7 @@ impl Client {
                 (Used::Key(permit), in_fleet)
             }
         };
+        let _probe = in_fleet.probe(lookup.store);
         let queued_at = Instant::now();
         if let Some(session) = lookup.store {
             breaker.check(attempt).map_err(circuit_open)?;

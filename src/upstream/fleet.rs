@@ -40,17 +40,28 @@ impl<'a> InFleet<'a> {
             context: AttemptContext {
                 instance,
                 key: key.map(|(key, _)| key),
-                needs_probe: key.is_some_and(|(_, guard)| !guard.is_proven()),
+                probe: key
+                    .filter(|(_, guard)| !guard.is_proven())
+                    .map(|_| fastrand::u64(..)),
                 deadline,
             },
             guard: key.map(|(_, guard)| guard),
         }
     }
 
+    /// To be held from before admission until the outcome has been reported.
+    pub(super) fn probe(self, store: Option<&'a Session>) -> Option<Probe<'a>> {
+        self.context.probe?;
+        store.map(|session| Probe {
+            session,
+            context: self.context,
+        })
+    }
+
     /// The gateway has accepted the key. Reported when that is news, and from time to time.
     pub(super) fn accepted(self, store: Option<&Session>) {
         if let (Some(session), Some(guard)) = (store, self.guard)
-            && (self.context.needs_probe || guard.is_report_due(REPORT_INTERVAL))
+            && (self.context.probe.is_some() || guard.is_report_due(REPORT_INTERVAL))
         {
             session.key_accepted(self.context);
         }
@@ -72,6 +83,18 @@ impl<'a> InFleet<'a> {
         if let Some(session) = store {
             session.key_locked(self.context);
         }
+    }
+}
+
+/// An attempt that may try an unproven key out for the fleet, until it is dropped.
+pub(super) struct Probe<'a> {
+    session: &'a Session,
+    context: AttemptContext<'a>,
+}
+
+impl Drop for Probe<'_> {
+    fn drop(&mut self) {
+        self.session.probe_ended(self.context);
     }
 }
 
@@ -115,6 +138,7 @@ impl Client {
                 }
                 Err(key_unavailable(credentials::Error::Locked { retry_after }))
             }
+            Answer::Probed => Err(key_unavailable(credentials::Error::DeadlineExceeded)),
             Answer::Start(_) | Answer::Unavailable | Answer::Fresh | Answer::Busy => Ok(()),
         }
     }

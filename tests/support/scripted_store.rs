@@ -18,7 +18,7 @@ use tokio::{
 
 use super::{
     MAX_WRITES, QuotaStore, SCRIPTS, Session, StoreUrl,
-    connection::{CONNECT_TIMEOUT, Connection, Link, Target, longest_wait},
+    connection::{Connection, Link, Target, connect_timeout, longest_wait},
     micros, random_id, results,
     seal::Keys,
 };
@@ -127,7 +127,7 @@ impl Scripted {
                 http: http_client::Config {
                     tls: http_client::tls_config(SystemRoots::Ignored, None).expect("TLS"),
                     proxy: None,
-                    connect_timeout: CONNECT_TIMEOUT,
+                    connect_timeout: connect_timeout(),
                 },
             },
             link: Link::new(Metrics::new()),
@@ -138,6 +138,7 @@ impl Scripted {
             runtime: Handle::current(),
             writes: Arc::new(Semaphore::new(MAX_WRITES)),
         });
+        store.link.open(&connection);
         let served = Arc::clone(&store);
         tasks.spawn(async move {
             served.link.serve(&connection, &served).await;
@@ -254,7 +255,7 @@ fn name(hash: &[u8]) -> &'static str {
         ("rejected", &SCRIPTS.rejected),
         ("accepted", &SCRIPTS.accepted),
         ("heartbeat", &SCRIPTS.heartbeat),
-        ("leave", &SCRIPTS.leave),
+        ("remove", &SCRIPTS.remove),
     ];
     let mut known = scripts.into_iter();
     let known = known.find(|(_, script)| script.get_hash().as_bytes() == hash);

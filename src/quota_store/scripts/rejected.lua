@@ -1,7 +1,7 @@
 -- Counts a rejected signature. An unproven key rests; after three rejections in ten minutes, with any secret, or if the gateway has
 -- locked the key, the AK rests.
 --
--- KEYS: 1 the rest of the key, 2 the rest of its AK, 3 the mark of a proven key, 4 the probe, 5 the count of the AK
+-- KEYS: 1 the rest of the key, 2 the rest of its AK, 3 the mark of a proven key, 4 the probes, 5 the count of the AK
 -- ARGV: 1 the rest in milliseconds, 2 the rejections before a rest, 3 'locked' if the gateway has locked the key, 'proven' if this replica
 --       has proven it, although the store may have lost the mark, else 'unproven'
 local count = redis.call('INCR', KEYS[5])

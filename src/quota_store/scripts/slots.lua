@@ -14,17 +14,20 @@ local function latest(key, rank)
     return entry[2] and tonumber(entry[2])
 end
 
+-- Removes starts that are older than `age`, and those later than any reserved start: from a server whose clock was ahead.
+local function prune(key, age)
+    -- Changes nothing, but fails without memory. A script that has written, even to delete, would be let through.
+    redis.call('ZADD', key, 'XX', 0, '')
+    redis.call('ZREMRANGEBYSCORE', key, '-inf', now - age)
+    redis.call('ZREMRANGEBYSCORE', key, now + 600000000, '+inf')
+end
+
 local function earliest()
     if calls == 0 then
         return now
     end
-    -- Changes nothing, but fails without memory. A script that has written, even to delete, would be let through.
-    redis.call('ZADD', KEYS[1], 'XX', 0, '')
-    for i = 1, 2 do
-        redis.call('ZREMRANGEBYSCORE', KEYS[i], '-inf', now - window)
-        -- Later than any reserved start: from a server whose clock was ahead.
-        redis.call('ZREMRANGEBYSCORE', KEYS[i], now + 600000000, '+inf')
-    end
+    prune(KEYS[1], window)
+    prune(KEYS[2], window)
     local at = now
     local oldest = latest(KEYS[1], calls)
     if oldest then

@@ -618,7 +618,7 @@ fn start_in_fleet(
         let request = Request::Attempt(AttemptContext {
             instance: None,
             key: None,
-            needs_probe: false,
+            probe: None,
             deadline,
         });
         let answer = pacing.wait_in_fleet(RDS, ANN, deadline, &session, request);

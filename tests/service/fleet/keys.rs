@@ -2,7 +2,8 @@ use tokio::task::JoinSet;
 use tonic::Code;
 
 use crate::support::{
-    Failure, Program, Sandbox, Step, Store, Upstream, eventually, example, numbered, reply,
+    Failure, Gate, LONGER_THAN_PATIENCE, Program, Sandbox, Step, Store, Upstream, eventually,
+    example, numbered, reply,
 };
 
 const AK: &str = "SANDBOXACCESSKEY";
@@ -13,13 +14,20 @@ fn rejection() -> Vec<Step> {
     reply(401, &[], body)
 }
 
-/// A replica that signs with this secret key.
-fn replica(store: &Store, upstream: &str, secret: &str) -> Program {
+/// Replicas that sign with this secret key, with timeouts longer than the test.
+async fn replicas<const N: usize>(store: &Store, upstream: &str, secret: &str) -> [Program; N] {
     let flags = store.flags();
     let mut args = vec!["--credentials", "env", "--endpoint", upstream];
+    for timeout in ["--timeout", "--attempt-timeout"] {
+        args.extend([timeout, LONGER_THAN_PATIENCE]);
+    }
     args.extend(flags.iter().map(String::as_str));
     let env = [("HUAWEICLOUD_SDK_AK", AK), ("HUAWEICLOUD_SDK_SK", secret)];
-    Program::start(&args, &env)
+    let replicas = [(); N].map(|()| Program::start(&args, &env));
+    for replica in &replicas {
+        replica.uses_store(true).await;
+    }
+    replicas
 }
 
 async fn is_stored(store: &Store, kind: &str) {
@@ -35,7 +43,7 @@ async fn an_unproven_key_rests_on_all_replicas_after_its_first_rejection() {
         return;
     };
     let upstream = Upstream::always(rejection()).await;
-    let replicas = [(); 2].map(|()| replica(&store, &upstream.url(), "a-wrong-key"));
+    let replicas = replicas::<2>(&store, &upstream.url(), "a-wrong-key").await;
     let first = replicas[0].failure(numbered(0)).await;
     is_stored(&store, "key-rest").await;
 
@@ -58,7 +66,8 @@ async fn a_rollout_with_a_wrong_secret_stops_early_and_leaves_the_right_one_alon
         return;
     };
     let sandbox = Sandbox::start();
-    let healthy = replica(&store, &sandbox.url(), "sandbox-secret-key");
+    let url = sandbox.url();
+    let [healthy] = replicas(&store, &url, "sandbox-secret-key").await;
     healthy
         .call(numbered(0))
         .await
@@ -66,7 +75,7 @@ async fn a_rollout_with_a_wrong_secret_stops_early_and_leaves_the_right_one_alon
         .expect_err("unknown");
     is_stored(&store, "key-proof").await;
     let before = sandbox.count("task_requests").await;
-    let rollout = [(); 4].map(|()| replica(&store, &sandbox.url(), "a-wrong-key"));
+    let rollout = replicas::<4>(&store, &url, "a-wrong-key").await;
     let mut calls = JoinSet::new();
     for replica in &rollout {
         let mut client = replica.client().await;
@@ -77,9 +86,77 @@ async fn a_rollout_with_a_wrong_secret_stops_early_and_leaves_the_right_one_alon
 
     assert!(results.iter().all(Result::is_err), "{results:?}");
     let sent = sandbox.count("task_requests").await - before;
+    // One, unless its outcome takes a second.
     assert!(sent <= 2, "{sent} bad signatures");
     let failure = healthy.failure(numbered(2)).await;
     assert_eq!(failure.code, Code::NotFound);
+}
+
+#[tokio::test]
+async fn at_most_two_probes_of_a_key_are_in_flight_in_the_whole_fleet() {
+    let Some(store) = Store::start().await else {
+        return;
+    };
+    let gate = Gate::default();
+    let held = [vec![Step::WaitFor(gate.clone())], rejection()].concat();
+    let upstream = Upstream::always(held).await;
+    let replicas = replicas::<4>(&store, &upstream.url(), "a-wrong-key").await;
+    let mut calls = JoinSet::new();
+    for (number, replica) in replicas.iter().enumerate() {
+        let mut client = replica.client().await;
+        calls.spawn(async move { client.get_task_detail(numbered(number)).await });
+    }
+    // The second one waits for the outcome of the first for a second.
+    upstream.wait_for_requests(2).await;
+
+    // The two others ask every 0.2 s, for longer than that second.
+    let asked = async || {
+        let series = r#"quota_store_requests_total{operation="admit",outcome="ok"}"#;
+        let mut asked = 0.0;
+        for replica in &replicas {
+            asked += replica.metric(series).await;
+        }
+        asked
+    };
+    let before = asked().await;
+    eventually("the others have asked for two seconds", async || {
+        upstream.requests().len() > 2 || asked().await >= before + 30.0
+    })
+    .await;
+    gate.open();
+    let results = calls.join_all().await;
+
+    assert_eq!(upstream.requests().len(), 2);
+    let reasons = results.into_iter().map(|result| {
+        let status = result.expect_err("the key is wrong");
+        Failure::from_status(&status).reason
+    });
+    let mut reasons: Vec<_> = reasons.collect();
+    reasons.sort();
+    let expected = ["CREDENTIAL_LOCKED", "CREDENTIAL_REJECTED"].map(|reason| [reason; 2]);
+    assert_eq!(reasons, expected.as_flattened());
+}
+
+#[tokio::test]
+async fn a_probe_without_evidence_ends_at_once() {
+    let Some(store) = Store::start().await else {
+        return;
+    };
+    let upstream = Upstream::start(|request| match request.number {
+        0..3 => reply(503, &[], ""),
+        _ => example(),
+    })
+    .await;
+    let replicas = replicas::<2>(&store, &upstream.url(), "a-key").await;
+
+    let failure = replicas[0].failure(numbered(0)).await;
+
+    assert_eq!(failure.reason, "UPSTREAM_UNAVAILABLE");
+    eventually("no probe is left", async || {
+        store.names("key-probes").is_empty()
+    })
+    .await;
+    replicas[1].call(numbered(1)).await.expect("a reply");
 }
 
 #[tokio::test]
@@ -92,7 +169,7 @@ async fn a_store_without_its_data_does_not_make_a_proven_key_rest_after_one_reje
         _ => example(),
     })
     .await;
-    let replicas = [(); 2].map(|()| replica(&store, &upstream.url(), "a-key"));
+    let replicas = replicas::<2>(&store, &upstream.url(), "a-key").await;
     for replica in &replicas {
         replica.call(numbered(0)).await.expect("a reply");
     }
@@ -118,7 +195,7 @@ async fn three_rejections_on_any_replicas_rest_a_proven_key() {
         _ => rejection(),
     })
     .await;
-    let replicas = [(); 3].map(|()| replica(&store, &upstream.url(), "a-key"));
+    let replicas = replicas::<3>(&store, &upstream.url(), "a-key").await;
     for (number, replica) in replicas.iter().enumerate() {
         replica.call(numbered(number)).await.expect("a reply");
     }

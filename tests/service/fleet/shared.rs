@@ -47,7 +47,9 @@ async fn the_upstream_rate_is_a_limit_of_all_replicas_together() {
         return;
     };
     let (upstream, times) = timed().await;
-    let replicas = [(); 3].map(|()| store.replica(&upstream, &["--upstream-rate", "6/2s"]));
+    let replicas = store
+        .replicas::<3>(&upstream, &["--upstream-rate", "6/2s"])
+        .await;
     let mut calls = JoinSet::new();
     for number in 0..30 {
         let client = replicas[number % 3].client().await;
@@ -75,7 +77,9 @@ async fn a_call_that_would_wait_for_another_replica_beyond_its_deadline_is_rejec
         return;
     };
     let upstream = Upstream::always(example()).await;
-    let replicas = [(); 2].map(|()| store.replica(&upstream, &["--upstream-rate", "1/1h"]));
+    let replicas = store
+        .replicas::<2>(&upstream, &["--upstream-rate", "1/1h"])
+        .await;
     replicas[0].call(numbered(0)).await.expect("a reply");
 
     let failure = replicas[1].failure(numbered(1)).await;
@@ -97,7 +101,7 @@ async fn a_throttle_window_of_one_replica_applies_to_the_others() {
     let text = "policy user over ratelimit,limit:200,time:1 minute";
     let body = format!(r#"{{"error_msg":"{text}","error_code":"APIGW.0308"}}"#);
     let upstream = Upstream::always(reply(429, &[("retry-after", "120")], body)).await;
-    let replicas = [(); 2].map(|()| store.replica(&upstream, &[]));
+    let replicas = store.replicas::<2>(&upstream, &[]).await;
     replicas[0].failure(numbered(0)).await;
     eventually("the window is stored", async || {
         !store.names("window").is_empty()
@@ -127,7 +131,9 @@ async fn a_call_that_waits_for_its_start_notices_a_throttle_window_of_another_re
     let throttling = reply(429, &[("retry-after", "120")], "");
     let held = [vec![Step::WaitFor(gate.clone())], throttling].concat();
     let upstream = Upstream::always(held).await;
-    let replicas = [(); 2].map(|()| store.replica(&upstream, &["--upstream-rate", "1/5s"]));
+    let replicas = store
+        .replicas::<2>(&upstream, &["--upstream-rate", "1/5s"])
+        .await;
     let mut client = replicas[0].client().await;
     let throttled = tokio::spawn(async move { client.get_task_detail(numbered(0)).await });
     upstream.wait_for_requests(1).await;
@@ -155,7 +161,7 @@ async fn a_canceled_call_leaves_its_start_to_the_next() {
         return;
     };
     let upstream = Upstream::always(example()).await;
-    let replica = store.replica(&upstream, &["--upstream-rate", "4/4s"]);
+    let replica = store.replica(&upstream, &["--upstream-rate", "4/4s"]).await;
     for number in 0..4 {
         replica.call(numbered(number)).await.expect("a reply");
     }
@@ -180,7 +186,9 @@ async fn a_call_with_little_time_is_not_rejected_because_of_the_store() {
         return;
     };
     let upstream = Upstream::always(example()).await;
-    let replica = store.replica(&upstream, &["--upstream-rate", "1000/1s"]);
+    let replica = store
+        .replica(&upstream, &["--upstream-rate", "1000/1s"])
+        .await;
     let mut client = replica.client().await;
     replica.call(numbered(0)).await.expect("a reply");
     for (state, timeout) in [("running", 45), ("stopped", 90)] {
@@ -235,7 +243,7 @@ async fn a_throttle_window_by_address_is_not_shared() {
     let text = "policy ip over ratelimit,limit:200,time:1 minute";
     let body = format!(r#"{{"error_msg":"{text}","error_code":"APIGW.0308"}}"#);
     let upstream = Upstream::always(reply(429, &[], body)).await;
-    let replicas = [(); 2].map(|()| store.replica(&upstream, &[]));
+    let replicas = store.replicas::<2>(&upstream, &[]).await;
 
     for replica in &replicas {
         replica.failure(numbered(0)).await;
@@ -257,7 +265,7 @@ async fn a_cached_reply_serves_all_replicas_and_its_age_counts_from_the_reply() 
     })
     .await;
     let flags = ["--cache-ttl", "20s"];
-    let replicas = [(); 2].map(|()| store.replica(&upstream, &flags));
+    let replicas = store.replicas::<2>(&upstream, &flags).await;
     let known = replicas[0].call(numbered(0)).await.expect("a reply");
     let missing = replicas[0].failure(numbered(1)).await;
     eventually("both results are stored", async || {
@@ -290,7 +298,9 @@ async fn a_miss_is_coalesced_over_all_replicas() {
     };
     let gate = Gate::default();
     let upstream = Upstream::always(gated_example(&gate)).await;
-    let replicas = [(); 3].map(|()| store.replica(&upstream, &["--cache-ttl", "20s"]));
+    let replicas = store
+        .replicas::<3>(&upstream, &["--cache-ttl", "20s"])
+        .await;
     let mut calls = JoinSet::new();
     for replica in &replicas {
         let mut client = replica.client().await;
@@ -324,7 +334,9 @@ async fn a_replica_that_dies_while_it_asks_is_replaced_soon() {
         _ => example(),
     })
     .await;
-    let [first, second] = [(); 2].map(|()| store.replica(&upstream, &["--cache-ttl", "20s"]));
+    let [first, second] = store
+        .replicas::<2>(&upstream, &["--cache-ttl", "20s"])
+        .await;
     let mut client = first.client().await;
     let lost = tokio::spawn(async move { client.get_task_detail(example_request()).await });
     upstream.wait_for_requests(1).await;
@@ -350,7 +362,7 @@ async fn a_lookup_without_a_result_releases_its_lease() {
         return;
     };
     let upstream = Upstream::always(reply(400, &[], r#"{"error_code":"DBS.280001"}"#)).await;
-    let replica = store.replica(&upstream, &["--cache-ttl", "20s"]);
+    let replica = store.replica(&upstream, &["--cache-ttl", "20s"]).await;
 
     eventually("a lease is released", async || {
         let failed = replica.call(example_request()).await;
@@ -367,7 +379,7 @@ async fn the_lease_of_a_lookup_is_renewed_while_rds_does_not_reply() {
     };
     let gate = Gate::default();
     let upstream = Upstream::always(gated_example(&gate)).await;
-    let replica = store.replica(&upstream, &["--cache-ttl", "20s"]);
+    let replica = store.replica(&upstream, &["--cache-ttl", "20s"]).await;
     let mut client = replica.client().await;
     let call = tokio::spawn(async move { client.get_task_detail(example_request()).await });
     upstream.wait_for_requests(1).await;
@@ -391,7 +403,9 @@ async fn a_call_waits_for_another_replica_for_half_of_its_time_only() {
     };
     let gate = Gate::default();
     let upstream = Upstream::always(gated_example(&gate)).await;
-    let replicas = [(); 2].map(|()| store.replica(&upstream, &["--cache-ttl", "20s"]));
+    let replicas = store
+        .replicas::<2>(&upstream, &["--cache-ttl", "20s"])
+        .await;
     let mut calls = JoinSet::new();
     for (index, replica) in replicas.iter().enumerate() {
         let mut client = replica.client().await;
@@ -416,7 +430,7 @@ async fn results_that_were_tampered_with_are_not_used() {
     };
     let upstream = Upstream::always(example()).await;
     let flags = ["--cache-ttl", "20s"];
-    let replica = store.replica(&upstream, &flags);
+    let replica = store.replica(&upstream, &flags).await;
     replica.call(numbered(0)).await.expect("a reply");
     eventually("the result is stored", async || {
         store.names("result").len() == 1
@@ -439,7 +453,7 @@ async fn results_that_were_tampered_with_are_not_used() {
             store.command(&["EVAL", script, "1", &name]);
             let entry = || store.command(&["GET", &name]);
             let (tampered, before) = (entry(), upstream.requests().len());
-            let other = store.replica(&upstream, &flags);
+            let other = store.replica(&upstream, &flags).await;
             other.call(numbered(0)).await.expect("a reply");
 
             let series = "quota_store_requests_total{operation=\"share\",outcome=\"rejected\"}";
@@ -459,7 +473,7 @@ async fn replicas_with_another_key_file_or_upstream_share_nothing() {
     };
     let upstream = Upstream::always(example()).await;
     let flags = ["--cache-ttl", "20s"];
-    let replica = store.replica(&upstream, &flags);
+    let replica = store.replica(&upstream, &flags).await;
     replica.call(numbered(0)).await.expect("a reply");
     let key = store.folder().join("other");
     std::fs::write(&key, [8; 32]).expect("a file");
@@ -470,7 +484,7 @@ async fn replicas_with_another_key_file_or_upstream_share_nothing() {
     let other = Program::over(&upstream.url(), &other_key);
     other.call(numbered(0)).await.expect("a reply");
     let elsewhere = Upstream::always(example()).await;
-    let third = store.replica(&elsewhere, &flags);
+    let third = store.replica(&elsewhere, &flags).await;
     third.call(numbered(0)).await.expect("a reply");
 
     assert_eq!(
@@ -491,7 +505,7 @@ async fn nothing_secret_reaches_the_store_and_everything_expires() {
     })
     .await;
     let flags = ["--cache-ttl", "20s", "--upstream-rate", "60/1m"];
-    let replica = store.replica(&upstream, &flags);
+    let replica = store.replica(&upstream, &flags).await;
     replica.call(example_request()).await.expect("a reply");
     replica.failure(numbered(1)).await;
     eventually("all is stored", async || {

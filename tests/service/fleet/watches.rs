@@ -64,7 +64,7 @@ async fn a_watched_task_is_polled_once_per_interval_for_all_replicas() {
         })
     })
     .await;
-    let replicas = [(); 3].map(|()| store.replica(&upstream, &FLAGS));
+    let replicas = store.replicas::<3>(&upstream, &FLAGS).await;
     let mut streams = Vec::new();
     for replica in &replicas {
         streams.push(watch(replica).await);
@@ -93,7 +93,7 @@ async fn a_poll_releases_its_lease() {
         return;
     };
     let upstream = Upstream::always(task("Running")).await;
-    let replica = store.replica(&upstream, &FLAGS);
+    let replica = store.replica(&upstream, &FLAGS).await;
 
     let _stream = watch(&replica).await;
 
@@ -117,7 +117,7 @@ async fn another_replica_takes_over_the_polls_of_one_that_dies_during_a_poll() {
         _ => task("Completed"),
     })
     .await;
-    let dies = store.replica(&upstream, &FLAGS);
+    let dies = store.replica(&upstream, &FLAGS).await;
     let mut lost = watch(&dies).await;
     assert_eq!(next_status(&mut lost).await.as_deref(), Some("Running"));
     upstream.wait_for_requests(2).await;
@@ -125,7 +125,7 @@ async fn another_replica_takes_over_the_polls_of_one_that_dies_during_a_poll() {
     let left = store.command(&["PTTL", &leases.concat()]).concat();
     let left: i64 = left.parse().expect("milliseconds");
     assert!(left <= 1600, "{left} ms, more than two intervals");
-    let survives = store.replica(&upstream, &FLAGS);
+    let survives = store.replica(&upstream, &FLAGS).await;
     let mut stream = watch(&survives).await;
     drop(dies);
 
@@ -151,7 +151,7 @@ async fn the_rate_of_polls_is_a_limit_of_all_replicas_together() {
     })
     .await;
     let flags = ["--watch-interval", "10ms", "--watch-rate", "3/3s"];
-    let replicas = [(); 3].map(|()| store.replica(&upstream, &flags));
+    let replicas = store.replicas::<3>(&upstream, &flags).await;
     let mut streams = Vec::new();
     for (number, replica) in replicas.iter().enumerate() {
         let mut client = replica.client().await;
@@ -182,7 +182,7 @@ async fn a_first_poll_that_waits_does_not_delay_repeated_polls() {
     };
     let upstream = Upstream::start(|_| task("Running")).await;
     let flags = ["--watch-interval", "10ms", "--watch-rate", "40/8s"];
-    let replica = store.replica(&upstream, &flags);
+    let replica = store.replica(&upstream, &flags).await;
     let client = replica.client().await;
     let mut opened = JoinSet::new();
     let mut open = |workflow_id: String| {

@@ -16,7 +16,7 @@ use rds_task_facade::pb::{
 use tonic::{Request, Response, Status, transport::Channel};
 use tonic_health::pb::health_client::HealthClient;
 
-use super::{Failure, LONGER_THAN_PATIENCE, PATIENCE, http};
+use super::{Failure, LONGER_THAN_PATIENCE, PATIENCE, eventually, http};
 
 pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_rds-task-facade");
 
@@ -108,7 +108,7 @@ impl Program {
             ])
             .args(args)
             .env_clear()
-            .env("TESTS_WAIT_FOR_STORE", "1")
+            .env("TESTS_WAIT_FOR_STORE", "10000")
             .envs(env.iter().copied())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -240,6 +240,14 @@ impl Program {
             .get(series)
             .copied()
             .unwrap_or_default()
+    }
+
+    /// Waits until calls use the quota store, or until they do not.
+    pub(crate) async fn uses_store(&self, uses: bool) {
+        eventually(&format!("calls use the store: {uses}"), async || {
+            (self.metric("quota_store_up").await == 1.0) == uses
+        })
+        .await;
     }
 
     /// How many connections were closed before HTTP/2 for this reason.

@@ -145,11 +145,30 @@ impl Store {
         flags.map(str::to_owned).to_vec()
     }
 
-    /// A replica before a scripted upstream, with a token of its own.
-    pub(crate) fn replica(&self, upstream: &Upstream, args: &[&str]) -> Program {
+    /// Starts a replica before a scripted upstream, with a token of its own, whether or not it can use the store.
+    pub(crate) fn start_replica(&self, upstream: &Upstream, args: &[&str]) -> Program {
         let flags = self.flags();
         let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
         Program::over(&upstream.url(), &[&flags, args].concat())
+    }
+
+    /// The same, and waits until it uses the store.
+    pub(crate) async fn replica(&self, upstream: &Upstream, args: &[&str]) -> Program {
+        let [replica] = self.replicas(upstream, args).await;
+        replica
+    }
+
+    /// Several of these.
+    pub(crate) async fn replicas<const N: usize>(
+        &self,
+        upstream: &Upstream,
+        args: &[&str],
+    ) -> [Program; N] {
+        let replicas = [(); N].map(|()| self.start_replica(upstream, args));
+        for replica in &replicas {
+            replica.uses_store(true).await;
+        }
+        replicas
     }
 
     /// Runs a command in the server, and returns the lines of its reply.
