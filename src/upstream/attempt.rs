@@ -235,7 +235,8 @@ impl Client {
             }
             Err(_) => {
                 self.http.timed_out();
-                return Err(timed_out(record, admission, until, true));
+                let deadline = lookup.deadline.deadline();
+                return Err(timed_out(record, admission, until, deadline, true));
             }
         };
         progress.update(|facts| {
@@ -258,7 +259,10 @@ impl Client {
             Ok(Err(failure)) => {
                 return Err(failed_request(record, admission, failure, connect_due));
             }
-            Err(_) => return Err(timed_out(record, admission, until, false)),
+            Err(_) => {
+                let deadline = lookup.deadline.deadline();
+                return Err(timed_out(record, admission, until, deadline, false));
+            }
         };
         record.finish(AttemptOutcome::Reply);
         let _permit = if body.len() > BYTES_PER_STEP {
@@ -471,12 +475,13 @@ impl Client {
     }
 }
 
+fn deadline_exceeded() -> FailedAttempt {
+    FailedAttempt::permanent(Error::DeadlineExceeded, Reason::DeadlineExceeded)
+}
+
 fn check_remaining(deadline: Deadline) -> Result<(), FailedAttempt> {
     if deadline.remaining() < FLOOR {
-        return Err(FailedAttempt::permanent(
-            Error::DeadlineExceeded,
-            Reason::DeadlineExceeded,
-        ));
+        return Err(deadline_exceeded());
     }
     Ok(())
 }
@@ -529,6 +534,7 @@ fn timed_out(
     record: AttemptRecord<'_>,
     admission: breaker::Admission<'_>,
     until: Instant,
+    deadline: Deadline,
     before_head: bool,
 ) -> FailedAttempt {
     record.finish(AttemptOutcome::Timeout);
@@ -536,7 +542,11 @@ fn timed_out(
     if !is_late(until) {
         admission.failed();
     }
-    FailedAttempt::timeout(before_head)
+    // Without CPU time, nothing has ended the call at its deadline either.
+    match deadline.at() < until {
+        true => deadline_exceeded(),
+        false => FailedAttempt::timeout(before_head),
+    }
 }
 
 /// Requests accept no content encoding, so an encoded body cannot be read.
