@@ -3,8 +3,8 @@
 //! The gateway locks a key for five minutes after more than five bad signatures in a row ("API request signing guide"), for every
 //! program that uses it. So a key that has never been accepted in this process rests after its first rejection, and any other key
 //! after its third rejection in a row. Until a key is accepted, and again after a rejection, one request is in flight at a time; if it gets
-//! no reply within a second, another caller may send one too, so that one hanging instance does not block all callers. A permit for a
-//! proven key costs one atomic load.
+//! no reply within a second, another caller may send one too, so that one hanging instance does not block all callers. A quota store
+//! limits these probes for all replicas together. A permit for a proven key costs one atomic load.
 //!
 //! A rejection may be about the project of the call and not about the key: a project for which the key has never been accepted, although
 //! it has been for another one, counts once. A success that was sent after the rejections clears them.

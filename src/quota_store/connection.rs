@@ -40,7 +40,7 @@ use crate::{
 /// set another number of milliseconds, so that no reply is too late because a process waits for CPU time.
 pub(super) fn longest_wait() -> Duration {
     let millis = || {
-        let millis = std::env::var_os("TESTS_WAIT_FOR_STORE")?;
+        let millis = std::env::var_os("TESTS_STORE_WAIT_MS")?;
         millis.to_str()?.parse().ok()
     };
     let tests = cfg!(debug_assertions).then(millis).flatten();
@@ -53,7 +53,7 @@ const MAX_FAILURES: u32 = 3;
 /// The time between two heartbeats, and between two attempts to connect.
 pub(super) const HEARTBEAT: Duration = Duration::from_secs(5);
 
-/// Time to connect and to authenticate.
+/// Time to connect and to authenticate: a second, unless a test waits longer for the store.
 pub(super) fn connect_timeout() -> Duration {
     Duration::from_secs(1).max(longest_wait())
 }

@@ -27,7 +27,7 @@ use super::{
 };
 use crate::{
     credentials::{self, Auth, Token, TokenEvidence, key_guard},
-    deadline::Deadline,
+    deadline::{Deadline, SharedDeadline},
     http_client::{Error as HttpError, Response, Reuse},
     lateness::is_late,
     quota_store::Session,
@@ -86,6 +86,21 @@ struct Signed<'a> {
     clock_corrected: bool,
     /// The attempt as the quota store sees it.
     in_fleet: InFleet<'a>,
+}
+
+/// When an attempt ends at the latest.
+#[derive(Debug, Clone, Copy)]
+struct Limits<'a> {
+    connect: Instant,
+    attempt: Instant,
+    deadline: &'a SharedDeadline,
+}
+
+impl Limits<'_> {
+    /// Whether the deadline has passed before this limit: then the process got no CPU time to end the call at its deadline.
+    fn is_behind_deadline(&self, limit: Instant) -> bool {
+        self.deadline.deadline().at() < limit
+    }
 }
 
 impl FailedAttempt {
@@ -185,10 +200,11 @@ impl Client {
                 (Used::Key(permit), in_fleet)
             }
         };
-        let _probe = in_fleet.probe(lookup.store);
         let queued_at = Instant::now();
+        let _probe;
         if let Some(session) = lookup.store {
             breaker.check(attempt).map_err(circuit_open)?;
+            _probe = in_fleet.probe(session);
             let admitted = self.admit_in_fleet(session, in_fleet, identity, lookup.caller);
             // Boxed, so that calls without a store do not pay for its size.
             Box::pin(admitted).await?;
@@ -224,19 +240,22 @@ impl Client {
         });
         let mut record =
             AttemptRecord::start(&endpoint.metrics, request.url(), lookup.span, resend_count);
-        let until = signed.sent_at + endpoint.options.attempt_timeout;
-        let connect_due = signed.sent_at + endpoint.options.connect_timeout;
+        let limits = Limits {
+            connect: signed.sent_at + endpoint.options.connect_timeout,
+            attempt: signed.sent_at + endpoint.options.attempt_timeout,
+            deadline: lookup.deadline,
+        };
+        let until = limits.attempt;
         let message = request.with(auth, signed.at, &record);
         let secrets = self.secrets(auth);
         let mut reply = match tokio::time::timeout_at(until, self.http.send(message, reuse)).await {
             Ok(Ok(reply)) => reply,
             Ok(Err(failure)) => {
-                return Err(failed_request(record, admission, failure, connect_due));
+                return Err(failed_request(record, admission, failure, limits));
             }
             Err(_) => {
                 self.http.timed_out();
-                let deadline = lookup.deadline.deadline();
-                return Err(timed_out(record, admission, until, deadline, true));
+                return Err(timed_out(record, admission, limits, true));
             }
         };
         progress.update(|facts| {
@@ -257,12 +276,9 @@ impl Client {
                 Bytes::from_static(UNREADABLE)
             }
             Ok(Err(failure)) => {
-                return Err(failed_request(record, admission, failure, connect_due));
+                return Err(failed_request(record, admission, failure, limits));
             }
-            Err(_) => {
-                let deadline = lookup.deadline.deadline();
-                return Err(timed_out(record, admission, until, deadline, false));
-            }
+            Err(_) => return Err(timed_out(record, admission, limits, false)),
         };
         record.finish(AttemptOutcome::Reply);
         let _permit = if body.len() > BYTES_PER_STEP {
@@ -510,7 +526,7 @@ fn failed_request(
     record: AttemptRecord<'_>,
     admission: breaker::Admission<'_>,
     failure: HttpError,
-    connect_due: Instant,
+    limits: Limits<'_>,
 ) -> FailedAttempt {
     tracing::warn!(
         reason = failure.reason.as_str(),
@@ -524,26 +540,27 @@ fn failed_request(
         // Out of descriptors, which shows nothing about upstream.
         Reason::Overloaded => drop(admission),
         // Connecting may have waited for CPU time of this process or for other connects, not for upstream.
-        _ if failure.timed_out && is_late(connect_due) => drop(admission),
+        _ if failure.timed_out && is_late(limits.connect) => drop(admission),
         _ => admission.failed(),
     }
-    FailedAttempt::transport(failure)
+    match failure.timed_out && limits.is_behind_deadline(limits.connect) {
+        true => deadline_exceeded(),
+        false => FailedAttempt::transport(failure),
+    }
 }
 
 fn timed_out(
     record: AttemptRecord<'_>,
     admission: breaker::Admission<'_>,
-    until: Instant,
-    deadline: Deadline,
+    limits: Limits<'_>,
     before_head: bool,
 ) -> FailedAttempt {
     record.finish(AttemptOutcome::Timeout);
     // The reply may have arrived, but this process got no CPU time to read it.
-    if !is_late(until) {
+    if !is_late(limits.attempt) {
         admission.failed();
     }
-    // Without CPU time, nothing has ended the call at its deadline either.
-    match deadline.at() < until {
+    match limits.is_behind_deadline(limits.attempt) {
         true => deadline_exceeded(),
         false => FailedAttempt::timeout(before_head),
     }

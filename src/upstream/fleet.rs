@@ -49,13 +49,10 @@ impl<'a> InFleet<'a> {
         }
     }
 
-    /// To be held from before admission until the outcome has been reported.
-    pub(super) fn probe(self, store: Option<&'a Session>) -> Option<Probe<'a>> {
-        self.context.probe?;
-        store.map(|session| Probe {
-            session,
-            context: self.context,
-        })
+    /// To be held from before admission until the outcome has been reported; `None` unless the attempt is a probe.
+    pub(super) fn probe(self, session: &'a Session) -> Option<Probe<'a>> {
+        let context = self.context;
+        context.probe.map(|_| Probe { session, context })
     }
 
     /// The gateway has accepted the key. Reported when that is news, and from time to time.
@@ -86,7 +83,7 @@ impl<'a> InFleet<'a> {
     }
 }
 
-/// An attempt that may try an unproven key out for the fleet, until it is dropped.
+/// An attempt with a key that this replica has not proven. Dropping it ends the probe in the store.
 pub(super) struct Probe<'a> {
     session: &'a Session,
     context: AttemptContext<'a>,

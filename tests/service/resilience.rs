@@ -209,26 +209,31 @@ async fn the_timeout_bounds_a_call_without_a_deadline_or_with_a_longer_one() {
 }
 
 #[tokio::test]
-async fn the_deadline_ends_a_call_whose_attempt_timeout_passes_before_the_program_gets_cpu_time() {
-    let upstream = Upstream::always(vec![Step::Hold]).await;
-    let (timeout, attempt_timeout) = ("500ms", "600ms");
-    let flags = ["--timeout", timeout, "--attempt-timeout", attempt_timeout];
-    let program = Program::over(&upstream.url(), &flags);
-    let mut client = program.client().await;
-    let call = tokio::spawn(async move { client.get_task_detail(example_request()).await });
-    upstream.wait_for_requests(1).await;
+async fn the_deadline_ends_a_call_whose_other_timeout_passes_before_the_program_gets_cpu_time() {
+    for (scheme, limit) in [
+        ("http", "--attempt-timeout"),
+        ("https", "--connect-timeout"),
+    ] {
+        let upstream = Upstream::always(vec![Step::Hold]).await;
+        let url = upstream.url().replace("http", scheme);
+        let program = Program::over(&url, &["--timeout", "500ms", limit, "600ms"]);
+        let mut client = program.client().await;
+        let call = tokio::spawn(async move { client.get_task_detail(example_request()).await });
+        upstream.wait_for_requests(1).await;
 
-    program.signal("STOP");
-    // Both times have passed then, however long this takes.
-    tokio::time::sleep(Duration::from_secs(1)).await;
-    program.signal("CONT");
+        program.signal("STOP");
+        // Both times have passed then, however long this takes.
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        program.signal("CONT");
 
-    let status = call.await.expect("no panic").expect_err("no reply");
-    let failure = Failure::from_status(&status);
-    assert_eq!(
-        failure.code_and_reason(),
-        (Code::DeadlineExceeded, "DEADLINE_EXCEEDED")
-    );
+        let status = call.await.expect("no panic").expect_err("no reply");
+        let failure = Failure::from_status(&status);
+        assert_eq!(
+            failure.code_and_reason(),
+            (Code::DeadlineExceeded, "DEADLINE_EXCEEDED"),
+            "{limit}"
+        );
+    }
 }
 
 #[tokio::test]

@@ -125,7 +125,12 @@ impl Queued {
             if assigned.is_some() || !wait.is_zero() {
                 sleep_until(at).await;
                 // There may be a throttle window, a rest or a result since the store has assigned the start.
-                let answer = session.admit(request.again(), Slot::UNLIMITED).await;
+                let again = match assigned {
+                    // To a waiter that has left the queue; a probe of this one is not registered.
+                    Some(_) => request,
+                    None => request.again(),
+                };
+                let answer = session.admit(again, Slot::UNLIMITED).await;
                 if !matches!(answer, Answer::Start(_) | Answer::Unavailable) {
                     return Err(answer);
                 }

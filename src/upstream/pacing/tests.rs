@@ -618,7 +618,7 @@ fn start_in_fleet(
         let request = Request::Attempt(AttemptContext {
             instance: None,
             key: None,
-            probe: None,
+            probe: Some(7),
             deadline,
         });
         let answer = pacing.wait_in_fleet(RDS, ANN, deadline, &session, request);
@@ -735,6 +735,8 @@ async fn attempts_that_the_store_delays_start_in_turn_at_the_times_it_assigns() 
     let expected = expected.map(|(at, calls)| (at, calls.to_owned()));
     assert_eq!(asked(&store, begun).await, expected);
     let runs = store.runs("admit").await;
+    let probes: Vec<_> = runs.iter().map(|run| run.arg(8)).collect();
+    assert_eq!(probes, ["7", "", "7", ""]);
     let longest = Duration::from_secs(9) - FLEET_SLACK;
     assert_eq!(runs[0].arg(6), longest.as_micros().to_string());
 }
@@ -775,6 +777,18 @@ async fn the_start_of_a_canceled_attempt_is_for_the_next_unless_it_is_too_late()
     assert_eq!(patient, (AT_ONCE, 4000));
     let asked = asked(&store, begun).await;
     assert_eq!(asked, [(0, "1".to_owned()), (5000, "0".to_owned())]);
+    let runs = store.runs("admit").await;
+    assert_eq!(runs[1].arg(8), "7", "a probe of its own");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_attempt_that_waits_for_probes_until_its_deadline_is_not_throttled() {
+    let store = scripted(|_| reply("probed", 0)).await;
+    let pacing = pacing(10, Duration::from_secs(1));
+
+    let (answer, at) = start_in_fleet(&pacing, &store, in_seconds(9)).await;
+
+    assert_eq!((answer, at), (Answer::Probed, 8940));
 }
 
 #[tokio::test(start_paused = true)]

@@ -50,35 +50,15 @@ async fn at_once(replica: &Program, count: usize) -> Duration {
     begun.elapsed()
 }
 
-/// A replica for which a second without a reply of the store at `url` is too long.
-fn impatient(url: &str, key_file: &str, upstream: &Upstream, args: &[&str]) -> Program {
-    let upstream = upstream.url();
-    let flags = [
-        "--endpoint",
-        &upstream,
-        "--credentials",
-        "token",
-        "--quota-store",
-        url,
-        "--quota-store-key-file",
-        key_file,
-    ];
-    let env = [
-        ("RDS_TASK_FACADE_TOKEN", TOKEN),
-        ("TESTS_WAIT_FOR_STORE", "1000"),
-    ];
-    Program::start(&[&flags, args].concat(), &env)
-}
-
 #[tokio::test]
 async fn no_call_fails_while_the_store_is_gone_and_replicas_return_to_it() {
     let Some(mut store) = Store::start().await else {
         return;
     };
     let upstream = Upstream::always(example()).await;
-    let (url, key) = (store.url(), store.key_file());
     let flags = ["--cache-ttl", "1ms", "--upstream-rate", "1000/1s"];
-    let replica = impatient(&url, &key, &upstream, &flags);
+    let store_flags = [store.url(), store.key_file()];
+    let replica = Program::impatient("1000", &upstream, store_flags, &flags);
     replica.uses_store(true).await;
     slowest(&replica, 0, 5).await;
 
@@ -247,7 +227,8 @@ async fn a_slow_store_is_not_used() {
     };
     let (url, delay) = slow_proxy(&store).await;
     let upstream = Upstream::always(example()).await;
-    let replica = impatient(&url, &store.key_file(), &upstream, &[]);
+    let store_flags = [url, store.key_file()];
+    let replica = Program::impatient("1000", &upstream, store_flags, &[]);
     replica.uses_store(true).await;
 
     delay.store(20_000, Ordering::Relaxed);
@@ -331,9 +312,9 @@ async fn a_hostile_store_costs_neither_calls_nor_memory() {
         let key = folder.path().join("key");
         std::fs::write(&key, [7; 32]).expect("a file");
         let url = format!("redis://127.0.0.1:{port}");
-        let key = key.to_str().expect("ASCII");
+        let key = key.to_str().expect("ASCII").to_owned();
         let upstream = Upstream::always(example()).await;
-        let replica = impatient(&url, key, &upstream, &[]);
+        let replica = Program::impatient("1000", &upstream, [url, key], &[]);
 
         slowest(&replica, 0, 5).await;
 
@@ -488,22 +469,32 @@ async fn the_documented_access_rules_are_sufficient() {
         "--upstream-rate",
         "60/1m",
     ];
-    let replica = Program::over(&upstream.url(), &flags);
-    replica.call(numbered(0)).await.expect("a reply");
-    replica.failure(numbered(1)).await;
+    let with_token = Program::over(&upstream.url(), &flags);
+    with_token.call(numbered(0)).await.expect("a reply");
+    with_token.failure(numbered(1)).await;
+    let accepts = Upstream::always(example()).await;
+    let accepts = accepts.url();
+    let with_key = ["--credentials", "env", "--endpoint", &accepts];
+    let env = ["AK", "SK"].map(|name| (format!("HUAWEICLOUD_SDK_{name}"), "a-key"));
+    let env = env.each_ref().map(|(name, value)| (name.as_str(), *value));
+    let with_key = Program::start(&[&with_key, &flags[..]].concat(), &env);
+    with_key.call(numbered(0)).await.expect("a reply");
 
     eventually("all is written", async || {
         let names = store.command(&["-n", "1", "KEYS", "*"]).join(" ");
-        names.contains(":result:") && names.contains(":window:")
+        let written = ["result", "window", "key-proof"].map(|kind| format!(":{kind}:"));
+        written.iter().all(|kind| names.contains(kind)) && !names.contains(":key-probes:")
     })
     .await;
 
-    let errors = replica.metrics().await;
-    let errors = errors
-        .keys()
-        .filter(|series| series.contains("outcome=\"error\""));
-    assert_eq!(errors.count(), 0);
-    assert_eq!(replica.metric("quota_store_up").await, 1.0);
+    for replica in [with_token, with_key] {
+        let errors = replica.metrics().await;
+        let errors = errors
+            .keys()
+            .filter(|series| series.contains("outcome=\"error\""));
+        assert_eq!(errors.count(), 0);
+        assert_eq!(replica.metric("quota_store_up").await, 1.0);
+    }
 }
 
 #[tokio::test]

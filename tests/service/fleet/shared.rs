@@ -186,9 +186,9 @@ async fn a_call_with_little_time_is_not_rejected_because_of_the_store() {
         return;
     };
     let upstream = Upstream::always(example()).await;
-    let replica = store
-        .replica(&upstream, &["--upstream-rate", "1000/1s"])
-        .await;
+    let store_flags = [store.url(), store.key_file()];
+    let rate = ["--upstream-rate", "1000/1s"];
+    let replica = Program::impatient("50", &upstream, store_flags, &rate);
     let mut client = replica.client().await;
     replica.call(numbered(0)).await.expect("a reply");
     for (state, timeout) in [("running", 45), ("stopped", 90)] {
@@ -222,7 +222,7 @@ async fn an_early_start_does_not_end_the_count_of_a_later_one() {
     let start = |spacing, has_waited, id| {
         let names = ["EVAL", script, "4", "a", "b", "c", "d"];
         let slot = [
-            "3", "10000000", spacing, "2", has_waited, "60000000", id, "0",
+            "3", "10000000", spacing, "2", has_waited, "60000000", id, "",
         ];
         store.command(&[&names[..], &slot].concat())
     };

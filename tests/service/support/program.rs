@@ -16,7 +16,7 @@ use rds_task_facade::pb::{
 use tonic::{Request, Response, Status, transport::Channel};
 use tonic_health::pb::health_client::HealthClient;
 
-use super::{Failure, LONGER_THAN_PATIENCE, PATIENCE, eventually, http};
+use super::{Failure, LONGER_THAN_PATIENCE, PATIENCE, Upstream, eventually, http};
 
 pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_rds-task-facade");
 
@@ -39,6 +39,9 @@ pub(crate) fn numbered(number: usize) -> GetTaskDetailRequest {
     request.workflow_id = format!("w-{number}");
     request
 }
+
+/// The variable for the longest wait of a call for the quota store, in milliseconds.
+const WAIT_FOR_STORE: &str = "TESTS_STORE_WAIT_MS";
 
 /// `rds-task-facade serve`, running; killed when dropped.
 pub(crate) struct Program {
@@ -108,7 +111,7 @@ impl Program {
             ])
             .args(args)
             .env_clear()
-            .env("TESTS_WAIT_FOR_STORE", "10000")
+            .env(WAIT_FOR_STORE, "10000")
             .envs(env.iter().copied())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -145,6 +148,21 @@ impl Program {
         let mut all = vec!["--endpoint", upstream, "--credentials", "token"];
         all.extend_from_slice(args);
         Self::start(&all, &[("RDS_TASK_FACADE_TOKEN", TOKEN)])
+    }
+
+    /// Against a scripted upstream, with the URL and the key file of a quota store, for whose replies it waits so many milliseconds.
+    pub(crate) fn impatient(
+        millis: &str,
+        upstream: &Upstream,
+        [url, key_file]: [String; 2],
+        args: &[&str],
+    ) -> Self {
+        let upstream = upstream.url();
+        let mut all = vec!["--endpoint", &upstream, "--credentials", "token"];
+        all.extend(["--quota-store", &url, "--quota-store-key-file", &key_file]);
+        all.extend_from_slice(args);
+        let env = [("RDS_TASK_FACADE_TOKEN", TOKEN), (WAIT_FOR_STORE, millis)];
+        Self::start(&all, &env)
     }
 
     /// Against a scripted upstream, with timeouts longer than any test, so that none of them ends a call.

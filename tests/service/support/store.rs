@@ -19,8 +19,7 @@ use super::{Program, Upstream, within};
 /// Set where a missing server is an error and not a reason to skip a test.
 const REQUIRED: &str = "TESTS_REQUIRE_REDIS";
 
-/// Limits the tests that use a store at the same time: each starts several processes, and a replica waits only a part of a second for the
-/// store.
+/// Limits the tests that use a store at the same time: each starts several processes.
 static RUNNING: Semaphore = Semaphore::const_new(2);
 
 /// A Redis server without persistence; killed when dropped.
@@ -152,13 +151,13 @@ impl Store {
         Program::over(&upstream.url(), &[&flags, args].concat())
     }
 
-    /// The same, and waits until it uses the store.
+    /// Starts a replica, and waits until it uses the store.
     pub(crate) async fn replica(&self, upstream: &Upstream, args: &[&str]) -> Program {
         let [replica] = self.replicas(upstream, args).await;
         replica
     }
 
-    /// Several of these.
+    /// Starts several replicas, and waits until all use the store.
     pub(crate) async fn replicas<const N: usize>(
         &self,
         upstream: &Upstream,
