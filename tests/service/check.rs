@@ -6,7 +6,7 @@ use crate::support::{
     Sandbox, Step, Store, Upstream,
     canary::assert_no_canary,
     certificates::{Authority, Pair},
-    example,
+    example, free_address,
     program::{PROGRAM, run},
     reply,
 };
@@ -280,9 +280,7 @@ async fn obstacles_on_the_way_to_rds_fail_once_with_their_cause() {
     let silent = Upstream::always(vec![Step::Hold]).await;
     let reset = Upstream::always(vec![Step::Reset]).await;
     let not_http = Upstream::always(vec![Step::Send(b"+OK ready\r\n".to_vec()), Step::Close]).await;
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
-    let closed = format!("http://{}", listener.local_addr().expect("an address"));
-    drop(listener);
+    let closed = format!("http://{}", free_address());
     let not_tls = format!("https://localhost:{}", plain.address.port());
     let through = |url: &str| {
         [

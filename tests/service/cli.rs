@@ -6,7 +6,7 @@ use crate::shared::scenarios::documented;
 use crate::support::{
     Program, Upstream,
     certificates::{Authority, Pair},
-    example,
+    example, free_address,
     program::{PROGRAM, run},
     reply,
 };
@@ -396,9 +396,7 @@ async fn health_without_a_target_asks_the_server_with_the_same_variables() {
 
 #[test]
 fn health_without_a_target_reports_a_stopped_server_and_invalid_variables() {
-    let closed = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
-    let address = closed.local_addr().expect("an address").to_string();
-    drop(closed);
+    let address = free_address().to_string();
     let cases = [
         (
             health_of(&address, "off", &[]),

@@ -177,8 +177,9 @@ async fn silent_clients_do_not_delay_the_exit_beyond_the_grace_period() {
 async fn a_call_that_outlives_the_grace_period_gets_shutting_down_before_the_exit() {
     let grace = Duration::from_secs(5);
     let mut late = Vec::new();
-    // The call is cut off 500 ms before the grace period ends. A busy machine may take longer than that to end the program and may
-    // lose the reply, but not five times in a row.
+    // The call is cut off 500 ms before the grace period ends, and the program waits 250 ms for the reply to be sent. A busy machine may
+    // take longer and may lose the reply, but not five times in a row.
+    let usual = Duration::from_millis(4700);
     while late.len() < 5 {
         let upstream = Upstream::always(vec![Step::Hold]).await;
         let mut program = Program::patient(&upstream.url(), &["--shutdown-grace", "5s"]);
@@ -193,7 +194,7 @@ async fn a_call_that_outlives_the_grace_period_gets_shutting_down_before_the_exi
 
         assert_eq!(ended.code(), Some(0));
         assert!(took >= grace / 2, "{took:?}");
-        if took >= grace {
+        if took >= usual {
             late.push(took);
             continue;
         }
@@ -209,7 +210,7 @@ async fn a_call_that_outlives_the_grace_period_gets_shutting_down_before_the_exi
         assert_eq!(line["calls"], 1);
         return;
     }
-    panic!("never within the grace period: {late:?}");
+    panic!("never within {usual:?}: {late:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -8,7 +8,7 @@ use tokio::io::AsyncWriteExt as _;
 use crate::support::{
     Connection, Gate, Program, Step, Upstream,
     certificates::{Authority, Pair},
-    eventually, example, example_request, gated_example,
+    eventually, example, example_request, free_address, gated_example,
     program::run,
     raw::{framed, headers},
     reply,
@@ -135,12 +135,6 @@ fn https(upstream: &Upstream) -> String {
     format!("https://localhost:{}", upstream.address.port())
 }
 
-async fn closed_port() -> u16 {
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await;
-    let address = listener.expect("a free port").local_addr();
-    address.expect("an address").port()
-}
-
 async fn start(written: &mut Written) {
     written
         .run(&["serve", "--region", "cn-nowhere-9"], &[])
@@ -195,7 +189,7 @@ async fn start(written: &mut Written) {
 }
 
 async fn connections(written: &mut Written) {
-    let closed = format!("http://127.0.0.1:{}", closed_port().await);
+    let closed = format!("http://{}", free_address());
     let program = Program::over(&closed, &[]);
     for number in 0..12 {
         written.call(&program, &format!("instance-{number}")).await;
@@ -287,7 +281,7 @@ async fn credentials(written: &mut Written) {
     let forbidden = r#"{"error":{"code":403,"message":"No access","title":"Forbidden"}}"#;
     let invalid = r#"{"error":{"code":400,"message":"Invalid","title":"Bad Request"}}"#;
     let replies = [(401, wrong), (403, forbidden), (400, invalid)];
-    let mut endpoints = vec![format!("http://127.0.0.1:{}", closed_port().await)];
+    let mut endpoints = vec![format!("http://{}", free_address())];
     let mut issuers = Vec::new();
     for (status, body) in replies {
         let issuer = Upstream::always(reply(status, &trace, body)).await;
@@ -435,7 +429,7 @@ async fn telemetry(written: &mut Written) {
     let settings = vec![Step::Send(vec![0, 0, 0, 4, 0, 0, 0, 0, 0]), Step::Close];
     let grpc = Upstream::always(settings).await;
     let silent = Upstream::always(vec![Step::Hold]).await;
-    let closed = format!("http://127.0.0.1:{}", closed_port().await);
+    let closed = format!("http://{}", free_address());
     for endpoint in [denied.url(), grpc.url(), closed] {
         let env = [
             ("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint.as_str()),
@@ -472,7 +466,7 @@ async fn commands(written: &mut Written) {
     written
         .run(&["call", "--target", &target, "--ca", &ca], &[])
         .await;
-    let closed = format!("http://127.0.0.1:{}", closed_port().await);
+    let closed = format!("http://{}", free_address());
     written.run(&["health", "--target", &closed], &[]).await;
     let silent = Upstream::always(vec![
         Step::Send(vec![0, 0, 0, 4, 0, 0, 0, 0, 0]),

@@ -77,7 +77,11 @@ func restarts(results *results, program string, count int, seed uint64) error {
 			}
 		}
 	}
-	facade, err := startFacade(program, upstream.url(), onLine)
+	address, err := freeAddress()
+	if err != nil {
+		return err
+	}
+	facade, err := startFacade(program, upstream.url(), onLine, "--listen", address)
 	if err != nil {
 		return err
 	}
@@ -143,7 +147,7 @@ func restarts(results *results, program string, count int, seed uint64) error {
 			deaths = append(deaths, death{from, time.Now().Add(unnoticed)})
 		}
 		begun := time.Now()
-		facade, err = startFacade(program, upstream.url(), onLine, "--listen", facade.address)
+		facade, err = startFacade(program, upstream.url(), onLine, "--listen", address)
 		if err != nil {
 			return fmt.Errorf("restart %d after %s: %w", restart+1, ending.name, err)
 		}

@@ -550,13 +550,13 @@ func (b *watchBench) rollingRestarts() error {
 	// The upstream of each process, all with the same tasks.
 	shared := &taskUpstream{byToken: map[string]int{}}
 	var upstreams []*taskUpstream
-	start := func(index int, more ...string) error {
+	start := func(index int, address string) error {
 		upstream, err := shared.another()
 		if err != nil {
 			return err
 		}
 		upstreams = append(upstreams, upstream)
-		facades[index], err = b.startOver(upstream, append(more, flags...)...)
+		facades[index], err = b.startOver(upstream, append([]string{"--listen", address}, flags...)...)
 		return err
 	}
 	defer func() {
@@ -570,10 +570,14 @@ func (b *watchBench) rollingRestarts() error {
 		}
 	}()
 	for index := range instances {
-		if err := start(index); err != nil {
+		address, err := freeAddress()
+		if err != nil {
 			return err
 		}
-		addresses = append(addresses, resolver.Address{Addr: facades[index].address})
+		if err := start(index, address); err != nil {
+			return err
+		}
+		addresses = append(addresses, resolver.Address{Addr: address})
 	}
 	const connections = 4
 	var channels []*grpc.ClientConn
@@ -604,7 +608,7 @@ func (b *watchBench) rollingRestarts() error {
 		if state.ExitCode() != 0 {
 			b.check(false, "restart %d: exit code %d", restart+1, state.ExitCode())
 		}
-		if err := start(index, "--listen", facade.address); err != nil {
+		if err := start(index, facade.address); err != nil {
 			return fmt.Errorf("restart %d: %w", restart+1, err)
 		}
 	}

@@ -4,8 +4,10 @@ The program is target/dist/rds-task-facade, or the one that the variable FACADE 
 looked up in the folders of the variable CI_TOOLS, separated by colons, and then in PATH.
 """
 
+import contextlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -230,9 +232,11 @@ def make_certificate(folder, name, names="IP:127.0.0.1,DNS:localhost"):
 
 
 def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """A port that was free a moment ago, below those that the system gives to clients and listeners, so that none of them takes it."""
+    while True:
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", random.randrange(15_000, 30_000)))
+            return listener.getsockname()[1]
 
 
 def tool(name):

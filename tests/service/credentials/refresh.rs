@@ -1,5 +1,4 @@
 use std::{
-    net::{SocketAddr, TcpListener},
     sync::atomic::{AtomicUsize, Ordering},
     time::{Duration, Instant},
 };
@@ -12,7 +11,7 @@ use crate::{
     credentials,
     support::{
         Connection, Failure, Gate, LONGER_THAN_PATIENCE, Program, Sandbox, Step, Upstream,
-        eventually, example, example_request, reply, upstream::Received,
+        eventually, example, example_request, free_address, reply, upstream::Received,
     },
 };
 
@@ -400,9 +399,7 @@ async fn without_a_token_calls_fail_with_a_retry_delay_until_iam_has_recovered()
 
 #[tokio::test]
 async fn the_program_starts_while_iam_is_down_and_serves_once_it_is_up() {
-    let free = TcpListener::bind("127.0.0.1:0").expect("a free port");
-    let address: SocketAddr = free.local_addr().expect("a bound listener has an address");
-    drop(free);
+    let address = free_address();
     let url = format!("http://{address}");
     let folder = Folder::new();
     let password_file = folder.file("password", "sandbox-password");

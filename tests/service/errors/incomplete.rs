@@ -3,7 +3,7 @@ use std::time::Duration;
 use tonic::Code;
 
 use super::{failure_for, raw};
-use crate::support::{Program, Step, Upstream, example, example_request, reply};
+use crate::support::{Program, Step, Upstream, example, example_request, free_address, reply};
 
 #[tokio::test]
 async fn incomplete_replies_have_distinct_reasons() {
@@ -168,11 +168,7 @@ async fn chunked_encoding_wins_over_content_length() {
 
 #[tokio::test]
 async fn connection_errors_have_distinct_reasons() {
-    let closed = tokio::net::TcpListener::bind("127.0.0.1:0")
-        .await
-        .expect("a port")
-        .local_addr()
-        .expect("an address");
+    let closed = free_address();
     // Replies to a handshake as a web server without TLS does.
     let plain = Upstream::always([reply(400, &[], ""), vec![Step::Close]].concat()).await;
     let cases = [

@@ -16,7 +16,7 @@ use super::shared::all_seen;
 use crate::support::{
     Program, Store, Upstream,
     certificates::{Authority, Pair},
-    eventually, example, numbered,
+    eventually, example, free_address, numbered,
     program::{self, TOKEN},
     reply,
 };
@@ -352,9 +352,7 @@ async fn a_store_with_tls_needs_a_trusted_certificate() {
         path.to_str().expect("ASCII").to_owned()
     };
     let (cert, key) = (write("cert", &pair.cert), write("key", &pair.key));
-    let free = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
-    let port = free.local_addr().expect("it is bound").port();
-    drop(free);
+    let port = free_address().port();
     let number = port.to_string();
     let tls = [
         "--tls-port",

@@ -65,8 +65,9 @@ async fn the_upstream_rate_is_a_limit_of_all_replicas_together() {
     assert!(results.iter().all(Result::is_ok), "{results:?}");
     let times = times.lock().expect("no panic").clone();
     assert_eq!(times.len(), 30);
-    let most = most_in(Duration::from_secs(2), &times);
-    assert!(most <= 7, "{most} in two seconds");
+    // Requests that start two seconds apart may arrive closer together on a busy machine. Without a store, 18 would start at once.
+    let most = most_in(Duration::from_secs(1), &times);
+    assert!(most <= 7, "{most} in a second");
     let took = *times.iter().max().unwrap() - *times.iter().min().unwrap();
     assert!(took >= Duration::from_secs(7), "{took:?}");
 }

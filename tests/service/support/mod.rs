@@ -1,6 +1,7 @@
 pub(crate) mod canary;
 pub(crate) mod certificates;
 pub(crate) mod http;
+pub(crate) mod ports;
 pub(crate) mod program;
 pub(crate) mod raw;
 pub(crate) mod sandbox;
@@ -9,6 +10,7 @@ pub(crate) mod store;
 pub(crate) mod tls;
 
 pub(crate) use self::{
+    ports::free_address,
     program::{Program, example_request, numbered},
     raw::Connection,
     sandbox::Sandbox,

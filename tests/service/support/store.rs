@@ -2,7 +2,6 @@
 
 use std::{
     io,
-    net::TcpListener,
     path::Path,
     process::{Child, Command, Stdio},
     time::Duration,
@@ -14,7 +13,7 @@ use tokio::{
     sync::{Semaphore, SemaphorePermit},
 };
 
-use super::{Program, Upstream, within};
+use super::{Program, Upstream, free_address, within};
 
 /// Set where a missing server is an error and not a reason to skip a test.
 const REQUIRED: &str = "TESTS_REQUIRE_REDIS";
@@ -40,9 +39,7 @@ impl Store {
     /// As [`Self::start`], with further arguments.
     pub(crate) async fn start_with(args: &[&str]) -> Option<Self> {
         let running = RUNNING.acquire().await.expect("it is never closed");
-        let free = TcpListener::bind("127.0.0.1:0").expect("a free port");
-        let port = free.local_addr().expect("it is bound").port();
-        drop(free);
+        let port = free_address().port();
         let folder = tempfile::tempdir().expect("a folder");
         std::fs::write(folder.path().join("key"), [7; 32]).expect("a file");
         let mut store = Self {

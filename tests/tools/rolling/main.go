@@ -11,6 +11,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -294,11 +295,17 @@ func (i *instance) stop() (time.Duration, error) {
 
 func (i *instance) kill() { _ = i.command.Process.Kill() }
 
+// freeAddress is an address of loopback that was free a moment ago. Its port is below those that the system gives to clients, so that no client
+// takes it while its server is restarted.
 func freeAddress() (string, error) {
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return "", err
+	for {
+		listener, err := net.Listen("tcp", fmt.Sprint("127.0.0.1:", 15_000+rand.IntN(15_000)))
+		switch {
+		case err == nil:
+			defer listener.Close()
+			return listener.Addr().String(), nil
+		case !errors.Is(err, syscall.EADDRINUSE):
+			return "", err
+		}
 	}
-	defer listener.Close()
-	return listener.Addr().String(), nil
 }
