@@ -48,14 +48,15 @@ def walk(checks, orders, credentials, environment):
         facade.wait_until_serving()
         said = any("scoped to the instance id" in line for line in facade.output)
         checks.that(f"{credentials}: the log names the scope", said, facade.output)
-        channel = stack.enter_context(grpc.insecure_channel(facade.address))
         pool = stack.enter_context(ThreadPoolExecutor(AT_ONCE))
-        # A workflow id for each order: calls for the same task would share the deadline of the first one.
-        calls = [
-            (order, row, pool.submit(outcome, channel, row[0], row[1] or f"w-{number}"))
-            for number, (order, rows) in enumerate(orders.items())
-            for row in rows
-        ]
+        calls = []
+        for number, (order, rows) in enumerate(orders.items()):
+            # A connection for each order: calls of one caller with a key that has not been accepted yet wait for each other, and what
+            # is left until the deadline of the last one may be an attempt timeout.
+            channel = grpc.insecure_channel(facade.address, [("grpc.use_local_subchannel_pool", 1)])
+            stack.enter_context(channel)
+            # A workflow id for each order: calls for the same task would share the deadline of the first one.
+            calls += [(order, row, pool.submit(outcome, channel, row[0], row[1] or f"w-{number}")) for row in rows]
         wrong = {order: [] for order in orders}
         for order, (instance_id, _, documented), seen in calls:
             if seen.result() != documented:
