@@ -111,11 +111,12 @@ class QuietMesh:
             self._silent.end is not None and len(self._silent.messages) == 1 and idle,
             (self._silent.messages, idle),
         )
-        # Ended by the proxy, or by the instance, which gets the same time as the deadline.
+        # The proxy resets the stream, or the instance, which gets the same time as the deadline, ends it first.
         end = self._unrouted.end or "not ended"
+        limited = self._client.stat("cluster.facade.upstream_rq_timeout") == 1 or end.startswith("DEADLINE_EXCEEDED")
         checks.that(
             f"without its route, the timeout of unary calls cuts off a watch: {end}",
-            end.startswith("DEADLINE_EXCEEDED") and len(self._unrouted.messages) > 1,
+            self._unrouted.end is not None and limited and len(self._unrouted.messages) > 1,
             self._unrouted.messages,
         )
 
