@@ -103,14 +103,7 @@ impl From<RedisError> for Problem {
             Some("READONLY") => Self::ReadOnly,
             Some("OOM") => Self::OutOfMemory,
             Some("NOPERM") => Self::Forbidden,
-            // In a script, a forbidden command has no code of its own.
-            Some("ERR")
-                if error
-                    .detail()
-                    .is_some_and(|text| text.contains("can't run this")) =>
-            {
-                Self::Forbidden
-            }
+            Some("ERR") => Self::from_script(error.detail().unwrap_or_default()),
             // The text of an untrusted server is not logged.
             Some(code) if code.len() <= 16 && code.bytes().all(|b| b.is_ascii_uppercase()) => {
                 Self::Error(code.to_owned())
@@ -119,6 +112,24 @@ impl From<RedisError> for Problem {
             // The text of the system or of the TLS library.
             _ if error.is_io_error() => Self::Connection(error.to_string()),
             _ => Self::Error(error.category().to_owned()),
+        }
+    }
+}
+
+impl Problem {
+    /// The problem behind an error without a code of its own, which comes from a script: a forbidden command or name (the first two texts
+    /// are those of Redis 6.2 and 7.0), and in Redis 6.2 any error.
+    fn from_script(text: &str) -> Self {
+        let forbidden = [
+            "script can't run",
+            "script can't access",
+            "ACL failure in script",
+        ];
+        match text {
+            _ if forbidden.iter().any(|known| text.contains(known)) => Self::Forbidden,
+            _ if text.contains("READONLY ") => Self::ReadOnly,
+            _ if text.contains("OOM ") => Self::OutOfMemory,
+            _ => Self::Error("ERR".to_owned()),
         }
     }
 }
@@ -377,5 +388,45 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Metered<S> {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_of_scripts_are_recognized_in_the_words_of_each_version() {
+        let of_6_2 = "Error running script (call to f_a8e0): @user_script:1: @user_script: 1: ";
+        let cases = [
+            (
+                format!("{of_6_2}-READONLY You can't write against a read only replica."),
+                Problem::ReadOnly,
+            ),
+            (
+                format!("{of_6_2}-OOM command not allowed when used memory > 'maxmemory'."),
+                Problem::OutOfMemory,
+            ),
+            (
+                "The user executing the script can't run this command or subcommand".to_owned(),
+                Problem::Forbidden,
+            ),
+            (
+                "The user executing the script can't access at least one of the keys".to_owned(),
+                Problem::Forbidden,
+            ),
+            (
+                "ACL failure in script: User default has no permissions to run it".to_owned(),
+                Problem::Forbidden,
+            ),
+            (
+                "unknown command 'x'".to_owned(),
+                Problem::Error("ERR".to_owned()),
+            ),
+        ];
+
+        for (text, problem) in cases {
+            assert_eq!(Problem::from_script(&text), problem, "{text}");
+        }
     }
 }
