@@ -305,7 +305,7 @@ impl Session {
     }
 }
 
-/// The probe of an attempt in the store; empty if it is none.
+/// The name of an attempt among the probes of its key; empty if it is not a probe.
 fn probe_name(attempt: AttemptContext<'_>) -> String {
     attempt
         .probe

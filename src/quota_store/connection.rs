@@ -117,8 +117,8 @@ impl From<RedisError> for Problem {
 }
 
 impl Problem {
-    /// The problem behind an error without a code of its own, which comes from a script: a forbidden command or name (the first two texts
-    /// are those of Redis 6.2 and 7.0), and in Redis 6.2 any error.
+    /// The problem behind the code `ERR`, which hides the cause if a script has failed: because of a forbidden command or name (the first
+    /// two texts are those of Redis 6.2 and 7.0), and in Redis 6.2 for any reason.
     fn from_script(text: &str) -> Self {
         let forbidden = [
             "script can't run",

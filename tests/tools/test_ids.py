@@ -51,8 +51,8 @@ def walk(checks, orders, credentials, environment):
         pool = stack.enter_context(ThreadPoolExecutor(AT_ONCE))
         calls = []
         for number, (order, rows) in enumerate(orders.items()):
-            # A connection for each order: calls of one caller with a key that has not been accepted yet wait for each other, and what
-            # is left until the deadline of the last one may be an attempt timeout.
+            # A connection for each order: calls of one connection wait for each other while their key has not been accepted, and the
+            # last one would be left with about the time of one attempt.
             channel = grpc.insecure_channel(facade.address, [("grpc.use_local_subchannel_pool", 1)])
             stack.enter_context(channel)
             # A workflow id for each order: calls for the same task would share the deadline of the first one.

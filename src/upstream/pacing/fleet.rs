@@ -126,7 +126,7 @@ impl Queued {
                 sleep_until(at).await;
                 // There may be a throttle window, a rest or a result since the store has assigned the start.
                 let again = match assigned {
-                    // To a waiter that has left the queue; a probe of this one is not registered.
+                    // The start was assigned to a waiter that has left the queue, so the store does not know the probe of this one.
                     Some(_) => request,
                     None => request.again(),
                 };
